@@ -3,10 +3,12 @@ on a terminal listen. Where nobody listens, nothing happens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
+Item = TypeVar("Item")
 Advance = Callable[[int], None]  # called with what was done since the last call
 Listener = Callable[[str, int, str], Advance]  # (phase, total, unit)
 _listener: ContextVar[Listener | None] = ContextVar("progress", default=None)
@@ -27,3 +29,11 @@ def phase(name: str, total: int = 0, unit: str = "") -> Advance:
     total; from any thread. A total of 0 is not known."""
     listener = _listener.get()
     return (lambda done: None) if listener is None else listener(name, total, unit)
+
+
+def tracked(items: Collection[Item], name: str, unit: str) -> Iterator[Item]:
+    """The items, one after the other, as a phase of which each is a part when the next begins."""
+    advance = phase(name, len(items), unit)
+    for item in items:
+        yield item
+        advance(1)

@@ -30,7 +30,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
 from moe_inspect.model.routers import Site, top_k_of
-from moe_inspect.progress import phase
+from moe_inspect.progress import phase, tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,11 +201,8 @@ def examined(
     able = [row["capture"] for row in possible if row["possible"] and row["capture"] != "logits"]
     text = "\n".join(file.read_text("utf-8") for file in sorted(CORPUS_DIR.rglob("*.txt")))
     ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    listed = phases(network, ids_N)
-    advance, speed = phase("measuring the model", len(listed), "shapes"), list[Facts]()
-    for shape in listed:
-        speed.append(speed_of(network, shape, able))
-        advance(1)
+    shapes = tracked(phases(network, ids_N), "measuring the model", "shapes")
+    speed = [speed_of(network, shape, able) for shape in shapes]
     return {**facts, "speed": speed, "selfcheck": summary(kernels.SELF_CHECK.found)}
 
 

@@ -244,11 +244,8 @@ def _head(file: Path) -> bytes:
     """The first HEAD_BYTES of what the file holds uncompressed, and the last of a Parquet file."""
     if file.suffix in CODECS:
         try:
-            with (
-                pa.OSFile(os.fsencode(file)) as raw,
-                pa.CompressedInputStream(raw, CODECS[file.suffix]) as stream,
-            ):
-                return stream.read(HEAD_BYTES)
+            with pa.CompressedInputStream(pa.OSFile(os.fsencode(file)), CODECS[file.suffix]) as it:
+                return it.read(HEAD_BYTES)
         except (OSError, pa.ArrowException):
             return b""
     with open(file, "rb") as opened:
@@ -262,3 +259,8 @@ def _head(file: Path) -> bytes:
 def named(path: Path) -> str:
     """The domain of a file without a label: the file's name."""
     return path.name.split(".")[0] or path.name
+
+
+def listed(values: Iterable[object], most: int = 8) -> str:
+    every = [str(value) for value in values]
+    return ", ".join(every[:most]) + ", …" * (len(every) > most)

@@ -61,9 +61,7 @@ def vllm_routed(context: ImportContext) -> Imported:
 
 
 @importer(
-    "sglang-routed",
-    gives="as vllm-routed",
-    sniff=lambda name, head: b'"routed_experts"' in head,
+    "sglang-routed", gives="as vllm-routed", sniff=lambda name, head: b'"routed_experts"' in head
 )
 def sglang_routed(context: ImportContext) -> Imported:
     if context.facts is None:
@@ -181,7 +179,7 @@ def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Respons
     """An array, which is a prompt. Its token ids may be beside it, in `NAME.token_ids.npy`, with or
     without that of the last token, which is never fed."""
     context.read(path.stat().st_size)
-    routed_TBK = routed.array_of_npy_file(path)
+    routed_TBK = routed.decisions_of_npy(path, str(path))
     beside, rows, ids_T = path.with_suffix(".token_ids.npy"), len(routed_TBK), None
     if beside.is_file():
         ids_T = routed.ids_of_npy_file(beside)

@@ -32,7 +32,7 @@ HEAD_BYTES, MOST_NPY_BYTES = 4096, 2**33
 def decode_vllm(text: object, where: str) -> np.ndarray:
     """`routed_experts` of a vLLM response, the base64 of a `.npy`: uint8 or uint16 [T, B, K].
     `where` opens every error."""
-    return _decisions(_unbase64(text, where), where)
+    return decisions_of_npy(_unbase64(text, where), where)
 
 
 def decode_sglang(text: object, blocks: int, top_k: int, where: str) -> np.ndarray:
@@ -62,12 +62,8 @@ def decode_tensorrt(text: object, where: str, layers: Sequence[int], blocks: int
     return routed_TBK
 
 
-def array_of_npy_file(path: Path) -> np.ndarray:
-    """A `.npy` file of integers [T, B, K], mapped."""
-    return _decisions(path, str(path))
-
-
-def _decisions(data: bytes | Path, where: str) -> np.ndarray:
+def decisions_of_npy(data: bytes | Path, where: str) -> np.ndarray:
+    """A `.npy` of integers [T, B, K]; a file is mapped."""
     npy = Npy(data, where)
     shape = npy.shape
     if len(shape) != 3 or 0 in shape[1:]:

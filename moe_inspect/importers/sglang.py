@@ -28,6 +28,7 @@ from moe_inspect.trace.writer import RoutedBatch
 
 NEEDS_TORCH = "SGLang's .pt files need torch: pip install 'moe-inspect[trace]'"
 File = tuple[Path, ImportSource, Fields]
+Record = tuple[str, Path, ImportSource, Fields]  # where it stands, its file, what it holds
 
 
 def load(path: Path) -> Fields:
@@ -118,7 +119,7 @@ def array_of(
     return array
 
 
-def records(files: list[File]) -> Iterator[tuple[str, Path, ImportSource, Fields]]:
+def records(files: list[File]) -> Iterator[Record]:
     for path, source, content in files:
         for n, record in enumerate(content["records"]):
             yield f"{path}: record {n}", path, source, record
@@ -316,12 +317,6 @@ class Pass:
     physical_BTK: np.ndarray
     lengths: list[int]
 
-    def is_decoded(self, start: int, length: int) -> bool:
-        """Whether a request's tokens in this pass are one decoded token, not a prompt. A mixed pass
-        does not say which it is: a prompt of one token begins at position 0."""
-        mode = self.mode
-        return mode != EXTEND and length == 1 and (mode != MIXED or self.position[start] > 0)
-
 
 def _batches(
     context: ImportContext, files: list[File], maps: dict[Path, np.ndarray], routers: list[Router]
@@ -331,10 +326,10 @@ def _batches(
     seen: set[bytes] = set()
     repeated = 0
     bytes_of = {path: path.stat().st_size / len(content["records"]) for path, _, content in files}
-    for where, path, source, record in records(files):
+    for found in records(files):
+        where, path, _, _ = found
         context.read(int(bytes_of[path]))
-        one = _pass_of(where, path, source, record, maps[path].shape, routers)
-        if one is None:
+        if (one := _pass_of(found, maps[path].shape, routers)) is None:
             continue
         arrays = one.token_id, one.position, one.physical_BTK
         data = b"%d " % one.number[0] + b"".join(array.tobytes() for array in arrays)
@@ -356,16 +351,9 @@ def _batches(
         )
 
 
-def _pass_of(
-    where: str,
-    path: Path,
-    source: ImportSource,
-    record: Fields,
-    shape: tuple[int, ...],
-    routers: list[Router],
-) -> Pass | None:
+def _pass_of(found: Record, shape: tuple[int, ...], routers: list[Router]) -> Pass | None:
     """The record, checked; None where it has no tokens. `shape`: that of the file's map [B, P]."""
-    B, P = shape
+    (where, path, source, record), (B, P) = found, shape
     physical_BTK = array_of(record, "topk_ids_of_layer", where, (B, None, None), -1, P - 1)
     T, K = physical_BTK.shape[1:]
     if T == 0:
@@ -411,7 +399,8 @@ def _requests(
         start, end = end, end + length
         if length == 0:
             continue
-        if one.is_decoded(start, length):
+        # a mixed pass does not say which token is decoded: a prompt of one begins at position 0
+        if length == 1 and one.mode != EXTEND and (one.mode != MIXED or one.position[start] > 0):
             singles.append(start)
             continue
         part = slice(start, end)

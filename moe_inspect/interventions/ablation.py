@@ -344,8 +344,22 @@ def tables(
     first.insert(0, "layer", [sites[r].layer for r, _ in asked])
 
     def judged(of_U: np.ndarray) -> pd.DataFrame:
-        found = _judged(tokens_U[of_U], nats_UA[of_U], domain_U[of_U])
-        return pd.concat([first, found], axis=1)
+        tokens, nats = tokens_U[of_U], nats_UA[of_U]
+        loss_A, change_UA = nats.sum(0) / tokens.sum(), nats[:, 1:] - nats[:, :1]
+        low_A = high_A = np.full(len(asked), np.nan)
+        strata_U = np.unique(domain_U[of_U], return_inverse=True)[1]
+        if (weights_RU := resample_weights(strata_U)) is not None:
+            change_RA = weights_RU @ change_UA / (weights_RU @ tokens)[:, None]
+            low_A, high_A = np.quantile(change_RA, [0.025, 0.975], axis=0)
+        return first.assign(
+            documents=len(tokens),
+            tokens=int(tokens.sum()),
+            loss=loss_A[0],
+            loss_without=loss_A[1:],
+            difference=loss_A[1:] - loss_A[0],
+            difference_low=low_A,
+            difference_high=high_A,
+        )
 
     of_domains = [(name, domain_U == d) for d, name in enumerate(domains)]
     parts = [judged(of_U).assign(domain=n) for n, of_U in of_domains if (tokens_U[of_U] > 0).any()]
@@ -353,25 +367,3 @@ def tables(
     by_domain.insert(3, "domain", by_domain.pop("domain"))
     by_domain = by_domain.sort_values(["router", "expert", "domain"], ignore_index=True)
     return judged(np.ones(len(number), bool)), by_domain
-
-
-def _judged(tokens_U: np.ndarray, nats_UA: np.ndarray, strata_U: np.ndarray) -> pd.DataFrame:
-    T = tokens_U.sum()
-    loss_A = nats_UA.sum(0) / T
-    change_UA = nats_UA[:, 1:] - nats_UA[:, :1]
-    low_A = high_A = np.full(change_UA.shape[1], np.nan)
-    strata_U = np.unique(strata_U, return_inverse=True)[1]
-    if (weights_RU := resample_weights(strata_U)) is not None:
-        change_RA = weights_RU @ change_UA / (weights_RU @ tokens_U)[:, None]
-        low_A, high_A = np.quantile(change_RA, [0.025, 0.975], axis=0)
-    return pd.DataFrame(
-        {
-            "documents": len(tokens_U),
-            "tokens": int(T),
-            "loss": loss_A[0],
-            "loss_without": loss_A[1:],
-            "difference": loss_A[1:] - loss_A[0],
-            "difference_low": low_A,
-            "difference_high": high_A,
-        }
-    )

@@ -192,11 +192,6 @@ def replace_jetmoe(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     return order_S, order_S.div(K, rounding_mode="trunc"), gates_S, sizes, shown_TE
 
 
-def replace_longcat(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
-    # to no expert is to an identity expert, beyond the routed ones
-    return replace_nllb(call, ids_TK, weights_TK, nobody=call.module.num_routed_experts)
-
-
 def replace_aria(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     # they choose by the logits that they are handed, and weigh by a softmax over the chosen: these
     # weights, divided by their sum

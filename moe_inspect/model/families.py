@@ -163,7 +163,9 @@ ADAPTERS: dict[str, Adapter] = {
         choices.called_with,
         at_call=True,
         experts=lambda m: m.num_routed_experts,
-        replace=choices.replace_longcat,
+        replace=lambda call, ids, weights: choices.replace_nllb(
+            call, ids, weights, nobody=call.module.num_routed_experts
+        ),
     ),
     # up to transformers 5.17 the module is called with what the method takes
     "Mxfp4GptOssExperts": Adapter(

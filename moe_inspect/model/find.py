@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model import routers
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.custom.spec import SPECS, RouterSpec, registered
 from moe_inspect.model.families import EXPERTS, TOP_K, TOWER, Adapter, stated_size
-from moe_inspect.model.routers import (
-    Site,
-    called_experts,
-    in_layers,
-    is_of_transformers,
-    layer_of,
-    layer_path,
-)
+from moe_inspect.model.routers import Site
 from moe_inspect.text import and_more
 
 if TYPE_CHECKING:
@@ -70,7 +64,7 @@ def routers_in(model: Module, specs: Sequence[RouterSpec] | None = None) -> list
         if spec is not None and not TOWER.search(path):  # the towers see no text
             own.append(_site_of(spec, path, module, model))
     own = _in_order(own)
-    sites = [*own, *called_experts(model, {site.layer for site in own})]
+    sites = [*own, *routers.called_experts(model, {site.layer for site in own})]
     return sorted(sites, key=lambda site: site.layer) if own else sites
 
 
@@ -84,10 +78,10 @@ def recordable(
     code can show them. MoeInspectError where these cannot, or a router hides its `logits`."""
     sites = routers_in(model, specs)
     if not sites:
-        if specs is None and is_of_transformers(model):
+        if specs is None and routers.is_of_transformers(model):
             raise no_routers(model)
         return []
-    sites = in_layers(sites, layers)
+    sites = routers.in_layers(sites, layers)
     if logits and any(site.logits_module is None for site in sites):
         hides = f"{type(model).__name__} does not expose its router logits"
         raise MoeInspectError(f"{hides}: trace without --logits")
@@ -98,7 +92,7 @@ def no_routers(model: Module, searched: bool = False, to_change: bool = False) -
     """Why there is nothing to record (`to_change`: or change). `searched`: for topk, in vain."""
     name, like = type(model).__name__, candidates(model)
     dense = f"{name} is a dense model: it has no routers to trace"
-    if is_of_transformers(model) and not like:
+    if routers.is_of_transformers(model) and not like:
         return MoeInspectError(dense)
     E = like.experts if like and like.experts else "E"
     probe = f"call moe_inspect.probe(ids, weights, layer=i, experts={E}) in its forward"
@@ -112,7 +106,7 @@ def no_routers(model: Module, searched: bool = False, to_change: bool = False) -
         judged = "judging by the names of its modules and parameters"
         return MoeInspectError(f"{dense}, {judged} (if it has: {probe})")
     given += "; moe_inspect.record(discover=True) looks for it"
-    if to_change and not is_of_transformers(model):
+    if to_change and not routers.is_of_transformers(model):
         given = f"give routers=[{spec}] (a probe shows a choice, and cannot replace it)"
     return MoeInspectError(f"no known router was found in {name}, but {like.described()}: {given}")
 
@@ -264,7 +258,7 @@ def _site_of(spec: RouterSpec, path: str, module: Module, model: Module) -> Site
         replace=(lambda call, *new: replace(*call, *new)) if replace else None,
     )
     layer = spec.layer(path, module) if callable(spec.layer) else spec.layer
-    if layer is None and layer_path(path) is None:
+    if layer is None and routers.layer_path(path) is None:
         raise MoeInspectError(
             f"no layer number in the module path {path}: give RouterSpec(layer=…), a number or a "
             "function of the path and the module"
@@ -276,7 +270,7 @@ def _site_of(spec: RouterSpec, path: str, module: Module, model: Module) -> Site
     return Site(
         module,
         path,
-        layer if layer is not None else layer_of(path),
+        layer if layer is not None else routers.layer_of(path),
         E,
         stated(spec.scoring),
         int(stated(spec.shared_experts, shared)),
@@ -293,7 +287,7 @@ def lists_in_blocks(model: Module) -> dict[str, list[Module]]:
     """Path → modules, of each list in a block that has one class: they may be experts."""
     from torch.nn import ModuleDict, ModuleList
 
-    modules = ((p, m) for p, m in model.named_modules() if layer_path(p) is not None)
+    modules = ((p, m) for p, m in model.named_modules() if routers.layer_path(p) is not None)
     lists = {p: [*m.children()] for p, m in modules if isinstance(m, ModuleList | ModuleDict)}
     return {p: of for p, of in lists.items() if len(of) > 1 and len(set(map(type, of))) == 1}
 
@@ -305,7 +299,7 @@ def states_experts(model: Module, path: str, E: int) -> bool:
         owners = module, getattr(module, "config", None)
         return any(stated_size(owners, (size,)) == E for size in EXPERTS_OF_MODULE)
 
-    block = layer_path(path)
+    block = routers.layer_path(path)
     assert block is not None
     lists = lists_in_blocks(model).items()
     if any(len(modules) == E and of.startswith(block + ".") for of, modules in lists):

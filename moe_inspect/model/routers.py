@@ -105,7 +105,8 @@ def called_experts(model: Module, known: Collection[int] = ()) -> list[Site]:
         E = count(module) if count is not None else experts_of(module, config)
         block = model.get_submodule(block_of(path))
         if adapter is None or adapter.at_call:
-            shown = router = _router_in(block)
+            kinds = ((m, type(_adapted(m)).__name__) for m in block.children())
+            shown = router = next((m for m, kind in kinds if ROUTER_CLASS.search(kind)), None)
             index = declared.get(type(_adapted(router)))
         else:
             router, index = module, adapter.logits_index
@@ -284,12 +285,6 @@ def _declared_logits(model: Module) -> dict[type, int]:
             if hasattr(entry, "target_class"):
                 declared[entry.target_class] = entry.index
     return declared
-
-
-def _router_in(block: Module) -> Module | None:
-    """The router module of a block of experts."""
-    routers = (m for m in block.children() if ROUTER_CLASS.search(type(_adapted(m)).__name__))
-    return next(routers, None)
 
 
 def _linear_in(block: Module, E: int) -> Module | None:

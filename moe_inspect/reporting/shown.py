@@ -76,9 +76,9 @@ class Shown(ABC):
     def charts(self) -> tuple[list[Chart], list[str]]:
         """Its charts, and why others are missing."""
 
-    @abstractmethod
     def first_chart(self) -> Chart | str | None:
         """The chart that a notebook shows, or why there is none."""
+        return next(iter(self.charts()[0]), None)
 
     def write_text(self, file: TextIO) -> None:
         """Writes the text as the command prints it: with colours and as wide as the terminal where
@@ -88,10 +88,14 @@ class Shown(ABC):
         from moe_inspect.reporting.render import terminal
 
         console, excerpts, most = text.console_for(file), self.excerpts, self.rows
-        verdict = partial(terminal.print_verdict, self.said)
-        lines = text.print_and_count(verdict, console, self.heading)
+        with console.capture() as captured:
+            if self.heading:
+                text.print_lines(self.heading, "bold", console)
+                console.print()
+            terminal.print_verdict(self.said, console)
+        console.file.write(captured.get())
         if console.is_terminal:
-            room = text.screen_lines(console) - lines
+            room = text.screen_lines(console) - captured.get().count("\n")
             excerpts = dict([*excerpts.items()][: max(1, room // LEAST_OF_TABLE)])
             most = max(2, room // max(len(excerpts), 1) - BESIDE_ROWS - (2 if self.command else 1))
         for name, excerpt in excerpts.items():

@@ -102,13 +102,13 @@ def simulate_capacity(
         raise MoeInspectError(wrong)
     asked = chosen, factors, group_tokens, order
     parts = summed(trace, "simulating capacity", _add, _drops_of_shard, *asked)
-    tables = _tables(trace, *reduce(_add, parts), factors, target_drop)
     settings: Settings = {
         "capacity_factors": factors,
         "group_tokens": group_tokens,
         "order": order,
         "target_drop": target_drop,
     }
+    tables = _tables(trace, reduce(_add, parts), settings)
     shown = ("capacity", "capacity_needed")
     return result.simulation(trace, tables, settings, verdict, chart, shown)
 
@@ -355,16 +355,11 @@ def dropped(
 # --- what is said of it
 
 
-def _tables(
-    trace: Trace,
-    of: dict[int, Drops],
-    hit_F: np.ndarray,
-    lost_F: np.ndarray,
-    factors: Sequence[float],
-    target_drop: float,
-) -> dict[str, pd.DataFrame]:
+def _tables(trace: Trace, counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
     import pandas as pd
 
+    (of, hit_F, lost_F), factors = counted, settings["capacity_factors"]
+    target_drop = settings["target_drop"]
     main, needed, by_domain, by_position = [], [], [], []
     for r, drops in of.items():
         router = {"layer": trace.routers[r].layer, "router": r}
@@ -432,9 +427,7 @@ def _group(group: int | str) -> str:
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     factors = settings["capacity_factors"]
     factor = factors[len(factors) // 2]
-    main, across, needed = (
-        tables[name] for name in ("capacity", "capacity_tokens", "capacity_needed")
-    )
+    main, across, needed = (tables[f"capacity{of}"] for of in ("", "_tokens", "_needed"))
     at = main[main["capacity_factor"] == factor].dropna(subset=["simulated_drop_rate"])
     if at.empty:
         return ["Simulated: no router made an assignment, so nothing could be dropped."]
@@ -470,9 +463,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     """What each layer drops; and where in its document and group the worst layer's drops fall."""
     factors, main = settings["capacity_factors"], tables["capacity"]
     routers = list(main["router"].unique())
-    rate_of = main.pivot(index="capacity_factor", columns="router", values="simulated_drop_rate")[
-        routers
-    ]
+    rate_of = main.pivot(index="capacity_factor", columns="router", values="simulated_drop_rate")
     x = np.arange(len(routers), dtype=float)
     by_layer = tuple(
         Line(x, rate_of.loc[f].to_numpy(float), f"capacity factor {f:g}", *look(i), dots=True)

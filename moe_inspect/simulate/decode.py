@@ -125,11 +125,7 @@ def simulate_decode(
 
 
 def _steps(
-    trace: Trace,
-    routers: Sequence[int],
-    selection: Selection,
-    decoded: bool,
-    sizes: Sequence[int],
+    trace: Trace, routers: Sequence[int], selection: Selection, decoded: bool, sizes: Sequence[int]
 ) -> dict[int, Steps]:
     """The steps of these routers after the whole trace. Positions of generated tokens count from
     the first selected token of the sequence, the end of its prompt."""

@@ -70,9 +70,6 @@ class Simulation(Shown):
     def excerpts(self) -> dict[str, Excerpt]:
         return dict.fromkeys(self.shown or self.in_order[:1], FIRST_ROWS)
 
-    def first_chart(self) -> Chart | None:
-        return self.chart
-
     def charts(self) -> tuple[list[Chart], list[str]]:
         return [] if self.chart is None else [self.chart], []
 

@@ -19,18 +19,11 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.progress import phase
+from moe_inspect.progress import tracked
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, cell_numbers
 from moe_inspect.simulate import result
+from moe_inspect.simulate import routing_algorithms as algo
 from moe_inspect.simulate.result import Labels, Settings, Tables
-from moe_inspect.simulate.routing_algorithms import (
-    ALGORITHMS,
-    SEED,
-    Algorithm,
-    RouterScores,
-    State,
-    largest,
-)
 from moe_inspect.simulate.shards import check_length, routed
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
@@ -66,23 +59,23 @@ class ScoredTokens:
         model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # an unused slot, −1: the last column
         self.model_TE = model_TE[:, :-1]
 
-    def batch(self, part: slice | np.ndarray, number: int) -> RouterScores:
+    def batch(self, part: slice | np.ndarray, number: int) -> algo.RouterScores:
         of_tokens = self.logits_TE[part], self.model_TE[part], self.token_id_T[part]
-        return RouterScores(*of_tokens, self.router.top_k, self.router.scoring, number)
+        return algo.RouterScores(*of_tokens, self.router.top_k, self.router.scoring, number)
 
     def of_half(self, half: int | None) -> np.ndarray:
         """The tokens of one half of the documents, or of all. int64 [T]"""
         return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
 
-    def batches(self, half: int | None) -> Iterator[RouterScores]:
+    def batches(self, half: int | None) -> Iterator[algo.RouterScores]:
         tokens = self.of_half(half)
         for first, last in pairwise(run_edges(self.batch_T[tokens])):
             part = slice(first, last) if half is None else tokens[first:last]
             yield self.batch(part, int(self.batch_T[tokens[first]]))
 
-    def sample(self, half: int | None) -> RouterScores:
+    def sample(self, half: int | None) -> algo.RouterScores:
         """At most SAMPLE of the tokens, drawn uniformly at random."""
-        drawn = np.random.default_rng(SEED).permutation(self.of_half(half))[:SAMPLE]
+        drawn = np.random.default_rng(algo.SEED).permutation(self.of_half(half))[:SAMPLE]
         return self.batch(np.sort(drawn), -1)
 
 
@@ -107,7 +100,7 @@ def simulate_routing(
     Tables: routing (a row per router and algorithm), routing_algorithms (a row per algorithm).
     MoeInspectError for a trace without logits, and for values out of range."""
     trace = result.with_decisions(trace, "simulate routing")
-    names = tuple(algorithms or ALGORITHMS)
+    names = tuple(algorithms or algo.ALGORITHMS)
     values_of = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
     _check(trace, names, values_of)
     chosen = select(trace, layers=layers).routers
@@ -136,9 +129,9 @@ def _check(trace: Trace, names: Sequence[str], values_of: ValuesOf) -> None:
         raise MoeInspectError(
             f"{trace.path} has no logits, which simulate routing needs: trace with --logits"
         )
-    if unknown := [name for name in names if name not in ALGORITHMS]:
+    if unknown := [name for name in names if name not in algo.ALGORITHMS]:
         raise MoeInspectError(
-            f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}"
+            f"no algorithm {', '.join(unknown)}: there are {', '.join(algo.ALGORITHMS)}"
         )
     for name, option, fits, rule in (
         ("top_k", "top-k", lambda k: k >= 1, "at least 1"),
@@ -159,14 +152,13 @@ def _runs_of(
 ) -> dict[int, list[Run]]:
     """Each algorithm, with each value of its setting, on the decisions of each router. `held_out`:
     algorithms that learn are fitted on half 0 of the documents and evaluated on half 1."""
-    advance, found = phase("simulating routing", len(routers), "routers"), dict[int, list[Run]]()
-    fit, judged = (0, 1) if held_out else (None, None)
-    for r in routers:
+    found, (fit, judged) = dict[int, list[Run]](), (0, 1) if held_out else (None, None)
+    for r in tracked(routers, "simulating routing", "routers"):
         k, E = trace.routers[r].top_k, trace.routers[r].experts
         found[r] = [
-            Run(ALGORITHMS[name], value, np.zeros(E, np.int64))
+            Run(algo.ALGORITHMS[name], value, np.zeros(E, np.int64))
             for name in names
-            for value in _values(ALGORITHMS[name], values_of, k, E)
+            for value in _values(algo.ALGORITHMS[name], values_of, k, E)
         ]
         learning = [run for run in found[r] if run.algorithm.prepare]
         others = [run for run in found[r] if not run.algorithm.prepare]
@@ -177,15 +169,14 @@ def _runs_of(
                     run.state = run.algorithm.prepare(tokens.sample(fit))
             for running, half in ((others, None), (learning, judged)):
                 for batch in tokens.batches(half) if running else ():
-                    own_TE = largest(batch.scores_TE, batch.k)
+                    own_TE = algo.largest(batch.scores_TE, batch.k)
                     own = float(batch.share_TE[own_TE].sum(dtype=np.float64))
                     for run in running:
                         run.add(batch, own)
-        advance(1)
     return found
 
 
-def _values(algorithm: Algorithm, values_of: ValuesOf, k: int, E: int) -> list[float]:
+def _values(algorithm: algo.Algorithm, values_of: ValuesOf, k: int, E: int) -> list[float]:
     """The values that an algorithm is run with."""
     if not algorithm.setting:
         return [0]
@@ -197,10 +188,10 @@ def _values(algorithm: Algorithm, values_of: ValuesOf, k: int, E: int) -> list[f
 class Run:
     """One algorithm with one value of its setting on one router: sums over the batches."""
 
-    algorithm: Algorithm
+    algorithm: algo.Algorithm
     value: float
     load_E: np.ndarray
-    state: State = field(default_factory=dict)
+    state: algo.State = field(default_factory=dict)
     tokens: int = 0
     mass: float = 0.0
     own: float = 0.0  # mass that the top-k of the scores has
@@ -213,7 +204,7 @@ class Run:
     def label(self) -> str:
         return self.algorithm.name + (f" {self.value:g}" if self.algorithm.setting else "")
 
-    def add(self, batch: RouterScores, own: float) -> None:
+    def add(self, batch: algo.RouterScores, own: float) -> None:
         chosen_TE = self.algorithm.choose(batch, self.value, self.state)
         T, E = chosen_TE.shape
         at_N = np.flatnonzero(chosen_TE)
@@ -324,7 +315,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     sentences.append(f"Simulated: {said}")
     leaking = advice[advice["leaks_future"] == "yes"]["algorithm"]
     if len(leaking):
-        named = ", ".join(f"{label} ({ALGORITHMS[label].leaks})" for label in leaking)
+        named = ", ".join(f"{label} ({algo.ALGORITHMS[label].leaks})" for label in leaking)
         sentences.append(
             f"Not causal: {named}. A token's experts depend on later tokens, which "
             "are unknown during generation."

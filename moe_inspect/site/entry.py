@@ -19,11 +19,11 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.token_ids import MIN_COUNT
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.progress import phase
+from moe_inspect.progress import tracked
 from moe_inspect.reporting.render.documents import shards_to_read
 from moe_inspect.reporting.render.payload import Json
 from moe_inspect.reporting.report import Report
-from moe_inspect.reporting.tables.data import records, worst_of
+from moe_inspect.reporting.tables.data import worst_of
 from moe_inspect.reporting.tables.summary import mapping
 from moe_inspect.reporting.verdict.findings import uneven
 from moe_inspect.reporting.verdict.specialization import untrained_seed
@@ -114,15 +114,8 @@ def _domains(made: Report) -> list[Json]:
     found = list[Json]()
     for name in tokens.index[:DOMAINS]:
         most = table[(table["domain"] == name) & (table["score"] > 0)].head(EXPERTS)
-        experts = [
-            [
-                one["router"],
-                one["expert"],
-                round(1000 * one["activation"]),
-                round(100 * one["lift"]),
-            ]
-            for one in records(most)
-        ]
+        scaled = most[["router", "expert", "activation", "lift"]] * (1, 1, 1000, 100)
+        experts = scaled.round().astype(int).to_numpy().tolist()
         found.append({"name": _readable(name), "tokens": int(tokens[name]), "experts": experts})
     return found
 
@@ -199,9 +192,8 @@ def _candidates(
     """score, row, expert, share, lift: [V, C], the highest scores first, 0 where there are fewer
     experts that take the token id more than they take others."""
     best = {name: np.zeros((V, 0)) for name in ("score", "row", "expert", "share", "lift")}
-    advance = phase("indexing tokens", len(trace.routers), "routers")
-    for r, router in enumerate(trace.routers):
-        E = router.experts
+    for r in tracked(range(len(trace.routers)), "indexing tokens", "routers"):
+        E = trace.routers[r].experts
         assignments_VE, times_V = np.zeros(V * E, np.int64), np.zeros(V, np.int64)
         load_E, decisions = np.zeros(E, np.int64), 0
         for shard in shards:
@@ -217,20 +209,14 @@ def _candidates(
         share_VE = assignments_VE.reshape(V, E) / np.maximum(times_V, 1)[:, None]
         even_E = load_E / max(decisions, 1)
         lift_VE = np.divide(share_VE, even_E, out=np.zeros_like(share_VE), where=even_E > 0)
-        mine = {
+        found = {
             "score": share_VE * np.log2(np.maximum(lift_VE, 1)),
             "row": np.full((V, E), r),
             "expert": np.broadcast_to(np.arange(E), (V, E)),
             "share": share_VE,
             "lift": lift_VE,
         }
-        mine = _highest(mine)
-        best = _highest({name: np.hstack([best[name], mine[name]]) for name in best})
-        advance(1)
+        both = {name: np.hstack([best[name], values_VE]) for name, values_VE in found.items()}
+        order_VC = np.argsort(-both["score"], axis=1, kind="stable")[:, :EXPERTS_OF_TOKEN]
+        best = {name: np.take_along_axis(values, order_VC, 1) for name, values in both.items()}
     return best
-
-
-def _highest(of: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The EXPERTS_OF_TOKEN columns of each row with the highest scores."""
-    order_VC = np.argsort(-of["score"], axis=1, kind="stable")[:, :EXPERTS_OF_TOKEN]
-    return {name: np.take_along_axis(values, order_VC, 1) for name, values in of.items()}

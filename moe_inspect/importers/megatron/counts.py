@@ -147,10 +147,8 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
     for where, fields in context.json_lines(path):
         if "tpe" not in fields:
             raise MoeInspectError(f"{where} has no tpe, as the lines of tokens_per_expert have")
-        iteration, spot = (
-            integer(fields.get("iter"), f"{where}: iter"),
-            layers.spot_of(fields, where),
-        )
+        iteration = integer(fields.get("iter"), f"{where}: iter")
+        spot = layers.spot_of(fields, where)
         tpe_Mn = integers(fields["tpe"], f"{where}: tpe", (None, held), 0, MOST_COUNT)
         if not tpe_Mn.size or tpe_Mn.shape[1] > MOST_EXPERTS:
             raise MoeInspectError(

@@ -31,7 +31,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering
-from moe_inspect.importers.context import ImportContext, Imported, importer, named
+from moe_inspect.importers.context import ImportContext, Imported, importer, listed, named
 from moe_inspect.importers.megatron import layers
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import RankFile, Spot
@@ -102,7 +102,7 @@ def megatron(context: ImportContext) -> Imported:
             "the order of their ids"
         )
     if stages > 1:
-        pairs = layers.listed([" + ".join(str(f.rank) for f in column) for column in columns], 3)
+        pairs = listed([" + ".join(str(f.rank) for f in column) for column in columns], 3)
         notes.append(
             f"{stages} pipeline stages: the i-th rank of a stage, by number, is taken to have "
             f"fed the i-th of the next ({pairs})"
@@ -240,7 +240,7 @@ def columns_of(files: list[File]) -> list[list[File]]:
 
 def _listed(spots: Iterable[Spot]) -> str:
     numbers = [layer for _, _, layer in sorted(spots)]
-    return f"layer{'s' * (len(numbers) > 1)} {layers.listed(numbers)} (from 0)"
+    return f"layer{'s' * (len(numbers) > 1)} {listed(numbers)} (from 0)"
 
 
 def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:

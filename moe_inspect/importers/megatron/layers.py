@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import ImportContext, ImportSource
+from moe_inspect.importers.context import ImportContext, ImportSource, listed
 from moe_inspect.importers.values import Fields, integer
 from moe_inspect.model.config import ModelFacts
 from moe_inspect.trace.schema import Router
@@ -250,8 +250,3 @@ def routers_of(
 
 def _of(file: RankFile) -> str:
     return f"has layers {listed(_decoder(file.numbered)) or 'of mtp alone'}"
-
-
-def listed(layers: Iterable[object], most: int = 8) -> str:
-    every = [str(layer) for layer in layers]
-    return ", ".join(every[:most]) + ", …" * (len(every) > most)

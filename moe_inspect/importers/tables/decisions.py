@@ -173,15 +173,15 @@ class Spool:
             }
         )
 
-    def order(self) -> np.ndarray:
+    def order(self) -> list[int]:
         """The documents by groups as they came, in one by number, else as they came."""
-        at = {group: n for n, group in enumerate(self.layers)}
+        at, names = {group: n for n, group in enumerate(self.layers)}, [*self.documents]
 
-        def place(item: tuple[tuple[Path, str], int]) -> tuple[int, int, int]:
-            (group, name), n = item
-            return at[group], int(name) if name.isdecimal() and len(name) < 19 else 2**63, n
+        def place(d: int) -> tuple[int, int]:
+            group, name = names[d]
+            return at[group], int(name) if name.isdecimal() and len(name) < 19 else 2**63
 
-        return np.array([n for _, n in sorted(self.documents.items(), key=place)])
+        return sorted(range(len(names)), key=place)
 
 
 def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:

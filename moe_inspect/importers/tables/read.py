@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line
-from moe_inspect.importers.context import CODECS, ImportContext, ImportSource
+from moe_inspect.importers.context import CODECS, ImportContext, ImportSource, listed
 from moe_inspect.importers.tables.presets import OWN, Preset, mapped_rows, pattern
 from moe_inspect.importers.values import Fields, Json
 from moe_inspect.text import first_line
@@ -264,10 +264,6 @@ def _located(
             if not place.endswith("?"):
                 raise MoeInspectError(f"{path} has no column {place}: it has {listed(names)}")
     return found, [*dict.fromkeys(chain.from_iterable(found.values()))]
-
-
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + ", …" * (len(names) > 8)
 
 
 def _number(name: str) -> tuple[int, str]:

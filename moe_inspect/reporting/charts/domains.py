@@ -49,7 +49,7 @@ def domains(data: ReportData) -> Chart | str:
         with np.errstate(divide="ignore"):
             even_E = counts.routers[r].top_k / E / activation_DE.mean(0)
         values = np.vstack([lift_DE, np.where(np.isfinite(even_E), even_E, np.nan)])
-        scale = lift_scale(D, "activation ÷ mean")
+        scale = spec.ratio_scale("activation ÷ mean", D, "domains")
         heatmap = Heatmap(values, scale, spec.cell_numbers(values))
         title = f"layer {layer_label(data.trace.routers, r)}"
         panels.append(Panel((heatmap,), Axis("expert"), Axis("domain", (*names, UNIFORM)), title))
@@ -164,11 +164,6 @@ def esft(data: ReportData) -> Chart | str:
             "chance alone.",
         },
     )
-
-
-def lift_scale(domains: int, title: str) -> spec.Scale:
-    """Of the activation in a domain ÷ the mean over domains, which is at most their number."""
-    return spec.Scale("ratio", title, high=max(4.0, domains), end="domains" if domains >= 4 else "")
 
 
 def _spread(rows: pd.DataFrame) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.progress import phase
+from moe_inspect.progress import tracked
 from moe_inspect.text import layer_label, no_such
 
 if TYPE_CHECKING:
@@ -326,11 +326,7 @@ def tables_of_charts(names: Sequence[str] | None = None) -> list[str]:
 def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
     """All charts that the trace has the data for, and why the others are missing."""
     data.prepare(tables_of_charts())
-    names, made = list(every_chart()), list[Chart | str]()
-    advance = phase("drawing", len(names), "charts")
-    for name in names:
-        made.append(chart_of(data, name))
-        advance(1)
+    made = [chart_of(data, name) for name in tracked(every_chart(), "drawing", "charts")]
     charts = [one for one in made if isinstance(one, Chart)]
     return charts, [one for one in made if isinstance(one, str) and one]
 
@@ -368,9 +364,12 @@ def token_axis(title: str, first_token: Iterable[int]) -> Axis:
 
 def load_scale(routers: Iterable[Router], title: str) -> Scale:
     """The scale of the load of experts ÷ its mean, up to E/k: every token."""
-    most = max(router.experts / router.top_k for router in routers)
-    least = Scale("ratio", title)
-    return replace(least, high=most, end="E/k") if most >= least.high else least
+    return ratio_scale(title, max(router.experts / router.top_k for router in routers), "E/k")
+
+
+def ratio_scale(title: str, most: float, end: str) -> Scale:
+    """The scale of a ratio that is at most `most`, which is `end`."""
+    return Scale("ratio", title, high=max(4.0, most), end=end if most >= 4 else "")
 
 
 def log_axis(title: str, values: np.ndarray) -> Axis:

@@ -63,17 +63,6 @@ def print_table(frame: pd.DataFrame, file: TextIO) -> int:
     return max(0, len(frame) - MOST_ROWS)
 
 
-def print_and_count(show: Callable[[Console], None], console: Console, title: str = "") -> int:
-    """Prints a title, where there is one, and what `show` prints; the lines that it takes."""
-    with console.capture() as captured:
-        if title:
-            print_lines(title, "bold", console)
-            console.print()
-        show(console)
-    console.file.write(captured.get())
-    return captured.get().count("\n")
-
-
 def screen_lines(console: Console) -> int:
     """The lines of a screen of text: SCREEN_LINES, or fewer where the terminal is lower."""
     low = console.is_terminal and not isinstance(console.file, _Screen)

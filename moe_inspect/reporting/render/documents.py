@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, selected_tokens
-from moe_inspect.progress import phase
+from moe_inspect.progress import tracked
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard, codes
@@ -177,9 +177,8 @@ def read_routes(
     """The routes of the tokens through each router. Memory: these, and a router of a shard."""
     T = len(tokens.row_T)
     found = [empty_routes(trace.routers[r], T, trace.has_weights) for r in routers]
-    numbers = np.unique(tokens.shard_T).tolist()
-    advance = phase("reading text", len(numbers), "shards")
-    for shard, drawn in ((shards[s], np.flatnonzero(tokens.shard_T == s)) for s in numbers):
+    for s in tracked(np.unique(tokens.shard_T).tolist(), "reading text", "shards"):
+        shard, drawn = shards[s], np.flatnonzero(tokens.shard_T == s)
         for routes, r in zip(found, routers, strict=True):
             reach, rows = _decisions(shard, r, tokens.row_T[drawn])
             at, E, K = drawn[reach], trace.routers[r].experts, len(routes.ids)
@@ -189,7 +188,6 @@ def read_routes(
             if routes.weights is not None:
                 for weights_T, slot in zip(routes.weights, shard.slot_weights(r)[:K], strict=True):
                     weights_T[at] = slot[rows]
-        advance(1)
     return found
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,15 +110,11 @@ def page_html(page: Page) -> str:
     names = _in_order(section.group for section in page.sections)
     taken = {*IDS, *ADDED_IDS, *(f"group-{slug(name)}" for name in names)}
     lead = _placed(page.lead, taken) if page.lead else None
-    groups = [
-        SectionGroup(
-            f"group-{slug(name)}" if name else "",
-            name,
-            [_placed(section, taken) for section in page.sections if section.group == name],
-        )
+    groups = {
+        name: [_placed(section, taken) for section in page.sections if section.group == name]
         for name in names
-    ]
-    in_order = [*([lead] if lead else []), *(one for group in groups for one in group.sections)]
+    }
+    in_order = [*([lead] if lead else []), *chain.from_iterable(groups.values())]
     advance = phase("writing page", len(in_order) + 1, "sections")
     tables, downloads, panels = Json(), Json(), list[Json]()
     for one in in_order:
@@ -130,22 +126,17 @@ def page_html(page: Page) -> str:
             panels += map(panel_json, one.chart.panels)
         advance(1)
     script = "".join(map(asset, [*SCRIPTS, *page.scripts]))
-    said = [
-        Said(one.severity, one.text, one.group, page.link_of(one))
-        if isinstance(one, Finding)
-        else Said("", one)
-        for one in page.verdict
-    ]
+    said = page.verdict
     # beside a lead there is room for few; without one they all stand in columns
-    gravest, others = (said[:GRAVEST], said[GRAVEST:]) if lead else (said, [])
+    gravest, others = (said[:GRAVEST], said[GRAVEST:]) if lead else (said, said[:0])
     written = template("page.html").render(
         page=page,
         lead=lead,
         groups=groups,
         gravest=gravest,
         others={
-            name: [one for one in others if one.group == name]
-            for name in _in_order(one.group for one in others)
+            name: [one for one in others if _group_of(one) == name]
+            for name in _in_order(map(_group_of, others))
         },
         policy=f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
@@ -158,22 +149,8 @@ def page_html(page: Page) -> str:
     return written
 
 
-class SectionGroup(NamedTuple):
-    """Sections under one heading of the page and of its menu; without a title they stand last."""
-
-    id: str
-    title: str
-    sections: list[Section]
-
-
-class Said(NamedTuple):
-    """A finding as the page shows it. severity: "" where it was not judged. link: the
-    hash of the expert that it is about."""
-
-    severity: str
-    text: str
-    group: str = ""
-    link: str = ""
+def _group_of(said: Finding | str) -> str:
+    return said.group if isinstance(said, Finding) else ""
 
 
 def _placed(section: Section, taken: set[str]) -> Section:
@@ -202,13 +179,9 @@ def write_page(path: str | Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def template(name: str) -> Template:
-    """A template that escapes, with the filters `rows`, `plural`, `readable` and `packed`."""
-    return _environment().get_template(name)
-
-
 @cache
-def _environment() -> Environment:
+def template(name: str) -> Template:
+    """A template that escapes, with filters `rows`, `plural`, `readable`, `packed` and `slug`."""
     environment: Any = Environment(
         loader=PackageLoader("moe_inspect.reporting.render"),
         autoescape=True,
@@ -216,9 +189,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"rows": rows_of, "plural": plural, "readable": readable, "packed": packed}
-    environment.filters |= filters
-    return environment
+    environment.filters |= {"rows": rows_of, "plural": plural, "readable": readable}
+    environment.filters |= {"packed": packed, "slug": slug}
+    return environment.get_template(name)
 
 
 def asset(name: str) -> str:

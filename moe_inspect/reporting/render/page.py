@@ -14,7 +14,7 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.charts.domains import UNIFORM, lift_scale
+from moe_inspect.reporting.charts.domains import UNIFORM
 from moe_inspect.reporting.render.documents import Amount
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.payload import Json, numbers, scale_json
@@ -238,7 +238,7 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
         weights = [numbers(weight.to_numpy(float)) for weight in each]
     drawn: Json = {
         "scale": scale_json(spec.load_scale(routers, "× the mean load")),
-        "lift_scale": scale_json(lift_scale(len(kept), "× the mean over domains")),
+        "lift_scale": scale_json(spec.ratio_scale("× the mean over domains", len(kept), "domains")),
         "layers": [
             {"label": layer_label(data.trace.routers, r), "experts": of.experts, "k": of.top_k}
             for r, of in zip(chosen, routers, strict=True)

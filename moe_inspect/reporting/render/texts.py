@@ -85,10 +85,8 @@ def text_section(data: ReportData, amount: docs.Amount = None) -> Section | str:
     T = int((tokens.document_T < len(shown)).sum())
     drawn = page_data(trace, routers, both, tokens, routes, T)
     documents = _documents(both)
-    drawn |= {
-        "domainOf": [one["domain"] for one in documents],
-        "documents": documents[: len(shown)],
-    }
+    drawn["domainOf"] = [one["domain"] for one in documents]
+    drawn["documents"] = documents[: len(shown)]
     drawn["row"] = 0 if router is None else routers.index(router)
     domain_P = pd.factorize(both["domain"])[0][tokens.document_T][pool]
     drawn |= {"contexts": _contexts(data, routes, pool, domain_P), "pool": len(pool)}
@@ -153,10 +151,8 @@ def page_data(
     another trace. words: of each token the index in `texts` (`packed_numbers`)."""
     drawn = list[Json]()
     for i, r in enumerate(routers):
-        router, sides = (
-            trace.routers[r],
-            dict(zip("ab", [routes[i], *of_b[i : i + 1]], strict=False)),
-        )
+        router = trace.routers[r]
+        sides = dict(zip("ab", [routes[i], *of_b[i : i + 1]], strict=False))
         weights = [route.weights for route in sides.values() if route.weights is not None]
         most = max((float(of.max(initial=0)) for of in weights), default=0.0)
         drawn.append(

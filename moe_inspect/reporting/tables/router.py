@@ -102,12 +102,8 @@ def worth(data: ReportData) -> pd.DataFrame:
 
 
 def _worth_of(counts: Counts, r: int, weights_RU: np.ndarray | None) -> Columns:
-    of, load_UE, assignments_DE = (
-        counts.of[r],
-        counts.of[r].assignments_UE,
-        counts.assignments_DE(r),
-    )
-    E = counts.routers[r].experts
+    of, E, assignments_DE = counts.of[r], counts.routers[r].experts, counts.assignments_DE(r)
+    load_UE = of.assignments_UE
     gated_UE = _or_nan(of.gated_norm_UE, load_UE.shape)
     norm_UE = _or_nan(of.norm_UE, load_UE.shape)
     # a share is of the router's sum in the same resample

@@ -129,10 +129,8 @@ def _beyond_chance(table: pd.DataFrame) -> pd.DataFrame:
 def domain_beyond_token(data: ReportData) -> Finding | None:
     """How much of the domain's information is vocabulary, in the router where it is most."""
     table = data.tables["specialization"]
-    if len(data.counts.domains) < 2 or _cannot_tell(data, table) or _is_untrained(data):
-        return None
     real = _beyond_chance(table)
-    if real.empty:
+    if real.empty or _cannot_tell(data, table) or untrained_seed(data) is not None:
         return None
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
     row, name = top_row(real, effect), "domain_mi_given_token"
@@ -243,10 +241,6 @@ def untrained_seed(data: ReportData) -> int | None:
     return plan.get("random_init")
 
 
-def _is_untrained(data: ReportData) -> bool:
-    return untrained_seed(data) is not None
-
-
 def router_ties(data: ReportData) -> Finding | None:
     """Decisions in which logits tie at the boundary of the chosen, where logits are recorded."""
     if "logits" not in data.trace.tables:
@@ -273,7 +267,7 @@ UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each ha
 def committee(data: ReportData) -> Finding | None:
     """Experts that are among the k with the most load in every domain, where so many domains would
     hardly agree by chance, and that carry more than their even share."""
-    if data.counts.counts_only or _is_untrained(data):
+    if data.counts.counts_only or untrained_seed(data) is not None:
         return None
     table = data.tables["committee"]
     standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
@@ -372,4 +366,4 @@ def drift(data: ReportData) -> Finding | None:
 def _is_small(data: ReportData) -> bool:
     """Whether a pass of its own over the trace costs little, and its weights are not random."""
     small = not data.counts.counts_only and data.trace.n_decisions <= MOST_DECISIONS
-    return small and not _is_untrained(data)
+    return small and untrained_seed(data) is None

@@ -16,7 +16,7 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import text_config
-from moe_inspect.progress import phase as begun
+from moe_inspect.progress import tracked
 from moe_inspect.simulate.placement import policies as policy
 from moe_inspect.simulate.placement import windows as read
 from moe_inspect.simulate.placement.forecast import local_search
@@ -108,11 +108,9 @@ def simulate_placement(
         windows = read.fit_windows_of(trace, selection, fit_share, window)
         loads = read.loads_of(trace, selection, windows)
     plans = read.PlacementPlans(trace, selection, windows, layouts, loads, {})
-    advance = begun("placing", len(layouts), "routers")
-    for r in selection.routers:
+    for r in tracked(selection.routers, "placing", "routers"):
         for name in names:
             plans.of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r])
-        advance(1)
     fewer_ranks = bool(minimize) and "local-search" in names
     if fewer_ranks:
         read.reach_fewer(plans, "local-search", slack)

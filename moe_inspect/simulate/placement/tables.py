@@ -108,11 +108,7 @@ def tables_of(
                 row["lp_max_over_mean"] = _over(least_W, mean_W, slice(w, w + 1))
             by_window.append(row)
     table = pd.DataFrame(rows)
-    return {
-        "placement": table,
-        "policies": _by_policy(table),
-        "windows": pd.DataFrame(by_window),
-    }
+    return {"placement": table, "policies": _by_policy(table), "windows": pd.DataFrame(by_window)}
 
 
 def _ratio(load_G: np.ndarray) -> float:

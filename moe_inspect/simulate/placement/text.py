@@ -144,10 +144,8 @@ def _by_window(by_window: Frame, settings: Settings) -> spec.Panel:
     mean = by_window.pivot_table(
         index="policy", columns="window", values="max_over_mean", aggfunc="mean"
     )
-    policies, same = (
-        settings["policies"],
-        dict[str, list[str]](),
-    )  # the first of those that lie on each other → all
+    policies = settings["policies"]
+    same = dict[str, list[str]]()  # the first of those that lie on each other → all
     for name in policies:
         alike = (of for of in same if np.allclose(mean.loc[of], mean.loc[name], rtol=ALIKE))
         same.setdefault(next(alike, name), []).append(name)

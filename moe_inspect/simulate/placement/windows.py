@@ -21,7 +21,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.progress import phase
+from moe_inspect.progress import tracked
 from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, shares
 from moe_inspect.simulate.shards import count_taken, routed, taken
@@ -224,8 +224,7 @@ def reach_fewer(plans: PlacementPlans, policy: str, slack: float) -> None:
     for part in by_shard(plans.trace, "sampling", _sampled, plans.selection, windows, step):
         for r, ids_KM in part:
             samples[r].append(ids_KM)
-    advance = phase("exchanging", len(samples), "routers")
-    for r, parts in samples.items():
+    for r, parts in tracked(samples.items(), "exchanging", "routers"):
         layout, load_E = plans.layouts[r], plans.loads[r][: windows.fit].sum(0)
         best = min(
             (load_E @ shares(place(load_E, layout), len(load_E), layout.gpus)).max()
@@ -237,7 +236,6 @@ def reach_fewer(plans: PlacementPlans, policy: str, slack: float) -> None:
             limit, load_E = best * (1 + slack), load_E.astype(np.float64)
             kernels_numba.anneal(ids_KM, slots_GS, load_E, limit, PROPOSALS, HEAT, 0)
         plans.of[r, policy] = slots_GS.reshape(-1)
-        advance(1)
 
 
 def _sampled(
