@@ -9,9 +9,10 @@ import functools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 from weakref import WeakSet
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -24,20 +25,13 @@ from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions import rules
 from moe_inspect.interventions.replay import Replay
-from moe_inspect.model.choices import called_with
+from moe_inspect.model.choices import Args, Called, Kwargs, called_with
+from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.find import no_routers, routers_in
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.model.wrapped import unwrapped
 from moe_inspect.text import comma_list, plural, print_stderr
 from moe_inspect.trace.reader import Trace, open_trace
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pandas as pd
-
-    from moe_inspect.model.choices import Args, Called, Kwargs
-    from moe_inspect.model.custom.spec import RouterSpec
 
 # layer, or path of a router's module → experts
 Layers = Mapping["int | str", "int | Iterable[int]"]
@@ -197,8 +191,6 @@ class Intervention:
         included), of `decisions` that were changed, of `assignments` that went to another expert,
         and of `weights` that are not the router's own for that expert. Where a router itself chose
         among the rest, only what was changed afterwards is counted."""
-        import pandas as pd
-
         return pd.DataFrame(
             {"layer": site.layer, "router": r, "name": site.path, **asdict(self.done[r])}
             for r, site in enumerate(self.sites)

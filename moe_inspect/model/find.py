@@ -9,20 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch.nn import Module, ModuleDict, ModuleList
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import routers
+from moe_inspect.model.choices import Args, Called, Choice, Kwargs
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.custom.spec import SPECS, RouterSpec, registered
 from moe_inspect.model.families import EXPERTS, TOP_K, TOWER, Adapter, stated_size
 from moe_inspect.model.routers import Site
 from moe_inspect.text import and_more
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-
-    from moe_inspect.model.choices import Args, Called, Choice, Kwargs
 
 # of a module that chooses experts: the last name in its path, or its class
 ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
@@ -141,15 +138,13 @@ class Candidates:
 
 def candidates(model: Module) -> Candidates | None:
     """None where nothing in the model looks like a router or like experts."""
-    import torch
-
     routers, lists, sizes = dict[str, str](), dict[str, str](), set[int]()
     kinds = {path: type(module).__name__ for path, module in model.named_modules()}
     for path, module in model.named_modules():
         last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), kinds[path]
         owner = kinds[path.rpartition(".")[0]]
         of_experts = EXPERTS_PATH.search(path) or EXPERTS_CLASS.search(owner)
-        if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        if isinstance(module, ModuleList | ModuleDict):
             classes = {type(child).__name__ for child in module.children()}
             if of_experts and last not in BLOCKS and len(module) > 1 and len(classes) == 1:
                 lists[pattern] = f"{len(module)}{TIMES}{classes.pop()}"
@@ -285,8 +280,6 @@ def _site_of(spec: RouterSpec, path: str, module: Module, model: Module) -> Site
 
 def lists_in_blocks(model: Module) -> dict[str, list[Module]]:
     """Path → modules, of each list in a block that has one class: they may be experts."""
-    from torch.nn import ModuleDict, ModuleList
-
     modules = ((p, m) for p, m in model.named_modules() if routers.layer_path(p) is not None)
     lists = {p: [*m.children()] for p, m in modules if isinstance(m, ModuleList | ModuleDict)}
     return {p: of for p, of in lists.items() if len(of) > 1 and len(set(map(type, of))) == 1}

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.tasks import by_router
@@ -33,10 +33,6 @@ from moe_inspect.text import layer_label, plural
 from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 POLICIES = {
     "lru": "evicts the least recently used; of one decision the earlier choice",
@@ -194,8 +190,6 @@ def _order(shard: Shard, router: int, seen: Seen) -> tuple[np.ndarray | None, np
 def _tables(
     trace: Trace, caches: dict[int, Cache], mb_of: dict[int, float] | None, gb_per_s: float | None
 ) -> dict[str, pd.DataFrame]:
-    import pandas as pd
-
     rows, by_phase = [], []
     missed = dict[tuple[str, int], dict[int, int]]()
     for r, cache in caches.items():

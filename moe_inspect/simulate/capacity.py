@@ -15,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
@@ -32,11 +34,6 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard, codes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow as pa
-
 
 Order = Literal["arrival", "token", "weight"]
 ORDERS: dict[Order, str] = {
@@ -356,8 +353,6 @@ def dropped(
 
 
 def _tables(trace: Trace, counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
-    import pandas as pd
-
     (of, hit_F, lost_F), factors = counted, settings["capacity_factors"]
     target_drop = settings["target_drop"]
     main, needed, by_domain, by_position = [], [], [], []

@@ -9,17 +9,18 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec
 
+import pandas as pd
+
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
-    from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.render.html import Section
 
 Options = ParamSpec("Options")

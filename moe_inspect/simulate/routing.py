@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
@@ -28,10 +28,6 @@ from moe_inspect.simulate.shards import check_length, routed
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 # by setting of an algorithm, the values that it is run with; None is the default
 ValuesOf = dict[str, Sequence[float] | None]
@@ -240,8 +236,6 @@ def _max_vio(load_E: np.ndarray) -> float:
 
 
 def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, pd.DataFrame]:
-    import pandas as pd
-
     routing = pd.DataFrame(
         {"layer": trace.routers[r].layer, "router": r, **run.row()}
         for r, found in runs_of.items()

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.render.documents import Amount
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import report
 from moe_inspect.site.directory import FORMAT, UP, Directory
@@ -22,9 +22,6 @@ from moe_inspect.site.index import index_page, table_of
 from moe_inspect.text import cut, readable, storable
 from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace, address, open_trace
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.render.documents import Amount
 
 
 def atlas(

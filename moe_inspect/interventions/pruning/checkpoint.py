@@ -14,7 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from moe_inspect.analysis.weights.measure import MTP
 from moe_inspect.errors import MoeInspectError, writing
@@ -26,10 +31,6 @@ from moe_inspect.model.routers import SELECTION_BIAS
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.manifest import refuse_within_trace
-
-if TYPE_CHECKING:
-    from safetensors import safe_open
-    from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 4 * 2**30
@@ -68,8 +69,6 @@ class Pruned:
 
 def directory_of(model: str, revision: str | None) -> Path:
     """Where the safetensors of a model are. MoeInspectError for other or quantised weights."""
-    from transformers.utils.hub import cached_file
-
     if find_adapter(model, revision) is not None:
         merge = "merge it with its base model, and prune that"
         raise MoeInspectError(f"{model} is an adapter: {merge}")
@@ -133,9 +132,6 @@ def with_experts(config: Config, pruned: Pruned) -> Config:
 
 def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
     """Files of at most FILE_BYTES (or of one tensor), with an index where they are several."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     held: dict[str, Tensor] = {}
     files: list[list[str]] = []
     held_bytes = total = 0
@@ -168,8 +164,6 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
 
 def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the new checkpoint, by name."""
-    import torch
-
     files = [source / WEIGHTS]
     if not files[0].exists():  # transformers, too, reads an index only then
         listed = _read_json(source / INDEX)["weight_map"]
@@ -208,8 +202,6 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _weights_in(file: Path) -> Iterator[safe_open]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened

@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from torch.nn import Module
 
 from moe_inspect.analysis import scores
 from moe_inspect.analysis.weights.measure import aimer_of
@@ -33,9 +33,6 @@ from moe_inspect.model.load import checkpoint_dir, config_record
 from moe_inspect.model.routers import Site, block_of
 from moe_inspect.text import first_line, no_such
 from moe_inspect.trace.reader import Trace
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 BY = (*scores.ALL, RANDOM)
 # of the loss: a router's scores may be summed in another order, and two that are close then change

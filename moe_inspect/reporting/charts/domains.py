@@ -6,17 +6,13 @@ L routers, E experts, D domains, K experts of a top-k.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import cut, layer_label, readable
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.tables.data import ReportData
 
 MOST_PANELS = 8  # layers drawn where each takes a panel
 UNIFORM = "uniform"  # the row below those of the domains

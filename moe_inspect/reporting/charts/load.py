@@ -6,20 +6,15 @@ L routers, E experts of the widest of them, W windows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, layer_axis
-from moe_inspect.reporting.tables.data import records
+from moe_inspect.reporting.tables.data import ReportData, records
 from moe_inspect.reporting.verdict.findings import uneven
 from moe_inspect.text import layer_label, plural
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.tables.data import ReportData
 
 
 @spec.chart("load", group="Balance")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,11 +16,9 @@ from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.domains import MOST_DOMAINS
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, layer_axis
 from moe_inspect.reporting.tables import pairs
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.pairs import BOUNDS, PairEvidence
 from moe_inspect.text import cut, layer_label, readable
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.tables.data import ReportData
 
 MOST_PAIRS = 60  # rows of the table of pairs below a chart
 MOST_DOTS = 60  # dots with intervals that can be told apart; more make a heatmap

@@ -15,22 +15,18 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import tracked
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label, no_such
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from numpy.typing import ArrayLike
-
-    from moe_inspect.reporting.tables.data import ReportData
-    from moe_inspect.trace.schema import Router
-
+from moe_inspect.trace.schema import Router
 
 MOST_LINES = 12  # routers that can be told apart as lines; more make a heatmap
 FEW_CELLS = 160  # cells of a heatmap up to which each shows its number

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, selected_tokens
 from moe_inspect.progress import tracked
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard, codes
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.tables.data import ReportData
-
 
 READ = 40_000_000  # assignments of all shards that are read, at least one shard
 MOST_SHARDS = 16

@@ -17,8 +17,9 @@ from functools import cache
 from importlib.resources import files
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -28,9 +29,6 @@ from moe_inspect.reporting.render.payload import Json, packed, panel_json, rows_
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural, readable
 from moe_inspect.trace.output_dir import output_file
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # ids of the page itself, and those that its scripts add
 IDS = ("top", "main", "findings", "more-findings", "menu", "find", "found", "payload", "theme")

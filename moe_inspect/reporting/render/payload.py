@@ -9,15 +9,13 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.reporting.charts.spec import Axis, Heatmap, Mark, Panel, Scale
 from moe_inspect.text import number, readable
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MOST_ROWS = 100  # of a table in the text of the page
 SORTED_ROWS = 5_000  # of a table that can be sorted and downloaded

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,14 +20,11 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render import documents as docs
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.payload import Json
+from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label, legible, plural, readable
 from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.texts import ROUTES_TELL, as_text, pieces_of
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.tables.data import ReportData
-
 
 TEXT_BYTES = 1_000_000  # of the documents on the page, where no number of them was asked for
 MOST_BYTES = 64_000_000  # beyond which a browser has trouble
