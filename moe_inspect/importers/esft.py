@@ -6,9 +6,9 @@ T tokens, K slots.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +61,12 @@ def esft(context: ImportContext) -> Imported:
     if context.facts or context.experts or context.top_k:
         experts, top_k = context.known_experts("ESFT's text"), context.known_top_k("ESFT's text")
     routers = context.routers_of(layers, experts, top_k, next(iter(tasks)))
-
-    def batches() -> Iterator[RoutedBatch]:
-        numbers = Numbering()
-        for folder, files in tasks.items():
-            paths = [files[r.layer] for r in routers]
-            yield from _task(context, numbers, label[folder], paths, routers)
-
-    return Imported(routers, batches(), weights=True, notes=["token ids are not in the source"])
+    numbers = Numbering()
+    batches = chain.from_iterable(
+        _task(context, numbers, label[folder], [files[r.layer] for r in routers], routers)
+        for folder, files in tasks.items()
+    )
+    return Imported(routers, batches, weights=True, notes=["token ids are not in the source"])
 
 
 def _task(
@@ -82,7 +80,7 @@ def _task(
     numbers.domain(domain)
     readers = [context.lines(path) for path in paths]
     while first := _lines(readers[0]):
-        others = [list(itertools.islice(reader, len(first))) for reader in readers[1:]]
+        others = [list(islice(reader, len(first))) for reader in readers[1:]]
         ids, weights, sizes = [], [], []
         for lines, path, router in zip([first, *others], paths, routers, strict=True):
             if len(lines) != len(first):

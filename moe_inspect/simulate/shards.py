@@ -52,9 +52,8 @@ def check_length(values: np.ndarray, tokens: int, router: int) -> None:
 def check_domains(trace: Trace, selection: Selection) -> None:
     """MoeInspectError where the trace lacks a domain that was asked for."""
     if selection.domains is not None:
-        there = set(
-            (trace.counts() if trace.counts_only else trace.documents())["domain"].astype(str)
-        )
+        table = trace.counts() if trace.counts_only else trace.documents()
+        there = set(table["domain"].astype(str))
         if missing := selection.domains - there:
             raise MoeInspectError(
                 f"no domain {', '.join(sorted(missing))} in {trace.path}: it has "
