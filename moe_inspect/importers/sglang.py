@@ -317,6 +317,12 @@ class Pass:
     physical_BTK: np.ndarray
     lengths: list[int]
 
+    def is_decoded(self, start: int, length: int) -> bool:
+        """Whether a request's tokens in this pass are one decoded token, not a prompt. A mixed pass
+        does not say which it is: a prompt of one token begins at position 0."""
+        mode = self.mode
+        return mode != EXTEND and length == 1 and (mode != MIXED or self.position[start] > 0)
+
 
 def _batches(
     context: ImportContext, files: list[File], maps: dict[Path, np.ndarray], routers: list[Router]
@@ -399,8 +405,7 @@ def _requests(
         start, end = end, end + length
         if length == 0:
             continue
-        # a mixed pass does not say which token is decoded: a prompt of one begins at position 0
-        if length == 1 and one.mode != EXTEND and (one.mode != MIXED or one.position[start] > 0):
+        if one.is_decoded(start, length):
             singles.append(start)
             continue
         part = slice(start, end)

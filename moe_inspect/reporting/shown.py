@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
+import pandas as pd
+
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
+from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace, address
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
-
-    from moe_inspect.reporting.verdict.findings import Finding
 
 LEAST_OF_TABLE = 9  # lines of a table with two rows in a text
 # lines of a table besides its rows and what is said of those left out: an empty one, the title, the

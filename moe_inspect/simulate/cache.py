@@ -314,9 +314,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     for i, name in enumerate(names):
         look = SERIES[i], DASHES[i % 3], True
         rate = main[main["policy"] == name].groupby("slots")["hit_rate"]
-        mean, low, high = (
-            of.reindex(sizes).to_numpy() for of in (rate.mean(), rate.min(), rate.max())
-        )
+        mean, low, high = rate.agg(["mean", "min", "max"]).reindex(sizes).to_numpy().T
         # beside each other, or the intervals would hide each other
         beside_S = x_S + 0.08 * (i - (len(names) - 1) / 2)
         by_size.append(Line(beside_S, mean, name, *look, low, high))
@@ -327,18 +325,16 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     by_layer.append(Points(x_L, hot.to_numpy(), said, "c6", "tick"))
     slots, rate = Axis("slots per layer", tuple(map(str, sizes))), Axis("hit rate", low=0, high=1)
     layers = Axis("layer", tuple(label_of[r] for r in routers))
-    panels = (
-        Panel(tuple(by_size), slots, rate, "By number of slots"),
-        Panel(tuple(by_layer), layers, rate, f"By layer, {size} slots"),
-    )
-    said = (
-        "By number of slots: the mean over layers, the bars from the lowest layer to the highest."
-    )
     return Chart(
         "Cache of experts",
         "Share of the accesses to experts that a cache serves, by policy",
-        panels,
-        text=result.SIMULATED + said,
+        (
+            Panel(tuple(by_size), slots, rate, "By number of slots"),
+            Panel(tuple(by_layer), layers, rate, f"By layer, {size} slots"),
+        ),
+        text=result.SIMULATED
+        + "By number of slots: the mean over layers, the bars from the lowest layer to the "
+        "highest.",
         columns=2,
         name="cache",
     )

@@ -476,15 +476,14 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     tenths = Axis("tenth (10 is the end)", tuple(str(i) for i in range(1, 11)))
     rate = Axis("share of assignments dropped", low=0)
     where = f"Layer {label_of[worst]} at factor {factor:g}, by position"
-    panels = (
-        Panel(by_layer, layers, rate, "By layer"),
-        Panel(tuple(by_position), tenths, rate, where),
-    )
     return Chart(
         "Capacity of experts",
         "Share of the assignments that are dropped, in groups of "
         + _group(settings["group_tokens"]),
-        panels,
+        (
+            Panel(by_layer, layers, rate, "By layer"),
+            Panel(tuple(by_position), tenths, rate, where),
+        ),
         text=result.SIMULATED
         + "An expert takes at most its even share of a group × the capacity factor.",
         columns=2,

@@ -172,12 +172,9 @@ def uncompressed(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="moe-inspect-") as folder:
         copy = Path(folder) / path.stem
         try:
-            with (
-                pa.OSFile(os.fsencode(path)) as raw,
-                pa.CompressedInputStream(raw, CODECS[path.suffix]) as stream,
-                open(copy, "wb") as out,
-            ):
-                shutil.copyfileobj(stream, out)
+            raw = pa.OSFile(os.fsencode(path))
+            with pa.CompressedInputStream(raw, CODECS[path.suffix]) as it, open(copy, "wb") as out:
+                shutil.copyfileobj(it, out)
             yield copy
         except (OSError, pa.ArrowException) as error:
             raise MoeInspectError(f"{path}: {first_line(error)}") from None
