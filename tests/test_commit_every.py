@@ -57,9 +57,7 @@ def content(root: Path) -> list[Any]:
 
 @pytest.mark.parametrize("group", [0, 2])
 @pytest.mark.parametrize("seconds", [AT_ONCE, 0.02])
-def test_the_trace_is_at_last_the_same_file_by_file(
-    tmp_path: Path, seconds: float, group: int
-) -> None:
+def test_the_trace_is_at_last_the_same(tmp_path: Path, seconds: float, group: int) -> None:
     batches = some_batches(group=group)
     with writer(tmp_path / "plain") as plain:
         for batch in batches[:2]:

@@ -22,7 +22,7 @@ from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
 from tests.support.damage import edit_manifest
-from tests.support.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.synthetic import assigned, uniform_ids, write_counts, write_trace
 
 T, E, K = 240, 8, 2
 
@@ -44,16 +44,6 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     )
 
 
-def truth(trace: Trace) -> pd.DataFrame:
-    """A row an assignment, through pandas alone."""
-    rows = trace.routing().merge(trace.tokens(), on="token")
-    parts = [
-        rows.assign(slot=j, expert=rows[f"expert_{j}"], weight=rows[f"weight_{j}"])
-        for j in range(K)
-    ]
-    return pd.concat(parts).sort_values(["router", "token", "slot"]).reset_index(drop=True)
-
-
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -63,7 +53,7 @@ def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path
     export_trace(trace, "counts", tmp_path / f"c.{ending}")
     back = import_trace("counts", [tmp_path / f"c.{ending}"], tmp_path / "t").counts()
     keys = ["layer", "domain", "expert"]
-    by = truth(trace).groupby(keys, observed=True)
+    by = assigned(trace).groupby(keys, observed=True)
     expected = by.agg(n=("slot", "size"), first=("slot", lambda s: (s == 0).sum()))
     found = back.assign(domain=back["domain"].astype(str)).set_index(keys).loc[expected.index]
     assert found["assignments"].tolist() == expected["n"].tolist()
@@ -88,7 +78,7 @@ def test_esft_comes_back_as_it_was(trace: Trace, tmp_path: Path):
         found = back.routing(layer=layer)[columns]
         assert np.array_equal(found.to_numpy(), ours[columns].to_numpy())
     scores = read(tmp_path / "e/a/summary.json")
-    mine = truth(trace).query("domain == 'a' and layer == 3")
+    mine = assigned(trace).query("domain == 'a' and layer == 3")
     gate = mine.loc[mine["expert"] == 5, "weight"].sum() / mine["token"].nunique()
     assert scores["token_scores"]["3"]["5"] == pytest.approx((mine["expert"] == 5).mean())
     assert scores["gate_scores"]["3"]["5"] == pytest.approx(gate)
@@ -98,14 +88,14 @@ def test_esft_comes_back_as_it_was(trace: Trace, tmp_path: Path):
 
 @pytest.mark.parametrize("score", ["token", "gate"])
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 1.0])
-def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
-    score: str, top_p: float, trace: Trace, tmp_path: Path
-):
+def test_esft_trains_the_fewest_experts(score: str, top_p: float, trace: Trace, tmp_path: Path):
+    """Whose scores sum to `top_p` of all."""
     export_trace(trace, "esft", tmp_path / "e", top_p=top_p, score=score)
     config = read(tmp_path / "e/a/expert_cfg.json")
     assert (config["shared_experts"], config["non_expert_modules"]) == (False, False)
     for layer in (1, 3):
-        mine = truth(trace).query("domain == 'a' and layer == @layer").groupby("expert")["weight"]
+        rows = assigned(trace).query("domain == 'a' and layer == @layer")
+        mine = rows.groupby("expert")["weight"]
         share = (mine.size() if score == "token" else mine.sum()).sort_values(ascending=False)
         share /= share.sum()
         chosen = config["experts"][str(layer)]
@@ -128,11 +118,13 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
         ("pruning", {"by": "gate", "keep": 0.1}, "of 8 experts, but every token goes to 2"),
         ("pruning", {"top_p": 0.5}, "--top-p is an option of the format esft, not of pruning"),
         ("counts", {"top_p": 0.5}, "--top-p is an option of the format esft, not of counts"),
+        ("counts", {"gpu_layers": 1}, "--gpu-layers is an option of the format llama-cpp, not of"),
+        ("llama-cpp", {"gpu_layers": 4}, "--gpu-layers 4: 2 layers have experts"),
+        ("llama-cpp", {}, "needs --gpu-layers"),
+        ("sglang", {"safe_csv": True}, "--safe-csv is an option of the format counts, not of"),
     ],
 )
-def test_options_of_esft_are_checked(
-    format: str, options: dict, said: str, trace: Trace, tmp_path: Path
-):
+def test_options_are_checked(format: str, options: dict, said: str, trace: Trace, tmp_path: Path):
     with pytest.raises(MoeInspectError, match=said):
         export_trace(trace, format, tmp_path / "o", **options)
     assert not list(tmp_path.iterdir())
@@ -145,7 +137,7 @@ def test_the_experts_with_the_least_scores_go(score: str, trace: Trace, tmp_path
     assert (plan["format"], plan["by"], plan["keep"]) == (1, score, 0.6)
     assert plan["experts"] == {"1": E, "3": E}
     for layer in (1, 3):
-        mine = truth(trace).query("layer == @layer").groupby("expert")["weight"]
+        mine = assigned(trace).query("layer == @layer").groupby("expert")["weight"]
         worth = mine.sum() if score == "gate" else mine.size()
         assert plan["scores"][str(layer)] == pytest.approx(worth.tolist())
         gone = plan["dropped"][str(layer)]
@@ -282,10 +274,9 @@ def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path
     assert held["logical_count"].dtype == torch.int64
     load = read(tmp_path / "s.json")["logical_count"]
     assert held["logical_count"].tolist() == [load]
-    expected = truth(trace).groupby(["layer", "expert"]).size()
-    assert {
-        (layer, e): n for layer, of in enumerate(load) for e, n in enumerate(of) if n
-    } == expected.to_dict()
+    expected = assigned(trace).groupby(["layer", "expert"]).size()
+    counted = {(layer, e): n for layer, of in enumerate(load) for e, n in enumerate(of) if n}
+    assert counted == expected.to_dict()
     assert (len(load), {*map(len, load)}) == (4, {E})
     said: list[str] = []
     back = import_trace("sglang", [tmp_path / "s.pt"], tmp_path / "t", top_k=K, warn=said.append)
@@ -325,7 +316,8 @@ def test_long_parquet_is_a_row_an_assignment(trace: Trace, tmp_path: Path):
     found = duckdb.sql(f"select * from '{tmp_path}/l.parquet' order by router, token, slot").df()
     columns = ["token", "layer", "router", "slot", "expert", "weight", "token_id", "document"]
     columns += ["sequence", "position", "batch"]
-    assert np.array_equal(found[columns].to_numpy(float), truth(trace)[columns].to_numpy(float))
+    of_slots = assigned(trace)[columns].to_numpy(float)
+    assert np.array_equal(found[columns].to_numpy(float), of_slots)
 
 
 @pytest.mark.parametrize("format", MODULES)
@@ -385,10 +377,3 @@ def test_llama_cpp_keeps_layers_whose_load_is_spread_on_the_gpu(cli_here: Cli, t
     assert not pattern.search("blk.0.ffn_gate_shexp.weight")
     export_trace(tmp_path / "t", "llama-cpp", tmp_path / "ot", gpu_layers=3)
     assert (tmp_path / "ot").read_text() == "\n"
-    for format, given, said in (
-        ("llama-cpp", {"gpu_layers": 4}, "--gpu-layers 4: 3 layers have experts"),
-        ("llama-cpp", {}, "needs --gpu-layers"),
-        ("counts", {"gpu_layers": 1}, "option of the format llama-cpp, not of counts"),
-    ):
-        with pytest.raises(MoeInspectError, match=said):
-            export_trace(tmp_path / "t", format, tmp_path / "c.csv", **given)

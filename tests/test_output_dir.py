@@ -180,11 +180,6 @@ def linked(root: Path) -> None:
     (root / "tokens").symlink_to(root.parent / "tokens")
 
 
-def bare_parts(root: Path) -> None:
-    (root / MANIFEST).unlink()
-    (root / "shards-0.jsonl").unlink()
-
-
 STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a profiler's": (lambda root: profiled(root, "documents/thesis.tex", "logits/run1.npy"), r"is not a trace \(it holds documents/thesis.tex, logits/run1.npy, trace.json\): not overwritten"),
     "a profiler's alone": (profiled, r"is not a trace \(it holds trace.json\)"),
@@ -192,7 +187,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "files in tables": (lambda root: beside(root, "tokens/a.csv", "routing/part-0-0.csv", "documents/b", "e"), r"documents/b, e, routing/part-0-0.csv and 1 more\)"),
     "a table elsewhere": (linked, r"is more than a trace \(it holds tokens\)"),
     "a profiler's over ours": (lambda root: (root / MANIFEST).write_text('{"traceEvents": []}'), r"is not a trace \(it holds trace.json\)"),
-    "parts without lists": (bare_parts, "is not a trace"),
+    "parts without lists": (lambda root: [(root / name).unlink() for name in (MANIFEST, "shards-0.jsonl")], "is not a trace"),
 }  # fmt: skip
 
 

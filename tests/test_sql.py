@@ -181,17 +181,6 @@ def test_values_keep_their_types(trace: Trace) -> None:
         trace.sql("select * from (select 1 a) cross join (select 2 a)")
 
 
-def test_damage_is_told_as_elsewhere(trace: Trace, tmp_path: Path, cli_here: Cli) -> None:
-    shutil.copytree(trace.path, tmp_path / "t")
-    part = sorted((tmp_path / "t" / "routing").iterdir())[1]
-    part.write_bytes(part.read_bytes()[:-1])
-    done = cli_here("sql", tmp_path / "t", "select count(*) from routing", check=1)
-    assert done.stderr.startswith("error: ")
-    assert part.name in done.stderr.splitlines()[0]
-    assert "Traceback" not in done.stderr
-    assert len(moe_inspect.open_trace(tmp_path / "t").sql("from tokens")) == T
-
-
 def test_a_trace_of_counts_has_the_views_that_it_can(tmp_path: Path) -> None:
     trace = write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
     assert trace.sql("select sum(assignments) n from load")["n"].tolist() == [216]
