@@ -110,11 +110,6 @@ def generated(model: Any, ids: Tensor = IDS, **options: Any) -> Texts:
     return [row[:-1] for row in out.tolist()]  # the last token is never fed
 
 
-def left_padded(model: Any) -> Texts:
-    rows = generated(model, attention_mask=MASK)
-    return [rows[0], rows[1][3:]]
-
-
 def adapted(model: Any) -> Texts:
     """Called through PEFT, which puts adapters into the model, and takes them out."""
     import peft
@@ -151,8 +146,7 @@ def piped(model: Any) -> Texts:
 
 
 def own_drafts(model: Any) -> Texts:
-    """Speculative decoding by hand: two of four drafts are kept, then none of one, and one of two
-    at the end."""
+    """Two of four drafts are kept, then none of one, one of two at the end."""
     cache = model(input_ids=IDS[:1, :4], use_cache=True)[CACHE]
     for fed, rejected in (([5, 1, 2, 3, 4], 2), ([7, 8], 1), ([6], 0), ([3, 4, 2], 1)):
         cache = model(input_ids=torch.tensor([fed]), **{CACHE: cache})[CACHE]
@@ -162,8 +156,7 @@ def own_drafts(model: Any) -> Texts:
 
 
 def in_batches(model: Any) -> Texts:
-    """transformers' continuous batching; requests of different lengths, in pieces of at most 8
-    tokens, some of which end while others go on."""
+    """Requests of different lengths, in pieces; some end while others go on."""
     import transformers
 
     prompts = [ROWS[0], ROWS[1][:4], ROWS[0][:5], ROWS[1]]
@@ -183,16 +176,11 @@ def in_batches(model: Any) -> Texts:
 
 
 def assisted(model: Any, **options: Any) -> Texts:
-    return generated(model, IDS[:1], assistant_model=drafter(), **options)
-
-
-def drafter() -> Any:
-    """Another model that proposes some of what the first one generates."""
+    """By another model, which proposes some of what this one generates."""
     torch.manual_seed(0)
     other = build("mixtral")
-    with torch.no_grad():
-        other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.1)
-    return other
+    other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.1)
+    return generated(model, IDS[:1], assistant_model=other, **options)
 
 
 # name → what is done, which returns the texts; none where rows change places (beam search) or each
@@ -201,7 +189,9 @@ WAYS: dict[str, Callable[[Any], Texts]] = {
     "forward, padding left": lambda m: m(IDS, attention_mask=MASK) and [ROWS[0], ROWS[1][3:]],
     "forward, no cache": lambda m: m(IDS, use_cache=False) and ROWS,
     "greedy": generated,
-    "greedy, padding left": left_padded,
+    "greedy, padding left": lambda m: [
+        row[3 * n :] for n, row in enumerate(generated(m, attention_mask=MASK))
+    ],
     "greedy, cache of another kind": lambda m: generated(m, cache_implementation="static"),
     "greedy, prompt in chunks": lambda m: generated(m, prefill_chunk_size=4),
     "sampling": lambda m: generated(m, do_sample=True),
@@ -252,8 +242,7 @@ def test_embeddings_in_place_of_ids(model: Any, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_cache_cut_by_the_caller(model: Any, tmp_path: Path) -> None:
-    """Two texts that begin alike: the second one goes on from the first one's cache. Nothing was
-    rejected, so nothing is a draft."""
+    """A text goes on from the cache of another: nothing was rejected."""
     with traced(model, tmp_path / "t") as fed:
         cache = model(input_ids=IDS[:1, :4], use_cache=True)[CACHE]
         for ids in (IDS[:1, 4:7], IDS[1:, 4:8]):
@@ -331,8 +320,7 @@ class Own(nn.Module):
 
 
 def with_own_cache(kind: str) -> tuple[Any, Callable[[Tensor, int, Any], Any]]:
-    """A model, and how it is fed ids at a position, with what it returned before, if the caller
-    keeps that: the keys and values of each layer."""
+    """A model, and how it is fed ids at a position, with what it returned before."""
     model: Any = Own().eval()
     at_S = lambda ids, at: torch.arange(at, at + ids.shape[1])  # noqa: E731
     if kind == "start_pos":  # as DeepSeek-V3's own code
@@ -349,8 +337,7 @@ def with_own_cache(kind: str) -> tuple[Any, Callable[[Tensor, int, Any], Any]]:
 @pytest.mark.parametrize("kind", ["start_pos", "input_pos", "tuples"])
 @torch.no_grad()
 def test_of_a_model_with_a_cache_of_its_own(kind: str, tmp_path: Path) -> None:
-    """Two texts of two rows each, in parts, one token of each in the end, then the rejected drafts
-    of a single row."""
+    """Two texts of two rows, in parts; then the rejected drafts of a single row."""
     (model, feed), past = with_own_cache(kind), None
     steps = ((0, [5, 6, 7]), (3, [1, 2, 3, 4]), (5, [8, 9]), (7, [7]), (8, [3, 3]), (9, [2]))
     with traced(model, tmp_path / "t") as fed:
@@ -368,8 +355,7 @@ def test_of_a_model_with_a_cache_of_its_own(kind: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_positions_alone_do_not_reject(tmp_path: Path) -> None:
-    """Parts of other texts, which begin somewhere (a rank that holds a part of each text, texts
-    that are shifted while training): nothing goes on, nothing is rejected."""
+    """Parts of texts: of a rank that holds some, or shifted while training."""
     model: Any = Own()
     model.forward = lambda idx, position_ids=None: model.run(idx)[0]
     with traced(model, tmp_path / "t") as fed:
@@ -380,25 +366,20 @@ def test_positions_alone_do_not_reject(tmp_path: Path) -> None:
     assert set(tokens.phase) == {"prefill"}
 
 
+@pytest.mark.parametrize("named", [lambda of: of, lambda of: [[f"text {n}" for n in of.tolist()]]])
 @torch.no_grad()
-def test_a_caller_says_which_sequence_a_token_is_of(tmp_path: Path) -> None:
+def test_a_caller_says_which_sequence_a_token_is_of(named: Any, tmp_path: Path) -> None:
     """An engine that packs requests, by number and by name."""
     model: Any = Own()
     model.forward = lambda idx, of: model.run(idx)[0]
     passes = [([5, 6, 7, 9, 17], [4, 4, 4, 7, 7]), ([33, 8, 4], [7, 4, 7])]
     passes.append(([40, 41, 42], [9, 9, 4]))
-    names = {4: "a", 7: "b", 9: "c"}
-    by_number = lambda args, _: {"input_ids": args[0], "sequences": args[1]}  # noqa: E731
-    by_name = lambda args, _: {  # noqa: E731
-        "input_ids": args[0],
-        "sequences": [[names[n] for n in args[1].tolist()]],
-    }
-    for inputs in (by_number, by_name):
-        path = tmp_path / str(inputs is by_name)
-        with traced(model, path, inputs=inputs) as fed:
-            for ids, of in passes:
-                model(torch.tensor([ids]), torch.tensor(of))
-        assert texts_of(agreed(path, fed)) == [[5, 6, 7, 8, 42], [9, 17, 33, 4], [40, 41]]
+    told = lambda args, _: {"input_ids": args[0], "sequences": named(args[1])}  # noqa: E731
+    with traced(model, tmp_path / "t", inputs=told) as fed:
+        for ids, of in passes:
+            model(torch.tensor([ids]), torch.tensor(of))
+    texts = texts_of(agreed(tmp_path / "t", fed))
+    assert texts == [[5, 6, 7, 8, 42], [9, 17, 33, 4], [40, 41]]
 
 
 class Returned(Own):
@@ -411,61 +392,34 @@ class Returned(Own):
         return {"kept": [tuple(kv[:, :, -self.window :] for kv in layer) for layer in kept]}
 
 
-# of each pass: the ids, the pass whose cache it is given (None: it begins a text), its document,
-# first position and phase
-Step = tuple[list[int], int | None, int, int, str]
-TURNS: dict[str, list[Step]] = {
-    "two texts": [
-        ([1, 2, 3, 4, 5, 6, 7], None, 0, 0, "prefill"),
-        ([11, 12, 13, 14], None, 1, 0, "prefill"),
-        *(([20 + n], n, n % 2, (7, 4)[n % 2] + n // 2, "decode") for n in range(6)),
-    ],
-    "two texts of one length": [
-        ([1, 2, 3], None, 0, 0, "prefill"),
-        ([11, 12, 13], None, 1, 0, "prefill"),
-        ([4], 0, 0, 3, "decode"),
-        ([14], 1, 1, 3, "decode"),
-    ],
-    "a window": [
-        ([1, 2, 3, 4, 5, 6], None, 0, 0, "prefill"),
-        *(([7 + n], n, 0, 6 + n, "decode") for n in range(6)),
-    ],
-    "a prefix": [
-        ([1, 2, 3, 4, 5, 6], None, 0, 0, "prefill"),
-        ([7, 8, 9, 10], 0, 0, 6, "prefill"),
-        ([11, 12, 13, 14], 0, 0, 6, "prefill"),
-        ([15], 0, 0, 6, "decode"),
-        ([16], 2, 0, 10, "decode"),
-    ],
-    "back before the last pass": [
-        ([1, 2, 3, 4], None, 0, 0, "prefill"),
-        ([5, 6], 0, 0, 4, "prefill"),
-        ([7, 8, 9], 1, 0, 6, "prefill"),
-        ([10], 1, 0, 6, "decode"),
-    ],
-}  # fmt: skip
+# of each pass: how many ids, and the pass whose cache it is given (None: it begins a text)
+TURNS: dict[str, list[tuple[int, int | None]]] = {
+    "two texts": [(7, None), (4, None), *((1, n) for n in range(6))],
+    "two texts of one length": [(3, None), (3, None), (1, 0), (1, 1)],
+    "a window": [(6, None), *((1, n) for n in range(6))],
+    "a prefix": [(6, None), (4, 0), (4, 0), (1, 0), (1, 2)],
+    "back before the last pass": [(4, None), (2, 0), (3, 1), (1, 1)],
+}
 
 
 @pytest.mark.parametrize("turns", TURNS)
 @torch.no_grad()
 def test_a_cache_of_tensors_is_known_again(turns: str, tmp_path: Path) -> None:
-    model = Returned()
+    model, given = Returned(), [of for _, of in TURNS[turns]]
     model.window = 8 if turns == "a window" else 64
-    caches: list[Any] = []
+    caches, ends, wanted = list[Any](), list[tuple[int, int]](), list[tuple[int, int, str]]()
     with traced(model, tmp_path / "t") as fed:
-        for ids, of, *_ in TURNS[turns]:
+        for n, (size, of) in enumerate(TURNS[turns]):
             past = caches[of] if of is not None else None
-            caches.append(model(torch.tensor([ids]), past_kv=past)["kept"])
+            caches.append(model((8 * n + torch.arange(size))[None], past_kv=past)["kept"])
+            document, first = ends[of] if of is not None else (given[:n].count(None), 0)
+            phase = "decode" if size == 1 else "prefill"
+            wanted += [(document, at, phase) for at in range(first, first + size)]
+            ends.append((document, first + size))
     tokens = agreed(tmp_path / "t", fed)
-    wanted = [
-        (document, first + n, phase)
-        for ids, _, document, first, phase in TURNS[turns]
-        for n in range(len(ids))
-    ]
     assert [*tokens[["document", "position", "phase"]].itertuples(index=False, name=None)] == wanted
     assert not tokens.duplicated(["sequence", "position"]).any()
     # one sequence for each text, and one more for each time that a cache is gone on from again
-    given = [of for _, of, *_ in TURNS[turns]]
     again = sum(given.count(of) - 1 for of in {*given} - {None})
     assert tokens.sequence.nunique() == given.count(None) + again
 
@@ -514,8 +468,7 @@ def test_a_cache_that_is_not_known_again_is_refused(
 @pytest.mark.parametrize("kind", ["copied", "preallocated"])
 @torch.no_grad()
 def test_of_caches_that_are_given_from_the_first_pass_on(kind: str, tmp_path: Path) -> None:
-    """Copied after each pass, as where beams are put in order, and empty at first; or one tensor of
-    each layer for all positions."""
+    """Copied after each pass, as beams are; or one tensor for all positions."""
     model: Any = Returned()
     kept: Any = [(torch.zeros(1, 1, 0, 16),) * 2] * 2
     if kind == "preallocated":
