@@ -5,13 +5,15 @@ in Triton's interpreter, where nothing is compiled. Prints one JSON line per sce
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -31,8 +33,17 @@ class FakeDriver:
 
     def __init__(self, seen: Callable[..., None] | None = None):
         self.device, self.streams = 0, {0: 100, 1: 200}  # the current stream of each device
-        self.utils = _Utils()
-        self.launcher_cls = _noting(seen) if seen is not None else _Nothing
+        loaded = itertools.count(1)  # a module of its own, and so a function of its own, every time
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, *_: (n := next(loaded), f"{name}#{n}", 32, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {
+                "max_shared_mem": 232448,
+                "multiprocessor_count": 132,
+            },
+        )
+        run = _noting(seen) if seen is not None else lambda *arguments: None
+        self.launcher_cls = lambda source, metadata: run
         self.get_current_device = lambda: self.device
         self.get_current_stream = lambda device: self.streams[device]
         self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
@@ -41,41 +52,16 @@ class FakeDriver:
         self.is_active = lambda: True
 
 
-class _Utils:
-    loaded = 0
+def _noting(seen: Callable[..., None]) -> Callable[..., None]:
+    def run(*arguments: Any) -> None:
+        x, y, z, stream, function, metadata, launch_metadata, enter, leave, *given = arguments
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(launch_metadata)
+        noted = {"stream": stream, "function": function, "metadata": metadata}
+        seen(SimpleNamespace(grid=(x, y, z), arguments=given, **noted))
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        self.loaded += 1  # a module of its own, and so a function of its own, every time
-        return self.loaded, f"{name}#{self.loaded}", 32, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        pass
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-
-class _Nothing:
-    def __init__(self, source: Any, metadata: Any):
-        pass
-
-    def __call__(self, *arguments: Any) -> None:
-        pass
-
-
-def _noting(seen: Callable[..., None]) -> Any:
-    class Noting(_Nothing):
-        launch_enter_hook = None
-
-        def __call__(self, *arguments: Any) -> None:
-            x, y, z, stream, function, metadata, launch_metadata, enter, leave, *given = arguments
-            for hook in (enter, leave):
-                if hook is not None:
-                    hook(launch_metadata)
-            noted = {"stream": stream, "function": function, "metadata": metadata}
-            seen(SimpleNamespace(grid=(x, y, z), arguments=given, **noted))
-
-    return Noting
+    return run
 
 
 # mistakes in launch.py: with each of them some launch differs from Triton's own
@@ -131,19 +117,7 @@ def given(noted: Any) -> tuple[Any, ...]:
 
 NOTED: list[Any] = []  # launches
 DRIVER = FakeDriver(NOTED.append)
-
-
-@contextmanager
-def put(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes of an object, for a while."""
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
+put = patch.multiple  # put(owner, name=value, …): attributes of an object, for a while
 
 
 class Compared:
@@ -205,25 +179,20 @@ def a_small_kernel(module: ModuleType = launch) -> None:
 
     def run(**change: Any) -> None:
         now = SimpleNamespace(**usual | change)
-        tensors, made = (now.x, now.y), (now.out,)
-        launches[now.K](
-            now.device, (3, 2), now.elements, tensors, made, (now.E,), (now.T,), now.state
-        )
+        tensors = (now.x, now.y), (now.out,)
+        launches[now.K](now.device, (3, 2), now.elements, *tensors, (now.E,), (now.T,), now.state)
 
     xs = aligned, aligned.int(), aligned.bfloat16(), None, aligned[2:], aligned.int()[4:]
     states: list[dict[str, Any]] = [{"x": aligned[2:]}, {"x": aligned.int()}, {"lane": 1}]
     states += [{"lane": 16}, {"base": 40}, {"P": 32}]
+    bound: list[dict[str, Any]] = [{"x": x} for x in xs]
+    bound += [{"x": None, "y": aligned}, {"E": 60}, {"E": 1}, {"T": 1}, {"T": 16}, {"K": 8}]
+    bound += [{"state": state(**of)} for of in states]
+    never: list[dict[str, Any]] = [{"x": aligned[1:]}, {"out": out[1:]}]
+    never += [{"y": aligned.int()[3:]}, {"T": 2**31, "elements": 2**31}]
     with compared.everywhere():
-        changes: list[dict[str, Any]] = [{"x": x} for x in xs]
-        changes += [{"x": None, "y": aligned}, {"E": 60}, {"E": 1}, {"T": 1}, {"T": 16}, {"K": 8}]
-        changes += [{"state": state(**of)} for of in states]
-        for change in changes:
-            assert compared.is_bound(lambda change=change: run(**change)), change
-            run()
-        never: list[dict[str, Any]] = [{"x": aligned[1:]}, {"out": out[1:]}]
-        never += [{"y": aligned.int()[3:]}, {"T": 2**31, "elements": 2**31}]
-        for change in never:
-            assert not compared.is_bound(lambda change=change: run(**change)), change
+        for change, binds in (*((c, True) for c in bound), *((c, False) for c in never)):
+            assert compared.is_bound(functools.partial(run, **change)) == binds, change
             run()
         streams_and_devices(compared, run)
         hooks(compared, run)
