@@ -116,25 +116,7 @@ def without_barriers(program: Program) -> Program:
     def fence(ins: Instruction) -> Instruction:
         return replace(ins, opcode=("fence",)) if ins.opcode[0] == "bar" else ins
 
-    return replace(program, instructions=tuple(fence(ins) for ins in program.instructions))
-
-
-def outcome(
-    check: Callable[[], None], target: GPUTarget, edit: Callable[[Program], Program] | None = None
-) -> tuple[dict[str, Any], Device]:
-    """What is wrong with the result ("" if nothing), the races, and what the launches did."""
-    device, wrong, start = Device(target, edit=edit), "", time.process_time()
-    try:
-        with executed(kernels, device):
-            check()
-    except (AssertionError, Fault) as error:
-        wrong = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    return {
-        "wrong": wrong,
-        "races": dict(device.memory.races),
-        "launches": [{"kernel": s.kernel, **asdict(s.counts)} for s in device.seen],
-        "seconds": round(time.process_time() - start, 2),
-    }, device
+    return replace(program, instructions=tuple(map(fence, program.instructions)))
 
 
 def main() -> None:
@@ -145,14 +127,22 @@ def main() -> None:
     option("--aot", action="store_true", help="at last, a line with the variants not executed")
     option("--no-barriers", action="store_true", help="remove the barriers")
     given = parser.parse_args()
-    target = GPUTarget(*TARGETS[given.gpu])
+    target, edit = GPUTarget(*TARGETS[given.gpu]), without_barriers if given.no_barriers else None
     seen = set()
     for name, check in executions():
         if given.match and not any(re.search(text, name) for text in given.match):
             continue
-        row, device = outcome(check, target, without_barriers if given.no_barriers else None)
+        device, wrong, start = Device(target, edit=edit), "", time.process_time()
+        try:
+            with executed(kernels, device):
+                check()
+        except (AssertionError, Fault) as error:
+            wrong = f"{type(error).__name__}: {str(error).strip()[:200]}"
         seen |= {launch.ptx for launch in device.seen}
-        print(json.dumps({"case": name, "gpu": given.gpu, **row}), flush=True)
+        launches = [{"kernel": s.kernel, **asdict(s.counts)} for s in device.seen]
+        row = {"case": name, "gpu": given.gpu, "wrong": wrong, "launches": launches}
+        row |= {"races": device.memory.races, "seconds": round(time.process_time() - start, 2)}
+        print(json.dumps(row), flush=True)
     if given.aot:
         missing = [
             name

@@ -199,18 +199,12 @@ def execute(
     if len(arguments) > len(program.parameters):
         raise Fault(f"{len(arguments)} arguments for {len(program.parameters)} parameters")
     width, height = (*grid, 1)[:2]
-    given = [*arguments, *[0] * (len(program.parameters) - len(arguments))]
+    named = zip(program.parameters, arguments, strict=False)
+    given = dict.fromkeys(program.parameters, 0) | dict(named)
     memory.new_launch()
+    code, epoch, rng = decode(program), memory.new_epoch(), np.random.default_rng(seed)
     launch = Launch(
-        program,
-        decode(program),
-        (width, height),
-        dict(zip(program.parameters, given, strict=True)),
-        shared_bytes,
-        memory,
-        memory.new_epoch(),
-        np.random.default_rng(seed),
-        Counter(),
+        program, code, (width, height), given, shared_bytes, memory, epoch, rng, Counter()
     )
     executed = np.zeros(len(program.instructions), np.int64)
     for n in launch.rng.permutation(width * height):
