@@ -106,25 +106,23 @@ EXCHANGE = """
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_barrier_orders_the_warps(seed: int) -> None:
+def test_a_barrier_orders_the_warps_and_a_missing_one_is_found(seed: int) -> None:
+    """Whichever warp comes first: the other one's value is not there yet, or is a race."""
     data = np.arange(64, dtype=np.uint32)
     assert not run(EXCHANGE, data, threads=64, seed=seed).races
     assert data.tolist() == [*range(32, 64), *range(32)]
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_missing_barrier_is_found(seed: int) -> None:
-    """Whichever warp comes first: the other one's value is not there yet, or is a race."""
-    missing, found = EXCHANGE.replace("bar.sync 0;", ""), list[str]()
+    missing = EXCHANGE.replace(BAR, "")
     try:
-        found += run(missing, np.arange(64, dtype=np.uint32), threads=64, seed=seed).races
+        found = str(run(missing, np.arange(64, dtype=np.uint32), threads=64, seed=seed).races)
     except Fault as fault:
-        found.append(str(fault))
-    assert any("no barrier between" in f or "before anybody wrote" in f for f in found)
+        found = str(fault)
+    assert "no barrier between" in found or "before anybody wrote" in found
 
 
 LOW = "setp.lt.u32 %p1, %r1, 16;"  # lanes
+SKIP, BAR = f"{LOW} @%p1 bra $SKIP;", "bar.sync 0;"
 SHUFFLE = "shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;"
+DIVERGENT = "divergent shuffle: lanes that it names are elsewhere"
 FAULTS = {
     "beyond": ("st.global.b32 [%rd3 + 4], %r1;", "access to byte 128 of data, which has 128"),
     "before": ("ld.global.b32 %r5, [%rd3 + -4];", "in no buffer"),
@@ -132,26 +130,14 @@ FAULTS = {
     "beyond shared": ("st.shared.b32 [%r4 + 4096], %r1;", "of shared memory, which has 4096"),
     "unwritten": ("ld.shared.b32 %r5, [%r4];", "read before anybody wrote it"),
     "misaligned": ("st.global.v2.b32 [%rd1 + 4], {%r1, %r1};", "misaligned access of 8 bytes"),
-    "divergent shuffle": (
-        f"{LOW} @%p1 bra $SKIP; {SHUFFLE}\n$SKIP:\n{SHUFFLE}",
-        "divergent shuffle: lanes that it names are elsewhere",
-    ),
-    "shuffle under a predicate": (
-        f"{LOW} @%p1 {SHUFFLE}",
-        "divergent shuffle: lanes that it names are elsewhere",
-    ),
+    "divergent shuffle": (f"{SKIP} {SHUFFLE}\n$SKIP:\n{SHUFFLE}", DIVERGENT),
+    "shuffle under a predicate": (f"{LOW} @%p1 {SHUFFLE}", DIVERGENT),
     "shuffle from a lane not named": (
         f"{LOW} @!%p1 bra $SKIP; shfl.sync.bfly.b32 %r5, %r1, 16, 31, 65535;\n$SKIP:",
         "reads a lane that does not take part",
     ),
-    "barrier in a branch": (
-        f"{LOW} @%p1 bra $SKIP; bar.sync 0; bar.sync 0;\n$SKIP:\nbar.sync 0;",
-        "part at a barrier",
-    ),
-    "barrier not reached": (
-        f"{LOW} @%p1 ret; bar.sync 0;",
-        "a barrier that some threads never reach",
-    ),
+    "barrier in a branch": (f"{SKIP} {BAR} {BAR}\n$SKIP:\n{BAR}", "part at a barrier"),
+    "barrier not reached": (f"{LOW} @%p1 ret; {BAR}", "a barrier that some threads never reach"),
     "division": ("mov.b32 %r5, 0; rem.u32 %r6, %r1, %r5;", "division by zero"),
     "unknown": ("mma.sync.f32 %r1, %r1, %r1;", "mma.sync.f32 %r1, %r1, %r1 is not known"),
 }
@@ -175,24 +161,14 @@ def test_global_memory_that_nobody_wrote() -> None:
     assert buffer.written.all()
 
 
-BLOCK_1 = "mov.u32 %r5, %ctaid.x; setp.eq.b32 %p1, %r5, 1; @%p1"
+BLOCK = "mov.u32 %r5, %ctaid.x; setp.eq.b32 %p1, %r5, 1;"
+STORE, ADD = "st.global.b32 [%rd3], %r5;", "atom.global.add.u32 %r6, [%rd3], 1;"
+WROTE = "one block wrote, another writes"
 RACES = {
     "lanes": ("st.global.b32 [%rd1], %r1;", 1, "two lanes of a warp write different values"),
-    "blocks": (
-        "mov.u32 %r5, %ctaid.x; st.global.b32 [%rd3], %r5;",
-        3,
-        "one block wrote, another writes",
-    ),
-    "block reads": (
-        f"{BLOCK_1} st.global.b32 [%rd3], %r5; @!%p1 ld.global.b32 %r6, [%rd3];",
-        2,
-        "one block",
-    ),
-    "atomic and plain": (
-        f"{BLOCK_1} atom.global.add.u32 %r6, [%rd3], 1; @!%p1 st.global.b32 [%rd3], 7;",
-        2,
-        "one block wrote, another writes",
-    ),
+    "blocks": (f"{BLOCK} {STORE}", 3, WROTE),
+    "block reads": (f"{BLOCK} @%p1 {STORE} @!%p1 ld.global.b32 %r6, [%rd3];", 2, "one block"),
+    "atomic and plain": (f"{BLOCK} @%p1 {ADD} @!%p1 {STORE}", 2, WROTE),
 }
 
 
@@ -204,21 +180,12 @@ def test_races_are_found(name: str) -> None:
         assert any(message in race for race in races), races
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "st.global.b32 [%rd3], 3;",  # all write the same
-        "atom.global.add.u32 %r5, [%rd1], 1;",
-        "ld.global.b32 %r5, [%rd3];",
-    ],
-)
-def test_what_is_no_race(body: str) -> None:
-    assert not run(body, np.zeros(LANES, np.uint32), grid=4).races
-
-
-def test_atomic_operations_add_up() -> None:
+def test_what_is_no_race() -> None:
+    """All write the same, or read; atomic operations add up."""
+    for body in ("st.global.b32 [%rd3], 3;", "ld.global.b32 %r5, [%rd3];"):
+        assert not run(body, np.zeros(LANES, np.uint32), grid=4).races
     data = np.zeros(LANES, np.uint32)
-    run("atom.global.add.u32 %r5, [%rd1], 2;", data, threads=64, grid=3)
+    assert not run("atom.global.add.u32 %r5, [%rd1], 2;", data, threads=64, grid=3).races
     assert data[0] == 2 * 64 * 3
 
 

@@ -44,12 +44,7 @@ def checked(
 ) -> list[Variant]:
     """As on a GPU where nothing is checked yet. The variants that the check runs."""
     ran, wrong_with = list[Variant](), selfcheck.wrong_with
-
-    def seen(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
-        ran.append(variant)
-        return wrong_with(kernels, variant, by_torch)
-
-    put(selfcheck, wrong_with=seen)
+    put(selfcheck, wrong_with=lambda *of, **by: ran.append(of[1]) or wrong_with(*of, **by))
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     anew(put)
@@ -168,8 +163,7 @@ def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
 def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
     shifted: tuple[str, ...], checked: list[Variant], put: Put, capsys: Capture
 ) -> None:
-    """Triton compiles another kernel for such tensors: it is a variant of its own, which is checked
-    with them. (Of a call whose y is shifted: a sum.)"""
+    """Such tensors are a variant of their own. (Of a call whose y is shifted: a sum.)"""
     record_triton, combine_triton = kernels.record_triton, kernels.combine_triton
 
     def is_so(**tensors: torch.Tensor) -> bool:
@@ -253,9 +247,7 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced(
 
 
 def test_where_torch_is_wrong_too_nothing_is_recorded(checked: list[Variant], put: Put) -> None:
-    put(
-        kernels, **dict.fromkeys(("record_triton", "record_torch"), lambda tape, ids, weights: None)
-    )
+    put(kernels, record_triton=lambda *_: None, record_torch=lambda *_: None)
     with pytest.raises(MoeInspectError, match=r"record on cpu: the kernel gives a wrong result: "):
         record()
     with pytest.raises(MoeInspectError, match="and torch instead gives a wrong result"):
@@ -265,10 +257,8 @@ def test_where_torch_is_wrong_too_nothing_is_recorded(checked: list[Variant], pu
 def test_doctor_shows_what_is_wrong(checked: list[Variant], put: Put, cli_here: Cli) -> None:
     facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
     put(costs, SHAPES=((8, 2),))
-    right = list(costs.selfchecks_of(CPU))
-    assert [(row["kernel"], row["wrong"]) for row in right] == [
-        ("record", None), ("dispatch", None), ("combine", None)
-    ]  # fmt: skip
+    right = {row["kernel"]: row["wrong"] for row in costs.selfchecks_of(CPU)}
+    assert right == dict.fromkeys(("record", "dispatch", "combine"))
     put(kernels, dispatch_triton=lambda *a, **_: kernels.dispatch_torch(*a[:3]))
     rows = list(costs.selfchecks_of(CPU))
     shown = page({**facts, "selfcheck": rows})

@@ -42,11 +42,11 @@ def batch(family: str) -> dict[str, torch.Tensor]:
     return zoo.inputs(family, LENGTHS[:1] if family in zoo.ALONE else LENGTHS)
 
 
-def made(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
+def made(family: str, lengths: list[int] | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model and a batch for it."""
     if family not in BUILT:
         pytest.skip(f"no {family} in this release, or it crashes")
-    return zoo.build(family), batch(family)
+    return zoo.build(family), zoo.inputs(family, lengths) if lengths else batch(family)
 
 
 def slots(trace: moe_inspect.Trace, router: int, prefix: str) -> np.ndarray:
@@ -56,8 +56,7 @@ def slots(trace: moe_inspect.Trace, router: int, prefix: str) -> np.ndarray:
 
 
 def fed_to(site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """bool [T]: the rows that reach a router, true where no padding is. What the decoder is fed
-    here is not padded."""
+    """bool [T]: the rows that reach a router, no padding. A decoder's have none here."""
     if site.stack == "decoder":
         return np.ones(inputs["decoder_input_ids"].numel(), bool)
     return inputs["attention_mask"].flatten().bool().numpy()
@@ -146,12 +145,11 @@ def test_a_choice_is_not_changed_after_it_was_handed_over(
 
     monkeypatch.setattr(Stack, "_take", noting)
     model, inputs = made(family)
-    for capture in ("tap", "dispatch") if found(family)[1] == "dispatch, tap" else ("tap",):
+    for capture in captures(family):
         handed.clear()
         with moe_inspect.record(model, tmp_path / capture, capture=capture) as recorder:
-            with torch.no_grad():
-                for _ in range(2):
-                    zoo.outputs(model, inputs)
+            for _ in range(2):
+                zoo.outputs(model, inputs)
             assert not any(stack.copies for stack in recorder.stacks.values())
         assert len(handed) >= 2 * len(recorder.routers)
         assert all(version(tensor) == before for tensor, before, _ in handed)
@@ -165,29 +163,24 @@ def test_a_choice_is_not_changed_after_it_was_handed_over(
 TEXTS = ["the cat sat on a mat", "two dogs ran home again and the old moon rose", "every roof"]
 
 
-def traced(model: Any, folder: Path, capture: str) -> moe_inspect.Trace:
-    """As `moe-inspect trace` does it, from a directory that holds the model and a tokenizer."""
-    model.save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
-    texts = folder / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    options = {"data": [str(texts)], "capture": capture, "overwrite": True}
-    return moe_inspect.trace_model(str(folder / "model"), folder / "trace", **options)
-
-
 @cache
 def found(family: str, with_towers: bool = False) -> tuple[str, str, Any]:
     """(class that was loaded, how: dispatch and tap, tap, adapter or why not, (tokens, routing) as
-    traced)."""
+    `moe-inspect trace` has them, from a directory that holds the model and a tokenizer)."""
     if family in zoo.WHY_NOT:
         return "", f"refused: {zoo.WHY_NOT[family]}", None
     model, refused = zoo.build_with_towers(family) if with_towers else zoo.build(family), ""
     adapter = next((s.adapter for s in find_routers(model) if s.adapter is not None), None)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        path, texts = f"{folder}/model", Path(folder) / "texts.jsonl"
+        model.save_pretrained(path)
+        save_tokenizer(Path(path))
+        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
         for capture, said in (("dispatch", "dispatch, tap"), ("tap", "tap")):
+            how: dict[str, Any] = {"data": [str(texts)], "capture": capture, "overwrite": True}
             try:
-                trace = traced(model, Path(folder), capture)
+                trace = moe_inspect.trace_model(path, f"{folder}/trace", **how)
             except MoeInspectError as error:
                 refused = str(error).replace(folder, "")
                 continue
@@ -195,6 +188,10 @@ def found(family: str, with_towers: bool = False) -> tuple[str, str, Any]:
                 said = f"adapter: {adapter.note}" if adapter.note else "adapter"
             return trace.manifest["model"]["class"], said, (trace.tokens(), trace.routing())
     return "", f"refused: {refused}", None
+
+
+def captures(family: str) -> tuple[Any, ...]:
+    return ("tap", "dispatch") if found(family)[1] == "dispatch, tap" else ("tap",)
 
 
 def test_none_is_skipped() -> None:
@@ -207,29 +204,29 @@ def test_none_is_skipped() -> None:
 @pytest.mark.parametrize("family", BUILT)
 def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
     model, inputs = made(family)
-    with torch.no_grad():
-        bare = zoo.outputs(model, inputs)
-    with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
-        assert torch.equal(bare, zoo.outputs(model, inputs))
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    bare = zoo.outputs(model, inputs)
     sites = find_routers(model)
     stacks = {s.stack: s for s in sites}
-    assert trace.n_tokens == sum(fed_to(site, inputs).sum() for site in stacks.values())
-    assert len(trace.routers) >= len(sites)
-    assert {r.layer for r in trace.routers} == {s.layer for s in sites}
-    assert_first_choice_first(trace)
-    experts = trace.routing().filter(like="expert_")
-    without = zoo.recorded(model, tmp_path / "ids", inputs, weights=False)
-    assert without.routing()[list(experts)].equals(experts)
-    if found(family)[1] == "dispatch, tap":
-        with moe_inspect.record(model, tmp_path / "d", capture="dispatch"), torch.no_grad():
-            assert torch.allclose(bare, zoo.outputs(model, inputs), atol=1e-5)
-        dispatched = moe_inspect.open_trace(tmp_path / "d")
-        assert dispatched.n_tokens == trace.n_tokens
-        assert dispatched.routing().equals(trace.routing())
-        assert_first_choice_first(dispatched)
-        without = zoo.recorded(model, tmp_path / "dids", inputs, capture="dispatch", weights=False)
-        assert without.routing()[list(experts)].equals(experts)
+    traces = []
+    for capture in captures(family):
+        with moe_inspect.record(model, tmp_path / capture, capture=capture):
+            error = (bare - zoo.outputs(model, inputs)).abs().max()
+        assert error <= (1e-5 if capture == "dispatch" else 0)
+        traces.append(trace := moe_inspect.open_trace(tmp_path / capture))
+        assert trace.n_tokens == sum(fed_to(site, inputs).sum() for site in stacks.values())
+        assert len(trace.routers) >= len(sites)
+        assert {r.layer for r in trace.routers} == {s.layer for s in sites}
+        # each decision's slots are in descending weight, those that routed nowhere last
+        for r, router in enumerate(trace.routers):
+            assert trace.manifest["routers"][r]["slot_order"] == router.slot_order == "weight"
+            key = np.nan_to_num(slots(trace, r, "weight_"), nan=-np.inf)
+            assert (key[:, :-1] >= key[:, 1:]).all(), router.path
+        experts = trace.routing().filter(like="expert_")
+        how: dict[str, Any] = {"capture": capture, "weights": False}
+        without = zoo.recorded(model, tmp_path / f"{capture} ids", inputs, **how).routing()
+        assert without[list(experts)].equals(experts)
+    trace = traces[0]
+    assert traces[-1].routing().equals(trace.routing())
     if family in UNDISTURBED:
         return
     executed = handed_over(model, sites, inputs)
@@ -242,22 +239,12 @@ def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
             # 2^-25 is half the step of the smallest half-precision numbers
             slack = 2**-10 * np.abs(ordered) + 2**-25
             assert (np.abs(weights - ordered) <= slack)[there].all()
-        chosen = np.zeros((len(ids), site.experts), bool)
         # a weight of zero leaves no trace in the output
-        row, slot = np.nonzero(~np.isnan(ids) & (weights != 0))
-        chosen[row, ids[row, slot].astype(int)] = True
+        ids_of_some = np.where(weights != 0, ids, np.nan)
+        chosen = (ids_of_some[..., None] == np.arange(site.experts)).any(1)
         changed = disturbed(model, site, inputs)[real]
         assert (chosen == changed).all(), f"{site.path}: {(chosen != changed).sum()}"
         assert np.isnan(ids).sum() == 0 or family in ("zaya", "longcat_flash")
-
-
-def assert_first_choice_first(trace: moe_inspect.Trace) -> None:
-    """Each decision's slots are in descending weight, those that routed nowhere last, and the
-    manifest says so."""
-    for r, router in enumerate(trace.routers):
-        assert trace.manifest["routers"][r]["slot_order"] == router.slot_order == "weight"
-        key = np.nan_to_num(slots(trace, r, "weight_"), nan=-np.inf)
-        assert (key[:, :-1] >= key[:, 1:]).all(), router.path
 
 
 @pytest.mark.parametrize(
@@ -267,8 +254,7 @@ def assert_first_choice_first(trace: moe_inspect.Trace) -> None:
 def test_a_saved_model_routes_as_the_one_that_was_saved(
     family: str, with_towers: bool, tmp_path: Path
 ) -> None:
-    """What `moe-inspect trace` recorded, and what the model before it was saved gives for the same
-    tokens."""
+    """As `moe-inspect trace` recorded it."""
     tokens, routing = found(family, with_towers)[2]
     model = zoo.build_with_towers(family) if with_towers else zoo.build(family)
     for name, buffer in model.named_buffers():
@@ -321,21 +307,18 @@ def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> N
 # --- the quirks
 
 
-def test_a_skipped_token_is_routed_nowhere(tmp_path: Path) -> None:
-    model, _ = made("zaya")
-    table = zoo.recorded(model, tmp_path / "t", zoo.inputs("zaya", [200])).routing()
-    ids, weights = table.expert_0, table.weight_0
-    assert 0 < ids.isna().sum() < len(ids)
-    assert (ids.isna() == weights.isna()).all()
-    assert (weights.dropna() > 0).all()
-
-
-def test_identity_experts_are_no_experts(tmp_path: Path) -> None:
-    model, _ = made("longcat_flash")
-    trace = zoo.recorded(model, tmp_path / "t", zoo.inputs("longcat_flash", [100]))
-    ids = slots(trace, 0, "expert_")
-    assert np.isnan(ids).any()
-    assert {r.experts for r in trace.routers} == {np.nanmax(ids) + 1} == {8}
+@pytest.mark.parametrize("family", ["zaya", "longcat_flash"])
+def test_a_skipped_token_or_an_identity_expert_is_routed_nowhere(
+    family: str, tmp_path: Path
+) -> None:
+    model, inputs = made(family, [200])
+    trace = zoo.recorded(model, tmp_path / "t", inputs)
+    ids, weights = (trace.routing().filter(like=c) for c in ("expert_", "weight_"))
+    nowhere = ids.isna().to_numpy()
+    assert 0 < nowhere.sum() < ids.size
+    assert (nowhere == weights.isna()).all(axis=None)
+    assert (weights.to_numpy()[~nowhere] > 0).all()
+    assert {r.experts for r in trace.routers} == {ids.max(axis=None) + 1} == {8}
 
 
 def test_doge_looks_up_what_is_recorded(tmp_path: Path) -> None:
@@ -392,18 +375,12 @@ def test_what_an_expert_has_no_room_for_is_routed_nowhere(tmp_path: Path) -> Non
     inputs = zoo.inputs("switch_transformers", [60])
     trace = zoo.recorded(model, tmp_path / "t", inputs)
     load = trace.routing(router=0).expert_0.value_counts()
-    if hf_version() >= (5, 18):  # before, no token was ever left out: each was counted by itself
+    # before, no token was ever left out: each was counted by itself
+    if tuple(map(int, zoo.hf.__version__.split(".")[:2])) >= (5, 18):
         assert load.max() == capacity
         assert load.sum() < 60
-    site = find_routers(model)[0]
-    chosen = np.zeros((60, 8), bool)
-    ids = slots(trace, 0, "expert_")[:, 0]
-    chosen[np.flatnonzero(~np.isnan(ids)), ids[~np.isnan(ids)].astype(int)] = True
-    assert (chosen == disturbed(model, site, inputs)).all()
-
-
-def hf_version() -> tuple[int, ...]:
-    return tuple(map(int, zoo.hf.__version__.split(".")[:2]))
+    chosen = slots(trace, 0, "expert_") == np.arange(8)
+    assert (chosen == disturbed(model, find_routers(model)[0], inputs)).all()
 
 
 def test_nllb_weighs_by_its_two_first_choices(tmp_path: Path) -> None:
@@ -413,8 +390,7 @@ def test_nllb_weighs_by_its_two_first_choices(tmp_path: Path) -> None:
     router = find_routers(model)[0].logits_module
     router.register_forward_hook(lambda m, a, out: logits.append(out[2]))
     trace = zoo.recorded(model, tmp_path / "t", inputs)
-    two = logits[0].softmax(1).topk(2, dim=1).values
-    expected = (two / two.sum(1, keepdim=True)).numpy()
+    expected = logits[0].topk(2, dim=1).values.softmax(1).numpy()
     assert np.abs(slots(trace, 0, "weight_") - expected).max() < 2**-10
     assert (slots(trace, 0, "expert_") == [1, 0]).all()
 
@@ -438,8 +414,7 @@ ODD = {"jetmoe", "longcat_flash", "zaya", "doge", "nllb_moe", "switch_transforme
 
 @pytest.mark.parametrize("family", sorted({*sample(BUILT, 3), *ODD} & set(BUILT)))
 def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
-    """Its own trace gives its own logits to the bit, another's trace the other's routing; a dropped
-    expert has no part in any token, a forced one in each."""
+    """By its own trace, another's, none of an expert, one expert always."""
     model, inputs = made(family)
     paths = [site.path for site in find_routers(model)]
     before = zoo.outputs(model, inputs)
