@@ -1,6 +1,4 @@
-"""The tap reads a choice by a `forward` of the experts module's instance, or where it can by the
-experts implementation. Whoever else copies, wraps, hooks or compiles that module sees no
-difference."""
+"""Whoever copies, wraps, hooks or compiles the experts that a tap reads sees no difference."""
 
 from __future__ import annotations
 

@@ -91,8 +91,7 @@ def test_what_is_not_said_to_be_dropped_is_empty(tmp_path: Path) -> None:
 
 
 def test_counts_hold_the_tokens_that_their_shards_state(tmp_path: Path) -> None:
-    """512 tokens per shard, of which the counts of either router lack some: `watch`, the report and
-    the windows of a history all know them."""
+    """512 tokens per shard, of which the counts of either router lack some."""
     rng, manifest = np.random.default_rng(1), {"capture": {"drops": True}, "training": {}}
     listed, even = routers(2, E, K), np.full(2 * E, 1 / (2 * E))
     with TraceWriter(tmp_path / "t", manifest, listed, weights=False, counts_only=True) as writer:

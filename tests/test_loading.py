@@ -34,8 +34,9 @@ class MineForCausalLM(OlmoeForCausalLM):
 """
 
 
-@pytest.fixture
-def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_code_of_a_repository_runs_only_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, cli_here: Cli
+) -> None:
     """A model of a type that transformers does not know, with the code it is written in."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"  # in this process
@@ -44,27 +45,21 @@ def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # by the names they have in memory
     save_file(build("olmoe").state_dict(), path / "model.safetensors")
     config = json.loads((path / "config.json").read_text())
-    classes = {"AutoConfig": "configuration_mine.MineConfig"}
-    classes["AutoModelForCausalLM"] = "modeling_mine.MineForCausalLM"
-    named = {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": classes}
-    (path / "config.json").write_text(json.dumps({**config, **named}))
+    causal = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    config["auto_map"] = {"AutoConfig": "configuration_mine.MineConfig", **causal}
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(config))
     (path / "configuration_mine.py").write_text(CONFIGURATION)
     (path / "modeling_mine.py").write_text(MODELING)
-    return path
-
-
-def test_code_of_a_repository_runs_only_when_asked_for(
-    with_code: Path, tmp_path: Path, cli: Cli, cli_here: Cli
-) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
-    refused = cli_here("trace", with_code, "-o", "t", "--data", data, check=1)
-    assert refused.stderr == (
-        f"error: model {str(with_code)!r} needs to run code from its own repository: review it, "
+    command = "trace", path, "-o", "t", "--data", data
+    assert cli_here(*command, check=1).stderr == (
+        f"error: model {str(path)!r} needs to run code from its own repository: review it, "
         "then give --trust-remote-code\n"
     )
     assert not (tmp_path / "t").exists()
     assert not list(tmp_path.glob("modules/**/modeling_mine.py"))
-    cli("trace", with_code, "-o", "t", "--data", data, "--trust-remote-code")
+    cli(*command, "--trust-remote-code")
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.manifest["model"]["class"] == "MineForCausalLM"
     assert trace.manifest["model"]["trust_remote_code"] is True
@@ -72,8 +67,7 @@ def test_code_of_a_repository_runs_only_when_asked_for(
 
 @pytest.mark.slow
 def test_a_revision_is_pinned_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two commits of one repository, in the cache of a hub that cannot be reached: the trace is of
-    the one asked for."""
+    """Two commits of one repository, in the cache of a hub that is out of reach."""
     old, new = "0" * 39 + "a", "0" * 39 + "b"
     repository = tmp_path / "hub" / "models--who--what"
     for commit, family in ((old, "olmoe"), (new, "qwen3_moe")):
@@ -101,8 +95,7 @@ def test_a_revision_is_pinned_and_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_kernels_of_the_hub_that_bypass_the_experts_are_refused(tmp_path: Path) -> None:
-    """`use_kernels=True` gives a block the forward pass of a fused layer, which calls neither
-    router nor experts."""
+    """`use_kernels=True` gives a block a forward that calls neither of them."""
     model, batch = build("qwen3_moe"), {"input_ids": torch.arange(3, 17).view(2, 7)}
 
     def fused(self: Any, hidden_BSC: torch.Tensor) -> torch.Tensor:
@@ -120,72 +113,55 @@ def test_kernels_of_the_hub_that_bypass_the_experts_are_refused(tmp_path: Path) 
 # --- models with towers
 
 
-@pytest.fixture
-def multimodal(tmp_path: Path) -> Path:
+def test_text_goes_through_a_multimodal_model(tmp_path: Path, cli_here: Cli) -> None:
     """Qwen3-VL-MoE as its checkpoint is: `architectures` says ForConditionalGeneration."""
-    zoo.build("qwen3_vl_moe").save_pretrained(tmp_path / "vl")
-    save_tokenizer(tmp_path / "vl")
-    written = json.loads((tmp_path / "vl" / "config.json").read_text())
-    assert written["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
-    return tmp_path / "vl"
-
-
-def test_text_goes_through_a_multimodal_model(
-    multimodal: Path, tmp_path: Path, cli_here: Cli
-) -> None:
+    path, model, kind = (
+        tmp_path / "vl",
+        zoo.build("qwen3_vl_moe"),
+        "Qwen3VLMoeForConditionalGeneration",
+    )
+    model.save_pretrained(path)
+    assert json.loads((path / "config.json").read_text())["architectures"] == [kind]
+    cli_here("describe", path)  # which needs no tokenizer
+    save_tokenizer(path)
     data = write_jsonl(tmp_path / "data.jsonl", documents=4, words=9)
     for options in ([], ["--random-init", "1"], ["--generate", "2"]):
-        cli_here("trace", multimodal, "-o", "t", "--data", data, "--overwrite", *options)
+        cli_here("trace", path, "-o", "t", "--data", data, "--overwrite", *options)
         trace = moe_inspect.open_trace(tmp_path / "t")
-        assert trace.manifest["model"]["class"] == "Qwen3VLMoeForConditionalGeneration"
+        assert trace.manifest["model"]["class"] == kind
         assert all("language_model" in r.path for r in trace.routers)
         assert len(trace.routing()) == trace.n_tokens * len(trace.routers)
-    facts = {key: value for key, value, _ in moe_inspect.describe(str(multimodal)).facts()}
-    model = zoo.build("qwen3_vl_moe")
+    facts = {key: value for key, value, _ in moe_inspect.describe(str(path)).facts()}
     towers = sum(p.numel() for name, p in model.named_parameters() if ".visual." in name)
     assert facts["parameters.vision_and_audio.total"] == towers > 0
     assert facts["parameters.vision_and_audio.active"] == 0
     assert facts["parameters.total"] == sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_without_a_tokenizer_is_refused(
-    multimodal: Path, tmp_path: Path, cli_here: Cli
-) -> None:
-    for file in multimodal.glob("tokenizer*"):
-        file.unlink()
-    data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
-    refused = cli_here("trace", multimodal, "-o", "t", "--data", data, check=1)
-    assert re.match("error: .*tokenizer", refused.stderr.splitlines()[-1])
-    assert not (tmp_path / "t").exists()
-    cli_here("describe", multimodal)  # which needs none
-
-
 def test_of_a_model_that_speaks_the_part_that_reads_is_traced(
     tmp_path: Path, cli_here: Cli
 ) -> None:
     """Qwen3-Omni as its checkpoint is: thinker and talker in one."""
-    thinker = zoo.build("qwen3_omni_moe")
+    omni, thinker = tmp_path / "omni", zoo.build("qwen3_omni_moe")
     whole: dict[str, Any] = {"model_type": "qwen3_omni_moe"}
     whole["architectures"] = ["Qwen3OmniMoeForConditionalGeneration"]
     whole["thinker_config"] = json.loads(thinker.config.to_json_string())
-    (tmp_path / "omni").mkdir()
-    (tmp_path / "omni" / "config.json").write_text(json.dumps(whole))
-    thinker.save_pretrained(tmp_path / "thinker")
-    tensors = load_file(tmp_path / "thinker" / "model.safetensors")
-    talker = {"talker.model.norm.weight": torch.ones(3)}
-    named = {f"thinker.{name}": tensor for name, tensor in tensors.items()} | talker
-    save_file(named, tmp_path / "omni" / "model.safetensors", metadata={"format": "pt"})
-    save_tokenizer(tmp_path / "omni")
+    thinker.save_pretrained(omni)
+    (omni / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(omni / "model.safetensors")
+    named = {f"thinker.{name}": tensor for name, tensor in tensors.items()}
+    named["talker.model.norm.weight"] = torch.ones(3)
+    save_file(named, omni / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(omni)
     data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
-    cli_here("trace", tmp_path / "omni", "-o", "t", "--data", data)
+    cli_here("trace", omni, "-o", "t", "--data", data)
     of_model = moe_inspect.open_trace(tmp_path / "t").manifest["model"]
-    described = moe_inspect.describe(str(tmp_path / "omni"))
+    described = moe_inspect.describe(str(omni))
     assert of_model["class"] == described.kind == "Qwen3OmniMoeThinkerForConditionalGeneration"
 
 
 def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
-    """A padding token that only the tokenizer has is no reason to refuse; text of such tokens
-    is."""
+    """Of a padding token nothing is fed; text of such tokens is refused."""
     from transformers import AutoTokenizer
 
     model = save("olmoe", tmp_path / "m")

@@ -31,8 +31,7 @@ from tests.test_cli_trace import save, save_tokenizer, write_jsonl
 
 
 class Kernels:
-    """`given`: of each experts call so far, in order, (expert, input row [H], gate weight) of each
-    assignment."""
+    """`given`: by call, (expert, input row [H], gate weight) of each assignment."""
 
     def __init__(self) -> None:
         self.given: list[list[tuple[int, Tensor, float]]] = []
@@ -102,8 +101,7 @@ Made = tuple[Any, Any, Kernels]
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    """(GPT-OSS as transformers runs it in MXFP4, the same model with experts of its own, the
-    kernels). The weights of the two are equal."""
+    """(GPT-OSS in MXFP4, the same with experts of its own, the kernels)."""
     kernels, histc = Kernels(), torch.histc
     for owner, name, stand_in in (
         (hub_kernels, "get_kernel", lambda *_, **__: kernels),
@@ -124,38 +122,26 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     return model.eval(), plain, kernels
 
 
-def given(kernels: Kernels, hidden: list[Tensor]) -> list[dict[int, float]]:
-    """Of each call of the experts and each real token: expert → gate weight. `hidden`: the rows
-    that each call's block was called with, by which the experts' rows are told apart."""
-    found = []
-    for rows, assignments in zip(hidden, kernels.given, strict=True):
-        of_tokens: list[dict[int, float]] = [{} for _ in rows]
-        for expert, row, weight in assignments:
-            (t,) = (rows == row).all(1).nonzero().flatten().tolist()[:1]
-            of_tokens[t][expert] = weight
-        found += [of for of, real in zip(of_tokens, REAL, strict=True) if real]
-    return found
-
-
-def recorded(frame: pd.DataFrame) -> list[dict[int, float]]:
-    slots = [c.removeprefix("expert_") for c in frame if c.startswith("expert_")]
-    return [
-        {int(row[f"expert_{k}"]): row[f"weight_{k}"] for k in slots}
-        for _, row in frame.sort_values(["router", "token"]).iterrows()
-    ]
-
-
 def routing(model: Any, path: Path) -> pd.DataFrame:
     return zoo.recorded(model, path, INPUTS).routing()
 
 
 def test_every_decision_is_what_the_experts_were_given(made: Made, tmp_path: Path) -> None:
+    """The rows that each call's block was called with tell the experts' rows apart."""
     model, _, kernels = made
     hidden: list[Tensor] = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda m, args: hidden.append(args[0].flatten(0, 1)))
-    found = recorded(routing(model, tmp_path / "t"))
-    truth = given(kernels, hidden)
+    table = routing(model, tmp_path / "t").sort_values(["router", "token"])
+    slots = zip(*(table.filter(like=c).to_numpy() for c in ("expert_", "weight_")), strict=True)
+    found = [dict(zip(ids.tolist(), weights.tolist(), strict=True)) for ids, weights in slots]
+    truth: list[dict[int, float]] = []
+    for rows, assignments in zip(hidden, kernels.given, strict=True):
+        of_tokens: list[dict[int, float]] = [{} for _ in rows]
+        for expert, row, weight in assignments:
+            (t,) = (rows == row).all(1).nonzero().flatten().tolist()[:1]
+            of_tokens[t][expert] = weight
+        truth += [of for of, real in zip(of_tokens, REAL, strict=True) if real]
     assert len(found) == len(truth) == sum(LENGTHS) * 2
     for ours, theirs in zip(found, truth, strict=True):
         assert list(ours) == sorted(theirs, key=theirs.__getitem__, reverse=True)
@@ -214,8 +200,7 @@ def test_another_replacement_of_the_method_is_called_and_left(made: Made, tmp_pa
 
 
 def test_under_expert_parallelism_global_ids_are_recorded(made: Made, tmp_path: Path) -> None:
-    """As transformers does it: the experts of this rank are half of them, and routes to the others
-    are skipped."""
+    """This rank has half of the experts; routes to the others are skipped."""
     model, plain, _ = made
     if not hasattr(mxfp4, "routing_from_top_k"):
         assert not any(hasattr(s.module, "_is_expert_parallel") for s in find_routers(model))

@@ -159,27 +159,19 @@ def test_empty_passes_are_passes(
 # --- choices that are none
 
 
-@pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"counts_only": True}, {"ring_tokens": 64}])
-def test_a_top_k_that_changes_is_refused(tmp_path: Path, K: int, options: Any) -> None:
-    """With K = 1 the one expert would be written into every slot."""
-    said = f"chose {K} experts per token, but 2 in its first"
-    refused(tmp_path / "t", said, lambda n: probe(*shown(n, K if n else 2)), **options)
-
-
-@pytest.mark.parametrize("late", [0, 1])
-def test_an_expert_that_cannot_be_is_refused_in_any_pass(tmp_path: Path, late: int) -> None:
-    """It would look like a slot that went to no expert."""
-    ids, weights = shown()
+def test_a_pass_whose_choice_is_none_is_refused(tmp_path: Path, options: Any) -> None:
+    """One expert would be written into every slot. One beyond the experts would look like a slot
+    that went to none. `verify` refuses one that is there twice, but not -1."""
+    (ids, weights), out = shown(), tmp_path / "t"
+    for K in (1, 3):
+        said = f"chose {K} experts per token, but 2 in its first"
+        refused(out, said, lambda n, K=K: probe(*shown(n, K if n else 2)), **options)
     said = r"probe\(layer=0\) chose expert 8 but is declared with 8 experts"
-    refused(tmp_path / "t", said, lambda n: probe(ids + (n == late), weights))
+    for late in (0, 1):
+        refused(out, said, lambda n, late=late: probe(ids + (n == late), weights), **options)
 
-
-@pytest.mark.parametrize("options", [{}, {"counts_only": True}])
-def test_an_expert_twice_in_a_decision_is_refused(tmp_path: Path, options: Any) -> None:
-    """As `verify` refuses it, in any pass; -1 may stand in several slots."""
-
-    def probing(n: int) -> None:
+    def twice(n: int) -> None:
         ids, weights = shown(n, K=3)
         ids[:, 1:] = -1
         if n:
@@ -187,7 +179,7 @@ def test_an_expert_twice_in_a_decision_is_refused(tmp_path: Path, options: Any) 
         probe(ids, weights)
 
     expert = int(shown(1, K=3)[0][5, 0])
-    refused(tmp_path / "t", rf"probe\(layer=0\) chose expert {expert} twice", probing, **options)
+    refused(out, rf"probe\(layer=0\) chose expert {expert} twice", twice, **options)
 
 
 def test_mistakes_in_probes_are_named(tmp_path: Path) -> None:

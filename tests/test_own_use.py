@@ -66,8 +66,7 @@ def test_discovery_refuses_what_is_compiled(tmp_path: Path) -> None:
 
 
 def test_a_forward_that_returns_nothing_is_recorded(tmp_path: Path) -> None:
-    """It keeps its loss in an attribute, say. What raises is told from it, also while another
-    exception is handled."""
+    """What raises is told from it, also while another exception is handled."""
 
     class Silent(Wrapper):
         fails = False
@@ -152,8 +151,7 @@ def test_a_recording_without_a_forward_pass_says_so(
 def test_a_recording_may_begin_or_end_between_forward_and_backward(
     tmp_path: Path, how: str, closed_before: str
 ) -> None:
-    """Under activation checkpointing too: what reads the choice saves nothing for the backward
-    pass, which the recomputation would then miss, or have too much of."""
+    """What reads the choice saves nothing, which a recomputation would miss."""
     model, ids = own.gpt(probes="probe" in how), own.tokens()
     for block in model.blocks:
         block.forward = lambda x, run=block.forward: checkpoint(run, x, use_reentrant=False)

@@ -4,7 +4,6 @@ router chose, token by token. What the routers chose comes from the model's own 
 from __future__ import annotations
 
 import io
-import shutil
 import tempfile
 import threading
 from contextlib import redirect_stderr
@@ -48,11 +47,11 @@ class Recording(RuleBasedStateMachine):
         commit_every=st.sampled_from([None, 1e-9]),
     )
     def begin(self, **options: Any) -> None:
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = tempfile.TemporaryDirectory()
         self.fed: list[tuple[int, int, int, str, list[list[int]]]] = []
         self.passes, self.documents = 0, 0
         self.decoding: dict[str, Any] | None = None
-        self.recorder = moe_inspect.record(MODEL, self.folder / "t", **options)
+        self.recorder = moe_inspect.record(MODEL, Path(self.folder.name) / "t", **options)
         self.recorder.__enter__()
 
     def run(self, batch: dict[str, torch.Tensor], **more: Any) -> None:
@@ -134,16 +133,14 @@ class Recording(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "recorder"):
             return
-        with redirect_stderr(io.StringIO()):  # that nothing was recorded
-            self.recorder.__exit__(None, None, None)
-        try:
+        with self.folder:
+            with redirect_stderr(io.StringIO()):  # that nothing was recorded
+                self.recorder.__exit__(None, None, None)
             if self.fed:
                 self.check()
-        finally:
-            shutil.rmtree(self.folder)
 
     def check(self) -> None:
-        path = self.folder / "t"
+        path = Path(self.folder.name) / "t"
         found = moe_inspect.verify(path)
         assert found.ok, str(found)
         trace = moe_inspect.open_trace(path)

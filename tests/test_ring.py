@@ -38,8 +38,7 @@ P, ROWS, TWO = 16, 40, ([2, 5], [8, 300])  # of a page, of the ring; K and E of 
 
 
 def follow(module: ModuleType, sizes: list[int], behind: int, drop: bool = False) -> None:
-    """Writes forward passes of these sizes on the tapes of two routers, hands them over `behind`
-    passes later, and compares."""
+    """Writes passes of these sizes on two tapes, hands them over late, and compares."""
     held = module.Ring(CPU, *TWO, torch.float16, rows=ROWS, page_rows=P)
     waiting: list[tuple[int, int, int]] = []
     lost = 0
@@ -249,15 +248,20 @@ def test_what_is_dropped_is_counted_everywhere(
         assert (rows.to_numpy() == one[: len(rows)]).all()
 
 
-def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: Path) -> None:
-    model = build("olmoe")
+def test_a_step_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    """Before a forward pass; larger than the ring, with the size; of other inputs."""
+    model, inputs = build("olmoe"), torch.zeros(2, 3, dtype=torch.long)
     with moe_inspect.record(model, tmp_path / "t", ring_tokens=5000) as rec, torch.no_grad():
+        with pytest.raises(MoeInspectError, match=r"step\(\) needs a forward pass"):
+            rec.step(4)
         model(**token_batch([9, 5]))
         fits = rec.stacks[""].rings.max_rows
         assert fits >= 5000
         said = rf"20,000 rows exceeds the room .* \({fits:,}\): .* ring_tokens=20000"
         with pytest.raises(MoeInspectError, match=said):
             rec.step(20000)
+        with pytest.raises(MoeInspectError, match=r"step\(5\) with inputs of 6 rows"):
+            rec.step(5, input_ids=inputs)
         model(**token_batch([9]))
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 23
 
@@ -337,16 +341,6 @@ def test_replays_within_paused_are_not_recorded(tmp_path: Path) -> None:
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4 + 12
 
 
-def test_step_comes_after_a_forward_pass(tmp_path: Path) -> None:
-    with moe_inspect.record(build("olmoe"), tmp_path / "t") as rec:
-        with pytest.raises(MoeInspectError, match=r"step\(\) needs a forward pass"):
-            rec.step(4)
-        with torch.no_grad():
-            rec.model(**token_batch([4]))
-        with pytest.raises(MoeInspectError, match=r"step\(5\) with inputs of 6 rows"):
-            rec.step(5, input_ids=torch.zeros(2, 3, dtype=torch.long))
-
-
 def test_capturing_a_graph_records_nothing(put: Put, tmp_path: Path) -> None:
     """While a stream captures, the host must not look at anything, and nothing has run."""
     model, batch = build("olmoe"), token_batch([4])
@@ -377,8 +371,7 @@ def test_capturing_a_graph_records_nothing(put: Put, tmp_path: Path) -> None:
 def test_dropping_survives_growth_and_failure(
     go_on: threading.Event, small_pages: None, tmp_path: Path
 ) -> None:
-    """The device's count of dropped rows is that of the host, also when a larger pass made the ring
-    grow, and when one failed after some routers had dropped."""
+    """The device's count of dropped rows stays that of the host."""
     model = build("olmoe")
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
         for _ in range(20):

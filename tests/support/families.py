@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -11,18 +12,14 @@ from tests.support import zoo
 
 # family → what its config has other than in `zoo`, where every family's is; two layers each
 GROUPS = {"n_group": 1, "topk_group": 1}
+GROUP_LIMITED = {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
 NARROW = {"intermediate_size": 24}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_experts_per_tok": 2, "sliding_window": None},
     "olmoe": {**NARROW, "num_experts_per_tok": 4},
     "qwen2_moe": {"decoder_sparse_step": 1},
     "qwen3_moe": {"decoder_sparse_step": 1, "num_experts_per_tok": 4, "norm_topk_prob": True},
-    "deepseek_v2": {
-        "n_group": 2,
-        "topk_group": 1,
-        "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 1.5,
-    },
+    "deepseek_v2": {**GROUP_LIMITED, "routed_scaling_factor": 1.5},
     "deepseek_v3": {},
     "gpt_oss": {**NARROW, "layer_types": ["full_attention"] * 2},
     "granitemoe": NARROW,
@@ -55,32 +52,24 @@ def moe_layers(family: str) -> list[int]:
 def handed_over(
     model: Any, layer: int, inputs: dict[str, torch.Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, weights) [T, K] as the experts' own function receives them, by replacing that function
-    for one call."""
+    """(ids, weights) [T, K] as the experts' own function receives them."""
     block = model.model.layers[layer]
     if type(model).__name__.startswith("Llama4"):
         router = block.feed_forward.router
         logits: list[torch.Tensor] = []
         hook = router.register_forward_pre_hook(lambda m, a: logits.append(a[0] @ m.weight.T))
-        with torch.no_grad():
-            model(**inputs)
+        zoo.outputs(model, inputs)
         hook.remove()
         top = logits[0].topk(router.top_k, dim=1)
         return top.indices.numpy(), top.values.sigmoid().numpy()
     experts = next(m for n, m in block.named_modules() if n.endswith("experts"))
-    received: list[tuple[np.ndarray, np.ndarray]] = []
-    kind, stock = type(experts), type(experts).forward
+    received, stock = list[tuple[np.ndarray, np.ndarray]](), experts.forward
 
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is experts:
-            _, ids, weights = [*args, *kwargs.values()]
-            received.append((ids.numpy().copy(), weights.float().numpy().copy()))
-        return stock(self, *args, **kwargs)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        _, ids, weights = [*args, *kwargs.values()]
+        received.append((ids.numpy().copy(), weights.float().numpy().copy()))
+        return stock(*args, **kwargs)
 
-    kind.forward = watched
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        kind.forward = stock
+    with patch.object(experts, "forward", watched):
+        zoo.outputs(model, inputs)
     return received[0]

@@ -99,8 +99,7 @@ def recorded(trace: Trace, layer: int) -> list[frozenset[int]]:
 
 
 def same(trace: Trace, given: Given, order: Any = None) -> int:
-    """Decisions compared with what the experts were given, of all layers and passes, in the
-    `order` of the tokens [T] of each pass. Fails at the first that differs."""
+    """Decisions compared, in the `order` of the tokens [T] of each pass; all are alike."""
     compared = 0
     for layer, passes in given.items():
         places = [order if order is not None else range(len(rows)) for rows in passes]
@@ -114,8 +113,7 @@ def same(trace: Trace, given: Given, order: Any = None) -> int:
 def exact(
     model: Any, path: Path, passes: int = 1, run: Any = None, order: Any = None, **options: Any
 ) -> Trace:
-    """The trace of passes of `model`, within `run` or by itself: all of its decisions, in `order`,
-    are what the experts were given."""
+    """The trace of passes, within `run`: in `order`, what the experts were given."""
     run, ids = run or model, tokens()
     with watched(model) as given, moe_inspect.record(run, path, **options):
         for _ in range(passes):
