@@ -136,79 +136,54 @@ def _table(copy: Copy, trace: object, table: str) -> list[str]:
 
 
 TOY = """
+import moe_inspect
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-
-class ToyConfig(PretrainedConfig):
-    model_type = "toy_moe"
-
-    def __init__(self, **options):
-        self.num_hidden_layers, self.hidden_size, self.vocab_size = 2, 16, 50
-        self.num_experts, self.num_experts_per_tok = 4, 2
-        super().__init__(**options)
+H, E, K, CHOSEN = 16, 4, 2, []
 
 
 class ToyGate(nn.Module):
-    def __init__(self, config):
+    def __init__(self):
         super().__init__()
-        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
-        self.score = nn.Linear(config.hidden_size, config.num_experts)
+        self.num_experts, self.top_k, self.score = E, K, nn.Linear(H, E)
 
     def forward(self, hidden):
         return self.score(hidden).softmax(-1)
 
 
 class ToyBlock(nn.Module):
-    def __init__(self, config):
+    def __init__(self):
         super().__init__()
-        self.gate = ToyGate(config)
-        self.linears = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.num_experts)
-        )
+        self.gate, self.linears = ToyGate(), nn.ModuleList(nn.Linear(H, H) for _ in range(E))
 
     def forward(self, hidden):
-        flat = hidden.flatten(0, 1)
-        weights, ids = self.gate(flat).topk(self.gate.top_k)
+        weights, ids = self.gate(hidden.flatten(0, 1)).topk(K)
         CHOSEN.append(ids)
-        out = sum(
-            weights[:, slot, None] * torch.stack([self.linears[e](x) for x, e in zip(flat, chosen)])
-            for slot, chosen in enumerate(ids.T.tolist())
-        )
-        return hidden + out.view_as(hidden)
+        every = torch.stack([linear(hidden.flatten(0, 1)) for linear in self.linears], 1)
+        chosen = every.gather(1, ids[..., None].expand(-1, -1, H))
+        return hidden + (weights[..., None] * chosen).sum(1).view_as(hidden)
 
 
 class ToyMoe(PreTrainedModel):
-    config_class = ToyConfig
-
     def __init__(self, config):
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(ToyBlock(config) for _ in range(config.num_hidden_layers))
-        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.embed_tokens, self.head = nn.Embedding(50, H), nn.Linear(H, 50)
+        self.layers = nn.ModuleList(ToyBlock() for _ in range(config.num_hidden_layers))
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embed
-
     def forward(self, input_ids, attention_mask=None, **options):
-        hidden = self.embed(input_ids)
+        hidden = self.embed_tokens(input_ids)
         for layer in self.layers:
             hidden = layer(hidden)
         return CausalLMOutput(logits=self.head(hidden))
 
 
-CHOSEN = []
-"""
-RECORDED = """
-import moe_inspect
-from moe_inspect.errors import MoeInspectError
-from toy import CHOSEN, ToyConfig, ToyMoe
-import torch
-
-model = ToyMoe(ToyConfig()).eval()
+sizes = {"num_hidden_layers": 2, "hidden_size": H, "vocab_size": 50}
+config = PretrainedConfig(**sizes, num_experts=E, num_experts_per_tok=K)
+model = ToyMoe(config).eval()
 with torch.no_grad(), moe_inspect.record(model, "t"):
     model(input_ids=torch.arange(10)[None])
 trace = moe_inspect.open_trace("t")
@@ -221,10 +196,8 @@ print(len(CHOSEN), "layers recorded")
 
 def test_a_model_family(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy.root / "toy.py").write_text(TOY)
-    (copy.root / "recorded.py").write_text(RECORDED)
     monkeypatch.chdir(copy.root)
-    monkeypatch.syspath_prepend(copy.root)
     with pytest.raises(MoeInspectError, match="no known router"):  # as it is, it is refused
-        runpy.run_path("recorded.py")
+        runpy.run_path("toy.py")
     copy.follow("Add a model family")
-    assert copy.python("recorded.py") == "2 layers recorded\n"
+    assert copy.python("toy.py") == "2 layers recorded\n"

@@ -3,6 +3,7 @@ to what torch makes of the model's own parameters, without torch and in pieces."
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import moe_inspect
@@ -21,10 +23,14 @@ from moe_inspect.analysis.weights import measure, stored
 from moe_inspect.analysis.weights.measure import aimer_and_norm, geometry_of, places_in, rows_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
+from moe_inspect.reporting.tables.summary import adapter, quantization
+from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.schema import Router
 from tests.conftest import Cli
 from tests.support import zoo
+from tests.support.damage import edit_manifest
 from tests.support.families import FAMILIES, build
+from tests.support.planted import uniform
 from tests.support.synthetic import uniform_ids, write_trace
 
 # in all of these transformers packs, splits, renames or transposes what is stored
@@ -45,6 +51,11 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(model: Any, path: Path) -> Path:
     model.save_pretrained(path)
     return path
+
+
+def described(tensors: dict[str, torch.Tensor], root: Path) -> dict[str, pd.DataFrame]:
+    save_file(tensors, root / "model.safetensors")
+    return moe_inspect.describe_weights(str(root))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -102,15 +113,6 @@ def test_bf16_fp16_and_several_files_in_pieces(tmp_path: Path, monkeypatch: pyte
     assert half["aimer"].tolist() == pytest.approx(whole["experts"]["aimer"].tolist(), rel=1e-4)
 
 
-def test_the_bundled_model():
-    tables = moe_inspect.describe_weights("demo")
-    of_routers = tables["routers"][["layer", "router", "experts"]].to_numpy().tolist()
-    assert of_routers == [[r, r, 8] for r in range(4)]
-    assert len(tables["experts"]) == 32
-    assert tables["experts"]["aimer"].between(0.75, 0.8).all()  # nearly Gaussian: 0.798
-    assert (tables["experts"]["nearest"] != tables["experts"]["expert"]).all()
-
-
 def test_geometry_by_hand():
     found = geometry_of(np.array([[3.0, 0, 0, 0], [0, 4, 0, 0], [1, 1, 0, 0]]))
     assert found["cosine_max"] == pytest.approx(2**-0.5)
@@ -145,8 +147,7 @@ def test_fp8_with_its_scales(scales: str, tmp_path: Path, in_pieces: None):
         if scales == "block":
             scale = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
         want.append(aimer((w.float() * scale).double()))
-    save_file(tensors, tmp_path / "model.safetensors")
-    experts = moe_inspect.describe_weights(str(tmp_path))["experts"]
+    experts = described(tensors, tmp_path)["experts"]
     assert experts["aimer"].tolist() == pytest.approx(want, rel=1e-6)
     assert experts["weights"].tolist() == [200 * 300] * 4
 
@@ -185,8 +186,7 @@ def test_quantised_experts_are_nan_and_their_router_is_read(tmp_path: Path):
     for e in range(4):
         quantised = torch.zeros(16, 8, dtype=torch.float8_e4m3fn)
         tensors[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] = quantised
-    save_file(tensors, tmp_path / "model.safetensors")
-    tables = moe_inspect.describe_weights(str(tmp_path))
+    tables = described(tensors, tmp_path)
     assert tables["experts"][["aimer", "weights"]].isna().all(axis=None)
     assert tables["experts"]["row_norm"].notna().all()
     assert tables["routers"]["effective_rank"].notna().all()
@@ -203,14 +203,12 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path):
     refused(".", "no experts among the tensors")
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 2, 2], "data_offsets": [0, 4]}})
     lies = len(header).to_bytes(8, "little") + header.encode() + b"abcd"
-    damaged = "is damaged or no safetensors file"
     empty, list_, junk = b"\x05" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]", b"x" * 99
-    broken = [(content, damaged) for content in (b"", empty, list_, junk)]
-    broken.append((lies, r"a of shape \[1000000000, 2, 2\] has 4 bytes"))
-    for n, (content, match) in enumerate(broken):
-        (tmp_path / f"broken{n}").mkdir()
-        (tmp_path / f"broken{n}" / "model.safetensors").write_bytes(content)
-        refused(f"broken{n}", match)
+    (tmp_path / "broken").mkdir()
+    for content in (b"", empty, list_, junk, lies):
+        (tmp_path / "broken" / "model.safetensors").write_bytes(content)
+        why = r"a of shape \[1000000000, 2, 2\] has 4 bytes"
+        refused("broken", why if content == lies else "is damaged or no safetensors file")
     file = saved(build("mixtral"), tmp_path / "cut") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-50_000])
     refused("cut", r"it ends before model\.layers\.1")
@@ -228,13 +226,17 @@ def test_it_needs_no_torch():
 # --- the commands
 
 
-def test_describe_weights_as_tables(cli_here: Cli):
+def test_the_bundled_model_as_tables(cli_here: Cli):
     routers = cli_here("describe", "demo", "--weights", "--format", "json")
     rows = [json.loads(line) for line in routers.stdout.splitlines()]
-    assert [row["router"] for row in rows] == [0, 1, 2, 3]
+    sizes = [(row["layer"], row["router"], row["experts"]) for row in rows]
+    assert sizes == [(r, r, 8) for r in range(4)]
     assert 0 < rows[0]["effective_rank"] <= 8
     experts = cli_here("describe", "demo", "--weights", "--table", "experts", "--format", "csv")
-    assert len(experts.stdout.splitlines()) == 33
+    table = pd.read_csv(io.StringIO(experts.stdout))
+    assert len(table) == 32
+    assert table["aimer"].between(0.75, 0.8).all()  # nearly Gaussian: 0.798
+    assert (table["nearest"] != table["expert"]).all()
     wrong = cli_here("describe", "demo", "--weights", "--context", "9", check=2)
     assert "leave out --context" in wrong.stderr
 
@@ -283,3 +285,79 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
     made = moe_inspect.report(trace, weights=saved(build("mixtral"), tmp_path / "m"))
     with pytest.raises(MoeInspectError, match="are not of this trace's model"):
         made.tables["worth"]
+
+
+# --- how the report names them: quantisation and adapter
+
+
+def torchao(kind: Any) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": kind}
+
+
+NAMES: dict[str, dict[str, Any]] = {
+    "mxfp4": transformers.Mxfp4Config().to_dict(),
+    "fp8": transformers.FineGrainedFP8Config().to_dict(),
+    "bitsandbytes 4 bit": transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict(),
+    "bitsandbytes 8 bit": transformers.BitsAndBytesConfig(load_in_8bit=True).to_dict(),
+    "torchao int8": torchao({"default": {"_type": "Int8WeightOnlyConfig", "_data": "int4"}}),
+    "torchao int4": torchao({"default": {"_type": "Int8DynamicActivationInt4WeightConfig"}}),
+    "torchao float8": torchao("float8_weight_only"),
+    "torchao": torchao({"default": 3}),
+    "gptq 4 bit": {"quant_method": "gptq", "bits": 4},
+    "awq 4 bit": {"quant_method": "awq", "bits": 4},
+    "compressed-tensors int4": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
+    },
+    "fbgemm_fp8": {"quant_method": "fbgemm_fp8"},
+    "": {},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantization_is_named(name: str) -> None:
+    config = {"quantization_config": json.loads(json.dumps(NAMES[name], default=str))}
+    for of_model in (config, {"text_config": config}):
+        assert quantization({"model": {"config": of_model}}) == name
+
+
+@pytest.mark.parametrize("odd", [None, 3, [], "mxfp4", {"quant_method": None}, {"bits": "4"}])
+def test_what_is_no_quantization_is_not_named(odd: Any) -> None:
+    assert quantization({"model": {"config": {"quantization_config": odd}}}) == ""
+    assert quantization({"model": odd}) == ""
+    assert adapter({"model": odd}) == ""
+    assert adapter({"model": {"adapter": None}}) == ""
+
+
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "; weights: bitsandbytes 4 bit.": {
+        "config": {"quantization_config": NAMES["bitsandbytes 4 bit"]}
+    },
+    "; weights: mxfp4 dequantized to bfloat16.": {"dequantized_from": NAMES["mxfp4"], "config": {}},
+    "; weights: fp8, LORA adapter of some/base.": {
+        "config": {"quantization_config": NAMES["fp8"]},
+        "adapter": {"kind": "LORA", "base": "some/base"},
+    },
+    "routers.": {"config": {}},
+}
+
+
+@pytest.mark.parametrize("said", WEIGHTS)
+def test_the_data_line_says_so_in_every_output(said: str, cli_here: Cli, tmp_path: Path) -> None:
+    uniform(path := tmp_path / "t")
+    manifest, model = read_manifest(path), json.loads(json.dumps(WEIGHTS[said], default=str))
+    capture = manifest["capture"] | {"dtype": "bfloat16"}
+    edit_manifest(path, model=manifest["model"] | model, capture=capture)
+    made = moe_inspect.report(path)
+    (line,) = [f.text for f in made.verdict() if f.text.startswith("Judged on")]
+    assert line.endswith(said)
+    texts = [
+        cli_here("report", path, "--html", tmp_path / "page.html").stdout,
+        cli_here("report", path, "--table", "verdict", "--format", "csv").stdout,
+        (tmp_path / "page.html").read_text(),
+        made._repr_html_(),
+    ]
+    assert all(line in " ".join(text.split()) for text in texts)
+    facts = dict(made.facts())
+    assert ("quantization" in facts) == ("weights" in said)
+    assert facts.get("adapter") == ("LORA adapter of some/base" if "adapter" in said else None)

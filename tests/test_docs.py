@@ -56,26 +56,15 @@ def test_every_command_and_option_is_there(site: Path) -> None:
     assert walk(typer.main.get_command(app), "moe-inspect") >= 11
 
 
-def test_every_metric_is_there(site: Path) -> None:
-    shown = text(site / "metrics.html")
+def test_every_metric_importer_and_public_name_is_there(site: Path) -> None:
     assert len(listing()) > 30
-    for row in listing():
-        assert row["metric"] in shown
-        assert row["definition"] in shown
-
-
-def test_every_importer_is_there(site: Path) -> None:
-    shown = text(site / "import.html")
     assert len(formats()) >= 8
-    for name, format in formats().items():
-        assert name in shown
-        assert format.reads.replace("`", "") in shown
-
-
-def test_every_public_name_is_there(site: Path) -> None:
+    shown = text(site / "metrics.html")
+    assert all(row[name] in shown for row in listing() for name in ("metric", "definition"))
+    shown = text(site / "import.html")
+    assert all(name in shown and f.reads.replace("`", "") in shown for name, f in formats().items())
     shown = (site / "api.html").read_text(encoding="utf-8")
-    for name in moe_inspect.__all__:
-        assert f'id="moe_inspect.{name}"' in shown, name
+    assert all(f'id="moe_inspect.{name}"' in shown for name in moe_inspect.__all__)
 
 
 def test_it_can_be_searched_and_read_offline(site: Path) -> None:

@@ -41,6 +41,8 @@ from tests.support.engine import (
 )
 from tests.test_cli_trace import save, write_jsonl
 
+Traced = Callable[..., moe_inspect.Trace]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: Any) -> str:
@@ -57,12 +59,19 @@ def impatient(monkeypatch: Any) -> None:
     monkeypatch.setattr(engine_http, "FIRST_WAIT_S", 0.01)
 
 
-def traced(
-    url: str, out: Path, model: str, corpus: str, engine: str = "vllm", **options: Any
-) -> moe_inspect.Trace:
-    usual = {"data": [corpus], "max_length": 40, "batch_tokens": 300, "concurrency": 4}
-    of_engine = {"engine": engine, "model_config": model}
-    return moe_inspect.trace_engine(url, out, **of_engine, **usual | options)
+@pytest.fixture
+def traced(model: str, corpus: str, tmp_path: Path) -> Traced:
+    """Traces a server, or one at a URL, into a folder of this name."""
+
+    def trace(server: Server | str, out: str = "t", **options: Any) -> moe_inspect.Trace:
+        if isinstance(server, Server):
+            with serving(server) as url:
+                return trace(url, out, **options)
+        usual = {"data": [corpus], "max_length": 40, "batch_tokens": 300, "concurrency": 4}
+        of_engine = {"engine": "vllm", "model_config": model}
+        return moe_inspect.trace_engine(server, tmp_path / out, **of_engine | usual | options)
+
+    return trace
 
 
 def rows(trace: moe_inspect.Trace) -> Any:
@@ -80,15 +89,12 @@ def check_rows(trace: moe_inspect.Trace) -> None:
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("generate", [0, 5])
-def test_every_row_is_what_the_server_decided(
-    engine: str, generate: int, model: str, corpus: str, tmp_path: Path
-) -> None:
+def test_every_row_is_what_the_server_decided(engine: str, generate: int, traced: Traced) -> None:
     server = Server()
     # answers come in another order than they were asked for
     server.delay_s = lambda n: 0.02 * (n % 3 == 0)
     with serving(server) as url:
-        trace = traced(url, tmp_path / "t", model, corpus, engine, generate=generate)
-    check_rows(trace)
+        trace = traced(url, engine=engine, generate=generate)
     tokens = trace.tokens()
     for _, text in tokens.groupby("sequence"):
         assert text.position.tolist() == list(range(len(text)))
@@ -106,18 +112,6 @@ def test_every_row_is_what_the_server_decided(
     assert "weight_0" not in trace.routing()
 
 
-def test_the_tokens_are_those_of_a_local_trace(model: str, corpus: str, tmp_path: Path) -> None:
-    options = {"max_length": 40, "batch_tokens": 300}
-    with serving(Server()) as url:
-        served = traced(url, tmp_path / "served", model, corpus)
-    local = moe_inspect.trace_model(model, tmp_path / "local", data=[corpus], **options)
-    assert served.tokens().equals(local.tokens())
-    assert served.documents().equals(local.documents())
-    # engines hand back no weights
-    known = [{**router, "slot_order": "unknown"} for router in local.manifest["routers"]]
-    assert served.manifest["routers"] == known
-
-
 def test_the_default_length_fits_every_engine() -> None:
     assert set(get_args(EngineName)) == set(ENGINES)
     for generate in range(9):
@@ -125,57 +119,52 @@ def test_the_default_length_fits_every_engine() -> None:
         assert max(needed) == reserved_for_engines(generate)
 
 
-@pytest.mark.parametrize(
-    ("engine", "length", "generate", "max_length"),
-    [("vllm", 256, 0, None), ("sglang", 256, 0, None), ("sglang", 120, 5, 112)],
-)
-def test_long_documents_are_split_as_in_a_local_trace(
-    engine: str,
-    length: int,
-    generate: int,
-    max_length: int | None,
-    model: str,
-    tmp_path: Path,
-    capsys: Any,
+LENGTHS = [("vllm", 256, 0, None), ("sglang", 256, 0, None), ("sglang", 120, 5, 112)]
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_the_tokens_are_those_of_a_local_trace(
+    case: tuple[str, int, int, int | None], model: str, traced: Traced, tmp_path: Path, capsys: Any
 ) -> None:
-    """By default; where the server takes fewer positions than the model, as in a local trace with
-    the `--max-length` that is told."""
-    text = str(write_jsonl(tmp_path / "c.jsonl", documents=3, words=900))
-    server, found = Server(), []
+    """Long documents are split alike, by default; where the server takes fewer positions than the
+    model, as in a local trace with the `--max-length` that is told."""
+    (engine, length, generate, max_length), server = case, Server()
     server.length = length
+    text = str(write_jsonl(tmp_path / "c.jsonl", documents=3, words=900))
     usual = {"data": [text], "batch_tokens": 300, "generate": generate}
-    with serving(server) as url:
-        served = traced(url, tmp_path / "e", model, text, engine, **{**usual, "max_length": None})
+    served = traced(server, engine=engine, max_length=None, **usual)
     assert ("--max-length 112" in capsys.readouterr().err) == (length == 120)
     local = moe_inspect.trace_model(model, tmp_path / "l", max_length=max_length, **usual)
-    for trace in (served, local):
-        tokens = trace.tokens()
-        prompts = tokens[tokens.phase == "prefill"].reset_index(drop=True)
-        found.append(prompts[["document", "sequence", "position", "token_id"]])
-    assert found[0].equals(found[1])
+    prompts = [
+        tokens[tokens.phase == "prefill"].reset_index(drop=True)
+        for tokens in (served.tokens(), local.tokens())
+    ]
+    if generate:  # what is generated is another text, and shares batches
+        prompts = [of[["document", "sequence", "position", "token_id"]] for of in prompts]
+    assert prompts[0].equals(prompts[1])
     longest = length - reserved_for_engines(generate)
-    assert (found[0].groupby("sequence").size() == longest).sum() >= 3
+    assert (prompts[0].groupby("sequence").size() == longest).sum() >= 3
+    assert generate or served.documents().equals(local.documents())
+    # engines hand back no weights
+    known = [{**router, "slot_order": "unknown"} for router in local.manifest["routers"]]
+    assert served.manifest["routers"] == known
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("generate", [0, 5])
 def test_an_engine_takes_the_longest_prompt(
-    engine: str, generate: int, model: str, tmp_path: Path
+    engine: str, generate: int, traced: Traced, tmp_path: Path
 ) -> None:
     """All documents fill it, and are continued by all tokens that are asked for."""
-    server, longest = Server(), MODEL_LENGTH - ENGINES[engine].reserved(generate)
+    longest = MODEL_LENGTH - ENGINES[engine].reserved(generate)
     text = write_jsonl(tmp_path / "c.jsonl", documents=1, words=900)
-    usual = {"max_length": longest, "max_tokens": longest, "generate": generate}
-    with serving(server) as url:
-        of = (url, tmp_path / "t", model, str(text), engine)
-        with pytest.raises(MoeInspectError, match=f"beyond the {longest} positions"):
-            traced(*of, **{**usual, "max_length": longest + 1})
-        traced(*of, **usual)
+    of = {"engine": engine, "data": [str(text)], "max_tokens": longest, "generate": generate}
+    with pytest.raises(MoeInspectError, match=f"beyond the {longest} positions of this model that"):
+        traced(Server(), max_length=longest + 1, **of)
+    traced(Server(), max_length=longest, **of)
 
 
-def test_concurrency_is_bounded_and_changes_nothing(
-    model: str, corpus: str, tmp_path: Path
-) -> None:
+def test_concurrency_is_bounded_and_changes_nothing(traced: Traced) -> None:
     found = {}
     for concurrency in (1, 8):
         server = Server()
@@ -183,17 +172,14 @@ def test_concurrency_is_bounded_and_changes_nothing(
         server.delay_s = lambda n, first=first: (
             first.wait(60) * 0.0 if n < first.parties else 0.002 * (n % 5)
         )
-        options: dict[str, Any] = {"generate": 2, "concurrency": concurrency}
-        with serving(server) as url:
-            trace = traced(url, tmp_path / f"{concurrency}", model, corpus, **options)
-        found[concurrency] = rows(trace)
+        found[concurrency] = rows(
+            traced(server, f"{concurrency}", generate=2, concurrency=concurrency)
+        )
         assert server.most == concurrency
     assert found[1].equals(found[8])
 
 
-def test_a_busy_server_is_asked_again_as_it_says(
-    model: str, corpus: str, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_busy_server_is_asked_again_as_it_says(traced: Traced, capsys: Any) -> None:
     server, asked_s = Server(), []
     busy = {
         0: (503, {}, b"starting"),
@@ -204,7 +190,7 @@ def test_a_busy_server_is_asked_again_as_it_says(
     server.behave = lambda n, *_: asked_s.append(time.monotonic()) or busy.get(n)
     with serving(server) as url:
         # else any of the refusals may be told first
-        trace = traced(url, tmp_path / "t", model, corpus, concurrency=1)
+        trace = traced(url, concurrency=1)
     check_rows(trace)
     said = f"{url}: HTTP 503: starting; retrying in 0 s (attempt 1 of 6 failed)\n"
     assert said in capsys.readouterr().err
@@ -213,19 +199,17 @@ def test_a_busy_server_is_asked_again_as_it_says(
 
 
 def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(
-    model: str, corpus: str, tmp_path: Path
+    traced: Traced, tmp_path: Path
 ) -> None:
-    whole = Server()
-    with serving(whole) as url:
-        expected = rows(traced(url, tmp_path / "whole", model, corpus, generate=3))
-    server = Server()
+    whole, server = Server(), Server()
+    expected = rows(traced(whole, "whole", generate=3))
     server.behave = lambda n, *_: (
         (503, {}, b'{"error": {"message": "engine\\ndead"}}') if n >= 20 else None
     )
     with serving(server) as url:
         says = r"no answer after 6 attempts, the last error: HTTP 503: engine dead: .*--resume"
         with pytest.raises(MoeInspectError, match=says):
-            traced(url, tmp_path / "t", model, corpus, generate=3)
+            traced(url, generate=3)
         cut = moe_inspect.open_trace(tmp_path / "t")
         assert cut.manifest["status"] == "interrupted"
         assert 0 < cut.n_tokens < len(expected)
@@ -233,118 +217,97 @@ def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(
         server.behave = lambda *_: None
         before = len(server.requests)
         with pytest.raises(MoeInspectError, match="made with generate 3, not 2"):
-            traced(url, tmp_path / "t", model, corpus, generate=2, resume=True)
-        trace = traced(url, tmp_path / "t", model, corpus, generate=3, resume=True)
+            traced(url, generate=2, resume=True)
+        trace = traced(url, generate=3, resume=True)
         # what was committed is not asked for again
         assert len(server.requests) - before < len(whole.requests)
         assert rows(trace).equals(expected)
         assert trace.manifest["status"] == "complete"
         again = len(server.requests)
-        traced(url, tmp_path / "t", model, corpus, generate=3, resume=True)
+        traced(url, generate=3, resume=True)
         assert len(server.requests) == again
 
 
-Lie = tuple[str, str, Any, str]  # engine, what of the server is otherwise, how, what is said
+Lie = tuple[str, str, Callable[..., Any], str]  # engine, what of the server is otherwise, how, said
 
 
-def says(engine: str, path: str, value: object, said: str) -> Lie:
+def says(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     def edit(answer: dict[str, Any]) -> None:
         *parents, last = path.split(".")
         for name in parents:
             answer = answer[int(name)] if isinstance(answer, list) else answer[name]
         answer[last] = value
 
-    return engine, "edit", edit, said
+    return edit
 
 
-def routes(engine: str, change: Callable[[np.ndarray], object], said: str) -> Lie:
-    def routed(array: np.ndarray) -> np.ndarray:
-        changed = array.copy()
-        result = change(changed)
-        return changed if result is None else np.asarray(result)
+def put(at: Any, expert: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(routed: np.ndarray) -> np.ndarray:
+        changed = routed.copy()
+        changed[at] = expert
+        return changed
 
-    return engine, "routed", routed, said
-
-
-def answers(engine: str, status: int, headers: dict[str, str], body: bytes, said: str) -> Lie:
-    return engine, "behave", lambda *_: (status, headers, body), said
+    return change
 
 
-def put(at: Any, expert: int) -> Callable[[np.ndarray], object]:
-    return lambda routed: routed.__setitem__(at, expert)
+def answers(status: int, headers: dict[str, str], body: bytes) -> Callable[..., object]:
+    return lambda *_: (status, headers, body)
 
 
-IDS, OF_VLLM, OF_SGLANG = (
-    "choices.0.token_ids",
-    "choices.0.routed_experts",
-    "meta_info.routed_experts",
-)
+IDS = "choices.0.token_ids"
+OF_VLLM, OF_SGLANG = "choices.0.routed_experts", "meta_info.routed_experts"
 NO_FLAG = "start the server with --enable-return-routed-experts"
-BOMB = b" " * 2**22
+BOMB, TOO_LONG = b" " * 2**22, b'{"error": {"message": "too long"}}'
 LIES: dict[str, Lie] = {
-    "the flag is not set (vllm)": says("vllm", OF_VLLM, None, NO_FLAG),
-    "the flag is not set (sglang)": says("sglang", OF_SGLANG, None, NO_FLAG),
-    "cut base64": says("vllm", OF_VLLM, "k05VTVB", "base64"),
-    "no array": says("vllm", OF_VLLM, "AAAA", "not a .npy"),
-    "cut array": says("sglang", OF_SGLANG, "AAAAAA==", "no whole number of tokens"),
-    "another prompt": says("vllm", "choices.0.prompt_token_ids", [5], "ran another prompt"),
-    "a cut prompt": says("sglang", "meta_info.prompt_tokens", 1, "ran another prompt"),
-    "ids beyond the vocabulary": says("vllm", IDS, [VOCABULARY], "not a list of ids below 300"),
-    "no token ids": says("sglang", "output_ids", None, "not a list of ids"),
-    "aborted": says("sglang", "meta_info.finish_reason", {"type": "abort"}, "ended by 'abort'"),
-    "too many tokens": says("vllm", IDS, [3, 4], "2 of 1 tokens were generated"),
-    "rows of a cached prefix left out": routes(
-        "vllm", lambda a: a[1:], "0.33 return them, and do not start with --no-enable"
-    ),
-    "rows of a cached prefix left out (sglang)": routes(
-        "sglang", lambda a: a[1:], "start the server with --disable-radix"
-    ),
-    "too many rows": routes("sglang", lambda a: np.concatenate([a, a[:1]]), "rows"),
-    "a layer too few": routes("vllm", lambda a: a[:, 1:], "1 layers, the model's config 2"),
-    "another top-k": routes("vllm", lambda a: a[:, :, :2], "2 experts per token"),
-    "an expert beyond E": routes("vllm", put((0, 1, 0), EXPERTS), "expert 8 of 8"),
-    "an expert twice": routes(
-        "sglang", lambda a: put((0, 1, 0), a[0, 1, 1])(a), "one expert twice"
-    ),
-    "a layer that was not recorded": routes("vllm", put(slice(None), 0), "one expert twice"),
-    "a dense layer that routes": routes("vllm", put((0, 0, 0), 4), "no router in layer 0"),
-    "no JSON": answers("vllm", 200, {}, b"<html>", "expected a JSON object, got b'<html>'"),
-    "endless": answers("vllm", 200, {}, BOMB, "more than any valid response has"),
-    "a redirect": answers("vllm", 307, {"Location": "/elsewhere"}, b"", "HTTP 307"),
-    "a refusal": answers(
-        "sglang", 400, {}, b'{"error": {"message": "too long"}}', "HTTP 400.: too long"
-    ),
+    "the flag is not set (vllm)": ("vllm", "edit", says(OF_VLLM, None), NO_FLAG),
+    "the flag is not set (sglang)": ("sglang", "edit", says(OF_SGLANG, None), NO_FLAG),
+    "cut base64": ("vllm", "edit", says(OF_VLLM, "k05VTVB"), "base64"),
+    "no array": ("vllm", "edit", says(OF_VLLM, "AAAA"), "not a .npy"),
+    "cut array": ("sglang", "edit", says(OF_SGLANG, "AAAAAA=="), "no whole number of tokens"),
+    "another prompt": ("vllm", "edit", says("choices.0.prompt_token_ids", [5]), "another prompt"),
+    "a cut prompt": ("sglang", "edit", says("meta_info.prompt_tokens", 1), "ran another prompt"),
+    "ids beyond the vocabulary": ("vllm", "edit", says(IDS, [VOCABULARY]), "list of ids below 300"),
+    "no token ids": ("sglang", "edit", says("output_ids", None), "not a list of ids"),
+    "aborted": ("sglang", "edit", says("meta_info.finish_reason", {"type": "abort"}), "by 'abort'"),
+    "too many tokens": ("vllm", "edit", says(IDS, [3, 4]), "2 of 1 tokens were generated"),
+    "a cached prefix left out": ("vllm", "routed", lambda a: a[1:], "0.33 return .* --no-enable"),
+    "and by SGLang": ("sglang", "routed", lambda a: a[1:], "start the server with --disable-radix"),
+    "too many rows": ("sglang", "routed", lambda a: np.concatenate([a, a[:1]]), "rows"),
+    "a layer too few": ("vllm", "routed", lambda a: a[:, 1:], "1 layers, the model's config 2"),
+    "another top-k": ("vllm", "routed", lambda a: a[:, :, :2], "2 experts per token"),
+    "an expert beyond E": ("vllm", "routed", put((0, 1, 0), EXPERTS), "expert 8 of 8"),
+    "an expert twice": ("sglang", "routed", lambda a: a[:, :, [1, 1, 2]], "one expert twice"),
+    "a layer that was not recorded": ("vllm", "routed", put(slice(None), 0), "one expert twice"),
+    "a dense layer that routes": ("vllm", "routed", put((0, 0, 0), 4), "no router in layer 0"),
+    "no JSON": ("vllm", "behave", answers(200, {}, b"<html>"), "JSON object, got b'<html>'"),
+    "endless": ("vllm", "behave", answers(200, {}, BOMB), "more than any valid response has"),
+    "a redirect": ("vllm", "behave", answers(307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
+    "a refusal": ("sglang", "behave", answers(400, {}, TOO_LONG), "HTTP 400.: too long"),
 }
 
 
 @pytest.mark.parametrize("lie", list(LIES))
 def test_an_answer_that_cannot_be_true_is_one_line_and_nothing_is_written(
-    lie: str, model: str, corpus: str, tmp_path: Path
+    lie: str, traced: Traced, tmp_path: Path
 ) -> None:
     engine, hook, what, said = LIES[lie]
     server = Server()
     setattr(server, hook, what)
-    with serving(server) as url, pytest.raises(MoeInspectError, match=said) as error:
-        traced(url, tmp_path / "t", model, corpus, engine)
+    with pytest.raises(MoeInspectError, match=said) as error:
+        traced(server, engine=engine)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "t").exists()
 
 
-def test_a_server_of_another_model_or_engine_is_refused(
-    model: str, corpus: str, tmp_path: Path
-) -> None:
+def test_a_server_of_another_model_is_refused(traced: Traced) -> None:
     server = Server()
-    with serving(server) as url:
-        server.model_type = "mixtral"
-        says = r"the server's model is mixtral .*that of --model-config deepseek_v3"
-        with pytest.raises(MoeInspectError, match=says):
-            traced(url, tmp_path / "t", model, corpus, "sglang")
-        with pytest.raises(MoeInspectError, match="no router in layer 0: the MoE layers are 1"):
-            traced(url, tmp_path / "t", model, corpus, layers=[0])
-        says = "200 is beyond the 199 positions of this model that the"
-        with pytest.raises(MoeInspectError, match=says):
-            traced(url, tmp_path / "t", model, corpus, max_length=200)
-        assert not server.requests
+    with pytest.raises(MoeInspectError, match="no router in layer 0: the MoE layers are 1"):
+        traced(server, layers=[0])
+    server.model_type = "mixtral"
+    says = r"the server's model is mixtral .*that of --model-config deepseek_v3"
+    with pytest.raises(MoeInspectError, match=says):
+        traced(server, engine="sglang")
+    assert not server.requests
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(
@@ -367,13 +330,13 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert _without_secrets(command.split(), url) == hidden.split()
 
 
-def test_ctrl_c_closes_the_trace(model: str, corpus: str, tmp_path: Path) -> None:
+def test_ctrl_c_closes_the_trace(traced: Traced, tmp_path: Path) -> None:
     def interrupted(done: int, total: int | None) -> None:
         if done > 300:
             raise KeyboardInterrupt
 
-    with serving(Server()) as url, pytest.raises(KeyboardInterrupt):
-        traced(url, tmp_path / "t", model, corpus, progress=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        traced(Server(), progress=interrupted)
     cut = moe_inspect.open_trace(tmp_path / "t")
     assert cut.manifest["status"] == "interrupted"
     check_rows(cut)

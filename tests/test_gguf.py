@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.describe import describe
-from moe_inspect.model.gguf import ARCHITECTURES, refuse_unless_loadable
+from moe_inspect.model.gguf import ARCHITECTURES
 from moe_inspect.model.load import load_config, load_model
 from moe_inspect.reporting.tables.summary import quantization
 from moe_inspect.trace.reader import Trace
@@ -102,10 +102,8 @@ def test_what_cannot_be_loaded_is_refused_in_a_line(
     fields: dict[str, Field], said: str, tmp_path: Path, cli_here: Cli
 ):
     gguf_file(tmp_path / "m.gguf", fields, {"a": np.zeros((2, 2))})
-    with pytest.raises(MoeInspectError, match=said):
-        refuse_unless_loadable(tmp_path / "m.gguf")
     for command in (["trace", "m.gguf", "-o", "t"], ["describe", "m.gguf"]):
-        assert "m.gguf" in cli_here(*command, check=1).stderr
+        assert re.search(f"m.gguf.*{said}", cli_here(*command, check=1).stderr)
     assert not (tmp_path / "t").exists()
 
 
@@ -127,40 +125,33 @@ def test_what_is_no_gguf_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytes
 # --- tiny models, with the bundled tokenizer
 
 
-# our name of a block's module → GGUF's, of Qwen's mixtures and of MiniMax
+# our name of a module → GGUF's, of Qwen's mixtures and of MiniMax
 NAMES = {
     **{f"self_attn.{n}_proj": f"attn_{'output' if n == 'o' else n}" for n in "qkvo"},
     **{f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"},
     **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
     **{"mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
     **{f"mlp.shared_expert.{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")},
-    "mlp.e_score_correction": "exp_probs_b",
+    **{"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"},
 }
-ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def _tensors(model: Any) -> dict[str, np.ndarray]:
     made: dict[str, np.ndarray] = {}
     for name, parameter in model.state_dict().items():
-        value = parameter.float().numpy()
-        block = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
-        if block is None:
-            stem, _, suffix = name.rpartition(".")
-            made[f"{ENDS[stem]}.{suffix}"] = value
-            continue
-        n, inner = f"blk.{block[1]}", block[2]
+        value, block = parameter.float().numpy(), re.match(r"model\.layers\.(\d+)\.", name)
+        n, inner = f"blk.{block[1]}." if block else "", name[block.end() if block else 0 :]
         if inner.endswith("experts.gate_up_proj"):
             gate, up = np.split(value, 2, axis=1)
-            made |= {f"{n}.ffn_gate_exps.weight": gate, f"{n}.ffn_up_exps.weight": up}
+            made |= {f"{n}ffn_gate_exps.weight": gate, f"{n}ffn_up_exps.weight": up}
         elif inner.endswith("experts.down_proj"):
-            made[f"{n}.ffn_down_exps.weight"] = value
+            made[f"{n}ffn_down_exps.weight"] = value
         elif inner.endswith("e_score_correction_bias"):
-            made[f"{n}.exp_probs_b.bias"] = value
+            made[f"{n}exp_probs_b.bias"] = value
         else:
             stem, _, suffix = inner.rpartition(".")
             # (llama.cpp keeps the gate of the shared expert as a vector)
-            value = value[0] if stem == "mlp.shared_expert_gate" else value
-            made[f"{n}.{NAMES[stem]}.{suffix}"] = value
+            made[f"{n}{NAMES[stem]}.{suffix}"] = value[0] if "shared_expert_gate" in stem else value
     return made
 
 
@@ -197,18 +188,13 @@ def write_model(path: Path, model: Any, architecture: str, quantise: bool = Fals
     }
     if shared := getattr(config, "shared_expert_intermediate_size", None):
         of_model["expert_shared_feed_forward_length"] = shared
-    of_tokenizer: dict[str, Any] = {
-        "model": "gpt2",
-        "pre": "minimax-m2" if architecture == "minimax-m2" else "qwen2",
-        "tokens": tokens,
-        "merges": merges,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
+    pre = "minimax-m2" if architecture == "minimax-m2" else "qwen2"
+    of_tokenizer = {"model": "gpt2", "pre": pre, "tokens": tokens, "merges": merges}
     fields = {
         "general.architecture": architecture,
         **{f"{architecture}.{key}": value for key, value in of_model.items()},
         **{f"tokenizer.ggml.{key}": value for key, value in of_tokenizer.items()},
+        **{"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1},
     }
     tensors = _tensors(model).items()
     of_type = {name: q8_0(t) if quantise and "_exps" in name else t for name, t in tensors}

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +14,24 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import MODULES
-from moe_inspect.importers.batches import batch_of_counts
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
 from tests.support import foreign
 from tests.support.foreign import FORMAT_OF, MAKERS, ROUTED, config_file
 from tests.support.importing import decisions, loads, refused, taken
-from tests.support.planted import sentences
-from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
 
 
 def imported(
-    name: str, root: Path, format: str | None = None, **how: Any
+    name: str, root: Path, format: str | None = None
 ) -> tuple[Trace, foreign.Made, list[str]]:
     (root / "in").mkdir()
     made = MAKERS[name](root / "in")
-    model = foreign.config_file(root) if made.config else None
-    trace, said = taken(root, format or FORMAT_OF[name], made.source, model=model, **how)
+    model = config_file(root) if made.config else None
+    trace, said = taken(root, format or FORMAT_OF[name], made.source, model=model)
     return trace, made, said
-
-
-@pytest.mark.parametrize(("assignments", "tokens"), [(4, 2), (5, 3), (6, 3)])
-def test_counts_are_of_as_many_tokens_as_the_fullest_router_needs(assignments: int, tokens: int):
-    """A token makes at most two assignments: five are of at least three tokens."""
-    listed = [Router(layer, "", "", 4, 2) for layer in range(2)]
-    loads = [
-        np.array([[1, 1, 0, 0], [2, 2, 0, 0]]),
-        np.array([np.bincount(np.arange(assignments) % 4), [1, 0, 0, 0]]),
-    ]
-    assert batch_of_counts(loads, listed, ["a", "b"], 0).tokens == tokens + 2
 
 
 def test_every_format_has_a_file_made_for_it():
@@ -57,7 +40,9 @@ def test_every_format_has_a_file_made_for_it():
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_was_written_comes_back(name: str, tmp_path: Path):
-    trace, made, said = imported(name, tmp_path)
+    trace, made, (recognised, *said) = imported(name, tmp_path, "auto")
+    assert recognised.startswith(f"recognised as {FORMAT_OF[name]}: ")
+    assert said == []
     assert trace.status == "complete"
     assert (found := verify(trace.path)).ok, found
     assert tuple(r.layer for r in trace.routers) == made.layers
@@ -73,60 +58,57 @@ def test_what_was_written_comes_back(name: str, tmp_path: Path):
                 assert np.array_equal(table.to_numpy(), made.weights)
         assert trace.n_tokens == len(made.ids[0])
     else:
-        assert made.load is not None
         assert loads(trace).tolist() == np.array(made.load).tolist()
         assert trace.counts()["first_choice"].isna().all()
-    assert said == []
     assert not list(tmp_path.glob(".t*"))
+    balance, load = report(trace).tables["balance"], made.load or foreign.loads(made.ids or [])
+    assert balance["assignments"].tolist() == [int(load_E.sum()) for load_E in load]
+    ratios = [load_E.max() / load_E.mean() for load_E in load]
+    assert balance["max_over_mean"].tolist() == pytest.approx(ratios)
+    assert report(trace).verdict()
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_auto_names_what_it_takes_a_file_for(name: str, tmp_path: Path):
-    trace, _, said = imported(name, tmp_path, "auto")
-    assert said[0].startswith(f"recognised as {FORMAT_OF[name]}: ")
-    assert trace.manifest["capture"]["format"] == FORMAT_OF[name]
+TOKENS: dict[str, dict[str, list[Any]]] = {
+    "vllm-routed": {
+        "phase": ["prefill"] * 4 + ["decode"] * 2 + ["prefill"] * 5 + ["decode"] * 5,
+        "position": [*range(6), 0, *range(9)],
+        "token_id": [0, 1, 2, 3, 50, 51, 0, 0, 1, 2, 3, 50, 51, 52, 53, 54],
+        "document": [0] * 6 + [1] + [2] * 9,
+        "domain": ["a"] * 6 + ["b"] + ["a"] * 9,
+    },
+    # positions start where its start says
+    "sglang-routed": {"position": [*range(3, 10)], "phase": ["prefill"] * 2 + ["decode"] * 5},
+    "sglang-per_token": {
+        "sequence": [0] * 4 + [1] * 3 + [2, 3, 4],
+        "position": [0, 1, 2, 3, 5, 6, 7, 4, 8, 30],
+        "batch": [0] * 7 + [1] * 3,
+        "phase": ["prefill"] * 7 + ["decode"] * 3,
+    },
+    # a prompt's tag is its domain
+    "moe-policylang": {
+        "domain": ["code"] * 5 + ["chat"] * 4,
+        "position": [*range(5), *range(4)],
+        "token_id": [*range(9)],
+        "phase": ["prefill"] * 3 + ["decode"] * 2 + ["prefill"] * 3 + ["decode"],
+    },
+}
 
 
-def test_positions_phases_and_documents_of_responses(tmp_path: Path):
-    tokens = imported("vllm-routed", tmp_path)[0].tokens()
-    phases = ["prefill"] * 4 + ["decode"] * 2 + ["prefill"] * 5 + ["decode"] * 5
-    assert tokens["phase"].tolist() == phases
-    assert tokens["position"].tolist() == [*range(6), 0, *range(9)]
-    assert tokens["token_id"].tolist() == [0, 1, 2, 3, 50, 51, 0, 0, 1, 2, 3, 50, 51, 52, 53, 54]
-    assert tokens["document"].tolist() == [0] * 6 + [1] + [2] * 9
-    assert tokens["domain"].tolist() == ["a"] * 6 + ["b"] + ["a"] * 9
-
-
-def test_sglangs_start_is_where_positions_start(tmp_path: Path):
-    tokens = imported("sglang-routed", tmp_path)[0].tokens()
-    assert tokens["position"].tolist() == list(range(3, 10))
-    assert tokens["phase"].tolist() == ["prefill"] * 2 + ["decode"] * 5
-
-
-def test_sequences_of_an_sglang_pass(tmp_path: Path):
-    tokens = imported("sglang-per_token", tmp_path)[0].tokens()
-    assert tokens["sequence"].tolist() == [0] * 4 + [1] * 3 + [2, 3, 4]
-    assert tokens["position"].tolist() == [0, 1, 2, 3, 5, 6, 7, 4, 8, 30]
-    assert tokens["batch"].tolist() == [0] * 7 + [1] * 3
-    assert tokens["phase"].tolist() == ["prefill"] * 7 + ["decode"] * 3
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_have_their_place(name: str, tmp_path: Path):
+    tokens = imported(name, tmp_path)[0].tokens()
+    assert {column: tokens[column].tolist() for column in TOKENS[name]} == TOKENS[name]
 
 
 def test_prompts_of_one_token_in_an_sglang_pass(tmp_path: Path):
     """In a pass of prompts each is a document, however short, also where its beginning was cached;
     in a mixed one a single token is a prompt where it is the first of its sequence."""
-    import torch
-
-    ids, records = foreign.drawn(9), []
-    for n, (mode, lengths, positions) in enumerate(
-        ((1, [1, 2, 1], [0, 4, 5, 7]), (3, [1, 3, 1], [0, 0, 1, 2, 9]))
-    ):
-        part = [i[4 * n : 4 + 5 * n] for i in ids]
-        record = {"forward_pass_id": n, "rank": 0, "gatherer_key": "primary"}
-        record |= {"input_ids": list(range(len(positions))), "positions": positions}
-        record |= {"extend_seq_lens": lengths, "forward_mode": mode}
-        records.append(record | {"topk_ids_of_layer": torch.tensor(foreign.physical(part))})
-    maps = torch.tensor(foreign.physical_map())
-    torch.save({"records": records, "last_physical_to_logical_map": maps}, tmp_path / "r.pt")
+    ids = foreign.drawn(9)
+    records = [
+        foreign.sglang_pass(0, [i[:4] for i in ids], [*range(4)], [0, 4, 5, 7], [1, 2, 1], 1),
+        foreign.sglang_pass(1, [i[4:] for i in ids], [*range(5)], [0, 0, 1, 2, 9], [1, 3, 1], 3),
+    ]
+    foreign.write_recorder(tmp_path / "r.pt", records)
     trace, _ = taken(tmp_path, "sglang", tmp_path / "r.pt", model=config_file(tmp_path))
     tokens = trace.tokens()
     assert tokens["phase"].tolist() == ["prefill"] * 8 + ["decode"]
@@ -170,18 +152,16 @@ def test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time(
         ("a.json", '["layer", "expert", "count"]'),
         ("a.csv", "text\nlayer expert count\n"),
         ("a.txt", "layer,expert,count\n0,0,1\n"),
+        ("a.parquet", ""),
     ],
 )
 def test_what_only_speaks_of_experts_and_layers_is_not_taken_for_counts(
     name: str, text: str, tmp_path: Path
 ):
     (tmp_path / name).write_text(text)
+    if name == "a.parquet":
+        pd.DataFrame({"text": ["layer", "expert", "count"]}).to_parquet(tmp_path / name)
     refused(tmp_path, "cannot tell the format of", "auto", tmp_path / name, top_k=1)
-
-
-def test_a_table_of_texts_is_not_taken_for_counts(tmp_path: Path):
-    pd.DataFrame({"text": ["layer", "expert", "count"]}).to_parquet(tmp_path / "a.parquet")
-    refused(tmp_path, "cannot tell the format of", "auto", tmp_path / "a.parquet", top_k=1)
 
 
 @pytest.mark.parametrize(
@@ -303,52 +283,6 @@ def test_warm_up_rows_and_one_ranks_experts_are_told(tmp_path: Path):
     assert any("only experts 1-2 of 8" in line for line in said)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_report_reads_it(name: str, tmp_path: Path):
-    trace, made, _ = imported(name, tmp_path)
-    balance = report(trace).tables["balance"]
-    load = made.load or [np.bincount(i.reshape(-1), minlength=foreign.E) for i in made.ids or []]
-    assert balance["assignments"].tolist() == [int(row.sum()) for row in load]
-    ratios = [row.max() / row.mean() for row in load]
-    assert balance["max_over_mean"].tolist() == pytest.approx(ratios)
-    assert report(trace).verdict()
-
-
-@needs_esft
-def test_esft_has_the_scores_its_authors_published(tmp_path: Path):
-    trace, _ = taken(tmp_path, "esft", ESFT)
-    assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [
-        (layer, 64, 6) for layer in range(1, 27)
-    ]
-    published = json.loads((ESFT / "summary.json").read_text())
-    load = report(trace).tables["load"].set_index(["layer", "expert"])
-    for layer in range(1, 27):
-        token, gate = (
-            np.array([published[name][str(layer)][str(e)] for e in range(64)])
-            for name in ("token_scores", "gate_scores")
-        )
-        of = load.loc[layer]
-        assert np.abs(of["share"].to_numpy() - token).max() <= 5.1e-5
-        assert np.abs(of["weight_sum"].to_numpy() / trace.n_tokens - gate).max() <= 5e-4
-    assert len(trace.documents()) == (ESFT / "expert_weights_1.txt").read_text().count("\n")
-    assert set(trace.documents()["domain"]) == {"esft_law"}
-
-
-@needs_fiddler
-def test_fiddlers_unused_expert_is_in_the_verdict_and_its_subjects_are_domains(tmp_path: Path):
-    folder = FIDDLER / "mixtral_8x7b_original"
-    trace, _ = taken(tmp_path, "fiddler", folder)
-    assert sorted(trace.counts()["domain"].unique()) == sorted(
-        p.stem.removeprefix("expert_popularity_") for p in folder.iterdir()
-    )
-    rows = [json.loads(p.read_text())["expert_popularity"][0] for p in folder.iterdir()]
-    assert trace.n_tokens == sum(sum(row) for row in rows) // 2
-    said = " ".join(sentences(report(trace)))
-    assert '5.6 times as much (46.5 times on "international_law")' in said
-    # the 1,919 tokens of that subject may be few documents
-    assert '_biology" leaves expert 3 of layer 11 nearly unused: 0.04x the mean load' in said
-
-
 def test_the_command(cli_here: Cli, tmp_path: Path):
     made = MAKERS["counts"](tmp_path)
     done = cli_here("import", "auto", made.source, "-o", "t", "--top-k", 2)
@@ -360,20 +294,8 @@ def test_the_command(cli_here: Cli, tmp_path: Path):
     cli_here("import", "nonsense", made.source, "-o", "t", check=2)
     table = cli_here("report", "t", "--table", "load", "--format", "csv").stdout
     assert len(table.splitlines()) == 17
-
-
-def test_the_commands_help_names_every_format(cli_here: Cli):
     said = "".join(cli_here("import", "--help").stdout.split())  # a line may break at a hyphen
     assert all(name in said for name in (*MODULES, "auto"))
-
-
-def test_importing_needs_no_torch_but_for_its_files():
-    program = (
-        "import sys; import moe_inspect.importers.run, moe_inspect.trace.verify, "
-        "moe_inspect.exporters.run; print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert done.stdout == b"False\n"
 
 
 def test_a_model_without_a_tokenizer_is_not_one_that_cannot_be_reached(
@@ -383,22 +305,21 @@ def test_a_model_without_a_tokenizer_is_not_one_that_cannot_be_reached(
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from moe_inspect.model import config
+    from moe_inspect.model.config import read_facts
 
-    answers: dict[str, Exception] = {}
+    answers, config = dict[str, Exception](), config_file(tmp_path)
 
     def download(model: str, name: str) -> str:
         if name in answers:
             raise answers[name]
-        return str(tmp_path / name)
+        return str(config if name == "config.json" else tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert config._from_hub("who/what") == (tmp_path / "config.json", tmp_path / "tokenizer.json")
+    assert read_facts("who/what").tokenizer == tmp_path / "tokenizer.json"
     answers["tokenizer.json"] = EntryNotFoundError("no such file")
-    assert config._from_hub("who/what") == (tmp_path / "config.json", None)
+    assert read_facts("who/what").tokenizer is None
+    why = "cannot read the config and the tokenizer of who/what: "
     for error in (LocalEntryNotFoundError("offline"), OSError("the disk is full")):
         answers["tokenizer.json"] = error
-        with pytest.raises(
-            MoeInspectError, match=f"cannot read the config and the tokenizer of who/what: {error}"
-        ):
-            config._from_hub("who/what")
+        with pytest.raises(MoeInspectError, match=f"{why}{error}"):
+            read_facts("who/what")

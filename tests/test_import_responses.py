@@ -1,14 +1,17 @@
-"""Responses as engines and RL frameworks write them: SGLang's OpenAI routes, request parameters,
-rows of padding.
+"""Responses as engines and RL frameworks write them: SGLang's OpenAI routes, TensorRT-LLM's as
+docs/import.md saves them, request parameters, rows of padding.
 
-T tokens, B blocks of the model, K slots.
+T tokens, B blocks of the model, L of them with experts, K slots.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import verify
+from tests.conftest import ROOT
 from tests.support import foreign
 from tests.support.foreign import E
 from tests.support.importing import decisions, taken
@@ -23,9 +28,8 @@ from tests.support.importing import decisions, taken
 T = 6
 IDS = foreign.drawn(T, 3)
 ROUTED_TBK = foreign.blocks(IDS).astype(np.uint8)  # block 0 is dense
+ROUTED_TLK = np.stack(IDS, axis=1).astype(np.int16)
 PROMPT, GENERATED = [7, 8, 9, 10], [20, 21, 22]  # T + 1: the last one is never fed
-
-
 EXTENSION = {"routed_experts": base64.b64encode(ROUTED_TBK.astype("<i4").tobytes()).decode()}
 
 
@@ -66,34 +70,23 @@ def test_the_chat_route_has_the_experts_of_the_first_choice_in_sglext(tmp_path: 
 
 def test_the_completions_route_has_token_ids_in_the_choice(tmp_path: Path) -> None:
     choice = {"index": 0, "text": "x", "prompt_token_ids": PROMPT, "token_ids": GENERATED}
-    line = {"choices": [choice], "sglext": EXTENSION}
-    trace, said = read(tmp_path, line, "sglang-routed")
+    trace, said = read(tmp_path, {"choices": [choice], "sglext": EXTENSION}, "sglang-routed")
     check(trace)
     assert said == []
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (
-            {"output_ids": GENERATED, "meta_info": EXTENSION},
-            "set return_prompt_token_ids in the request",
-        ),
-        (
-            {"choices": [{"text": "x"}], "sglext": EXTENSION},
-            "set return_token_ids in the request",
-        ),
+def test_a_response_without_token_ids_names_the_request_parameter(tmp_path: Path) -> None:
+    ids = {"output_ids": GENERATED, "meta_info": EXTENSION}
+    for line, said in (
+        (ids, "set return_prompt_token_ids in the request"),
+        ({"choices": [{"text": "x"}], "sglext": EXTENSION}, "set return_token_ids in the request"),
         (
             {"choices": [{"prompt_token_ids": PROMPT}], "sglext": EXTENSION},
             "it lacks token_ids of the generated tokens: set return_token_ids",
         ),
-    ],
-)
-def test_a_response_without_token_ids_names_the_request_parameter(
-    line: dict, said: str, tmp_path: Path
-) -> None:
-    with pytest.raises(MoeInspectError, match=said):
-        read(tmp_path, line, "sglang-routed")
+    ):
+        with pytest.raises(MoeInspectError, match=said):
+            read(tmp_path, line, "sglang-routed")
 
 
 @pytest.mark.parametrize(
@@ -119,20 +112,25 @@ def row(value: Any) -> np.ndarray:
     return np.broadcast_to(np.asarray(value, np.int16), (1, *ROUTED_TBK.shape[1:]))
 
 
-@pytest.mark.parametrize(
-    "rows", [[row(0)], [row(-1)], [row([0, 1])], [row(0)] * 9, [row(0), row(-1)]]
-)
-def test_rows_of_padding_are_left_out(rows: list[np.ndarray], tmp_path: Path) -> None:
-    trace, said = read(tmp_path, padded_line(padded(*rows)))
+PADDING = [(0, [0]), (0, [-1]), (0, [[0, 1]]), (0, [0] * 9), (0, [0, -1]), (2, [0])]
+
+
+@pytest.mark.parametrize(("before", "after"), PADDING)
+def test_rows_of_padding_are_left_out(before: int, after: list[Any], tmp_path: Path) -> None:
+    array = np.concatenate([row(0)] * before + [padded(*map(row, after))])
+    trace, said = read(tmp_path, padded_line(array))
     check(trace)
-    left_out = f"{len(rows)} rows of 1 responses are left out"
+    left_out = f"{before + len(after)} rows of 1 responses are left out"
     assert said == [f"{left_out}: padding, for tokens that no router saw"]
 
 
-def test_padding_on_both_sides_is_left_out(tmp_path: Path) -> None:
-    trace, said = read(tmp_path, padded_line(np.concatenate([row(0), row(0), padded(row(0))])))
+def test_padding_of_a_bare_array_is_left_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", padded(row(0)))
+    np.save(tmp_path / "a.token_ids.npy", np.array([*PROMPT, *GENERATED]))
+    model = foreign.config_file(tmp_path)
+    trace, said = taken(tmp_path, "vllm-routed", tmp_path / "a.npy", model=model)
     check(trace)
-    assert said[0].startswith("3 rows of 1 responses")
+    assert said[0].startswith("1 rows of 1 responses")
 
 
 def test_tokens_whose_routes_were_not_kept_are_left_out(tmp_path: Path) -> None:
@@ -155,15 +153,6 @@ def test_rows_of_zeros_in_front_of_tokens_are_refused(at: int, tmp_path: Path) -
 def test_a_row_too_many_that_a_router_wrote_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match="routed_experts has 7 tokens, not 6"):
         read(tmp_path, padded_line(padded(ROUTED_TBK[:1])))
-
-
-def test_padding_of_a_bare_array_is_left_out(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", padded(row(0)))
-    np.save(tmp_path / "a.token_ids.npy", np.array([*PROMPT, *GENERATED]))
-    model = foreign.config_file(tmp_path)
-    trace, said = taken(tmp_path, "vllm-routed", tmp_path / "a.npy", model=model)
-    check(trace)
-    assert said[0].startswith("1 rows of 1 responses")
 
 
 def test_with_one_expert_per_token_zeros_are_padding_only_where_the_number_of_rows_says_so(
@@ -193,3 +182,76 @@ def test_with_one_expert_per_token_zeros_are_padding_only_where_the_number_of_ro
     np.save(tmp_path / "a.token_ids.npy", np.arange(4))
     assert load(tmp_path / "a.npy") == [3, 2, 0]
     assert said == []
+
+
+# --- TensorRT-LLM's LLM API
+
+
+def of_tensorrt(root: Path, outputs: list[np.ndarray], **how: Any) -> tuple[Trace, list[str]]:
+    """Of what the block of the page writes for one request with these outputs."""
+    page = (ROOT / "docs/import.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
+    tensors = [SimpleNamespace(numpy=lambda array=array: array) for array in outputs]
+    made = [SimpleNamespace(token_ids=GENERATED, routed_experts=of) for of in tensors]
+    result = SimpleNamespace(prompt_token_ids=PROMPT, outputs=made)
+    names = {
+        "llm": SimpleNamespace(generate=lambda prompts, asked: [result] if asked else []),
+        "prompts": [],
+        "SamplingParams": lambda *, return_routed_experts: return_routed_experts,
+        **{"base64": base64, "io": io, "json": json, "np": np},
+    }
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(root)
+        exec(block, names)
+    how = how or {"model": foreign.config_file(root)}
+    trace, said = taken(root, "tensorrt-llm-routed", root / "results.jsonl", **how)
+    checked = verify(root / "t")
+    assert checked.ok, checked.violation
+    return trace, said
+
+
+def test_each_output_of_a_request_is_a_document(tmp_path: Path) -> None:
+    other = np.stack(foreign.drawn(T, 4), axis=1).astype(np.int16)
+    trace, said = of_tensorrt(tmp_path, [ROUTED_TLK, other])
+    assert [r.layer for r in trace.routers] == foreign.ROUTED
+    assert not any(r.first_choice_known for r in trace.routers)
+    for n in range(2):
+        assert np.array_equal(decisions(trace, n), np.concatenate([ROUTED_TLK[:, n], other[:, n]]))
+    tokens = trace.tokens()
+    assert tokens["token_id"].tolist() == [*PROMPT, *GENERATED[:2]] * 2
+    assert tokens["phase"].tolist() == (["prefill"] * 4 + ["decode"] * 2) * 2
+    assert tokens["document"].tolist() == [0] * T + [1] * T
+    assert said == []
+
+
+def test_forgotten_routes_are_left_out_and_split_the_sequence(tmp_path: Path) -> None:
+    routed_TLK = ROUTED_TLK.copy()
+    routed_TLK[[0, 2]] = -1
+    trace, said = of_tensorrt(tmp_path, [routed_TLK])
+    tokens = trace.tokens()
+    assert tokens["position"].tolist() == [1, 3, 4, 5]
+    assert tokens["sequence"].tolist() == [0, 1, 1, 1]
+    assert tokens["token_id"].tolist() == [8, 10, 20, 21]
+    for n in range(2):
+        assert np.array_equal(decisions(trace, n), IDS[n][[1, 3, 4, 5]])
+    assert said == ["2 tokens are left out: the engine had forgotten their routes (−1)"]
+
+
+def test_without_a_config_layers_are_numbered_from_0(tmp_path: Path) -> None:
+    trace, (said,) = of_tensorrt(tmp_path, [ROUTED_TLK], experts=E)
+    assert [r.layer for r in trace.routers] == [0, 1]
+    assert "no rows for dense layers" in said
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (ROUTED_TLK[:, :1], "has 1 layers with experts, the model's config 2"),
+        (np.repeat(ROUTED_TLK, 2, axis=1), "has 4 layers with experts, the model's config 2"),
+        (ROUTED_TLK[:-1], "routed_experts has 5 tokens, not 6"),
+        (np.concatenate([ROUTED_TLK, ROUTED_TLK[:1]]), "routed_experts has 7 tokens, not 6"),
+    ],
+)
+def test_an_array_of_another_shape_is_refused(array: np.ndarray, said: str, tmp_path: Path) -> None:
+    with pytest.raises(MoeInspectError, match=said):
+        of_tensorrt(tmp_path, [array])

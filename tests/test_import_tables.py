@@ -140,17 +140,6 @@ def test_any_json_under_a_map_is_a_trace_or_one_line(
     assert (root / "t").exists() == (not said)
 
 
-def test_a_row_per_assignment_is_counted(tmp_path: Path):
-    """The form of llama.cpp's moe-trace (pull request 28544)."""
-    rng = np.random.default_rng(0)
-    expert = rng.integers(0, 8, 4000)
-    table = pd.DataFrame({"layer": np.arange(4000) % 2, "expert": expert})
-    table.to_csv(tmp_path / "moe_trace.csv", index=False)
-    trace, said = taken(tmp_path, "auto", tmp_path / "moe_trace.csv", top_k=2)
-    assert load_of(trace) == {n: np.bincount(expert[n::2], minlength=8).tolist() for n in (0, 1)}
-    assert said[0].startswith("recognised as counts")
-
-
 def test_thinking_and_answering_are_domains_of_a_category(tmp_path: Path):
     load = {"think": [np.array([5, 3, 0, 8])] * 2, "answer": [np.array([1, 0, 2, 1])] * 2}
     whole, folder = {"think": 4.0, "answer": 1.0}, tmp_path / "law"
@@ -201,12 +190,18 @@ def test_no_file_of_pythons_is_left_to_arrows_threads(
     assert {type(file) for file in files} == {pa.OSFile}
 
 
-@pytest.mark.parametrize(("counts", "tokens"), [([1], 1), ([100, *[2] * 7], 100), ([4] * 8, 16)])
+COUNTED = [([1], 1), ([2, 1, 1, 1], 3), ([100, *[2] * 7], 100), ([4] * 8, 16)]
+
+
+@pytest.mark.parametrize(("counts", "tokens"), COUNTED)
 def test_tokens_are_as_many_as_explain_the_counts(
     counts: list[int], tokens: int, tmp_path: Path
 ) -> None:
-    """No token chooses an expert twice. Of so few, all is too little to judge."""
+    """Of the fullest router: no token chooses an expert twice. Of so few, all is too little to
+    judge."""
     table = {"layer": [0] * len(counts), "expert": [*range(len(counts))], "count": counts}
+    for column, value in (("layer", 1), ("expert", 0), ("count", 1)):
+        table[column].append(value)
     (tmp_path / "c.json").write_text(json.dumps(table))
     trace, _ = taken(tmp_path, "counts", tmp_path / "c.json", top_k=2, experts=8)
     assert trace.n_tokens == tokens
@@ -290,21 +285,18 @@ def test_unknown_weights_are_no_weights(tmp_path: Path):
 def test_rows_that_cannot_be(rows: list[Row], said: str, tmp_path: Path):
     write_route_trace(tmp_path / "route.csv", rows)
     refused(tmp_path, said, "bigmoeonedge", tmp_path / "route.csv")
+    # and a header that is no text
+    data = (tmp_path / "route.csv").read_bytes()
+    (tmp_path / "route.csv").write_bytes(data.replace(b"residency", b"resid\xffncy"))
+    refused(tmp_path, "can't decode byte 0xff", "bigmoeonedge", tmp_path / "route.csv")
 
 
-def test_a_prompts_tag_is_its_domain_and_scores_are_no_weights(tmp_path: Path):
+def test_scores_are_no_weights_and_a_label_is_the_domain(tmp_path: Path):
     source = MAKERS["moe-policylang"](tmp_path).source
-    trace, _ = taken(tmp_path, "moe-policylang", source)
-    tokens = trace.tokens()
-    assert tokens["domain"].tolist() == ["code"] * 5 + ["chat"] * 4
-    assert tokens["position"].tolist() == [*range(5), *range(4)]
-    assert tokens["token_id"].tolist() == [*range(9)]
-    phases = ["prefill"] * 3 + ["decode"] * 2 + ["prefill"] * 3 + ["decode"]
-    assert tokens["phase"].tolist() == phases
+    trace, _ = taken(tmp_path, "moe-policylang", f"mine={source}")
+    assert set(trace.tokens()["domain"]) == {"mine"}
     assert not trace.has_weights
     assert {r.slot_order for r in trace.routers} == {"weight"}
-    given, _ = taken(tmp_path / "u", "moe-policylang", f"mine={source}")
-    assert set(given.tokens()["domain"]) == {"mine"}
 
 
 def test_a_trace_without_softmax_does_not_say_how_many_experts_there_are(tmp_path: Path):
@@ -318,13 +310,6 @@ def test_a_trace_without_softmax_does_not_say_how_many_experts_there_are(tmp_pat
     pq.write_table(table.set_column(3, "selected_experts", chosen), source)
     why = "row 1: selected_experts has 2 values, not 1"
     refused(tmp_path / "v", why, "moe-policylang", source, experts=8)
-
-
-def test_a_header_that_is_no_text_is_one_line(tmp_path: Path):
-    write_route_trace(tmp_path / "route.csv", [row(0, 1, j, j) for j in range(2)])
-    data = (tmp_path / "route.csv").read_bytes()
-    (tmp_path / "route.csv").write_bytes(data.replace(b"residency", b"resid\xffncy"))
-    refused(tmp_path, "can't decode byte 0xff", "bigmoeonedge", tmp_path / "route.csv")
 
 
 DECISIONS = [

@@ -80,6 +80,13 @@ def each_call(around: Callable[[str, Call], Call], *names: str) -> Iterator[None
         yield
 
 
+def of_six_documents(path: Path, seed: int, words: int = 3) -> Trace:
+    rng = np.random.default_rng(seed)
+    ids = [uniform_ids(rng, 60, E, K) for _ in range(2)]
+    document = np.repeat(np.arange(6), 10)
+    return write_trace(path, ids, E, words=words, document=document, batch_tokens=10)
+
+
 def same(ours: Trace, theirs: Trace) -> None:
     for name in ("routing", "tokens", "documents", "vocabulary"):
         pd.testing.assert_frame_equal(getattr(ours, name)(), getattr(theirs, name)())
@@ -92,6 +99,12 @@ def test_written_as_on_a_disk(there: str, tmp_path: Path) -> None:
     found = verify(f"{there}/t")
     assert found.ok, found
     assert (found.status, found.shards, found.assignments) == ("complete", 3, 6 * T * 2 * K)
+    expected = report(tmp_path / "t").tables["load"]
+    for url in (f"{there}/t", f"file://{tmp_path / 't'}"):
+        assert str(open_trace(url).path) == url
+        assert report(url).tables["load"].equals(expected)
+    with pytest.raises(MoeInspectError, match="cannot open strange://t"):
+        open_trace("strange://t")
     # the same bytes, but for the manifest, which names its process
     files = fsspec.filesystem("memory")
     names = {p.relative_to(tmp_path / "t").as_posix() for p in (tmp_path / "t").rglob("*.*")}
@@ -99,17 +112,6 @@ def test_written_as_on_a_disk(there: str, tmp_path: Path) -> None:
     assert set(place.sizes()) == names
     for name in names - {"trace.json"}:
         assert files.cat_file((place / name).path) == (tmp_path / "t" / name).read_bytes(), name
-
-
-def test_it_is_reported_by_its_url(there: str, tmp_path: Path) -> None:
-    written(f"{there}/t")
-    written(tmp_path / "t")
-    expected = report(tmp_path / "t").tables["load"]
-    for url in (f"{there}/t", f"file://{tmp_path / 't'}"):
-        assert str(open_trace(url).path) == url
-        assert report(url).tables["load"].equals(expected)
-    with pytest.raises(MoeInspectError, match="cannot open strange://t"):
-        open_trace("strange://t")
 
 
 def test_every_moment_is_a_readable_trace(there: str) -> None:
@@ -259,13 +261,8 @@ def test_nothing_else_is_replaced(there: str, tmp_path: Path) -> None:
 
 
 def test_derived_and_imported_traces_are_there_whole_or_not(there: str, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    how: dict[str, Any] = {"document": np.repeat(np.arange(6), 10), "batch_tokens": 10}
-    for name in "ab":
-        ids = [uniform_ids(rng, 60, E, K) for _ in range(2)]
-        write_trace(tmp_path / name, ids, E, words=3, **how)
-    merged = merge([tmp_path / "a", tmp_path / "b"], f"{there}/m")
-    same(merged, merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m"))
+    a_and_b = [of_six_documents(tmp_path / name, n).path for n, name in enumerate("ab")]
+    same(merge(a_and_b, f"{there}/m"), merge(a_and_b, tmp_path / "m"))
     # from there, and to there again in the place of another
     some = sample(f"{there}/m", f"{there}/s", documents=4)
     same(some, sample(tmp_path / "m", tmp_path / "s", documents=4))
@@ -290,11 +287,11 @@ def test_derived_and_imported_traces_are_there_whole_or_not(there: str, tmp_path
         said = r"cannot write memory://.*/n: the network is down;"
         network = each_call(fails, "write_bytes", "exists")
         with network, pytest.raises(MoeInspectError, match=said):
-            merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
+            merge(a_and_b, f"{there}/n")
         with pytest.raises(MoeInspectError, match="no trace at memory://"):
             open_trace(f"{there}/n")
         assert (not Remote(f"{there}/n").sizes()) == undone
-    merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
+    merge(a_and_b, f"{there}/n")
     assert verify(f"{there}/n").ok
 
 
@@ -303,12 +300,7 @@ def test_a_trace_is_replaced_whole_or_not(how: str, there: str, tmp_path: Path) 
     """With a fault at each write and deletion in turn. What is left is the old trace or the new
     one, and the next one that replaces it leaves nothing else."""
     place, files = Remote(f"{there}/t"), fsspec.filesystem("memory")
-    rng, whole = np.random.default_rng(0), dict[str, Trace]()
-    for name, words in (("a", 3), ("b", 3), ("c", 4)):
-        ids = [uniform_ids(rng, 60, E, K) for _ in range(2)]
-        documents: dict[str, Any] = {"document": np.repeat(np.arange(6), 10)}
-        write_trace(tmp_path / name, ids, E, words=words, batch_tokens=10, **documents)
-        whole[name] = Trace(tmp_path / name)
+    whole = {name: of_six_documents(tmp_path / name, n, 3 + n // 2) for n, name in enumerate("abc")}
 
     def put(name: str) -> None:
         upload(tmp_path / name, tmp_path, out=place, overwrite=True)

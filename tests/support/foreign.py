@@ -47,14 +47,13 @@ class Made:
     top_k: int = K
 
 
-MAKERS: dict[str, Callable[[Path], Made]] = {}
+Make = Callable[[Path], Made]
+MAKERS: dict[str, Make] = {}
 FORMAT_OF: dict[str, str] = {}  # name of a maker → format that reads what it makes
 
 
-def maker(
-    name: str, format: str | None = None
-) -> Callable[[Callable[[Path], Made]], Callable[[Path], Made]]:
-    def register(make: Callable[[Path], Made]) -> Callable[[Path], Made]:
+def maker(name: str, format: str | None = None) -> Callable[[Make], Make]:
+    def register(make: Make) -> Make:
         MAKERS[name], FORMAT_OF[name] = make, format or name
         return make
 
@@ -173,33 +172,35 @@ def write_recorder(path: Path, records: list[dict[str, Any]]) -> None:
     torch.save({"records": records, "last_physical_to_logical_map": maps}, path)
 
 
-@maker("sglang-per_token", format="sglang")
-def sglang_per_token(root: Path) -> Made:
+def sglang_pass(
+    number: int,
+    ids: list[np.ndarray],
+    tokens: list[int],
+    positions: list[int],
+    lengths: list[int] | None,
+    mode: int,
+) -> dict[str, Any]:
+    """The record of a pass that keeps every token."""
     import torch
 
+    return {
+        **{"rank": 0, "gatherer_key": "primary", "misc_objects": [], "forward_pass_id": number},
+        **{"input_ids": tokens, "positions": positions, "extend_seq_lens": lengths},
+        "forward_mode": mode,
+        "topk_ids_of_layer": torch.tensor(physical(ids)),
+        "global_physical_count": torch.zeros(LAYERS, 10, dtype=torch.int32),
+    }
+
+
+@maker("sglang-per_token", format="sglang")
+def sglang_per_token(root: Path) -> Made:
     prefill, decode = drawn(7, 1), drawn(3, 2)
-    records = [
-        {
-            "rank": 0,
-            "gatherer_key": "primary",
-            "misc_objects": [],
-            "forward_pass_id": number,
-            "input_ids": tokens,
-            "positions": positions,
-            "extend_seq_lens": lengths,
-            "forward_mode": number + 1,
-            "topk_ids_of_layer": torch.tensor(physical(ids)),
-            "global_physical_count": torch.zeros(LAYERS, 10, dtype=torch.int32),
-        }
-        for number, (ids, tokens, positions, lengths) in enumerate(
-            [
-                (prefill, [*range(7)], [0, 1, 2, 3, 5, 6, 7], [4, 3]),
-                (decode, [7, 8, 9], [4, 8, 30], None),
-            ]
-        )
-    ]
     path = root / "expert_distribution_recorder_1.5_0.pt"
-    write_recorder(path, records)
+    passes = [
+        sglang_pass(0, prefill, [*range(7)], [0, 1, 2, 3, 5, 6, 7], [4, 3], 1),
+        sglang_pass(1, decode, [7, 8, 9], [4, 8, 30], None, 2),
+    ]
+    write_recorder(path, passes)
     return Made(path, joined([prefill, decode]))
 
 
@@ -210,12 +211,8 @@ def sglang_per_pass(root: Path) -> Made:
     parts = [drawn(16, 10 + rank) for rank in range(2)]
     for rank, ids in enumerate(parts):
         count = np.stack([np.bincount(row[row >= 0], minlength=10) for row in physical(ids)])
-        record = {
-            "forward_pass_id": 4,
-            "rank": rank,
-            "gatherer_key": "primary",
-            "global_physical_count": torch.tensor(count.astype(np.int32)),
-        }
+        record = {"forward_pass_id": 4, "rank": rank, "gatherer_key": "primary"}
+        record["global_physical_count"] = torch.tensor(count.astype(np.int32))
         write_recorder(root / f"expert_distribution_recorder_1.5_{rank}.pt", [record])
     return Made(root, load=loads(joined(parts)))
 
@@ -368,7 +365,7 @@ def by_layer(
     *layers: int,
     shape: tuple[int, int] = (E, K),
     config: bool = False,
-) -> Callable[[Path], Made]:
+) -> Make:
     """A JSON file of the counts [L, E] of these layers."""
 
     def make(root: Path) -> Made:
