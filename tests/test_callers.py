@@ -1,5 +1,4 @@
-"""What calls, copies or saves a model while it is recorded: refused in one line where it cannot be
-recorded, and the recording goes on."""
+"""What calls, copies or saves a model while it is recorded, and the recording goes on."""
 
 from __future__ import annotations
 

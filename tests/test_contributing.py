@@ -1,5 +1,4 @@
-"""CONTRIBUTING.md's walks, done: each is carried out on a copy of the package, and what it adds is
-seen in the program."""
+"""CONTRIBUTING.md's walks, each carried out on a copy of the package."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class Copy:
         shutil.copytree(Path(moe_inspect.__file__).parent, root / "moe_inspect", ignore=skip)
 
     def follow(self, title: str) -> list[str]:
-        """Does what a section of CONTRIBUTING.md says: writes its new files, inserts its lines.
-        Returns the files."""
+        """Writes the files and inserts the lines of a section. Returns the files."""
         section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M)
         assert section, title
         blocks = re.findall(

@@ -1,5 +1,4 @@
-"""What the weights say: found in the checkpoints of every family as transformers writes them, equal
-to what torch makes of the model's own parameters, without torch and in pieces."""
+"""What the weights say, in the checkpoints of every family, and how the report names them."""
 
 from __future__ import annotations
 

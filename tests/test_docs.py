@@ -1,5 +1,4 @@
-"""The site builds without a warning, and holds what it takes from the program: every command and
-option, metric, importer and public name."""
+"""The site builds without a warning, and holds what it takes from the program."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`trace URL --engine`: a server that speaks the protocols as strictly as the engines do, whose
-decisions are a known function of token, position and layer, so that every row of the trace is
-checked; and servers that are slow, busy, broken, or lie."""
+"""`trace URL --engine`, of servers that decide as is known, are slow, busy, broken, or lie."""
 
 from __future__ import annotations
 
@@ -126,8 +124,7 @@ LENGTHS = [("vllm", 256, 0, None), ("sglang", 256, 0, None), ("sglang", 120, 5, 
 def test_the_tokens_are_those_of_a_local_trace(
     case: tuple[str, int, int, int | None], model: str, traced: Traced, tmp_path: Path, capsys: Any
 ) -> None:
-    """Long documents are split alike, by default; where the server takes fewer positions than the
-    model, as in a local trace with the `--max-length` that is told."""
+    """Long documents are split alike, where the server takes fewer positions as is told."""
     (engine, length, generate, max_length), server = case, Server()
     server.length = length
     text = str(write_jsonl(tmp_path / "c.jsonl", documents=3, words=900))
@@ -152,9 +149,7 @@ def test_the_tokens_are_those_of_a_local_trace(
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("generate", [0, 5])
-def test_an_engine_takes_the_longest_prompt(
-    engine: str, generate: int, traced: Traced, tmp_path: Path
-) -> None:
+def test_the_longest_prompt(engine: str, generate: int, traced: Traced, tmp_path: Path) -> None:
     """All documents fill it, and are continued by all tokens that are asked for."""
     longest = MODEL_LENGTH - ENGINES[engine].reserved(generate)
     text = write_jsonl(tmp_path / "c.jsonl", documents=1, words=900)
@@ -198,9 +193,7 @@ def test_a_busy_server_is_asked_again_as_it_says(traced: Traced, capsys: Any) ->
     assert len(server.requests) == trace.tokens().sequence.nunique() + len(busy)
 
 
-def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(
-    traced: Traced, tmp_path: Path
-) -> None:
+def test_a_server_that_stays_away_is_one_line_and_resumed(traced: Traced, tmp_path: Path) -> None:
     whole, server = Server(), Server()
     expected = rows(traced(whole, "whole", generate=3))
     server.behave = lambda n, *_: (
@@ -287,9 +280,7 @@ LIES: dict[str, Lie] = {
 
 
 @pytest.mark.parametrize("lie", list(LIES))
-def test_an_answer_that_cannot_be_true_is_one_line_and_nothing_is_written(
-    lie: str, traced: Traced, tmp_path: Path
-) -> None:
+def test_an_answer_that_cannot_be_true_is_refused(lie: str, traced: Traced, tmp_path: Path) -> None:
     engine, hook, what, said = LIES[lie]
     server = Server()
     setattr(server, hook, what)
@@ -310,9 +301,7 @@ def test_a_server_of_another_model_is_refused(traced: Traced) -> None:
     assert not server.requests
 
 
-def test_the_key_goes_to_the_server_and_nowhere_else(
-    cli_here: Cli, model: str, corpus: str, tmp_path: Path
-) -> None:
+def test_the_key_stays_secret(cli_here: Cli, model: str, corpus: str, tmp_path: Path) -> None:
     server = Server()
     server.key = KEY
     with serving(server) as url:
@@ -393,8 +382,7 @@ def test_requests_that_wait_together_say_so_once(capsys: Any) -> None:
 
 @pytest.mark.parametrize("drips", ["headers", "body"])
 def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
-    """A byte now and then is no answer: every wait for the next one is short, and together they
-    would never end."""
+    """A byte now and then is no answer, though each wait for the next one is short."""
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000
     at_once = 0 if drips == "headers" else whole.index(b"\r\n\r\n") + 4
     asked = threading.Semaphore(0)
@@ -452,9 +440,7 @@ def test_an_answer_is_never_decompressed(status: int) -> None:
     assert peak < 2**23
 
 
-def test_what_a_server_says_steers_no_terminal(
-    cli_here: Cli, model: str, corpus: str, capsys: Any
-) -> None:
+def test_what_a_server_says_steers_no_terminal(cli_here: Cli, model: str, corpus: str) -> None:
     server, hostile = Server(), "\x1b[2J\x1b]0;mine\x07\x9b31m\u202egnp"
     said = {0: (503, {}, hostile.encode()), 1: (400, {}, json.dumps({"error": hostile}).encode())}
     server.behave = lambda n, *_: said[n]

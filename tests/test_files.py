@@ -1,5 +1,4 @@
-"""Files that never end, or are larger than memory, are refused in one line, before they are waited
-for or memory is taken for them."""
+"""Files that never end, or are larger than memory, are refused in one line, at once."""
 
 from __future__ import annotations
 

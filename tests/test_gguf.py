@@ -1,5 +1,4 @@
-"""Models in GGUF, as llama.cpp's converter writes them: traced as the model they were made of, or
-refused in a line."""
+"""Models in GGUF, as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 

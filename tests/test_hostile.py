@@ -1,5 +1,4 @@
-"""Hostile files: whatever is in them, an import ends in a trace that verifies or in one line, and
-leaves nothing half-written."""
+"""Hostile files: whatever is in them, an import ends in a trace that verifies or in one line."""
 
 from __future__ import annotations
 

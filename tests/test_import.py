@@ -1,5 +1,4 @@
-"""Each foreign format, made from known decisions, comes back as those; what is not of the format is
-one line and leaves nothing."""
+"""Each foreign format, made from known decisions, comes back as those."""
 
 from __future__ import annotations
 
@@ -101,8 +100,7 @@ def test_tokens_have_their_place(name: str, tmp_path: Path):
 
 
 def test_prompts_of_one_token_in_an_sglang_pass(tmp_path: Path):
-    """In a pass of prompts each is a document, however short, also where its beginning was cached;
-    in a mixed one a single token is a prompt where it is the first of its sequence."""
+    """Of a mixed pass a single token is a prompt where it is the first of its sequence."""
     ids = foreign.drawn(9)
     records = [
         foreign.sglang_pass(0, [i[:4] for i in ids], [*range(4)], [0, 4, 5, 7], [1, 2, 1], 1),

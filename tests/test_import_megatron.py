@@ -1,5 +1,4 @@
-"""Megatron-Core's router trace and tokens_per_expert: which block a layer number means, stages of a
-pipeline joined, recomputation left out; what the files cannot say is one line."""
+"""Megatron-Core's router trace and tokens_per_expert, of one rank and of many."""
 
 from __future__ import annotations
 
@@ -31,7 +30,9 @@ from tests.support.importing import decisions, loads
 from tests.test_real_data import REAL
 
 Passes = list[tuple[int, list[np.ndarray]]]  # step, ids [T, K] of each layer
+Layers = list[list[int]]  # of each pipeline stage
 Rows = list[dict[str, Any]]
+Change = Callable[[Rows], Rows]
 
 
 def passes_of(layers: int, micro: int = 2, steps: int = 2, T: int = 6, seed: int = 0) -> Passes:
@@ -44,11 +45,7 @@ def columns_of(number: int, layers: int) -> list[Passes]:
 
 
 def dump(
-    root: Path,
-    columns: list[Passes],
-    stages: list[list[int]],
-    hook: bool = False,
-    first: tuple = (),
+    root: Path, columns: list[Passes], stages: Layers, hook: bool = False, first: tuple = ()
 ) -> Path:
     """Columns of passes over stages of layers: rank = stage · columns + column, as Megatron numbers
     them. The hook numbers each stage from 0: `first` is the block index of each stage's layer 0,
@@ -74,7 +71,7 @@ def config_of(root: Path, layers: int, dense: int = 0) -> Path:
     return path
 
 
-def changed(path: Path, change: Callable[[Rows], Rows]) -> None:
+def changed(path: Path, change: Change) -> None:
     lines(path, change([json.loads(line) for line in path.read_text().splitlines()]))
 
 
@@ -102,8 +99,7 @@ RECOMPUTED = "4 passes repeat one of the same rank and step (activations recompu
 
 
 def test_ranks_are_paired_by_number_not_by_name(tmp_path: Path):
-    """Rank 10 sorts before rank 2: twelve ranks of two stages, every token's experts at every
-    layer."""
+    """Rank 10 sorts before rank 2: twelve ranks of two stages."""
     columns = columns_of(6, 4)
     place = dump(tmp_path / "in", columns, [[0, 1], [2, 3]])
     trace, said = taken(tmp_path, place, model=config_of(tmp_path, 4))
@@ -128,8 +124,7 @@ def test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree(tmp_path: P
 
 
 def test_recomputed_passes_are_left_out_before_stages_are_paired(tmp_path: Path):
-    """1F1B: the first stage meets forward 0, forward 1, again 0, again 1; the last one forward 0,
-    again 0, forward 1, again 1."""
+    """1F1B: the first stage meets forward 0, 1, again 0, 1; the last forward 0, again 0, 1, 1."""
     (_, a), (_, b) = passes_of(4, steps=1)
     (place := tmp_path / "in").mkdir()
     for rank, order in enumerate(([a, b, a, b], [a, a, b, b])):
@@ -172,10 +167,12 @@ def test_a_missing_stage_is_named_where_the_config_says_so(tmp_path: Path):
     refused(tmp_path, line, place, model=model)
 
 
-def less(by: int) -> Callable[[Rows], Rows]:
+def less(by: int) -> Change:
     return lambda rows: [row | {"layer": row["layer"] - by} for row in rows]
 
 
+LOST = r"2 of layers 0, 1 \(from 0\), as in .*rank0\.jsonl; 1 of layers 2, 3 .*rank2\.jsonl: give"
+CROSSED = "line 5: step 1 of rank 1 calls its routers in another order than the first pass"
 TWICE = r"rank1\.jsonl has layer 1 \(from 0\) and so has .*rank0\.jsonl"
 
 
@@ -183,28 +180,17 @@ TWICE = r"rank1\.jsonl has layer 1 \(from 0\) and so has .*rank0\.jsonl"
 @pytest.mark.parametrize(
     ("ranks", "stages", "change", "line"),
     [
-        # a rank is missing
-        (
-            *(2, [[0, 1], [2, 3]], lambda rows: []),
-            r"2 of layers 0, 1 \(from 0\), as in .*rank0\.jsonl; 1 of layers 2, 3 \(from 0\), as "
-            r"in .*rank2\.jsonl: give the files of all ranks",
-        ),
+        (2, [[0, 1], [2, 3]], lambda rows: [], LOST),
         # stages overlap
         (1, [[0, 1], [1, 2]], less(0), TWICE),
         (1, [[0, 1, 2], [1, 2]], less(0), TWICE),
         # in numbers of their own 2, 3 and 1, 2, 3
         (1, [[1, 2], [3, 4, 5]], less(3), "If each stage numbers its layers from 0, give --pipel"),
         (1, [[2, 3], [4, 5]], less(4), "1 with layers 0, 1 .* of 0 with layers 2, 3 .*: later pi"),
-        # calls of two passes in one
-        (
-            *(1, [[0, 1], [2, 3]], lambda rows: [*rows[:4], rows[5], rows[4], *rows[6:]]),
-            "line 5: step 1 of rank 1 calls its routers in another order than the first pass",
-        ),
+        (1, [[0, 1], [2, 3]], lambda rows: [*rows[:4], rows[5], rows[4], *rows[6:]], CROSSED),
     ],
 )
-def test_stages_that_do_not_fit_are_refused(
-    ranks: int, stages: list[list[int]], change: Callable[[Rows], Rows], line: str, tmp_path: Path
-):
+def test_unlike_stages(ranks: int, stages: Layers, change: Change, line: str, tmp_path: Path):
     place = dump(tmp_path / "in", columns_of(ranks, 6), stages)
     changed(of_rank(place, 2 * ranks - 1), change)
     refused(tmp_path, line, place)
@@ -215,7 +201,7 @@ def of_ids(row: dict, ids: list, **more: int) -> dict:
 
 
 # what is done to the second stage's rows → what is said
-DISAGREEING: dict[str, Callable[[Rows], Rows]] = {
+DISAGREEING: dict[str, Change] = {
     r"0.jsonl line 4: step 1 with 6 tokens, .*1.jsonl: no further pass": lambda rows: rows[:-1],
     r"0.jsonl line 2: step 0 with 6 tokens, .*1.jsonl line 2: step 1 with 6 tokens": (
         lambda rows: [rows[0], *rows[2:]]
@@ -253,9 +239,7 @@ def test_stages_that_disagree_are_refused(line: str, tmp_path: Path):
     refused(tmp_path, ".", of_rank(place, 1), of_rank(place, 0), **stages)
 
 
-def interleaved(
-    place: Path, group: int, rank_layers: list[list[list[int]]], passes: Passes
-) -> Path:
+def interleaved(place: Path, group: int, rank_layers: list[Layers], passes: Passes) -> Path:
     """Each rank's chunks of layers, called for `group` microbatches of a step in turn."""
     place.mkdir()
     turns = [passes[n : n + group] for n in range(0, len(passes), group)]  # steps are multiples
@@ -311,9 +295,7 @@ def unordered(n: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layers", [[1, 2, 3], [0, 1, 2]])
 @pytest.mark.parametrize(("ids", "fields"), [(ascending, {}), (unordered, {"hs_offset": 0})])
-def test_the_hooks_numbers_start_at_zero(
-    layers: list[int], ids: Callable, fields: dict, tmp_path: Path
-):
+def test_the_hook_starts_at_zero(layers: list[int], ids: Callable, fields: dict, tmp_path: Path):
     trace, said = taken(tmp_path, numbered(tmp_path / "in", layers, ids, **fields))
     assert ([r.layer for r in trace.routers], said) == (layers, [])
 
@@ -336,15 +318,13 @@ def test_numbers_of_unknown_origin_are_settled_by_the_config_or_assumed(tmp_path
     refused(tmp_path, line, place, model=config_of(tmp_path, 6))
 
 
-@pytest.mark.parametrize(("different", "layers"), [(19, [0]), (20, [1])])
-def test_so_many_ascending_decisions_are_the_hooks(
-    different: int, layers: list[int], tmp_path: Path
-):
+@pytest.mark.parametrize(("different", "layer"), [(19, 0), (20, 1)])
+def test_so_many_ascending_decisions_are_the_hooks(different: int, layer: int, tmp_path: Path):
     pairs = np.array([[a, b] for a in range(E) for b in range(a + 1, E)])[:different]
     place = numbered(tmp_path / "in", [1], lambda n: np.repeat(pairs, 3, axis=0))
     trace, said = taken(tmp_path, place)
-    assert [r.layer for r in trace.routers] == layers
-    assert bool(said) == (layers == [0])
+    assert [r.layer for r in trace.routers] == [layer]
+    assert bool(said) == (layer == 0)
 
 
 def test_a_config_that_the_hooks_numbers_do_not_fit_is_refused(tmp_path: Path):
@@ -371,9 +351,7 @@ def test_a_config_that_the_hooks_numbers_do_not_fit_is_refused(tmp_path: Path):
     ],
 )
 @pytest.mark.parametrize("data", [1, 2])
-def test_stages_are_joined_by_rank_and_config(
-    stages: list[list[int]], first: tuple, dense: int, data: int, tmp_path: Path
-):
+def test_stages_are_joined(stages: Layers, first: tuple, dense: int, data: int, tmp_path: Path):
     depth = max(stages[-1]) + 1
     columns = columns_of(data, depth)
     place = dump(tmp_path / "in", columns, stages, hook=True, first=first)
@@ -385,6 +363,10 @@ def test_stages_are_joined_by_rank_and_config(
 
 
 THREE = [[0, 1, 2], [3, 4, 5]]
+STAGES_INSIDE = (
+    r"rank0\.jsonl has layers 0, 1, .*rank1\.jsonl has layers 0, 1, 2: 2 consecutive ranks .* "
+    "--use-tp-pp-dp-mapping cannot be joined"
+)
 
 
 @pytest.mark.parametrize(
@@ -399,16 +381,11 @@ THREE = [[0, 1, 2], [3, 4, 5]]
         (THREE, (8, 2), 2, "stage 0 cannot be blocks 2, 3, 4"),
         # one stage's file beside an empty one
         ([[], [2, 3]], None, None, "there are files of 2 ranks: give --pipeline-stages"),
-        # ranks with the stages inside, as --use-tp-pp-dp-mapping numbers them
-        (
-            *([[0, 1], [2, 3, 4]] * 2, (5, 0), 2),
-            r"rank0\.jsonl has layers 0, 1, .*rank1\.jsonl has layers 0, 1, 2: 2 consecutive ranks "
-            r".* --use-tp-pp-dp-mapping cannot be joined",
-        ),
+        ([[0, 1], [2, 3, 4]] * 2, (5, 0), 2, STAGES_INSIDE),
     ],
 )
 def test_stages_without_what_joins_them_are_refused(
-    layers: list[list[int]], config: tuple | None, stages: int | None, line: str, tmp_path: Path
+    layers: Layers, config: tuple | None, stages: int | None, line: str, tmp_path: Path
 ):
     place = dump(tmp_path / "in", [passes_of(6)], layers, hook=True)
     model = {"model": config_of(tmp_path, *config)} if config else {}
@@ -478,8 +455,7 @@ def test_a_capacity_factor_is_named_where_calls_are_missing(tmp_path: Path):
 
 
 def test_experts_filled_up_to_their_capacity_are_refused(tmp_path: Path):
-    """The hook reshapes the map's true entries to [T, K], though tokens have more or fewer than
-    K."""
+    """The hook reshapes the map's true entries to [T, K], though tokens have more or fewer."""
     pairs = "01 23 00 12 45 67 34 56 71 23 45 67"
     ids = np.array([[int(e) for e in pair] for pair in pairs.split()])
     line = "gives every expert 3 assignments .*moe_pad_expert_input_to_capacity"
@@ -566,9 +542,7 @@ def twice(run: Run, layers: list[int]) -> Run:
         (lambda run: [twice(run, [0])], "every count of 1 of 2 layers is there twice (activations"),
     ],
 )
-def test_counts_that_are_there_twice_are_taken_once(
-    ranks: Callable[[Run], list[Run]], line: str, tmp_path: Path
-):
+def test_counts_that_are_there_twice_are_taken_once(ranks: Callable, line: str, tmp_path: Path):
     run = tpe_of(0)
     trace, said = taken(tmp_path, written(tmp_path, ranks(run)), top_k=K)
     assert [line in told for told in said] == [True]
@@ -600,9 +574,7 @@ def test_dropped_or_padded_tokens_are_told(tmp_path: Path):
         ),
     ],
 )
-def test_counts_that_cannot_be_joined_are_refused(
-    spoil: Callable[[dict[int, Run]], object], options: dict, line: str, tmp_path: Path
-):
+def test_counts_that_cannot_be_joined(spoil: Callable, options: dict, line: str, tmp_path: Path):
     ranks = dict(enumerate(parallel(tpe_of(0), 2)))
     spoil(ranks)
     megatron_tpe(tmp_path / "in", ranks)

@@ -1,5 +1,4 @@
-"""What several processes parse is what one reads: every file of the trace is the same, and so is
-the first error."""
+"""What several processes parse is what one reads, and so is the first error."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def with_its_place(where: str, fields: dict[str, Any]) -> tuple[str, dict[str, A
 
 
 class Elsewhere:
-    """Workers of a process that shares nothing with this one but what can be pickled; they are
-    ahead of whoever reads."""
+    """Workers that share nothing with this process but what can be pickled."""
 
     def __init__(self) -> None:
         self.tasks = 0

@@ -1,8 +1,4 @@
-"""Responses as engines and RL frameworks write them: SGLang's OpenAI routes, TensorRT-LLM's as
-docs/import.md saves them, request parameters, rows of padding.
-
-T tokens, B blocks of the model, L of them with experts, K slots.
-"""
+"""Responses as engines and RL frameworks write them: T tokens, B blocks of the model, K slots."""
 
 from __future__ import annotations
 

@@ -197,8 +197,7 @@ COUNTED = [([1], 1), ([2, 1, 1, 1], 3), ([100, *[2] * 7], 100), ([4] * 8, 16)]
 def test_tokens_are_as_many_as_explain_the_counts(
     counts: list[int], tokens: int, tmp_path: Path
 ) -> None:
-    """Of the fullest router: no token chooses an expert twice. Of so few, all is too little to
-    judge."""
+    """Of the fullest router: no token chooses an expert twice. They are too few to judge."""
     table = {"layer": [0] * len(counts), "expert": [*range(len(counts))], "count": counts}
     for column, value in (("layer", 1), ("expert", 0), ("count", 1)):
         table[column].append(value)
@@ -233,8 +232,7 @@ def experts(trace: Trace, router: int) -> list[list[int]]:
 
 
 def test_what_a_turn_lacks_is_nowhere_and_noted(tmp_path: Path):
-    """A prompt of two tokens, whose last alone reaches the last layer; a decoded token, whose
-    experts of one layer were dropped while they were cold."""
+    """Of a prompt the last token alone reaches the last layer; a decoded one's experts dropped."""
     rows = [row(t, 1, j, 2 * t + j, weight=0.6 - 0.2 * j) for t in range(2) for j in range(2)]
     rows += [row(1, 2, j, 4 + j, weight=0.6 - 0.2 * j) for j in range(2)]
     late = [(n, j) for n in (1, 2) for j in range(2)]

@@ -1,6 +1,4 @@
-"""A trace on object storage is written as on a disk: objects appear whole, lists name only what is
-there, and what was killed is readable and goes on. Here in memory; benchmarks/object_storage.py
-does the same with an S3 server and real kills."""
+"""A trace on object storage, here in memory; benchmarks/object_storage.py has a server."""
 
 from __future__ import annotations
 
@@ -164,8 +162,7 @@ class Killed(BaseException):
 
 
 class Fault:
-    """Calls that write or delete: the `at`-th fails, or is the last of the process; or it works,
-    and its answer is lost."""
+    """The `at`-th call fails, is the last of the process, or works and its answer is lost."""
 
     def __init__(self, at: int, how: str):
         self.at, self.how, self.calls = at, how, 0
@@ -297,8 +294,7 @@ def test_derived_and_imported_traces_are_there_whole_or_not(there: str, tmp_path
 
 @pytest.mark.parametrize("how", ["403", "lost", "kill"])
 def test_a_trace_is_replaced_whole_or_not(how: str, there: str, tmp_path: Path) -> None:
-    """With a fault at each write and deletion in turn. What is left is the old trace or the new
-    one, and the next one that replaces it leaves nothing else."""
+    """With a fault at each write and deletion in turn; the next one leaves nothing else."""
     place, files = Remote(f"{there}/t"), fsspec.filesystem("memory")
     whole = {name: of_six_documents(tmp_path / name, n, 3 + n // 2) for n, name in enumerate("abc")}
 

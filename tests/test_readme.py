@@ -1,6 +1,4 @@
-"""Every command and every Python block of the README and of the docs runs, in its order, as it
-stands.
-A hub id is a tiny model in a directory of that name."""
+"""Every command and Python block of the README and of the docs runs as it stands."""
 
 from __future__ import annotations
 

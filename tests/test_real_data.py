@@ -1,5 +1,4 @@
-"""Real routing of real models against what their authors published. Skipped where the data is not
-beside the project."""
+"""Real routing of real models against what their authors published, where it is there."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""The payloads of vLLM's and SGLang's routed experts, and what a config.json says of a model's
-routers."""
+"""Payloads of engines' routed experts, and what a config.json says of a model's routers."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,12 @@ from moe_inspect.importers import routed
 from moe_inspect.model.config import facts_of, read_facts
 from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT
+from tests.support.foreign import npy
 from tests.support.synthetic import uniform_ids
 
 
 def coded(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def npy(array: np.ndarray) -> str:
-    file = io.BytesIO()
-    np.save(file, array)
-    return coded(file.getvalue())
 
 
 RAW = base64.b64decode(npy(np.zeros((2, 2, 2), np.uint8)))

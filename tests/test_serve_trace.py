@@ -1,5 +1,4 @@
-"""`moe-inspect serve-trace`: an engine is started with what it needs, traced and stopped, with all
-that it started, however the command ends. The engine is tests/support/engine.py, called vllm."""
+"""`moe-inspect serve-trace`: tests/support/engine.py, as vllm, is started and stopped."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ ROUTED = [layer for layer in range(LAYERS) if layer != DENSE]
 
 @dataclass(frozen=True)
 class Made:
-    """What was written: where, and for decisions the ids [T, K] of each router in the order of the
-    trace (and their weights), for counts the load [E]."""
+    """Where, and the ids [T, K] (and weights) of each router of the trace, or the load [E]."""
 
     source: Path
     ids: list[np.ndarray] | None = None
@@ -258,8 +257,7 @@ def tensorrt_raw(root: Path) -> Made:
 
 
 def router_logits(layer: int, ids_TK: np.ndarray) -> np.ndarray:
-    """float32 [T, E], drawn but for those of the experts chosen, which descend by slot: the first
-    choice has the largest."""
+    """float32 [T, E], drawn; those of the experts chosen are the largest, and descend by slot."""
     drawn_TE = np.random.default_rng(layer).normal(size=(len(ids_TK), E)).astype(np.float32)
     np.put_along_axis(drawn_TE, ids_TK, np.arange(10, 10 - K, -1, dtype=np.float32)[None], axis=1)
     return drawn_TE
@@ -301,8 +299,7 @@ def megatron(root: Path) -> Made:
 
 @maker("megatron-pipeline", format="megatron")
 def megatron_pipeline(root: Path) -> Made:
-    """By the inference engine. Ranks 9 and 10 are the first stage, 11 and 12 the second; by name 10
-    comes first, 9 last."""
+    """By the inference engine. Ranks 9 and 10 are the first stage; by name 10 comes first."""
     parts = []
     for column in range(2):
         passes = [
@@ -331,8 +328,7 @@ def megatron_tpe(root: Path, ranks: dict[int, dict[int, dict[int, np.ndarray]]])
 
 @maker("megatron-counts", format="megatron")
 def megatron_counts(root: Path) -> Made:
-    """Two ranks of expert parallelism, each with half of the experts, two microbatches an
-    iteration."""
+    """Two ranks, each with half of the experts, two microbatches an iteration."""
     parts, half = [], E // 2
     ranks: dict[int, dict[int, dict[int, np.ndarray]]] = {0: {}, 1: {}}
     for i in (100, 200):
@@ -608,8 +604,7 @@ def policylang(root: Path) -> Made:
 def write_fingerprint(
     path: Path, samples: int, tokens: dict[str, float], load: dict[str, list[np.ndarray]]
 ) -> None:
-    """GPT-OSS's fingerprint of a category: "think" and "answer" → load [E] by layer with
-    experts."""
+    """GPT-OSS's fingerprint of a category: "think" and "answer" → load [E] by routed layer."""
     written: dict[str, object] = {"sample_count": samples}
     for part, load_LE in load.items():
         written[f"num_{part}_tokens"] = tokens[part]
