@@ -103,8 +103,8 @@ def test_prompts_of_one_token_in_an_sglang_pass(tmp_path: Path):
     """Of a mixed pass a single token is a prompt where it is the first of its sequence."""
     ids = foreign.drawn(9)
     records = [
-        foreign.sglang_pass(0, [i[:4] for i in ids], [*range(4)], [0, 4, 5, 7], [1, 2, 1], 1),
-        foreign.sglang_pass(1, [i[4:] for i in ids], [*range(5)], [0, 0, 1, 2, 9], [1, 3, 1], 3),
+        foreign.sglang_pass(0, [i[:4] for i in ids], 1, [*range(4)], [0, 4, 5, 7], [1, 2, 1]),
+        foreign.sglang_pass(1, [i[4:] for i in ids], 3, [*range(5)], [0, 0, 1, 2, 9], [1, 3, 1]),
     ]
     foreign.write_recorder(tmp_path / "r.pt", records)
     trace, _ = taken(tmp_path, "sglang", tmp_path / "r.pt", model=config_file(tmp_path))

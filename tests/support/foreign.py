@@ -172,19 +172,14 @@ def write_recorder(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def sglang_pass(
-    number: int,
-    ids: list[np.ndarray],
-    tokens: list[int],
-    positions: list[int],
-    lengths: list[int] | None,
-    mode: int,
+    number: int, ids: list[np.ndarray], mode: int, *places: list[int] | None
 ) -> dict[str, Any]:
-    """The record of a pass that keeps every token."""
+    """The record of a pass that keeps every token; `places`: its input ids, positions, lengths."""
     import torch
 
     return {
         **{"rank": 0, "gatherer_key": "primary", "misc_objects": [], "forward_pass_id": number},
-        **{"input_ids": tokens, "positions": positions, "extend_seq_lens": lengths},
+        **dict(zip(("input_ids", "positions", "extend_seq_lens"), places, strict=True)),
         "forward_mode": mode,
         "topk_ids_of_layer": torch.tensor(physical(ids)),
         "global_physical_count": torch.zeros(LAYERS, 10, dtype=torch.int32),
@@ -196,8 +191,8 @@ def sglang_per_token(root: Path) -> Made:
     prefill, decode = drawn(7, 1), drawn(3, 2)
     path = root / "expert_distribution_recorder_1.5_0.pt"
     passes = [
-        sglang_pass(0, prefill, [*range(7)], [0, 1, 2, 3, 5, 6, 7], [4, 3], 1),
-        sglang_pass(1, decode, [7, 8, 9], [4, 8, 30], None, 2),
+        sglang_pass(0, prefill, 1, [*range(7)], [0, 1, 2, 3, 5, 6, 7], [4, 3]),
+        sglang_pass(1, decode, 2, [7, 8, 9], [4, 8, 30], None),
     ]
     write_recorder(path, passes)
     return Made(path, joined([prefill, decode]))
