@@ -1,7 +1,5 @@
-"""What the entries of training frameworks make of a router's output, and of the arguments of a
-forward pass; `make test-frameworks` runs the frameworks themselves.
-
-B batch rows, S positions, T rows a router sees, K slots, E experts."""
+"""What the entries of training frameworks make of outputs and arguments; `make test-frameworks`
+runs these. B batch rows, S positions, T rows a router sees, K slots, E experts."""
 
 from __future__ import annotations
 
@@ -84,16 +82,12 @@ def test_shared_experts_are_seen_beside_the_router(shared: bool) -> None:
 FORWARD = ["input_ids", "position_ids", "attention_mask", "decoder_input", "labels"]
 
 
-@pytest.mark.parametrize("given", ["labels", "position_ids"])
-def test_a_later_stage_of_a_pipeline_has_no_token_ids(given: str) -> None:
-    """Labels and positions are integers too."""
-    read = by_name(FORWARD, sequence_first=True)
-    found = read((None, None, None), {given: torch.arange(6).reshape(2, 3)})
-    assert found["input_ids"] is None
-    assert found["inputs_embeds"].shape[:2] == (2, 3)
-
-
-def test_hidden_states_of_a_later_stage_are_sequence_first() -> None:
-    read = by_name(FORWARD, sequence_first=True)
-    found = read((None, None, None), {"decoder_input": torch.zeros(3, 2, 8)})
+def test_a_later_stage_of_a_pipeline_has_no_token_ids() -> None:
+    """Labels and positions are integers too, and hidden states are sequence first."""
+    read, ids = by_name(FORWARD, sequence_first=True), torch.arange(6).reshape(2, 3)
+    given = {"labels": ids, "position_ids": ids, "decoder_input": torch.zeros(3, 2, 8)}
+    for name, tensor in given.items():
+        found = read((None, None, None), {name: tensor})
+        assert found["input_ids"] is None
+        assert found["inputs_embeds"].shape[:2] == (2, 3)
     assert found["inputs_embeds"].shape == (2, 3, 8)

@@ -330,10 +330,8 @@ def test_so_many_ascending_decisions_are_the_hooks(different: int, layer: int, t
 def test_a_config_that_the_hooks_numbers_do_not_fit_is_refused(tmp_path: Path):
     place, model = numbered(tmp_path / "in", [1, 2, 3], ascending), config_of(tmp_path, 3)
     line = r"in has layers 1, 2, 3 \(from 0\), .*3\.json has experts in 0, 1, 2: "
-    hint = "for a run with pipeline parallelism give --pipeline-stages"
-    refused(tmp_path, line + hint, place, model=model)
-    hint = "is it the config of this model"
-    refused(tmp_path, line + hint, place, model=model, pipeline_stages=1)
+    refused(tmp_path, line + "for a run with pipeline paralleli", place, model=model)
+    refused(tmp_path, line + "is it the config of", place, model=model, pipeline_stages=1)
 
 
 # --- stages that each number their layers from 0

@@ -137,16 +137,14 @@ def test_tokens_whose_routes_were_not_kept_are_left_out(tmp_path: Path) -> None:
     assert said[0].startswith("2 rows of 1 responses")
 
 
-@pytest.mark.parametrize("at", [0, 3])
-def test_rows_of_zeros_in_front_of_tokens_are_refused(at: int, tmp_path: Path) -> None:
-    array = ROUTED_TBK.copy()
-    array[at] = 0
-    why = r"token \d goes to one expert twice \(\[0, 0\]\); a dense layer or padding reads so"
-    with pytest.raises(MoeInspectError, match=why):
-        read(tmp_path, padded_line(array))
-
-
-def test_a_row_too_many_that_a_router_wrote_is_refused(tmp_path: Path) -> None:
+def test_rows_that_are_no_padding_are_refused(tmp_path: Path) -> None:
+    """Zeros in front of tokens, and a row too many that a router wrote."""
+    for at in (0, 3):
+        array = ROUTED_TBK.copy()
+        array[at] = 0
+        why = r"token \d goes to one expert twice \(\[0, 0\]\); a dense layer or padding reads so"
+        with pytest.raises(MoeInspectError, match=why):
+            read(tmp_path, padded_line(array))
     with pytest.raises(MoeInspectError, match="routed_experts has 7 tokens, not 6"):
         read(tmp_path, padded_line(padded(ROUTED_TBK[:1])))
 
