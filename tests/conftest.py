@@ -12,13 +12,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
     from moe_inspect.trace.reader import Trace
+    from tests.support.browser import Opened
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Put = Callable[..., None]
+OpenPage = Callable[..., "Opened"]
 
 
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
@@ -56,6 +58,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return long.index(name) if name in long else 99, -tests[file], file
 
     items.sort(key=turn)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What opens pages in a browser is slow."""
+    if "browser" in getattr(item, "fixturenames", ()):
+        item.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -164,6 +172,35 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(sound: Path, tmp_path: Path) -> Path:
     """A trace of thirty documents, to be damaged."""
     return Path(shutil.copytree(sound, tmp_path / "t"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, headless."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if not found and not os.environ.get("REQUIRE_CHROMIUM"):
+        pytest.skip("no chromium here: apt-get install chromium, or set CHROMIUM to its path")
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as tool:
+        started = tool.chromium.launch(executable_path=found, args=arguments)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, tmp_path: Path) -> Iterator[OpenPage]:
+    """open_page(text): a page in the browser, while a test runs."""
+    from tests.support.browser import Opened
+
+    with ExitStack() as opened:
+
+        def page(text: str, file: Path = tmp_path / "page.html", **more: Any) -> Opened:
+            return opened.enter_context(Opened(browser, file, text, **more))
+
+        yield page
 
 
 @contextmanager

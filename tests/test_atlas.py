@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect import MoeInspectError
@@ -25,13 +23,10 @@ from moe_inspect.site.build import atlas
 from moe_inspect.site.directory import DATA, UP
 from moe_inspect.site.index import index_page
 from moe_inspect.trace.reader import Trace, open_trace
-from tests.conftest import Cli
+from tests.conftest import Cli, OpenPage
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
-from tests.test_page import Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)
 
-slow = pytestmark
-del pytestmark
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror=alert(1)>\u202e\x1b[31m"
 LABELS = ("law", "code", "prose", "verse")
 
@@ -299,11 +294,9 @@ def test_names_that_clash_get_a_suffix(here: Path):
 
 def test_what_is_hostile_is_text(here: Path):
     place = here / ("x" + HOSTILE.replace("/", "∕"))
-    small(place, manifest={"model": {"id": HOSTILE}}, domain_of_document=(HOSTILE, "code"))
-    texts = {"token_id": pa.array(range(12), pa.int32())}
-    texts |= {"token": pa.array(f"{HOSTILE}{i}" for i in range(12))}
-    pq.write_table(pa.table(texts), place / "vocabulary.parquet")
-    edit_manifest(place, vocabulary=None)
+    hostile: Any = {"domain_of_document": (HOSTILE, "code")}
+    hostile |= {"words": [f"{HOSTILE}{i}" for i in range(12)]}
+    small(place, manifest={"model": {"id": HOSTILE}}, **hostile)
     page = atlas([place], here / "new")["page"].iloc[0]
     assert page.isascii()
     for name in ("index.html", page):
@@ -351,51 +344,41 @@ def test_the_command_says_what_it_made(here: Path, cli_here: Cli, tmp_path: Path
 # --- in a browser
 
 
-@slow[0]
-@slow[1]
-def test_it_is_searched_by_expert_domain_and_token(here: Path, browser: Any):
-    index = here / "site/index.html"
-    page = Opened(browser, index, index.read_text())
+def test_it_is_searched_by_expert_domain_and_token(here: Path, open_page: OpenPage):
+    # beside the pages of its traces, which it leads to
+    page = open_page((here / "site/index.html").read_text(), here / "site/index.html")
     view = page.view
-
     assert page.axe() == []
-
-    def ask(text: str) -> list[str]:
-        view.locator("#find").fill(text)
-        return view.locator("#found li").all_inner_texts()
-
-    assert any("expert in 3 traces" in line for line in ask("L1E3"))
-    view.keyboard.press("Enter")
+    assert any("expert in 3 traces" in line for line in page.ask("L1E3"))
+    page.press("Enter")
     assert page.title() == "Layer 1 · expert 3"
-    card = view.locator("#card").inner_text()
+    card = page.locator("#card").inner_text()
     assert "Frequent tokens that it takes most above its share: ␣w0" in card
-    assert view.locator("#card h3 a").first.get_attribute("href") == "a.html#L1E3"
-    view.keyboard.press("Escape")
-    assert any("token" in line for line in ask(" w0"))
-    view.keyboard.press("Enter")
+    assert page.locator("#card h3 a").first.get_attribute("href") == "a.html#L1E3"
+    page.press("Escape")
+    assert any("token" in line for line in page.ask(" w0"))
+    page.press("Enter")
     assert page.title() == "Token ␣w0"
-    first = view.locator("#card tbody tr").first.inner_text()
+    first = page.locator("#card tbody tr").first.inner_text()
     assert first.startswith("layer 1 · expert 3\t100%")
-    view.keyboard.press("Escape")
+    page.press("Escape")
     view.get_by_role("button", name="code", exact=True).click()
     assert page.title() == "Domain code"
-    assert "layer 1 · expert 0" in view.locator("#card").inner_text()
-    view.keyboard.press("Escape")
+    assert "layer 1 · expert 0" in page.locator("#card").inner_text()
+    page.press("Escape")
     # sorted rows keep their links
     view.get_by_role("button", name="tokens").click()
-    first = view.locator("#traces tbody tr").first.locator("a")
+    first = page.locator("#traces tbody tr").first.locator("a")
     assert first.get_attribute("href") == f"{first.inner_text()}.html"
     for width in (390, 800, 1280, 1600):
-        view.set_viewport_size({"width": width, "height": 900})
-        assert view.evaluate("document.documentElement.scrollWidth") <= width
-        place = "document.querySelector('#traces .scroll')"
-        hidden = view.evaluate(f"{place}.scrollWidth - {place}.clientWidth")
-        assert hidden == 0 or width < 1280, "columns of the table are cut"
-    assert page.complaints == []
+        page.resize(width)
+        hidden = "(place) => place.scrollWidth - place.clientWidth"
+        cut = page.locator("#traces .scroll").evaluate(hidden)
+        assert cut == 0 or width < 1280, "columns of the table are cut"
     assert page.foreign() == []
     view.goto(f"{page.address.rpartition('/')[0]}/a.html#L1E3")
     page.until("document.documentElement.dataset.ready === 'yes'")
     assert page.title() == "Layer 1 · expert 3"
     view.get_by_role("link", name="← Atlas").click()
     page.until("location.pathname.endsWith('index.html')")
-    view.close()
+    page.requests.clear()

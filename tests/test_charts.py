@@ -1,4 +1,5 @@
-"""Charts: each is written once, and the picture and the page draw the same of it."""
+"""Charts of reports and simulations: each is written once, and the picture and the page draw the
+same of it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, Scale
 from moe_inspect.reporting.render import html, payload
@@ -20,6 +22,11 @@ from moe_inspect.reporting.render.matplotlib import DPI, colour_map, draw, lette
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.reporting.verdict.findings import uneven
+from moe_inspect.simulate.cache import simulate_cache
+from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.simulate.placement.placement import simulate_placement
+from moe_inspect.simulate.result import Simulation
+from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT
 from tests.support.sweep import WHOLE
 from tests.support.synthetic import uniform_ids, write_trace
@@ -181,7 +188,7 @@ def overlapping(figure: Any) -> list[str]:
     return found
 
 
-def many_layers(root: Path) -> dict[str, Chart]:
+def test_pictures_of_a_large_model_can_be_read(tmp_path: Path):
     """60 × 128, six domains; expert 5 of layer 30 is chosen by every token, 9 and 40 of layer 7 by
     the same third."""
     rng, T, E = np.random.default_rng(0), 600, 128
@@ -191,12 +198,8 @@ def many_layers(root: Path) -> dict[str, Chart]:
     ids[7][apart, :2] = 9, 40
     labels = [f"domain number {d}" for d in range(6)]
     document = np.arange(T) // 20
-    trace = write_trace(root, ids, E, document=document, domain_of_document=labels)
-    return {chart.name: chart for chart in spec.draw_charts(report(trace, window=100))[0]}
-
-
-def test_pictures_of_a_large_model_can_be_read(tmp_path: Path):
-    charts = many_layers(tmp_path / "t")
+    trace = write_trace(tmp_path / "t", ids, E, document=document, domain_of_document=labels)
+    charts = {chart.name: chart for chart in spec.draw_charts(report(trace, window=100))[0]}
     with letters():
         for name, chart in charts.items():
             figure = draw(chart)
@@ -238,21 +241,16 @@ def test_an_interval_that_reaches_down_to_0_has_a_place_on_a_logarithmic_axis():
     assert top == pytest.approx(41, rel=0.1)
 
 
-def shade(scale: Scale, ratio: float) -> np.ndarray:
-    """The colour of a ratio, in 256ths."""
-    return 256 * np.array(colour_map(scale)(scale.place(np.array(ratio)))[:3])
-
-
 def test_colours_tell_large_ratios_apart_and_show_the_direction():
-    scale = Scale("ratio", "load", high=32)
-    far = np.abs(shade(scale, 5) - shade(scale, 21)).sum()
-    assert far > 80
-    capped = Scale("ratio", "load")
-    assert np.abs(shade(capped, 5) - shade(capped, 21)).sum() == 0
-    red, _, blue = shade(scale, 1.1)
-    assert red - blue > 40
-    red, _, blue = shade(scale, 1 / 1.1)
-    assert blue - red > 20
+    def shade(ratio: float, scale: Scale) -> np.ndarray:
+        return 256 * np.array(colour_map(scale)(scale.place(np.array(ratio)))[:3])
+
+    scale, capped = Scale("ratio", "load", high=32), Scale("ratio", "load")
+    assert np.abs(shade(5, scale) - shade(21, scale)).sum() > 80
+    assert np.abs(shade(5, capped) - shade(21, capped)).sum() == 0
+    red, blue = (shade(r, scale)[0] - shade(r, scale)[2] for r in (1.1, 1 / 1.1))
+    assert red > 40
+    assert blue < -20
     assert [label for _, label in scale.ticks()] == ["≤ ¼", "½", "1", "2", "4", "8", "16", "≥ 32"]
     shares = np.linspace(0, 1, 1000)
     assert spec.amount("share", 0, shares, 0.5).ticks()[-1] == (1.0, "1")
@@ -270,7 +268,7 @@ def test_ticks_of_layers_are_at_round_numbers(first: int, count: int):
     assert all(axis.labels[int(at)] == label for at, label in ticks)
 
 
-def every_mark() -> Chart:
+def test_both_drawers_know_every_mark():
     x = np.arange(4.0)
     y = np.array([1.0, np.nan, 3.0, 2.0])
     marks = (
@@ -284,11 +282,7 @@ def every_mark() -> Chart:
     axis = Axis("layer", ("0", "1", "2", "3"))
     heat = Heatmap(np.array([[0, 0.5], [np.nan, 9]]), Scale("ratio", "ratio", unknown="unknown"))
     panels = (Panel(marks, axis, Axis("y", low=0, high=9)), Panel((heat,), Axis("e"), Axis("l")))
-    return Chart("All", "Every mark there is", panels, columns=2)
-
-
-def test_both_drawers_know_every_mark():
-    chart = every_mark()
+    chart = Chart("All", "Every mark there is", panels, columns=2)
     kinds = {type(mark) for panel in chart.panels for mark in panel.marks}
     assert kinds == set(spec.Mark.__args__)  # type: ignore[attr-defined]
     axes = draw(chart).axes[0]
@@ -323,3 +317,63 @@ def test_the_values_of_a_heatmap_survive_their_codes():
     back = np.where(codes == payload.LAST_CODE, np.nan, coded["low"] + codes * step)
     assert back.reshape(7, 9) == pytest.approx(values, abs=3e-5, nan_ok=True)
     assert back.reshape(7, 9)[2, 3] == 0  # no load at all has a colour of its own
+
+
+POLICIES = ("contiguous", "greedy", "eplb")
+
+
+def skewed(root: Path, layers: int) -> Trace:
+    """Expert 0 of each layer is chosen by half of the tokens."""
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, 800, 8, 2) for _ in range(layers)]
+    for of in ids:
+        of[::2] = [0, 1]
+    return write_trace(root, ids, 8, document=np.arange(800) // 40, batch_tokens=100)
+
+
+def test_policies_that_lie_on_each_other_are_one_line_with_all_their_names(tmp_path: Path):
+    simulated = simulate_placement(skewed(tmp_path / "t", 2), gpus=2, policies=POLICIES, window=100)
+    assert simulated.chart is not None
+    by_layer, by_window = simulated.chart.panels
+    dots = [mark for mark in by_layer.marks if isinstance(mark, Points)]
+    assert [mark.name for mark in dots] == list(POLICIES)
+    assert len({float(mark.x[0]) for mark in dots}) == 3  # beside each other
+    windows = simulated.tables["windows"].groupby(["policy", "window"])["max_over_mean"].mean()
+    tie = np.allclose(windows["greedy"], windows["eplb"], rtol=1e-3)
+    names = [mark.name for mark in by_window.marks if isinstance(mark, Line)]
+    assert names == (["contiguous", "greedy = eplb"] if tie else list(POLICIES))
+    assert tie
+
+
+def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
+    trace = skewed(tmp_path / "t", 14)
+    placed = simulate_placement(trace, gpus=2, policies=POLICIES, window=100)
+    assert placed.chart is not None
+    heatmap = placed.chart.panels[0].heatmap
+    assert heatmap is not None
+    assert heatmap.values.shape == (3, 14)
+    for simulated in (placed, simulate_cache(trace), simulate_capacity(trace)):
+        assert overlapping(simulated.plot()) == []
+        made = simulated.page()
+        assert "data-panel" in made
+        assert "<img" not in made  # charts follow the theme, pictures do not
+        again: dict[str, Any] = {}
+        exec(simulated.python, again)
+        for name, table in simulated.tables.items():
+            assert table.equals(again["made"].tables[name])
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(MoeInspectError, match="has nothing to draw"):
+        Simulation("x", {}, []).plot()
+
+
+def test_the_python_of_a_simulation_names_the_trace_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    skewed(Path("t"), 2)
+    by_place, by_name = simulate_cache("t", slots=[2]), simulate_cache(trace="t", slots=[2])
+    expected = "import moe_inspect\n\nmade = moe_inspect.open_trace('t').simulate.cache(slots=[2])"
+    assert by_place.python == by_name.python == expected
+    assert str(tmp_path) not in by_place.page()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -31,6 +32,10 @@ def commands(command: Any = ROOT_COMMAND, name: str = "") -> Iterator[tuple[str,
         yield from commands(inner[1], inner[0])
 
 
+COMMANDS = dict(commands())
+EXAMPLES = [line for of in COMMANDS.values() for line in (of.epilog or "").splitlines()]
+
+
 def help_of(command: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("COLUMNS", str(columns))
     context = command.make_context(f"moe-inspect {command.name}", [], resilient_parsing=True)
@@ -38,16 +43,9 @@ def help_of(command: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def test_every_command_has_a_group_and_examples() -> None:
-    assert {command.rich_help_panel for command in ROOT_COMMAND.commands.values()} == {
-        "Record",
-        "Look",
-        "Try",
-        "Files",
-    }
-    assert [name for name, command in commands() if not command.epilog] == ["simulate"]
-
-
-EXAMPLES = [line for _, command in commands() for line in (command.epilog or "").splitlines()]
+    panels = {command.rich_help_panel for command in ROOT_COMMAND.commands.values()}
+    assert panels == {"Record", "Look", "Try", "Files"}
+    assert [name for name, command in COMMANDS.items() if not command.epilog] == ["simulate"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -61,37 +59,18 @@ def test_examples_are_read_as_they_stand(example: str) -> None:
     assert len(f"  {example}") <= 80
 
 
-def test_an_option_is_in_the_panel_of_its_dataclass_or_its_own() -> None:
-    known = dict(commands())
-    panels = {
-        name: {p.name: getattr(p, "rich_help_panel", None) for p in known[name].params}
-        for name in ("trace", "ablate", "placement")
-    }
-    assert panels["trace"]["data"] == panels["trace"]["special_tokens"] == "Text"
-    assert panels["trace"]["text"] == panels["trace"]["token_loss"] == "Record"
-    assert panels["ablate"]["data"] == panels["ablate"]["batch_tokens"] == "Held-out text"
-    assert panels["placement"]["output"] == "Plan"
-    assert panels["placement"]["table"] == "Output"
-    assert panels["placement"]["scheduler"] == "Options"
-    assert panels["trace"]["model"] is None
+PANELS: dict[str, dict[str, str | None]] = {
+    "trace": {"data": "Text", "special_tokens": "Text", "text": "Record", "token_loss": "Record"}
+    | {"model": None},
+    "ablate": {"data": "Held-out text", "batch_tokens": "Held-out text"},
+    "placement": {"output": "Plan", "table": "Output", "scheduler": "Options"},
+}
 
 
-def test_help_lists_every_option_once_by_panel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, command in commands():
-        _, *sections = sections_of(command, monkeypatch)
-        shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", "\n".join(s for _, s in sections), re.M)
-        options = [p for p in command.params if p.param_type_name == "option"]
-        long = [next(name for name in p.opts if name.startswith("--")) for p in options]
-        assert sorted(shown) == sorted([*long, "--help"]), name
-    assert [title for title, _ in sections_of(dict(commands())["report"], monkeypatch)] == [
-        "",
-        "Arguments",
-        "Selection",
-        "Output",
-        "Checks, exit code 3",
-        "Options",
-        "Examples",
-    ]
+@pytest.mark.parametrize("name", PANELS)
+def test_an_option_is_in_the_panel_of_its_dataclass_or_its_own(name: str) -> None:
+    panels = {p.name: getattr(p, "rich_help_panel", None) for p in COMMANDS[name].params}
+    assert panels | PANELS[name] == panels
 
 
 def sections_of(command: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
@@ -100,8 +79,20 @@ def sections_of(command: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str
     return list(zip(["", *parts[1::2]], parts[::2], strict=True))
 
 
+def test_help_lists_every_option_once_by_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, command in COMMANDS.items():
+        _, *sections = sections_of(command, monkeypatch)
+        shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", "\n".join(s for _, s in sections), re.M)
+        options = [p for p in command.params if p.param_type_name == "option"]
+        long = [next(name for name in p.opts if name.startswith("--")) for p in options]
+        assert sorted(shown) == sorted([*long, "--help"]), name
+    titles = [title for title, _ in sections_of(COMMANDS["report"], monkeypatch)]
+    said = " | Arguments | Selection | Output | Checks, exit code 3 | Options | Examples"
+    assert " | ".join(titles) == said
+
+
 def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, command in commands():
+    for name, command in COMMANDS.items():
         narrow, wide = (help_of(command, columns, monkeypatch) for columns in (80, 150))
         words = [set(" ".join(lines).split()) for lines in (narrow, wide)]
         assert words[0] == words[1], name  # none is broken, at a hyphen either
@@ -112,12 +103,10 @@ def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 SEVERAL = [
     (name, option.name)
-    for name, command in commands()
+    for name, command in COMMANDS.items()
     for option in command.params
     if getattr(option, "multiple", False)
 ]
-
-
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("batches", "slots", "top_k"), int),
     **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor"), float),
@@ -127,7 +116,7 @@ NUMBERS: dict[str, type] = {
 @pytest.mark.parametrize(("command", "name"), SEVERAL)
 def test_several_values_are_repeated_or_comma_separated(command: str, name: str) -> None:
     """Of every option that takes them, those with a list of choices too."""
-    option = next(p for p in dict(commands())[command].params if p.name == name)
+    option = next(p for p in COMMANDS[command].params if p.name == name)
     texts = ("placement", "cache") if name == "simulate" else ("a", "b\\,c")
     a, b = ("1", "2") if name in NUMBERS else texts
     given = (a, b), (f"{a}, {b}",)
@@ -146,14 +135,10 @@ def test_lists_of_values_are_options_that_take_several() -> None:
 
 def complete(*words: str) -> list[str]:
     """What bash is offered for the last word."""
+    asked = {"COMP_WORDS": shlex.join(words), "COMP_CWORD": str(len(words) - 1)}
     done = subprocess.run(
         [sys.executable, "-m", "moe_inspect"],
-        env={
-            **os.environ,
-            "_MOE_INSPECT_COMPLETE": "complete_bash",
-            "COMP_WORDS": shlex.join(words),
-            "COMP_CWORD": str(len(words) - 1),
-        },
+        env={**os.environ, "_MOE_INSPECT_COMPLETE": "complete_bash", **asked},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -169,20 +154,11 @@ def test_a_shell_completes_options_and_traces_once() -> None:
     assert complete("moe-inspect", "trace", "demo", "--dt") == ["--dtype"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "registry"),
-    [
-        ("report", REPORT_TABLES),
-        ("compare", COMPARE_TABLES),
-        ("checkpoints", CHECKPOINT_TABLES),
-        ("counts", LOAD_TABLES),
-        ("models", MODEL_TABLES),
-    ],
-)
-def test_the_command_line_knows_the_tables_of_every_registry(
-    kind: str, registry: dict[str, Any]
-) -> None:
-    assert TABLES[kind] == ", ".join(sorted(registry))
+def test_the_command_line_knows_the_tables_of_every_registry() -> None:
+    registries: dict[str, Any] = {"report": REPORT_TABLES, "compare": COMPARE_TABLES}
+    registries |= {"checkpoints": CHECKPOINT_TABLES, "counts": LOAD_TABLES, "models": MODEL_TABLES}
+    for kind, registry in registries.items():
+        assert TABLES[kind] == ", ".join(sorted(registry))
 
 
 def test_tables_are_named_and_completed_without_pandas(
@@ -191,30 +167,27 @@ def test_tables_are_named_and_completed_without_pandas(
     (tmp_path / "pandas.py").write_text("raise ImportError('pandas is imported')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setenv("COLUMNS", "300")
-    for command, kinds in (
-        ("report", ["report"]),
-        ("compare", ["compare", "checkpoints", "counts", "models"]),
-    ):
-        said = " ".join(cli(command, "--help", env={**os.environ}).stdout.split())
-        assert all(TABLES[kind] in said for kind in kinds)
+    for command, says in {
+        "report": [TABLES["report"]],
+        "compare": [TABLES[kind] for kind in ("compare", "checkpoints", "counts", "models")],
+        "import": ["Formats:"],
+        "export": ["Formats:"],
+    }.items():
+        said = " ".join(cli(command, "--help").stdout.split())
+        assert [text for text in says if text not in said] == []
     assert complete("moe-inspect", "report", "--table", "bal") == ["balance"]
     assert complete("moe-inspect", "compare", "--table", "fli") == ["flips"]
     assert complete("moe-inspect", "simulate", "cache", "--table", "x") == []
-    for command in ("import", "export"):
-        assert "Formats:" in cli(command, "--help", env={**os.environ}).stdout
 
 
 def test_tables_metrics_and_traces_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Of:
-        info_name = "report"
-
-    assert tables(Of, "sp") == ["specialization"]
-    assert set(tables(Of, "")) == set(REPORT_TABLES)
-    assert "max_vio=" in metrics(Of, "max_")
-    Of.info_name = "compare"
-    assert tables(Of, "fl") == ["flips"]
-    assert set(tables(Of, "")) == set(COMPARE_TABLES)
-    assert "set_mismatch=" in metrics(Of, "set")
+    report, compare = (SimpleNamespace(info_name=name) for name in ("report", "compare"))
+    assert tables(report, "sp") == ["specialization"]
+    assert set(tables(report, "")) == set(REPORT_TABLES)
+    assert "max_vio=" in metrics(report, "max_")
+    assert tables(compare, "fl") == ["flips"]
+    assert set(tables(compare, "")) == set(COMPARE_TABLES)
+    assert "set_mismatch=" in metrics(compare, "set")
     monkeypatch.chdir(ROOT)
     assert traces("sam") == [f"sample_traces/{n}" for n in ("balanced", "collapsed", "untrained")]
     assert traces("tests/") == traces("nowhere/") == []
@@ -233,11 +206,7 @@ def test_a_slip_of_the_keys_is_told_what_is_near(cli_here: Cli, tmp_path: Path) 
     empty.mkdir()
     for arguments, code, said in (
         ((trace, "--table", "balanc"), 1, "no table 'balanc' (did you mean balance?)"),
-        (
-            (trace, "--fail-above", "maxvio=1"),
-            2,
-            "no metric 'maxvio' (did you mean max_vio, ",
-        ),
+        ((trace, "--fail-above", "maxvio=1"), 2, "no metric 'maxvio' (did you mean max_vio, "),
         ((trace, "--layers", "33"), 1, f"no layer 33 in {trace} (did you mean 3?)"),
         ((f"{trace}d",), 1, f"no trace at {trace}d (did you mean {trace}?)"),
         ((trace.parent,), 1, f"no trace at {trace.parent}, but in it: {trace}, "),
@@ -253,7 +222,7 @@ def test_every_trace_that_is_read_may_be_a_url() -> None:
     # a Path of s3://bucket/trace is s3:/bucket/trace
     given = {
         name: get_type_hints(command.callback)[parameter.name]
-        for name, command in commands()
+        for name, command in COMMANDS.items()
         for parameter in command.params
         if "TRACE" in str(parameter.metavar) and parameter.name not in ("output", "plots")
     }

@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -28,50 +27,30 @@ from moe_inspect.reporting.report import report
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT
-from tests.support.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import thirty_documents
 
-L, T = 3, 400
+L, T = 3, 300
 COUNTED = {"reading tokens": T, "counting": T * L}
+PLACED = {"counting loads": T, "placing": L, "counting ranks": T}
 PHASES: dict[Callable[[str], object], dict[str, int]] = {
     lambda path: draw_charts(report(path)): {**COUNTED, "drawing": 0},
     verify: {"checksums": T, "checking rows": T},
     lambda path: compare(path, path).verdict(): {"comparing": T},
     lambda path: report(path).page(): {
         **COUNTED,
-        "drawing": 0,
-        "reading text": 0,
-        "reading documents": T,
-        "counting documents": T,
-        "reading routes": T,
-        "writing page": 0,
+        **dict.fromkeys(("reading documents", "counting documents", "reading routes"), T),
+        **dict.fromkeys(("drawing", "reading text", "writing page"), 0),
     },
     simulate_cache: {"simulating cache": T},
-    lambda path: simulate_placement(path, policies=["contiguous"]): {
-        "counting loads": T,
-        "placing": L,
-        "counting ranks": T,
-    },
-    lambda path: simulate_placement(path, gpus=4, minimize="ranks"): {
-        "counting loads": T,
-        "placing": L,
-        "sampling": T,
-        "exchanging": L,
-        "counting ranks": T,
-    },
+    lambda path: simulate_placement(path, policies=["contiguous"]): PLACED,
+    lambda path: simulate_placement(path, gpus=4, minimize="ranks"): PLACED
+    | {"sampling": T, "exchanging": L},
 }
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
-    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("progress") / "t"
-    ids = [uniform_ids(rng, T, 8, 2) for _ in range(L)]
-    domains = ["law"] * 10 + ["code"] * 10
-    token_id = rng.integers(0, 30, T)
-    document = np.arange(T) // 20
-    write_trace(
-        path, ids, 8, document=document, domain_of_document=domains, token_id=token_id, words=30
-    )
-    return str(path)
+    return str(thirty_documents(tmp_path_factory.mktemp("progress") / "t").path)
 
 
 @contextmanager
@@ -163,30 +142,28 @@ def test_the_time_left_is_that_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
     bar = bars.Bar()
     bar.rich.get_time = lambda: now[0]
+
+    def drawn() -> str:
+        Console(file=(file := io.StringIO()), width=80).print(bar.rich.get_renderable())
+        (line,) = file.getvalue().splitlines()
+        return line
+
     first = bar.phase("first", 100, "tokens")
     first(0)
     now[0] += 3_600
     first(50)
-    assert line_of(bar).endswith(" 50 of 100 tokens 1:00:00")  # no speed is known yet
+    assert drawn().endswith(" 50 of 100 tokens 1:00:00")  # no speed is known yet
     now[0] += 10
     first(10)
-    assert line_of(bar).endswith(" 60 of 100 tokens 1:00:10, 0:40 left")
+    assert drawn().endswith(" 60 of 100 tokens 1:00:10, 0:40 left")
     second = bar.phase("second", 4, "tables")
     first(10)  # of a thread that is late
-    assert line_of(bar).startswith("second ")
+    assert drawn().startswith("second ")
     second(4)
-    assert line_of(bar).endswith(" 4 of 4 tables 1:00:10")
+    assert drawn().endswith(" 4 of 4 tables 1:00:10")
     bar.counted("third", "bytes")(5, 10)
-    assert " 5 of 10 bytes " in line_of(bar)
+    assert " 5 of 10 bytes " in drawn()
     bar.close()
-
-
-def line_of(bar: bars.Bar) -> str:
-    """What the bar draws, 80 columns wide."""
-    file = io.StringIO()
-    Console(file=file, width=80).print(bar.rich.get_renderable())
-    (line,) = file.getvalue().splitlines()
-    return line
 
 
 @pytest.mark.parametrize(

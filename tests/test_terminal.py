@@ -30,12 +30,13 @@ from moe_inspect.reporting.render.terminal import MOST_FINDINGS, finding_lines, 
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.support.planted import planted, sentences, text_of
+from tests.support.planted import planted, text_of
 from tests.support.synthetic import uniform_ids, write_trace
 
 SHAPES = [(4, 8, 2), (24, 64, 8), (61, 256, 8)]
 TALL, LOW = 60, 24
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+Show = Callable[..., list[str]]
 
 
 class Screen(io.StringIO):
@@ -43,9 +44,6 @@ class Screen(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-Show = Callable[..., list[str]]
 
 
 @pytest.fixture
@@ -87,11 +85,8 @@ def _broken(line: str, columns: int) -> list[str]:
 
 def _words(lines: list[str]) -> set[str]:
     """The words of a report without its map, whose rows depend on the width."""
-    kept, of_map = list[str](), False
-    for line in lines:
-        of_map = bool(line) and (of_map or line.startswith("load of each expert"))
-        kept += [] if of_map else [line]
-    return set(" ".join(kept).split())
+    text = re.sub(r"^load of each expert.*?(\n\n|\Z)", "", "\n".join(lines), flags=re.M | re.S)
+    return set(text.split())
 
 
 def _in_a_file(made: Report) -> list[str]:
@@ -180,10 +175,6 @@ def test_text_in_a_file_keeps_every_column_and_number(planted_report: Report):
     assert "…" not in text
     assert not any(line.endswith(" ") for line in text.splitlines())
     assert "more columns" not in text
-    lines = text[text.index("•") : text.index("\n\nload of")].splitlines()
-    said = [re.sub("• ((Critical|Warning): )?", "", line) for line in lines]
-    assert said == sentences(planted_report)
-    assert lines[0].startswith("• Critical: ")
     assert "\x1b" not in text
     ratio = planted_report.tables["load"]["load_ratio"].to_numpy()
     row = "".join(f"{v:5.2f}" if v else "    0" for v in ratio[24:])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,22 +25,13 @@ from moe_inspect.reporting.render.heatmap import extremes
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
-from moe_inspect.watch.follow import (
-    COMPLETE,
-    INTERRUPTED,
-    KILLED,
-    RECORDING,
-    WAITING,
-    Follower,
-    News,
-    Piece,
-)
+from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, cells, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import encoder_decoder, write_counts
-from tests.support.watched import batches, committed, waited, writer
+from tests.support.watched import batches, committed, started, waited, writer, written
 from tests.test_commit_every import counted
 from tests.test_dropped import trace_of
 from tests.test_trace import ROUTERS
@@ -85,14 +75,14 @@ def test_what_is_counted_on_the_way_is_what_the_trace_holds(tmp_path: Path, ever
     """Shards are committed early and replaced, between any two looks at the trace."""
     root = tmp_path / "t"
     looks = Looks(root, 600)
-    assert looks.look().status == WAITING
+    assert looks.look().status == "waiting"
     with writer(root, L, E, shard_tokens=600, commit_every=AT_ONCE) as open_writer:
         for n in committed(root, open_writer, batches(L, E, 12)):
             if n % every == 0:
-                assert looks.seen == (RECORDING, n * 256)
+                assert looks.seen == ("recording", n * 256)
                 assert np.array_equal(looks.watched.total.load, load_of(root))
     news = looks.look()
-    assert (news.status, news.left_tokens, looks.watched.tokens) == (COMPLETE, 0, 12 * 256)
+    assert (news.status, news.left_tokens, looks.watched.tokens) == ("complete", 0, 12 * 256)
     assert np.array_equal(looks.watched.total.load, load_of(root))
     assert looks.watched.decisions == 12 * 256 * L
     assert looks.look().pieces == []
@@ -125,8 +115,8 @@ def test_counts_are_followed_too(tmp_path: Path) -> None:
             open_writer.write(counted(n, 2))
             waited(lambda n=n: open_trace(root).n_tokens == 100 * (n + 1))
             if n % 2:  # a look misses early shards that are merged already
-                assert looks.seen == (RECORDING, 100 * (n + 1))
-    assert looks.seen == (COMPLETE, 500)
+                assert looks.seen == ("recording", 100 * (n + 1))
+    assert looks.seen == ("complete", 500)
     for r in range(len(ROUTERS)):
         expected = sum(counted(n, 2).assignments[r].sum(0) for n in range(5))
         assert np.array_equal(looks.watched.total.load[r], expected)
@@ -144,7 +134,7 @@ def test_a_trace_that_is_resumed_or_begun_again_is_counted_anew(tmp_path: Path) 
     looks = Looks(root)
     first = writer(root, L, E, shard_tokens=512, commit_every=AT_ONCE)
     assert list(committed(root, first, rows[:5])) == [1, 2, 3, 4, 5]
-    assert looks.seen == (RECORDING, 5 * 256)
+    assert looks.seen == ("recording", 5 * 256)
     # as after a kill: the early shard is there, its writer is not
     lines = (root / "shards-0.jsonl").read_bytes()
     first.close("interrupted")
@@ -153,16 +143,13 @@ def test_a_trace_that_is_resumed_or_begun_again_is_counted_anew(tmp_path: Path) 
     assert point.next_batch == 4
     assert looks.look().again
     assert looks.watched.tokens == 4 * 256
-    with writer(root, L, E, shard_tokens=512, resume=point) as second:
-        for batch in rows[4:]:
-            second.write(batch)
-    assert looks.seen == (COMPLETE, 6 * 256)
+    written(root, L, E, 6, 4, shard_tokens=512, resume=point)
+    assert looks.seen == ("complete", 6 * 256)
     assert np.array_equal(looks.watched.total.load, load_of(root))
     shutil.rmtree(root)
-    assert looks.look().status == WAITING
-    with writer(root, 2, 4) as third:
-        third.write(next(batches(2, 4, 1)))
-    assert looks.seen == (COMPLETE, 256)
+    assert looks.look().status == "waiting"
+    written(root, 2, 4, 1)
+    assert looks.seen == ("complete", 256)
     assert np.shape(looks.watched.total.load) == (2, 4)
 
 
@@ -171,13 +158,13 @@ def test_by_a_url(tmp_path: Path) -> None:
 
     files, root = fsspec.filesystem("memory"), tmp_path / "t"
     looks = Looks(f"memory://{tmp_path.name}/t")
-    assert looks.look().status == WAITING
+    assert looks.look().status == "waiting"
     with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
         for n in committed(root, open_writer, batches(L, E, 3)):
             files.put(f"{root}/", f"{tmp_path.name}/t", recursive=True)
-            assert looks.seen == (RECORDING, n * 256)
+            assert looks.seen == ("recording", n * 256)
     files.put(f"{root}/", f"{tmp_path.name}/t", recursive=True)
-    assert looks.look().status == COMPLETE
+    assert looks.look().status == "complete"
     assert np.array_equal(looks.watched.total.load, load_of(root))
 
 
@@ -186,21 +173,20 @@ def test_an_import_is_followed_where_it_is_written(tmp_path: Path) -> None:
     looks = Looks(target)
     with writer(draft, L, E, commit_every=AT_ONCE) as open_writer:
         for _ in committed(draft, open_writer, batches(L, E, 1)):
-            assert looks.seen == (RECORDING, 256)
+            assert looks.seen == ("recording", 256)
     os.replace(draft, target)
-    assert looks.seen == (COMPLETE, 256)
+    assert looks.seen == ("complete", 256)
 
 
 def test_a_killed_writer_is_noticed(tmp_path: Path) -> None:
     root = tmp_path / "t"
-    command = [sys.executable, "-m", "tests.support.watched", str(root), "4", "8", "1000", "0.02"]
-    process = subprocess.Popen(command)
+    process = started(root, 4, 8, 1000, 0.02)
     looks = Looks(root)
     waited(lambda: looks.look() and looks.watched.tokens)
-    assert looks.watched.status == RECORDING
-    process.send_signal(signal.SIGKILL)
+    assert looks.watched.status == "recording"
+    process.kill()
     process.wait()
-    waited(lambda: looks.look().status == KILLED)
+    waited(lambda: looks.look().status == "killed")
     assert looks.follower.writer == f"process {process.pid}"
     assert np.array_equal(looks.watched.total.load, load_of(root))
     console = Console(file=io.StringIO(), width=80)
@@ -210,9 +196,7 @@ def test_a_killed_writer_is_noticed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_pass(tmp_path: Path) -> Path:
-    with writer(tmp_path / "t", L, E) as open_writer:
-        open_writer.write(next(batches(L, E, 1)))
-    return tmp_path / "t"
+    return written(tmp_path / "t", L, E, 1)
 
 
 def test_damage_that_stays_is_an_error(one_pass: Path) -> None:
@@ -226,8 +210,8 @@ def test_damage_that_stays_is_an_error(one_pass: Path) -> None:
 
 
 def test_only_the_trace_of_a_process_is_waited_for(one_pass: Path) -> None:
-    assert Follower(one_pass, of_process=os.getpid()).poll().status == COMPLETE
-    assert Follower(one_pass, of_process=os.getpid() + 1).poll().status == WAITING
+    assert Follower(one_pass, of_process=os.getpid()).poll().status == "complete"
+    assert Follower(one_pass, of_process=os.getpid() + 1).poll().status == "waiting"
 
 
 # --- what is made of it
@@ -239,13 +223,6 @@ def a_piece(load: list[int], first: int = 0, tokens: int | None = None) -> Piece
     return Piece(first, first, [np.array(load)], np.array([tokens]), **whole)
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def header(tmp_path: Path) -> TraceHeader:
     """Of one router of four experts."""
@@ -253,28 +230,24 @@ def header(tmp_path: Path) -> TraceHeader:
 
 
 def test_rates_are_of_the_last_minute(header: TraceHeader) -> None:
-    clock = Clock()
-    watched = Watched(clock=clock)
+    now = [0.0]
+    watched = Watched(clock=lambda: now[0])
     for n in range(100):
-        clock.now = 2.0 * n
+        now[0] = 2.0 * n
         pieces = [a_piece([10, 10, 10, 10 + 40 * (n > 50)], n)]
-        watched.take(News(RECORDING, pieces), header)
+        watched.take(News("recording", pieces), header)
         assert (watched.rates() is None) == (n == 0)
-    rates = watched.rates()
-    assert rates is not None
-    assert rates[0] == pytest.approx(80 / 2)
-    clock.now += 500
+    assert (watched.rates() or [0])[0] == pytest.approx(80 / 2)
+    now[0] += 500
     assert watched.changed_s == 500
-    slow = watched.rates()
-    assert slow is not None
-    assert slow[0] < 6
+    assert 0 < (watched.rates() or [0])[0] < 6
 
 
 def test_alarms_judge_windows_and_end_with_the_fault(header: TraceHeader) -> None:
     watched, said = Watched(1_000, [parse_rule("dead_experts > 0 for 2 windows")]), []
     calm, dead = [[240, 260, 240, 260], [260, 240, 260, 240]] * 2, [[500, 500, 0, 0]] * 3
     for n, load in enumerate([*calm, *dead, *calm[:CALM]]):
-        watched.take(News(RECORDING, [a_piece(load, n)], again=n == 0), header)
+        watched.take(News("recording", [a_piece(load, n)], again=n == 0), header)
         said.append(len(watched.alarms))
     assert said == [0] * 4 + [0, 1, 1] + [1] * (CALM - 1) + [0]
     assert watched.raised[0].experts == (2, 3)
@@ -421,7 +394,7 @@ def test_in_a_pipe_it_is_a_line_for_each_change(session: WatchSession, capsys: A
 
 def test_an_interrupted_trace_ends_it_with_an_error(one_pass: Path) -> None:
     edit_manifest(one_pass, status="interrupted")
-    assert Follower(one_pass).poll().status == INTERRUPTED
+    assert Follower(one_pass).poll().status == "interrupted"
     with pytest.raises(MoeInspectError, match="closed before its end; it holds 256 tokens"):
         watch_trace(one_pass, WatchOptions(), Console(file=io.StringIO()))
 
@@ -463,9 +436,7 @@ def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
     try:
         screen = lambda: tmux("-L", name, "capture-pane", "-p").splitlines()  # noqa: E731
         waited(lambda: any("waiting for a trace" in line for line in screen()))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.watched", str(root), "61", "256", "1000", "0.1"]
-        )
+        process = started(root, 61, 256, 1000, 0.1)
 
         def is_shown() -> bool:
             lines = screen()
@@ -484,7 +455,7 @@ def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
             lines = screen()
             titles = [line for line in lines if line.startswith(("watch ", "alarms  "))]
             assert len(titles) == 2, lines
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         # the view is gone from the alternate screen; its last state and the error stay
         waited(lambda: any(line.startswith("error: process") for line in screen()))

@@ -25,11 +25,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.watch.serve import address, hosts_of, is_loopback
 from tests.conftest import ROOT
-from tests.support.watched import batches, waited, writer
-from tests.test_page import browser, pytestmark  # noqa: F401 (a fixture, a mark)
+from tests.support.watched import started, waited, written
 
-slow = pytestmark
-del pytestmark
 L, E = 5, 8
 for name in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(name, reason="the extra watch")
@@ -78,26 +75,22 @@ class Server:
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("watch_page") / "t"
-    with writer(root, L, E, shard_tokens=256) as open_writer:
-        for batch in batches(L, E, 10):
-            open_writer.write(batch)
-    return root
+    return written(tmp_path_factory.mktemp("watch_page") / "t", L, E, 10, shard_tokens=256)
 
 
 @pytest.fixture(scope="module")
 def server(trace: Path) -> Iterator[Server]:
-    started = Server(trace, "--per-expert", "--allow-host", "moe.example")
+    server = Server(trace, "--per-expert", "--allow-host", "moe.example")
     try:
-        waited(lambda: started.state()["status"] == "complete")
-        waited(lambda: started.state()["tokens"] == 2560)
-        yield started
-        with started.connected("/events") as page:
+        waited(lambda: server.state()["status"] == "complete")
+        waited(lambda: server.state()["tokens"] == 2560)
+        yield server
+        with server.connected("/events") as page:
             assert page.recv(15) == b"HTTP/1.1 200 OK"
-            assert started.stop() == 130
-        assert started.said() == ""  # not of the page either
+            assert server.stop() == 130
+        assert server.said() == ""  # not of the page either
     finally:
-        started.process.kill()
+        server.process.kill()
 
 
 def test_metrics_are_those_of_the_trace(server: Server, trace: Path) -> None:
@@ -157,7 +150,7 @@ def test_no_request_changes_anything(server: Server, method: str, path: str) -> 
     assert server.get(path, method)[0] == 405
 
 
-def test_the_page_runs_its_own_scripts_only(server: Server) -> None:
+def test_the_page_runs_its_own_scripts_only_and_shows_events(server: Server) -> None:
     status, text, headers = server.get("/")
     assert status == 200
     policy = headers["content-security-policy"]
@@ -166,6 +159,10 @@ def test_the_page_runs_its_own_scripts_only(server: Server) -> None:
     assert "frame-ancestors 'none'" in policy
     assert "http://" not in text.replace("http://www.w3.org/", "")
     assert "access-control-allow-origin" not in headers
+    with urllib.request.urlopen(f"{server.url}/events", timeout=20) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        line = answer.readline().decode()
+    assert json.loads(line.removeprefix("data: "))["tokens"] == 2560
 
 
 def test_without_file_descriptors_it_says_so_once_and_goes_on(server: Server) -> None:
@@ -180,13 +177,6 @@ def test_without_file_descriptors_it_says_so_once_and_goes_on(server: Server) ->
         assert waited(lambda: server.get("/state")[0]) == 200
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-
-
-def test_events_are_what_the_page_shows(server: Server) -> None:
-    with urllib.request.urlopen(f"{server.url}/events", timeout=20) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        line = answer.readline().decode()
-    assert json.loads(line.removeprefix("data: "))["tokens"] == 2560
 
 
 def test_counts_show_no_text(trace: Path) -> None:
@@ -210,12 +200,9 @@ ADDRESSES = {
 
 def test_addresses() -> None:
     assert {text: address(text) for text in ADDRESSES} == ADDRESSES
-
-
-@pytest.mark.parametrize("text", ["", "a", "127.0.0.1", "1:99999", "1:-1", "1:٣"])
-def test_what_is_no_address_is_one_line(text: str) -> None:
-    with pytest.raises(MoeInspectError, match="write it like 127"):
-        address(text)
+    for text in ("", "a", "127.0.0.1", "1:99999", "1:-1", "1:٣"):
+        with pytest.raises(MoeInspectError, match="write it like 127"):
+            address(text)
 
 
 def test_who_is_answered_by_default() -> None:
@@ -236,8 +223,6 @@ def test_a_port_that_is_taken_is_one_line(trace: Path) -> None:
     assert done.stderr == f"error: cannot serve at {where}: Address already in use\n"
 
 
-@slow[0]
-@slow[1]
 def test_the_page_follows_the_trace_until_its_writer_is_killed(
     tmp_path: Path, request: pytest.FixtureRequest, browser: Any
 ) -> None:
@@ -253,8 +238,7 @@ def test_the_page_follows_the_trace_until_its_writer_is_killed(
 
     view.goto(server.url)
     until("document.getElementById('status').textContent === 'waiting'")
-    writes = ["-m", "tests.support.watched", str(root), "5", "8", "1000", "0.05"]
-    process = subprocess.Popen([sys.executable, *writes])
+    process = started(root, 5, 8, 1000, 0.05)
     request.addfinalizer(process.kill)
     until("document.querySelectorAll('#alarm-list .critical').length > 0")
     assert view.inner_text("#status") == "recording"
@@ -274,7 +258,7 @@ def test_the_page_follows_the_trace_until_its_writer_is_killed(
     assert view.evaluate("document.querySelectorAll('#words mark').length") > 0
     assert "<b>" in view.inner_text("#words")
     assert view.evaluate("moe.plots[0].at") == [3, 1]
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     until("document.getElementById('status').textContent === 'killed'")
     assert f"process {process.pid} is gone" in view.inner_text("#said")

@@ -38,7 +38,7 @@ def write_trace(
     logits: Sequence[np.ndarray] | None = None,
     batch_tokens: int = 500,
     shard_tokens: int = 2_000,
-    words: int = 0,
+    words: int | Sequence[str] = 0,
     phases: Sequence[str] = ("prefill",),
     batch_order: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
@@ -61,7 +61,8 @@ def write_trace(
         Router(layer, "gate", f"layers.{layer}.{r}", E, of.shape[1], slot_order=slot_order)
         for r, (layer, E, of) in enumerate(zip(layers or range(len(ids)), sizes, ids, strict=True))
     ]
-    vocabulary = {"token_id": range(words), "token": [f" w{i}" for i in range(words)]}
+    tokens = [f" w{i}" for i in range(words)] if isinstance(words, int) else list(words)
+    vocabulary = {"token_id": range(len(tokens)), "token": tokens}
     capture = {"weights": weights is not None, "mode": "tap", "dtype": "float32"}
     writer = TraceWriter(
         root,
@@ -69,7 +70,7 @@ def write_trace(
         listed,
         weights=weights is not None,
         logits=logits is not None,
-        vocabulary=pa.table(vocabulary) if words else None,
+        vocabulary=pa.table(vocabulary) if tokens else None,
         shard_tokens=shard_tokens,
     )
     seen: set[int] = set()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +77,23 @@ def committed(
         yield n
 
 
-def main(root: str, layers: str, experts: str, n: str, seconds: str) -> None:
-    with writer(Path(root), int(layers), int(experts), commit_every=0.1) as open_writer:
-        for batch in batches(int(layers), int(experts), int(n)):
+def written(
+    root: Path, L: int, E: int, n: int, first: int = 0, pause_s: float = 0, **options: Any
+) -> Path:
+    """A trace of n batches; but for the first ones, if it has them."""
+    with writer(root, L, E, **options) as open_writer:
+        for batch in islice(batches(L, E, n), first, None):
             open_writer.write(batch)
-            time.sleep(float(seconds))
+            time.sleep(pause_s)
+    return root
+
+
+def started(root: Path, *arguments: float) -> subprocess.Popen[bytes]:
+    """The process that writes it."""
+    command = [sys.executable, "-m", "tests.support.watched", str(root), *map(str, arguments)]
+    return subprocess.Popen(command)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    place, *counts, seconds = sys.argv[1:]
+    written(Path(place), *map(int, counts), pause_s=float(seconds), commit_every=0.1)
