@@ -305,7 +305,7 @@ def beyond(bits: float, null: float = 0.1, p99: float = 0.12, **columns: Any) ->
 
 DOMAIN_CHECKS = (specialization.domain_specialization, specialization.domain_beyond_token)
 DOMAINS = {
-    "one domain": (told(beyond(0.6), documents=(60,)), ""),
+    "one domain": (told(beyond(math.nan, domain_mi_p=math.nan), documents=(60,)), ""),
     "counts": (told(beyond(0.6), counts_only=True), "Counts alone cannot tell whether experts specialise by domain"),
     "too few documents": (told(beyond(0.6), documents=(3, 4)), "Too few documents to tell whether experts specialise by domain: 7 documents in 2 domains, of 8 that it takes at least."),
     "documents enough": (told(beyond(0.6), documents=(4, 4)), "Experts specialise by domain in 1 of 1 routers"),
