@@ -95,33 +95,21 @@ def test_threads_and_the_order_of_batches_change_nothing(write: Write) -> None:
 
 def test_a_trace_and_itself_are_the_same(write: Write) -> None:
     weights = gates(3, ordered=False)
-    first, second = write("a", routes()), write("b", routes(), weights=weights)
-    whole = write("c", routes(), weights=weights)
-    again = write("d", routes(), shard_tokens=999, weights=weights)
+    first, whole = write("a", routes()), write("b", routes(), weights=weights)
+    again = write("c", routes(), shard_tokens=999, weights=weights)
+    heavier = write("d", routes(), weights=[w * np.float32(1.5) for w in weights])
     for a, b, says in (
         (first, first, "The same to the bit: all 15,000 decisions"),
         (whole, again, "The same to the bit: all 15,000 decisions"),
-        (first, second, "The same experts in all 15,000 decisions"),
+        (first, whole, "The same experts in all 15,000 decisions"),
+        (whole, heavier, "have different weights"),
     ):
         made = moe_inspect.compare(a, b)
-        verdict, table = made.verdict(), made.tables["agreement"]
         assert made.alike == (a is b)
-        assert verdict[0].text.startswith(says)
-        assert {finding.severity for finding in verdict} <= {"good", "note"}
-        assert (table[["set_mismatch", "overlap"]] == [0, 1]).all(axis=None)
+        assert says in made.verdict()[0].text
+        assert {finding.severity for finding in made.verdict()} <= {"good", "note"}
         assert made.tokens_mismatch == 0
-        assert (made.tables["load_shift"][["load_shift", "jsd_bits"]] == 0).all(axis=None)
         assert all(made.tables[name].empty for name in ("flips", "movers", "documents"))
-
-
-def test_one_flip_in_many_is_found(write: Write) -> None:
-    ids, other = routes(), routes()
-    other[3][1234] = np.setdiff1d(np.arange(E), ids[3][1234])[:K]
-    made = moe_inspect.compare(write("a", ids), write("b", other))
-    assert made.mismatched == 1
-    assert made.tables["agreement"]["set_mismatch"][3] == 1 / T
-    assert made.tables["documents"]["document"].tolist() == [1234 // 50]
-    assert "1 of 15,000 decisions (0.007%; 0.03% of tokens in any layer)" in made.verdict()[0].text
 
 
 def decided(bias_E: np.ndarray | float = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -222,15 +210,6 @@ def test_where_a_bias_chooses_too_logits_tell_no_margin(write: Write) -> None:
     made = moe_inspect.compare(a, b)
     assert made.margins is None
     assert "do not choose by their logits alone" in made.verdict()[0].text
-
-
-def test_weights_that_differ_are_told(write: Write) -> None:
-    weights = gates(5)
-    b = write("b", routes(), weights=[w * np.float32(1.5) for w in weights])
-    made = moe_inspect.compare(write("a", routes(), weights=weights), b)
-    assert "have different weights" in made.verdict()[0].text
-    expected = [0.5 * w.sum(1).mean() for w in weights]
-    np.testing.assert_allclose(made.tables["agreement"]["weight_l1"], expected, rtol=1e-3)
 
 
 # --- what is numbered otherwise

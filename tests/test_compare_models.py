@@ -3,7 +3,6 @@ rest is refused by name."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,13 +118,11 @@ def test_what_the_text_tells_is_found_in_both_and_chance_is_not(tmp_path: Path) 
         assert table.loc[("a", 0), "text_mi_bits"] == pytest.approx(3, abs=0.01)
         planted = [("a", 0), *([("b", 0)] if choose is by_word else [])]
         for at, row in table[table.index.get_level_values("layer") < 2].iterrows():
+            explained, low = row[["explained_by_text", "explained_by_text_low"]]
             if at in planted:
-                assert row[["explained_by_text", "explained_by_text_low"]].tolist() == (
-                    pytest.approx([1, 1])
-                )
+                assert (explained, low) == pytest.approx((1, 1))
             else:
-                assert row["explained_by_text_low"] <= 0.005
-                assert abs(row["explained_by_text"]) < 0.01
+                assert (abs(explained) < 0.01, low <= 0.005) == (True, True)
         said = kinds(made)["vocabulary"].text
         assert ("A's experts follow the text more than B's" in said) == (choose is by_chance)
 
@@ -229,8 +226,6 @@ def test_domains_are_told_as_a_share_of_what_is_possible(tmp_path: Path) -> None
     table = beside(a, b).tables["specialization"]
     np.testing.assert_allclose(table["domain_mi_bits"], 1)
     assert (table["explained_by_domain"] > 0.9).all()
-    c = whole_words(tmp_path / "c", choose, status="complete")
-    assert beside(a, c).why_not("specialization") is None
 
 
 def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_path: Path) -> None:
@@ -259,12 +254,6 @@ def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_p
         assert not done.stdout
     done = cli_here("compare", "a", "b", "--shift-layers", "1", check=1)
     assert "of different models" in done.stderr
-    cli_here("compare", "a", "b", "--table", "refused", "-o", "refused.jsonl")
-    rows = [json.loads(x) for x in (tmp_path / "refused.jsonl").read_text().splitlines()]
-    assert {row["table"] for row in rows} >= {"agreement", "flips", "tokens", "matched"}
-    cli_here("compare", "a", "b", "--format", "json", "-o", "verdict.json")
-    first = json.loads((tmp_path / "verdict.json").read_text().splitlines()[0])
-    assert first["kind"] == "different_models"
     done = cli_here("compare", "a", "a", "--table", "balance", check=1)
     assert "no table 'balance'" in done.stderr
 
@@ -274,6 +263,7 @@ def test_what_cannot_be_had_is_named_and_the_rest_is_shown(tmp_path: Path) -> No
     bare = write_trace(tmp_path / "b", [np.zeros((50, 1), np.uint8)], 4)
     made = beside(a, bare)
     why = dict(made.tables["refused"].to_numpy().tolist())
+    assert why.keys() >= {"agreement", "flips", "tokens", "matched"}
     assert why["spans"] == why["vocabulary"] == f"{bare.path} was recorded without a vocabulary"
     assert why["specialization"] == "the domains are not the same: code, law in A, text in B"
     assert {f.kind for f in made.verdict()} == {"different_models", "text", "balance", "refused"}
