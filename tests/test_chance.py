@@ -15,9 +15,7 @@ from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.reporting.report import report
-from moe_inspect.reporting.verdict.findings import Finding
 from tests.support.chance import REGIMES, drawn
-from tests.support.synthetic import uniform_ids, write_trace
 
 TRIES, L, E, K, U, D = 150, 3, 8, 2, 24, 3
 CLAIMS = ("busiest", "least used", "domain information", "overload")
@@ -148,31 +146,6 @@ def test_reports_on_chance_hardly_ever_claim_anything(tmp_path: Path):
         for seed in range(3)
     }
     assert sum(map(bool, claimed.values())) < 5, claimed
-
-
-def rising(root: Path, documents: int, rise: float) -> Finding | None:
-    """The finding on drift of a trace in which expert 5 of router 1 has (1 − rise) of the mean load
-    at the beginning and (1 + rise) at the end."""
-    rng, tokens = np.random.default_rng(documents), 6_000
-    ids = [uniform_ids(rng, tokens, E, 1) for _ in range(2)]
-    at_T = np.arange(tokens) / tokens
-    share_T = (1 + rise * (2 * at_T - 1)) / E
-    others_T = (5 + rng.integers(1, E, tokens)) % E
-    ids[1][:, 0] = np.where(rng.random(tokens) < share_T, 5, others_T)
-    trace = write_trace(root, ids, E, document=(at_T * documents).astype(int))
-    return {f.kind: f for f in report(trace).verdict()}.get("drift")
-
-
-def test_drift_is_said_where_an_expert_rises_through_the_trace(tmp_path: Path):
-    found = rising(tmp_path / "a", 40, 0.5)
-    assert found is not None
-    assert (found.router, found.values["expert"], found.values["routers"]) == (1, 5, 1)
-    ends = found.values["first_quarter"], found.values["last_quarter"]
-    assert ends == pytest.approx((0.625, 1.375), abs=0.1)
-    assert f"expert 5 gets {ends[0]:.2f}x the mean load in the first quarter" in found.text
-    assert rising(tmp_path / "b", 40, 0) is None
-    assert rising(tmp_path / "c", 7, 0.5) is None  # documents are too few to tell
-    assert rising(tmp_path / "d", 40, 0.1) is None  # no more than is called uneven
 
 
 def test_a_trend_by_chance_of_documents_is_as_rare_as_it_says():

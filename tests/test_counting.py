@@ -55,14 +55,7 @@ def ids_with_gaps(
 
 
 def slots_of(ids_TK: np.ndarray, E: int = E) -> kernels_numpy.Slots:
-    """As the reader has them."""
     return tuple(np.where(ids_TK < 0, E, ids_TK).astype(np.uint8).T.copy())
-
-
-def truncated(weights: kernels_numpy.Slots, bits: int) -> kernels_numpy.Slots:
-    """float32 whose last `bits` bits are 0, as those of a bfloat16 or a float16 are."""
-    shift = np.uint32(bits)
-    return tuple((w_T.view(np.uint32) >> shift << shift).view(np.float32) for w_T in weights)
 
 
 def made(root: Path, shard_tokens: int = 400, seed: int = 0) -> Trace:
@@ -94,7 +87,6 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
             np.testing.assert_allclose(mine.expected_UE, theirs.expected_UE, rtol=1e-12)
         for f in fields(ByTokenId)[2:]:
             x, y = getattr(by_id, f.name), getattr(b.by_token_id[r], f.name)
-            assert x is not None
             assert x.tolist() == y.tolist(), f.name
     for name in ("domains", "units", "tokens", "documents"):
         assert getattr(a, name) == getattr(b, name), name
@@ -109,16 +101,6 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
                 assert all(np.array(x[of]) == pytest.approx(np.array(y[of])) for of in x)
             else:
                 np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=name)
-
-
-def test_pairs_by_hand():
-    here, there = np.array([[0, 1], [0, -1]], np.int16), np.array([[2, 0], [1, 2]], np.int16)
-    for by in KERNELS:
-        pairs, firsts = by.transitions(slots_of(here, 2), slots_of(here, 2), 2, 2)
-        assert (pairs.tolist(), firsts.tolist()) == ([[2, 1], [1, 1]], [[2, 0], [0, 0]])
-        pairs, _ = by.transitions(slots_of(here, 2), slots_of(there, 3), 2, 3)
-        assert pairs.tolist() == [[1, 1, 2], [1, 0, 1]]
-        assert by.by_slot(slots_of(here, 2), 2).tolist() == [[0, 1], [0, 0]]
 
 
 def test_repetition_and_segments_follow_a_sequence_across_batches():
@@ -183,10 +165,10 @@ def test_kernels_count_as_their_references(
         for reference, mine in zip(*both, strict=True):
             rtol = 1e-6 if name == "weight_sum" else 0
             np.testing.assert_allclose(mine, reference, rtol=rtol, err_msg=name)
-    for rounded in (weights, truncated(weights, 16), truncated(weights, 13)):
-        assert kernels_numba.weight_confidence(rounded) == pytest.approx(
-            kernels_numpy.weight_confidence(rounded), rel=1e-9, abs=1e-9 * tokens
-        )
+    for bits in map(np.uint32, (0, 16, 13)):  # of them 0: as of a float32, bfloat16, float16
+        rounded = tuple((w_T.view(np.uint32) >> bits << bits).view(np.float32) for w_T in weights)
+        reference, mine = (by.weight_confidence(rounded) for by in KERNELS)
+        assert mine == pytest.approx(reference, rel=1e-9, abs=1e-9 * tokens)
     tables, first = np.zeros((2, 2, 3, experts + 1), np.uint32)
     for n, kernels in enumerate(KERNELS):
         by_N, row_N = kernels.sorted_rows(unit_T - 1, 2)
@@ -387,51 +369,41 @@ def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
     assert "transitions" not in {path.stem for path in last.save_plots(tmp_path / "plots")}
 
 
-def by_stack(root: Path) -> Trace:
+def test_token_ids_are_counted_by_stack(tmp_path: Path, request: pytest.FixtureRequest):
     """An encoder fed token id 1 six times, a decoder fed it twice and id 2 twice."""
-    routers = [
-        Router(0, "gate", f"{stack}.0", 2, 1, stack=stack) for stack in ("encoder", "decoder")
-    ]
+    listed = [Router(0, "gate", f"{x}.0", 2, 1, stack=x) for x in ("encoder", "decoder")]
     token_id, place = np.array([1] * 8 + [2] * 2, np.int32), np.r_[:6, :4].astype(np.int32)
     ids = [np.zeros((n, 1), np.uint8) for n in (6, 4)]
     one = a_pass(0, ids, 10, token_id=token_id, position=place, encoded=6)
-    return write_passes(root, routers, [one])
+    trace = write_passes(tmp_path / "t", listed, [one])
+    for fixture in ("tmp_path", "compiled"):  # by NumPy, then compiled
+        request.getfixturevalue(fixture)
+        counts = counted(trace, {"token_ids"}, top=0)
+        assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
+        for r, listed_N, times in ((0, [1], [6]), (1, [2, 1], [2, 2])):
+            of = counts.by_token_id[r]
+            assert of.token_id_N.tolist() == listed_N
+            assert of.expert_N.tolist() == [0] * len(listed_N)
+            assert of.count_N.tolist() == of.occurrences_N.tolist() == of.first_N.tolist() == times
 
 
-@pytest.mark.parametrize("fixtures", [[], ["compiled"]])
-def test_token_ids_are_counted_by_stack(
-    fixtures: list[str], tmp_path: Path, request: pytest.FixtureRequest
-):
-    for name in fixtures:
-        request.getfixturevalue(name)
-    counts = counted(by_stack(tmp_path / "t"), {"token_ids"}, top=0)
-    assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
-    encoder, decoder = (counts.by_token_id[r] for r in range(2))
-    for of, ids, times in ((encoder, [1], [6]), (decoder, [2, 1], [2, 2])):
-        assert (of.token_id_N.tolist(), of.expert_N.tolist()) == (ids, [0] * len(ids))
-        assert of.first_N is not None
-        assert of.count_N.tolist() == of.occurrences_N.tolist() == of.first_N.tolist() == times
-
-
-def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:
-    """Two prompts of 5 tokens and a pass a generated token, as a generation loop of one's own under
-    `record` leaves them; twice."""
-    rng = np.random.default_rng(0)
-    passes = []
-    for b in range(2 * steps):
-        turn, step = divmod(b, steps)
-        each = 5 if step == 0 else 1
+@pytest.mark.parametrize("shard_tokens", [8, 20, 50])
+def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: int):
+    """Two prompts of 5 tokens and 29 passes of a generated token each, as a generation loop of
+    one's own under `record` leaves them; twice."""
+    rng, passes = np.random.default_rng(0), []
+    for b in range(60):
+        turn, step = divmod(b, 30)
+        each = 1 if step else 5
         rows = np.repeat(np.arange(2, dtype=np.int32) + 2 * turn, each)
         place = np.tile(np.arange(each, dtype=np.int32) + (step + 4 if step else 0), 2)
         ids = [uniform_ids(rng, 2 * each, E, K) for _ in range(2)]
         phase = "decode" if step else "prefill"
         passes.append(a_pass(b, ids, token_id=rows, document=rows, position=place, phase=phase))
-    return write_passes(root, routers(2, E, K), passes, shard_tokens=shard_tokens)
-
-
-@pytest.mark.parametrize("shard_tokens", [8, 20, 50])
-def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: int):
-    both = [generated(tmp_path / str(n), n) for n in (10_000, shard_tokens)]
+    both = [
+        write_passes(tmp_path / str(n), routers(2, E, K), passes, shard_tokens=n)
+        for n in (10_000, shard_tokens)
+    ]
     assert [trace.n_shards for trace in both] == [1, 2 if shard_tokens > 8 else 4]
     counts = [counted(trace, {"repetition", "srp", "esft"}, window=10) for trace in both]
     assert counts[0].of[0].pairs_U.sum() == 4 * 33
@@ -466,5 +438,4 @@ def test_a_token_id_that_comes_up_more_often_than_a_narrow_row_holds(tmp_path: P
     assert of.token_id_N.tolist() == [5, 5, 3, 3]
     assert of.count_N.tolist() == of.occurrences_N.tolist() == [70_000, 70_000, 900, 900]
     assert of.columns["vocabulary_specialization"] == 1
-    assert of.expected is not None
     np.testing.assert_allclose(of.expected.assignments_UE, of.expected.expected_UE)

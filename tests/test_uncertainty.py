@@ -60,17 +60,6 @@ def test_floors_are_quick():
     assert time.process_time() - began < 1.0
 
 
-def documents(
-    rng: np.random.Generator, style: float, U: int = 60, tokens: int = 100, E: int = 8, k: int = 2
-) -> np.ndarray:
-    """Assignments of U documents, each with preferences of its own (`style` 0: none). int64 [U,
-    E]"""
-    preference_UE = rng.normal(0, style, (U, E))
-    noise_UTE = rng.gumbel(size=(U, tokens, E))
-    ids_UTK = np.argsort(-(preference_UE[:, None] + noise_UTE), axis=2)[:, :, :k]
-    return np.stack([np.bincount(ids_UTK[u].reshape(-1), minlength=E) for u in range(U)])
-
-
 @pytest.mark.parametrize("style", [0.0, 0.7])
 def test_interval_covers_the_truth(style: float):
     """Where one expert is the busiest and where all are alike: of 60 traces at most a few intervals
@@ -78,7 +67,10 @@ def test_interval_covers_the_truth(style: float):
     rng, strata_U, truth = np.random.default_rng(3), np.repeat([0, 1], 30), 65 * 8 / 240 - 1
     missed = missed_even = 0
     for _ in range(60):
-        assignments_UE = documents(rng, style)
+        # 100 tokens of each of 60 documents, which have preferences of their own (`style` 0: none)
+        logits_UTE = rng.normal(0, style, (60, 1, 8)) + rng.gumbel(size=(60, 100, 8))
+        chosen_UTK = np.argsort(-logits_UTE, axis=2)[:, :, :2]
+        assignments_UE = (chosen_UTK[..., None] == np.arange(8)).sum((1, 2))
         # 40 more of expert 0 in each document
         low, high = unc.max_vio_interval(assignments_UE + 40 * np.eye(8, dtype=int)[0], strata_U)
         missed += not low <= truth <= high

@@ -165,6 +165,7 @@ def _written(
     word_T = np.minimum(rng.zipf(1.3, len(document_T)), regime.words) - 1
     if regime.own_words:
         word_T = word_T % 5 + 5 * document_T
+    drawn = [] if regime.by_expert else [rng.dirichlet(np.ones(of.shape[1]), len(of)) for of in ids]
     return write_trace(
         root,
         ids,
@@ -172,7 +173,7 @@ def _written(
         document=document_T,
         domain_of_document=names,
         token_id=word_T,
-        weights=None if regime.by_expert else [_weights(rng, of_TK.shape) for of_TK in ids],
+        weights=[-np.sort(-of_TK, 1).astype(np.float32) for of_TK in drawn] or None,
         logits=None if logits is None else [of_TE.astype(np.float16) for of_TE in logits],
         words=int(word_T.max()) + 1,
         batch_tokens=regime.passes,
@@ -220,7 +221,13 @@ def _chosen(regime: Regime, logits_TE: np.ndarray) -> np.ndarray:
     """The choices of a router, [T, K]."""
     (T, E), K = logits_TE.shape, regime.K
     if regime.by_expert:
-        return _chosen_by_experts(logits_TE, K)
+        # each expert chooses its K · T / E tokens: every load is even, and a token has as many
+        # experts as chose it; slots that nothing fills are null
+        chosen_TE = np.zeros((T, E), bool)
+        np.put_along_axis(chosen_TE, np.argsort(-logits_TE, 0)[: K * T // E], True, 0)
+        ids = np.argsort(~chosen_TE, 1, kind="stable").astype(np.uint16)
+        ids[np.arange(E) >= chosen_TE.sum(1)[:, None]] = np.iinfo(np.uint16).max
+        return ids
     if regime.groups > 1:
         of_group_TGE = logits_TE.reshape(T, regime.groups, -1)
         best_TG = np.argsort(-of_group_TGE.max(2), 1)[:, : regime.groups // 2]
@@ -230,19 +237,3 @@ def _chosen(regime: Regime, logits_TE: np.ndarray) -> np.ndarray:
     top_TK = np.argpartition(-logits_TE, K - 1, 1)[:, :K]
     order_TK = np.argsort(-np.take_along_axis(logits_TE, top_TK, 1), 1)
     return np.take_along_axis(top_TK, order_TK, 1).astype(np.uint16)
-
-
-def _chosen_by_experts(logits_TE: np.ndarray, K: int) -> np.ndarray:
-    """Each expert chooses its K · T / E tokens: every load is even, and a token has as many experts
-    as chose it. Slots that nothing fills are null."""
-    T, E = logits_TE.shape
-    chosen_TE = np.zeros((T, E), bool)
-    best_NE = np.argsort(-logits_TE, 0)[: K * T // E]
-    np.put_along_axis(chosen_TE, best_NE, True, 0)
-    ids = np.argsort(~chosen_TE, 1, kind="stable").astype(np.uint16)
-    ids[np.arange(E) >= chosen_TE.sum(1)[:, None]] = np.iinfo(np.uint16).max
-    return ids
-
-
-def _weights(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return -np.sort(-rng.dirichlet(np.ones(shape[1]), shape[0]), 1).astype(np.float32)
