@@ -5,7 +5,6 @@ the same steps."""
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,15 +97,6 @@ def test_a_shift_is_found_where_it_was_made_and_chance_is_none(
     for pair in ((known, other), (first, counted("e", collapsed))):
         found = kinds(moe_inspect.compare(*pair))["load_shift"]
         assert (found.severity, found.layer) == ("warning", 1)
-
-
-EVEN, STEEP = np.full(E, 25_000), np.array([97_000, 97_000, *[1_000] * 6])
-# 6 % of the even load moves, which chance or another text explains, and less of the steep one,
-# which they do not
-EVEN_B, STEEP_B = (
-    EVEN + 3_000 * np.repeat([-1, 1], E // 2),
-    STEEP + 11_000 * (np.eye(E)[7] - np.eye(E)[0]).astype(int),
-)
 
 
 def test_the_floor_is_what_traces_that_route_alike_are_apart(counted: Counted) -> None:
@@ -202,52 +192,19 @@ def test_routers_of_one_trace_alone_are_named(counted: Counted) -> None:
     assert shifted["assignments_b"].tolist() == made.tables["load"]["assignments_b"].tolist()
 
 
-def test_the_command_writes_text_tables_a_page_and_gates(
-    pair: tuple[Trace, Trace], cli_here: Cli, tmp_path: Path
-) -> None:
-    a, b = (str(trace.path) for trace in pair)
-    made: Any = moe_inspect.compare(*pair)
-    text = cli_here("compare", a, b, "--html", str(tmp_path / "p.html")).stdout
-    assert "1 of 3 routers differs" in text.replace("\n  ", " ")
-    assert "load_shift" in text
-    assert "max_vio_difference" in text
-    page = (tmp_path / "p.html").read_text()
-    for said in ("The load of two traces", "Load that moves", "How even the load is", "Experts"):
-        assert said in page
-    shift = made.tables["load_shift"]
-    written = cli_here("compare", a, b, "--format", "csv").stdout
-    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(written)), shift, check_exact=False)
-    lines = cli_here("compare", a, b, "--table", "load", "--format", "json").stdout.splitlines()
-    expected = made.tables["load"]["assignments_b"].tolist()
-    assert [json.loads(x)["assignments_b"] for x in lines] == expected
-    for name in LOAD_TABLES:
-        out = tmp_path / f"{name}.parquet"
-        cli_here("compare", a, b, "--table", name, "-o", out)
-        assert len(pd.read_parquet(out)) == len(made.tables[name])
-    cli_here("compare", a, b, "--fail-above", "load_shift=0.01", check=3)
-    cli_here("compare", a, b, "--fail-above", "load_shift=0.9,dead_experts_b=0")
-
-
 def test_few_experts_with_load_differ_more_by_chance(tmp_path: Path) -> None:
     """Two experts of eight have all load: their distance varies as one normal variable does."""
-    rng, routers = np.random.default_rng(0), 40
-
-    def found(name: str, a: np.ndarray, b: np.ndarray) -> Any:
+    rng = np.random.default_rng(0)
+    alike, other = rng.binomial(1_000, 0.5, (6, 40)), rng.binomial(1_000, 0.8, 40)
+    cases = [(1_000, alike[n], alike[n + 1], 0) for n in (0, 2, 4)]
+    cases += [(1_000, alike[0], other, 40), (2, [2], [0], 0)]  # two tokens tell nothing
+    for n, (tokens, *both, beyond) in enumerate(cases):
         sides = []
-        for side, of in (("a", a), ("b", b)):
-            load = [np.array([[x, tokens - x, *[0] * 6]]) for x, tokens in of.tolist()]
-            sides.append(write_counts(tmp_path / f"{name}-{side}", load, 1))
-        return kinds(moe_inspect.compare(*sides))["load_shift"]
-
-    def drawn(tokens: int, share: float) -> np.ndarray:
-        of_R = rng.binomial(tokens, share, routers)
-        return np.column_stack([of_R, np.full(routers, tokens)])
-
-    same = [found(f"same{n}", drawn(1_000, 0.5), drawn(1_000, 0.5)) for n in range(3)]
-    assert [one.values["routers"] for one in same] == [0, 0, 0]
-    assert found("other", drawn(1_000, 0.5), drawn(1_000, 0.8)).values["routers"] == routers
-    few = found("few", np.array([[2, 2]]), np.array([[0, 2]]))
-    assert few.severity == "good", "two tokens tell nothing"
+        for name, of in zip("ab", both, strict=True):
+            load = [np.array([[x, tokens - x, *[0] * 6]]) for x in of]
+            sides.append(write_counts(tmp_path / f"{n}{name}", load, 1))
+        found = kinds(moe_inspect.compare(*sides))["load_shift"]
+        assert (found.values["routers"], found.severity == "good") == (beyond, beyond == 0)
 
 
 # --- by step
@@ -281,10 +238,6 @@ def history(root: Path, load: np.ndarray, every: int, training: bool = True) -> 
     return open_trace(root)
 
 
-def found(made: Any, kind: str = "by_step") -> Any:
-    return next(one for one in made.verdict() if one.kind == kind)
-
-
 def test_windows_are_of_the_same_steps_and_their_numbers_numpys(tmp_path: Path) -> None:
     """A was committed every 10 steps, B every 15 and has fewer: common steps end at 30 and 60."""
     a, b = loads(0, 100), loads(1, 65)
@@ -312,7 +265,7 @@ def test_windows_are_of_the_same_steps_and_their_numbers_numpys(tmp_path: Path) 
         of_windows = whole.tables["windows"][name].to_numpy()
         assert of_windows == pytest.approx(whole.tables["load_shift"][name].to_numpy())
         assert of_windows == pytest.approx(table[table["window"] == 0][name].to_numpy())
-    said = found(made)
+    said = kinds(made)["by_step"]
     assert said.severity == "good"
     assert said.values["left_out"] == ("61 to 100", "61 to 65")
     assert "Left out: steps 61 to 100 of A and 61 to 65 of B" in said.text
@@ -331,25 +284,34 @@ def test_the_step_from_which_two_runs_differ_is_found(tmp_path: Path) -> None:
     assert table["since_step"].isna().tolist() == [True, False]
     assert table["since_step"][1] == 51
     assert table[["windows_since", "beyond_chance_since"]].to_numpy().tolist() == [[0, 0], [5, 5]]
-    said = found(made)
+    said = kinds(made)["by_step"]
     assert (said.severity, said.layer, said.values["since_step"]) == ("note", 1, 51)
     assert "differs by more than chance of independent tokens" in said.text
     assert "from step 51 on in layer 1 (5 of the 5 windows since); not in layer 0" in said.text
     # of two runs that differ from the start, and of two that do not
-    moved = history(tmp_path / "c", loads(2, 100, range(1, 101)), 10)
-    assert "from the first step on in layer 1" in found(moe_inspect.compare(first, moved)).text
-    same = found(moe_inspect.compare(first, history(tmp_path / "d", loads(3, 100), 10)))
-    assert same.severity == "good"
-    said = "differs by more than chance of independent tokens, in 10 windows of steps 1 to 100"
-    assert f"no load {said}" in same.text
+    for name, load, severity, says in (
+        ("c", loads(2, 100, range(1, 101)), "note", "from the first step on in layer 1"),
+        (
+            "d",
+            loads(3, 100),
+            "good",
+            "no load differs by more than chance of independent tokens, in",
+        ),
+    ):
+        said = kinds(moe_inspect.compare(first, history(tmp_path / name, load, 10)))["by_step"]
+        assert (said.severity, says in said.text) == (severity, True)
 
 
 def test_step_by_step_a_router_whose_load_no_text_explains_is_warned_of(tmp_path: Path) -> None:
-    a, b = (np.stack([np.stack(of)] * 4) for of in ((EVEN, STEEP), (EVEN_B, STEEP_B)))
+    """6 % of an even load moves, which chance or another text explains, and less of a steep one,
+    which they do not."""
+    a = np.array([[[25_000] * 8, [97_000, 97_000, *[1_000] * 6]]] * 4)
+    b = a + np.array([3_000 * np.repeat([-1, 1], 4), [-11_000, *[0] * 6, 11_000]])
     made: Any = moe_inspect.compare(history(tmp_path / "a", a, 1), history(tmp_path / "b", b, 1))
-    assert (found(made).severity, found(made).values["routers"]) == ("warning", 2)
-    assert "in layers 0, 1 (4 of the 4 windows since). Most in steps 1 to 1" in found(made).text
-    assert "6.00% of the load moves in layer 0" in found(made).text
+    said = kinds(made)["by_step"]
+    assert (said.severity, said.values["routers"]) == ("warning", 2)
+    assert "in layers 0, 1 (4 of the 4 windows since). Most in steps 1 to 1" in said.text
+    assert "6.00% of the load moves in layer 0" in said.text
 
 
 def test_what_cannot_be_compared_by_step_says_why(tmp_path: Path) -> None:
@@ -363,26 +325,39 @@ def test_what_cannot_be_compared_by_step_says_why(tmp_path: Path) -> None:
         (decisions, "B holds decisions, not counts by step"),
     ):
         made: Any = moe_inspect.compare(run, other)
-        assert says in found(made).text
+        assert says in kinds(made)["by_step"].text
         assert len(made.tables["windows"]) == len(made.tables["diverged"]) == 0
     # a single window tells no more than the whole
     one: Any = moe_inspect.compare(run, history(tmp_path / "late", of, 20))
-    assert "by_step" not in {x.kind for x in one.verdict()}
+    assert "by_step" not in kinds(one)
     assert len(one.tables["windows"]) == L
     # control: passes and passes
-    assert "forward passes 1 to 20" in found(moe_inspect.compare(passes, passes)).text
+    assert "forward passes 1 to 20" in kinds(moe_inspect.compare(passes, passes))["by_step"].text
 
 
-def test_the_command_shows_it(tmp_path: Path, cli_here: Cli) -> None:
+def test_the_command_writes_text_tables_a_page_and_gates(tmp_path: Path, cli_here: Cli) -> None:
     a = history(tmp_path / "a", loads(0, 40), 5)
     b = history(tmp_path / "b", loads(1, 40, range(16, 41)), 10)
-    names = str(a.path), str(b.path)
-    text = cli_here("compare", *names, "--html", str(tmp_path / "p.html")).stdout
-    assert "from step 11 on in layer 1" in text.replace("\n  ", " ")
-    assert "windows_beyond_chance" in text
-    assert "Since which step" in (tmp_path / "p.html").read_text()
-    cli_here("compare", *names, "--fail-above", "windows_beyond_chance=0", check=3)
-    cli_here("compare", names[0], names[0], "--fail-above", "windows_beyond_chance=0")
+    made: Any = moe_inspect.compare(a, b)
+    text = cli_here("compare", "a", "b", "--html", "p.html").stdout.replace("\n  ", " ")
+    for said in ("from step 11 on in layer 1", "load_shift", "max_vio_difference", "beyond_chance"):
+        assert said in text
+    page = (tmp_path / "p.html").read_text()
+    for said in ("The load of two traces", "Load that moves", "How even the load is", "Experts"):
+        assert said in page
+    assert "Since which step" in page
+    written = pd.read_csv(io.StringIO(cli_here("compare", "a", "b", "--format", "csv").stdout))
+    pd.testing.assert_frame_equal(written, made.tables["load_shift"], check_exact=False)
+    for name in LOAD_TABLES:
+        cli_here("compare", "a", "b", "--table", name, "-o", f"{name}.parquet")
+        assert len(pd.read_parquet(tmp_path / f"{name}.parquet")) == len(made.tables[name])
+    for other, limits, check in (
+        ("b", "load_shift=0.01", 3),
+        ("b", "load_shift=0.9,dead_experts_b=0", 0),
+        ("b", "windows_beyond_chance=0", 3),
+        ("a", "windows_beyond_chance=0", 0),
+    ):
+        cli_here("compare", "a", other, "--fail-above", limits, check=check)
 
 
 def test_windows_by_hand() -> None:

@@ -56,46 +56,28 @@ KERNELS = {
     "torch reference: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
 }  # fmt: skip
 RING = {
-    "a page is released a page too early": (
-        "self.released = position // self.P\n",
-        "self.released = position // self.P + 1\n",
-    ),
-    "off-by-one page on the host": (
-        "tape.part(tensor, page % self.pages)",
-        "tape.part(tensor, (page + 1) % self.pages)",
-    ),
+    "a page is released a page too early": ("self.released = position // self.P\n", "self.released = position // self.P + 1\n"),
+    "off-by-one page on the host": ("tape.part(tensor, page % self.pages)", "tape.part(tensor, (page + 1) % self.pages)"),
     "rows shifted on the host": ("[row : row + n].numpy()", "[row + 1 : row + n + 1].numpy()"),
-    "the routers' parts overlap": (
-        "self.P * sum(of[:r])",
-        "self.P * sum(of[: r - 1])",
-    ),
-    "one page less than it says": (
-        "return self.pages * self.P\n",
-        "return (self.pages + 1) * self.P\n",
-    ),
+    "the routers' parts overlap": ("self.P * sum(of[:r])", "self.P * sum(of[: r - 1])"),
+    "one page less than it says": ("return self.pages * self.P\n", "return (self.pages + 1) * self.P\n"),
     "it fits all that there is": ("return self.capacity - self.P\n", "return self.capacity\n"),
     "the limit stays": ("self.limit.fill_(self.end_of_room)", "pass"),
-}
+}  # fmt: skip
 
 
 def mutated(module: ModuleType, old: str, new: str, path: Path) -> ModuleType:
     """A copy of `module` with `new` for `old`, under another name (and other operators)."""
     file = path / "mutated.py"
-    file.write_text(
-        changed_source(module, old, new).replace(
-            '"moe_inspect::', f'"mutated_{abs(hash((old, new)))}::'
-        )
-    )
+    operators = f'"mutated_{abs(hash((old, new)))}::'
+    file.write_text(changed_source(module, old, new).replace('"moe_inspect::', operators))
     return load_file("mutated", file)
 
 
 def run_kernel_checks(module: ModuleType) -> None:
     for case in small_cases():
-        for check in (
-            (check_dispatch, check_record, check_combine)
-            if case.launches == 1
-            else (check_dispatch,)
-        ):
+        checks = (check_dispatch, check_record, check_combine)
+        for check in checks if case.launches == 1 else checks[:1]:
             for reference in (False, True):
                 check(module, case, reference)
 
@@ -124,11 +106,7 @@ def test_unmutated_all_is_well(tmp_path: Path) -> None:
     assert not notices(run_ring_checks, ring)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_broken_kernel_is_seen(name: str, tmp_path: Path) -> None:
-    assert notices(run_kernel_checks, mutated(kernels, *KERNELS[name], tmp_path))
-
-
-@pytest.mark.parametrize("name", RING)
-def test_a_broken_ring_is_seen(name: str, tmp_path: Path) -> None:
-    assert notices(run_ring_checks, mutated(ring, *RING[name], tmp_path))
+@pytest.mark.parametrize("name", [*KERNELS, *RING])
+def test_a_mistake_is_seen(name: str, tmp_path: Path) -> None:
+    module, check = (kernels, run_kernel_checks) if name in KERNELS else (ring, run_ring_checks)
+    assert notices(check, mutated(module, *(KERNELS | RING)[name], tmp_path))

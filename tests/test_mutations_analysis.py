@@ -1,6 +1,6 @@
-"""The tests of counting, evidence, verdict, writer, reader and importers can fail: each mistake of
-this list, put in on purpose, makes one of them do so. The kernels' and the ring's are in
-test_mutations."""
+"""The tests of counting, evidence, verdict, writer, reader, importers and token losses can fail:
+each mistake of this list, put in on purpose, makes one of them do so. The kernels' and the ring's
+are in test_mutations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from moe_inspect.capture import token_loss
+from moe_inspect.capture.hook.inputs.rows import Rows
 from tests.support.mutation import fails, mutation
 from tests.support.synthetic import thirty_documents
 
@@ -59,6 +63,52 @@ older_in_order = by("slot_order.test_older_traces_with_weights_are_put_in_order_
 on_disk = by("trace.test_everything_is_on_disk_before_anything_speaks_of_it")
 changed = by("damage.test_a_changed_footer_or_page_of_a_large_file_is_found")
 resumed = by("trace.test_uncommitted_files_are_ignored_and_resume_deletes_them")
+
+
+def masked(path: Path) -> None:
+    """A token that cannot follow."""
+    values = token_loss.nats(torch.tensor([[0.0, float("-inf"), 0.0]]), torch.tensor([2]))
+    assert torch.allclose(values, torch.full((2, 1), 2.0).log())
+
+
+def planned(path: Path) -> None:
+    """A pass of two sequences, one after the other, and the pass that follows."""
+
+    def rows(real: list[int], token: list[int], sequence: list[int], position: list[int]) -> Rows:
+        of: list[Any] = [np.array(a) for a in (token, [0] * len(token), sequence, position)]
+        return Rows(np.array(real, bool), *of, domain=np.zeros(len(token)))
+
+    first = rows([1, 1, 0, 1, 1, 1], [5, 6, 7, 8, 9], [0, 0, 1, 1, 1], [0, 1, 0, 1, 2])
+    assert token_loss.next_tokens(first).tolist() == [6, -1, -1, 8, 9, -1]
+    after = rows([1, 1], [3, 4], [0, 1], [2, 3])
+    assert token_loss.first_tokens(first, after, 2).tolist() == [-1, 4], "a padded row ended"
+    skipped = rows([1, 1], [3, 4], [0, 1], [2, 4])
+    assert token_loss.first_tokens(first, skipped, 2).tolist() == [-1, -1]
+
+
+def twice(path: Path) -> None:
+    """Rows that change places twice, and back."""
+
+    class Cache:
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
+
+    watched, cache = token_loss.Places(), Cache()
+    watched.watch(cache)
+    cache.reorder_cache(torch.tensor([1, 2, 0]))
+    assert not watched.kept(3).any()
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    assert watched.kept(3).all()
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
+    assert watched.kept(3).tolist() == [False, False, True]
+    watched.watch(cache)
+    assert watched.kept(3).all()
+
+
+padded = by("token_loss.test_it_is_the_cross_entropy_of_the_models_own_logits", "olmoe")
+beams = by("token_loss.test_of_beams_a_token_that_another_row_goes_on_from_has_none")
+chunks = by("token_loss.test_no_more_logits_than_a_chunk_are_made")
+following = by("token_loss.test_what_follows_may_come_with_the_next_pass")
+another_head = by("token_loss.test_a_head_that_does_not_give_the_models_logits_is_not_used")
 
 MUTATIONS = {
     # verdict
@@ -145,9 +195,9 @@ MUTATIONS = {
     "numbers out of range are taken": ("trace.schema", 'if not rule["minimum"] <= value <= rule["maximum"]:', "if False:", by("damage.test_an_impossible_line_is_refused_by_its_key", "shard -1")),
     "keys of a router that there are not": ("trace.schema", 'elif rule.get("additionalProperties") is False:', "elif False:", by("damage.test_an_impossible_manifest_is_refused_by_its_key", "an unknown key")),
     "true is a number": ("trace.schema", "type(value) not in [TYPES[kind][0] for kind in kinds]:", "not isinstance(value, tuple(TYPES[kind][0] for kind in kinds)):", by("damage.test_an_impossible_manifest_is_refused_by_its_key", "a flag as top_k")),
-    "paths of another rank": ("trace.shard_list", 'if not path.startswith(f"{table}/part-{rank}-"):', "if False:", by("damage.test_an_impossible_line_is_refused_by_its_key", "a path of another rank")),
+    "paths of another rank": ("trace.shard_list", 'if not path.startswith(f"{table}/part-{rank}-"):', "if False:", by("damage.test_an_impossible_line_is_refused_by_its_key", "a path of rank 1")),
     "a digest is not looked at": ("trace.manifest", 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by("damage.test_free_text_may_be_edited_and_nothing_else")),
-    "any expert is taken": ("trace.shard", "for column in columns)) >= E:", "for column in columns)) > E:", by("damage.test_what_a_file_holds_is_checked", "an expert that there is not")),
+    "any expert is taken": ("trace.shard", "for column in columns)) >= E:", "for column in columns)) > E:", by("damage.test_what_a_file_holds_is_checked", "expert 8 of 8")),
     "nulls are taken": ("trace.parts", "if column.null_count and not nulls and", "if False and", by("damage.test_what_a_file_holds_is_checked", "a null id")),
     "changed lines are taken": ("trace.shard_list", "not checksums.is_intact(line)", "False", by("verify.test_a_corruption_is_found_and_named", "a checksum gone")),
     "changed footers are taken": ("trace.parts", "elif stated.footer_crc32 is not None and", "elif False and", changed),
@@ -171,6 +221,30 @@ MUTATIONS = {
     "megatron: tensor-parallel ranks add up": ("importers.megatron.importer", "seen[source.domain, step].add(made)", "pass", by("import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree")),
     "esft: weights of another token": ("importers.esft", "weights=[w[part] for w in weights]", "weights=[w[:T] for w in weights]", by_format("esft")),
     "esft: weights are even": ("importers.esft", "rounded_N.reshape(-1, k), tokens", "(0 * rounded_N + 0.25).reshape(-1, k), tokens", by_format("esft")),
+    # token losses
+    "a token predicts itself": ("capture.token_loss", "= token_BS[:, 1:][follows_BS]", "= token_BS[:, :-1][follows_BS]", padded),
+    "padding follows": ("capture.token_loss", "follows_BS = real_BS[:, 1:] & real_BS[:, :-1]", "follows_BS = real_BS[:, :-1]", padded),
+    "the next packed sequence follows": ("capture.token_loss", "position_BS[:, 1:] == position_BS[:, :-1] + 1", "position_BS[:, 1:] != position_BS[:, :-1]", following),
+    "the next planned sequence follows": ("capture.token_loss", "same = fed.sequence[1:] == fed.sequence[:-1]", "same = fed.sequence[1:] >= fed.sequence[:-1]", planned),
+    "padding ends no planned row": ("capture.token_loss", "row = np.flatnonzero(fed.real)", "row = np.arange(len(fed.token_id))", planned),
+    "a planned row goes on from anywhere": ("capture.token_loss", "== before.position[at_B] + 1", ">= before.position[at_B] + 1", planned),
+    "a pass of other text follows": ("capture.token_loss", "if fed.before is before.after and joins and", "if", following),
+    "a pass that was not recorded is none": ("capture.token_loss", "joins = fed.after.length - fed.S == before.after.length", "joins = True", following),
+    "the first position of a row is continued": ("capture.token_loss", "rows_N * S + S - 1", "rows_N * S", following),
+    "the next pass adds none": ("capture.token_loss", "held, self._held = self._held, None", "held, self._held = None, None", following),
+    "chunks are given others' tokens": ("capture.token_loss", "next_N.split(C)", "next_N.flip(0).split(C)", padded),
+    "all tokens in one chunk": ("capture.token_loss", "C = max(1, CHUNK_LOGITS // V)", "C = fed.T", chunks),
+    "a logit is no log-probability": ("capture.token_loss", "loss_C + sum_C.log()", "loss_C", padded),
+    "the entropy with the other sign": ("capture.token_loss", "sum_C.log() - mean_C", "sum_C.log() + mean_C", padded),
+    "what cannot follow makes no number": ("capture.token_loss", "below_CV.clamp_(min=NO_CHANCE)", "pass", masked),
+    "the end of a sequence has a loss of 0": ("capture.token_loss", "np.full((len(LOSS), self.T), np.nan, np.float32)", "np.zeros((len(LOSS), self.T), np.float32)", padded),
+    "any head is taken": ("capture.token_loss", "if not head.checked and not head.agrees(hidden, logits[:, -1]):", "if False:", another_head),
+    "a head that is far off agrees": ("capture.token_loss", "<= TOLERANCE * most", "<= most + most", another_head),
+    "beams stay where they are": ("capture.token_loss", "kept_B = self._places.kept(B)", "kept_B = np.ones(B, bool)", beams),
+    "all beams change places": ("capture.token_loss", "return np.ones(B, bool)", "return np.zeros(B, bool)", following),
+    "beams are said in every step": ("capture.token_loss", "self._told = True", "pass", beams),
+    "the cache keeps what watches it": ("capture.token_loss", 'vars(self._cache).pop("reorder_cache", None)', "pass", beams),
+    "rows change places once": ("capture.token_loss", "self._from_B = from_B if self._from_B is None else self._from_B[from_B]", "self._from_B = from_B", twice),
 }  # fmt: skip
 
 
