@@ -102,13 +102,6 @@ def test_by_processes(tmp_path: Path) -> None:
     assert files(one.path) == files(two.path)
 
 
-def broken(source: Path, where: dict[int, str]) -> None:
-    """Other lines in the place of some of rank 1."""
-    path = source / "router_trace_rank1.jsonl"
-    rows = path.read_text().splitlines()
-    path.write_text("\n".join(where.get(n, row) for n, row in enumerate(rows, 1)))
-
-
 @pytest.mark.parametrize("chunk_bytes", [10_000], indirect=True)
 @pytest.mark.parametrize(
     "where",
@@ -121,7 +114,9 @@ def broken(source: Path, where: dict[int, str]) -> None:
 )
 def test_the_first_error_is_the_same(where: dict[int, str], tmp_path: Path) -> None:
     made, model = MAKERS["megatron"](tmp_path), foreign.config_file(tmp_path)
-    broken(made.source, where)
+    path = made.source / "router_trace_rank1.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(where.get(n, row) for n, row in enumerate(rows, 1)))
     said = set[str]()
     for workers in (1, Elsewhere()):
         with pytest.raises(MoeInspectError) as error:

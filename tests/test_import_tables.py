@@ -317,10 +317,9 @@ DECISIONS = [
 ]
 
 
-def written(form: str, root: Path) -> Path:
-    """DECISIONS in a file, lists as JSON has them, or in columns."""
-    path = root / f"d.{form}"
-    table = pd.DataFrame(DECISIONS)
+@pytest.mark.parametrize("form", ["csv", "tsv.gz", "json", "jsonl.zst", "parquet", "parquet.zst"])
+def test_decisions_are_read_in_every_form(form: str, tmp_path: Path):
+    path, table = tmp_path / f"d.{form}", pd.DataFrame(DECISIONS)
     plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
     if plain.suffix == ".parquet":
         table.to_parquet(plain)
@@ -331,14 +330,8 @@ def written(form: str, root: Path) -> Path:
     if plain != path:
         with pa.CompressedOutputStream(str(path), CODECS[path.suffix]) as to:
             to.write(plain.read_bytes())
-        plain.unlink()
-    return path
-
-
-@pytest.mark.parametrize("form", ["csv", "tsv.gz", "json", "jsonl.zst", "parquet", "parquet.zst"])
-def test_decisions_are_read_in_every_form(form: str, tmp_path: Path):
     columns = "layer=block,position=at,experts=ids,weights=w,document=who,domain='law'"
-    trace, _ = taken(tmp_path, "table", written(form, tmp_path), map=columns, experts=8)
+    trace, _ = taken(tmp_path, "table", path, map=columns, experts=8)
     assert verify(tmp_path / "t").ok
     assert [r.layer for r in trace.routers] == [1, 4]
     assert trace.routing(layer=4)["expert_1"].tolist() == [(t + 4) % 8 for t in range(6)]

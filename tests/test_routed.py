@@ -18,11 +18,6 @@ from tests.conftest import ROOT
 from tests.support.foreign import npy
 from tests.support.synthetic import uniform_ids
 
-
-def coded(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
 RAW = base64.b64decode(npy(np.zeros((2, 2, 2), np.uint8)))
 
 
@@ -47,7 +42,7 @@ def test_a_vllm_payload_is_the_array_that_went_in(dtype: type, order: str):
         (npy(np.zeros((2, 2, 2), np.float32)), "not a .npy file of integers"),
         (npy(np.zeros((2, 2), np.uint8)), "has shape"),
         (npy(np.zeros((2, 2, 2), np.uint8))[:-4], "declares"),
-        (coded(RAW.replace(b"(2, 2, 2)", b"(9, 9, 9)")), "declares"),
+        (base64.b64encode(RAW.replace(b"(2, 2, 2)", b"(9, 9, 9)")).decode(), "declares"),
     ],
 )
 def test_a_bad_payload_is_one_line(payload: object, said: str):
