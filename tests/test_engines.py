@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import socket
+import socketserver
 import threading
 import time
 import tracemalloc
@@ -380,6 +381,12 @@ def test_requests_that_wait_together_say_so_once(capsys: Any) -> None:
     assert capsys.readouterr().err == "a\nc\n"
 
 
+async def ask(url: str, timeout_s: float, **how: Any) -> Any:
+    async with engine_http.client(url, None, timeout_s, 1) as http:
+        assert http.headers["accept-encoding"] == "identity"
+        return await engine_http.ask(http, "/generate", {}, **how)
+
+
 @pytest.mark.parametrize("drips", ["headers", "body"])
 def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
     """A byte now and then is no answer, though each wait for the next one is short."""
@@ -387,33 +394,24 @@ def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
     at_once = 0 if drips == "headers" else whole.index(b"\r\n\r\n") + 4
     asked = threading.Semaphore(0)
 
-    def drip(connection: socket.socket) -> None:
-        with connection:
-            connection.recv(2**16)
+    class Drip(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(2**16)
             asked.release()
             with suppress(OSError):  # who asked has hung up
-                connection.sendall(whole[:at_once])
+                self.request.sendall(whole[:at_once])
                 for byte in whole[at_once:]:
-                    connection.sendall(bytes([byte]))
+                    self.request.sendall(bytes([byte]))
                     time.sleep(0.03)
 
-    def listen(listening: socket.socket) -> None:
-        with suppress(OSError):  # closed by the test
-            while True:
-                threading.Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
-
-    async def ask(url: str) -> Any:
-        async with engine_http.client(url, None, 0.15, 1) as http:
-            return await engine_http.ask(http, "/generate", {})
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        threading.Thread(target=listen, args=(listening,), daemon=True).start()
-        began = time.monotonic()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began, url = time.monotonic(), f"http://127.0.0.1:{server.server_address[1]}"
         says = r"no answer after 6 attempts, the last error: incomplete response after 0\.15 s"
         with pytest.raises(MoeInspectError, match=says):
-            asyncio.run(asyncio.wait_for(ask(f"http://127.0.0.1:{listening.getsockname()[1]}"), 10))
+            asyncio.run(asyncio.wait_for(ask(url, 0.15), 10))
         assert 6 * 0.15 <= time.monotonic() - began < 5
-        listening.shutdown(socket.SHUT_RDWR)
+        server.shutdown()
     assert all(asked.acquire(timeout=1) for _ in range(engine_http.ATTEMPTS))
 
 
@@ -426,15 +424,10 @@ def test_an_answer_is_never_decompressed(status: int) -> None:
     server.answer = lambda path, body: (200, {})
     server.behave = lambda n, path, body: (status, {"Content-Encoding": "gzip, gzip"}, bomb)
 
-    async def ask(url: str) -> Any:
-        async with engine_http.client(url, None, 5, 1) as http:
-            assert http.headers["accept-encoding"] == "identity"
-            return await engine_http.ask(http, "/generate", {}, most_bytes=2**30)
-
     said = {200: "answered with content-encoding 'gzip, gzip'", 500: "500: no reason given"}[status]
     tracemalloc.start()
     with serving(server) as url, pytest.raises(MoeInspectError, match=said):
-        asyncio.run(ask(url))
+        asyncio.run(ask(url, 5, most_bytes=2**30))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**23
