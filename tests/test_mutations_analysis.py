@@ -117,7 +117,7 @@ MUTATIONS = {
     "dead: chance is taken for death": ("reporting.verdict.experts", "if likely > 0.01:", "if likely > 0.5:", by_sentence("dead by chance")),
     "a domain overloads as all do": ("reporting.verdict.experts", ' or excess <= 1.5 * overall["max_vio"]', "", by_sentence("little more than all together")),
     "passes: no floor": ("reporting.verdict.balance", ' - floor', "", by_sentence("by pass, as chance")),
-    "uneven: by chance": ("reporting.verdict.findings", 'return row["busiest_p"] < ALPHA', "return True", by("verdict_thresholds.test_balance", "within chance")),
+    "uneven: by chance": ("reporting.verdict.findings", 'return row["busiest_p"] < ALPHA', "return True", by_sentence("within chance")),
     "signs: each router has its own": ("analysis.metrics.chance", "random_signs(len(residual_UE))", "np.random.permutation(random_signs(len(residual_UE)))", by("chance.test_what_is_the_same_at_two_routers_is_one_case")),
     "specialised: by chance": ("reporting.verdict.specialization", 'table[table["domain_mi_p"] < ALPHA]', 'table[table["domain_mi_p"] <= 1]', by("verdict_thresholds.test_domains", "within chance")),
     # chance
