@@ -43,7 +43,7 @@ OpenPage = Callable[..., "Opened"]
 LONG = (
     "experts zoo kernels benchmarks selfcheck prune placement readme cli_trace ranks "
     "before_call counting mutations loading wrapped report_cli mutations_analysis page "
-    "page_sizes commit_every ptx docs training_ranks kinds"
+    "page_sizes commit_every ptx docs kinds"
 )
 
 

@@ -1,4 +1,5 @@
-"""Several processes of a torchrun share a corpus and write one trace."""
+"""Several processes of a torchrun share a corpus and write one trace; or they train one model, and logs
+and history hold the sums of all."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,20 +19,15 @@ from tests.conftest import Cli
 from tests.support.damage import edit_manifest
 from tests.support.families import build
 from tests.support.ranks import Ranks
+from tests.support.watched import waited
+from tests.test_training import history
 
 pytestmark = pytest.mark.slow
 
 
-def torchrun(path: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
-    run = f"-m torch.distributed.run --nproc-per-node {ranks} --standalone -m moe_inspect"
-    command = [sys.executable, *run.split(), "trace", "demo", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=path, stdout=pipe, stderr=pipe, text=True)
-
-
 def traced(path: Path, ranks: int, *arguments: str) -> Ranks:
-    """The same without torchrun."""
-    return Ranks(path, ranks, ["trace", "demo", *arguments])
+    """`trace` of the demo into `t`, without torchrun."""
+    return Ranks(path, ranks, ["trace", "demo", "-o", "t", *arguments])
 
 
 def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
@@ -46,11 +42,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> moe_inspect.Trace:
 
 
 def test_two_ranks_write_the_rows_of_one(alone: moe_inspect.Trace, tmp_path: Path) -> None:
-    process = torchrun(tmp_path, 2, "-o", "t", "--batch-tokens", "500")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert out == ""
-    assert err.count("9,254 tokens × 4 routers") == 1  # one of them speaks
+    run = "-m torch.distributed.run --nproc-per-node 2 --standalone -m moe_inspect trace demo -o t"
+    command = [sys.executable, *run.split(), "--batch-tokens", "500"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("9,254 tokens × 4 routers") == 1  # one of them speaks
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert trace.manifest["counts"] == alone.manifest["counts"]
@@ -64,50 +61,39 @@ def test_two_ranks_write_the_rows_of_one(alone: moe_inspect.Trace, tmp_path: Pat
     pd.testing.assert_frame_equal(*balance, rtol=1e-6)
 
 
-def test_more_ranks_than_batches(alone: moe_inspect.Trace, tmp_path: Path) -> None:
-    run = traced(tmp_path, 3, "-o", "t", "--max-tokens", "300")
+def test_more_ranks_than_batches(tmp_path: Path) -> None:
+    run = traced(tmp_path, 3, "--max-tokens", "300")
     assert run.wait() == [0] * 3, run.errors
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert (trace.status, trace.n_tokens) == ("complete", 300)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_rows(
-    alone: moe_inspect.Trace, tmp_path: Path
-) -> None:
-    arguments = ("--batch-tokens", "500", "--data", f"a={slow(tmp_path)}", "--max-length", "100")
-    run = traced(tmp_path, 2, "-o", "t", *arguments)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "t" / "trace.json").exists():
-        time.sleep(0.01)
+def test_killed_and_resumed_it_ends_with_the_same_rows(tmp_path: Path) -> None:
+    slow, manifest = tmp_path / "long.txt", tmp_path / "t" / "trace.json"
+    slow.write_text("the quick brown fox jumps over the lazy dog and then some. " * 4000)
+    arguments = ("--batch-tokens", "500", "--data", f"a={slow}", "--max-length", "100")
+    run = traced(tmp_path, 2, *arguments)
+    waited(manifest.exists, most_s=120)
     run.signal(signal.SIGTERM)
     assert 0 not in run.wait()
-    status = json.loads((tmp_path / "t" / "trace.json").read_text())["status"]
-    assert status in ("interrupted", "recording")
-    run = traced(tmp_path, 2, "-o", "t", *arguments, "--resume")
+    assert json.loads(manifest.read_text())["status"] in ("interrupted", "recording")
+    run = traced(tmp_path, 2, *arguments, "--resume")
     assert run.wait() == [0, 0], run.errors
-    options = {"batch_tokens": 500, "data": [f"a={slow(tmp_path)}"], "max_length": 100}
+    options = {"batch_tokens": 500, "data": [f"a={slow}"], "max_length": 100}
     whole = moe_inspect.trace_model("demo", tmp_path / "whole", **options)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert rows(trace).equals(rows(whole))
     # other ranks would plan otherwise
-    run = traced(tmp_path, 3, "-o", "t", *arguments, "--resume")
+    run = traced(tmp_path, 3, *arguments, "--resume")
     assert run.wait() == [1] * 3
     assert "was made with ranks 2, not 3" in run.errors
-
-
-def slow(path: Path) -> Path:
-    """A text that takes a while."""
-    text = path / "long.txt"
-    if not text.exists():
-        text.write_text("the quick brown fox jumps over the lazy dog and then some. " * 4000)
-    return text
 
 
 def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "mine.txt").write_text("")
-    run = traced(tmp_path, 2, "-o", "t")
+    run = traced(tmp_path, 2)
     assert run.wait() == [1, 1]
     assert "there is something at t" in run.errors
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["mine.txt"]
@@ -116,11 +102,11 @@ def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
 def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(
     alone: moe_inspect.Trace, tmp_path: Path
 ) -> None:
-    assert traced(tmp_path, 2, "-o", "t", "--batch-tokens", "500").wait() == [0, 0]
+    assert traced(tmp_path, 2, "--batch-tokens", "500").wait() == [0, 0]
     (tmp_path / "t" / "shards-1.jsonl").write_text("")
     nothing = {"tokens": 0, "decisions": 0, "dropped": 0}
     edit_manifest(tmp_path / "t", status="interrupted", counts=nothing)
-    assert traced(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--resume").wait() == [0, 0]
+    assert traced(tmp_path, 2, "--batch-tokens", "500", "--resume").wait() == [0, 0]
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert trace.manifest["counts"] == alone.manifest["counts"]
@@ -175,3 +161,81 @@ def test_experts_of_other_ranks_are_recorded_by_their_global_ids(
         trace = moe_inspect.open_trace(tmp_path / f"{sharing}-{rank}")
         assert [r.experts for r in trace.routers] == [8, 8]
         assert trace.routing().filter(like="expert_").equals(whole)
+
+
+# --- training
+
+LOOP = """
+import json, sys, torch
+import torch.distributed as dist
+from pathlib import Path
+from unittest.mock import patch
+from torch.nn.parallel import DistributedDataParallel
+from moe_inspect.training import RoutingMonitor
+from tests.test_training import batch
+from tests.support.trained import counted
+out, kind = Path(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+inner = counted().train()
+inner.gradient_checkpointing_enable()
+if kind == "ddp":
+    model = DistributedDataParallel(inner, find_unused_parameters=True)
+else:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in inner.model.layers:
+        fully_shard(layer, mesh=mesh)
+    model = fully_shard(inner, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+logs, reduced = [], 0
+with RoutingMonitor(model, out / "h", log_steps=2) as monitor:
+    for step in range(4):
+        for micro in range(2):
+            inputs = batch(1000 * rank + 2 * step + micro)
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            logs.append(monitor.step())
+        reduced += all_reduce.call_count
+facts = {"load": inner.load.tolist(), "logs": logs, "reduced": reduced}
+(out / f"rank-{rank}.json").write_text(json.dumps(facts))
+dist.destroy_process_group()
+"""
+
+TRAINER = """
+import json, sys, torch
+import torch.distributed as dist
+from pathlib import Path
+from moe_inspect.training import RoutingCallback
+from tests.test_training_trainer import trainer
+out = Path(sys.argv[1])
+it = trainer(out, RoutingCallback(out / "h"), gradient_accumulation_steps=2, max_steps=4,
+             ddp_find_unused_parameters=True, gradient_checkpointing=True,
+             gradient_checkpointing_kwargs={"use_reentrant": False})
+it.train()
+logs = [{k: v for k, v in row.items() if k.startswith("routing/")}
+        for row in it.state.log_history if "loss" in row]
+facts = {"load": it.accelerator.unwrap_model(it.model).load.tolist(), "logs": logs, "reduced": 2}
+(out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(facts))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "trainer"])
+def test_two_ranks_log_and_write_the_sum(tmp_path: Path, kind: str) -> None:
+    run = Ranks(tmp_path, 2, [tmp_path, kind], code=TRAINER if kind == "trainer" else LOOP)
+    assert run.wait() == [0, 0], run.errors[-3000:]
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    loads = [np.array(rank["load"]) for rank in ranks]
+    assert not (loads[0] == loads[1]).all()  # control: they saw different batches
+    assert (history(tmp_path / "h") == loads[0] + loads[1]).all()
+    logs = [[row for row in rank["logs"] if row] for rank in ranks]
+    assert len(logs[0]) == 2
+    for row, other in zip(*logs, strict=True):
+        for name, value in row.items():
+            assert value == pytest.approx(other[name], nan_ok=True)
+    assert ranks[0]["reduced"] == 2  # one all-reduce per log
+    assert moe_inspect.verify(tmp_path / "h").ok
