@@ -12,6 +12,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def sglang_stat(root: Path) -> Made:
     return Made(path, load=loads(ids))
 
 
-def _tensorrt(root: Path, raw: bool) -> list[np.ndarray]:
+def _tensorrt(root: Path, raw: bool) -> Made:
     from safetensors.numpy import save_file
 
     (root / "meta_info.json").write_text(json.dumps({"num_experts": E, "num_experts_per_token": K}))
@@ -238,17 +239,12 @@ def _tensorrt(root: Path, raw: bool) -> list[np.ndarray]:
             written = [ids_TK.astype(np.int32) for ids_TK in ids] if raw else loads(ids)
             tensors |= {f"{iteration}_{layer}": of for layer, of in routed(written).items()}
         save_file(tensors, root / f"rank{rank}{'_raw' if raw else ''}.safetensors")
-    return joined(parts)
+    ids = joined(parts)
+    return Made(root, *((ids, None) if raw else (None, loads(ids))), config=False)
 
 
-@maker("tensorrt-llm")
-def tensorrt(root: Path) -> Made:
-    return Made(root, load=loads(_tensorrt(root, False)), config=False)
-
-
-@maker("tensorrt-llm-raw", format="tensorrt-llm")
-def tensorrt_raw(root: Path) -> Made:
-    return Made(root, _tensorrt(root, True), config=False)
+maker("tensorrt-llm")(partial(_tensorrt, raw=False))
+maker("tensorrt-llm-raw", format="tensorrt-llm")(partial(_tensorrt, raw=True))
 
 
 def router_logits(layer: int, ids_TK: np.ndarray) -> np.ndarray:
