@@ -79,8 +79,7 @@ def each_call(around: Callable[[str, Call], Call], *names: str) -> Iterator[None
 
 
 def of_six_documents(path: Path, seed: int, words: int = 3) -> Trace:
-    rng = np.random.default_rng(seed)
-    ids = [uniform_ids(rng, 60, E, K) for _ in range(2)]
+    ids = [uniform_ids(np.random.default_rng([seed, r]), 60, E, K) for r in range(2)]
     document = np.repeat(np.arange(6), 10)
     return write_trace(path, ids, E, words=words, document=document, batch_tokens=10)
 
@@ -132,8 +131,8 @@ def test_every_moment_is_a_readable_trace(there: str) -> None:
     assert {0, 2 * T, 4 * T, 6 * T} == set(seen)
 
 
-def test_early_shards_are_replaced(there: str) -> None:
-    place = Remote(f"{there}/t")
+def test_early_shards_are_replaced_and_ranks_write_one_trace(there: str) -> None:
+    place = Remote(f"{there}/early")
     with a_writer(place, shard_tokens=100 * T, commit_every=0.01) as writer:
         for _ in committed(place, writer, batches(4), T):
             pass
@@ -141,10 +140,7 @@ def test_early_shards_are_replaced(there: str) -> None:
     assert Trace(place).n_shards == 1
     found = verify(place.url)
     assert (found.ok, found.tokens, found.uncommitted) == (True, 4 * T, []), found
-
-
-def test_ranks_write_one_trace(there: str) -> None:
-    place = Remote(f"{there}/t")
+    place = Remote(f"{there}/ranks")
     first = hold(place, shared=True)
     second = join(place, first.holder)
     for rank, lock in ((1, second), (0, first)):
