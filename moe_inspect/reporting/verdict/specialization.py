@@ -129,8 +129,10 @@ def _beyond_chance(table: pd.DataFrame) -> pd.DataFrame:
 def domain_beyond_token(data: ReportData) -> Finding | None:
     """How much of the domain's information is vocabulary, in the router where it is most."""
     table = data.tables["specialization"]
+    if len(data.counts.domains) < 2 or _cannot_tell(data, table):
+        return None
     real = _beyond_chance(table)
-    if real.empty or _cannot_tell(data, table) or untrained_seed(data) is not None:
+    if real.empty or untrained_seed(data) is not None:
         return None
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
     row, name = top_row(real, effect), "domain_mi_given_token"
