@@ -236,8 +236,7 @@ for n, arguments in enumerate(json.loads(sys.argv[1])):
 def in_one_process(
     directory: Path, *commands: Sequence[object], **environment: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs `moe-inspect …` for each of the commands, one after the other in one process, which
-    imports torch once; all that it writes to its streams is caught, by libraries too."""
+    """Runs `moe-inspect …` for each command in one process; all that any library writes is caught."""
     texts = [list(map(str, command)) for command in commands]
     subprocess.run(
         [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(texts)],

@@ -35,8 +35,7 @@ SECTIONS = ("ceilings", "correctness", "micro", "decode", "models", "graphs", "w
 
 
 def benchmark(root: Path, *given: str, breakage: tuple[str, str] | None = None) -> SimpleNamespace:
-    """`python -m benchmarks.gpu`, in a process of its own that need not import anything.
-    `breakage`: a function of `kernels`, and what is done to its result."""
+    """In a process of its own. `breakage`: a function of `kernels`, and what its result suffers."""
 
     def run() -> None:
         for descriptor, name in ((1, "out"), (2, "err")):

@@ -277,12 +277,6 @@ def test_drops_equal_a_brute_force(order: str, case: tuple[np.ndarray, np.ndarra
     assert load_GE.sum() == (ids_TK >= 0).sum()
 
 
-def test_capacity_is_exact_where_a_float_is_not():
-    assert ceil(1.1 * 100) == 111
-    assert expert_capacity(1.1, 100, 1, 1) == 110
-    assert expert_capacity(1.25, 7, 2, 8) == 3
-
-
 def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     # capacity 1.0 · 4 · 1 / 2 = 2 a batch: expert 0 has 4 and 3 of them, so 2 and 1 are dropped,
     # the last to come
@@ -299,6 +293,9 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     columns = ["capacity_factor", "simulated_drop_rate", "unused_capacity"]
     assert made.tables["capacity_needed"].iloc[0][columns].tolist() == [1.51, 0.0, 0.5]
     assert expert_capacity(1.5, 4, 1, 2) == 3  # one hundredth less is too little
+    assert ceil(1.1 * 100) == 111
+    assert expert_capacity(1.1, 100, 1, 1) == 110
+    assert expert_capacity(1.25, 7, 2, 8) == 3
     assert all(sentence.startswith("Simulated") for sentence in made.verdict)
 
 
@@ -321,12 +318,9 @@ def test_a_document_that_was_cut_is_its_sequences_one_after_the_other():
     assert capacity.document_deciles(document_T, sequence_T).tolist() == expected
 
 
-def test_a_group_may_be_larger_than_any_pass():
+def test_order_moves_drops_and_a_group_may_be_larger_than_any_pass():
     usual, made = (simulate_capacity(COLLAPSED, group_tokens=of) for of in ("batch", 10**30))
     assert made.tables["capacity"].equals(usual.tables["capacity"])
-
-
-def test_order_moves_drops_and_does_not_change_how_many():
     made = [simulate_capacity(COLLAPSED, order=order, group_tokens=200) for order in ORDERS]
     tables = [of.tables["capacity"] for of in made]
     dropped, hit = ([of[name].tolist() for of in tables] for name in ("dropped", "tokens_hit"))

@@ -281,7 +281,7 @@ def test_of_a_model_of_ones_own(tmp_path: Path) -> None:
     close(tokens[COLUMNS].to_numpy(), expected(logits, ids))
 
 
-def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
+def test_where_there_is_none_that_is_said(cli_here: Cli, tmp_path: Path) -> None:
     for family, options, said in (
         ("openai_privacy_filter", {}, "does not predict the next token"),
         ("diffusion_gemma", {}, "does not predict the next token"),
@@ -298,6 +298,9 @@ def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
         model(**token_batch([5]))
         with pytest.raises(MoeInspectError, match="without token losses"):
             recorder.step(5)
+    served = ["http://localhost:1", "--engine", "vllm", "--model-config", "demo", "--token-loss"]
+    told = cli_here("trace", *served, "-o", "u", check=2)
+    assert "--token-loss does not apply with --engine" in told.stderr
 
 
 def test_a_head_that_does_not_give_the_models_logits_is_not_used(tmp_path: Path) -> None:
@@ -317,9 +320,3 @@ def test_a_head_that_does_not_give_the_models_logits_is_not_used(tmp_path: Path)
     recording = moe_inspect.record(model, tmp_path / "t", token_loss=True)
     with torch.no_grad(), pytest.raises(MoeInspectError, match=said), recording:
         model(**token_batch([5, 3]), logits_to_keep=1)
-
-
-def test_an_engine_gives_none(cli_here: Cli) -> None:
-    served = ["http://localhost:1", "--engine", "vllm", "--model-config", "demo", "--token-loss"]
-    told = cli_here("trace", *served, "-o", "u", check=2)
-    assert "--token-loss does not apply with --engine" in told.stderr

@@ -1,6 +1,5 @@
-"""Compiles kernel variants ahead of time for GPU types, which needs no GPU, and prints one JSON
-line per variant: `python -m tests.support.aot sm_90 sm_80/3`, without TRITON_INTERPRET. /3: every
-third."""
+"""Compiles kernel variants ahead of time, without a GPU, and prints one JSON line per variant:
+`python -m tests.support.aot sm_90 sm_80/3`, without TRITON_INTERPRET. /3: every third."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Loads of experts that change from window to window: bursts, slow drift, or the noise of counting
-alone."""
+"""Loads of experts that change from window to window: bursts, slow drift, or noise alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""An exhaustive search over placements of experts on GPUs: exact, and feasible only for few experts
-and slots."""
+"""An exhaustive search over placements of experts on GPUs: exact, for few experts and slots."""
 
 from __future__ import annotations
 
@@ -18,9 +17,8 @@ def fits_apart(
     load_E: np.ndarray, slots: int, gpus: int, limit: float, replicas: int = 2**16
 ) -> bool:
     """Whether `slots` replicas fit on `gpus` GPUs, the same number on each, so that no GPU's load
-    exceeds `limit` and no GPU holds two replicas of one expert (unless the expert has more
-    replicas than there are GPUs). Tries every number of replicas per expert up to `replicas`, and
-    every way to distribute them. load_E: float [E], tokens per expert."""
+    exceeds `limit` and no GPU holds two replicas of one expert (unless it has more than
+    there are GPUs). Tries every number up to `replicas`, and every way. load_E: float [E]."""
     room = slots // gpus
     for of_each in _replicas(load_E.tolist(), slots, replicas, limit):
         pairs = zip(load_E.tolist(), of_each, strict=True)

@@ -3,9 +3,8 @@
 does all targets, which `--list` prints).
 
 Whatever the bytes, an import ends in a trace that verifies, or in a MoeInspectError of one line;
-so does what only reads, but for the trace.
-What breaks that is written to tests/crashes/<NAME>-…, where tests/test_hostile.py finds it from
-then on.
+so does what only reads, but for the trace. What breaks that is written to tests/crashes/<NAME>-…,
+where tests/test_hostile.py finds it.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ def unpacked(names: list[Path], data: bytes, folder: Path) -> None:
 
 
 def targets() -> dict[str, str]:
-    """Name → format: what tests/support/foreign.py makes files of, and every format of the registry
-    that it does not know, which is fuzzed from an empty file; then OTHERS, of no format of their
-    own."""
+    """Name → format: what tests/support/foreign.py makes files of, and every format that it does
+    not know, which is fuzzed from an empty file; then OTHERS, of no format of their own."""
     from moe_inspect.importers import MODULES
     from tests.support.foreign import FORMAT_OF
 
@@ -107,8 +105,7 @@ def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
 
 
 def check(name: str, names: list[Path], data: bytes, root: Path, model: Path | None) -> None:
-    """Imports or reads the files at `root`, an empty folder; what ends in neither of the two good
-    ways is an exception."""
+    """Imports or reads the files at `root`, an empty folder; no good end is an exception."""
     from moe_inspect.errors import MoeInspectError
     from moe_inspect.importers.run import import_trace
     from moe_inspect.trace.verify import verify

@@ -96,9 +96,8 @@ def check_record(kernels: ModuleType, case: Case, reference: bool) -> None:
 
 
 def check_combine(kernels: ModuleType, case: Case, reference: bool) -> None:
-    """The kernel against float64, both grouped and in slot order; the torch implementation
-    bit-identical to transformers' steps. A program is one token: more of them show nothing new, but
-    for as many slots as the first of them can record."""
+    """The kernel against float64, both grouped and in slot order; torch bit-identical to
+    transformers' steps. More tokens show nothing new, but for as many as the first can record."""
     ids, weights = choice(case)
     full = kernels.RECORD_BLOCK - 4 <= case.T * case.K <= kernels.RECORD_BLOCK
     if weights is None or case.T == 0 or (case.T > 130 and not full):

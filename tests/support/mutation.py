@@ -49,8 +49,7 @@ def load_file(name: str, file: Path) -> Any:
 
 
 def mutation(module: ModuleType, old: str, new: str) -> Callable[[], None]:
-    """What puts the mistake into the functions of `module`: whoever has imported, wrapped or
-    registered one then has the wrong one."""
+    """What puts the mistake into the functions of `module`, wherever they are imported."""
     file = module.__file__ or ""
     sources = Path(file).read_text(), changed_source(module, old, new)
     right, wrong = (_codes(compile(source, file, "exec", dont_inherit=True)) for source in sources)
@@ -96,9 +95,8 @@ def _living() -> tuple[dict[Place, list[FunctionType]], list[Any]]:
 
 
 def fails(check: Callable[[], object]) -> bool:
-    """Whether `check` does, in a process of its own, which shares nothing that it changes and may
-    be brought down. One that was forked while a thread held a lock waits for it forever: then
-    another is."""
+    """Whether `check` does, in a process of its own, which may be brought down. One that was
+    forked while a thread held a lock waits for it forever: then another is."""
     for _ in range(2):
         child = multiprocessing.get_context("fork").Process(target=check)
         child.start()

@@ -1,5 +1,4 @@
-"""A report of tables written by hand: what the verdict reads, and nothing that has to be
-counted."""
+"""A report of tables written by hand: what the verdict reads, and nothing to be counted."""
 
 from __future__ import annotations
 
@@ -104,6 +103,8 @@ def stub(
             cell |= {"activation": activation_DE[d, e], "lift": lift_DE[d, e]}
             cell["expected_by_chance"] = 1 + noise_floor(cell["tokens"], E, k)
             spread.append(cell)
+    trace = SimpleNamespace(routers=listed, tables=("routing", "logits"), manifest={})
+    trace.imported = trace.has_dropped = False
     made = {"balance": balance, "load": load, "domains": spread, **tables}
     frames = {name: pd.DataFrame(of) for name, of in made.items()}
     return SimpleNamespace(
@@ -114,13 +115,7 @@ def stub(
         thresholds=thresholds_with(limits),
         baseline=None,
         selection=SimpleNamespace(routers=chosen, domains=domains_selected),
-        trace=SimpleNamespace(
-            routers=listed,
-            tables=("routing", "logits"),
-            manifest={},
-            imported=False,
-            has_dropped=False,
-        ),
+        trace=trace,
         warning=None,
         top=20,
         made={},

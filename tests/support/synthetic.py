@@ -1,5 +1,4 @@
-"""Synthetic traces, written through TraceWriter: what a test states about routing becomes a trace
-on disk."""
+"""Synthetic traces on disk, written through TraceWriter: what a test states about routing."""
 
 from __future__ import annotations
 
@@ -116,9 +115,8 @@ def assigned(trace: Trace) -> pd.DataFrame:
 
 
 def a_pass(n: int, ids: Sequence[np.ndarray], T: int | None = None, **given: Any) -> RoutedBatch:
-    """A forward pass of T tokens, as many as the first router decides on: of token id 0, document 0
-    and domain "text", at positions from 0 on, without weights; but for the fields that are given.
-    A sequence is a document."""
+    """A forward pass of T tokens, of token id 0, document 0 and domain "text", at positions from 0
+    on, without weights; but for the fields that are given. A sequence is a document."""
     T = len(ids[0]) if T is None else T
     zeros, document = np.zeros(T, np.int32), given.get("document", np.zeros(T, np.int32))
     usual = {"token_id": zeros, "document": document, "sequence": document, "domain": zeros}
