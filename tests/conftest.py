@@ -236,7 +236,7 @@ for n, arguments in enumerate(json.loads(sys.argv[1])):
 def in_one_process(
     directory: Path, *commands: Sequence[object], **environment: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs `moe-inspect …` for each command in one process; all that any library writes is caught."""
+    """Runs `moe-inspect …` for each command in one process; all that libraries write is caught."""
     texts = [list(map(str, command)) for command in commands]
     subprocess.run(
         [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(texts)],
