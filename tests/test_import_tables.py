@@ -198,7 +198,7 @@ def test_tokens_are_as_many_as_explain_the_counts(
     counts: list[int], tokens: int, tmp_path: Path
 ) -> None:
     """Of the fullest router: no token chooses an expert twice. They are too few to judge."""
-    table = {"layer": [0] * len(counts), "expert": [*range(len(counts))], "count": counts}
+    table = {"layer": [0] * len(counts), "expert": [*range(len(counts))], "count": [*counts]}
     for column, value in (("layer", 1), ("expert", 0), ("count", 1)):
         table[column].append(value)
     (tmp_path / "c.json").write_text(json.dumps(table))
