@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moe_inspect.site import entry
 from moe_inspect.site.build import atlas
 from moe_inspect.site.directory import DATA, UP
 from moe_inspect.site.index import index_page
+from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace, open_trace
 from tests.conftest import Cli, OpenPage
 from tests.support.damage import edit_manifest
@@ -78,25 +80,25 @@ def state(site: Path) -> dict[str, bytes]:
 
 
 def test_the_table_is_that_of_the_reports(here: Path):
-    paths, table = [here / "a", here / "b"], site_of(here, "a", "b", "counts")
+    table = site_of(here, "a", "b", "counts")
     assert list(table.index) == ["a", "b", "counts"]
-    a = report(paths[0])
+    a = report(here / "a")
     balance, spec = a.tables["balance"], a.tables["specialization"]
     assert table.loc["a", "max_over_mean"] == balance["max_over_mean"].max()
     bits = (spec["domain_mi_bits"] - spec["domain_mi_null_bits"]).max()
     assert table.loc["a", "domain_bits"] == pytest.approx(bits)
     assert bits > 0.1
     assert table.loc["a", "committee_experts"] == a.tables["committee"]["committee_experts"].mean()
-    compared = compare_checkpoints(paths).tables["saturation"]
+    compared = compare_checkpoints([here / "a", here / "b"]).tables["saturation"]
     assert table.loc["a", "saturation"] == pytest.approx(compared["overlap"].mean())
     assert table.loc["a", "saturation_with"] == "b"
     assert table.loc[["b", "counts"], "saturation"].isna().all()
     assert table.loc["counts", "tokens"] == 18
     assert table.loc[["counts"], "domain_bits"].isna().all()
-    lacks = {name: entry["lacks"] for name, entry in entries(here / "site").items()}
-    assert lacks["a"] == {}
+    held = entries(here / "site")
+    assert held["a"]["lacks"] == {}
     token = "specialization by token, search by token"
-    assert set(lacks["counts"]) == {"specialization by domain", token}
+    assert set(held["counts"]["lacks"]) == {"specialization by domain", token}
     index = (here / "site/index.html").read_text()
     assert "counts do not tell documents apart" in index
     assert "no other trace has the same text and another checkpoint" in index
@@ -239,10 +241,6 @@ def test_pages_are_added(here: Path):
     assert set(state(here / "site")) == {"index.html", "c.html"}
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_whenever_it_is_killed_the_site_is_whole(here: Path, monkeypatch: pytest.MonkeyPatch):
     old = state(here / "site")
     shutil.copytree(here / "counts", here / "c")
@@ -250,18 +248,17 @@ def test_whenever_it_is_killed_the_site_is_whole(here: Path, monkeypatch: pytest
     (here / "site/.c.html.tmp").write_text("left by a kill")
     replace = os.replace
     for steps in range(3):
-        left = [steps]
+        left = iter(range(steps))
 
-        def stopping(*paths: Any, left: list[int] = left) -> None:
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
+        def stopping(*paths: Any, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
             replace(*paths)
 
         monkeypatch.setattr(os, "replace", stopping)
         try:
             site_of(here, "a", "b", "counts", "c")
-        except Killed:
+        except KeyboardInterrupt:
             now = {name: data for name, data in state(here / "site").items() if name in old}
             assert now == old
             assert steps < 2
@@ -272,8 +269,6 @@ def test_whenever_it_is_killed_the_site_is_whole(here: Path, monkeypatch: pytest
 
 
 def test_two_runs_do_not_write_at_once(here: Path):
-    from moe_inspect.trace.files.lock import hold
-
     with hold(here / "site"), pytest.raises(MoeInspectError, match="still writing"):
         site_of(here, "a")
 
@@ -322,9 +317,8 @@ BAD = {
 @pytest.mark.parametrize("says", BAD)
 def test_bad_input_is_one_line(says: str, here: Path):
     output, traces = BAD[says]
-    strange = (
-        f'<script type="text/plain" data-of="atlas">{base64.b64encode(b"x").decode()}</script>'
-    )
+    of_atlas = base64.b64encode(b"x").decode()
+    strange = f'<script type="text/plain" data-of="atlas">{of_atlas}</script>'
     for name, text in (("foreign", "<html>mine</html>"), ("strange", strange)):
         (here / name).mkdir()
         (here / name / "index.html").write_text(text)

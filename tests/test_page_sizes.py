@@ -138,6 +138,16 @@ def test_a_large_model_fits(shown: Shown) -> None:
     page.press("End", "ArrowDown", "Enter")
     assert page.title() == "Layer 1 · expert 255"
     page.press("Escape")
+    # a megabyte of text, and every expert has its contexts
+    text: Any = text_section(shown.of)
+    one = html.packed({**text.data, "contexts": None})
+    assert TEXT_BYTES / 3 < len(one) <= TEXT_BYTES
+    said = r"Shown: \d of 5 documents: those of each domain whose experts differ most"
+    assert re.search(said, text.text)
+    assert page.locator(".routed .ids i").count() > 20
+    page.evaluate("location.hash = '#L57E255'")
+    page.until("document.querySelectorAll('#card .context').length === 4")
+    page.press("Escape")
 
 
 @on("demo", "58 × 256")
@@ -247,19 +257,6 @@ def test_a_card_has_contexts_from_all_domains_and_leads_to_the_text(shown: Shown
     assert page.locator("#text-expert").input_value() == str(expert)
     assert page.locator("#text-layer").input_value() == str(len(of.trace.routers) - 1)
     page.locator("#text-mode").select_option("first")
-
-
-@on("58 × 256")
-def test_a_large_model_has_a_megabyte_of_text_and_every_expert_its_contexts(shown: Shown) -> None:
-    text: Any = text_section(shown.of)
-    one = html.packed({**text.data, "contexts": None})
-    assert TEXT_BYTES / 3 < len(one) <= TEXT_BYTES
-    said = r"Shown: \d of 5 documents: those of each domain whose experts differ most"
-    assert re.search(said, text.text)
-    assert shown.page.locator(".routed .ids i").count() > 20
-    shown.page.evaluate("location.hash = '#L57E255'")
-    shown.page.until("document.querySelectorAll('#card .context').length === 4")
-    shown.page.press("Escape")
 
 
 @on("3 tokens", "demo")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -27,9 +26,9 @@ from moe_inspect.reporting.report import report
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT
-from tests.support.synthetic import thirty_documents
+from tests.support.watched import waited
 
-L, T = 3, 300
+L, T = 3, 300  # of the trace `sound`
 COUNTED = {"reading tokens": T, "counting": T * L}
 PLACED = {"counting loads": T, "placing": L, "counting ranks": T}
 PHASES: dict[Callable[[str], object], dict[str, int]] = {
@@ -46,11 +45,6 @@ PHASES: dict[Callable[[str], object], dict[str, int]] = {
     lambda path: simulate_placement(path, gpus=4, minimize="ranks"): PLACED
     | {"sampling": T, "exchanging": L},
 }
-
-
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(thirty_documents(tmp_path_factory.mktemp("progress") / "t").path)
 
 
 @contextmanager
@@ -77,7 +71,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Generator[list[bytes]]:
 
 @pytest.mark.parametrize("run", PHASES)
 def test_phases_have_a_total_from_the_start_and_reach_it(
-    trace: str, run: Callable[[str], object]
+    sound: Path, run: Callable[[str], object]
 ) -> None:
     begun, done = dict[str, int](), dict[str, int]()
 
@@ -90,12 +84,12 @@ def test_phases_have_a_total_from_the_start_and_reach_it(
         return advance
 
     with progress.listening(listener):
-        run(trace)
+        run(str(sound))
     assert done == begun
     assert begun.keys() == PHASES[run].keys()
     assert all(begun[name] == (total or begun[name]) > 0 for name, total in PHASES[run].items())
     begun.clear()
-    run(trace)  # nobody listens
+    run(str(sound))  # nobody listens
     assert not begun
 
 
@@ -127,14 +121,12 @@ def test_the_bar_shows_within_a_second_and_moves_without_a_total(
         assert bar is not None
         assert bar.started.wait(1)
         progress.phase("loading")  # of which no total is known
-        drawn = set[str]()
-        end = time.monotonic() + 5
-        while len(drawn) < 3 and time.monotonic() < end:
-            time.sleep(0.05)
-            lines = b"".join(sent).decode().split("\r")
-            drawn = {line for line in lines if "loading" in line}
-        assert len(drawn) >= 3
-        assert not any(" of " in line for line in drawn)
+
+        def drawn() -> set[str]:
+            return {line for line in b"".join(sent).decode().split("\r") if "loading" in line}
+
+        waited(lambda: len(drawn()) >= 3, 5)
+        assert not any(" of " in line for line in drawn())
 
 
 def test_the_time_left_is_that_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,25 +158,24 @@ def test_the_time_left_is_that_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> 
     bar.close()
 
 
-@pytest.mark.parametrize(
-    ("command", "loads", "shows"),
-    [
-        (["trace", "demo", "-o", "t"], "trace.need_torch", "starting"),
-        (["doctor"], "doctor.quiet", "loading torch"),
-    ],
-)
+LOADS = {
+    "trace demo -o t": ("trace.need_torch", "starting"),
+    "doctor": ("doctor.quiet", "loading torch"),
+}
+
+
+@pytest.mark.parametrize("command", LOADS)
 def test_a_command_shows_progress_before_it_loads_torch(
-    command: list[str], loads: str, shows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loads, shows = LOADS[command]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["moe-inspect", *command])
+    monkeypatch.setattr(sys, "argv", ["moe-inspect", *command.split()])
     with terminal(monkeypatch) as sent:
 
         def load() -> None:
-            end = time.monotonic() + 10
-            while shows not in b"".join(sent).decode() and time.monotonic() < end:
-                time.sleep(0.01)
-            raise MoeInspectError("shown" if time.monotonic() < end else "not shown")
+            waited(lambda: shows in b"".join(sent).decode(), 10)
+            raise MoeInspectError("shown")
 
         monkeypatch.setattr(f"moe_inspect.cli.{loads}", load)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -196,7 +187,7 @@ def test_a_command_shows_progress_before_it_loads_torch(
     assert "error: shown" in b"".join(sent).decode()
 
 
-def test_nothing_is_shown_on_a_pipe(trace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_shown_on_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     with bars.shown() as bar:  # stderr is no terminal
         assert bar is None
     monkeypatch.setattr(bars, "_piped", lambda: True)

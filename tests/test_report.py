@@ -46,9 +46,6 @@ COLUMNS = {
 }
 
 
-# --- tables
-
-
 def test_every_table_has_its_columns(planted_report: Report):
     assert set(COLUMNS) <= set(TABLES)
     for name in TABLES:
@@ -79,9 +76,6 @@ def test_facts_and_tables_agree(planted_report: Report):
     known |= {"worst_layer": 3, "dead_experts": 1}
     facts = dict(planted_report.facts())
     assert {name: facts[name] for name in known} == {name: str(n) for name, n in known.items()}
-
-
-# --- the verdict
 
 
 def test_what_is_planted_is_said(planted_report: Report):
@@ -165,8 +159,9 @@ def test_what_moves_from_pass_to_pass_is_told_though_the_sum_is_even(tmp_path: P
     assert f"GPUs would idle {1 - 1 / each:.0%} of the time in that layer" in said["moved"][0]
 
 
-def test_findings_carry_their_numbers_and_come_most_important_first():
-    found = report(ROOT / "sample_traces" / "collapsed").verdict()
+def test_findings_carry_their_numbers_come_most_important_first_and_are_made_once():
+    made = report(ROOT / "sample_traces" / "collapsed")
+    found, again = made.verdict(), made.verdict()
     order = [min(SEVERITIES.index(f.severity), 2) for f in found]
     assert order == sorted(order)
     first = found[0]
@@ -174,14 +169,9 @@ def test_findings_carry_their_numbers_and_come_most_important_first():
     assert f"{first.values['max_over_mean']:.2f}x the mean load" in first.text
     assert {f.kind for f in found} <= {check.__name__ for _, of in CHECKS for check in of}
     assert len({f.kind for f in found}) == len(found)
-
-
-def test_the_checks_run_once_per_report():
-    made = report(ROOT / "sample_traces" / "collapsed")
-    first, again = made.verdict(), made.verdict()
-    assert first is not again
-    assert all(one is other for one, other in zip(first, again, strict=True))
-    assert len(made.tables["verdict"]) == len(first)
+    assert found is not again
+    assert all(one is other for one, other in zip(found, again, strict=True))
+    assert len(made.tables["verdict"]) == len(found)
 
 
 def test_the_verdict_is_a_table_and_json_has_its_numbers(cli_here: Cli):

@@ -1,4 +1,4 @@
-"""The report from the command line, end to end."""
+"""The report from the command line, end to end; `--rules`: the alarms of a trace after the fact."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
+import moe_inspect
+from moe_inspect.alarms.alarms import Alarms
+from moe_inspect.alarms.of_trace import alarms_of, windows_of
+from moe_inspect.alarms.rules import parse_rule
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart, chart_of, every_chart
 from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
-from tests.conftest import Cli
+from moe_inspect.training import RoutingMonitor
+from tests.conftest import ROOT, Cli
+from tests.support.chance import REGIMES, Planted, drawn
 from tests.support.planted import planted
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.trained import counted
+from tests.test_training import loop
 
 
 @pytest.fixture
@@ -61,16 +71,12 @@ def test_nan_is_null_in_json(cli_here: Cli, tmp_path: Path):
     assert any(s["key"] == "note" and "one domain" in s["value"] for s in summary)
 
 
-def test_parquet_into_a_pipe_and_a_file(
-    planted_trace: Trace, tmp_path: Path, planted_report: Report
-):
-    asked = f"report {planted_trace.path} --table load --format parquet"
-    command = [sys.executable, "-m", "moe_inspect", *asked.split()]
+def test_parquet_into_a_pipe(planted_trace: Trace, planted_report: Report):
+    command = [sys.executable, "-m", "moe_inspect", "report", str(planted_trace.path)]
+    command += ["--table", "load", "--format", "parquet"]
     piped = subprocess.run(command, capture_output=True, check=True).stdout
-    subprocess.run([*command, "-o", str(tmp_path / "load.parquet")], check=True)
-    for source in (io.BytesIO(piped), tmp_path / "load.parquet"):
-        read = pq.read_table(source).to_pandas()
-        pd.testing.assert_frame_equal(read, planted_report.tables["load"])
+    made = pd.read_parquet(io.BytesIO(piped))
+    pd.testing.assert_frame_equal(made, planted_report.tables["load"])
 
 
 READ: dict[str, Any] = {"csv": pd.read_csv, "parquet": pd.read_parquet}
@@ -258,3 +264,80 @@ def test_what_is_not_needed_is_not_imported(planted_trace: Trace, does: str):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == LIGHT[does]
+
+
+RULES = ["max_vio > 0.1 even by chance for 2 windows", "drift > 0.01 even by chance"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """A history, and the alarms that were raised while it was written."""
+    path = tmp_path_factory.mktemp("run") / "h"
+    model = counted().train()
+    with RoutingMonitor(model, path, log_steps=2, rules=RULES, on_alarm=lambda a: None) as monitor:
+        loop(model, monitor, 8)
+    return path, monitor.raised
+
+
+def test_they_are_those_that_were_raised_in_training(run: tuple[Path, list[Any]]) -> None:
+    path, raised = run
+    found = alarms_of(moe_inspect.open_trace(path), [parse_rule(rule) for rule in RULES])
+    assert found == raised
+    assert {a.metric for a in found} == {"max_vio", "drift"}
+
+
+def test_the_command_exits_with_3_where_there_are_any(
+    cli_here: Cli, run: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    def said(rules: str, code: int, *more: str) -> str:
+        (tmp_path / "rules.txt").write_text(rules)
+        return cli_here("report", run[0], "--rules", "rules.txt", *more, check=code).stderr
+
+    every = "\n".join(RULES)
+    assert f"alarm: {run[1][0].text}" in said(every, 3)
+    assert said(every, 3).count("help: ") == 2
+    assert "Layer 0" not in said(every, 3, "--layers", "1")
+    assert "alarm" not in said("max_vio > 4\n", 0)
+    assert "line 1: cannot read the rule" in said("max_vio ! 4\n", 2)
+    assert "does not hold z_loss" in said("z_loss > 4\n", 1)
+
+
+def test_a_trace_of_decisions_is_cut_into_windows() -> None:
+    trace = moe_inspect.open_trace(ROOT / "sample_traces/collapsed")
+    windows = list(windows_of(trace, select(trace), window=2000)[0])
+    assert sum(int(w.tokens_R[0]) for w in windows) == trace.n_tokens
+    rules = [parse_rule("max_vio > 1.8 for 2 windows")]
+    found = alarms_of(trace, rules, window=2000)
+    assert {a.layer for a in found} == {3}
+    balanced = moe_inspect.open_trace(ROOT / "sample_traces/balanced")
+    assert not alarms_of(balanced, rules, window=2000)
+    with pytest.raises(MoeInspectError, match="does not hold aux_loss"):
+        alarms_of(trace, [parse_rule("aux_loss > 1")])
+
+
+BY_CHANCE: dict[str, tuple[str, list[str], int]] = {
+    name: (name, ["max_vio > 0.2", "dead_experts > 0"], 500)
+    for name in ("clustered 8/2", "6 documents", "two domains of five")
+}
+BY_CHANCE["drift of 6 documents"] = ("6 documents", ["drift > 0.01"], 64)
+
+
+@pytest.mark.parametrize("case", BY_CHANCE)
+def test_what_may_be_chance_to_the_verdict_is_no_alarm(case: str, tmp_path: Path) -> None:
+    """Documents that each have a taste of their own, as the report knows; six of them tell nothing.
+    Control: the same windows, taken for independent tokens, raise alarms."""
+    name, texts, window = BY_CHANCE[case]
+    trace = drawn(tmp_path / "t", replace(REGIMES[name], L=2, taste=1.0), 1)
+    rules = [parse_rule(text) for text in texts]
+    (balance,) = [f for f in moe_inspect.report(trace).verdict() if f.kind == "balance"]
+    assert balance.severity in ("good", "note")
+    assert not alarms_of(trace, rules, window=window)
+    windows = list(windows_of(trace, select(trace), window=window)[0])
+    blind = Alarms(trace.routers, rules, effects={0: 1.0, 1: 1.0})
+    assert [alarm for w in windows for alarm in blind.see(w)]
+
+
+def test_what_is_planted_is_an_alarm(tmp_path: Path) -> None:
+    trace = drawn(tmp_path / "t", replace(REGIMES["clustered 64/8"], documents=60), 0, Planted(3.0))
+    found = alarms_of(trace, [parse_rule("max_vio > 0.5 for 2 windows")], window=1000)
+    assert {(a.router, a.experts) for a in found} == {(1, (5,))}

@@ -234,8 +234,7 @@ def test_an_encoding_that_lacks_a_character_loses_that_character_only(
 
 def test_tokens_that_look_like_markup_are_text():
     frame = pd.DataFrame({"layer": [0, 0], "router": [0, 0], "token": ["[/bold]\n", ":smile:"]})
-    file = io.StringIO()
-    console.print_table(frame, file)
+    console.print_table(frame, file := io.StringIO())
     assert "[/bold]\\n" in file.getvalue()
     assert ":smile:" in file.getvalue()
 

@@ -1,4 +1,5 @@
-"""Each sentence of the verdict, and the words that it turns on, just under and just over every threshold: on tables by hand."""
+"""Each sentence of the verdict and of the simulations, and the words that it turns on, just under and just over every threshold: on tables
+by hand."""
 
 from __future__ import annotations
 
@@ -7,10 +8,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
+from moe_inspect.simulate import cache as cache_text
+from moe_inspect.simulate import capacity as capacity_text
+from moe_inspect.simulate import decode as decode_text
+from moe_inspect.simulate import routing as routing_text
+from moe_inspect.simulate.capacity import simulate_capacity
+from tests.conftest import ROOT
 from tests.support.stub import row, stub
 
 EVEN = [100] * 8
@@ -180,11 +188,7 @@ SPOKEN = {
     "counts, little used": (experts.least_used_expert, stub(crowd(0.3, expected_by_chance=1.023), counts_only=True), None),
     "counts, hardly used": (experts.least_used_expert, stub(crowd(0.3, expected_by_chance=1.022), counts_only=True), "0.30x the mean"),
     "of all routers the least": (experts.least_used_expert, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
-    "the least of the living": (
-        experts.least_used_expert,
-        stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)),
-        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load. That layer's busiest expert gets 3,3",
-    ),
+    "the least of the living": (experts.least_used_expert, stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)), "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load. That layer's busiest expert gets 3,3"),
     # what waiting costs
     "waiting": (balance.idle_gpus, stub(near(1.2)), "With one GPU per expert, GPUs would idle 17% of the time."),
     "not waiting": (balance.idle_gpus, stub(near(1.1999)), None),
@@ -219,6 +223,9 @@ SPOKEN = {
     "overloads, documents enough": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(5, 60)), '"code" overloads expert 0'),
     "overloads, few documents": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60)), "may be their text, not the domain."),
     "overloads, counts": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60), counts_only=True), '"code" overloads expert 0'),
+    # documents whose design effect is (0.5 ÷ the floor)² explain 1.5 times the mean: over 1,000 where the floor is 0.0158
+    "overloads, counts beyond any documents": (experts.overloading_domain, of_domains(1.5, 1.01, tokens=100_000, counts_only=True), '"code" overloads'),
+    "overloads, counts as long documents": (experts.overloading_domain, of_domains(1.5, 1.01, tokens=20_000, counts_only=True), None),
     "overloads beyond chance": (experts.overloading_domain, of_domains(1.6, 1.1, overload_p=0.0099), '"code" overloads expert 0'),
     "overloads within chance": (experts.overloading_domain, of_domains(1.6, 1.1, overload_p=0.01), None),
     "overloads, not known": (experts.overloading_domain, of_domains(1.6, 1.1, overload_p=math.nan), None),
@@ -278,14 +285,6 @@ def test_sentences(case: str):
     assert (found is None) if says is None else (found is not None and says in found.text), found
 
 
-@pytest.mark.parametrize(("tokens", "says"), [(100_000, True), (20_000, False)])
-def test_counts_know_no_documents_and_a_domain_overloads_only_beyond_any(tokens: int, says: bool):
-    """1.5 times the mean is what documents explain whose design effect is (0.5 ÷ the floor)²."""
-    made = of_domains(1.5, 1.01, tokens=tokens, counts_only=True)
-    assert ((0.5 / unc.noise_floor(tokens, 8, 1)) ** 2 > 1_000) == says
-    assert (experts.overloading_domain(made) is not None) == says
-
-
 def told(
     *rows: dict[str, Any], documents: Any = (30, 30), seed: int | None = None, **given: Any
 ) -> str:
@@ -304,8 +303,31 @@ def beyond(bits: float, null: float = 0.1, p99: float = 0.12, **columns: Any) ->
     )
 
 
+LABELS = {0: "0", 1: "1/1", 2: "1/2"}
+
+
+def routed(*advice: tuple[str, float, float, float], bias: float | None = None) -> str:
+    """advice: (algorithm, experts per token, worst max_vio, least mass kept) of others."""
+    rows: list[dict[str, Any]] = [{"router": 1, "algorithm": "as recorded", "max_vio": 1.0}]
+    rows.append({"router": 0, "algorithm": "as recorded", "max_vio": 0.5})
+    if bias is not None:
+        of = {"max_vio_batch": 0.3, "mass_retained": 0.8, "agreement": 0.7}
+        rows.append({"router": 1, "algorithm": "loss-free bias", "max_vio": bias, **of})
+    names = ["algorithm", "experts_per_token", "max_vio_worst", "mass_retained_least"]
+    told = pd.DataFrame(advice or [("top-k 2", 2, 1.0, 1.0)], columns=names)
+    told["leaks_future"] = np.where(told["algorithm"] == "expert choice", "yes", "no")
+    settings = {"uneven": 0.2, "experts_per_token": 2.0, "bias_held_out": True}
+    tables = {"routing": pd.DataFrame(rows), "routing_algorithms": told}
+    return " ".join(routing_text.verdict(tables, settings | {"scoring": ["softmax"]}, LABELS))
+
+
+def hot(shares: list[float], even: float = 0.25) -> str:
+    once = pd.DataFrame({"hot_set_share": shares, "even_share": even})
+    return cache_text.hot_set(once, 2)
+
+
 DOMAIN_CHECKS = (specialization.domain_specialization, specialization.domain_beyond_token)
-DOMAINS = {
+TOLD = {
     "one domain": (partial(told, beyond(math.nan, domain_mi_p=math.nan), documents=(60,)), ""),
     "counts": (partial(told, beyond(0.6), counts_only=True), "Counts alone cannot tell whether experts specialise by domain"),
     "too few documents": (partial(told, beyond(0.6), documents=(3, 4)), "Too few documents to tell whether experts specialise by domain: 7 documents in 2 domains, of 8 that it takes at least."),
@@ -326,15 +348,91 @@ DOMAINS = {
     "topic": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.267)), ": not vocabulary alone."),
     "beyond vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_p=0.0099)), ": not vocabulary alone."),
     "vocabulary may be all": (partial(told, beyond(0.6, domain_mi_given_token_p=0.01)), ": that may be chance, so vocabulary may be all of it."),
+    # simulations
+    "as recorded": (routed, "As recorded, layer 1/1 is the least balanced: its busiest expert gets 2.00x the mean load over all tokens."),
+    "a bias helps": (partial(routed, bias=0.999), "a loss-free bias would bring layer 1/1 to 2.00x the mean load (1.30x per batch), keeping 80%"),
+    "a bias does not": (partial(routed, bias=1.0), "a loss-free bias would not even out layer 1/1: 2.00x the mean load"),
+    "judged held out": (partial(routed, bias=0.5), "on the half of the documents held out from fitting the bias."),
+    "balanced": (partial(routed, ("hashed", 2, 0.1999, 0.5)), "that balance every layer (no expert gets 1.2x the mean load), hashed keeps the most probability mass: at least 50%"),
+    "not balanced": (partial(routed, ("hashed", 2, 0.2, 0.5)), "no causal algorithm with the same compute balances every layer"),
+    "computes as much": (partial(routed, ("x", 2.0099, 0.1, 0.5)), "x keeps the most"),
+    "computes more": (partial(routed, ("x", 2.0101, 0.1, 0.9)), "no causal algorithm with the same compute"),
+    "computes less": (partial(routed, ("x", 1.9899, 0.1, 0.9)), "no causal algorithm with the same compute"),
+    "the most kept": (partial(routed, ("x", 2, 0.1, 0.51), ("y", 2, 0.15, 0.52)), "y keeps the most"),
+    "not random": (partial(routed, ("random", 2, 0.0, 0.9)), "no causal algorithm with the same compute"),
+    "not the future": (partial(routed, ("expert choice", 2, 0.0, 0.9)), "no causal algorithm with the same compute"),
+    "leaks": (partial(routed, ("expert choice", 2, 0.0, 0.9)), "Not causal: expert choice ("),
+    "computes 1.005 times": (partial(routing_text.added_compute, 1.005), ""),
+    "computes 1.0051 times": (partial(routing_text.added_compute, 1.0051), "; computes 1.01x as many experts per token"),
+    "computes half": (partial(routing_text.added_compute, 0.5), "; computes 0.5x as many"),
+    "hot": (partial(hot, [0.3, 0.3]), "Yes: in 2 of 2 layers the 2 busiest experts get at least 1.2x"),
+    "hot in part": (partial(hot, [0.3, 0.2999]), "In part: in 1 of 2 layers"),
+    "not hot": (partial(hot, [0.2999, 0.1]), "No: in 0 of 2 layers"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DOMAINS)
+@pytest.mark.parametrize("case", TOLD)
 def test_domains(case: str):
-    telling, says = DOMAINS[case]
+    telling, says = TOLD[case]
     said = telling()
     assert (says in said) if says else said == "", said
 
 
 def test_where_chance_is_not_known_nothing_is_said_beyond_vocabulary():
     assert "Given the token id" not in told(beyond(0.6, domain_mi_given_token_p=math.nan))
+
+
+@pytest.mark.parametrize(("even", "asks"), [(0.834, True), (0.832, False)])
+def test_a_hot_set_of_nearly_all(even: float, asks: bool):
+    said = "hold nearly all experts: simulate fewer slots"
+    assert (said in hot([1.0], even)) == asks
+
+
+def test_capacity_names_the_worst_router():
+    made = simulate_capacity(ROOT / "sample_traces/collapsed", capacity_factors=[1.0])
+    main, needed = (
+        made.tables[name].set_index("router") for name in ("capacity", "capacity_needed")
+    )
+    r, most = main["simulated_drop_rate"].idxmax(), needed["capacity_factor"].idxmax()
+    worst, across = main.loc[r], made.tables["capacity_tokens"].iloc[0]
+    ends = made.tables["capacity_by_position"].set_index(["router", "position_in", "tenth"])
+    expected = [
+        f"layer {r} would drop most: {worst['simulated_drop_rate']:.1%} of its assignments; "
+        f"{worst['tokens_hit']:.1%} of its tokens would lose an expert and "
+        f"{worst['tokens_lost']:.1%} all",
+        f"{across['hit_anywhere']:.1%} of tokens would lose an expert in at least one layer, and "
+        f"{across['lost_anywhere']:.1%} all experts of a layer",
+        "at most 1% of every layer's assignments takes a factor of "
+        f"{needed['capacity_factor'][most]:.2f} (layer {most}), which leaves "
+        f"{needed['unused_capacity'][most]:.0%}",
+        *(
+            f"layer {r}, drop rate by position in the {p}: first tenth {rate[r, p, 1]:.1%}, "
+            f"last tenth {rate[r, p, 10]:.1%}."
+            for rate in [ends["simulated_drop_rate"]]
+            for p in ("document", "group")
+        ),
+    ]
+    for sentence, said in zip(made.verdict, expected, strict=True):
+        assert said in sentence
+    nothing = {**made.tables, "capacity": main.reset_index().assign(simulated_drop_rate=np.nan)}
+    assert capacity_text.verdict(nothing, dict(made.settings), {}) == [
+        "Simulated: no router made an assignment, so nothing could be dropped."
+    ]
+
+
+def test_decode_says_what_it_has_steps_of():
+    rows = [(1, 9, 2.0, 2.0, 0.25), (8, 9, 7.0, 7.5, 0.875), (32, 0, None, 8.0, None)]
+    names = ["batch", "steps", "distinct_experts", "independent", "share_of_experts"]
+    table = pd.DataFrame(rows, columns=names).assign(bytes_per_token=None)
+    needed = pd.DataFrame({"reads_all_from": [24.0, 20.0], "compute_bound_from": np.nan})
+    settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300}
+    sentences = decode_text.verdict({"decode": table, "batch_needed": needed}, settings, {})
+    chance = "(25% of them; expected by chance: 2.0)."
+    assert sentences[0] == f"1 sequence reads 2.0 experts per layer and step {chance}"
+    assert sentences[2] == "No step of 32 sequences: the trace has too few at any position."
+    saturated = "From 24 sequences on, a step reads 95% of the experts in use in every layer"
+    assert sentences[3].startswith(saturated)
+    assert len(sentences) == 5
+    tables = {"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])}
+    bound = decode_text.verdict(tables, settings, {})
+    assert bound[4].startswith("Beyond about 200 sequences a larger batch stops helping")

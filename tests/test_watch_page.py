@@ -112,9 +112,7 @@ def test_metrics_are_those_of_the_trace(server: Server, trace: Path) -> None:
             assert found[name] == load
     (alarm,) = [name for name in found if name.startswith("moe_inspect_alarm{") and "dead" in name]
     assert 'layer="3"' in alarm
-
-
-def test_metrics_are_in_the_format_that_is_asked_for(server: Server) -> None:
+    # in the format that is asked for
     _, text, headers = server.get("/metrics", Accept="application/openmetrics-text")
     assert text.endswith("# EOF\n")
     assert headers["content-type"].startswith("application/openmetrics-text")
