@@ -6,6 +6,7 @@ import operator
 import pickle
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -226,6 +227,25 @@ def test_what_goes_wrong_is_said_in_a_line(
         pytest.raises(MoeInspectError, match="has no workers"),
     ):
         counted(empty.scheduler_address)
+
+
+@pytest.mark.parametrize("late", [2, 3])
+def test_a_client_that_starts_late_is_tried_again(
+    trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    """As distributed's, whose thread is given ten seconds to start: twice more."""
+    made, tried = distributed.Client, list[str]()
+
+    def started(address: str, timeout: str) -> Any:
+        tried.append(address)
+        assert len(tried) > late
+        return made(address, timeout=timeout)
+
+    monkeypatch.setattr(distributed, "Client", started)
+    on_it = trace.on(client.scheduler.address)
+    with pytest.raises(AssertionError) if late == 3 else nullcontext():
+        count_trace(on_it, select(on_it))
+    assert len(tried) == 3
 
 
 def test_dumps_are_parsed_on_it(client: Any, tmp_path: Path, cli_here: Cli) -> None:

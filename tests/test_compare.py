@@ -15,6 +15,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.comparison.compare import compare_checkpoints
+from moe_inspect.comparison.decisions.verdict import percent
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -164,6 +165,11 @@ def test_flips_at_the_margin_are_rounding_and_others_are_not(
     if n == L:
         margins = made.tables["margins"].groupby("decile")["set_mismatch"].mean()
         assert margins.idxmax() == (0 if kind == "rounding" else 9)
+
+
+def test_shares_are_said_as_exactly_as_they_are_known() -> None:
+    said = {0.0: "0.00%", 1 / 15_000: "0.007%", 1e-4: "0.01%", 0.25: "25.00%"}
+    assert {share: percent(share) for share in said} == said
 
 
 def test_flips_of_one_document_among_others_are_few(write: Write) -> None:

@@ -58,6 +58,7 @@ merging = by("counting.test_merging_is_associative_and_commutative_and_leaves_th
 two_stacks = by("counting.test_an_encoder_and_a_decoder_have_tokens_of_their_own")
 in_sequences = by("counting.test_repetition_and_segments_follow_a_sequence_across_batches")
 logits = by("counting.test_what_logits_and_weights_say_by_hand")
+of_pairs = by("compare_tables.test_the_loops_over_decisions", 371, 5, 5)
 written_in_order = by("slot_order.test_slots_are_written_in_descending_weight", "float16", 0.2)
 older_in_order = by("slot_order.test_older_traces_with_weights_are_put_in_order_while_read", 0.2)
 on_disk = by("trace.test_everything_is_on_disk_before_anything_speaks_of_it")
@@ -163,6 +164,11 @@ MUTATIONS = {
     "merged: the last part alone": ("analysis.counting.router_counts", "mine[there] += theirs", "mine[there] = theirs", merging),
     "merged: passes of one part": ("analysis.counting.router_counts", "before + n, sum_before + vio", "n, vio", merging),
     "an encoder's tokens are the decoder's": ("trace.schema", '(stack == "encoder") == (phase == "encode")', '(stack == "encoder") != (phase == "encode")', two_stacks),
+    # comparison
+    "compared: what was lost is gained": ("comparison.counting.kernels", "(a_KN, lost_KN, -1)", "(a_KN, lost_KN, 1)", of_pairs),
+    "compared: nowhere is an expert": ("comparison.counting.kernels", "a_KN != E, b_KN != E", "a_KN >= 0, b_KN >= 0", of_pairs),
+    "compared: flips of the first slot alone": ("comparison.counting.kernels", "b_KN[None, :, part]", "b_KN[None, :1, part]", of_pairs),
+    "compared: units of another size": ("comparison.counting.kernels", "unit_N * total_VX.shape[1]", "unit_N * total_VX.shape[0]", of_pairs),
     # writer
     "slots stay as they came": ("trace.writer.tables", "experts_KT = np.take_along_axis(experts_KT, order_KT, 0)", "pass", written_in_order),
     "weights stay where they were": ("trace.writer.tables", "values_KT = np.take_along_axis(values_KT, order_KT, 0)", "pass", written_in_order),

@@ -186,6 +186,15 @@ def test_independent_choices_have_the_marginals_drawn_one_by_one_or_not(total: i
     assert (np.abs(mean_EN - expected_EN) <= 5 * error_EN).all()
 
 
+@pytest.mark.parametrize("N", [1, 5, 256, 9_000])
+def test_choices_are_those_of_numpy(N: int):
+    share_N = np.random.default_rng(3).dirichlet(np.full(N, 0.3))
+    drawn, numpys = (np.random.default_rng(4) for _ in range(2))
+    for size in (0, 1, 20_000):
+        chosen_X = pairs._choices(share_N, size, drawn)
+        assert (chosen_X == numpys.choice(N, size, p=share_N)).all()
+
+
 def test_too_many_experts_are_not_counted_by_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

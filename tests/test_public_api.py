@@ -64,6 +64,10 @@ def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     command = [sys.executable, "-c", f"{program}print({heavy} & {{*sys.modules}})"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+    of_traces = "from moe_inspect.importers import run; from moe_inspect.exporters import run; "
+    of_traces += "from moe_inspect.trace import verify; import sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", of_traces], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_type_checkers_see_real_types(tmp_path: Path) -> None:

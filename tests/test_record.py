@@ -183,6 +183,18 @@ def test_counts_equal_the_decisions_counted(model: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(got.loc[key, "weight_sum"], weight_E, rtol=2e-3)
 
 
+def test_sampled_counts_without_a_trace(model: Any) -> None:
+    batches = [token_batch([8], seed) for seed in range(6)]
+    tables = []
+    for every, fed in ((1, batches[::3]), (3, batches)):
+        with moe_inspect.record(model, counts_only=True, every=every) as recorder, torch.no_grad():
+            for batch in fed:
+                model(**batch)
+            tables.append(recorder.balance())
+    assert tables[0].equals(tables[1])
+    assert tables[0]["assignments"].tolist() == [32, 32]
+
+
 @pytest.mark.parametrize(
     ("every", "spans"), [(1, [(0, 2), (3, 5), (6, 8), (9, 10)]), (2, [(0, 4), (6, 10)])]
 )

@@ -419,8 +419,9 @@ def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
     paths = [site.path for site in find_routers(model)]
     before = zoo.outputs(model, inputs)
     trace = zoo.recorded(model, tmp_path / "a", inputs)
-    with moe_inspect.intervene(model, replay=trace):
+    with moe_inspect.intervene(model, replay=trace) as done:
         assert torch.equal(zoo.outputs(model, inputs), before)
+    assert not done.table()[["decisions", "assignments", "weights"]].to_numpy().any()
     other = zoo.build(family, seed=1)
     with moe_inspect.intervene(other, replay=trace):
         again = zoo.recorded(other, tmp_path / "b", inputs)

@@ -158,9 +158,8 @@ def cluster(scheduler: Any, traces: Sequence[Trace]) -> Generator[Cluster]:
         try:
             # distributed asserts that the thread of a client starts within ten seconds, which a
             # busy machine may not give it
-            again = Retrying(
-                retry=retry_if_exception_type(AssertionError), stop=stop_after_attempt(3)
-            )
+            start_failed = retry_if_exception_type(AssertionError)
+            again = Retrying(retry=start_failed, stop=stop_after_attempt(3), reraise=True)
             client = again(Client, scheduler, timeout=f"{WAIT_S}s")
         except (OSError, TimeoutError, ValueError) as error:
             said = f"no dask scheduler answers at {scheduler}: {first_line(error)}"

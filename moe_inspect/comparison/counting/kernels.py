@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 Slots = tuple[np.ndarray, ...]  # K arrays [T], the number of experts where a slot routed nowhere
+BLOCK = 8192  # decisions whose pairs of slots are gone through at a time
 
 
 def unequal(a: Slots, b: Slots) -> np.ndarray:
@@ -79,9 +80,9 @@ def add_moves(
     for experts_KN, which_KN, sign in ((a_KN, lost_KN, -1), (b_KN, gained_KN, 1)):
         slot, at = np.nonzero(which_KN)
         add_cells(moved_UE, unit_N[at], experts_KN[slot, at], np.full(len(at), sign))
-    pairs = [np.zeros((2, 0), np.int64)]
-    for a_N, lost_N in zip(a_KN, lost_KN, strict=True):
-        for b_N, gained_N in zip(b_KN, gained_KN, strict=True):
-            at = np.flatnonzero(lost_N & gained_N)
-            pairs.append(np.stack([a_N[at], b_N[at]]).astype(np.int64))
-    add_cells(flips_EE, *np.concatenate(pairs, axis=1))
+    E = len(flips_EE)
+    for n in range(0, len(unit_N), BLOCK):
+        part = slice(n, n + BLOCK)
+        flip_KKN = a_KN[:, None, part].astype(np.intp) * E + b_KN[None, :, part]
+        flips = flip_KKN[lost_KN[:, None, part] & gained_KN[None, :, part]]
+        flips_EE += np.bincount(flips, minlength=E * E).reshape(E, E)
