@@ -32,7 +32,7 @@ def phase(name: str, total: int = 0, unit: str = "") -> Advance:
 
 
 def tracked(items: Collection[Item], name: str, unit: str) -> Iterator[Item]:
-    """The items, one after the other, as a phase of which each is a part when the next begins."""
+    """Yields the items, in a phase: each counts as done when the next is asked for."""
     advance = phase(name, len(items), unit)
     for item in items:
         yield item

@@ -14,6 +14,7 @@ from moe_inspect.files import read_small
 from moe_inspect.model.choices import Called
 from moe_inspect.model.families import Config
 from moe_inspect.model.load import blamed, commit_of, weights_fingerprint
+from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
 
@@ -80,9 +81,11 @@ def find_adapter(name: str, revision: str | None = None) -> PeftAdapter | None:
     """The adapter of that name; None: a whole model. MoeInspectError where it cannot be traced."""
     if (path := _file(name, "adapter_config.json", revision)) is None:
         return None
-    with blamed(f"{path} is not an adapter's config"):
+    try:
         config = json.loads(read_small(path))
         base = config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise MoeInspectError(f"{path} is not an adapter's config: {first_line(error)}") from None
     if not isinstance(base, str) or not base:
         said = f"{path} does not say which model it adapts"
         raise MoeInspectError(f"{said} (base_model_name_or_path)")

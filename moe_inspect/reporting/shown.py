@@ -77,7 +77,7 @@ class Shown(ABC):
         """Its charts, and why others are missing."""
 
     def first_chart(self) -> Chart | str | None:
-        """The chart that a notebook shows, or why there is none."""
+        """The chart that a notebook shows; why there is none, where that is known."""
         return next(iter(self.charts()[0]), None)
 
     def write_text(self, file: TextIO) -> None:

@@ -422,7 +422,7 @@ def _group(group: int | str) -> str:
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     factors = settings["capacity_factors"]
     factor = factors[len(factors) // 2]
-    main, across, needed = (tables[f"capacity{of}"] for of in ("", "_tokens", "_needed"))
+    main, across, needed = tables["capacity"], tables["capacity_tokens"], tables["capacity_needed"]
     at = main[main["capacity_factor"] == factor].dropna(subset=["simulated_drop_rate"])
     if at.empty:
         return ["Simulated: no router made an assignment, so nothing could be dropped."]
@@ -459,9 +459,16 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     factors, main = settings["capacity_factors"], tables["capacity"]
     routers = list(main["router"].unique())
     rate_of = main.pivot(index="capacity_factor", columns="router", values="simulated_drop_rate")
+    rate_of = rate_of[routers]
     x = np.arange(len(routers), dtype=float)
     by_layer = tuple(
-        Line(x, rate_of.loc[f].to_numpy(float), f"capacity factor {f:g}", *look(i), dots=True)
+        Line(
+            x,
+            rate_of.loc[f].to_numpy(float),
+            f"capacity factor {f:g}",
+            *look(i),
+            dots=True,
+        )
         for i, f in enumerate(factors)
     )
     factor = factors[len(factors) // 2]

@@ -289,8 +289,7 @@ class TokenSums:
 
     def add_to(self, total: ComparisonCounts, stack: str, number: int, routers: int) -> None:
         rows, decisions_UX = self.rows, total.decisions_UX[stack]
-        cell_T = rows.unit_T * align.CELLS + rows.cell_T
-        decisions_UX += np.bincount(cell_T, minlength=decisions_UX.size).reshape(-1, align.CELLS)
+        kernels.add_cells(decisions_UX, rows.unit_T, rows.cell_T)
         total.layers_N += np.bincount(self.differs_T, minlength=len(total.layers_N))
         document_D, first_D, at_T = np.unique(
             rows.document_T, return_index=True, return_inverse=True

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moe_inspect.simulate.placement import search as of_sum
+from moe_inspect.simulate.placement import search
 from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, replicate
 
 # windows; more are merged with their neighbours, since kriging solves a system of as many equations
@@ -45,18 +45,18 @@ def local_search(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
     slots, gpus = layout.slots, layout.gpus
     starts = [eplb(load_E, layout), eplb_global(load_E, layout)]
     if len(load_WE) < FEWEST or slots // gpus >= len(load_E):
-        return of_sum.search(load_E, slots, gpus, starts)
+        return search.search(load_E, slots, gpus, starts)
     drawn_EM, judged_EM = (
         np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED))
     )
-    limit = min(of_sum.Placement(load_E, start.reshape(gpus, -1)).most for start in starts)
+    limit = min(search.Placement(load_E, start.reshape(gpus, -1)).most for start in starts)
     cautious_E = replicate(drawn_EM.mean(1) + CAUTION * drawn_EM.std(1), slots, most=gpus)[1]
     found: list[np.ndarray] = []
-    for start in (*starts, of_sum.packed(load_E, cautious_E, gpus)):
-        if state := of_sum.separated(of_sum.Placement(load_E, start.reshape(gpus, -1))):
-            of_sum.descend(state)
-            found += [state.slots_GS] if state.most <= limit * (1 + of_sum.SMALLEST) else []
-    found = found or [of_sum.search(load_E, slots, gpus, starts).reshape(gpus, -1)]
+    for start in (*starts, search.packed(load_E, cautious_E, gpus)):
+        if state := search.separated(search.Placement(load_E, start.reshape(gpus, -1))):
+            search.descend(state)
+            found += [state.slots_GS] if state.most <= limit * (1 + search.SMALLEST) else []
+    found = found or [search.search(load_E, slots, gpus, starts).reshape(gpus, -1)]
     tried = {slots_GS.tobytes(): slots_GS for slots_GS in found}
     for slots_GS in list(tried.values()):
         exchanged_GS = slots_GS.copy()

@@ -18,7 +18,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import text_config
 from moe_inspect.progress import tracked
 from moe_inspect.simulate.placement import policies as policy
-from moe_inspect.simulate.placement import windows as read
+from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.forecast import local_search
 from moe_inspect.simulate.placement.plan import plan_table
 from moe_inspect.simulate.placement.policies import Layout
@@ -101,20 +101,20 @@ def simulate_placement(
         raise MoeInspectError(wrong)
     check_domains(trace, selection)
     if trace.counts_only:  # in no order: one window, which plans are fitted on and judged by
-        windows = read.FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens)
+        windows = fitting.FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens)
         counts = count_trace(trace, selection)
         loads = {r: counts.load_E(r)[None] for r in selection.routers}
     else:
-        windows = read.fit_windows_of(trace, selection, fit_share, window)
-        loads = read.loads_of(trace, selection, windows)
-    plans = read.PlacementPlans(trace, selection, windows, layouts, loads, {})
+        windows = fitting.fit_windows_of(trace, selection, fit_share, window)
+        loads = fitting.loads_of(trace, selection, windows)
+    plans = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
     for r in tracked(selection.routers, "placing", "routers"):
         for name in names:
             plans.of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r])
     fewer_ranks = bool(minimize) and "local-search" in names
     if fewer_ranks:
-        read.reach_fewer(plans, "local-search", slack)
-    reached = {} if trace.counts_only else read.ranks_reached(plans)
+        fitting.reach_fewer(plans, "local-search", slack)
+    reached = {} if trace.counts_only else fitting.ranks_reached(plans)
     tables = tables_of(plans, reached, dispatch == "lp")
     best = "local-search" if fewer_ranks else recommended(tables["policies"])
     tables["plan"] = plan_table(plans, best)
