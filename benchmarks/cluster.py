@@ -99,7 +99,7 @@ def cache(trace: Trace, other: Trace) -> Any:
 
 
 def compare(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.comparison.decisions.data import Decisions
+    from moe_inspect.comparison.decisions.shown import Decisions
     from moe_inspect.comparison.result import PairSettings
 
     return Decisions(trace, other, PairSettings(threads=1)).counts

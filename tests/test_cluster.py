@@ -27,7 +27,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import LOSS
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document
-from tests.conftest import Cli
+from tests.conftest import Cli, Put
 from tests.support import foreign
 from tests.support.synthetic import a_pass, routers, write_passes
 
@@ -231,7 +231,7 @@ def test_what_goes_wrong_is_said_in_a_line(
 
 @pytest.mark.parametrize("late", [2, 3])
 def test_a_client_that_starts_late_is_tried_again(
-    trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch, late: int
+    trace: Trace, client: Any, put: Put, late: int
 ) -> None:
     """As distributed's, whose thread is given ten seconds to start: twice more."""
     made, tried = distributed.Client, list[str]()
@@ -241,7 +241,7 @@ def test_a_client_that_starts_late_is_tried_again(
         assert len(tried) > late
         return made(address, timeout=timeout)
 
-    monkeypatch.setattr(distributed, "Client", started)
+    put(distributed, Client=started)
     on_it = trace.on(client.scheduler.address)
     with pytest.raises(AssertionError) if late == 3 else nullcontext():
         count_trace(on_it, select(on_it))

@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from moe_inspect.analysis.counting.count_shard import kernels as counting_kernels
 from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.analysis.counting.engine import LONG
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
@@ -186,6 +188,12 @@ class Job:
     drop_zero_filled: bool = False
 
     @property
+    def load_of(self) -> Callable[[np.ndarray, kernels.Slots, int, int], np.ndarray]:
+        """What counts the load of experts, as in a report: compiled where that pays."""
+        slots = self.tokens * sum(self.a.routers[r].top_k for r, _ in self.routers)
+        return counting_kernels(slots >= LONG).load
+
+    @property
     def weights(self) -> bool:
         return self.a.has_weights and self.b.has_weights
 
@@ -327,18 +335,16 @@ def _count_router(
         return counts
     slots_a = rows.read(0, Shard.slots, r)
     slots_b = slots_a if rows.alike else rows.read(1, Shard.slots, pair[1])
-    load_VE = np.zeros((V, E + 1), np.int64)
-    for slot_T in slots_a:
-        kernels.add_cells(load_VE, unit_T, slot_T)
-    counts.load_UE = load_VE[:, :E]
-    if load_VE[:, E].any():
+    counts.load_UE = job.load_of(unit_T, slots_a, V, E)
+    if counts.load_UE.sum() < len(unit_T) * len(slots_a):
         short_T = kernels.nowhere_in_both(slots_a, slots_b, E)
         kernels.add_cells(counts.short_UX, unit_T, rows.cell_T, short_T)
     margin_T, decile_T = None, np.zeros(0, np.uint8)
     if job.margins is not None and r in job.margins.edges:
         margin_T = logit_margin(rows.read(0, logits_of, r)[0], slots_a)
         decile_T = decile_of(margin_T, job.margins.edges[r])
-        kernels.add_cells(counts.margin_UM, unit_T, decile_T, np.isfinite(margin_T))
+        at = np.flatnonzero(np.isfinite(margin_T))
+        kernels.add_cells(counts.margin_UM, unit_T[at], decile_T[at])
     counts.before = tokens.differing
     if rows.alike:
         if margin_T is not None:
