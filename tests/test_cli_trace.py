@@ -251,6 +251,17 @@ def test_resume_refuses_other_data(trace: Any, tmp_path: Path) -> None:
     trace("--overwrite", data=data)
 
 
+def test_resume_refuses_what_is_damaged(trace: Any, tmp_path: Path) -> None:
+    trace("--max-tokens", 100)
+    (part,) = (tmp_path / "t" / "routing").iterdir()
+    part.write_bytes(part.read_bytes()[:-100])
+    said = trace("--max-tokens", 100, "--resume", check=1).stderr
+    assert said.startswith(f"error: damaged trace: routing/{part.name}: it has ")
+    part.unlink()
+    said = trace("--max-tokens", 100, "--resume", check=1).stderr
+    assert said == f"error: damaged trace: routing/{part.name}: it is missing\n"
+
+
 def test_resume_refuses_other_weights(cli_here: Cli, tmp_path: Path, corpus: Path) -> None:
     model = save("mixtral", tmp_path / "m")
     cli_here("trace", model, "-o", "t", "--data", corpus)

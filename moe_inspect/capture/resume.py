@@ -14,6 +14,7 @@ from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.manifest import read_manifest, refuse_while_written, write_manifest
 from moe_inspect.trace.output_dir import check_directory
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point
 
 
@@ -33,8 +34,8 @@ def comparable(config: object) -> dict[str, object]:
 
 
 def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int) -> ResumePoint:
-    """Where the trace continues. MoeInspectError for another plan, or while a writer is still
-    running."""
+    """Where the trace continues. MoeInspectError for another plan, while a writer is still running,
+    and where what was committed is damaged or missing."""
     manifest = read_manifest(output_dir)
     refuse_while_written(output_dir, manifest)
     then = manifest.get("corpus", {}).get("plan")
@@ -49,6 +50,9 @@ def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int)
                 f"{output_dir} was made with {_difference(key, before, now)}: resume with the "
                 "same, or --overwrite"
             )
+    for shard in Trace(output_dir).shards:
+        for table in shard.files.paths:
+            shard.file(table)
     with writing(output_dir):
         return resume_point(output_dir, rank)
 

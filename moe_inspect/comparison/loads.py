@@ -364,7 +364,8 @@ def shifted(data: Loads) -> Iterator[Finding]:
         said = f"The load of {of_all} differs by more than {data.chance}"
     text = (
         f"{said}: up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} "
-        f"(chance alone moves {row['load_shift_floor']:.2%} with this many tokens)."
+        f"(by chance {row['load_shift_floor']:.2%} on average, at most {limit.loc[row.name]:.2%} "
+        "with this many tokens)."
     )
     values: Row = {"routers": n, **shifts}
     if n:

@@ -6,7 +6,6 @@ T tokens of a document, S spans, V texts or token ids, E experts, G groups of do
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import codes
+from moe_inspect.trace.texts import BYTE
 
 FEWEST = 8  # occurrences of a text that is judged
 MOST_TEXTS = 1_024  # the most frequent
@@ -95,7 +95,6 @@ MOST_TOKENS = 200_000  # of A: documents spread over the trace, up to so many
 LEAST_COMMON = 0.5  # of the bytes of the documents in both
 KEY_BYTES = 32  # by which a document is found in the other trace
 KEY_TOKENS = 48
-BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 

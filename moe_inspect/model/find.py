@@ -17,13 +17,12 @@ from moe_inspect.model import routers
 from moe_inspect.model.choices import Args, Called, Choice, Kwargs
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.custom.spec import SPECS, RouterSpec, registered
-from moe_inspect.model.families import EXPERTS, TOP_K, TOWER, Adapter, stated_size
+from moe_inspect.model.families import EXPERTS, ROUTER_CLASS, TOP_K, TOWER, Adapter, stated_size
 from moe_inspect.model.routers import Site
 from moe_inspect.text import and_more
 
 # of a module that chooses experts: the last name in its path, or its class
 ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
-ROUTER_CLASS = re.compile(r"(?:Router|Gate|Gating)$")
 ROUTER_WEIGHT = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)(?:_w|_weights?|_kernel)?$")
 EXPERTS_CLASS = re.compile(r"Expert|MoE|MOE|Mixture|Switch")
 EXPERTS_PATH = re.compile(r"expert|moe|mixture", re.IGNORECASE)

@@ -253,7 +253,9 @@ def status_line(session: WatchSession) -> str:
     if watched.window is not None:
         r = watched.worst_routers[0]
         busiest = f"{1 + watched.history[-1][r]:.2f}x the mean load"
-        chance = f"by chance at most {1 + watched.chance(r):.2f}x"
+        limit, most = watched.chance(r), watched.routers[r].experts / watched.routers[r].top_k - 1
+        chance = f"by chance at most {1 + limit:.2f}x"
+        chance = chance if limit < most else "too little is known to tell it from chance"
         parts.append(f"busiest expert of layer {watched.labels[r]} {busiest} ({chance})")
     alarms = [alarm.text for alarm in watched.alarms]
     parts.append(f"{plural(len(alarms), 'alarm')}: {' '.join(alarms)}" if alarms else "no alarm")

@@ -22,7 +22,7 @@ from moe_inspect.analysis.metrics.balance import entropy_nats, nan_for_zero
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.weights.stored import Stored, tensors_in, with_scales
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.progress import phase
+from moe_inspect.progress import tracked
 from moe_inspect.trace.schema import Router
 
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
@@ -149,9 +149,8 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
     its weights, AIMER, the norm of its weights, the norm of its row of the router, and the expert
     whose row is nearest. NaN where weights are quantised, or a router has no row per expert."""
     places = places_in(directory)
-    advance = phase("reading weights", len(places), "routers")
     routers, experts = list[Columns](), list[pd.DataFrame]()
-    for r, place in enumerate(places):
+    for r, place in enumerate(tracked(places, "reading weights", "routers")):
         shape: Columns = {"layer": place.layer, "router": r, "blocks": place.blocks}
         rows_EH = rows_of(place)
         routers.append({**shape, "experts": place.experts, **geometry_of(rows_EH)})
@@ -164,7 +163,6 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
             **_rows_by_expert(rows_EH, place.experts),
         }
         experts.append(pd.DataFrame({**shape, **of_experts}))
-        advance(1)
     of_all = pd.concat(experts, ignore_index=True)
     return {
         "routers": pd.DataFrame(routers).astype({"hidden": "Int64"}),
@@ -195,11 +193,9 @@ def aimer_of(
             f"the weights in {directory} are not of this trace's model: no router of the same "
             "layer has as many experts"
         )
-    advance = phase("reading weights", len(same), "routers")
     found = {r: np.full(routers[r].experts, np.nan) for r in chosen}
-    for r, place in same.items():
-        found[r], _ = aimer_and_norm(place)
-        advance(1)
+    for r in tracked(same, "reading weights", "routers"):
+        found[r], _ = aimer_and_norm(same[r])
     return found
 
 

@@ -28,7 +28,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from moe_inspect.progress import phase
+from moe_inspect.progress import tracked
 from moe_inspect.reporting.charts import spec
 from moe_inspect.trace.output_dir import output_file, output_folder
 
@@ -62,15 +62,13 @@ def write_charts(
     """Draws each chart, so many inches wide, as NAME.FORMAT: "png", "svg" or "pdf". Returns the
     files."""
     directory, written = output_folder(directory), list[Path]()
-    advance = phase("writing pictures", len(charts), "pictures")
-    for chart in charts:
+    for chart in tracked(charts, "writing pictures", "pictures"):
         with letters():
             figure = draw(chart, width or WIDTH)
             for path in (directory / f"{chart.name}.{format}" for format in formats or FORMATS):
                 with output_file(path) as draft:
                     draft.write_bytes(picture(figure, path.suffix[1:], chart.description))
                 written.append(path)
-        advance(1)
     return written
 
 
