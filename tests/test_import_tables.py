@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import CODECS
 from moe_inspect.importers.run import import_trace
+from moe_inspect.importers.tables import decisions as placing
+from moe_inspect.importers.tables import read
 from moe_inspect.reporting.report import report as trace_report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
@@ -93,6 +95,36 @@ def test_a_column_that_is_not_everywhere_is_left_out_and_told(tmp_path: Path):
     assert said == [f"{tmp_path / 'a.csv'}: weight_sum left out: not all of the rows have it"]
 
 
+NOTHING = {
+    "other.csv": ("block,id,hits\n1,0,5\n", "it has block, id, hits"),
+    "header.csv": ("layer,expert,count\n", "it has no rows"),
+    "other.json": ('[{"foo": 1}]', "it has foo"),
+    "null.json": ('[{"layer": null}]', "it has layer"),
+    "object.json": ("[{}]", "it has no columns"),
+    "empty.jsonl": ("", "it has no rows"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_file_without_a_row_that_fits_is_named_among_others(name: str, tmp_path: Path):
+    text, why = NOTHING[name]
+    good, none = tmp_path / "good.csv", tmp_path / name
+    good.write_text("layer,expert,count\n0,0,2\n0,1,3\n")
+    none.write_text(text)
+    for sources in ([none], [good, none], [none, good], [tmp_path]):
+        why_all = f"{re.escape(name)} holds no decisions or counts: {why}$"
+        refused(tmp_path, why_all, "counts", *sources, top_k=1)
+
+
+def test_rows_that_do_not_fit_are_not_lost_behind_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(read, "ROWS", 2)
+    rows = [{"layer": 0, "expert": e, "count": 1} for e in range(2)] + [{"foo": 1}] * 2
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused(tmp_path, "no decisions or counts: it has foo", "counts", tmp_path, top_k=1)
+
+
 @pytest.mark.parametrize(
     ("map", "said"),
     [
@@ -103,6 +135,8 @@ def test_a_column_that_is_not_everywhere_is_left_out_and_told(tmp_path: Path):
         ("count={floor}.{layer}.{expert}", "{floor} is no column of ours"),
         ("layer=block,expert=id,count=misses", "has nothing at misses"),
         ("layer=floor,expert=id,count=hits", "has no field floor beside what the map leads to"),
+        ("layer=block,expert=id,weight=hits", "rows are counts, which have no weight"),
+        ("layer=block,expert=id,count=hits,position=id", "which have no position: decisions have"),
         ("layer=block,expert=text,count=hits", "row 0: text is 'law', not a whole number"),
         ("layer=block,expert=id,count=hits.n", "where n should be"),
         ("count={layer}_{layer}.{expert}", "{layer} stands twice in {layer}_{layer}"),
@@ -350,6 +384,47 @@ def test_experts_in_columns_and_a_trace_of_ours_read_as_a_table(tmp_path: Path):
     assert said[0].startswith("recognised as table")
     assert [second for _, second in experts(trace, 1)] == [-1, *((t + 4) % 8 for t in range(1, 6))]
     assert trace.has_weights
+
+
+@pytest.mark.parametrize("piece", [1, 3, 100])
+def test_rows_without_a_slot_take_those_of_their_decision_in_order(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(placing, "PIECE", piece)
+    rows = [
+        (n, t, j, (t + 3 * j + n) % 8, 0.5 - j / 4)
+        for j in (0, 1)
+        for t in (4, 2, 3)
+        for n in (0, 1)
+    ]
+    table = pd.DataFrame(rows, columns=["layer", "at", "place", "id", "w"])
+    table.to_csv(tmp_path / "d.csv", index=False)
+    how = {"experts": 8, "top_k": 2, "map": "layer=layer,position=at,expert=id,weight=w"}
+    routing = [
+        taken(tmp_path / name, "table", tmp_path / "d.csv", **{**how, "map": how["map"] + slot})[0]
+        .routing()
+        .to_dict("list")
+        for name, slot in (("a", ""), ("b", ",slot=place"))
+    ]
+    assert routing[0] == routing[1]
+    assert routing[0]["weight_1"] == [0.25] * 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (["expert\n0,0,1\n0,0,1"], "token 0 goes to one expert twice"),
+        (["expert\n0,3,1\n0,3,2\n0,3,4"], "position 3 of the document has over 2 rows of one"),
+        (["expert,slot\n0,0,1,0\n0,0,2,2"], "row 1: slot is 2, not of 0 to 1"),
+        (["expert\n0,0,1", 'experts\n0,0,"[1, 2]"'], "1.csv: not all files have a row per slot"),
+        (['experts\n0,0,"[1, 2]"', "expert\n0,0,1"], "1.csv: not all files have a row per slot"),
+        (["expert\n0,0,1", "count\n0,0,1"], "1.csv has no column experts"),
+    ],
+)
+def test_assignments_that_are_no_decisions(rows: list[str], why: str, tmp_path: Path):
+    for n, text in enumerate(rows):
+        (tmp_path / f"{n}.csv").write_text(f"layer,position,{text}\n")
+    refused(tmp_path, why, "table", tmp_path, experts=8, top_k=2)
 
 
 @pytest.mark.parametrize("at", [0, 2])

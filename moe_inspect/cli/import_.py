@@ -78,7 +78,8 @@ def import_(
     map: list[str] | None = option(
         "table, counts: where the columns are, if they have other names: "
         "layer=block,expert=id,count=hits; in nested JSON: "
-        "count=layers.{layer}.{expert}.hits; or a FILE.yaml of them.",
+        "count=layers.{layer}.{expert}.hits; or a FILE.yaml of them. Decisions have position, "
+        "experts, weights; or a row per slot: position, slot, expert, weight.",
         "MAP",
     ),
     overwrite: Overwrite = False,

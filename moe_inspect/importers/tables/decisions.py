@@ -47,6 +47,7 @@ class Spool:
     name a layer each. documents: (group, name) → number; domains: of each document."""
 
     def __init__(self, context: ImportContext, preset: Preset):
+        self.context = context
         known = max(context.facts.experts.values(), default=0) if context.facts else 0
         self.experts = context.experts or known or preset.experts
         self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (until it is garbage)
@@ -69,17 +70,19 @@ class Spool:
             yield rows
 
     def add(self, chunk: TableChunk) -> None:
-        for name in ("layer", *(("position", "expert") if "slot" in chunk else ())):
+        by_slot = "slot" in chunk or "expert" in chunk
+        for name in ("layer", *(("position", "expert") if by_slot else ("experts",))):
             if name not in chunk:
                 raise chunk.lacks(name)
+        if self.rows and by_slot != self.by_slot:
+            raise MoeInspectError(f"{chunk.path}: not all files have a row per slot")
         layer_N = chunk.numbers("layer", 0, MOST_LAYERS - 1)
         group = chunk.path.parent if "layer" in chunk.said else chunk.path
         self.layers.setdefault(group, set()).update(np.unique(layer_N).tolist())
         self._state(chunk)
-        experts, top_k = (max(self.stated[name], default=0) for name in ("experts", "top_k"))
+        experts, top_k = (max(found, default=0) for found in self.stated.values())
         most, known = (experts or self.experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
-        self.by_slot |= "slot" in chunk
-        end = "" if self.by_slot else "s"
+        self.by_slot, end = by_slot, "" if by_slot else "s"
         ids_NK = chunk.lists(f"expert{end}", -1, most, known)
         K = ids_NK.shape[1]
         if not known:
@@ -94,8 +97,10 @@ class Spool:
             of = pd.Series(rows["document"] * np.int64(MOST_LAYERS) + layer_N)
             rows["position"] = of.groupby(of).cumcount() + of.map(self._seen)
             self._seen.update(of.tolist())
+        rows["slot"] = -1  # the next of its decision
         if "slot" in chunk:
-            rows["slot"] = chunk.numbers("slot", 0, (top_k or MOST_EXPERTS) - 1)
+            slots = top_k or self.context.known_top_k(chunk.path)
+            rows["slot"] = chunk.numbers("slot", 0, slots - 1)
         if "dropped" in chunk:
             dropped_N = chunk.numbers("dropped", 0, MOST_NUMBER, empty=0) != 0
             ids_NK = np.where(dropped_N[:, None], -1, ids_NK)
@@ -165,13 +170,10 @@ class Spool:
         if not self.texts:
             return None
         byte_level = any("Ġ" in text for text in self.texts.values())
-        tokens = [self.texts.get(i) for i in range(max(self.texts) + 1)]
-        return pa.table(
-            {
-                "token_id": pa.array(range(len(tokens)), pa.int32()),
-                "token": [readable(t) if t is not None and byte_level else t for t in tokens],
-            }
-        )
+        ids = pa.array(range(max(self.texts) + 1), pa.int32())
+        texts = [self.texts.get(i) for i in range(len(ids))]
+        tokens = [readable(t) if t is not None and byte_level else t for t in texts]
+        return pa.table({"token_id": ids, "token": tokens})
 
     def order(self) -> list[int]:
         """The documents by groups as they came, in one by number, else as they came."""
@@ -193,25 +195,18 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
         raise MoeInspectError(
             f"{odd} has layers {ranges(spool.layers[odd])}, {where} {ranges(first)}: of one model?"
         )
-    experts = max(spool.stated["experts"], default=0)
+    experts, top_k = (max(found, default=0) for found in spool.stated.values())
     if not experts:
         known = None if context.facts or context.experts else preset.experts
         experts = known or context.known_experts(where)
-    top_k = max(spool.stated["top_k"], default=0)
     if not top_k:
         top_k = context.known_top_k(where) if spool.by_slot else spool.dtype["ids"].shape[0]
     routers = context.routers_of(first, experts, top_k, where)
     if spool.has_weights and not spool.weighted:
         context.warn(f"{where}: weights are unknown in some rows: imported without weights")
     routers = [stated(router, known=spool.weighted or spool.ordered) for router in routers]
-    placed = Placed(spool, where, routers)
-    return Imported(
-        routers,
-        placed.batches(),
-        weights=spool.weighted,
-        notes=spool.notes,
-        vocabulary=spool.vocabulary(),
-    )
+    batches, vocabulary = Placed(spool, where, routers).batches(), spool.vocabulary()
+    return Imported(routers, batches, spool.weighted, notes=spool.notes, vocabulary=vocabulary)
 
 
 class Placed:
@@ -229,10 +224,8 @@ class Placed:
             self.key_T = np.union1d(self.key_T, _key(rows, rank_D))
         L, T, K = shape = len(routers), len(self.key_T), routers[0].top_k
         if 2 * spool.rows * spool.dtype["ids"].shape[0] + MOST_EMPTY < L * T * K:
-            raise MoeInspectError(
-                f"{where}: {spool.rows:,} rows of {T:,} tokens × {L} layers × {K} slots: most are "
-                "missing"
-            )
+            what = f"{spool.rows:,} rows of {T:,} tokens × {L} layers × {K} slots"
+            raise MoeInspectError(f"{where}: {what}: most are missing")
         self.shape, self.weighted = shape, spool.weighted
         self.ids = _scratch("<u4", shape)
         self.weights = _scratch("<f2", shape)
@@ -257,9 +250,15 @@ class Placed:
 
     def _put(self, rows: np.ndarray, decision_N: np.ndarray) -> None:
         """Puts rows in their decisions, of which no two are the same."""
-        K, cell_N, lists = self.shape[2], decision_N, slice(None)
+        K, cell_N, lists, what = self.shape[2], decision_N, slice(None), "two rows of one layer"
         if self.by_slot:
-            K, cell_N, lists = 1, decision_N * K + rows["slot"], slice(1)
+            slot_N, what = rows["slot"], f"{what} and slot"
+            if (slot_N < 0).any():
+                rows_N = np.count_nonzero(self.ids().reshape(-1, K)[decision_N], axis=1)
+                next_N = rows_N + pd.Series(decision_N).groupby(decision_N).cumcount()
+                slot_N = np.where(slot_N < 0, np.minimum(next_N, K - 1), slot_N)
+                what = f"over {plural(K, 'row')} of one layer"
+            K, cell_N, lists = 1, decision_N * K + slot_N, slice(1)
         ids_CK = self.ids().reshape(-1, K)
         order = np.argsort(cell_N, kind="stable")
         again = np.diff(cell_N[order], prepend=-1) == 0
@@ -268,8 +267,7 @@ class Placed:
             t = int(decision_N[order[again.argmax()]]) % len(self.key_T)
             (_, name), _ = self.documents[self.key_T[t] >> 32]
             raise MoeInspectError(
-                f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'} has two rows "
-                "of one layer" + " and slot" * self.by_slot
+                f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'} has {what}"
             )
         ids_CK[cell_N] = rows["ids"][:, lists] + 2
         if self.weighted:

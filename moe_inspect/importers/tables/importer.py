@@ -35,6 +35,7 @@ CSV = (".csv", ".tsv")
 SUMS = ("count", "first_choice", "weight_sum", "energy")
 Columns = dict[str, np.ndarray | list[str]]
 KEYS = ("layer", "router", "domain", "expert", "experts", "top_k")  # the last two: 0 if not said
+OF_COUNTS = {*KEYS, *SUMS, "share", "tokens", "samples", "document"}
 
 
 def _fits(name: str, file: str, head: bytes) -> bool:
@@ -75,10 +76,10 @@ def _columns_of(file: str, head: bytes) -> set[str]:
 def run(context: ImportContext, name: str) -> Imported:
     preset = context.map or PRESETS[name]
     chunks = chunks_of(context, preset)
-    first = next(chunks, None)
-    if first is None:
-        raise MoeInspectError(f"{context.sources[0].path} holds no decisions or counts")
-    is_decision = "slot" in first or ("experts" in first and "expert" not in first)
+    first = next(chunks)
+    lists = "experts" in first and "expert" not in first
+    placed = "position" in first and not ("count" in first or "share" in first)
+    is_decision = "slot" in first or lists or placed
     return (decisions if is_decision else _counts)(context, preset, chain([first], chunks))
 
 
@@ -107,9 +108,8 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     if unused and len(unused) < len(of_layer):
         frame = frame[~frame["layer"].isin(unused)].copy()
         if context.facts is None:
-            notes.append(
-                f"layers {ranges(unused)} hold no assignments: dense layers, or not recorded"
-            )
+            why = "hold no assignments: dense layers, or not recorded"
+            notes.append(f"layers {ranges(unused)} {why}")
             context.warn(f"{where}: {notes[-1]}")
     domains = sorted(frame["domain"].unique())
     frame["domain"] = pd.Categorical(frame["domain"], domains).codes
@@ -134,14 +134,9 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
         count, first_choice, weight_sum, energy = map(dense, SUMS)
         yield batch_of_counts(count or [], routers, domains, 0, first_choice, weight_sum, energy)
 
-    return Imported(
-        [stated(router, known="first_choice" in every) for router in routers],
-        batches(),
-        weights="weight_sum" in every,
-        energy="energy" in every,
-        counts_only=True,
-        notes=notes,
-    )
+    weights, energy = "weight_sum" in every, "energy" in every
+    routers = [stated(router, known="first_choice" in every) for router in routers]
+    return Imported(routers, batches(), weights, energy=energy, counts_only=True, notes=notes)
 
 
 def _router(
@@ -175,6 +170,10 @@ def _columns(chunk: TableChunk, preset: Preset) -> Columns:
     for name in ("layer", "expert"):
         if name not in chunk:
             raise chunk.lacks(name)
+    lost = [name for name in chunk.table.column_names if name not in OF_COUNTS]
+    if lost and preset.map is not OWN:
+        why = "decisions have a position, and no count"
+        raise MoeInspectError(f"{chunk.path}: rows are counts, which have no {lost[0]}: {why}")
     layer_N = chunk.numbers("layer", 0, MOST_LAYER if not preset.layers else len(preset.layers) - 1)
     layer_N = np.array(preset.layers)[layer_N] if preset.layers else layer_N
     label = storable(chunk.source.domain or chunk.said.get("domain") or named(chunk.path))
@@ -195,9 +194,8 @@ def _columns(chunk: TableChunk, preset: Preset) -> Columns:
         first_N = chunk.numbers("first_choice", 0, MOST_COUNT)
         if (wrong := first_N > count_N).any():
             row = int(wrong.argmax())
-            raise chunk.error(
-                row, "first_choice", f"is {first_N[row]:,} of {count_N[row]:,} assignments"
-            )
+            what = f"is {first_N[row]:,} of {count_N[row]:,} assignments"
+            raise chunk.error(row, "first_choice", what)
         made["first_choice"] = first_N
     for name, low in (("weight_sum", -np.inf), ("energy", 0)):
         if name in chunk:

@@ -155,12 +155,17 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
                     optional = preset.map.get(name, "").endswith("?")
                     if optional and table[name].null_count == len(table):
                         table = table.drop_columns(name)
+                if not table.column_names:
+                    why = f"holds no decisions or counts: it has {listed(names) or 'no columns'}"
+                    raise MoeInspectError(f"{path} {why}")
                 for name in beside.keys() - {*table.column_names}:
                     value = pa.repeat(pa.scalar(beside[name], pa.string()), len(table))
                     table = table.append_column(name, value)
                 if len(table):
                     yield TableChunk(path, source, table, preset, names, said, first)
                 first += len(table)
+            if not first:
+                raise MoeInspectError(f"{path} holds no decisions or counts: it has no rows")
 
 
 @contextmanager
@@ -299,10 +304,8 @@ def _json(context: ImportContext, path: Path, by_map: dict[str, str] | None) -> 
     elif isinstance(value, dict):
         yield [value]
     else:
-        raise MoeInspectError(
-            f"{path} is not a list of objects with layer, expert and count: "
-            f"{json.dumps(value)[:40]}"
-        )
+        why = "is not a list of objects with layer, expert and count"
+        raise MoeInspectError(f"{path} {why}: {json.dumps(value)[:40]}")
 
 
 def _of_line(by_map: dict[str, str] | None, where: str, fields: Fields) -> Rows:
