@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from numbers import Real
 
 from moe_inspect.text import first_line, printable
 
@@ -32,6 +33,12 @@ class Damaged(MoeInspectError):
 
     def __reduce__(self) -> tuple[type[Damaged], tuple[object, str, str]]:
         return Damaged, (self.where, self.what, self.file)
+
+
+def check_whole(name: str, value: object, least: int = 0) -> None:
+    """MoeInspectError unless it is a whole number from `least` up; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 or value < least:
+        raise MoeInspectError(f"{name} is {value!r}: give a whole number, {least} or more")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import io
 import math
 import numbers
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence, Sized
@@ -120,6 +121,11 @@ def and_more(names: Sequence[str], most: int) -> str:
 def comma_list(ids: list[int]) -> str:
     """ "1, 2, 3": the first six ids, and how many more there are."""
     return join_first([str(i) for i in ids], 6, ", ")
+
+
+def separated(text: str) -> list[str]:
+    """ "a, b" → ["a", "b"]. A comma after a backslash belongs to a value."""
+    return [part.strip().replace("\\,", ",") for part in re.split(r"(?<!\\),", text)]
 
 
 def no_such(what: str, name: str, known: Iterable[str]) -> str:

@@ -105,7 +105,7 @@ SEVERAL = [
     (name, option.name)
     for name, command in COMMANDS.items()
     for option in command.params
-    if getattr(option, "multiple", False)
+    if getattr(option, "multiple", False) and option.name != "domain"  # as `select` splits it
 ]
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("batches", "slots", "top_k"), int),

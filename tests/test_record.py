@@ -234,7 +234,11 @@ def test_what_cannot_be_recorded_is_refused(model: Any, tmp_path: Path) -> None:
         ("t", {"every": 2}, "give counts_only=True"),
         ("t", {"counts_only": True, "logits": True}, "keeps no logits"),
         ("t", {"flush_steps": 3}, "flush_steps commits counts to a trace"),
-        ("t", {"flush_steps": 0, "counts_only": True}, "flush_steps is 0: give a number of passes"),
+        ("t", {"flush_steps": 0, "counts_only": True}, "flush_steps is 0: give a whole number"),
+        (None, {"every": 0, "counts_only": True}, "every is 0: give a whole number, 1 or more"),
+        (None, {"every": "x", "counts_only": True}, "every is 'x': give a whole number"),
+        (None, {"every": True, "counts_only": True}, "every is True: give a whole number"),
+        (None, {"every": None, "counts_only": True}, "every is None: give a whole number"),
         ("t", {"flush_steps": 3, "counts_only": True, "commit_every": 5.0}, "commit_every both"),
         ("t", {"layers": [0, 7]}, "no router in layer 7: the MoE layers are 0, 1"),
         (None, {}, "needs a path"),
@@ -244,6 +248,9 @@ def test_what_cannot_be_recorded_is_refused(model: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(MoeInspectError, match=says):
             moe_inspect.record(model, place and tmp_path / place, **options)
+    for none, name in ((None, "NoneType"), ("mixtral", "str")):
+        with pytest.raises(MoeInspectError, match=f"^{name} is no model: give a torch.nn.Module$"):
+            moe_inspect.record(none, counts_only=True)
     assert (tmp_path / "full/thesis.tex").read_text() == "years"
     assert not (tmp_path / "t").exists()
 

@@ -119,6 +119,27 @@ def test_selecting_on_the_command_line(printed: Any):
     assert words.groupby(["router", "expert"]).size().max() == 2
 
 
+NAMED = {"a": ["a"], "a,=a,b": ["=a", "a", "b"], "=a, b": ["=a, b"], r"=a\, b": ["=a, b"]}
+NAMED |= {"a|=a, b": ["=a, b", "a"]}  # repeated
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_comma_may_be_of_the_name_of_a_domain(cli_here: Cli, tmp_path: Path, counted: bool):
+    labels = ["a", "b", "=a", "=a, b"]
+    if counted:
+        write_counts(tmp_path / "t", [np.full((4, 8), 200)], 2, domains=labels)
+    else:
+        ids = uniform_ids(np.random.default_rng(0), 400, 8, 2)
+        given: Any = {"document": np.arange(400) // 100, "domain_of_document": labels}
+        write_trace(tmp_path / "t", [ids], 8, **given)
+    for asked, expected in NAMED.items():
+        named = [part for text in asked.split("|") for part in ("--domain", text)]
+        done = cli_here("report", "t", "--table", "domains", "--format", "csv", *named)
+        assert sorted(set(pd.read_csv(io.StringIO(done.stdout))["domain"])) == expected
+    refused = cli_here("report", "t", "--domain", "=a,b,c", check=1).stderr
+    assert refused == "error: no domain c in t: it has =a, =a, b, a, b\n"
+
+
 USAGE = {
     "--format csv": "add --table summary, balance, load, windows, drift, domains",
     "--format yaml --table load": "yaml",

@@ -251,6 +251,9 @@ def test_other_sentences_name_the_baseline_and_none_without():
         assert "; in the baseline 0" in with_it[kind] or "; in the baseline 51%" in with_it[kind]
         assert "baseline" not in without[kind]
     assert "0.175 in the baseline too" in with_it["domain_specialization"]
+    assert with_it["signature"].endswith("from the text alone.")
+    assert without["signature"].endswith(": trace with --random-init to see how much.")
+    assert not any("--random-init" in text for text in with_it.values())
 
 
 def test_a_p_value_is_as_rare_as_it_says():

@@ -188,6 +188,26 @@ REFUSED = {
 }
 
 
+NOT_WHOLE: list[tuple[str, dict[str, Any], str]] = [
+    ("tokens_of", {"layer": 0, "expert": "a"}, "expert is 'a'"),
+    ("tokens_of", {"layer": 0, "expert": True}, "expert is True"),
+    ("tokens_of", {"layer": 0, "expert": -1}, "expert is -1"),
+    ("routing", {"layer": "3"}, "layer is '3'"),
+    ("routing", {"layer": True}, "layer is True"),
+    ("routing", {"router": 1.5}, "router is 1.5"),
+]
+
+
+@pytest.mark.parametrize(("method", "asked", "error"), NOT_WHOLE)
+def test_numbers_of_layers_routers_and_experts_are_whole(
+    method: str, asked: dict[str, Any], error: str
+) -> None:
+    trace = moe_inspect.open_trace(SAMPLE)
+    with pytest.raises(MoeInspectError, match=f"^{error}: give a whole number, 0 or more$"):
+        getattr(trace, method)(**asked)
+    assert len(trace.routing(layer=np.int64(1))) == len(trace.routing(layer=1.0)) > 0  # type: ignore
+
+
 @pytest.mark.parametrize(("options", "error"), REFUSED.items())
 def test_the_command_says_what_there_is_not(cli_here: Cli, options: str, error: str) -> None:
     found = cli_here("text", SAMPLE, *options.split(), check=None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.model.custom.spec import RouterSpec
 
 # (args, kwargs) of the model's call → any of `hook.inputs.arguments.KEYS`
@@ -298,6 +298,7 @@ class RecordOptions(RecordedFields, WrittenFields):
             raise MoeInspectError(
                 "record needs a path for the trace (only counts_only=True works without)"
             )
+        check_whole("every", self.every, 1)
         if self.every != 1 and not self.counts_only:
             raise MoeInspectError("every=N samples counts: give counts_only=True with it")
         if self.flush_steps is not None:
@@ -305,10 +306,7 @@ class RecordOptions(RecordedFields, WrittenFields):
                 raise MoeInspectError(
                     "flush_steps commits counts to a trace: give a path and counts_only=True"
                 )
-            if self.flush_steps < 1:
-                raise MoeInspectError(
-                    f"flush_steps is {self.flush_steps}: give a number of passes, 1 or more"
-                )
+            check_whole("flush_steps", self.flush_steps, 1)
             if self.commit_every is not None:
                 raise MoeInspectError(
                     "flush_steps and commit_every both set when counts are committed: give one"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from moe_inspect.text import separated
+
 if TYPE_CHECKING:
     from typer._click.core import Context
     from typer._click.formatting import HelpFormatter
@@ -121,14 +123,14 @@ def _panel(of: Any, otherwise: str) -> str:
 def _take_several(option: Any) -> None:
     """An option of several values takes them repeated or comma-separated, and says so."""
     option.help = f"{option.help} Repeated or comma-separated."
-    option.process_value = partial(_split_and, option.process_value)
+    if option.name != "domain":  # whose names may have commas: `select` splits it
+        option.process_value = partial(_split_and, option.process_value)
 
 
 def _split_and(process: Callable[..., Any], ctx: Context, value: Any) -> Any:
-    """["a,b", "c"] → ["a", "b", "c"]. A comma after a backslash belongs to a value."""
+    """["a,b", "c"] → ["a", "b", "c"]."""
     if value is not None:
-        parts = [part for text in value for part in re.split(r"(?<!\\),", text)]
-        value = [part.strip().replace("\\,", ",") for part in parts]
+        value = [part for text in value for part in separated(text)]
     return process(ctx, value)
 
 

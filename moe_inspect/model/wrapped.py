@@ -18,6 +18,8 @@ def unwrapped(model: Called, by_path: bool = False) -> Called:
     """The transformers model with routers that `model` is or holds; else, and where routers are
     given `by_path` in what is called, the model inside torch's own wrappers. MoeInspectError where
     there are several, as in a trainer that holds a policy and its reference."""
+    if not hasattr(model, "named_modules"):
+        raise MoeInspectError(f"{type(model).__name__} is no model: give a torch.nn.Module")
     # nothing is one of transformers where it is not loaded
     kind: Called = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
     found: dict[str, Called] = {}

@@ -26,7 +26,7 @@ from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.simulate import result
 from moe_inspect.simulate.kernels_numba import fill_steps
 from moe_inspect.simulate.result import Labels, Settings, Tables
-from moe_inspect.simulate.shards import Seen, check_domains, count_taken, routed, taken
+from moe_inspect.simulate.shards import Seen, count_taken, routed, taken
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.shard import Shard
@@ -99,7 +99,6 @@ def simulate_decode(
             "above 0"
         )
     selection = select(trace, layers, domains, phase)
-    check_domains(trace, selection)
     chosen, decoded = selection, selection.phase == "decode"
     if selection.phase is None:  # the generated tokens, where there are any
         routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))

@@ -14,7 +14,6 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard, codes
 
 Read = TypeVar("Read")
@@ -47,18 +46,6 @@ def check_length(values: np.ndarray, tokens: int, router: int) -> None:
             f"damaged trace: router {router} has {len(values)} decisions in a shard of {tokens} "
             "tokens that reach it"
         )
-
-
-def check_domains(trace: Trace, selection: Selection) -> None:
-    """MoeInspectError where the trace lacks a domain that was asked for."""
-    if selection.domains is not None:
-        table = trace.counts() if trace.counts_only else trace.documents()
-        there = set(table["domain"].astype(str))
-        if missing := selection.domains - there:
-            raise MoeInspectError(
-                f"no domain {', '.join(sorted(missing))} in {trace.path}: it has "
-                f"{', '.join(sorted(there))}"
-            )
 
 
 def taken(shard: Shard, selection: Selection) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.text import did_you_mean, ranges
 from moe_inspect.trace import parts, schema, slot_order
 from moe_inspect.trace.files.checksums import Json
@@ -153,6 +153,9 @@ class TraceHeader:
 
     def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]:
         """Indices of all routers, of those of a layer, or of one."""
+        for name, value in (("layer", layer), ("router", router)):
+            if value is not None:
+                check_whole(name, value)
         chosen = [
             i
             for i, r in enumerate(self.routers)

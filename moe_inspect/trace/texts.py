@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import regex
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -126,8 +126,9 @@ def tokens_of(
     sort     the largest gate weights first, or a random sample, which `seed` determines
 
     MoeInspectError for a layer or an expert that the trace does not have."""
+    check_whole("expert", expert)
     routers = trace.router_index(layer)
-    if not 0 <= expert < max(trace.routers[r].experts for r in routers):
+    if expert >= max(trace.routers[r].experts for r in routers):
         raise MoeInspectError(
             f"no expert {expert} in layer {layer} of {trace.path}: it has "
             f"{trace.routers[routers[0]].experts}"

@@ -16,7 +16,7 @@ from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.stack import Sinks
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.model.find import recordable
 from moe_inspect.model.wrapped import is_compiled, unwrapped
 from moe_inspect.training import metrics as shown
@@ -94,8 +94,8 @@ class RoutingMonitor:
         group: ProcessGroup | None = None,
     ):
         for name, n in (("every", every), ("log_steps", log_steps), ("flush_steps", flush_steps)):
-            if n is not None and n < 1:
-                raise MoeInspectError(f"{name} is {n}: give 1 or more")
+            if n is not None:
+                check_whole(name, n, 1)
         if detail not in shown.DETAILS:
             raise MoeInspectError(f"no detail {detail!r}: choose from {', '.join(shown.DETAILS)}")
         self.model = unwrapped(model, by_path=bool(routers))

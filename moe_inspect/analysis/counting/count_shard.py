@@ -96,7 +96,6 @@ def prepare_shard(
         return prepared
     order, windows = bool(wants & NEEDS_ORDER), windows if "windows" in wants else None
     every = selected_tokens(shard, selection, order=order)
-    part.labels = every.labels
     if not len(every.domain_T):
         return prepared
     key_U, unit_T = kernels_numpy.distinct(_unit(every))
@@ -181,9 +180,8 @@ def _count_counted(
     order within a shard: all of it is in the window in which it begins."""
     table = shard.counts()
     code, domains = codes(table["domain"])
-    part.labels, part.counts_only = {domains[d] for d in np.unique(code)}, True
-    wanted = part.labels & (selection.domains or part.labels)
-    kept = [d for d, domain in enumerate(domains) if domain in wanted]
+    part.counts_only = True
+    kept = [int(d) for d in np.unique(code) if domains[d] in (selection.domains or domains)]
     part.domains = [domains[d] for d in kept]
     part.units = [(domain, 0) for domain in part.domains]
     row_of = {d: row for row, d in enumerate(kept)}

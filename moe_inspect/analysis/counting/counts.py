@@ -43,7 +43,6 @@ class Counts:
     by_token_id: dict[int, ByTokenId] = field(default_factory=dict[int, ByTokenId])
     token_ids_V: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     token_ids_SV: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
-    labels: set[str] = field(default_factory=set[str])
     documents: int = 0
     counts_only: bool = False
     wants: frozenset[str] = BASE
@@ -78,7 +77,6 @@ class Counts:
         self.first_token_W = np.minimum(
             self.first_token_W.astype(np.uint64), other.first_token_W.astype(np.uint64)
         ).astype(np.int64)
-        self.labels |= other.labels
         self.documents += other.documents
         self.counts_only |= other.counts_only
         return self

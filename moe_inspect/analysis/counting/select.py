@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.kernels_numpy import Order, Slots, order_of
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import did_you_mean, ranges
+from moe_inspect.text import did_you_mean, ranges, separated
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES, Router, parse_ranges, sees
 from moe_inspect.trace.shard import Shard, codes
@@ -40,18 +40,27 @@ def select(
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Selection:
-    """Checks what was asked for against what the trace holds. Domains are known only once the rows
-    have been read: `count` checks those."""
+    """Checks what was asked for against what the trace holds. A text of domains is one by that
+    name, else several: "law,code"."""
     chosen = parse_layers(layers, trace.routers)
     if not chosen:
-        there, asked = sorted({r.layer for r in trace.routers}), _text(layers or "")
+        known, asked = sorted({r.layer for r in trace.routers}), _text(layers or "")
         raise MoeInspectError(
-            f"no layer {asked} in {trace.path}{did_you_mean(asked, map(str, there))}: it has "
-            f"layers {ranges(there)}"
+            f"no layer {asked} in {trace.path}{did_you_mean(asked, map(str, known))}: it has "
+            f"layers {ranges(known)}"
         )
     if phase is not None and phase not in PHASES:
         raise MoeInspectError(f"no phase {phase!r}: there are {' and '.join(PHASES)}")
     labels = [domains] if isinstance(domains, str) else list(domains or [])
+    if labels:
+        table = trace.counts() if trace.counts_only else trace.documents()
+        there = set(map(str, table["domain"].unique()))
+        labels = [x for text in labels for x in ([text] if text in there else separated(text))]
+        if missing := {*labels} - there:
+            raise MoeInspectError(
+                f"no domain {', '.join(sorted(missing))} in {trace.path}: it has "
+                f"{', '.join(sorted(there))}"
+            )
     if trace.counts_only and phase is not None:
         raise MoeInspectError(
             f"{trace.path} holds counts only, which have no phases: {trace.more_than_counts}"
@@ -91,7 +100,6 @@ class SelectedTokens:
     batch_T: np.ndarray
     sequence_T: np.ndarray | None
     position_T: np.ndarray | None
-    labels: set[str]
 
     def of(self, columns: Slots, router: int) -> Slots:
         """The decisions of the tokens kept; columns of R rows each."""
@@ -141,7 +149,6 @@ def selected_tokens(
         taken["batch"],
         taken.get("sequence"),
         taken.get("position"),
-        {domains[d] for d in np.flatnonzero(np.bincount(code_T))},
     )
 
 

@@ -304,11 +304,12 @@ def signature(data: ReportData) -> Finding | None:
     share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
     if not low > row["signature_null_p99"]:
         return None
+    advice = "" if data.baseline else ": trace with --random-init to see how much"
     said = (
         f"Routing identifies the domain: for {'all' if share == 1 else f'{share:.0%} of'} "
         f"{documents:,} documents the nearest other one shares it (95% interval {low:.0%} to "
         f"{high:.0%}; {row['signature_null']:.0%} by chance). Untrained routers show part of this "
-        "from the text alone: trace with --random-init to see how much."
+        f"from the text alone{advice}."
     )
     return note(
         said, signature_accuracy=share, signature_null=row["signature_null"], documents=documents

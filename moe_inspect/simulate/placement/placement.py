@@ -25,7 +25,6 @@ from moe_inspect.simulate.placement.policies import Layout
 from moe_inspect.simulate.placement.tables import recommended, tables_of
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation
-from moe_inspect.simulate.shards import check_domains
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
@@ -99,7 +98,6 @@ def simulate_placement(
         )
     if wrong:
         raise MoeInspectError(wrong)
-    check_domains(trace, selection)
     if trace.counts_only:  # in no order: one window, which plans are fitted on and judged by
         windows = fitting.FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens)
         counts = count_trace(trace, selection)

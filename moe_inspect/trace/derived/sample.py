@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.text import plural
 from moe_inspect.trace.derived import shards
 from moe_inspect.trace.files.checksums import Json
@@ -97,11 +97,9 @@ def sample(
 def _check_size(documents: int | None, share: float | None, seed: int) -> None:
     if (documents is None) == (share is None):
         raise MoeInspectError("give the size of the sample: documents or share")
-    for name, number in (("documents", documents), ("seed", seed)):
-        if number is not None and (not isinstance(number, int | np.integer) or number < 0):
-            raise MoeInspectError(f"{name} is {number}: give a whole number, 0 or more")
-    if documents is not None and documents < 1:
-        raise MoeInspectError(f"documents is {documents}: give 1 or more")
+    check_whole("seed", seed)
+    if documents is not None:
+        check_whole("documents", documents, 1)
     if share is not None and not 0 < share <= 1:
         raise MoeInspectError(f"share is {share:g}: give a share above 0, up to 1")
 
@@ -115,12 +113,12 @@ def _chosen(
     by_domain: bool,
 ) -> np.ndarray:
     """int32 [D], sorted: the documents of the sample."""
-    rng, parts = np.random.default_rng(seed), list[np.ndarray]()
+    rng, parts = np.random.default_rng(int(seed)), list[np.ndarray]()
     labels = listed["domain"].astype(str)
     groups = sorted(listed.groupby(labels)) if by_domain else [("", listed)]
     for label, group in groups:
         number_D = np.sort(group["document"].to_numpy())
-        n = documents if documents is not None else max(1, round((share or 0) * len(number_D)))
+        n = int(documents) if documents is not None else max(1, round((share or 0) * len(number_D)))
         if n > len(number_D):
             where = f"domain {label} of {path}" if by_domain else f"{path}"
             said = f"{where} has {plural(len(number_D), 'document')}, {n:,} were asked for"
