@@ -25,7 +25,7 @@ from moe_inspect.importers.tables import read
 from moe_inspect.reporting.report import report as trace_report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
-from tests.conftest import Cli
+from tests.conftest import Cli, Put
 from tests.support.foreign import MAKERS, write_fingerprint, write_route_trace
 from tests.support.importing import decisions, refused, taken
 from tests.test_hostile import JSON, fresh, quick
@@ -116,10 +116,8 @@ def test_a_file_without_a_row_that_fits_is_named_among_others(name: str, tmp_pat
         refused(tmp_path, why_all, "counts", *sources, top_k=1)
 
 
-def test_rows_that_do_not_fit_are_not_lost_behind_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(read, "ROWS", 2)
+def test_rows_that_do_not_fit_are_not_lost_behind_others(tmp_path: Path, put: Put):
+    put(read, ROWS=2)
     rows = [{"layer": 0, "expert": e, "count": 1} for e in range(2)] + [{"foo": 1}] * 2
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     refused(tmp_path, "no decisions or counts: it has foo", "counts", tmp_path, top_k=1)
@@ -388,9 +386,9 @@ def test_experts_in_columns_and_a_trace_of_ours_read_as_a_table(tmp_path: Path):
 
 @pytest.mark.parametrize("piece", [1, 3, 100])
 def test_rows_without_a_slot_take_those_of_their_decision_in_order(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    piece: int, tmp_path: Path, put: Put
 ):
-    monkeypatch.setattr(placing, "PIECE", piece)
+    put(placing, PIECE=piece)
     rows = [
         (n, t, j, (t + 3 * j + n) % 8, 0.5 - j / 4)
         for j in (0, 1)

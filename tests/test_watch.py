@@ -30,7 +30,7 @@ from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, cells, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
 from tests.support.damage import edit_manifest
-from tests.support.synthetic import encoder_decoder, write_counts
+from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 from tests.support.watched import batches, committed, started, waited, writer, written
 from tests.test_commit_every import counted
 from tests.test_dropped import trace_of
@@ -381,6 +381,7 @@ def test_in_a_pipe_it_is_a_line_for_each_change(session: WatchSession, capsys: A
     watch_trace(session.path, WatchOptions(every_s=0.01, window_tokens=512), console)
     (line,) = capsys.readouterr().out.splitlines()
     assert "complete, 2,560 tokens, busiest expert of layer 3 " in line
+    assert "x the mean load (chance is not known yet)" in line
     at_once = WatchSession(session.path, session.options)
     at_once.update()
     assert line.split(" ", 1)[1] == status_line(at_once).split(" ", 1)[1]
@@ -458,3 +459,11 @@ def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
         assert "least balanced layers" in text
     finally:
         tmux("-L", name, "kill-server")
+
+
+def test_several_windows_tell_what_chance_explains(tmp_path: Path) -> None:
+    ids = uniform_ids(np.random.default_rng(0), 40_000, 8, 2)
+    write_trace(tmp_path / "t", [ids], 8, shard_tokens=4_000, batch_tokens=4_000)
+    session = WatchSession(tmp_path / "t", WatchOptions(window_tokens=4_000))
+    session.update()
+    assert 1 < float(session.watched.by_chance(0).removesuffix("x")) < 1.3

@@ -161,6 +161,12 @@ class Watched:
             return float("nan")
         return self._alarms.chance("max_vio", r, self.window)
 
+    def by_chance(self, r: int) -> str:
+        """The highest load of an expert ÷ mean load that chance explains; "?" where it may be any,
+        as nothing is known yet of how much the load moves from window to window."""
+        limit, router = 1 + self.chance(r), self.routers[r]
+        return f"{limit:.2f}x" if limit < router.experts / router.top_k else "?"
+
     @property
     def worst_routers(self) -> list[int]:
         """Routers of an alarm first, then by the load of the busiest expert in the window."""

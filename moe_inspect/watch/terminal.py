@@ -141,7 +141,7 @@ class Screen:
         for r in worst:
             load_E, vio, chance = window.load[r], history_L[-1, r], watched.chance(r)
             dead = int((load_E == 0).sum())
-            said = f"layer {watched.labels[r]:<4} {1 + vio:5.2f}x ({1 + chance:.2f}x)"
+            said = f"layer {watched.labels[r]:<4} {1 + vio:5.2f}x ({watched.by_chance(r)})"
             said += f"  busiest expert {int(load_E.argmax())}"
             said += f", {dead} dead  " if dead else "  "
             room = max(0, min(60, width - cell_len(said)))
@@ -253,9 +253,8 @@ def status_line(session: WatchSession) -> str:
     if watched.window is not None:
         r = watched.worst_routers[0]
         busiest = f"{1 + watched.history[-1][r]:.2f}x the mean load"
-        limit, most = watched.chance(r), watched.routers[r].experts / watched.routers[r].top_k - 1
-        chance = f"by chance at most {1 + limit:.2f}x"
-        chance = chance if limit < most else "too little is known to tell it from chance"
+        chance = watched.by_chance(r)
+        chance = "chance is not known yet" if chance == "?" else f"by chance at most {chance}"
         parts.append(f"busiest expert of layer {watched.labels[r]} {busiest} ({chance})")
     alarms = [alarm.text for alarm in watched.alarms]
     parts.append(f"{plural(len(alarms), 'alarm')}: {' '.join(alarms)}" if alarms else "no alarm")
