@@ -14,7 +14,6 @@ from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.manifest import read_manifest, refuse_while_written, write_manifest
 from moe_inspect.trace.output_dir import check_directory
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point
 
 
@@ -50,9 +49,6 @@ def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int)
                 f"{output_dir} was made with {_difference(key, before, now)}: resume with the "
                 "same, or --overwrite"
             )
-    for shard in Trace(output_dir).shards:
-        for table in shard.files.paths:
-            shard.file(table)
     with writing(output_dir):
         return resume_point(output_dir, rank)
 

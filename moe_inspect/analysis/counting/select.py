@@ -53,8 +53,10 @@ def select(
         raise MoeInspectError(f"no phase {phase!r}: there are {' and '.join(PHASES)}")
     labels = [domains] if isinstance(domains, str) else list(domains or [])
     if labels:
-        table = trace.counts() if trace.counts_only else trace.documents()
-        there = set(map(str, table["domain"].unique()))
+        table, there = "counts" if trace.counts_only else "documents", set[str]()
+        for shard in trace.shards:
+            code, names = codes(shard.table(table, ["domain"])["domain"])
+            there |= {names[d] for d in np.unique(code)}
         labels = [x for text in labels for x in ([text] if text in there else separated(text))]
         if missing := {*labels} - there:
             raise MoeInspectError(

@@ -18,6 +18,7 @@ from moe_inspect.text import first_line, no_such
 if TYPE_CHECKING:  # it needs NumPy, and --help does not
     from moe_inspect.importers.values import Fields, Json
 
+    # what keys said, the objects on the way, the value
     Found = tuple[dict[str, str], tuple[Json, ...], Json]
 
 ALIASES = {"assignments": "count", "gate_sum": "weight_sum"}
@@ -159,7 +160,6 @@ def _from_yaml(path: Path) -> Preset:
 PRESETS = {name: Preset(**fields) for name, fields in KNOWN.items()}
 
 ANCHORS = ("count", "share", "experts", "expert")
-# what keys said, the objects on the way, the value
 
 
 def mapped_rows(of: dict[str, str], where: str, value: Json) -> list[Fields]:

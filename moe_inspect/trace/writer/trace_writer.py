@@ -25,6 +25,7 @@ from moe_inspect.trace.files.lock import Lock, drafts_of, hold
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
+from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles, committed_shards
 from moe_inspect.trace.writer import tables
 from moe_inspect.trace.writer.batches import (
@@ -64,11 +65,14 @@ def _counts(shards: list[ShardFiles]) -> dict[str, int]:
 
 def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
     """Where rank `rank` of the trace at `root` continues: after its last shard that was not
-    committed early. Deletes the rank's files that no line names, and its early shards. The caller
-    holds the lock."""
+    committed early. Deletes the rank's files that no line names, and its early shards. Damaged
+    where a file of the others is, or is missing. The caller holds the lock."""
     manifest = read_manifest(root)
     committed = [s for s in committed_shards(root, manifest) if s.rank == rank]
     shards = list(takewhile(lambda s: not s.early, committed))
+    for shard in (Shard(TraceHeader(root, manifest), files) for files in shards):
+        for table in shard.files.paths:
+            shard.file(table)
     _keep(root, manifest, rank, shards, len(committed))
     # then, so that no line names what is not there
     keep = {root / path for s in shards for path in s.paths.values()}
