@@ -105,22 +105,11 @@ def format_ratio(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
-def join_first(items: list[str], most: int, between: str) -> str:
-    """The first `most` items, and how many more there are."""
-    return between.join(items[:most]) + (
-        f"{between}{len(items) - most} more" if len(items) > most else ""
-    )
-
-
-def and_more(names: Sequence[str], most: int) -> str:
-    """ "a, b and 3 more": the first `most` names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def comma_list(ids: list[int]) -> str:
-    """ "1, 2, 3": the first six ids, and how many more there are."""
-    return join_first([str(i) for i in ids], 6, ", ")
+def join_first(items: Iterable[object], most: int = 6, between: str = ", ") -> str:
+    """The first `most` items, and how many more there are: "1, 2, 3 more"."""
+    every = [str(item) for item in items]
+    more = [f"{len(every) - most} more"] * (len(every) > most)
+    return between.join([*every[:most], *more])
 
 
 def separated(text: str) -> list[str]:

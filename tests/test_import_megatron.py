@@ -109,7 +109,7 @@ def test_ranks_are_paired_by_number_not_by_name(tmp_path: Path):
     sources = trace.documents()["source"].tolist()
     assert sources[:2] == ["router_trace_rank0.jsonl step 0 rank 0"] * 2
     note = next(note for note in trace.manifest["corpus"]["notes"] if "2 pipeline stages" in note)
-    assert "(0 + 6, 1 + 7, 2 + 8, …)" in note
+    assert "(0 + 6, 1 + 7, 2 + 8, 3 more)" in note
 
 
 def test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree(tmp_path: Path):

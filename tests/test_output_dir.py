@@ -184,7 +184,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a profiler's": (lambda root: profiled(root, "documents/thesis.tex", "logits/run1.npy"), r"is not a trace \(it holds documents/thesis.tex, logits/run1.npy, trace.json\): not overwritten"),
     "a profiler's alone": (profiled, r"is not a trace \(it holds trace.json\)"),
     "a file beside": (lambda root: beside(root, "notes.txt"), r"is more than a trace \(it holds notes.txt\)"),
-    "files in tables": (lambda root: beside(root, "tokens/a.csv", "routing/part-0-0.csv", "documents/b", "e"), r"documents/b, e, routing/part-0-0.csv and 1 more\)"),
+    "files in tables": (lambda root: beside(root, "tokens/a.csv", "routing/part-0-0.csv", "documents/b", "e"), r"documents/b, e, routing/part-0-0.csv, 1 more\)"),
     "a table elsewhere": (linked, r"is more than a trace \(it holds tokens\)"),
     "a profiler's over ours": (lambda root: (root / MANIFEST).write_text('{"traceEvents": []}'), r"is not a trace \(it holds trace.json\)"),
     "parts without lists": (lambda root: [(root / name).unlink() for name in (MANIFEST, "shards-0.jsonl")], "is not a trace"),

@@ -15,7 +15,7 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture.hook import ring
-from moe_inspect.capture.hook.ring import PassShape, Rings
+from moe_inspect.capture.hook.ring import PassShape, Rings, by_site
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
@@ -162,7 +162,7 @@ def test_ids_of_no_expert_are_nowhere() -> None:
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
     rings = Rings([(CPU, 4, 8)] * 2, [0, 1], torch.float16, (), 16)
-    assert rings.write({"": [[(ids, weights)]] * 2}, 2)
+    assert rings.write({"": [(0, (ids, weights)), (1, (ids, weights))]}, 2)
     for r in range(2):
         found = rings.rows("ids", r, 0, 2, None).tolist()
         assert found == [[0, 7, 255, 255], [255, 255, 255, 2]]
@@ -175,11 +175,8 @@ def test_only_a_whole_pass_is_written(T: int) -> None:
 
     def found(*sizes: tuple[int, int], K: int = 2) -> Any:
         """The ids and weights of a pass of calls of these (site, rows); and its calls, by site."""
-        calls = [
-            [(torch.full((rows, K), n), torch.rand(rows, K)) for m, rows in sizes if m == n]
-            for n in range(2)
-        ]
-        return shape.whole({"": calls}, T), calls
+        calls = [(n, (torch.full((rows, K), n), torch.rand(rows, K))) for n, rows in sizes]
+        return shape.whole({"": calls}, T), by_site(calls, 2)
 
     for sizes in (
         [(0, T), (1, T), (1, T)],

@@ -383,7 +383,7 @@ class Alarms:
             order = np.lexsort((apart_E, at.at_fault_E))[-1:]
             experts, since = order[at.at_fault_E[order] > 0], at.since
         named = tuple(int(e) for e in experts)
-        listed = join_first([str(e) for e in named], 6, ", ")
+        listed = join_first(named)
         of = f", expert{'s' if len(named) > 1 else ''} {listed}" if named else ""
         most = "at most" if rule.above else "at least"
         limit = f"; by chance {most} {by_chance:.3g}" if not math.isnan(by_chance) else ""

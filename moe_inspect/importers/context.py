@@ -259,8 +259,3 @@ def _head(file: Path) -> bytes:
 def named(path: Path) -> str:
     """The domain of a file without a label: the file's name."""
     return path.name.split(".")[0] or path.name
-
-
-def listed(values: Iterable[object], most: int = 8) -> str:
-    every = [str(value) for value in values]
-    return ", ".join(every[:most]) + ", …" * (len(every) > most)

@@ -30,7 +30,7 @@ from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.find import no_routers, routers_in
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.model.wrapped import unwrapped
-from moe_inspect.text import comma_list, plural, print_stderr
+from moe_inspect.text import join_first, plural, print_stderr
 from moe_inspect.trace.reader import Trace, open_trace
 
 # layer, or path of a router's module → experts
@@ -44,7 +44,7 @@ def _by_site(sites: Sequence[Site], layers: Layers, name: str) -> dict[int, list
         experts = sorted({of_layer} if isinstance(of_layer, int) else set(of_layer))
         in_layer = [r for r, site in enumerate(sites) if layer in (site.layer, site.path)]
         if not in_layer:
-            known = comma_list(sorted({site.layer for site in sites}))
+            known = join_first(sorted({site.layer for site in sites}))
             raise MoeInspectError(f"{name}: no router in layer {layer}: the MoE layers are {known}")
         if len(in_layer) > 1:
             raise MoeInspectError(
@@ -154,7 +154,7 @@ class Intervention:
             )
         self._entered = True
         done = [
-            f"{verb} in {self.sites[r].path}: {comma_list(experts)}"
+            f"{verb} in {self.sites[r].path}: {join_first(experts)}"
             for verb, of in (("dropped", self.drop), ("forced", self.force))
             for r, experts in of.items()
         ]

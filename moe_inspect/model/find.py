@@ -19,7 +19,7 @@ from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.custom.spec import SPECS, RouterSpec, registered
 from moe_inspect.model.families import EXPERTS, ROUTER_CLASS, TOP_K, TOWER, Adapter, stated_size
 from moe_inspect.model.routers import Site
-from moe_inspect.text import and_more
+from moe_inspect.text import join_first
 
 # of a module that chooses experts: the last name in its path, or its class
 ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
@@ -129,7 +129,7 @@ class Candidates:
     def described(self) -> str:
         said = {"may be one": self.routers, "may be its experts": self.experts_lists}
         listed = {
-            what: and_more([f"{path} ({kind})" for path, kind in found.items()], MOST_SHOWN)
+            what: join_first([f"{path} ({kind})" for path, kind in found.items()], MOST_SHOWN)
             for what, found in said.items()
         }
         return " and ".join(f"{names} {what}" for what, names in listed.items() if names)

@@ -87,7 +87,7 @@ def no_trace(root: Path | Remote) -> MoeInspectError:
     near, place = "", root
     if root.is_dir():
         if inside := _traces_in(root):
-            listed = join_first([str(p) for p in inside], 6, ", ")
+            listed = join_first(inside)
             return MoeInspectError(f"no trace at {root}, but in it: {listed}")
         place = root / "NAME"
     elif root.exists() and not root.is_file():

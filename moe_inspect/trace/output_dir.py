@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.files import open_regular
-from moe_inspect.text import first_line
+from moe_inspect.text import first_line, join_first
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import lock
 from moe_inspect.trace.files.atomic import draft_of, sync_directory
@@ -38,7 +38,6 @@ OF_A_TRACE = re.compile(
     rf"|{re.escape(OVERWRITTEN)}|{re.escape(lock.LOCK)}|{re.escape(CHECK)}"
 )
 OF_A_TABLE = re.compile(rf"{PART}|{lock.drafts_of(PART)}")
-TO_NAME = 3  # file names listed in a message
 
 
 @dataclass(frozen=True)
@@ -216,12 +215,9 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
     if not is_trace and schema.MANIFEST in there.files:
         others.append(schema.MANIFEST)
     if others or not is_trace:
-        named = ", ".join(sorted(others or there.files)[:TO_NAME])
-        more = f" and {len(others) - TO_NAME:,} more" if len(others) > TO_NAME else ""
-        raise MoeInspectError(
-            f"{path} is {'more than' if is_trace else 'not'} a trace (it holds {named}{more}): "
-            "not overwritten"
-        )
+        kind = "more than" if is_trace else "not"
+        held = join_first(sorted(others or there.files), 3)
+        raise MoeInspectError(f"{path} is {kind} a trace (it holds {held}): not overwritten")
     try:
         manifest = read_manifest(path)
     except MoeInspectError:  # damaged or of another format: no process is writing it

@@ -22,7 +22,7 @@ import transformers as hf
 import moe_inspect
 from moe_inspect.interventions.rules import how_dropped
 from moe_inspect.model.find import find_routers
-from moe_inspect.text import comma_list
+from moe_inspect.text import join_first
 
 VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
@@ -339,7 +339,7 @@ def dropped(model: Any) -> str:
         layers.setdefault(how_dropped(site), []).append(site.layer)
     if len(layers) == 1:
         return next(iter(layers))
-    said = ((how, "s" * (len(of) > 1), comma_list(of)) for how, of in sorted(layers.items()))
+    said = ((how, "s" * (len(of) > 1), join_first(of)) for how, of in sorted(layers.items()))
     return "; ".join(f"{how} in layer{plural} {of}" for how, plural, of in said)
 
 

@@ -29,11 +29,20 @@ from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import EXTRAS
 
-# by what is recorded ("" for choices, else one of `schema.EXTRAS`), of each site: what was recorded
-# of its calls, (ids [T, K], weights [T, K]) or (values,)
-Calls = dict[str, list[list[tuple[Tensor, ...]]]]
+# by what is recorded ("" for choices, else one of `schema.EXTRAS`): the index of the site of each
+# call, and what was recorded of it, (ids [T, K], weights [T, K]) or (values,)
+Calls = dict[str, list[tuple[int, tuple[Tensor, ...]]]]
 # of each `AlikeRouters`: ids and weights [R, T, K], or the values of one of the extras
 Whole = list[tuple[Tensor, ...]]
+OfSite = list[tuple[Tensor, ...]]  # its calls
+
+
+def by_site(calls: Sequence[tuple[int, tuple[Tensor, ...]]], n: int) -> list[OfSite]:
+    """What was recorded of the calls of each of n sites."""
+    found: list[OfSite] = [[] for _ in range(n)]
+    for site, values in calls:
+        found[site].append(values)
+    return found
 
 
 class AlikeRouters(NamedTuple):
@@ -60,6 +69,7 @@ class PassShape:
         below: Sequence[int] | None = None,
     ):
         ends = below or [E for *_, E in routers]
+        self.sites = list(sites)
         self.runs = [sites.count(n) for n in range(max(sites) + 1)]  # of each site in a pass
         self.groups: list[AlikeRouters] = []
         for kind in ("", *extras):
@@ -89,11 +99,13 @@ class PassShape:
             return None
         return found
 
-    def _by_router(self, calls: Sequence[list[tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...]]:
+    def _by_router(self, calls: Sequence[tuple[int, tuple[Tensor, ...]]]) -> OfSite:
         """One call per router, in their order; empty where there are not as many. Where one was
         called with some of the rows at a time, these are one call."""
-        found: list[tuple[Tensor, ...]] = []
-        for parts, runs in zip(calls, self.runs, strict=True):
+        if [n for n, _ in calls] == self.sites:
+            return [values for _, values in calls]
+        found: OfSite = []
+        for parts, runs in zip(by_site(calls, len(self.runs)), self.runs, strict=True):
             if runs == 1 and len(parts) > 1:
                 parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
             if len(parts) != runs:
@@ -391,17 +403,19 @@ class Rings:
             return False
         for group, pages, values in zip(self.shape.groups, self._pages, whole, strict=True):
             tape = self.tapes[group.kind][group.first]
-            if not group.kind:
+            if not group.kind and T:
                 ids_RTK = values[0]
-                outside_RTK = (ids_RTK < 0) | (ids_RTK >= group.E)
-                values = ids_RTK.masked_fill(outside_RTK, tape.null_id), values[1]
+                least, most = ids_RTK.aminmax()
+                if least.item() < 0 or most.item() >= group.E:
+                    outside_RTK = (ids_RTK < 0) | (ids_RTK >= group.E)
+                    values = ids_RTK.masked_fill(outside_RTK, tape.null_id), values[1]
             done = 0
             while done < T:
                 page, row = divmod(self.head + done, tape.P)
                 n = min(tape.P - row, T - done)
                 for to_pages, values_RTK in zip(pages, values, strict=True):
-                    to_RPK = to_pages[page % tape.pages]
-                    to_RPK[:, row : row + n] = values_RTK[:, done : done + n]
+                    to_RnK = to_pages[page % tape.pages].narrow(1, row, n)
+                    to_RnK.copy_(values_RTK.narrow(1, done, n))
                 done += n
         self._rings[0].cursor.add_(T)
         return True

@@ -20,7 +20,7 @@ from torch.nn import Module
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.capture.hook.ring import Calls, Rings
+from moe_inspect.capture.hook.ring import Calls, OfSite, Rings, by_site
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.choices import called_with
 from moe_inspect.model.routers import Site, logits_among, stacks_in, top_k_of
@@ -261,8 +261,6 @@ class Stack:
         self.sites.append(site)
         self.sinks.append(sinks)
         self.routers_of.append([n])
-        for of_kind in self.calls.values():
-            of_kind.append([])
         if self.name:
             self.routers.append(router_at(site, top_k_of(site, self.model)))
         for kind, sink in sinks.items():
@@ -283,8 +281,12 @@ class Stack:
         self.clear()
 
     def clear(self) -> None:
-        self.calls = {kind: [[] for _ in self.sites] for kind in self.kinds}
+        self.calls = {kind: [] for kind in self.kinds}
         self._copied = []
+
+    def calls_of(self, kind: str) -> list[OfSite]:
+        """What was recorded of the calls of each site."""
+        return by_site(self.calls[kind], len(self.sites))
 
     def enable(self, on: bool) -> None:
         """Whether the rings take what kernels write."""
@@ -300,7 +302,7 @@ class Stack:
             if self.is_new and self.scope.is_known:
                 self._copied += zip(copies, values, strict=True)
             values = copies
-        self.calls[kind][n].append(values)
+        self.calls[kind].append((n, values))
 
     def fix_shape(self, is_declared: bool) -> list[torch.dtype]:
         """Ends the first forward pass: top-k, dtypes and devices are as observed. Returns the dtype
@@ -313,12 +315,12 @@ class Stack:
             self._copied = []
         times = [
             len(calls) if calls and all(len(ids) == T for ids, _ in calls) else 1
-            for calls in self.calls[""]
+            for calls in self.calls_of("")
         ]
         self.check_calls(T, times)
         runs = [
             (site, time, calls[time])
-            for site, t, calls in zip(self.sites, times, self.calls[""], strict=True)
+            for site, t, calls in zip(self.sites, times, self.calls_of(""), strict=True)
             for time in range(t)
         ]
         self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs]
@@ -345,8 +347,8 @@ class Stack:
                     "encoder and a decoder, which may see different tokens: record one of them at "
                     "a time"
                 )
-        for kind, of_kind in self.calls.items():
-            for site, calls, t in zip(self.sites, of_kind, times, strict=True):
+        for kind in self.calls:
+            for site, calls, t in zip(self.sites, self.calls_of(kind), times, strict=True):
                 if (seen := sum(len(values[0]) for values in calls)) != t * T:
                     K = calls[0][0].shape[1] if calls and not kind else 1
                     self.refuse(site.path, seen, T, kind, K)
@@ -390,8 +392,8 @@ class Stack:
         there is no room for. Those that follow go to tapes."""
         if self.rings is None:
             return
-        for kind, calls in self.calls.items():
-            for sinks, of_site in zip(self.sinks, calls, strict=True):
+        for kind in self.calls:
+            for sinks, of_site in zip(self.sinks, self.calls_of(kind), strict=True):
                 tapes = sinks[kind].tapes
                 for made, values in enumerate(of_site):
                     tape = tapes[made % len(tapes)]

@@ -48,7 +48,7 @@ def _places(routers: Sequence[Router], shift: int) -> list[tuple[int, str, int]]
 
 
 def layers_named(labels: Sequence[str], most: int = 6) -> str:
-    return f"{'layer' if len(labels) == 1 else 'layers'} {join_first([*labels], most, ', ')}"
+    return f"{'layer' if len(labels) == 1 else 'layers'} {join_first(labels, most)}"
 
 
 PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"

@@ -31,13 +31,14 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering
-from moe_inspect.importers.context import ImportContext, Imported, importer, listed, named
+from moe_inspect.importers.context import ImportContext, Imported, importer, named
 from moe_inspect.importers.megatron import layers
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import RankFile, Spot
 from moe_inspect.importers.routed import checked_ids, repeats
 from moe_inspect.importers.values import Fields, integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
+from moe_inspect.text import join_first
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
@@ -102,7 +103,7 @@ def megatron(context: ImportContext) -> Imported:
             "the order of their ids"
         )
     if stages > 1:
-        pairs = listed([" + ".join(str(f.rank) for f in column) for column in columns], 3)
+        pairs = join_first([" + ".join(str(f.rank) for f in column) for column in columns], 3)
         notes.append(
             f"{stages} pipeline stages: the i-th rank of a stage, by number, is taken to have "
             f"fed the i-th of the next ({pairs})"
@@ -240,7 +241,7 @@ def columns_of(files: list[File]) -> list[list[File]]:
 
 def _listed(spots: Iterable[Spot]) -> str:
     numbers = [layer for _, _, layer in sorted(spots)]
-    return f"layer{'s' * (len(numbers) > 1)} {listed(numbers)} (from 0)"
+    return f"layer{'s' * (len(numbers) > 1)} {join_first(numbers)} (from 0)"
 
 
 def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:

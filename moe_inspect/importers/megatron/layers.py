@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.context import ImportContext, ImportSource, listed
+from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.importers.values import Fields, integer
 from moe_inspect.model.config import ModelFacts
+from moe_inspect.text import join_first
 from moe_inspect.trace.schema import Router
 
 Spot = tuple[str, int, int]  # block ("decoder" or "mtp"), mtp_idx, layer
@@ -76,7 +77,7 @@ def located(
     files = _with_offsets(context, files, empty, by_name, together)
     found, given = len({frozenset(f.spots) for f in files}), context.pipeline_stages
     if given is not None and (found > given or (found < given and not empty)):
-        layers = listed(_decoder(spot for f in files for spot in f.spots))
+        layers = join_first(_decoder(spot for f in files for spot in f.spots))
         raise MoeInspectError(
             f"--pipeline-stages is {given}, by their layers ({layers} from 0) the files are of "
             f"{found}"
@@ -104,9 +105,9 @@ def _with_offsets(
     if not by_name and min(layer for f in files for _, _, layer in f.numbered) > 0:
         if stated is None:
             context.warn(
-                f"{path} does not say whether its layer numbers ({listed(numbers)}) start at 0 or "
-                "1: assumed 1, as the inference engine writes them; the training hook starts at 0. "
-                "Give --model or --config to be sure"
+                f"{path} does not say whether its layer numbers ({join_first(numbers)}) start at 0 "
+                "or 1: assumed 1, as the inference engine writes them; the training hook starts at "
+                "0. Give --model or --config to be sure"
             )
         return from_one
     if context.facts is not None:
@@ -116,8 +117,8 @@ def _with_offsets(
         if context.pipeline_stages:
             hint = "is it the config of this model?"
         raise MoeInspectError(
-            f"{context.sources[0].path} has layers {listed(numbers)} (from 0), "
-            f"{context.facts.id} has experts in {listed(stated or ())}: {hint}"
+            f"{context.sources[0].path} has layers {join_first(numbers)} (from 0), "
+            f"{context.facts.id} has experts in {join_first(stated or ())}: {hint}"
         )
     if stages > 1:
         raise MoeInspectError(
@@ -209,8 +210,8 @@ def _offsets(facts: ModelFacts, layers: list[list[int]], path: Path) -> list[int
             offset < start or (s == 0 and offset) or [layer + offset for layer in own] != blocks
         ):
             raise MoeInspectError(
-                f"{path}: layers {listed(own)} of pipeline stage {s} cannot be blocks "
-                f"{listed(blocks)}, which is what {facts.id} leaves for it: is the config the "
+                f"{path}: layers {join_first(own)} of pipeline stage {s} cannot be blocks "
+                f"{join_first(blocks)}, which is what {facts.id} leaves for it: is the config the "
                 "model's, and the number of stages right?"
             )
         offsets.append(offset)
@@ -238,7 +239,7 @@ def routers_of(
     routers = context.routers_of(layers, experts, top_k, where) if layers else []
     if missing := sorted(set(context.facts.experts if context.facts else ()) - set(layers)):
         raise MoeInspectError(
-            f"{where}: layers {listed(missing)} (from 0) have experts in the config and are in "
+            f"{where}: layers {join_first(missing)} (from 0) have experts in the config and are in "
             "no file: give the files of all ranks"
         )
     # the layers of multi-token prediction come after the model's
@@ -249,4 +250,4 @@ def routers_of(
 
 
 def _of(file: RankFile) -> str:
-    return f"has layers {listed(_decoder(file.numbered)) or 'of mtp alone'}"
+    return f"has layers {join_first(_decoder(file.numbered)) or 'of mtp alone'}"

@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line
-from moe_inspect.importers.context import CODECS, ImportContext, ImportSource, listed
+from moe_inspect.importers.context import CODECS, ImportContext, ImportSource
 from moe_inspect.importers.tables.presets import OWN, Preset, mapped_rows, pattern
 from moe_inspect.importers.values import Fields, Json
-from moe_inspect.text import first_line
+from moe_inspect.text import first_line, join_first
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: type checkers see few
 ROWS = 2**16  # of a chunk
@@ -64,7 +64,7 @@ class TableChunk:
         return MoeInspectError(f"{self.path} row {self.first + row}: {called} {why}")
 
     def lacks(self, name: str) -> MoeInspectError:
-        return MoeInspectError(f"{self.path} has no column {name}: it has {listed(self.names)}")
+        return MoeInspectError(f"{self.path} has no column {name}: it has {join_first(self.names)}")
 
     def numbers(
         self, name: str, low: float, high: float, empty: float | None = None, *, real: bool = False
@@ -156,8 +156,8 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
                     if optional and table[name].null_count == len(table):
                         table = table.drop_columns(name)
                 if not table.column_names:
-                    why = f"holds no decisions or counts: it has {listed(names) or 'no columns'}"
-                    raise MoeInspectError(f"{path} {why}")
+                    has = join_first(names) or "no columns"
+                    raise MoeInspectError(f"{path} holds no decisions or counts: it has {has}")
                 for name in beside.keys() - {*table.column_names}:
                     value = pa.repeat(pa.scalar(beside[name], pa.string()), len(table))
                     table = table.append_column(name, value)
@@ -264,7 +264,7 @@ def _located(
                 break
         else:
             if not place.endswith("?"):
-                raise MoeInspectError(f"{path} has no column {place}: it has {listed(names)}")
+                raise MoeInspectError(f"{path} has no column {place}: it has {join_first(names)}")
     return found, [*dict.fromkeys(chain.from_iterable(found.values()))]
 
 

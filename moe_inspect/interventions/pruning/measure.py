@@ -17,7 +17,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, interval,
 from moe_inspect.analysis.metrics.worth import JUDGED, super_experts
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.interventions.ablation import HeldOut, Progress, documents_of
-from moe_inspect.text import and_more, plural
+from moe_inspect.text import join_first, plural
 from moe_inspect.trace.reader import Trace
 
 WHOLE, RANDOM, FREQUENCY, EVERYTHING = "whole", "random", "frequency", "(all)"
@@ -120,14 +120,14 @@ def of_calibration(
     if missing := sorted(asked - known):
         yield (
             "coverage",
-            f"the calibration text lacks {and_more(missing, NAMED)}: the value of experts for it "
-            f"is unknown ({trace.path} has {and_more(sorted(known), NAMED)})",
+            f"the calibration text lacks {join_first(missing, NAMED)}: the value of experts for it "
+            f"is unknown ({trace.path} has {join_first(sorted(known), NAMED)})",
         )
     if few := _names(held_out, drop, [counts.load_E(r) < JUDGED for r in routers]):
         yield (
             "few tokens",
             f"{plural(len(few), 'dropped expert')} had fewer than {JUDGED} assignments in the "
-            f"calibration text: {and_more(few, NAMED)}",
+            f"calibration text: {join_first(few, NAMED)}",
         )
 
 
@@ -170,8 +170,8 @@ def of_super_experts(
     if gone := _names(held_out, drop, super_experts(peak_LE, layers, trace.blocks)):
         yield (
             "super experts",
-            f"{plural(len(gone), 'super expert')} would be dropped ({and_more(gone, NAMED)}): they "
-            "produce the largest activations of the model",
+            f"{plural(len(gone), 'super expert')} would be dropped ({join_first(gone, NAMED)}): "
+            "they produce the largest activations of the model",
         )
 
 
@@ -183,7 +183,7 @@ def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
         yield from _beside(losses, by, RANDOM)
         worse = [d for d in losses.domains if losses.change(by, RANDOM, d)[0] >= 0]
         if worse and len(losses.domains) > 1:
-            yield RANDOM, f"random is as good as {by} or better in {and_more(worse, NAMED)}"
+            yield RANDOM, f"random is as good as {by} or better in {join_first(worse, NAMED)}"
     if by not in (RANDOM, FREQUENCY) and FREQUENCY in losses.nats:
         yield from _beside(losses, by, FREQUENCY)
 

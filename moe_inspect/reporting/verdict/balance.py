@@ -97,7 +97,7 @@ def routers_without_load(data: ReportData) -> Finding | None:
     silent = records(table[table["assignments"] == 0])
     if not silent or len(silent) == len(table):
         return None
-    names = join_first([name_of(data, row) for row in silent], 6, ", ")
+    names = join_first([name_of(data, row) for row in silent])
     said = f"{len(silent)} of {len(table)} routers made no assignments: {names}."
     about, routers = silent[0] if len(silent) == 1 else None, [int(row["router"]) for row in silent]
     return fnd.critical(said, about, routers_without_load=routers, routers=len(table))

@@ -181,7 +181,7 @@ def few_documents_per_domain(data: ReportData) -> Finding | None:
     few = {domain: n for domain, n in each if n < FEWEST_DOCUMENTS}
     if not few:
         return None
-    names = join_first([f'"{domain}" ({n})' for domain, n in few.items()], 6, ", ")
+    names = join_first([f'"{domain}" ({n})' for domain, n in few.items()])
     said = (
         f"Domains of fewer than {FEWEST_DOCUMENTS} documents reflect single texts as much as the "
         f"domain: {names}."

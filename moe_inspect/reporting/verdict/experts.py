@@ -15,7 +15,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, beyond_documents, name_of, note, warning
-from moe_inspect.text import comma_list, format_ratio, join_first, plural, verb_for
+from moe_inspect.text import format_ratio, join_first, plural, verb_for
 
 LITTLE_USED = 0.5  # load ratio under which the least used expert is named
 # mean load of a domain's experts from which an expert with few assignments is not just unlucky
@@ -31,7 +31,7 @@ def dead_experts(data: ReportData) -> Finding | None:
     names, likely = list[str](), 0.0
     for row in dead:
         of_router = (load["router"] == row["router"]) & (load["assignments"] == 0)
-        names.append(f"{name_of(data, row)}: {comma_list(load.loc[of_router, 'expert'].tolist())}")
+        names.append(f"{name_of(data, row)}: {join_first(load.loc[of_router, 'expert'].tolist())}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
         effect = LONG_DOCUMENT if data.counts.counts_only else row["design_effect"]
         independent = row["tokens"] / (max(effect, 1) if effect == effect else 1)
