@@ -18,10 +18,11 @@ from moe_inspect.trace.answers import Answers
 from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
-from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.shard_list import are_replaced, committed_shards
+from moe_inspect.trace.shard import JoinedShards, Shard
+from moe_inspect.trace.shard_list import ShardFiles, are_replaced, committed_shards
 
 Scheduler = Any  # an address, or a client of dask.distributed, which need not be installed
+FEWEST_PIECES, MOST_TOKENS = 8, 65_536  # that small shards are joined to
 TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
@@ -51,6 +52,7 @@ class Trace(Answers, TraceHeader):
                     else {}
                     for files in self._files
                 ]
+                self._pieces = _pieces(self._files, self.counts_only)
                 return
             except Damaged:
                 # its writer may have replaced some of it meanwhile
@@ -94,14 +96,23 @@ class Trace(Answers, TraceHeader):
 
     @property
     def shards(self) -> Iterator[Shard]:
+        """What the trace is read in: its shards in order, many small ones joined."""
         return map(self.shard, range(self.n_shards))
 
     @property
     def n_shards(self) -> int:
-        return len(self._files)
+        return len(self._pieces)
 
     def shard(self, number: int) -> Shard:
         """A shard of its own to read from: what it opens is closed with it."""
+        return JoinedShards.of([self._committed(n) for n in self._pieces[number]])
+
+    @property
+    def committed(self) -> Iterator[Shard]:
+        """The shards as they were committed."""
+        return map(self._committed, range(len(self._files)))
+
+    def _committed(self, number: int) -> Shard:
         return Shard(self, self._files[number], self._held[number])
 
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
@@ -148,6 +159,21 @@ class Trace(Answers, TraceHeader):
         return joined.unify_dictionaries().to_pandas()
 
 
+def _pieces(files: list[ShardFiles], counts_only: bool) -> list[range]:
+    """Which shards are read as one: consecutive ones of a rank, together no longer than a full one
+    and a small part of the trace. Shards of counts may be windows of steps: each stays its own."""
+    most = min(MOST_TOKENS, sum(f.tokens for f in files) // FEWEST_PIECES)
+    found, tokens = list[range](), 0
+    for n, of in enumerate(files):
+        fits = n > 0 and files[n - 1].rank == of.rank and tokens + of.tokens <= most
+        tokens = of.tokens + (tokens if fits else 0)
+        if fits and not counts_only:
+            found[-1] = range(found[-1].start, n + 1)
+        else:
+            found.append(range(n, n + 1))
+    return found
+
+
 def open_trace(path: str | Path | Trace, *, scheduler: Scheduler = None) -> Trace:
     """Opens a trace directory, of this machine or by a URL that fsspec can read
     (`s3://bucket/trace`); a Trace is one already. `scheduler`: as `Trace.on` takes it.
@@ -166,9 +192,10 @@ def place_of(trace: Trace | str | Path | Remote) -> Path | Remote:
     return trace.path if isinstance(trace, Trace) else location(trace)
 
 
-def shards_of(trace: Trace, name: str) -> Iterator[Shard]:
-    """The shards, read in a phase of this name, as progress is told."""
+def shards_of(trace: Trace, name: str, committed: bool = False) -> Iterator[Shard]:
+    """The shards, read in a phase of this name, as progress is told; as they were `committed`, or
+    joined."""
     advance = phase(name, trace.n_tokens, "tokens")
-    for shard in trace.shards:
+    for shard in trace.committed if committed else trace.shards:
         yield shard
         advance(shard.files.tokens)

@@ -6,8 +6,8 @@ T tokens, K slots, E experts, L routers, N rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace import parts, slot_order
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.schema import MOST_TOKEN_IDS
 from moe_inspect.trace.shard_list import ShardFiles, are_replaced
 
@@ -37,6 +38,10 @@ class Shard:
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return parts.read(self.file(name), self.files.paths[name], columns)
+
+    def schema(self, name: str) -> pa.Schema:
+        """The columns of a table, as they are stored."""
+        return self.file(name).schema_arrow
 
     def file(self, name: str) -> pq.ParquetFile:
         """The Parquet file of a table, checked and opened once."""
@@ -174,6 +179,18 @@ class Shard:
             table = table.filter(pa.array(routers == router))
         return table if columns is None else table.select(columns)
 
+    def rows_by_router(self, name: str, columns: list[str] | None = None) -> list[pa.Table]:
+        """Those of every router, in one read where each row group is of one."""
+        routers, spans = range(len(self.trace.routers)), self._routers_of_groups(name)
+        if spans != sorted((r, r) for r, _ in spans):
+            return [Shard.rows_of_router(self, name, r, columns) for r in routers]
+        table, metadata = self.table(name, columns), self.file(name).metadata
+        rows_R = np.zeros(len(routers) + 1, np.int64)
+        for g, (r, _) in enumerate(spans):
+            rows_R[r + 1] += metadata.row_group(g).num_rows
+        ends = rows_R.cumsum()
+        return [table.slice(ends[r], rows_R[r + 1]) for r in routers]
+
     def _routers_of_groups(self, name: str) -> list[tuple[int, int]]:
         """The first and last router in each row group, any where the file does not say."""
         if name not in self._spans:
@@ -184,6 +201,53 @@ class Shard:
                 (s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found
             ]
         return self._spans[name]
+
+
+@dataclass(frozen=True)
+class JoinedShards(Shard):
+    """Consecutive small shards of one rank, read as one."""
+
+    parts: Sequence[Shard] = ()
+    # (table, columns) → of each part its rows by router
+    _read: dict[tuple[str, str], list[list[pa.Table]]] = field(
+        default_factory=dict, init=False, compare=False
+    )
+
+    @classmethod
+    def of(cls, parts: Sequence[Shard]) -> Shard:
+        if len(parts) == 1:
+            return parts[0]
+        first, last = parts[0].files, parts[-1].files
+        stated = {
+            table: _together([of.files.stated[table] for of in parts]) for table in first.stated
+        }
+        decisions = sum(part.files.decisions for part in parts)
+        span = {"last_token": last.last_token, "last_batch": last.last_batch}
+        files = replace(first, decisions=decisions, stated=stated, lines=[], **span)
+        return cls(parts[0].trace, files, parts=parts)
+
+    def schema(self, name: str) -> pa.Schema:
+        return pa.unify_schemas([part.schema(name) for part in self.parts])
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        return _joined([part.table(name, columns) for part in self.parts])
+
+    def rows_of_router(self, name: str, router: int, columns: list[str] | None = None) -> pa.Table:
+        asked = name, ",".join(columns or ())
+        if asked not in self._read:
+            self._read[asked] = [part.rows_by_router(name, columns) for part in self.parts]
+        return _joined([tables[router] for tables in self._read[asked]])
+
+
+def _together(stated: Sequence[Stated]) -> Stated:
+    hashes = [of.sha256 for of in stated if of.sha256 is not None]
+    together = "".join(hashes) if len(hashes) == len(stated) else None
+    return Stated(rows=sum(of.rows or 0 for of in stated), sha256=together)
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    # some say that they hold no null
+    return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
 
 
 def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

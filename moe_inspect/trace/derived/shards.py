@@ -202,7 +202,7 @@ class KeptDocuments:
 
 def _columns(shard: Shard, table: str) -> pa.Schema:
     """Those of a table; not nullable where they are not in the shard."""
-    trace, columns = shard.trace, shard.file(table).schema_arrow
+    trace, columns = shard.trace, shard.schema(table)
     if table == "routing" and not any(c.nullable for c in columns if c.name.startswith("expert_")):
         return schema.routing_schema(trace.routers, trace.slot_values, nullable=False)
     return trace.columns_of(table)
@@ -243,7 +243,7 @@ def same_place(a: Path | Remote, b: Path | Remote) -> bool:
 
 def contents(trace: Trace) -> str | None:
     """A hash of all that a trace holds; None where its lines do not state that of each file."""
-    files = [part.sha256 for shard in trace.shards for part in shard.files.stated.values()]
+    files = [part.sha256 for shard in trace.committed for part in shard.files.stated.values()]
     stated = " ".join(file or "" for file in files)
     return sha256(stated.encode()).hexdigest() if files and all(files) else None
 
