@@ -60,12 +60,12 @@ def text(
 
     opened = open_trace(trace)
     if document is not None:
-        frame = opened.document(document)
-        router = opened.router_index(layer)[0] if layer is not None else 0
         if form is Format.table:
+            router = opened.router_index(layer)[0]
+            frame = opened.document(document, layer=opened.routers[router].layer)
             _print_document(opened, frame[frame["router"] == router], router, write.output)
             return
-        frame = frame if layer is None else frame[frame["layer"] == layer]
+        frame = opened.document(document, layer=layer)
     else:
         assert layer is not None
         assert expert is not None

@@ -24,6 +24,7 @@ CHARACTER = regex.compile(r"\X")
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 PLACE = ["token", "document", "domain", "sequence", "position", "phase", "token_id"]
 CONTEXT = 8
+SPREAD = 64  # tokens that a character may be spread over, at most
 # of a trace without its text
 ROUTES_TELL = (
     "Routes alone reveal most of the text: 91% of the tokens were recovered from expert "
@@ -72,21 +73,23 @@ def text(trace: Trace, document: int) -> str:
     return "".join(as_text(pieces_of(trace, tokens["token_id"].to_numpy())))
 
 
-def document(trace: Trace, number: int) -> pd.DataFrame:
+def document(trace: Trace, number: int, *, layer: int | None = None) -> pd.DataFrame:
     """A row per token and router, in the order of the text: token, sequence, position, phase,
-    token_id, text ("" where the trace has no vocabulary), layer, router, expert_0 …, weight_0 …."""
-    tokens = _of_document(trace, number)
+    token_id, text ("" where the trace has no vocabulary), layer, router, expert_0 …, weight_0 ….
+    `layer`: only its routers."""
+    tokens, routers = _of_document(trace, number), trace.router_index(layer)
     has_text = len(trace.vocabulary_table) > 0
     ids = tokens["token_id"].to_numpy()
     tokens["text"] = as_text(pieces_of(trace, ids)) if has_text else ""
     shown = ["token", "sequence", "position", "phase", "token_id", "text"]
     parts = []
     for shard in trace.shards:
-        if not np.isin(shard.tokens(["document"])["document"].to_numpy(), number).any():
+        if not (shard.tokens(["document"])["document"].to_numpy() == number).any():
             continue
-        for router in range(len(trace.routers)):
-            routing = shard.routing(router).to_pandas()
-            parts.append(routing[routing["token"].isin(tokens["token"])])
+        for router in routers:
+            routing = shard.routing(router)
+            of_it = np.isin(routing["token"].to_numpy(), tokens["token"].to_numpy())
+            parts.append(routing.filter(pa.array(of_it)).to_pandas())
     found = tokens[shown].reset_index(names="order").merge(pd.concat(parts), on="token")
     return found.sort_values(["order", "router"], ignore_index=True).drop(columns="order")
 
@@ -176,8 +179,16 @@ def _context(
     near = _sequences(trace, hits, routers)
     at_of: dict[int, tuple[list[str], int]] = {}  # token → the texts of its sequence, its place
     for _, rows in near.groupby("sequence"):
-        texts = as_text(pieces_of(trace, rows["token_id"].to_numpy()))
-        at_of.update({token: (texts, at) for at, token in enumerate(rows["token"].tolist())})
+        token_T, id_T = rows["token"].to_numpy(), rows["token_id"].to_numpy()
+        hit_T = np.flatnonzero(np.isin(token_T, hits["token"].to_numpy()))
+        # the tokens around hits: those of long texts take much memory as pieces
+        far = np.flatnonzero(np.diff(hit_T) > 2 * (context + SPREAD)) + 1
+        for some in np.split(hit_T, far):
+            begin = max(0, some[0] - context - SPREAD)
+            texts = as_text(pieces_of(trace, id_T[begin : some[-1] + context + SPREAD + 1]))
+            at_of.update(
+                {token: (texts, at - begin) for token, at in zip(token_T[some], some, strict=True)}
+            )
     left, words, right = [], [], []
     for token in hits["token"].tolist():
         texts, at = at_of[token]
