@@ -59,7 +59,8 @@ def merge(
 ) -> None:
     """Merge several traces of the same model into one.
 
-    Each is verified first. Documents are renumbered; trace.json records where they came from.
+    Each is verified first. Documents are renumbered; trace.json records where they came from. Many
+    small shards become a few: also those of a single trace.
 
     Examples:
     moe-inspect merge runs/a runs/b -o runs/all

@@ -19,10 +19,10 @@ from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.shard import JoinedShards, Shard
-from moe_inspect.trace.shard_list import ShardFiles, are_replaced, committed_shards
+from moe_inspect.trace.shard_list import are_replaced, committed_shards
 
 Scheduler = Any  # an address, or a client of dask.distributed, which need not be installed
-FEWEST_PIECES, MOST_TOKENS = 8, 65_536  # that small shards are joined to
+FEWEST_PIECES, MOST_TOKENS = 8, 65_536  # of a trace whose small shards are read as one
 TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
@@ -52,7 +52,7 @@ class Trace(Answers, TraceHeader):
                     else {}
                     for files in self._files
                 ]
-                self._pieces = _pieces(self._files, self.counts_only)
+                self._pieces = self._joined(min(MOST_TOKENS, self.n_tokens // FEWEST_PIECES))
                 return
             except Damaged:
                 # its writer may have replaced some of it meanwhile
@@ -105,15 +105,28 @@ class Trace(Answers, TraceHeader):
 
     def shard(self, number: int) -> Shard:
         """A shard of its own to read from: what it opens is closed with it."""
-        return JoinedShards.of([self._committed(n) for n in self._pieces[number]])
+        return self._read(self._pieces[number])
 
-    @property
-    def committed(self) -> Iterator[Shard]:
-        """The shards as they were committed."""
-        return map(self._committed, range(len(self._files)))
+    def joined(self, most: int) -> Iterator[Shard]:
+        """The shards in order, consecutive ones of a rank as one where together they have at most
+        so many tokens; 0: as they were committed."""
+        return map(self._read, self._joined(most))
 
-    def _committed(self, number: int) -> Shard:
-        return Shard(self, self._files[number], self._held[number])
+    def _read(self, numbers: range) -> Shard:
+        return JoinedShards.of([Shard(self, self._files[n], self._held[n]) for n in numbers])
+
+    def _joined(self, most: int) -> list[range]:
+        """Shards of counts stay: they may be windows of steps."""
+        found, tokens = list[range](), 0
+        for n, files in enumerate(self._files):
+            tokens += files.tokens
+            of_rank = n > 0 and self._files[n - 1].rank == files.rank
+            if of_rank and tokens <= most and not self.counts_only:
+                found[-1] = range(found[-1].start, n + 1)
+            else:
+                found.append(range(n, n + 1))
+                tokens = files.tokens
+        return found
 
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
         """The routing table, of all routers, one layer or one router."""
@@ -159,21 +172,6 @@ class Trace(Answers, TraceHeader):
         return joined.unify_dictionaries().to_pandas()
 
 
-def _pieces(files: list[ShardFiles], counts_only: bool) -> list[range]:
-    """Which shards are read as one: consecutive ones of a rank, together no longer than a full one
-    and a small part of the trace. Shards of counts may be windows of steps: each stays its own."""
-    most = min(MOST_TOKENS, sum(f.tokens for f in files) // FEWEST_PIECES)
-    found, tokens = list[range](), 0
-    for n, of in enumerate(files):
-        fits = n > 0 and files[n - 1].rank == of.rank and tokens + of.tokens <= most
-        tokens = of.tokens + (tokens if fits else 0)
-        if fits and not counts_only:
-            found[-1] = range(found[-1].start, n + 1)
-        else:
-            found.append(range(n, n + 1))
-    return found
-
-
 def open_trace(path: str | Path | Trace, *, scheduler: Scheduler = None) -> Trace:
     """Opens a trace directory, of this machine or by a URL that fsspec can read
     (`s3://bucket/trace`); a Trace is one already. `scheduler`: as `Trace.on` takes it.
@@ -192,10 +190,10 @@ def place_of(trace: Trace | str | Path | Remote) -> Path | Remote:
     return trace.path if isinstance(trace, Trace) else location(trace)
 
 
-def shards_of(trace: Trace, name: str, committed: bool = False) -> Iterator[Shard]:
-    """The shards, read in a phase of this name, as progress is told; as they were `committed`, or
-    joined."""
+def shards_of(trace: Trace, name: str, most: int | None = None) -> Iterator[Shard]:
+    """The shards, read in a phase of this name, as progress is told. `most`: as `Trace.joined`
+    takes it."""
     advance = phase(name, trace.n_tokens, "tokens")
-    for shard in trace.committed if committed else trace.shards:
+    for shard in trace.shards if most is None else trace.joined(most):
         yield shard
         advance(shard.files.tokens)

@@ -138,7 +138,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
     plan = (trace.manifest.get("corpus") or {}).get("plan")
     found.resumable = found.status == "interrupted" and plan is not None
     _check_lines(trace)
-    unhashed = sum(_check_files(shard) for shard in shards_of(trace, "checksums", committed=True))
+    unhashed = sum(_check_files(shard) for shard in shards_of(trace, "checksums", most=0))
     _check_orphans(trace, found)
     hashed = (
         "sha256 and rows of every file are those of its line"
@@ -152,7 +152,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
     found.documents = len(documents.number)
     found.checked.append("documents declared once")
     positions = Positions(strict=not (stated or {}).get("dropped"))
-    for shard in shards_of(trace, "checking rows", committed=True):
+    for shard in shards_of(trace, "checking rows", most=0):
         if trace.counts_only:
             _check_counts(shard, found)
         else:
@@ -215,7 +215,7 @@ def _check_lines(trace: Trace) -> None:
     """No unknown keys, nor checksums that only some lines state: a key may have been renamed."""
     # whether the line before has checksums: a trace begun without them may be resumed with them
     checked, known = False, schema.read_schema("shard_line")["properties"].keys()
-    for files in (shard.files for shard in trace.committed):
+    for files in (shard.files for shard in trace.joined(0)):
         for entry in map(json.loads, files.lines):
             stated, said = checked or not CHECKSUM_KEYS.isdisjoint(entry), ""
             if unknown := set(entry) - known:
@@ -255,7 +255,7 @@ def _check_files(shard: Shard) -> int:
 def _check_orphans(trace: Trace, found: Verification) -> None:
     """No files that no line names. A trace that is being written has some whose lines are to come;
     one that was interrupted may have kept them."""
-    known = {path for shard in trace.committed for path in shard.files.paths.values()}
+    known = {path for shard in trace.joined(0) for path in shard.files.paths.values()}
     unfinished = trace.status != "complete" or (trace.path / OVERWRITTEN).exists()
     for table in trace.tables:
         folder = inside(trace.path, table)
@@ -318,7 +318,7 @@ class Documents:
     def __init__(self, trace: Trace):
         self.labels: dict[str, int] = {}
         files, numbers, of_domains = list[str](), [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-        for shard in trace.committed:
+        for shard in trace.joined(0):
             rows, table = _read(shard, "documents", ["document", "domain"])
             rows.refuse_nulls(table, ["domain"])
             files.append(rows.file)

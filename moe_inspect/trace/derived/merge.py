@@ -120,10 +120,11 @@ def merge(
 
     Every part is verified first. Documents are numbered from 0, tokens and forward passes follow
     those of the part before, rank by rank; `parts` in its trace.json says what came from where. It
-    is "complete" where all parts are. In memory is a router of a shard, and a number per document.
+    is "complete" where all parts are. Small shards become larger ones, also those of a single
+    trace. In memory is a router of a shard, and a number per document.
 
     Args:
-        traces: directories of at least two traces of the same model, with the same columns.
+        traces: directories of traces of the same model, with the same columns.
         out: the directory to write, or its URL (`s3://bucket/trace`).
         overwrite: replace a trace at `out`.
 
@@ -132,8 +133,8 @@ def merge(
             at `out`.
     """
     place, paths = output_location(out), [place_of(trace) for trace in traces]
-    if len(paths) < 2:
-        raise MoeInspectError("give two or more traces to merge")
+    if not paths:
+        raise MoeInspectError("give traces to merge")
     check_directory(place, overwrite, resumable=False)
     if any(shards.same_place(place, path) for path in paths):
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")

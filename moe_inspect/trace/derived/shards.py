@@ -25,7 +25,7 @@ from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import refuse_while_written, this_process, write_manifest
-from moe_inspect.trace.reader import Trace, shards_of
+from moe_inspect.trace.reader import MOST_TOKENS, Trace, shards_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import Verification, verify
 from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
@@ -67,7 +67,7 @@ class Target:
             "sequence": lambda sequence_T: sequence_T.astype(np.int64) + sequences,
             "batch": lambda batch_T: batch_T + before,
         }
-        for shard in shards_of(trace, "merging"):
+        for shard in shards_of(trace, "merging", MOST_TOKENS):
             self._copy(shard, change, before)
         self.documents += len(document_D)
         self.batches += batches
@@ -243,7 +243,7 @@ def same_place(a: Path | Remote, b: Path | Remote) -> bool:
 
 def contents(trace: Trace) -> str | None:
     """A hash of all that a trace holds; None where its lines do not state that of each file."""
-    files = [part.sha256 for shard in trace.committed for part in shard.files.stated.values()]
+    files = [part.sha256 for shard in trace.joined(0) for part in shard.files.stated.values()]
     stated = " ".join(file or "" for file in files)
     return sha256(stated.encode()).hexdigest() if files and all(files) else None
 
