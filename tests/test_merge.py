@@ -329,7 +329,7 @@ def test_damage_is_refused_and_named(two: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "b/routing/part-0-1.parquet"
     with_a_bit_less(path, path.stat().st_size // 2)
     refused(tmp_path, "b/routing/part-0-1.parquet", "a", "b")
-    refused(tmp_path, "two or more traces", "a")
+    refused(tmp_path, "give traces to merge")
     refused(tmp_path, "they would count twice", "a", "a")
     with pytest.raises(MoeInspectError, match="is one of the traces"):
         merge(two, two[0], overwrite=True)
@@ -439,3 +439,22 @@ def test_the_command_sample(whole: Trace, cli_here: Cli, tmp_path: Path) -> None
     said = cli_here(*call, "--share", 0.1, "--by-domain").stderr
     assert said == f"sampled 3 of 30 documents, 30 tokens into {tmp_path / 'some'}\n"
     assert "--overwrite" in cli_here(*call, "--documents", 2, check=1).stderr
+
+
+def test_many_small_shards_are_read_as_few_and_merged_into_one(tmp_path: Path) -> None:
+    apart = made(tmp_path / "apart", 0, T=600, shard_tokens=10)
+    whole = made(tmp_path / "whole", 0, T=600, shard_tokens=600)
+    assert [shard.files.tokens for shard in apart.shards] == [70] * 8 + [40]
+    assert len([*apart.joined(0)]) == verify(apart).shards == 60
+    one = merge([tmp_path / "apart"], tmp_path / "one")
+    assert verify(one).ok
+    assert one.n_shards == 1
+    frames = [
+        (of.tokens(), of.documents(), *(of.routing(router=r) for r in range(L)))
+        for of in (whole, apart, one)
+    ]
+    for found in frames[1:]:
+        for frame, expected in zip(found, frames[0], strict=True):
+            pd.testing.assert_frame_equal(frame, expected)
+    for name in ("load", "domains"):
+        pd.testing.assert_frame_equal(report(apart).tables[name], report(whole).tables[name])
