@@ -9,10 +9,11 @@ model for each way, what tells the copies apart would count as cost, as where th
 
 Before and after each turn is an untraced one, and what a way costs is the difference to the mean of
 these two, since what else runs on the machine changes from one second to the next: the median over
-the rounds, with its quartiles; and the least turn of each way. The order of ways is drawn anew each
-round, and the rounds are shared out to --processes, one after the other: where things lie in the
-memory of a process is worth a microsecond a layer. --before COMMIT measures the package at that
-commit beside this one, process by process in turn.
+the rounds, with its quartiles. Beside it stands the difference of the tenth percentiles of all
+passes, which what else runs hardly moves. The order of ways is drawn anew each round, and the
+rounds are shared out to --processes, one after the other: where things lie in the memory of a
+process is worth a microsecond a layer. --before COMMIT measures the package at that commit beside
+this one, process by process in turn.
 
     python -m benchmarks.calls [--rounds 30] [--processes 5] [--in-a-row 8] [--before COMMIT]
         [--case NAME ...] [--way NAME ...] [-o FILE]
@@ -64,8 +65,8 @@ RECIPE = "output_router_logits"
 Way = Callable[[Any, Path], AbstractContextManager[Any]]
 # (model, whether to ask for router logits) → what runs its next forward pass
 Passes = Callable[[Any, bool], Callable[[], Any]]
-# way → of each turn the seconds of a pass, and of an untraced one
-Turns = dict[str, list[tuple[float, float]]]
+# way → of each turn the seconds of its passes, and of the untraced ones before and after it
+Turns = dict[str, list[tuple[list[float], list[float], list[float]]]]
 
 
 def qwen(layers: int, experts: int, **sizes: int) -> Any:
@@ -201,13 +202,13 @@ def turns(case: str, ways: Sequence[str], rounds: int, in_a_row: int, seed: int)
     # transformers leaves hooks on a model that was asked for its router logits
     recipe = make() if RECIPE in ways else None
 
-    def turn(way: str, path: Path) -> float:
+    def turn(way: str, path: Path) -> list[float]:
         of = recipe if way == RECIPE else model
         with WAYS[way](of, path):
             run = passes_of(of, way == RECIPE)
             spent = [pass_seconds(run) for _ in range(WARM_UP + in_a_row)][WARM_UP:]
         shutil.rmtree(path, ignore_errors=True)
-        return statistics.median(spent)
+        return spent
 
     found: Turns = {way: [] for way in ways}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
@@ -217,7 +218,7 @@ def turns(case: str, ways: Sequence[str], rounds: int, in_a_row: int, seed: int)
                 spent = turn(way, Path(scratch) / f"{way} {n}")
                 after = turn("untraced", Path(scratch))
                 if n >= 0:
-                    found[way].append((spent, (before + after) / 2))
+                    found[way].append((spent, before, after))
                 before = after
     return found
 
@@ -232,9 +233,15 @@ def pass_seconds(run: Callable[[], Any]) -> float:
 def summary(found: Turns, layers: int) -> dict[str, dict[str, float]]:
     rows = {}
     for way, of_way in found.items():
-        beyond = [spent - plain for spent, plain in of_way]
-        usual = statistics.median(plain for _, plain in of_way)
-        least, least_plain = map(min, zip(*of_way, strict=True))
+        spent, before, after = (
+            list(map(statistics.median, of)) for of in zip(*of_way, strict=True)
+        )
+        plain = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
+        beyond = [a - b for a, b in zip(spent, plain, strict=True)]
+        usual = statistics.median(plain)
+        passes = [s for turn, _, _ in of_way for s in turn]
+        untraced = [s for _, *turns in of_way for turn in turns for s in turn]
+        tenth, tenth_plain = (statistics.quantiles(of, n=10)[0] for of in (passes, untraced))
         low, middle, high = statistics.quantiles(beyond, n=4)
         rows[way] = {
             "us_per_layer": middle / layers * 1e6,
@@ -242,7 +249,7 @@ def summary(found: Turns, layers: int) -> dict[str, dict[str, float]]:
             "upper_quartile": high / layers * 1e6,
             "untraced_ms": usual * 1e3,
             "untraced_over_this": usual / (usual + middle),
-            "least_us_per_layer": (least - least_plain) / layers * 1e6,
+            "tenth_percentile_us": (tenth - tenth_plain) / layers * 1e6,
         }
     return rows
 
@@ -348,13 +355,13 @@ def main() -> None:
 
 
 def show(case: str, found: dict[str, dict[str, float]]) -> None:
-    heads = "us per layer", "quartiles", "untraced ms", "untraced /", "least us"
+    heads = "us per layer", "quartiles", "untraced ms", "untraced /", "10th pct us"
     print(f"\n{case}\n{'':32s}" + "".join(f"{head:>16s}" for head in heads))
     for way, row in found.items():
-        beyond, low, high, plain, ratio, least = row.values()
+        beyond, low, high, plain, ratio, tenth = row.values()
         print(
             f"{way:32s}{beyond:+16.1f}{f'{low:+.1f} to {high:+.1f}':>16s}{plain:16.3f}"
-            f"{ratio:16.3f}{least:+16.1f}",
+            f"{ratio:16.3f}{tenth:+16.1f}",
             flush=True,
         )
 
