@@ -182,10 +182,10 @@ def _context(
         token_T, id_T = rows["token"].to_numpy(), rows["token_id"].to_numpy()
         hit_T = np.flatnonzero(np.isin(token_T, hits["token"].to_numpy()))
         # the tokens around hits: those of long texts take much memory as pieces
-        far = np.flatnonzero(np.diff(hit_T) > 2 * (context + SPREAD)) + 1
-        for some in np.split(hit_T, far):
-            begin = max(0, some[0] - context - SPREAD)
-            texts = as_text(pieces_of(trace, id_T[begin : some[-1] + context + SPREAD + 1]))
+        near_by = min(context, len(token_T)) + SPREAD
+        for some in np.split(hit_T, np.flatnonzero(np.diff(hit_T) > 2 * near_by) + 1):
+            begin = max(0, some[0] - near_by)
+            texts = as_text(pieces_of(trace, id_T[begin : some[-1] + near_by + 1]))
             at_of.update(
                 {token: (texts, at - begin) for token, at in zip(token_T[some], some, strict=True)}
             )
