@@ -186,9 +186,8 @@ def _context(
         for some in np.split(hit_T, np.flatnonzero(np.diff(hit_T) > 2 * near_by) + 1):
             begin = max(0, some[0] - near_by)
             texts = as_text(pieces_of(trace, id_T[begin : some[-1] + near_by + 1]))
-            at_of.update(
-                {token: (texts, at - begin) for token, at in zip(token_T[some], some, strict=True)}
-            )
+            places = zip(token_T[some].tolist(), (some - begin).tolist(), strict=True)
+            at_of.update({token: (texts, at) for token, at in places})
     left, words, right = [], [], []
     for token in hits["token"].tolist():
         texts, at = at_of[token]
