@@ -1,11 +1,12 @@
-"""What `token_loss` costs: beside a recording without it, in prefill on a CPU, where the model is
-asked for the logits of the last position only, and where it returns all of them. Writes
+"""What `token_loss` costs: beside a recording without it, and beside no recording, in prefill on a
+CPU, where the model is asked for no logits (its body is called; recorded, for those of the last
+position), for those of the last position only, and where it returns all of them. Writes
 benchmarks/results/token-loss-<machine>.json.
 
 Ways run in turn, one forward pass each. Figures are process CPU time, the writer's thread included:
 the median over the rounds.
 
-    python -m benchmarks.token_loss [--rounds 9] [-o FILE]
+    python -m benchmarks.token_loss [--rounds 9] [--tokens 1024] [-o FILE]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,12 @@ SIZES = {
     "head_dim": 128,
 }
 LAYERS, EXPERTS = 8, 16
-# way → (options of the recording, of the model's call)
+# way → (options of the recording, None without one; of the model's call, None of its body alone)
 LAST: dict[str, Any] = {"logits_to_keep": 1}
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+WAYS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
+    "untraced, no logits": (None, None),
+    "untraced, last logits": (None, LAST),
+    "untraced, all logits": (None, {}),
     "last logits": ({}, LAST),
     "last logits, losses": ({"token_loss": True}, LAST),
     "all logits": ({}, {}),
@@ -51,13 +56,14 @@ def measured(tokens: int, rounds: int, place: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for n in range(rounds + 1):  # the first warms up
         for way, (options, call) in WAYS.items():
-            with (
-                torch.no_grad(),
-                moe_inspect.record(model, place / f"{way} {n}", **options),
-            ):
-                model(token_BS, use_cache=False, **call)  # shows the shapes
+            recording: Any = nullcontext()
+            if options is not None:
+                recording = moe_inspect.record(model, place / f"{way} {n}", **options)
+            run = model.model if call is None else model
+            with torch.no_grad(), recording:
+                run(token_BS, use_cache=False, **(call or {}))  # shows the shapes
                 began = time.process_time()
-                model(token_BS, use_cache=False, **call)
+                run(token_BS, use_cache=False, **(call or {}))
                 took = time.process_time() - began
             if n:
                 seconds[way].append(took)
@@ -77,6 +83,10 @@ def measured(tokens: int, rounds: int, place: Path) -> dict[str, Any]:
         "one product [tokens, vocabulary], s": statistics.median(product_s),
         "losses, in such products": (median["last logits, losses"] - median["last logits"])
         / statistics.median(product_s),
+        "losses, of untraced": {
+            asked: median[f"{recorded} logits, losses"] / median[f"untraced, {asked} logits"]
+            for asked, recorded in (("no", "last"), ("last", "last"), ("all", "all"))
+        },
         "losses beyond last logits": median["last logits, losses"] / median["last logits"] - 1,
         "losses beyond all logits": median["all logits, losses"] / median["all logits"] - 1,
     }

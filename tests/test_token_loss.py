@@ -95,6 +95,22 @@ def test_no_more_logits_than_a_chunk_are_made(
     assert max(sizes) <= losses.CHUNK_LOGITS < 80 * VOCABULARY
 
 
+@pytest.mark.parametrize("keep", [0, 1, 3])
+@torch.no_grad()
+def test_no_position_has_its_logits_made_twice(keep: int, tmp_path: Path) -> None:
+    """Of a caller that asks for all, the last, or the last few; the first pass also compares."""
+    model, batch, made = build("mixtral"), token_batch([9, 9]), list[int]()
+    hook = model.lm_head.register_forward_hook(lambda m, a, out: made.append(out.numel()))
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        model(**batch, logits_to_keep=keep)
+        before = len(made)
+        model(**batch, logits_to_keep=keep)
+    hook.remove()
+    asked = 2 * (keep or 9)
+    assert made[before:] == [n * VOCABULARY for n in (asked, 18 - asked) if n]
+    close(np.concatenate(by_sequence(tmp_path / "t")), np.concatenate(of_rows(model, batch) * 2))
+
+
 @pytest.mark.parametrize("generate", [0, 4])
 def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted and resumed it is the same to the digit; the model's choices are as without."""

@@ -252,8 +252,8 @@ class Held(NamedTuple):
 
 class TokenLosses:
     """Follows the forward passes of a recording. A model that returns the logits of all positions
-    holds them anyway: these are used. Of one that returns fewer, its own head makes them from the
-    last hidden states, a chunk of tokens at a time.
+    holds them anyway: these are used, and so are those of the last few that were asked for. The
+    others its own head makes from the last hidden states, a chunk of tokens at a time.
 
     Where a pass has a key-value cache, what follows its last position is the first token of the
     next pass that has the same cache: `pass_losses` of it are complete by then. A row of it that
@@ -339,16 +339,18 @@ class TokenLosses:
         if not len(rows_N):
             return
         B, S, V = logits.shape
-        has_all = B * S == fed.T
-        of_rows = logits.reshape(-1, V).__getitem__ if has_all else self._by_head(fed, logits)
-        next_N = torch.from_numpy(next_T[rows_N]).to(logits.device)
-        at_N = torch.from_numpy(rows_N).to(logits.device)
-        C = max(1, CHUNK_LOGITS // V)
-        chunks = [
-            nats(of_rows(at_C), next_C)
-            for at_C, next_C in zip(at_N.split(C), next_N.split(C), strict=True)
-        ]
-        losses.add(rows_N, torch.cat(chunks, 1))
+        P, asked = fed.T // B, fed.asked if isinstance(fed, CallInputs) else 0
+        # positions of a row without logits; P where it is not known that theirs are the last S
+        before = P - S if B * S == fed.T or asked == S else P
+        made_N, C = rows_N % P >= before, max(1, CHUNK_LOGITS // V)
+        for made, of_N in ((True, rows_N[made_N]), (False, rows_N[~made_N])):
+            if not len(of_N):
+                continue
+            of_rows = logits.reshape(-1, V).__getitem__ if made else self._by_head(fed, logits)
+            at_N = of_N - (of_N // P + 1) * before if made else of_N
+            on_device = (torch.from_numpy(n).to(logits.device) for n in (at_N, next_T[of_N]))
+            chunks = zip(*(n.split(C) for n in on_device), strict=True)
+            losses.add(of_N, torch.cat([nats(of_rows(at_C), next_C) for at_C, next_C in chunks], 1))
 
     def _by_head(self, fed: Rows | CallInputs, logits: Tensor) -> Callable[[Tensor], Tensor]:
         """Logits [C, V] of these rows, for a model that returned fewer."""
