@@ -163,8 +163,41 @@ def test_lines_are_numbered_as_in_the_file(end: str, chunk_bytes: int, tmp_path:
         list(ImportContext([], workers=at).prepared(path, with_its_place))  # pyright: ignore[reportArgumentType]
         for at in (Elsewhere(), None)
     )
-    assert many == alone
+    assert many == alone == list(ImportContext([]).json_lines(path))
     assert sum(chunk.size for chunk in chunks_of(path)) == path.stat().st_size
+
+
+@pytest.mark.parametrize("chunk_bytes", [10_000], indirect=True)
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"a": 1}, {"b": 2}',
+        '{"a": 1} {"b": 2}',
+        '{"a": [{}\n{}]}',
+        '{"a": 1',
+        "null",
+        "[{}]",
+        "",
+        '\ufeff{"a": 1}',
+        '{"a": NaN, "a": 2}',
+    ],
+)
+def test_lines_that_are_parsed_together_are_read_as_each_alone(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+
+    def outcome(rows: Iterator[Any]) -> list[Any]:
+        found = list[Any]()
+        try:
+            found.extend(rows)
+        except MoeInspectError as error:
+            found.append(str(error))
+        return found
+
+    context = ImportContext([])
+    found = outcome(context.prepared(path, with_its_place))
+    assert found == outcome(context.json_lines(path))
+    assert len(found) > 1
 
 
 def test_no_more_is_read_ahead_than_keeps_all_at_work() -> None:

@@ -491,6 +491,26 @@ def test_what_does_not_fit_is_named_by_row_and_column(row: str, why: str, tmp_pa
     refused(tmp_path, why, "table", tmp_path / "d.csv", **how)
 
 
+@pytest.mark.parametrize("last", ["1,2.0", "1,x", "1,", "1.5,2"])
+def test_a_value_is_read_or_named_in_whatever_block_it_is(last: str, tmp_path: Path):
+    """Blocks of numbers alone are taken as they are, another is looked at value by value."""
+    path, n = tmp_path / "c.csv", 200_000
+    path.write_text(
+        "layer,expert,count\n" + "".join(f"0,{e % 8},1\n" for e in range(n)) + f"0,{last}\n"
+    )
+    assert path.stat().st_size > 2**20, "several blocks"
+    whys = {
+        "1,x": "count is 'x', not a whole",
+        "1,": "count is empty",
+        "1.5,2": "expert is '1.5', not",
+    }
+    if last in whys:
+        refused(tmp_path, re.escape(f"row {n}: {whys[last]}"), "counts", path, top_k=2)
+        return
+    trace, _ = taken(tmp_path, "counts", path, top_k=2)
+    assert trace.counts()["assignments"].tolist() == [n // 8, n // 8 + 2, *[n // 8] * 6]
+
+
 def test_layers_without_counts_are_left_out_and_named(tmp_path: Path):
     rows = [(n, e, 0 if n < 3 else e + 1) for n in range(5) for e in range(4)]
     pd.DataFrame(rows, columns=["layer", "expert", "count"]).to_csv(tmp_path / "c.csv", index=False)

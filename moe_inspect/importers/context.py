@@ -89,14 +89,12 @@ class ImportContext:
         """(file and line number, JSON object) of each line that is not blank."""
         for number, line in self.lines(path):
             where = f"{path} line {number}"
-            yield where, values.parsed_object(line, where)
+            yield where, values.parsed_object(line.removesuffix(b"\n"), where)
 
     def prepared(self, path: Path, prepare: values.Prepare) -> Iterator[Any]:
         """prepare(file and line number, JSON object) of each line that is not blank, in order, by
         the workers where there are some: `prepare` can be pickled."""
-        if self.workers is not None:
-            return values.prepared_lines(path, prepare, self.workers, self.read)
-        return (prepare(where, fields) for where, fields in self.json_lines(path))
+        return values.prepared_lines(path, prepare, self.workers, self.read)
 
     def json(self, path: Path) -> values.Json:
         if (size := path.stat().st_size) > MOST_JSON_BYTES:

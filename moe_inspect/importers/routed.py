@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Literal
@@ -158,6 +159,11 @@ def select_routers(
             f"{where} has {K} experts per token, the model's config {widest}: "
             "is it the config of this model?"
         )
+    if len({(r.experts, r.top_k) for r in routers}) == 1:
+        every_LTK = np.stack([routed_TBK[:, r.layer] for r in routers])
+        with suppress(MoeInspectError):  # which the first wrong layer names, below
+            checked = checked_ids(every_LTK.reshape(-1, K), routers[0], where)
+            return [*checked.reshape(len(routers), T, checked.shape[1])]
     return [checked_ids(routed_TBK[:, r.layer], r, f"{where}, layer {r.layer}") for r in routers]
 
 

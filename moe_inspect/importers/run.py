@@ -197,6 +197,7 @@ def _checked(
     rank are ever chosen."""
     routers, tokens = imported.routers, 0
     there = [np.zeros(r.experts, bool) for r in routers]
+    unseen = [*range(len(routers))]  # routers of which some experts were not chosen so far
     with _reading(context.sources):
         for batch in imported.batches:
             if isinstance(batch, CountedBatches):
@@ -211,10 +212,10 @@ def _checked(
                         "config of this model?"
                     )
                 tokens += len(batch.token_id)
-                for there_E, ids_TK in zip(there, batch.ids, strict=True):
-                    if not there_E.all():
-                        E = len(there_E)
-                        there_E |= np.bincount(ids_TK.reshape(-1), minlength=E)[:E] > 0
+                for r in unseen:
+                    E = len(there[r])
+                    there[r] |= np.bincount(batch.ids[r].reshape(-1), minlength=E)[:E] > 0
+                unseen = [r for r in unseen if not there[r].all()]
             yield batch
     alike = len({r.experts for r in routers}) == 1 and tokens >= ONE_RANK_TOKENS
     if alike and (block := one_ranks_experts(np.array(there))):

@@ -98,13 +98,15 @@ class Chunk(NamedTuple):
 
 
 def prepared_lines(
-    path: Path, prepare: Prepare, workers: Workers, read: Callable[[int], None]
+    path: Path, prepare: Prepare, workers: Workers | None, read: Callable[[int], None]
 ) -> Iterator[Any]:
     """prepare(where, JSON object) of each line that is not blank, in order. `prepare` is pickled.
     `read` is called with the bytes of each chunk."""
     chunks, ahead = tee(chunks_of(path))
     # workers of a cluster are in directories of their own
-    found = workers.each(_prepared, (prepare, path, path.resolve()), ahead)
+    given = prepare, path, path.resolve()
+    alone = (_prepared(*given, *chunk) for chunk in ahead)
+    found = alone if workers is None else workers.each(_prepared, given, ahead)
     for (values, error), chunk in zip(found, chunks, strict=True):
         read(chunk.size)
         yield from values
@@ -149,16 +151,27 @@ def _prepared(
             f"{path} ends at byte {start + len(data):,} where it is parsed, before line {number:,} "
             "and those after it do: it was changed meanwhile, or a worker sees another file"
         )
-    values = []
-    for n, line in enumerate(data.split(b"\n"), number):
+    lines, values = data.removesuffix(b"\n").split(b"\n"), []
+    together = _together(lines)
+    for n, line in enumerate(lines):
         if not line or line.isspace():
             continue
-        where = f"{path} line {n}"
+        where = f"{path} line {number + n}"
         try:
-            values.append(prepare(where, parsed_object(line, where)))
+            values.append(prepare(where, together[n] if together else parsed_object(line, where)))
         except MoeInspectError as error:
             return values, error
     return values, None
+
+
+def _together(lines: list[bytes]) -> list[Json] | None:
+    """The objects of these lines, parsed at once: short ones a third of the time. None where one
+    holds none, or more."""
+    try:
+        found = json.loads(b"[%b]" % b",".join(lines))
+    except (ValueError, RecursionError):
+        return None
+    return found if [*map(type, found)] == [dict] * len(lines) else None
 
 
 def at_work(workers: int | Workers) -> AbstractContextManager[Workers | None]:

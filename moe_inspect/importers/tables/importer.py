@@ -33,7 +33,8 @@ MOST_LAYER = 2**16 - 1
 ROW = {"layer", "expert"}
 CSV = (".csv", ".tsv")
 SUMS = ("count", "first_choice", "weight_sum", "energy")
-Columns = dict[str, np.ndarray | list[str]]
+PENDING = 2**22  # rows that are added up together: so few that no sum of counts overflows
+Columns = dict[str, np.ndarray]
 KEYS = ("layer", "router", "domain", "expert", "experts", "top_k")  # the last two: 0 if not said
 OF_COUNTS = {*KEYS, *SUMS, "share", "tokens", "samples", "document"}
 
@@ -89,19 +90,21 @@ for name, preset in PRESETS.items():
 
 def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
-    total, every, some, by_document = None, set(SUMS), set[str](), False
+    every, some, by_document, code_of = set[str](SUMS), set[str](), False, dict[str, int]()
+    parts, path = list[pa.Table](), where  # the first: of sums
     for chunk in chunks:
-        columns = _columns(chunk, preset)
+        columns, path = _columns(chunk, preset, code_of), chunk.path
         every &= columns.keys()
         some |= columns.keys()
         by_document |= "document" in chunk
-        total = _added(total, columns, chunk)
-    assert total is not None
+        parts.append(pa.table(columns))
+        if sum(map(len, parts[1:])) >= PENDING:
+            parts = [_summed(parts, every, path)]
+    frame = _summed(parts, every, path).to_pandas()
     if lost := [name for name in SUMS if name in some - every]:
         context.warn(f"{where}: {' and '.join(lost)} left out: not all of the rows have it")
     if by_document:
         notes.append("counts are summed over documents")
-    frame = total.to_pandas()
     of_layer = frame.groupby("layer")["count"].sum()
     known = context.facts.experts if context.facts else {}
     unused = [layer for layer in of_layer.index[of_layer == 0] if layer not in known]
@@ -111,11 +114,12 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
             why = "hold no assignments: dense layers, or not recorded"
             notes.append(f"layers {ranges(unused)} {why}")
             context.warn(f"{where}: {notes[-1]}")
-    domains = sorted(frame["domain"].unique())
-    frame["domain"] = pd.Categorical(frame["domain"], domains).codes
-    parts = [part for _, part in frame.groupby(["layer", "router"])]
-    listings = [frame] * len(parts) if preset.omits_unused else parts
-    routers = [_router(context, preset, *of, where) for of in zip(parts, listings, strict=True)]
+    names = [*code_of]
+    domains = sorted(names[code] for code in frame["domain"].unique())
+    frame["domain"] = frame["domain"].map({code_of[name]: n for n, name in enumerate(domains)})
+    of_router = [part for _, part in frame.groupby(["layer", "router"])]
+    listings = [frame] * len(of_router) if preset.omits_unused else of_router
+    routers = [_router(context, preset, *of, where) for of in zip(of_router, listings, strict=True)]
     if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
         raise MoeInspectError(
             f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over "
@@ -126,7 +130,7 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
         if name not in every:
             return None
         made = [np.zeros((len(domains), r.experts), frame[name].dtype) for r in routers]
-        for sums_DE, part in zip(made, parts, strict=True):
+        for sums_DE, part in zip(made, of_router, strict=True):
             np.add.at(sums_DE, (part["domain"].to_numpy(), part["expert"].to_numpy()), part[name])
         return made
 
@@ -148,7 +152,7 @@ def _router(
     layer = int(part["layer"].iloc[0])
 
     def said(name: str) -> int:
-        found = {*part[name].tolist()} - {0}
+        found = {*part[name].unique().tolist()} - {0}
         by_config = getattr(context.facts, name).get(layer, 0) if context.facts else 0
         by_table = found.pop() if len(found) == 1 and not context.facts else 0
         return getattr(context, name) or by_config or by_table
@@ -165,8 +169,8 @@ def _router(
     return context.routers_of([layer], experts, top_k, where)[0]
 
 
-def _columns(chunk: TableChunk, preset: Preset) -> Columns:
-    """KEYS and SUMS, as far as the rows have them."""
+def _columns(chunk: TableChunk, preset: Preset, code_of: dict[str, int]) -> Columns:
+    """The KEYS, and the SUMS that the rows have. code_of: the number of each domain so far."""
     for name in ("layer", "expert"):
         if name not in chunk:
             raise chunk.lacks(name)
@@ -177,18 +181,23 @@ def _columns(chunk: TableChunk, preset: Preset) -> Columns:
     layer_N = chunk.numbers("layer", 0, MOST_LAYER if not preset.layers else len(preset.layers) - 1)
     layer_N = np.array(preset.layers)[layer_N] if preset.layers else layer_N
     label = storable(chunk.source.domain or chunk.said.get("domain") or named(chunk.path))
-    domains = [label] * len(chunk)
+    domains, which_N = [label], np.zeros(len(chunk), np.intp)
     if "domain" in chunk:
         within = f"{label}/" if "domain" in chunk.said else ""
-        domains = [f"{within}{text or ''}" for text in chunk.texts("domain")]
+        texts, which_N = chunk.labels("domain")
+        domains = [f"{within}{text}" for text in texts]
+    code_D = [code_of.setdefault(domain, len(code_of)) for domain in domains]
+    if len(code_of) > MOST_DOMAINS:
+        raise MoeInspectError(f"{chunk.path} has over {MOST_DOMAINS:,} domains")
     made: Columns = {
         "layer": layer_N,
         "router": chunk.numbers("router", 0, MOST_LAYER) if "router" in chunk else layer_N,
-        "domain": domains,
+        "domain": np.array(code_D)[which_N],
         "expert": chunk.numbers("expert", 0, MOST_EXPERTS - 1),
     }
     for name in ("experts", "top_k"):
         made[name] = chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else 0 * layer_N
+    made = {name: made[name].astype(np.uint16) for name in KEYS}
     count_N = made["count"] = _count(chunk, preset)
     if "first_choice" in chunk:
         first_N = chunk.numbers("first_choice", 0, MOST_COUNT)
@@ -221,20 +230,18 @@ def _count(chunk: TableChunk, preset: Preset) -> np.ndarray:
     return np.ones(len(chunk), np.int64)
 
 
-def _added(total: pa.Table | None, columns: Columns, chunk: TableChunk) -> pa.Table:
-    """The sums by KEYS, with those of more rows, which are added in their order."""
-    zeros = {name: np.zeros(len(chunk), np.int64 if name in SUMS[:2] else float) for name in SUMS}
-    rows = pa.table(zeros | columns).select([*KEYS, *SUMS])
-    both = rows if total is None else pa.concat_tables([total, rows])
-    sums = both.group_by([*KEYS], use_threads=False).aggregate([(name, "sum") for name in SUMS])
-    summed = sums.rename_columns({f"{name}_sum": name for name in SUMS}).select([*KEYS, *SUMS])
+def _summed(parts: list[pa.Table], names: set[str], path: object) -> pa.Table:
+    """The sums by KEYS of rows, which are added in their order."""
+    rows = pa.concat_tables([part.select([*KEYS, *sorted(names)]) for part in parts])
+    sums = rows.group_by([*KEYS], use_threads=False).aggregate([(n, "sum") for n in sorted(names)])
+    summed = sums.rename_columns([name.removesuffix("_sum") for name in sums.column_names])
     count_N = summed["count"].to_numpy()
     if len(summed) and int(count_N.max()) > MOST_COUNT:
         row = summed.slice(int(count_N.argmax()), 1).to_pylist()[0]
         raise MoeInspectError(
-            f"{chunk.path}: the rows of expert {row['expert']} of layer {row['layer']} sum to a "
+            f"{path}: the rows of expert {row['expert']} of layer {row['layer']} sum to a "
             f"count of {row['count']:,}: at most {MOST_COUNT:,} are possible"
         )
-    if len(summed) > MOST_CELLS or len(summed["domain"].unique()) > MOST_DOMAINS:
-        raise MoeInspectError(f"{chunk.path} has over {MOST_DOMAINS:,} domains")
+    if len(summed) > MOST_CELLS:
+        raise MoeInspectError(f"{path} has over {MOST_CELLS:,} layers × domains × experts")
     return summed

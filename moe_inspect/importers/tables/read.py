@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -80,6 +80,12 @@ class TableChunk:
     def texts(self, name: str) -> list[str | None]:
         return self._cast(name, self.table[name], pa.string()).to_pylist()
 
+    def labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The different texts ("" where there is none), and which of them each row has."""
+        texts = self._cast(name, self.table[name], pa.string()).fill_null("")
+        encoded = texts.combine_chunks().dictionary_encode()
+        return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
     def lists(
         self, name: str, low: float, high: float, K: int = 0, *, real: bool = False
     ) -> np.ndarray:
@@ -120,6 +126,8 @@ class TableChunk:
         if kind == pa.string() and not is_text and not pa.types.is_null(column.type):
             return column.cast(kind)
         if is_text and kind != pa.string():
+            with suppress(pa.ArrowException):  # nothing to trim, as a rule
+                return column.cast(kind)
             column = pc.utf8_trim_whitespace(column)
             column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
         for through in (kind, pa.float64()):
