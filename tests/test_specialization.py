@@ -13,6 +13,7 @@ import pytest
 
 from moe_inspect.analysis.counting.token_ids import TokenIds, top_token_ids
 from moe_inspect.analysis.metrics import chance
+from moe_inspect.analysis.metrics import committee as com
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
@@ -46,7 +47,7 @@ def given_token(counts_XUE: np.ndarray, domain_U: np.ndarray) -> tuple[float, fl
     """domain_mi_given_token_bits, and the mean of its null, of counts by token id and document with
     one choice each."""
     load_UE, tokens_XU = counts_XUE.sum(0), counts_XUE.sum(2)
-    of = sp.Expected.of(load_UE, tokens_XU, counts_XUE.sum(1), domain_U)
+    of = sp.Expected.of(load_UE, counts_XUE.sum(1), sp.Moved.of(tokens_XU, domain_U))
     return sp.domain_mi_given_token_bits(*of.by_domain()), float(of.null().mean())
 
 
@@ -77,6 +78,22 @@ def test_jsd_by_chance_keeps_the_documents_of_each_domain():
     value, null, shuffled = np.mean(found, axis=0)
     assert value == pytest.approx(null, rel=0.2)
     assert shuffled < value / 5
+
+
+@pytest.mark.parametrize("D", [3, 90])  # of all signs, and of fewer
+def test_nulls_are_those_of_every_draw_written_out(D: int):
+    rng, domain_U = np.random.default_rng(D), np.repeat(np.arange(D), np.arange(D) % 12 + 1)
+    load_UE = 60 * rng.dirichlet(np.ones(100), len(domain_U))
+    load_UE[:, :2] += 40 * (domain_U < 60)[:, None]  # lead in the first domains alone
+    tokens_U1, member_DU = load_UE.sum(1, keepdims=True), domain_U == np.arange(D)[:, None]
+    share_E = sp.share_by_domain(member_DU @ load_UE).mean(0)
+    signs_BU = chance.signs_of(len(domain_U), D * 100)
+    signed_BUE = signs_BU[:, :, None] * (load_UE - tokens_U1 * share_E)
+    load_BDE = np.maximum(member_DU @ signed_BUE + member_DU @ tokens_U1 * share_E, 0)
+    bits_B = sp.mutual_information_bits(sp.share_by_domain(load_BDE))
+    assert sp.domain_mi_null(load_UE, domain_U) == pytest.approx(bits_B, rel=1e-4)
+    sizes_B = [com.committee_experts(load_DE, 20) for load_DE in load_BDE]
+    assert com.committee_null(load_UE, domain_U, 20) == pytest.approx(np.mean(sizes_B))
 
 
 @pytest.mark.parametrize("most", [30, 3 * sp.LOOKED_UP])

@@ -14,7 +14,7 @@ tables, and how their labels are shuffled, are settled before the first decision
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 
 import numpy as np
@@ -26,7 +26,7 @@ from moe_inspect.analysis.counting.router_counts import ByTokenId
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, selected_tokens
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.chance import shuffled_p, shuffled_within
-from moe_inspect.analysis.metrics.specialization import Expected
+from moe_inspect.analysis.metrics.specialization import Expected, Moved
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.trace.reader import Trace
@@ -111,6 +111,16 @@ class TokenIdPlan:
     def unit_sizes(self) -> np.ndarray:
         """Of the table by unit: rows of each of WIDTHS."""
         return np.array([self.tokens_XU.shape[1], 0, 0]) * bool(self.tokens_XU.size)
+
+    @cached_property
+    def there_U(self) -> np.ndarray:
+        """Which units have any of these token ids."""
+        return self.tokens_XU.sum(0) > 0
+
+    @cached_property
+    def moved(self) -> Moved:
+        domain_U = np.repeat(np.arange(len(self.domains)), self.clusters)
+        return Moved.of(self.tokens_XU[:, self.there_U], domain_U[self.there_U])
 
     def bytes(self, E: int) -> int:
         """Of the tables of one router."""
@@ -256,10 +266,8 @@ def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     expert_N, row_N = top_token_ids(any_VE, listed, top)
     expected = None
     if plan.tokens_XU.size:  # several domains, and ids frequent enough
-        there_U, rows_X = plan.tokens_XU.any(0), listed.rows(plan.in_units.ids_V)
-        domain_U = np.repeat(np.arange(len(plan.domains)), plan.clusters)[there_U]
-        load_UE = tables.by_unit.any_XE[there_U]
-        expected = Expected.of(load_UE, plan.tokens_XU[:, there_U], any_VE[rows_X], domain_U)
+        load_UE, rows_X = tables.by_unit.any_XE[plan.there_U], listed.rows(plan.in_units.ids_V)
+        expected = Expected.of(load_UE, any_VE[rows_X], plan.moved)
     return ByTokenId(
         columns,
         expected,

@@ -29,10 +29,10 @@ FEWEST_TO_JUDGE = 8  # documents: with 7, signs can be arranged in 64 ways, too 
 # 1,000 tokens that each use one set of experts for all of them
 LONG_DOCUMENT = 1_000
 SIGNS = 499  # the smallest p-value is 1 / 500
-LARGE, FEW_SIGNS = 2**13, 199  # domains × experts, of which fewer draws tell as much
+# domains × experts beyond which fewer draws tell as much; 101 can still give p < ALPHA
+FEWER_SIGNS = {2**13: 199, 2**15: 101}
 MOST_UNITS = 512  # more are added up to as many: their signs say nothing more
 PASSES = 500  # drawn of documents in random order
-BLOCK = 2**22  # numbers in memory at a time
 SPREAD = 0.05  # variance between documents of the logarithm of a share, as far as a prior goes
 PRIOR = 2.0  # documents' worth of mean share that a log ratio is drawn to 0 by
 
@@ -46,13 +46,11 @@ def random_signs(U: int) -> np.ndarray:
     return signs_BU
 
 
-def signs_of(U: int, cells: int) -> Iterator[np.ndarray]:
-    """Random signs of U units, for the nulls of a table of so many numbers: as many draws at a time
-    as memory takes; of a large table FEW_SIGNS of them. float32 [some of B, U]"""
-    signs_BU = random_signs(U)[: FEW_SIGNS if cells > LARGE else SIGNS]
-    step = max(1, BLOCK // cells)
-    for start in range(0, len(signs_BU), step):
-        yield signs_BU[start : start + step]
+def signs_of(U: int, cells: int) -> np.ndarray:
+    """Random signs of U units, for the nulls of a table of so many numbers: of a large one the
+    first FEWER_SIGNS. float32 [B, U]"""
+    draws = min((B for most, B in FEWER_SIGNS.items() if cells > most), default=SIGNS)
+    return random_signs(U)[:draws]
 
 
 def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.ndarray:
@@ -123,23 +121,22 @@ def signed_sums(residual_UE: np.ndarray) -> np.ndarray:
     return random_signs(len(residual_UE)) @ residual_UE.astype(np.float32)
 
 
-def null_loads(assignments_UE: np.ndarray, domain_U: np.ndarray) -> Iterator[np.ndarray]:
-    """The load of each expert in each domain where the domains share the mean of their shares, and
-    documents vary as these do. Every domain keeps its documents, and so what few tokens in it give.
-    float64 [some of B, D, E] at a time, 0 or more."""
-    U, E = assignments_UE.shape
-    D, tokens_U = int(domain_U.max()) + 1, assignments_UE.sum(1)
-    load_DE = np.stack([assignments_UE[domain_U == d].sum(0) for d in range(D)]).astype(float)
+def null_loads(
+    assignments_UE: np.ndarray, domain_U: np.ndarray, draws: int = SIGNS
+) -> Iterator[np.ndarray]:
+    """The load of each expert where the domains share the mean of their shares, and documents vary
+    as these do, in at most so many draws. Every domain keeps its documents, and so what few tokens
+    in it give. float64 [B, E] of one domain after the other, 0 or more."""
+    (U, E), tokens_U = assignments_UE.shape, assignments_UE.sum(1)
+    of_D = [np.flatnonzero(domain_U == d) for d in range(int(domain_U.max()) + 1)]
+    load_DE = np.stack([assignments_UE[of].sum(0) for of in of_D]).astype(float)
     loaded_D = load_DE.sum(1) > 0
     share_E = (load_DE[loaded_D] / load_DE[loaded_D].sum(1, keepdims=True)).mean(0)
     expected_DE = load_DE.sum(1)[:, None] * share_E
     residual_UE = (assignments_UE - tokens_U[:, None] * share_E).astype(np.float32)
-    of_D = [np.flatnonzero(domain_U == d) for d in range(D)]
-    for signs in signs_of(U, D * E):
-        load_BDE = np.empty((len(signs), D, E))
-        for d, of in enumerate(of_D):
-            load_BDE[:, d] = expected_DE[d] + signs[:, of] @ residual_UE[of]
-        yield np.maximum(load_BDE, 0)
+    signs_BU = signs_of(U, len(of_D) * E)[:draws]
+    for of, expected_E in zip(of_D, expected_DE, strict=True):
+        yield np.maximum(expected_E + signs_BU[:, of] @ residual_UE[of], 0)
 
 
 def passes_of_documents(

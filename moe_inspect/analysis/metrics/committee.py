@@ -22,14 +22,16 @@ nan = float("nan")
 
 def committee(assignments_DE: np.ndarray, top_k: int) -> np.ndarray:
     """Which experts are in the top set of every domain that has load: those with more load than the
-    expert of rank k + 1. bool; none of them where fewer than two domains have load.
-    [..., D, E] → [..., E]"""
-    after, after_D1 = assignments_DE.shape[-1] - 1 - top_k, np.zeros(1)
+    expert of rank k + 1. bool; none of them where fewer than two domains have load. [D, E] → [E]"""
+    return _leads(assignments_DE, top_k).all(0) & (assignments_DE.any(1).sum() > 1)
+
+
+def _leads(load_DE: np.ndarray, top_k: int) -> np.ndarray:
+    """Which experts are in the top set of each domain: all, where it has no load. bool [D, E]"""
+    after, after_D1 = load_DE.shape[1] - 1 - top_k, np.zeros(1)
     if after >= 0:
-        after_D1 = np.partition(assignments_DE, after, axis=-1)[..., after : after + 1]
-    loaded_D1 = assignments_DE.sum(-1, keepdims=True) > 0
-    leads_DE = (assignments_DE > after_D1) | ~loaded_D1
-    return leads_DE.all(-2) & (loaded_D1.sum(-2) > 1)
+        after_D1 = np.partition(load_DE, after, axis=1)[:, after : after + 1]
+    return (load_DE > after_D1) | ~load_DE.any(1, keepdims=True)
 
 
 @metric("committee", ideal=0.0, range="0 to k", unit="experts", source=SOURCE)
@@ -65,8 +67,12 @@ def committee_null(assignments_UE: np.ndarray, domain_U: np.ndarray, top_k: int)
     domains."""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
         return nan
-    sizes = [committee(load_BDE, top_k).sum(1) for load_BDE in null_loads(assignments_UE, domain_U)]
-    return float(np.concatenate(sizes).mean())
+    member_BE, loaded_B = np.ones((1, 1), bool), np.zeros(1, int)
+    for load_BE in null_loads(assignments_UE, domain_U):
+        member_BE, loaded_B = member_BE & _leads(load_BE, top_k), loaded_B + load_BE.any(1)
+        if not member_BE.any():
+            return 0.0
+    return float((member_BE.sum(1) * (loaded_B > 1)).mean())
 
 
 def weights_by_domain(weights_RU: np.ndarray, domain_U: np.ndarray) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ difference means anything.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,8 +83,23 @@ def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarr
     `chance.signs_of` draws. NaN with fewer than two domains, or no load. float [B]"""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
         return np.full(1, np.nan)
-    drawn = chance.null_loads(assignments_UE, domain_U)
-    return np.concatenate([mutual_information_bits(share_by_domain(load)) for load in drawn])
+    return _bits_of_draws(chance.null_loads(assignments_UE, domain_U))
+
+
+def _bits_of_draws(load_DBE: Iterable[np.ndarray]) -> np.ndarray:
+    """`domain_mi_bits` of each draw, of the loads of one domain after the other: the entropy of the
+    mean share less the mean entropy. float [B]"""
+    domains, within_B, sum_BE = 0, np.zeros(1), np.zeros((1, 1))
+    for load_BE in load_DBE:
+        share_BE = share_by_domain(load_BE)
+        within_B, sum_BE = within_B + _entropy_bits(share_BE), sum_BE + share_BE
+        domains += 1
+    return _entropy_bits(sum_BE / domains) - within_B / domains
+
+
+def _entropy_bits(share_BE: np.ndarray) -> np.ndarray:
+    terms_BE = np.maximum(share_BE, np.finfo(float).tiny)
+    return -np.einsum("be,be->b", share_BE, np.log2(terms_BE, out=terms_BE))
 
 
 def domain_mi_error(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
@@ -129,8 +145,8 @@ def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     if D < 2 or not assignments_UE.any():
         return float("nan")
     draws = int(np.clip(JSD_PAIRS // D**2, 1, JSD_DRAWS))
-    drawn_BDE = next(chance.null_loads(assignments_UE, domain_U))[:draws]
-    return float(np.mean([jsd_bits(load_DE) for load_DE in drawn_BDE]))
+    load_DBE = np.stack([*chance.null_loads(assignments_UE, domain_U, draws)])
+    return float(np.mean([jsd_bits(load_DBE[:, b]) for b in range(load_DBE.shape[1])]))
 
 
 @of_router(ideal="1 / E", range="1/E to 1", source="arXiv:2409.02060, eq. 8")
@@ -170,40 +186,32 @@ def domain_mi_given_token_bits(assignments_DE: np.ndarray, expected_DE: np.ndarr
     none."""
     if len(assignments_DE) < 2:
         return float("nan")
-    return float(_left_bits(assignments_DE, assignments_DE - expected_DE))
+    left_DE = np.maximum(_in_common(assignments_DE) + (assignments_DE - expected_DE), 0)
+    return float(mutual_information_bits(share_by_domain(left_DE[assignments_DE.any(1)])))
 
 
-def _left_bits(assignments_DE: np.ndarray, left_DE: np.ndarray) -> np.ndarray:
-    """The information of domains with common shares but for what is left; [..., D, E] → [...]"""
-    load_D1, load_E = assignments_DE.sum(1, keepdims=True), assignments_DE.sum(0)
-    common_DE = load_D1 * load_E / nan_for_zero(load_E.sum())
-    beyond_DE = np.maximum(common_DE + left_DE, 0)[..., load_D1[:, 0] > 0, :]
-    return mutual_information_bits(share_by_domain(beyond_DE))
+def _in_common(assignments_DE: np.ndarray) -> np.ndarray:
+    """The load of domains that share all their shares. [D, E]"""
+    load_E = assignments_DE.sum(0)
+    return assignments_DE.sum(1, keepdims=True) * load_E / nan_for_zero(load_E.sum())
 
 
 @dataclass(frozen=True)
-class Expected:
-    """The load of documents (units) beside what their token ids explain. assignments_UE,
-    expected_UE: of the tokens of some ids; weight_DU: how much a document's residual moves that of
-    a domain: by all of it where it is its own, less what it moves the shares of the token ids that
-    the domain has; scaled up as a document is part of the shares that it is compared with."""
+class Moved:
+    """How much the residual of a document (unit), beyond what its token ids explain, moves that of
+    a domain at any router: by all of it where it is its own, less what it moves the shares of the
+    token ids that the domain has; scaled up as a document is part of the shares that it is compared
+    with. tokens_XU: sparse."""
 
-    assignments_UE: np.ndarray
-    expected_UE: np.ndarray
+    tokens_XU: Any
     weight_DU: np.ndarray
     domain_U: np.ndarray
 
     @staticmethod
-    def of(
-        assignments_UE: np.ndarray,
-        tokens_XU: np.ndarray,
-        assignments_XE: np.ndarray,
-        domain_U: np.ndarray,
-    ) -> Expected:
+    def of(counts_XU: np.ndarray, domain_U: np.ndarray) -> Moved:
         from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
 
-        of: Any = sparse.csr_array
-        tokens_XU = of(tokens_XU)
+        tokens_XU: Any = sparse.csr_array(counts_XU)
         tokens_X, tokens_U = tokens_XU.sum(1), tokens_XU.sum(0)
         part_UX = (tokens_XU / tokens_U).T  # of the tokens of a document, those of an id
         share_XU = (tokens_XU.T / tokens_X).T  # of the tokens of an id, those in a document
@@ -214,13 +222,27 @@ class Expected:
         weight_DU = member_DU * (1 - 2 * (part_UX @ share_XD).T) + (part_UX @ share_XD**2).T
         weight_DU = np.sqrt(np.maximum(weight_DU, 0)) * (2 * member_DU - 1)
         weight_DU /= np.sqrt(np.maximum(1 - itself_U, 1e-3))
-        expected_UE = tokens_XU.T @ (assignments_XE / tokens_X[:, None])
-        weight_DU = weight_DU.astype(np.float32)
-        return Expected(assignments_UE.astype(float), expected_UE, weight_DU, domain_U)
+        return Moved(tokens_XU, weight_DU.astype(np.float32), domain_U)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The load of documents (units) beside what their token ids explain. assignments_UE,
+    expected_UE: of the tokens of some ids."""
+
+    assignments_UE: np.ndarray
+    expected_UE: np.ndarray
+    moved: Moved
+
+    @staticmethod
+    def of(assignments_UE: np.ndarray, assignments_XE: np.ndarray, moved: Moved) -> Expected:
+        tokens_XU = moved.tokens_XU
+        expected_UE = tokens_XU.T @ (assignments_XE / tokens_XU.sum(1)[:, None])
+        return Expected(assignments_UE.astype(float), expected_UE, moved)
 
     def by_domain(self) -> tuple[np.ndarray, np.ndarray]:
         """Assignments, and those expected. float64 [D, E] each"""
-        member_DU = np.eye(int(self.domain_U.max()) + 1)[self.domain_U].T
+        member_DU = np.eye(len(self.moved.weight_DU))[self.moved.domain_U].T
         return member_DU @ self.assignments_UE, member_DU @ self.expected_UE
 
     def null(self) -> np.ndarray:
@@ -228,11 +250,12 @@ class Expected:
         explain have random signs. float64 [B]"""
         assignments_DE, _ = self.by_domain()
         residual_UE = (self.assignments_UE - self.expected_UE).astype(np.float32)
-        found = list[np.ndarray]()
-        for signs in chance.signs_of(len(residual_UE), assignments_DE.size):
-            left = [(signs * weight_U) @ residual_UE for weight_U in self.weight_DU]
-            found.append(_left_bits(assignments_DE, np.stack(left, 1)))
-        return np.concatenate(found)
+        signs_BU = chance.signs_of(len(residual_UE), assignments_DE.size)
+        common_DE, weight_DU = _in_common(assignments_DE), self.moved.weight_DU
+        return _bits_of_draws(
+            np.maximum(common_DE[d] + (signs_BU * weight_DU[d]) @ residual_UE, 0)
+            for d in np.flatnonzero(assignments_DE.any(1))
+        )
 
 
 def _n_log2_n(counts_XE: np.ndarray) -> np.ndarray:
