@@ -109,7 +109,7 @@ def stub(
     frames = {name: pd.DataFrame(of) for name, of in made.items()}
     return SimpleNamespace(
         tables=frames,
-        frame=frames.__getitem__,
+        rows_of=lambda name, r: frames[name][frames[name]["router"] == r],
         loaded=[one for one in balance if not np.isnan(one["max_vio"])],
         counts=counts,
         thresholds=thresholds_with(limits),

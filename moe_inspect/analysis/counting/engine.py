@@ -174,7 +174,7 @@ def _counts_of(
     parts = (count_shard(trace.shard(number), *asked) for number in run)
     counts = merge(parts) if len(run) > 1 else next(parts)
     for of in counts.of.values() if sent else ():
-        of.narrow()
+        of.narrow(WANTS)
     return counts
 
 
@@ -204,6 +204,8 @@ class RouterGroup:
         for r in self.routers:
             found = token_ids.by_token_id(self.tables.pop(r), self.request.top)
             self.counts.by_token_id[r] = found
+        for of in self.counts.of.values():  # experts × experts, of each router
+            of.narrow({"pairs", "transitions"})
         return self.counts
 
 

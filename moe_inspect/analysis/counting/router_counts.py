@@ -13,7 +13,7 @@ frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from types import ModuleType
@@ -139,12 +139,14 @@ class RouterCounts:
         was."""
         if self.by_slot_EE is None:
             return None
-        return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
+        both_EE = np.add(self.by_slot_EE, self.by_slot_EE.T, dtype=np.int64)
+        return both_EE + np.diag(self.assignments_UE.sum(0))
 
-    def narrow(self) -> None:
-        """Holds its tables in the narrowest types there are for them, to be sent and added to
-        others; nothing can be added to them."""
-        vars(self).update({name: narrowed(getattr(self, name)) for name in DECLARED})
+    def narrow(self, wants: Container[str]) -> None:
+        """Holds what was counted for these in the narrowest types there are, to be kept, or sent
+        and added to others; nothing can be added to it."""
+        held = [name for name, f in DECLARED.items() if f.metadata["want"] in wants]
+        vars(self).update({name: narrowed(getattr(self, name)) for name in held})
 
     def add(self, other: RouterCounts, rows: dict[str, AddRows]) -> None:
         """Adds `other` in place. rows["U"], rows["D"]: how the rows of the two are added."""

@@ -4,6 +4,7 @@ Tables, checks and charts are functions of it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, wraps
 from pathlib import Path
@@ -186,6 +187,12 @@ class ReportData:
                 "select fewer layers"
             )
         return self.counts_for(*TABLES[table].wants)
+
+    def rows_of(self, table: str, router: int) -> pd.DataFrame:
+        """The rows of a router: of many domains, a table of all routers takes much memory."""
+        of_one = copy(self)
+        of_one.selection, of_one.made = replace(self.selection, routers=(router,)), {}
+        return TABLES[table].make(of_one)
 
     @property
     def dropped(self) -> int:

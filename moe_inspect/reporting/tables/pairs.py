@@ -24,6 +24,7 @@ from moe_inspect.reporting.tables.registry import table
 LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # tokens of a segment; SRP is 1 for a single token
 BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
 ALPHA = 0.05  # probability that chance alone makes any pair of the trace supported (family-wise)
+BLOCK = 2**14  # pairs that are worked on at a time, which stay in a cache
 REPEATED = ("first_choice", "any_choice")
 LOCALITY = (
     *(f"{name}_repetition{bound}" for name in REPEATED for bound in BOUNDS),
@@ -172,7 +173,8 @@ def locality(data: ReportData) -> pd.DataFrame:
             if value == value:  # else the trace has no segment of m tokens to compare with it
                 by_load = pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m)
                 row[f"srp_{m}_by_load"] = by_load
-        if (next_EN := of.next_first_EN) is not None:
+        if of.next_first_EN is not None:
+            next_EN = of.next_first_EN.astype(np.int64)
             value, effect = pairs.next_accuracy(next_EN), load.design_effects(data)[r]
             add("next_accuracy", value, unc.share_interval(value, next_EN.sum(), effect))
             row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(next_EN)
@@ -206,10 +208,12 @@ class PairEvidence:
     def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
         """The `top` partners of each expert with the most evidence, among those it is ever chosen
         with; 0: all. Returns (expert, partner)."""
-        top = min(top or self.count_EN.shape[1], self.count_EN.shape[1])
-        # the deviance orders pairs as their evidence does, and is faster to compute
-        deviance_EN = unc.signed_deviance(self.count_EN, self.expected_EN, self.most_EN)
-        order_EN = np.where(self.count_EN > 0, -deviance_EN, np.inf)
+        (E, N), order_EN = self.count_EN.shape, np.full(self.count_EN.shape, np.inf)
+        top, step = min(top or N, N), max(1, BLOCK // N)
+        for of in (slice(at, at + step) for at in range(0, E, step)):
+            # the deviance orders pairs as their evidence does, and is faster to compute
+            counted = self.count_EN[of], self.expected_EN[of], self.most_EN[of]
+            order_EN[of] = np.where(counted[0] > 0, -unc.signed_deviance(*counted), np.inf)
         last_E = np.partition(order_EN, top - 1, axis=1)[:, top - 1]
         expert, other = np.nonzero((order_EN <= last_E[:, None]) & (order_EN < np.inf))
         by_evidence = np.lexsort((order_EN[expert, other], expert))
@@ -267,6 +271,7 @@ def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
     tested = sum(
         router.experts * counts.routers[i].experts for router, i in following if i is not None
     )
+    next_EN = next_EN.astype(np.int64)
     row_E, column_N = next_EN.sum(1), next_EN.sum(0)
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
     # an expert that a token chooses is in as many of its pairs as the other router has choices

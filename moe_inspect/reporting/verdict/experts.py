@@ -6,10 +6,12 @@ Each check takes the report's data and returns one Finding or none.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData, Row, records
@@ -142,33 +144,42 @@ def _documents(data: ReportData) -> dict[str, float]:
 def overloading_domain(data: ReportData) -> Finding | None:
     """The domain that overloads an expert most: beyond the threshold `uneven`, twice chance, and
     half as much again as all domains together; of few documents only where no other does."""
-    domains = data.tables["domains"]
-    if domains["domain"].nunique() < 2:
+    counts, documents_D = data.counts, [*_documents(data).values()]
+    if len(documents_D) < 2:
         return None
-    mean = domains.groupby(["router", "domain"])["assignments"].transform("mean")
-    rated = domains.assign(ratio=domains["assignments"] / mean)[mean > 0]
-    rows = rated.loc[rated.groupby(["router", "domain"])["ratio"].idxmax()]
-    balance, documents = {row["router"]: row for row in data.loaded}, _documents(data)
-    unsure = None
-    for row in records(rows.sort_values("ratio", ascending=False)):
-        overall = balance[row["router"]]
-        sure = documents[row["domain"]] >= FEWEST_DOCUMENTS
-        if not _overloads(data, row, overall, sure):
+    balance, unsure = {int(row["router"]): row for row in data.loaded}, None
+    far = list[tuple[float, int, int]]()
+    for r, overall in balance.items():
+        ratio_D = bal.max_over_mean(counts.assignments_DE(r))
+        excess_D, most = ratio_D - 1, 1.5 * overall["max_vio"]
+        far_D = (excess_D >= data.thresholds.uneven) & (excess_D > most)
+        far += [(float(ratio_D[d]), r, d) for d in np.flatnonzero(far_D).tolist()]
+
+    @cache
+    def of_router(r: int) -> list[Row]:
+        """The rows of the busiest expert of each domain."""
+        load_DE = counts.assignments_DE(r)
+        at_D = np.arange(len(load_DE)) * load_DE.shape[1] + bal.busiest_expert(load_DE)
+        return records(data.rows_of("domains", r).take(at_D.tolist()))
+
+    for ratio, r, d in sorted(far, key=lambda one: -one[0]):
+        sure, overall = documents_D[d] >= FEWEST_DOCUMENTS, balance[r]
+        if (unsure and not sure) or not _overloads(data, row := of_router(r)[d], ratio, sure):
             continue
         where = name_of(data, row)
-        values = {"domain": row["domain"], "expert": row["expert"], "load_ratio": row["ratio"]}
+        values = {"domain": row["domain"], "expert": row["expert"], "load_ratio": ratio}
         values |= {"tokens": row["tokens"], "max_over_mean": overall["max_over_mean"]}
         if sure:
             together = "the selected" if data.selection.domains else "all"
             at = f" ({fnd.beyond(data)})" if data.counts.counts_only else ""
             said = (
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
-                f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}{at}; "
+                f"{ratio:.2f}x the mean load on its {plural(row['tokens'], 'token')}{at}; "
                 f"{together} domains together reach at most {overall['max_over_mean']:.2f}x."
             )
             return warning(said, row, **values)
         unsure = unsure or note(
-            f"Expert {row['expert']} of {where} gets {row['ratio']:.2f}x the mean load on the "
+            f"Expert {row['expert']} of {where} gets {ratio:.2f}x the mean load on the "
             f'{row["tokens"]:,} tokens of "{row["domain"]}", but with fewer than '
             f"{FEWEST_DOCUMENTS} documents this may be their text, not the domain.",
             row,
@@ -177,23 +188,20 @@ def overloading_domain(data: ReportData) -> Finding | None:
     return unsure
 
 
-def _overloads(data: ReportData, row: Row, overall: Row, sure: bool) -> bool:
-    """Whether the busiest expert of a domain is beyond what the threshold, all domains together and
-    chance explain; chance is not asked where there are too few documents to be `sure`."""
-    excess = row["ratio"] - 1
-    if excess < data.thresholds.uneven or excess <= 1.5 * overall["max_vio"]:
-        return False
+def _overloads(data: ReportData, row: Row, ratio: float, sure: bool) -> bool:
+    """Whether the load of the busiest expert of a domain is beyond what chance explains, which is
+    not asked where there are too few documents to be `sure`."""
     if not data.counts.counts_only:
         return row["overload_p"] < ALPHA or not sure
-    return beyond_documents(excess, row["expected_by_chance"] - 1)
+    return beyond_documents(ratio - 1, row["expected_by_chance"] - 1)
 
 
 def unused_in_domain(data: ReportData) -> Finding | None:
     """An expert that one domain hardly uses and the others do. Of counts alone: where documents
     tell, `domain_specialization` says more."""
-    domains, starved = data.tables["domains"], data.thresholds.starved
-    if not data.counts.counts_only or domains["domain"].nunique() < 2:
+    if not data.counts.counts_only or len(data.counts.domains) < 2:
         return None
+    domains, starved = data.tables["domains"], data.thresholds.starved
     of_router = domains.groupby(["router", "domain"])["assignments"]
     keys = ["router", "expert"]
     ratio_of = data.tables["load"].set_index(keys)["load_ratio"]

@@ -155,8 +155,8 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
 
 def _specialist(data: ReportData, router: int) -> str:
     """The expert whose activation rises most above its mean over domains, in which domain."""
-    rows = data.tables["domains"]
-    rows = rows[(rows["router"] == router) & (rows["lift"] > 1)]
+    rows = data.rows_of("domains", router)
+    rows = rows[rows["lift"] > 1]
     if rows.empty:
         return ""
     best = top_row(rows, rows["activation"] - rows["activation"] / rows["lift"])
