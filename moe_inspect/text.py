@@ -14,7 +14,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence, Sized
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 JOINERS = "\u200c\u200d"  # join or part letters of Persian or Hindi, and emoji
 MANY_NAMES = 20  # more are not listed where one is meant
@@ -75,16 +75,21 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a plain value is None, NaN or the NA of pandas, which equals nothing."""
+    return value is None or str(value != value) in ("True", "<NA>")
+
+
 def number(value: object) -> str:
     """A table cell: numbers with thousands separators and three decimals, "–" for a missing
     value."""
-    if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>":
-        return "–"
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, numbers.Integral):
+    if isinstance(value, int | numbers.Integral):
         return f"{int(value):,}"
-    if isinstance(value, numbers.Real):
+    if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>":
+        return "–"
+    if isinstance(value, float | numbers.Real):
         real = float(value)
         return f"{real:,.3f}" if abs(real) >= 0.001 or real == 0 else f"{real:.1e}"
     return readable(value)

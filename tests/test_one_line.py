@@ -436,6 +436,32 @@ def test_numbers_are_no_formulas(here: Path) -> None:
     assert (here / "n.csv").read_text() == "number,whole,mixed\n-1.5,-3,-2.5\n2.0,4,'-x\n"
 
 
+@pytest.mark.parametrize("text", ["a\rb", 'a"b,c\nd'])
+def test_csv_is_that_of_pandas(here: Path, text: str) -> None:
+    real = [0.1, np.nan, np.inf, -0.0, 1e16, 1e-5, 123456789.123]
+    columns = {
+        "single": np.array(real, np.float32),
+        "real": np.array(real),
+        "whole": np.arange(7, dtype=np.uint8),
+        "is": np.arange(7) % 2 == 0,
+        "text": np.array([text, "", None, "nan", "=1", "é", np.nan], object),
+    }
+    frame = pd.DataFrame(columns).assign(
+        maybe=pd.array([1, None, 3, 4, 5, 6, 7], "Int64"),
+        true=pd.array([True, None] * 3 + [False], "boolean"),
+        kind=pd.Categorical(["a", "b", None, "a", "b", "a", "a"]),
+        mixed=pd.Series([np.float64(2.5), np.int64(3), "x", None, np.nan, [1], True], dtype=object),
+    )
+    unquoted, quoted = csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC
+    for table in (columns, frame, frame.iloc[::2], frame[:0], pd.DataFrame()):
+        emit(table, Format.csv, here / "t.csv")
+        quoting = quoted if "\r" in text and len(table) else unquoted
+        expected = pd.DataFrame(table).to_csv(index=False, lineterminator="\n", quoting=quoting)
+        assert (here / "t.csv").read_bytes().decode() == expected
+    emit(frame[:0], Format.json, here / "t.json")
+    assert (here / "t.json").read_bytes() == b""
+
+
 @pytest.mark.parametrize("command", [c for c in USUAL if c not in NO_TABLES])
 def test_whatever_writes_csv_can_write_it_safely(command: str) -> None:
     shown = io.BytesIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -285,6 +286,43 @@ def test_what_is_not_needed_is_not_imported(planted_trace: Trace, does: str):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == LIGHT[does]
+
+
+HEAVY = ("pydantic", "pandas", "pyarrow.compute", "scipy", "matplotlib", "numba", "regex", "torch")
+# what of it a command imports; one that completes an option has it in the environment
+IMPORTED = {
+    "report TRACE --table load": "",
+    "report TRACE --table load --format csv --layers 0": "",
+    "report TRACE --table load --format json -o OUT": "",
+    "report TRACE --table load --format parquet -o OUT": "pandas pyarrow.compute",
+    "report TRACE --table load --top 3 -o OUT": "",
+    "report TRACE --table load --threshold uneven=0.3": "",
+    "report TRACE --table balance": "pandas pyarrow.compute scipy",
+    "report TRACE --table load --html OUT": "pandas pyarrow.compute scipy regex",
+    "text TRACE --document 0": "pandas pyarrow.compute regex",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("command", IMPORTED)
+def test_commands_import_what_they_use(command: str, planted_trace: Trace, tmp_path: Path):
+    paths = {"TRACE": str(planted_trace.path), "OUT": str(tmp_path / "out")}
+    program = (
+        "import sys\nfrom moe_inspect.__main__ import main\ntry: main()\nexcept SystemExit: pass\n"
+        f"print(*(m for m in {HEAVY} if m in sys.modules), file=sys.stderr)"
+    )
+    words = [paths.get(word, word) for word in command.split()]
+    completed = {"COMP_WORDS": "moe-inspect report --ta", "COMP_CWORD": "2"}
+    if not words:
+        completed["_MOE_INSPECT_COMPLETE"] = "complete_bash"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **completed},
+    )
+    assert done.stdout.strip() or "OUT" in command
+    assert done.stderr.splitlines()[-1] == IMPORTED[command]
 
 
 RULES = ["max_vio > 0.1 even by chance for 2 windows", "drift > 0.01 even by chance"]

@@ -1,4 +1,4 @@
-"""A DataFrame to stdout or a file, in one of four formats."""
+"""A table to stdout or a file, in one of four formats."""
 
 # pyright: standard
 # (strict elsewhere in this folder: pyarrow has no types)
@@ -12,14 +12,12 @@ import math
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import abandon, first_line, plural, print_stderr, safe_cell
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moe_inspect.text import abandon, first_line, is_missing, plural, print_stderr, safe_cell
 
 
 class Format(StrEnum):
@@ -36,6 +34,7 @@ ENDINGS = {
     ".parquet": Format.parquet,
 }
 TEXT = ("", ".txt", ".md")
+ROWS = 10_000  # that are turned to text at once
 
 
 def format_of(output: Path | None) -> Format | None:
@@ -44,30 +43,28 @@ def format_of(output: Path | None) -> Format | None:
     return Format.table if ending in TEXT else ENDINGS.get(ending)
 
 
-def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool = False) -> None:
+def emit(table: Any, form: Format, output: Path | None, safe_csv: bool = False) -> None:
     """Writes a table to `output`, or to stdout. `safe_csv`: text that a spreadsheet would run as a
     formula gets an apostrophe in front. Raises MoeInspectError where it cannot be written."""
     if form is Format.table:
         from moe_inspect.reporting.render.console import print_table
 
         with text_to(output) as file:
-            left_out = print_table(frame, file)
+            left_out = print_table(table, file)
         if left_out:
             print_stderr(f"{left_out:,} more rows: --format csv, json or parquet has them all")
         return
     if form is Format.parquet and output is None and sys.stdout.isatty():
         raise MoeInspectError("parquet is binary: give -o FILE, or redirect it into a pipe")
-    write = {Format.csv: _csv, Format.json: _json, Format.parquet: _parquet}[form]
-    if form is Format.csv and safe_csv:
-        frame = _without_formulas(frame)
+    write = {Format.csv: partial(_csv, safe=safe_csv), Format.json: _json, Format.parquet: _parquet}
     if output is None:
         with to_stdout():
-            write(frame, sys.stdout.buffer)
+            write[form](table, sys.stdout.buffer)
         return
     from moe_inspect.trace.output_dir import output_file
 
     with output_file(output) as draft, open(draft, "wb") as file:
-        write(frame, file)
+        write[form](table, file)
 
 
 @contextlib.contextmanager
@@ -100,47 +97,36 @@ def to_stdout() -> Iterator[None]:
         raise MoeInspectError(f"cannot write to stdout: {first_line(error)}") from error
 
 
-def _texts(frame: pd.DataFrame) -> dict[str, list[Any]]:
-    """The values of the columns that are not numeric."""
-    return {
-        name: frame[name].tolist() for name in frame.columns if frame[name].dtype.kind not in "iufb"
-    }
-
-
-def _without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(
-        **{
-            name: [safe_cell(v) if isinstance(v, str) else v for v in values]
-            for name, values in _texts(frame).items()
-        }
-    )
-
-
-def _csv(frame: pd.DataFrame, file: BinaryIO) -> None:
-    # pandas does not quote a carriage return, and readers end the row there
-    returns = any(
-        "\r" in value
-        for values in _texts(frame).values()
-        for value in values
-        if isinstance(value, str)
-    )
+def _csv(table: Any, file: BinaryIO, safe: bool) -> None:
+    # the csv module does not quote a carriage return, and readers end the row there
+    texts = (table[name].tolist() for name in table if table[name].dtype.kind not in "iufb")
+    returns = any(isinstance(text, str) and "\r" in text for column in texts for text in column)
+    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    rows = csv.writer(text, lineterminator="\n", quoting=quoting)
     try:
-        frame.to_csv(
-            text,
-            index=False,
-            lineterminator="\n",
-            quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL,
-        )
+        rows.writerow(table)
+        for first in range(0, max([0, *(len(table[name]) for name in table)]), ROWS):
+            columns = [_cells(table[name][first : first + ROWS], safe) for name in table]
+            rows.writerows(zip(*columns, strict=True))
     finally:
         text.detach()
 
 
-def _json(frame: pd.DataFrame, file: BinaryIO) -> None:
+def _cells(column: Any, safe: bool) -> list[Any]:
+    """The values of a column, "" where one is missing."""
+    import numpy as np
+
+    values = ["" if is_missing(value) else value for value in column.tolist()]
+    if column.dtype == "float32":  # its digits, not those of the nearest float64
+        return [value if value == "" else np.float32(value) for value in values]
+    return [safe_cell(v) if isinstance(v, str) else v for v in values] if safe else values
+
+
+def _json(table: Any, file: BinaryIO) -> None:
     """A line per row. JSON has no infinities: they are null, which stderr says."""
-    # not pandas' to_json: it rounds
-    names = [str(name) for name in frame.columns]
-    columns = [_plain(frame[name]) for name in frame.columns]
+    names = [str(name) for name in table]
+    columns = [_plain(name, table[name].tolist()) for name in table]
     for row in zip(*columns, strict=True):
         file.write(
             (
@@ -150,23 +136,24 @@ def _json(frame: pd.DataFrame, file: BinaryIO) -> None:
         )
 
 
-def _plain(column: Any) -> list[object]:
-    """Python values, None where a value is missing or infinite."""
-    missing, values = column.isna().to_numpy(), column.tolist()
+def _plain(name: str, values: list[object]) -> list[object]:
+    """The values, None where one is missing or infinite."""
     infinite = [isinstance(value, float) and math.isinf(value) for value in values]
     if endless := sum(infinite):
         print_stderr(
-            f"{column.name}: {plural(endless, 'infinite value')} written as null, as JSON has "
+            f"{name}: {plural(endless, 'infinite value')} written as null, as JSON has "
             "none: --format csv or parquet keeps them"
         )
-    gone = missing | infinite
-    return [None if none else value for value, none in zip(values, gone, strict=True)]
+    known = zip(values, infinite, strict=True)
+    return [None if gone or is_missing(value) else value for value, gone in known]
 
 
-def _parquet(frame: pd.DataFrame, file: BinaryIO) -> None:
+def _parquet(table: Any, file: BinaryIO) -> None:
+    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()  # a pipe has no position
-    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), buffer, compression="zstd")
+    whole = pa.Table.from_pandas(pd.DataFrame(table), preserve_index=False)
+    pq.write_table(whole, buffer, compression="zstd")
     file.write(buffer.getvalue())

@@ -24,8 +24,8 @@ from typing import (
 
 import typer
 from typer import Argument, Option
+from typer.models import ParameterInfo
 
-from moe_inspect.capture.options import Setting
 from moe_inspect.cli.help import metrics, traces
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import print_stderr
@@ -154,7 +154,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             declared, default = default, default.default
         if declared is not None:
             declared = copy(declared.metadata["option"] if is_declared(declared) else declared)
-            if isinstance(declared, Setting):
+            if not isinstance(declared, ParameterInfo):  # a `capture.options.Setting`
                 facts = declared._asdict()
                 del facts["more"]
                 declared = Option(rich_help_panel=facts.pop("panel"), **facts)

@@ -29,7 +29,7 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions, output_option, table_option
+from moe_inspect.cli.show import ShowOptions, output_option, table_of, table_option
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.text import plural, print_stderr
@@ -174,7 +174,7 @@ def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[G
     made.prepare([*tables, *(gated()[gate.metric] for gate in gates), *of_charts])
     advance = phase("computing", len(tables), "tables")
     for name in tables:  # what is counted when it is asked for
-        made.tables[name]
+        table_of(made, name)
         advance(1)
 
 

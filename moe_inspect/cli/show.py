@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moe_inspect.reporting.shown import Shown
+    from moe_inspect.reporting.tables.registry import AsColumns
 
 UNITS = {"in": 1.0, "": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}  # in inches
 
@@ -157,10 +158,10 @@ class ShowOptions(Options):
             emit(table_of(made, table, form), form, self.output, self.safe_csv)
 
 
-def table_of(made: Any, name: str, form: Format) -> pd.DataFrame:
+def table_of(made: Any, name: str, form: Format = Format.table) -> pd.DataFrame | AsColumns:
     """A table of a result, as the format holds it."""
     if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
         from moe_inspect.reporting.verdict.checks import verdict_table
 
         return verdict_table(made.verdict(), values=True)
-    return made.tables[name]
+    return getattr(made.tables, "as_made", made.tables.__getitem__)(name)

@@ -15,7 +15,7 @@ from moe_inspect.comparison.aligning.pairing import layers_named, routers_of_one
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
-from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, table
+from moe_inspect.reporting.tables.registry import AsColumns, Excerpt, LazyTables, Table, table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.gate import gated
@@ -193,10 +193,10 @@ class Tables(LazyTables):
         super().__init__(made, made.kind.tables)
         self._why_not = made.why_not
 
-    def __getitem__(self, name: str) -> pd.DataFrame:
+    def as_made(self, name: str) -> pd.DataFrame | AsColumns:
         if name not in self and (why := self._why_not(name)):
             raise MoeInspectError(why)
-        return super().__getitem__(name)
+        return super().as_made(name)
 
 
 @dataclass(frozen=True)

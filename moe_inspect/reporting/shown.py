@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-import pandas as pd
-
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
 from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.reporting.verdict.findings import Finding

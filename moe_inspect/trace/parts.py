@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import Damaged
@@ -207,6 +206,8 @@ def _check_text(table: pa.Table) -> None:
 def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
     """token_id, token. A dictionary can repeat one long text a million times: the length of all is
     checked before they are copied."""
+    import pyarrow.compute as pc
+
     name, columns = schema.VOCABULARY, schema.VOCABULARY_SCHEMA.names
     file = open_part(path, name, schema.VOCABULARY_SCHEMA, stated)
     with reading(name):

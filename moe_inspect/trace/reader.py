@@ -7,10 +7,10 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import Damaged, MoeInspectError, reading
+from moe_inspect.later import pd
 from moe_inspect.progress import phase
 from moe_inspect.text import plural
 from moe_inspect.trace import parts, schema

@@ -11,11 +11,11 @@ from itertools import accumulate
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import regex
 
 from moe_inspect.errors import MoeInspectError, check_whole
+from moe_inspect.later import pd
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -25,11 +25,6 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 PLACE = ["token", "document", "domain", "sequence", "position", "phase", "token_id"]
 CONTEXT = 8
 SPREAD = 64  # tokens that a character may be spread over, at most
-# of a trace without its text
-ROUTES_TELL = (
-    "Routes alone reveal most of the text: 91% of the tokens were recovered from expert "
-    "selections (arXiv:2602.04105). Keep this trace as private as the text."
-)
 Sort = Literal["weight", "random"]
 
 

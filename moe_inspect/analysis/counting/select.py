@@ -20,7 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import did_you_mean, ranges, separated
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES, Router, parse_ranges, sees
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import Shard, codes, numbers
 
 Layers = str | int | Iterable[int | str] | None
 
@@ -138,7 +138,7 @@ def selected_tokens(
         if selection.phase:
             keep_T = keep_T & among(phases, {selection.phase})[phase_T]
     taken_T, keep_R = keep_T & seen_T, keep_T[seen_T]
-    taken = {name: table[name].to_numpy()[taken_T] for name in names}
+    taken = {name: numbers(table[name])[taken_T] for name in names}
     return SelectedTokens(
         stack,
         None if keep_R.all() else keep_R,

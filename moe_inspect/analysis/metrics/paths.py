@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.chance import shuffled_within
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, student
+from moe_inspect.later import pd
 
 GROUPS = 20  # of the jackknife
 

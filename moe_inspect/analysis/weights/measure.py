@@ -16,12 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import entropy_nats, nan_for_zero
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.weights.stored import Stored, tensors_in, with_scales
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
 from moe_inspect.progress import tracked
 from moe_inspect.trace.schema import Router
 

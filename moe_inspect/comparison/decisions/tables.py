@@ -13,7 +13,12 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, ratio_interval
+from moe_inspect.analysis.metrics.uncertainty import (
+    FEWEST_DOCUMENTS,
+    SEED,
+    ratio_interval,
+    special,
+)
 from moe_inspect.comparison.aligning.align import DECILES
 from moe_inspect.comparison.aligning.misaligned import matched_overlaps
 from moe_inspect.comparison.counting.count import UNIT
@@ -317,8 +322,6 @@ MOVERS = ("layer", "router", "domain", "expert", "load_a", "load_b", "change", "
 def movers(data: Decisions) -> pd.DataFrame:
     """One row per expert whose load changed by more than chance among documents explains, in all
     domains together (`domain` is empty) or in one; the largest changes first."""
-    from scipy.stats import t as student
-
     rows = list[tuple[object, ...]]()
     for r, _ in data.pairs:
         counts, place = data.of(r), data.place(r).values()
@@ -330,7 +333,7 @@ def movers(data: Decisions) -> pd.DataFrame:
                 continue
             # the change of a sum over n documents: √n times the deviation between documents
             error_E = np.sqrt(n) * moved_UE.std(0, ddof=1)
-            reach_E = error_E * float(student.ppf(1 - CONFIDENCE / 2 / tests, n - 1))
+            reach_E = error_E * float(special("stdtrit")(n - 1, 1 - CONFIDENCE / 2 / tests))
             moved_E = moved_UE.sum(0)
             for e in np.flatnonzero((np.abs(moved_E) > reach_E) & (load_E > 0)).tolist():
                 moved, load, reach = moved_E[e], load_E[e], reach_E[e]

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
 from moe_inspect.progress import tracked
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label, no_such

@@ -9,14 +9,13 @@ import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial
 from numbers import Real
-from typing import TextIO
+from typing import Any, TextIO
 
-import pandas as pd
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from moe_inspect.text import number, printable
+from moe_inspect.text import is_missing, number, printable
 
 SCREEN_LINES = 45
 LEAST_LINES = 23
@@ -57,10 +56,10 @@ def on_screen(show: Callable[[TextIO], None]) -> str:
     return screen.getvalue().rstrip("\n")
 
 
-def print_table(frame: pd.DataFrame, file: TextIO) -> int:
-    """One table, every column. Returns how many rows were left out."""
-    print_frame(frame.head(MOST_ROWS), console_for(file))
-    return max(0, len(frame) - MOST_ROWS)
+def print_table(table: Any, file: TextIO) -> int:
+    """One table, a DataFrame or its columns: every column. Returns how many rows were left out."""
+    print_frame({name: table[name][:MOST_ROWS] for name in table}, console_for(file))
+    return max([0, *(len(table[name]) - MOST_ROWS for name in table)])
 
 
 def screen_lines(console: Console) -> int:
@@ -70,13 +69,13 @@ def screen_lines(console: Console) -> int:
 
 
 def print_frame(
-    frame: pd.DataFrame, console: Console, title: str | None = None, fitting: bool = False
+    frame: Any, console: Console, title: str | None = None, fitting: bool = False
 ) -> int:
-    """Prints a DataFrame. On a terminal, columns with the same value in every row are a line above
-    it, and if it is too wide it comes in several parts, each beginning with the columns that
-    identify a row. `fitting`: only the first part. Returns how many columns are shown."""
+    """Prints a DataFrame, or its columns. On a terminal, columns with the same value in every row
+    are a line above it, and if it is too wide it comes in several parts, each beginning with the
+    columns that identify a row. `fitting`: only the first part. Returns how many are shown."""
     most = console.width // 3 if fitting else math.inf
-    cells = {name: [_cell(v, most) for v in frame[name]] for name in map(str, frame.columns)}
+    cells = {str(name): [_cell(v, most) for v in frame[name].tolist()] for name in frame}
     constant = _constant(cells) if console.is_terminal else {}
     cells = {name: column for name, column in cells.items() if name not in constant}
     width_of = {name: max([len(name), *map(cell_len, column)]) for name, column in cells.items()}
@@ -170,8 +169,8 @@ def table_row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str
 
 def _cell(value: object, most: float) -> str:
     """A value in at most so many columns of the terminal."""
-    is_number = not isinstance(value, bool) and isinstance(value, Real)
-    if value is None or value is pd.NA or (is_number and value != value):
+    is_number = not isinstance(value, bool) and isinstance(value, int | float | Real)
+    if is_missing(value):
         return "-"
     cell = number(value) if is_number else printable(str(value))
     return cell if cell_len(cell) <= most else set_cell_size(cell, int(most) - 1) + "…"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import colorsys
 
-import pandas as pd
 from rich.text import Text
 
+from moe_inspect.later import pd
 from moe_inspect.text import legible
 
 GOLDEN = 0.61803398875  # of a turn: neighbours in number are far apart in hue

@@ -21,10 +21,11 @@ from moe_inspect.reporting.render import documents as docs
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.payload import Json
 from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.summary import ROUTES_TELL
 from moe_inspect.text import layer_label, legible, plural, readable
 from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.texts import ROUTES_TELL, as_text, pieces_of
+from moe_inspect.trace.texts import as_text, pieces_of
 
 TEXT_BYTES = 1_000_000  # of the documents on the page, where no number of them was asked for
 MOST_BYTES = 64_000_000  # beyond which a browser has trouble

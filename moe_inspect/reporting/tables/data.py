@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import count_trace, too_many_pairs
@@ -19,6 +18,7 @@ from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.balance import STARVED, UNEVEN, whole_passes
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.registry import TABLES, LazyTables
 from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.counting.counts import INPUTS, Counts, values_of
 from moe_inspect.analysis.metrics import balance as bal
@@ -17,8 +16,9 @@ from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.registry import metrics_of
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, once, records
-from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.tables.registry import AsColumns, table
 
 BALANCE = tuple(
     dict.fromkeys(
@@ -129,7 +129,7 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
 
 
 @table()
-def load(data: ReportData) -> pd.DataFrame:
+def load(data: ReportData) -> AsColumns:
     """One row per expert of a router: its load, absolute and relative to the mean."""
     counts = data.counts
 
@@ -176,7 +176,7 @@ def design_effect(counts: Counts, router: int) -> float:
 Columns = Mapping[str, np.ndarray | float]  # a number is that of all rows
 
 
-def rows_per_router(data: ReportData, columns: Callable[[int], Columns | None]) -> pd.DataFrame:
+def rows_per_router(data: ReportData, columns: Callable[[int], Columns | None]) -> AsColumns:
     """A table of several rows per router, by column; `layer, router` come first. None leaves a
     router out; without any router the table has no columns."""
     parts = list[dict[str, np.ndarray]]()
@@ -185,7 +185,7 @@ def rows_per_router(data: ReportData, columns: Callable[[int], Columns | None]) 
             rows = {"layer": data.counts.routers[r].layer, "router": r, **of_router}
             parts.append(dict(zip(rows, np.broadcast_arrays(*rows.values()), strict=True)))
     names = parts[0] if parts else ()
-    return pd.DataFrame({name: np.concatenate([rows[name] for rows in parts]) for name in names})
+    return {name: np.concatenate([rows[name] for rows in parts]) for name in names}
 
 
 def row_per_router(
@@ -236,7 +236,7 @@ def windows(data: ReportData) -> pd.DataFrame:
             "simulated_drop_rate": win.simulated_drop_rate(load_WE, CAPACITY_FACTOR),
         }
 
-    frame = rows_per_router(data, columns)
+    frame = pd.DataFrame(rows_per_router(data, columns))
     busiest = frame["busiest_expert"].astype("Int64")
     return frame.assign(busiest_expert=busiest.mask(busiest < 0))
 

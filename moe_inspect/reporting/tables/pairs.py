@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.counting.router_counts import SRP_LENGTHS, RouterCounts
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.tables.registry import AsColumns, table
 
 LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # tokens of a segment; SRP is 1 for a single token
 BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
@@ -34,7 +34,7 @@ LOCALITY = (
 
 
 @table("pairs")
-def coactivation(data: ReportData) -> pd.DataFrame:
+def coactivation(data: ReportData) -> AsColumns:
     """One row per ordered pair of experts: decisions that chose both (together); P(other chosen,
     given expert chosen) in one decision, over all pairs of slots; that probability and that number
     of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
@@ -84,7 +84,7 @@ def transitions(data: ReportData) -> pd.DataFrame:
         }
         return both.in_order(found, listed)
 
-    frame = load.rows_per_router(data, columns)
+    frame = pd.DataFrame(load.rows_per_router(data, columns))
     if len(frame.columns):
         return frame
     # only the last MoE layer is selected
@@ -95,7 +95,7 @@ def transitions(data: ReportData) -> pd.DataFrame:
 
 
 @table("repetition")
-def repetition(data: ReportData) -> pd.DataFrame:
+def repetition(data: ReportData) -> AsColumns:
     """One row per router and domain: how often a token has the same first choice as the token
     before it in its sequence, and how often the two share any expert, with 95 % intervals by
     document (low, high); and the same for independent choices, uniform (random) or with the

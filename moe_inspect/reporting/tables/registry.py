@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import pandas as pd
+import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
 from moe_inspect.text import no_such
 
 ROWS = 10  # of a table in a text that is no screen
-Maker = Callable[[Any], pd.DataFrame]  # from the data of a report, or of a comparison
+AsColumns = Mapping[str, np.ndarray]  # a table that can be written before pandas is imported
+Maker = Callable[[Any], "pd.DataFrame | AsColumns"]  # from the data of a report or a comparison
 Made = TypeVar("Made", bound=Maker)
 
 
@@ -49,13 +51,20 @@ def check_table(name: str, tables: Mapping[str, Table] = TABLES) -> None:
         raise MoeInspectError(no_such("table", name, tables))
 
 
-class LazyTables(Mapping[str, pd.DataFrame]):
+class LazyTables(Mapping[str, "pd.DataFrame"]):
     """name → DataFrame of what `data` holds, made when first asked for."""
 
     def __init__(self, data: object, tables: Mapping[str, Table] = TABLES):
-        self._data, self._tables, self._made = data, tables, dict[str, pd.DataFrame]()
+        self._data, self._tables = data, tables
+        self._made: dict[str, pd.DataFrame | AsColumns] = {}
 
     def __getitem__(self, name: str) -> pd.DataFrame:
+        if not isinstance(made := self.as_made(name), pd.DataFrame):
+            made = self._made[name] = pd.DataFrame(made)
+        return made
+
+    def as_made(self, name: str) -> pd.DataFrame | AsColumns:
+        """A table as it is when nothing but writing it is wanted."""
         check_table(name, self._tables)
         if name not in self._made:
             self._made[name] = self._tables[name].make(self._data)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import fields
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts, values_of
 from moe_inspect.analysis.counting.samples import SampledLosses, sampled_losses
@@ -19,9 +18,10 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import worth as metrics
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.weights.measure import aimer_of
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row
 from moe_inspect.reporting.tables.load import Columns, row_per_router, rows_per_router
-from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.tables.registry import AsColumns, table
 
 ROUTER = (
     *("weight_mass", "weight_entropy_nats", "weight_margin"),
@@ -45,7 +45,7 @@ def router(data: ReportData) -> pd.DataFrame:
 
 
 @table("esft")
-def esft(data: ReportData) -> pd.DataFrame:
+def esft(data: ReportData) -> AsColumns:
     """One row per expert and domain: the expert's share of the domain by tokens and by gate weight,
     weighting all tokens alike, or all samples (sequences): the scores by which expert-specialised
     fine-tuning (ESFT) selects experts."""
@@ -87,7 +87,7 @@ def worth(data: ReportData) -> pd.DataFrame:
     trace lacks what it takes, or no weights are given."""
     counts = data.decisions("worth")
     weights_RU = unc.resample_weights(counts.domain_of_unit_U)
-    found = rows_per_router(data, lambda r: _worth_of(counts, r, weights_RU))
+    found = pd.DataFrame(rows_per_router(data, lambda r: _worth_of(counts, r, weights_RU)))
     peaks = [peak_E for r in counts.indices if (peak_E := counts.of[r].peak_E) is not None]
     super_expert = pd.array([pd.NA] * len(found), dtype="boolean")
     if peaks and len(peaks) == len(counts.indices):

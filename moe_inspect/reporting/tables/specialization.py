@@ -10,7 +10,6 @@ tokens, L routers.
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts, values_of
 from moe_inspect.analysis.counting.samples import document_loads, sampled_routes
@@ -21,9 +20,10 @@ from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.signature import accuracies
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables.data import ReportData, Row
-from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.tables.registry import AsColumns, table
 
 SPECIALIZATION = (
     *("domain_mi_bits", "domain_mi_null_bits", "domain_mi_null_p99_bits", "domain_mi_p"),
@@ -41,7 +41,7 @@ BEYOND = {
 
 
 @table()
-def domains(data: ReportData) -> pd.DataFrame:
+def domains(data: ReportData) -> AsColumns:
     """One row per expert and domain: activation = assignments ÷ tokens of the domain (sums to k
     over the experts), lift = activation ÷ its mean over the domains, of all where only one is
     selected. expected_by_chance: the load ratio (assignments ÷ their mean over the experts) that
@@ -149,7 +149,7 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
 
 
 @table("token_ids")
-def vocabulary(data: ReportData) -> pd.DataFrame:
+def vocabulary(data: ReportData) -> AsColumns:
     """One row per expert and token id: the token ids most exclusively routed to it. fraction and
     first_choice_fraction are of the token id's occurrences."""
     if data.counts.counts_only:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import pandas as pd
-
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, once
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization

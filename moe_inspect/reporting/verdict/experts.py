@@ -9,11 +9,11 @@ import math
 from functools import cache
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, beyond_documents, name_of, note, warning

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
-import pandas as pd
-
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.text import layer_label
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-import pandas as pd
-
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import records
 from moe_inspect.reporting.tables.registry import TABLES, Table
 from moe_inspect.text import layer_label, no_such

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
+from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.summary import mapping
 from moe_inspect.reporting.verdict import findings as fnd
