@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
 import os
 import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 an error that the user can fix, 2 usage, 3 a
     gate failed, 130 interrupted."""
+    gc.set_threshold(10_000)  # of what is imported nothing is garbage
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        # glibc would give the memory of each freed array back to the system, and get it again
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**26)
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks
@@ -20,6 +29,8 @@ def main() -> None:
         sys.stdout.flush()
     except OSError:  # reported already
         abandon(sys.stdout)
+    if "torch" not in sys.modules:  # whose libraries check at exit that nothing of theirs is left
+        gc.freeze()  # nothing is looked through for garbage at exit
     sys.exit(code)
 
 
