@@ -192,7 +192,7 @@ class ReportData:
         """The rows of a router: of many domains, a table of all routers takes much memory."""
         of_one = copy(self)
         of_one.selection, of_one.made = replace(self.selection, routers=(router,)), {}
-        return TABLES[table].make(of_one)
+        return pd.DataFrame(TABLES[table].make(of_one))
 
     @property
     def dropped(self) -> int:
