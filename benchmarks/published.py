@@ -1,0 +1,493 @@
+"""`python -m benchmarks.published`: figures that others published, computed again by commands of
+moe-inspect from public data. Writes docs/reproduced.md.
+
+    python -m benchmarks.published [--data ../shared/real] [-o docs/reproduced.md] [--only TEXT …]
+
+The data are folders as docs/data.md names them, and the commands that import them are the ones that
+stand there. A figure whose folder is not there is skipped, with a line.
+
+L layers, E experts, D domains or workloads, T tokens in a row, P slots, G GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import moe_inspect
+from benchmarks.measuring import ROOT
+from moe_inspect.analysis.metrics.balance import max_over_mean, min_over_max
+from moe_inspect.analysis.metrics.pairs import next_accuracy, next_accuracy_marginal
+from moe_inspect.cli import app
+
+Value = float | tuple[float, float, float]  # alone, or with an interval
+
+
+@dataclass(frozen=True)
+class Figure:
+    """published: values as they were printed; ours get as many digits. how: commands, of which the
+    last gives the table; what the function makes of it is left. why: of a difference."""
+
+    what: str
+    source: str
+    published: str
+    how: str
+    ours: Callable[[str], Sequence[Value]]
+    data: str = ""
+    why: str = ""
+
+
+# --- commands, in a folder where the data are
+
+
+def run(command: str) -> None:
+    """The traces that it reads are imported first, by the commands of docs/data.md."""
+    for name in re.findall(r"runs/(\w+)", command.partition(" -o ")[0]):
+        imported(name)
+    with redirect_stdout(io.StringIO()):
+        code = app(shlex.split(command), standalone_mode=False)
+    assert not code, command
+
+
+def imported(name: str) -> Path:
+    if not (trace := Path("runs", name)).exists():
+        run(documented()[name])
+    return trace
+
+
+@cache
+def documented() -> dict[str, str]:
+    """Trace → the command of docs/data.md that imports it."""
+    found = re.findall(r"`moe-inspect (import [^`]* -o runs/(\w+)[^`]*)`", DATA.read_text())
+    return {name: command for command, name in found}
+
+
+@cache
+def table(how: str) -> pd.DataFrame:
+    """The table of the last command; the ones before record traces."""
+    *before, last = how.split("; ")
+    for command in before:
+        run(command)
+    run(f"{last} --format csv -o table.csv")
+    return pd.read_csv("table.csv")
+
+
+def column(how: str, name: str, **fields: str) -> np.ndarray:
+    return table(how.format(**fields))[name].to_numpy()
+
+
+def by_domain(
+    how: str, names: str, column_of: str, of: Callable[[np.ndarray], Any] = np.mean
+) -> list[float]:
+    """Of each domain: one number of the values of its routers."""
+    return [float(of(column(how, column_of, domain=name))) for name in names.split()]
+
+
+def load_DLE(how: str) -> np.ndarray:
+    """From a report's table `domains`: assignments [domains, layers, experts]."""
+    made = table(how)
+    shape = [made[name].nunique() for name in ("domain", "layer", "expert")]
+    ordered = made.sort_values(["domain", "layer", "expert"])["assignments"]
+    return ordered.to_numpy().reshape(shape)
+
+
+def read(path: str) -> Any:
+    data = Path(path).read_bytes()
+    return json.loads(gzip.decompress(data) if path.endswith(".gz") else data)
+
+
+# --- the figures
+
+
+def ageing(how: str) -> list[float]:
+    """A plan fitted on the first workload, judged on the others: the busiest GPU ÷ the mean,
+    averaged over layers. Replicas share the load of an expert evenly."""
+    plan, loads = table(how), load_DLE("report runs/deepseek_loads --table domains")[1:]
+    judged = np.zeros(len(loads))
+    for n, (_, slots) in enumerate(plan.groupby("layer")):
+        each_DP = loads[:, n, slots["expert"]] / slots["replicas"].to_numpy()
+        load_DG = each_DP.reshape(len(loads), 32, -1).sum(2)
+        judged += max_over_mean(load_DG) / plan["layer"].nunique()
+    return judged.tolist()
+
+
+def kept(how: str) -> list[float]:
+    """Layers in which the published list is the experts with the largest saliency."""
+    blend, published = read("glm52/blend_maxmin.json"), read("glm52/keep_mix108_maxmin.json")
+    layers = published["keep"].items()
+    return [
+        sum(
+            set(np.argsort(blend["layers"][layer]["sal"])[-len(keep) :]) == {*keep}
+            for layer, keep in layers
+        )
+    ]
+
+
+def changed_sets(how: str) -> list[float]:
+    """1 − mean Jaccard index of the sets of experts that an example uses in a layer."""
+    names = ("null1024_olmoe_bf16", "null1024_olmoe_int8", "null1024_olmoe_nf4")
+    bf16, int8, nf4, adapted = map(used, (*names, "sb1024_adapted_olmoe_nf4"))
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return 1 - float(((a & b).sum(-1) / (a | b).sum(-1)).mean())
+
+    return [distance(bf16, int8), distance(bf16, nf4), distance(nf4, adapted)]
+
+
+def used(name: str) -> np.ndarray:
+    """Which experts each example uses, bool [examples, layers, experts]."""
+    with gzip.open(f"olmoe_quantised/{name}_resident.jsonl.gz") as lines:
+        examples = [json.loads(line)["routed"] for line in lines]
+    used_NLE = np.zeros((len(examples), 16, 64), bool)
+    for n, routed in enumerate(examples):
+        for layer, counts in routed.items():
+            used_NLE[n, int(layer), [expert for expert, _ in counts]] = True
+    return used_NLE
+
+
+def foretold(how: str, model: str, E: int) -> list[float]:
+    """Share of arXiv's tokens whose first choice at the next layer recorded is the commonest there
+    after their first choice here, and the share of that layer's commonest: for both pairs of
+    layers. The pairs add up to the first choices of both layers."""
+    named, made = f"olmoe_paper/{model}_expert_counts_", list[float]()
+    loads = read(f"{named}top1_arxiv.json.gz")
+    for n, pairs in enumerate(read(f"{named}crosslayer_top1_arxiv.json.gz")):
+        next_EN = np.zeros((E, E))
+        for pair, count in pairs.items():
+            next_EN[tuple(json.loads(pair))] = count
+        for axis in (0, 1):
+            load = loads[n + 1 - axis]
+            assert next_EN.sum(axis).tolist() == [load.get(str(e), 0) for e in range(E)]
+        made += [next_accuracy(next_EN), next_accuracy_marginal(next_EN)]
+    return made
+
+
+def as_published(how: str) -> list[float]:
+    """Scores that are the published ones, to the digits of these."""
+    made, published = table(how), read("esft_law/summary.json")
+    keys = list(zip(made["layer"], made["expert"], strict=True))
+    return [
+        sum(
+            round(ours, 4) == published[f"{name}s"][str(layer)][str(expert)]
+            for (layer, expert), ours in zip(keys, made[name], strict=True)
+        )
+        for name in ("token_score", "gate_score")
+    ]
+
+
+def same_experts(how: str) -> list[float]:
+    """Layers whose experts to train are the published ones."""
+    run(how)
+    ours, theirs = read("esft/esft_law/expert_cfg.json"), read("esft_law/expert_config_law.json")
+    return [sum({*ours["experts"][n]} == {*of} for n, of in theirs["experts"].items())]
+
+
+def subjects(how: str) -> list[float]:
+    """Of each subject the mean over layers of max ÷ mean: the least and the largest; the largest of
+    any layer; the largest max ÷ min."""
+    loads = load_DLE(how)
+    worst_DL = np.array([max_over_mean(load_LE) for load_LE in loads])
+    apart = max(float((1 / min_over_max(load_LE)).max()) for load_LE in loads)
+    return [*np.sort(worst_DL.mean(1))[[0, -1]].tolist(), float(worst_DL.max()), apart]
+
+
+def unions(how: str) -> list[Value]:
+    """Distinct experts of T tokens in a row ÷ k, mean over layers and all such rows of a prompt;
+    95 % intervals from resampled prompts."""
+    trace = moe_inspect.open_trace(imported("deepseek_v2_lite"))
+    ids_LTK = np.array([trace.routing(layer=n).filter(like="expert_") for n in range(1, 27)])
+    document_T = trace.tokens()["document"].to_numpy()
+    rng, made = np.random.default_rng(0), list[Value]()
+    for length in (2, 4, 8, 16):
+        start_N = np.arange(len(document_T) - length + 1)
+        start_N = start_N[document_T[start_N] == document_T[start_N + length - 1]]
+        taken_LNK = ids_LTK[:, start_N[:, None] + np.arange(length)].reshape(26, len(start_N), -1)
+        taken_LNK.sort(-1)
+        distinct_N = 1 + (taken_LNK[..., 1:] != taken_LNK[..., :-1]).sum(-1).mean(0)
+        rows_D = np.bincount(document_T[start_N])
+        sum_D = np.bincount(document_T[start_N], distinct_N / 6)
+        drawn = rng.integers(0, len(rows_D), (2000, len(rows_D)))
+        low, high = np.quantile(sum_D[drawn].sum(1) / rows_D[drawn].sum(1), (0.025, 0.975))
+        made.append((float(sum_D.sum() / rows_D.sum()), float(low), float(high)))
+    return made
+
+
+WORKLOADS = (
+    "decode_in1000out1000 decode_in2000out100 prefill_in1000out1000 prefill_in2048 "
+    "prefill_in4096 prefill_in512"
+)
+PLACED = "simulate placement runs/deepseek_loads --domain {domain} --gpus 32"
+EPLB = f"{PLACED} --physical-experts 288 --policy eplb-global"
+LOADS = "[SGLang-reproduce](https://github.com/GeneratedRandomly/SGLang-reproduce)"
+THEIR_EPLB = f"DeepSeek's [EPLB](https://github.com/deepseek-ai/EPLB), run on the loads of {LOADS}"
+COUNTED = "counted without moe-inspect from"
+EXPERTS4BIT = "https://github.com/pjordanandrsn/experts4bit-qlora/blob/main/runs/results/postaudit"
+OLMOE = "[2409.02060](https://arxiv.org/abs/2409.02060)"
+FIDDLER = "[fiddler](https://github.com/efeslab/fiddler/tree/popularity)"
+ESFT = "[ESFT](https://github.com/deepseek-ai/ESFT/tree/main/results/expert_scores)"
+BEYOND = "[MoE-Beyond](https://arxiv.org/abs/2508.17137)"
+GLM = "[glm-expert-pruning](https://github.com/Dorijan10/glm-expert-pruning)"
+OF_DOMAIN = "report runs/{} --domain {{domain}} --table balance"
+OF_ACTIVATION = "report runs/{} --domain {{domain}} --table domains"
+RECORDED = "trace demo -o runs/rollout --dtype bfloat16 --batch-tokens 256; "
+RECORDED += "trace demo -o runs/trainer --dtype float32; "
+UNSAID = "that count does not say of which prompts and rows it is; it lies within our intervals"
+
+
+FIGURES = (
+    Figure(
+        "DeepSeek-V3, six workloads: busiest ÷ mean of 32 GPUs, experts in order",
+        f"{COUNTED} {LOADS}",
+        "2.88, 2.63, 2.26, 2.64, 3.04, 2.08",
+        f"{PLACED} --policy contiguous --table placement",
+        partial(by_domain, names=WORKLOADS, column_of="max_over_mean"),
+        "deepseek_loads",
+    ),
+    Figure(
+        "DeepSeek-V3: the same as balancedness by SGLang's convention",
+        f"{COUNTED} {LOADS}",
+        "0.404, 0.434, 0.464, 0.417, 0.384, 0.501",
+        f"{PLACED} --policy contiguous --table policies",
+        partial(by_domain, names=WORKLOADS, column_of="balancedness_sglang"),
+        "deepseek_loads",
+    ),
+    Figure(
+        "DeepSeek-V3: EPLB's 288 slots on 32 GPUs, fitted and judged on the same workload",
+        THEIR_EPLB,
+        "1.007, 1.008, 1.007, 1.007, 1.006, 1.007",
+        f"{EPLB} --table placement",
+        partial(by_domain, names=WORKLOADS, column_of="max_over_mean"),
+        "deepseek_loads",
+    ),
+    Figure(
+        "DeepSeek-V3: how a plan ages, fitted on the first workload, judged on the five others",
+        THEIR_EPLB,
+        "1.26, 1.48, 1.46, 1.44, 1.51",
+        f"{EPLB.format(domain=WORKLOADS.split()[0])} --table plan",
+        ageing,
+        "deepseek_loads",
+    ),
+    Figure(
+        "GLM-5.2: of 75 layers, those where the published list of 108 experts is the most salient",
+        GLM,
+        "75",
+        "",
+        kept,
+        "glm52",
+    ),
+    Figure(
+        "OLMoE: share of an example's experts of a layer that change, from bf16 to int8, to nf4; "
+        "from nf4 to nf4 with a trained adapter",
+        f"[the ladder]({EXPERTS4BIT}/null_ladder_1024.md), "
+        f"[the adapter]({EXPERTS4BIT}/sb_routing_shift_1024.md)",
+        "0.0045, 0.0194, 0.0582",
+        "",
+        changed_sets,
+        "olmoe_quantised",
+    ),
+    Figure(
+        "OLMoE: busiest ÷ mean expert on arXiv's text and on C4, mean of layers 0, 7, 15",
+        f"{COUNTED} the counts of {OLMOE}, figure 22",
+        "7.2, 2.7",
+        OF_DOMAIN.format("olmoe"),
+        partial(by_domain, names="arxiv c4", column_of="max_over_mean"),
+        "olmoe_paper",
+    ),
+    Figure(
+        "Mixtral-8x7B: the same of its layers, on GitHub's text",
+        f"{COUNTED} the counts of {OLMOE}, figure 22",
+        "1.29",
+        OF_DOMAIN.format("mixtral"),
+        partial(by_domain, names="github", column_of="max_over_mean"),
+        "olmoe_paper",
+    ),
+    Figure(
+        "OLMoE: largest share of a domain's tokens that choose one expert: arXiv, C4, GitHub (%)",
+        f"{COUNTED} the counts of {OLMOE}, figure 22",
+        "97.7, 37.7, 77.0",
+        OF_ACTIVATION.format("olmoe"),
+        lambda how: [100 * x for x in by_domain(how, "arxiv c4 github", "activation", np.max)],
+        "olmoe_paper",
+    ),
+    Figure(
+        "OLMoE across layers 0 → 7, 7 → 15: first choices of arXiv's tokens foretold by those of "
+        "the layer before, and without",
+        f"{COUNTED} the pairs of {OLMOE}, figures 33 ff.",
+        "0.283, 0.185, 0.613, 0.573",
+        "",
+        partial(foretold, model="olmoe", E=64),
+        "olmoe_paper",
+    ),
+    Figure(
+        "Mixtral-8x7B across layers: the same",
+        f"{COUNTED} the pairs of {OLMOE}, figures 33 ff.",
+        "0.201, 0.144, 0.294, 0.176",
+        "",
+        partial(foretold, model="mistral", E=8),
+        "olmoe_paper",
+    ),
+    Figure(
+        "DeepSeek-V2-Lite on law: of 1,664 token scores and gate scores, those equal to 4 digits",
+        ESFT,
+        "1664, 1664",
+        "report runs/esft_law --table esft",
+        as_published,
+        "esft_law",
+    ),
+    Figure(
+        "DeepSeek-V2-Lite: of 26 layers, those with the published experts to train",
+        ESFT,
+        "26",
+        "export runs/esft_law --format esft -o esft",
+        same_experts,
+        "esft_law",
+    ),
+    Figure(
+        "Mixtral-8x7B on seven subjects of MMLU: busiest ÷ mean expert of the most and the least "
+        "even subject, of the worst layer; largest ÷ smallest load",
+        f"{COUNTED} {FIDDLER}",
+        "1.22, 1.45, 1.99, 46.5",
+        "report runs/mixtral_mmlu --table domains",
+        subjects,
+        "fiddler_mixtral",
+    ),
+    Figure(
+        "Mixtral-8x7B on MMLU: information between subject and expert, bits",
+        f"{COUNTED} {FIDDLER}",
+        "0.013",
+        "report runs/mixtral_mmlu --table specialization",
+        lambda how: [float(column(how, "domain_mi_bits").mean())],
+        "fiddler_mixtral",
+    ),
+    Figure(
+        "DeepSeek-V2-Lite: distinct experts of 2, 4, 8, 16 tokens in a row ÷ k",
+        f"{COUNTED} prompts of {BEYOND}",
+        "1.73, 2.91, 4.65, 6.74",
+        "",
+        unions,
+        "deepseek_v2_lite_tokens",
+        UNSAID,
+    ),
+    Figure(
+        "DeepSeek-V2-Lite: hit rate of LRU with 6 of 64 experts of a layer",
+        f"{COUNTED} prompts of {BEYOND}",
+        "0.26",
+        "simulate cache runs/deepseek_v2_lite --slots 6 --policy lru --table cache",
+        lambda how: [float(column(how, "hit_rate").mean())],
+        "deepseek_v2_lite_tokens",
+        "other prompts, as above: k slots hold the experts of the last token, and so the rate is 2 "
+        "− the first figure there",
+    ),
+    Figure(
+        "DeepSeek-V2-Lite: hit rate where 10 % of the experts fit",
+        f"{BEYOND}, for MoE-Infinity",
+        "0.17",
+        "simulate cache runs/deepseek_v2_lite --slots 6 --policy lru --table cache",
+        lambda how: [float(column(how, "hit_rate").mean())],
+        "deepseek_v2_lite_tokens",
+        "theirs is one cache for all layers, filled by MoE-Infinity's prediction, on other text; "
+        "ours is an LRU cache for each layer",
+    ),
+    Figure(
+        "rollout and trainer: decisions, and tokens in any layer, with other experts (%)",
+        "R3, [2510.11370](https://arxiv.org/abs/2510.11370), of Qwen3-30B-A3B, SGLang, Megatron",
+        "10, 94",
+        RECORDED + "compare runs/rollout runs/trainer --table overall",
+        lambda how: [
+            100 * float(column(how, name)[0]) for name in ("decisions_mismatch", "tokens_mismatch")
+        ],
+        why="the same kind at another size: 4 layers of 2 of 8 experts here, 48 of 8 of 128 there; "
+        "and only data types and batches differ here, not the engines' kernels",
+    ),
+)
+
+
+# --- the page
+
+
+def written(value: Value, published: str) -> str:
+    """With the digits of the published value, and at least two that count."""
+    values = value if isinstance(value, tuple) else (value,)
+    digits = max(len(published.partition(".")[2]), 1 - math.floor(math.log10(values[0])))
+    at, *interval = (f"{part:.{digits}f}" for part in values)
+    return f"{at} ({'–'.join(interval)})" if interval else at
+
+
+def row(figure: Figure) -> str:
+    published = figure.published.split(", ")
+    values = figure.ours(figure.how)
+    assert len(values) == len(published), figure.what
+    ours = [written(*pair) for pair in zip(values, published, strict=True)]
+    same = [text.split(" ")[0] for text in ours] == published
+    if not same and not figure.why:
+        sys.exit(f"{figure.what}: {', '.join(ours)}, not {figure.published}: say why")
+    by = getattr(figure.ours, "func", figure.ours).__name__
+    commands = figure.how.replace("{domain}", "NAME").split("; ")
+    how = "<br>".join(f"`{one}`" for one in commands if one) or f"`{by}` of published.py"
+    cells = (figure.what, figure.source, figure.published, ", ".join(ours))
+    return f"| {' | '.join(cells)} | {'the same' if same else figure.why} | {how} |"
+
+
+def page(figures: Sequence[Figure], data: Path) -> str:
+    rows, skipped = list[str](), list[str]()
+    for figure in figures:
+        if figure.data and not (data / figure.data).is_dir():
+            skipped.append(f"Skipped, as there is no {figure.data}: {figure.what}.")
+            print(skipped[-1])
+            continue
+        rows.append(row(figure))
+        print(rows[-1])
+    return "\n".join([HEAD, *rows, "", *(f"{line}  " for line in skipped)]).rstrip() + "\n"
+
+
+DATA = ROOT / "docs/data.md"
+HEAD = """# Published figures, reproduced
+
+Written by `python -m benchmarks.published` from the public data of [the catalogue](data.md), whose
+commands import them. Where the authors published counts and no figure, the third column was counted
+from theirs, once, by a few lines without moe-inspect. A command with `NAME` runs for each workload
+or domain. What a command does not give as it stands is made from its table by a function of
+[benchmarks/published.py](https://github.com/moe-inspect/moe-inspect/blob/main/benchmarks/published.py).
+Intervals are 95 %.
+
+| figure | source | published | ours | difference | how |
+|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Published figures, computed again.")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/real")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs/reproduced.md")
+    parser.add_argument("--only", nargs="*", default=[""], help="figures whose name has this text")
+    given = parser.parse_args()
+    data, output = given.data.resolve(), given.output.resolve()
+    figures = [f for f in FIGURES if any(text in f.what for text in given.only)]
+    with tempfile.TemporaryDirectory() as place:
+        for folder in data.iterdir() if data.is_dir() else ():
+            Path(place, folder.name).symlink_to(folder)
+        os.chdir(place)
+        text = page(figures, data)
+        os.chdir(ROOT)
+    output.write_text(text)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
