@@ -41,10 +41,12 @@ EVEN: dict[str, object] = {
     "weight_entropy_sum": DECISIONS * math.log(K),
     "vio_sum_S": np.zeros(5),
     **dict.fromkeys(("common_sum", "chosen"), DECISIONS * K),
-    **dict.fromkeys(("decisions", "logit_decisions", "weight_decisions"), DECISIONS),
+    **dict.fromkeys(("decisions", "logit_decisions", "weight_decisions", "documents"), DECISIONS),
     **dict.fromkeys(("ties", "tokens", "same_first_sum", "same_order_sum", "gamma_sum"), DECISIONS),
     **dict.fromkeys(("top1_margin_sum", "boundary_margin_sum", "weight_margin_sum"), 0.0),
-    **dict.fromkeys(("weights_apart_sum", "kl_sum", "mismatch_sum", "differing_sum"), 0.0),
+    **dict.fromkeys(
+        ("weights_apart_sum", "kl_sum", "mismatch_sum", "differing_sum", "apart_sum"), 0.0
+    ),
     "ranks": 4,
     "top_k": K,
     "hits_D": np.full(3, 5),
@@ -53,7 +55,7 @@ EVEN: dict[str, object] = {
     "capacity_factor": 1.25,
 }
 # of what a sum is a share
-WHOLE = ("decisions", "logit_decisions", "weight_decisions", "tokens", "chosen")
+WHOLE = ("decisions", "logit_decisions", "weight_decisions", "tokens", "chosen", "documents")
 
 
 def axes_of(parameter: str) -> str:

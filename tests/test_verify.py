@@ -19,7 +19,7 @@ from moe_inspect.api import trace_model
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_line, edit_lines, edit_manifest, restate, with_a_bit_less
-from tests.support.synthetic import write_counts
+from tests.support.synthetic import counts_by_document, write_counts
 
 T, K, L = 300, 2, 3
 Change = Callable[[dict[str, list]], None]
@@ -134,6 +134,37 @@ OTHERS: dict[str, tuple[str, Change, int | None, str]] = {
     "an expert beyond": ("counts", put("expert", 2, 8), 2, "expert is 8"),
     "first choices beyond": ("counts", put("first_choice", 2, 13), 2, "first_choice is"),
     "another layer": ("counts", put("layer", 9, 9), 9, "layer is 9, not 1"),
+    "too many of a document": (
+        "by_document",
+        put("assignments", 2, 60),
+        0,
+        "router 0 has 100 assignments of a document of 25 tokens × 2",
+    ),
+    "an expert twice in a document": (
+        "by_document",
+        put("expert", 2, 1),
+        0,
+        "lists expert 1 2 times in one document",
+    ),
+    "a document unknown": ("by_document", put("document", 2, 99), 2, "document 99 is not declared"),
+    "another domain": (
+        "by_document",
+        put("domain", 2, "prose"),
+        2,
+        "domain is 'prose', document 0 is of 'code'",
+    ),
+    "a document without counts": (
+        "by_document",
+        each(lambda v: [*v[8:16], *v[24:]]),
+        None,
+        "document 0 has no counts",
+    ),
+    "a router without a document": (
+        "by_document",
+        each(lambda v: v[8:]),
+        0,
+        "lists expert 0 0 times in one document",
+    ),
     "a negative loss": ("tokens", put("loss_nats", 7, -0.5), 7, "loss_nats is -0.5"),
     "no number": ("tokens", put("entropy_nats", 7, float("nan")), 7, "entropy_nats is nan"),
     "no loss": ("tokens", put("loss_nats", 7, None), 7, "loss_nats is null where entropy_nats is"),
@@ -142,8 +173,9 @@ OTHERS: dict[str, tuple[str, Change, int | None, str]] = {
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trace of counts, and one of tokens with their losses."""
+    """Traces of counts, also by document, and one of tokens with their losses."""
     root = tmp_path_factory.mktemp("others")
+    counts_by_document(root / "by_document")
     write_counts(root / "counts", [np.arange(8)[None] + 10] * 2, 2)
     trace_model("demo", root / "tokens", max_tokens=200, token_loss=True)
     return root
@@ -151,13 +183,22 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_counts_and_losses_are_verified_too(name: str, others: Path, tmp_path: Path):
-    table, change, row, said = OTHERS[name]
-    shutil.copytree(others / table, root := tmp_path / "t")
+    of, change, row, said = OTHERS[name]
+    table = "tokens" if of == "tokens" else "counts"
+    shutil.copytree(others / of, root := tmp_path / "t")
     assert verify(root).ok
     rewrite(root, table, 0, change)
     found = verify(root)
     assert (found.ok, found.file, found.row) == (False, f"{table}/part-0-0.parquet", row)
     assert said in (found.violation or "")
+
+
+def test_documents_that_are_counted_have_the_tokens_of_their_shard(others: Path, tmp_path: Path):
+    shutil.copytree(others / "by_document", root := tmp_path / "t")
+    rewrite(root, "documents", 0, put("tokens", 1, 24))
+    found = verify(root)
+    assert (found.ok, found.file) == (False, "documents/part-0-0.parquet")
+    assert found.violation == "its documents have 49 tokens, the shard 50"
 
 
 @pytest.mark.parametrize("name", ["balanced", "collapsed", "untrained"])

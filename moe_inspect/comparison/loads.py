@@ -24,48 +24,26 @@ from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.analysis.tasks import by_shard
-from moe_inspect.comparison import result
+from moe_inspect.comparison import documents, result
 from moe_inspect.comparison.aligning.pairing import layers_named
 from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
-from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, OF_DECISIONS, SIDES, Row
+from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES, Row
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.findings import Finding, Severity, beyond_documents, finding
 from moe_inspect.text import format_ratio, join_first, plural
 from moe_inspect.trace.reader import Trace
 
 
-class Loads(result.Paired):
+class Loads(documents.OfLoads):
     """Traces A and B, at least one of which holds counts only; they may still be written. Nothing
     is counted before it is asked for."""
-
-    refused = OF_DECISIONS
-
-    def __init__(
-        self, a: Trace, b: Trace, options: result.PairSettings, progress: result.Progress = None
-    ):
-        super().__init__(a, b, options)
-        self.reports: dict[str, Report] = {}
-        for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):
-            self.reports[side] = report(
-                trace,
-                layers=sorted({trace.routers[r].layer for r in routers}),
-                domains=options.domains,
-                phase=options.phase,
-                progress=progress,
-            )
 
     @property
     def shown_tables(self) -> list[str]:
         several = len(self.steps.first_W) > 1
-        return [name for name in self.kind.excerpts if several or name != "diverged"]
-
-    @property
-    def why(self) -> str:
-        """Why decisions cannot be compared."""
-        of = dict.fromkeys(str(trace.path) for trace in self.traces if trace.counts_only)
-        return f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only, no decisions"
+        without = {"diverged": not several, "agreement": self.why_not("agreement")}
+        return [name for name in self.kind.excerpts if not without.get(name)]
 
     @cached_property
     def steps(self) -> StepWindows:
@@ -73,9 +51,12 @@ class Loads(result.Paired):
         at the same step: one shard of a trace may be several of the other. Windows of which a trace
         has a part only are left out; where there are very many, neighbours are put together."""
         units, why_none = [STEP if trace.is_history else PASS for trace in self.traces], ""
-        decisions = [name for name, x in zip("AB", self.traces, strict=True) if not x.counts_only]
-        if decisions:
-            units, why_none = [PASS], f"{decisions[0]} holds decisions, not counts by step"
+        for name, trace in zip("AB", self.traces, strict=True):
+            if trace.by_document or not trace.counts_only:
+                holds = "counts by document" if trace.counts_only else "decisions"
+                why_none = why_none or f"{name} holds {holds}, not counts by step"
+        if why_none:
+            units = [PASS]
         elif units[0] != units[1]:
             of_a, of_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
             why_none = f"A counts {of_a}, B {of_b}"
@@ -113,8 +94,9 @@ class Loads(result.Paired):
 
     @cached_property
     def documents_known(self) -> bool:
-        """Whether a trace of decisions tells how alike the tokens of a document are."""
-        units = [len(of.counts.units) for of in self.reports.values() if not of.counts.counts_only]
+        """Whether a trace tells how alike the tokens of a document are."""
+        every = [made.counts for made in self.reports.values()]
+        units = [len(counts.units) for counts in every if not counts.documents_unknown]
         return max(units, default=0) >= FEWEST_TO_JUDGE
 
     @property
@@ -469,17 +451,6 @@ def said_of_balance(data: Loads) -> Iterator[Finding]:
     yield from result.balance_of_both(of_side, lambda _, r: data.label(r))
 
 
-def counts_only(data: Loads) -> Iterator[Finding]:
-    """That only the load is compared, and what that leaves open."""
-    of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
-    holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
-    text = (
-        f"{holds}: only loads are compared, not decisions. It is unknown whether both saw the "
-        "same text; different text changes the load too."
-    )
-    yield finding("counts_only", "note", text)
-
-
 def warnings(data: Loads) -> Iterator[Finding]:
     """What to know of a trace before believing its figures."""
     for side in SIDES:
@@ -552,11 +523,13 @@ Loads.kind = result.Kind(
     tables=LOAD_TABLES,
     main="load_shift",
     checks=(
-        *(shifted, collapsed, by_step, said_of_balance, counts_only, warnings),
+        *(shifted, documents.same_experts, collapsed, by_step, said_of_balance),
+        *(documents.counts_only, warnings),
         *(result.missing_layers, result.not_compared),
     ),
     title="The load of two traces",
     footer="Counts hold the load of experts, no decisions.",
+    sometimes=("agreement",),
     charts={
         "load_shift": (
             partial(result.load_that_moves, floor="load_shift_floor", name="chance", text=MOVED),
@@ -567,12 +540,14 @@ Loads.kind = result.Kind(
         "max_vio": (balance_chart, "Load of each trace", "balance"),
     },
     sections={
+        "agreement": ("Documents", "Experts of a document", ""),
         "load": ("Load of each trace", "Experts", ""),
         "summary": ("", "About these traces", ""),
         "refused": ("", "Not compared", ""),
     },
     excerpts={
         "load_shift": result.highest("load_shift"),
+        "agreement": result.highest("set_distance"),
         "diverged": result.highest("most_load_shift"),
         "balance": result.highest(
             "max_vio_b",

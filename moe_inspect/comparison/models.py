@@ -125,14 +125,6 @@ class Models(result.Comparison):
                 raise MoeInspectError(f"{trace.path} does not record first choices")
         return found
 
-    def why_not(self, name: str) -> str | None:
-        if name in self.kind.sometimes:
-            try:
-                self.tables[name]
-            except MoeInspectError as error:
-                return str(error)
-        return super().why_not(name)
-
 
 BALANCE = ("experts", "top_k", "tokens", "max_over_mean", "max_over_mean_low", "max_over_mean_high")
 BALANCE += ("expected_by_chance", "max_vio", "gini", "entropy", "dead_experts")

@@ -110,6 +110,11 @@ class Comparison(Shown):
             if name in of(TABLES) and name not in there:
                 only = f", only {', '.join(there)}" if there else ""
                 return f"{self.why_in_full}: there is no {what} {name!r}{only}"
+        if name in self.kind.sometimes:
+            try:
+                self.tables[name]
+            except MoeInspectError as error:
+                return str(error)
         return None
 
     @property

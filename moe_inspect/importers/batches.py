@@ -115,14 +115,19 @@ def batch_of_counts(
     first_choice: list[np.ndarray] | None = None,
     weight_sum: list[np.ndarray] | None = None,
     energy: list[np.ndarray] | None = None,
+    documents: Sequence[tuple[int, str]] = (),
 ) -> CountedBatches:
-    """A batch of counts [D, E] of each router. Sources of counts do not give the number of tokens:
-    it is the smallest that explains the load of every router, by domain."""
+    """A batch of counts [D, E] of each router, by domain, or by `documents` (their numbers and
+    names), of which `domains` are the labels. Sources of counts do not give the number of tokens:
+    it is the smallest that explains the load of every router, of each row."""
     tokens_D = np.zeros(len(domains), np.int64)
     for load_DE, router in zip(load_LDE, routers, strict=True):
         # no token chooses an expert twice
         tokens_D = np.maximum(tokens_D, load_DE.max(1, initial=0))
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
+    if documents and (tokens := int(tokens_D.max(initial=0))) >= 2**31:
+        name = documents[int(tokens_D.argmax())][1]
+        raise MoeInspectError(f"document {name!r} has counts of {tokens:,} tokens: too many")
     return CountedBatches(
         batch,
         sum(tokens_D.tolist()),  # may be beyond int64: the writer refuses that
@@ -130,6 +135,12 @@ def batch_of_counts(
         list(load_LDE),
         first_choice,
         weight_sum,
+        [
+            Document(number, domain, name, tokens)
+            for (number, name), domain, tokens in zip(
+                documents, domains, tokens_D.tolist(), strict=False
+            )
+        ],
         energy=energy,
     )
 

@@ -164,6 +164,7 @@ class Imported:
     weights: bool = False
     logits: bool = False
     energy: bool = False
+    by_document: bool = False
     counts_only: bool = False
     notes: list[str] = field(default_factory=list)
     vocabulary: pa.Table | None = None

@@ -71,7 +71,7 @@ def entry_of(made: Report) -> Entry:
     lacks = {} if worst is not None else {"balance": "no router has load"}
     if len(counts.domains) < 2:
         lacks["specialization by domain, committee"] = "the text has one domain"
-    elif counts.counts_only:
+    elif counts.documents_unknown:
         lacks["specialization by domain"] = "counts do not tell documents apart"
     elif np.isnan(row["domain_bits"]):
         lacks["specialization by domain"] = f"too few documents ({counts.documents})"

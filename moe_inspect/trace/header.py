@@ -43,6 +43,11 @@ class TraceHeader:
         return "routing" not in self.tables
 
     @property
+    def by_document(self) -> bool:
+        """Whether its counts are by document."""
+        return self.counts_only and self.manifest["capture"].get("by_document") is True
+
+    @property
     def is_history(self) -> bool:
         """Whether it is the history of a training run: its shards are windows of steps."""
         return self.counts_only and "training" in self.manifest
@@ -108,7 +113,7 @@ class TraceHeader:
             case "routing":
                 return schema.routing_schema(self.routers, self.slot_values)
             case "counts":
-                return schema.counts_schema(self.has_weights, self.has_energy)
+                return schema.counts_schema(self.has_weights, self.has_energy, self.by_document)
             case "logits":
                 return schema.logits_schema(max(r.experts for r in self.routers))
             case "tokens":

@@ -134,8 +134,9 @@ def routing_schema(
     return pa.schema(fields)
 
 
-def counts_schema(weights: bool, energy: bool = False) -> pa.Schema:
-    fields = [*DECISION[1:], ("domain", LABEL), ("expert", pa.uint16())]
+def counts_schema(weights: bool, energy: bool = False, by_document: bool = False) -> pa.Schema:
+    fields = [*DECISION[1:], *[("document", pa.int32())] * by_document]
+    fields += [("domain", LABEL), ("expert", pa.uint16())]
     fields += [("assignments", pa.int64()), ("first_choice", pa.int64())]
     sums = [name for name, there in (("weight_sum", weights), ("energy", energy)) if there]
     return pa.schema([*fields, *((name, pa.float64()) for name in sums)])
@@ -176,6 +177,7 @@ OPTIONAL_GLOSSARY = {  # by what capture states
     "energy": {
         "energy": "sum of the squares of the expert's inner activations over its assignments"
     },
+    "by_document": {"document": "the input text whose assignments a row counts"},
     "token_loss": LOSS,
 }
 

@@ -69,7 +69,7 @@ class Shard:
 
     def counts(self) -> pa.Table:
         """The counts of this shard. MoeInspectError for an expert that its router does not have,
-        and for negative counts."""
+        for negative counts, and for a document that the shard does not list."""
         table, routers = self.table("counts"), self.trace.routers
         router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
         experts_L = np.array([router.experts for router in routers])
@@ -84,6 +84,12 @@ class Shard:
             lowest = table[name].drop_null().to_numpy().min(initial=0)
             if lowest < 0 or (name == "assignments" and table[name].null_count):
                 said = f"{name} is {lowest if lowest < 0 else 'null'}"
+                raise self._damaged("counts", said)
+        if self.trace.by_document:
+            document_N, listed = table["document"], self.table("documents", ["document"])
+            unknown_N = ~np.isin(document_N.to_numpy(), listed["document"].to_numpy())
+            if unknown_N.any():
+                said = f"document {document_N[int(unknown_N.argmax())]} is not one of its shard"
                 raise self._damaged("counts", said)
         return table
 

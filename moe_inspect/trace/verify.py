@@ -154,7 +154,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
     positions = Positions(strict=not (stated or {}).get("dropped"))
     for shard in shards_of(trace, "checking rows", most=0):
         if trace.counts_only:
-            _check_counts(shard, found)
+            _check_counts(shard, documents, found)
         else:
             phase_T = _check_tokens(shard, words, documents, positions)
             _check_routing(shard, phase_T, found)
@@ -180,6 +180,7 @@ def _rules_of_rows(trace: Trace, positions: bool) -> list[str]:
     rules = {
         "every expert of every router listed once": counts,
         "Σ counts ≤ tokens × k for each router, none negative, sums finite": counts,
+        "the same for each document, whose tokens sum to the shard's": trace.by_document,
         "token ids within the vocabulary": not counts,
         "positions follow each other within a sequence": not counts and positions,
         "positions: not checked, decisions were dropped": not counts and not positions,
@@ -525,12 +526,34 @@ def _check_routers(rows: FileRows, table: pa.Table, routers: list[schema.Router]
 # --- counts: every expert of every router once, sums within what the tokens allow
 
 
-def _check_counts(shard: Shard, found: Verification) -> None:
+def _documents_counted(
+    shard: Shard, rows: FileRows, document_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the shard's documents each row is of, and the tokens of each document."""
+    listed, table = _read(shard, "documents", ["document", "tokens"])
+    number_P, tokens_P = (table[name].to_numpy().astype(np.int64) for name in table.column_names)
+    listed.refuse(tokens_P < 0, "tokens is {}", tokens_P)
+    if (total := int(tokens_P.sum())) != shard.files.tokens:
+        said = f"its documents have {total} tokens, the shard {shard.files.tokens}"
+        raise Violation(listed.file, None, said)
+    known_N = np.isin(document_N, number_P)
+    rows.refuse(~known_N, "document {} is not one of its shard", document_N)
+    if len(lacking := np.setdiff1d(number_P, document_N)):
+        raise Violation(rows.file, None, f"document {lacking[0]} has no counts")
+    order_P = np.argsort(number_P, kind="stable")
+    return order_P[np.searchsorted(number_P[order_P], document_N)], tokens_P
+
+
+def _check_counts(shard: Shard, documents: Documents, found: Verification) -> None:
     routers, tokens = shard.trace.routers, shard.files.tokens
     rows, table = _read(shard, "counts", shard.trace.columns_of("counts").names)
-    labels: dict[str, int] = {}
     rows.refuse_nulls(table, ["domain"])
-    domain_N = _codes(table["domain"], labels)
+    domain_N = part_N = _codes(table["domain"], documents.labels)
+    P, tokens_P, of = len(documents.labels), None, "domain"
+    if shard.trace.by_document:
+        documents.check(rows, table["document"].to_numpy(), domain_N)
+        part_N, tokens_P = _documents_counted(shard, rows, table["document"].to_numpy())
+        P, of = len(tokens_P), "document"
     router_N, expert_N = _check_routers(rows, table, routers), table["expert"].to_numpy()
     load_N, first_N = (
         table[column].fill_null(0).to_numpy() for column in ("assignments", "first_choice")
@@ -545,12 +568,18 @@ def _check_counts(shard: Shard, found: Verification) -> None:
     for r, router in enumerate(routers):
         of_router = np.flatnonzero(router_N == r)
         row = int(of_router[0]) if len(of_router) else 0
-        times_DE = np.zeros((len(labels), router.experts), np.int64)
-        np.add.at(times_DE, (domain_N[of_router], expert_N[of_router]), 1)
-        times_DE = times_DE[np.unique(domain_N)]
-        for d, e in np.argwhere(times_DE != 1)[:1]:
-            said = f"router {r} lists expert {e} {times_DE[d, e]} times in one domain"
+        times_PE = np.zeros((P, router.experts), np.int64)
+        np.add.at(times_PE, (part_N[of_router], expert_N[of_router]), 1)
+        times_PE = times_PE[np.unique(part_N)]
+        for p, e in np.argwhere(times_PE != 1)[:1]:
+            said = f"router {r} lists expert {e} {times_PE[p, e]} times in one {of}"
             raise Violation(rows.file, row, said)
+        if tokens_P is not None:
+            total_P = np.zeros(P, np.int64)
+            np.add.at(total_P, part_N[of_router], load_N[of_router])
+            wrong_N = (total_P > tokens_P * router.top_k)[part_N] & (router_N == r)
+            said = f"router {r} has {{}} assignments of a document of {{}} tokens × {router.top_k}"
+            rows.refuse(wrong_N, said, total_P[part_N], tokens_P[part_N])
         total, firsts = int(load_N[of_router].sum()), int(first_N[of_router].sum())
         most = tokens * router.top_k
         if total > most or firsts > tokens:

@@ -150,6 +150,15 @@ def write_counts(
     return write_passes(root, listed, [counted], counts_only=True)
 
 
+def counts_by_document(root: Path) -> Trace:
+    """Two documents of 25 tokens, of which 2 routers of 8 experts send each to 2."""
+    listed, domains = routers(2, 8, 2), ["code", "prose"]
+    documents = [Document(d, domain, "synthetic", 25) for d, domain in enumerate(domains)]
+    load = [np.array([[10, 10, 10, 10, 10, 0, 0, 0], [0, 0, 5, 9, 9, 9, 9, 9]])] * 2
+    counted = CountedBatches(0, 50, domains, load, None, None, documents)
+    return write_passes(root, listed, [counted], counts_only=True, by_document=True)
+
+
 def encoder_decoder(root: Path) -> Trace:
     """Two routers of 2 experts, with logits: 6 encoded tokens go to 0, 4 decoded to 0 and 1."""
     listed = [

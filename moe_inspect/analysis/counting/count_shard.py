@@ -10,6 +10,7 @@ batches, W windows, S samples (the tokens of a sequence in the shard).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -176,64 +177,104 @@ def _unit(seen: SelectedTokens) -> np.ndarray:
 def _count_counted(
     shard: Shard, selection: Selection, part: Counts, windows: Windows | None
 ) -> None:
-    """The shard of a counts-only trace: sums by domain, no documents to tell apart. They know no
-    order within a shard: all of it is in the window in which it begins."""
-    table = shard.counts()
-    code, domains = codes(table["domain"])
-    part.counts_only = True
-    kept = [int(d) for d in np.unique(code) if domains[d] in (selection.domains or domains)]
-    part.domains = [domains[d] for d in kept]
-    part.units = [(domain, 0) for domain in part.domains]
-    row_of = {d: row for row, d in enumerate(kept)}
-    router, expert = table["router"].to_numpy(), table["expert"].to_numpy()
+    """The shard of a counts-only trace, of whose parts X (documents, else domains) the sums are
+    known. They know no order within: all of a document is in the window in which it begins; where
+    none is known, all of the shard."""
+    table, trace = shard.counts(), shard.trace
+    router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
+    code_N, domains = codes(table["domain"])
     names = ["assignments", *(["first_choice"] if table["first_choice"].null_count == 0 else [])]
     names += ["weight_sum"] if "weight_sum" in table.column_names else []
     values = {name: table[name].to_numpy() for name in names}
+    part.counts_only, part.documents_unknown = True, not trace.by_document
+    part_N, number_X, size_X = code_N, np.zeros(len(domains), np.int64), None
+    if trace.by_document:
+        listed = shard.table("documents", ["document", "tokens"])
+        number_X, size_X = (listed[name].to_numpy() for name in ("document", "tokens"))
+        order_X = np.argsort(number_X)
+        of_N = np.searchsorted(number_X[order_X], table["document"].to_numpy())
+        part_N = order_X[of_N]
+    domain_X = np.full(len(number_X), -1)
+    domain_X[part_N] = code_N
+    tokens_SX = _tokens_counted(shard, router_N, part_N, values, len(number_X), size_X)
+    tokens_X = np.sum(list(tokens_SX.values()), axis=0)
+    wanted = [name in (selection.domains or domains) for name in domains]
+    kept = np.flatnonzero(np.array([*wanted, False])[domain_X])  # the last: of a part without rows
+    key_K = domain_X[kept] * CLUSTERS + number_X[kept] % CLUSTERS
+    key_U, unit_K = np.unique(key_K, return_inverse=True)
+    domain_D, domain_K = np.unique(domain_X[kept], return_inverse=True)
+    part.domains = [domains[d] for d in domain_D]
+    part.units = [(domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
+
+    def by_unit(of_X: np.ndarray) -> np.ndarray:
+        return np.bincount(unit_K, of_X[kept], len(key_U)).astype(np.int64)
+
+    part.tokens_U = by_unit(tokens_X)
+    part.tokens_SU = {s: by_unit(of_X) for s, of_X in tokens_SX.items() if s in part.tokens_SU}
+    window_K = 0 * kept
+    if windows:
+        start_K = (np.cumsum(tokens_X) - tokens_X)[kept] * trace.by_document
+        window_K = windows.of(shard, start_K)
+        part.first_token_W[window_K[::-1]] = shard.files.first_token + start_K[::-1]
+    place_X = np.full(len(number_X), -1)
+    place_X[kept] = np.arange(len(kept))
+    sizes = len(key_U), len(domain_D), windows.count if windows else 1
     for r in selection.routers:
-        E = part.routers[r].experts
-        mine = (router == r) & np.isin(code, kept)
-        cell = np.array([row_of[d] for d in code[mine]], np.int64) * E + expert[mine]
-        sums = {
-            name: np.bincount(cell, of[mine], len(kept) * E).reshape(len(kept), E)
-            for name, of in values.items()
-        }
-        first_choice_DE = sums["first_choice"].astype(np.int64) if "first_choice" in sums else None
-        part.of[r] = RouterCounts(
-            sums["assignments"].astype(np.int64),
-            first_choice_DE if part.routers[r].first_choice_known else None,
-            sums.get("weight_sum"),
-        )
-    tokens_SD = _tokens_counted(shard, router, code, values, len(domains))
-    part.tokens_U = np.sum([tokens_D[kept] for tokens_D in tokens_SD.values()], axis=0)
-    part.tokens_SU = {s: tokens_D[kept] for s, tokens_D in tokens_SD.items() if s in part.tokens_SU}
-    for r, counts in part.of.items():
-        slots = part.tokens_of(r) * part.routers[r].top_k
+        router = part.routers[r]
+        mine_N = (router_N == r) & (place_X[part_N] >= 0)
+        place_M, expert_M = place_X[part_N[mine_N]], expert_N[mine_N]
+        of = {name: values_N[mine_N] for name, values_N in values.items()}
+        cells = ((row_K[place_M], expert_M) for row_K in (unit_K, domain_K, window_K))
+        unit_M, domain_M, window_M = cells
+        UE, DE, WE = ((n, router.experts) for n in sizes)
+        counts = part.of[r] = RouterCounts(_summed(of["assignments"], unit_M, UE))
+        if "first_choice" in of and router.first_choice_known:
+            counts.first_choice_DE = _summed(of["first_choice"], domain_M, DE)
+        if "weight_sum" in of:
+            counts.weight_sum_DE = _summed(of["weight_sum"], domain_M, DE)
+        slots = part.tokens_of(r) * router.top_k
         counts.null_slots = slots - int(counts.assignments_UE.sum())
         if windows:
-            w = windows.of(shard, np.array(0))
-            part.first_token_W[w] = shard.files.first_token
-            counts.window_load_WE = np.zeros((windows.count, part.routers[r].experts), np.int64)
-            counts.window_load_WE[w] = part.load_E(r)
-            counts.window_tokens_W = np.zeros(windows.count, np.int64)
-            counts.window_tokens_W[w] = part.tokens_of(r)
+            tokens_K = tokens_SX[router.stack][kept]
+            counts.window_load_WE = _summed(of["assignments"], window_M, WE)
+            counts.window_tokens_W = np.bincount(window_K, tokens_K, windows.count).astype(np.int64)
+
+
+def _summed(
+    values_N: np.ndarray, cell_N: tuple[np.ndarray, np.ndarray], shape: tuple[int, int]
+) -> np.ndarray:
+    """Sums of values by the row and the column that each is of, in their type."""
+    sums = np.bincount(np.ravel_multi_index(cell_N, shape), values_N, math.prod(shape))
+    return sums.astype(values_N.dtype).reshape(shape)
 
 
 def _tokens_counted(
-    shard: Shard, router: np.ndarray, code: np.ndarray, values: dict[str, np.ndarray], domains: int
+    shard: Shard,
+    router: np.ndarray,
+    part: np.ndarray,
+    values: dict[str, np.ndarray],
+    parts: int,
+    size_X: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-    """The tokens of each domain of a counts-only shard, by stack, int64 [D]. The shard states their
-    sum; counts tell how they divide: a token may have no first choice at one router, but at
-    another, so that the router that missed fewest tells the most."""
-    least_SD = dict[str, np.ndarray]()
+    """The tokens of each part of a counts-only shard, by stack, int64 [X]. Of documents, their
+    number is stated (size_X), else the shard states their sum; counts tell how they divide: a token
+    may have no first choice at one router, but at another, so that the router that missed fewest
+    tells the most."""
+    least_SX = dict[str, np.ndarray]()
     for r, of in enumerate(shard.trace.routers):
         mine = router == r
         name, per_token = (
             ("first_choice", 1) if "first_choice" in values else ("assignments", of.top_k)
         )
-        found_D = np.bincount(code[mine], values[name][mine], domains) / per_token
-        least_SD[of.stack] = np.maximum(least_SD.get(of.stack, 0), found_D)
-    share = np.concatenate(list(least_SD.values()))
-    share = share if share.any() else np.ones(len(share))
-    ends = np.rint(np.cumsum(share) / share.sum() * shard.files.tokens).astype(np.int64)
-    tokens = np.diff(ends, prepend=0).reshape(len(least_SD), domains)
-    return dict(zip(least_SD, tokens, strict=True))
+        found_X = np.bincount(part[mine], values[name][mine], parts) / per_token
+        least_SX[of.stack] = np.maximum(least_SX.get(of.stack, 0), found_X)
+    share_SX = np.stack(list(least_SX.values()))
+    if size_X is None:  # all of them are of the same tokens
+        share_SX = share_SX if share_SX.any() else np.ones(share_SX.shape)
+        ends = np.rint(np.cumsum(share_SX) / share_SX.sum() * shard.files.tokens)
+        tokens_SX = np.diff(ends, prepend=0).reshape(share_SX.shape)
+    else:
+        share_SX = np.where(share_SX.any(0), share_SX, 1)
+        ends_SX = np.rint(np.cumsum(share_SX, 0) / share_SX.sum(0) * size_X)
+        tokens_SX = np.diff(ends_SX, axis=0, prepend=0)
+    return dict(zip(least_SX, tokens_SX.astype(np.int64), strict=True))

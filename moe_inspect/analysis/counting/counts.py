@@ -31,7 +31,8 @@ class Counts:
     tokens_U: int64, the tokens of each; tokens_SU: the same by stack, where the model has two.
     token_ids_V: occurrences of each token id; token_ids_SV: by stack. `by_token_id`: of each
     router, whole traces only: it does not merge. `first_token_W`: int64, the first token of each
-    window of `window_tokens` tokens, −1 for one without any."""
+    window of `window_tokens` tokens, −1 for one without any. `documents_unknown`: of counts not by
+    document, a unit is a domain."""
 
     routers: list[Router]
     indices: tuple[int, ...]
@@ -45,6 +46,7 @@ class Counts:
     token_ids_SV: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     documents: int = 0
     counts_only: bool = False
+    documents_unknown: bool = False
     wants: frozenset[str] = BASE
     window_tokens: int = 0
     first_token_W: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -79,6 +81,7 @@ class Counts:
         ).astype(np.int64)
         self.documents += other.documents
         self.counts_only |= other.counts_only
+        self.documents_unknown |= other.documents_unknown
         return self
 
     @property

@@ -72,11 +72,10 @@ def _loads_of(
     """By stack: which documents of the sample the shard has tokens of, and the load of each of
     them, by router, int32 [R, E]."""
     found = list[tuple[np.ndarray, dict[int, np.ndarray]]]()
+    if shard.trace.counts_only:
+        return [_loads_counted(shard, selection, document_S)]
     for seen, routers in _by_stack(shard, selection):
-        row_T = np.searchsorted(document_S, seen.document_T)
-        at_N = np.flatnonzero(row_T < len(document_S))
-        at_N = at_N[document_S[row_T[at_N]] == seen.document_T[at_N]]
-        rows, row_N = distinct(row_T[at_N])
+        at_N, rows, row_N = _sampled_rows(document_S, seen.document_T)
         load_by_router = dict[int, np.ndarray]()
         for r in routers:
             slots = _of(at_N, seen.of(shard.slots(r), r))
@@ -84,6 +83,32 @@ def _loads_of(
             load_by_router[r] = kernels(fast).load(row_N, slots, len(rows), E).astype(np.int32)
         found.append((rows, load_by_router))
     return found
+
+
+def _loads_counted(
+    shard: Shard, selection: Selection, document_S: np.ndarray
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    table = shard.counts()
+    at_N, rows, row_N = _sampled_rows(document_S, table["document"].to_numpy())
+    names = "router", "expert", "assignments"
+    router_N, expert_N, assignments_N = (table[name].to_numpy()[at_N] for name in names)
+    load_by_router = dict[int, np.ndarray]()
+    for r in selection.routers:
+        of, load_RE = router_N == r, np.zeros((len(rows), shard.trace.routers[r].experts), np.int32)
+        load_RE[row_N[of], expert_N[of]] = assignments_N[of]
+        load_by_router[r] = load_RE
+    return rows, load_by_router
+
+
+def _sampled_rows(
+    document_S: np.ndarray, document_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which of these are of the sample, which documents of the sample they are of, and of each
+    which of these."""
+    row_T = np.searchsorted(document_S, document_T)
+    at_N = np.flatnonzero(row_T < len(document_S))
+    at_N = at_N[document_S[row_T[at_N]] == document_T[at_N]]
+    return at_N, *distinct(row_T[at_N])
 
 
 def _documents(
@@ -104,6 +129,10 @@ def _documents(
 
 def _documents_of(shard: Shard, selection: Selection) -> dict[int, str]:
     """The documents of a shard, and the domain of each."""
+    if shard.trace.counts_only:
+        listed = shard.table("documents", ["document", "domain"]).to_pylist()
+        domain_of = {row["document"]: row["domain"] for row in listed}
+        return {d: x for d, x in domain_of.items() if x in (selection.domains or {x})}
     seen = selected_tokens(shard, selection)
     new, at = np.unique(seen.document_T, return_index=True)
     labels = [seen.domains[code] for code in seen.domain_T[at]]

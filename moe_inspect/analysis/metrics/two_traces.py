@@ -55,6 +55,13 @@ def kl_nats(kl_sum: float, decisions: float) -> float:
     return ratio(kl_sum, decisions)
 
 
+@metric("agreement", ideal=0.0, range="0 to 1")
+def set_distance(apart_sum: float, documents: float) -> float:
+    """Of counts by document, the mean over documents of 1 − |A ∩ B| ÷ |A ∪ B|, A and B the experts
+    that the two traces used for the document (1 − Jaccard). NaN without documents."""
+    return ratio(apart_sum, documents)
+
+
 @metric("overall", ideal=0.0, range="0 to 1")
 def tokens_mismatch(differing_sum: float, tokens: float) -> float:
     """Share of the tokens with a different set of experts at any router. Grows with the number of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -175,15 +175,17 @@ class Spool:
         tokens = [readable(t) if t is not None and byte_level else t for t in texts]
         return pa.table({"token_id": ids, "token": tokens})
 
-    def order(self) -> list[int]:
-        """The documents by groups as they came, in one by number, else as they came."""
-        at, names = {group: n for n, group in enumerate(self.layers)}, [*self.documents]
 
-        def place(d: int) -> tuple[int, int]:
-            group, name = names[d]
-            return at[group], int(name) if name.isdecimal() and len(name) < 19 else 2**63
+def in_order(documents: Sequence[tuple[Path, str]]) -> list[int]:
+    """Documents, of a group and a name each, by groups as they came, in one by number, else as they
+    came."""
+    at = {group: n for n, group in enumerate(dict.fromkeys(group for group, _ in documents))}
 
-        return sorted(range(len(names)), key=place)
+    def place(d: int) -> tuple[int, int]:
+        group, name = documents[d]
+        return at[group], int(name) if name.isdecimal() and len(name) < 19 else 2**63
+
+    return sorted(range(len(documents)), key=place)
 
 
 def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
@@ -215,7 +217,8 @@ class Placed:
     written does not stay in memory. An id is 0 where there is no row, 1 where it is −1."""
 
     def __init__(self, spool: Spool, where: Path, routers: list[Router]):
-        document_D, names = spool.order(), [*spool.documents]
+        names = [*spool.documents]
+        document_D = in_order(names)
         rank_D = np.argsort(document_D)
         self.documents = [(names[d], spool.domains[d]) for d in document_D]
         self.routers, self.by_slot = routers, spool.by_slot

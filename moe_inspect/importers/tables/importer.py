@@ -19,7 +19,7 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_COUNT, MOST_DOMAINS, batch_of_counts
 from moe_inspect.importers.context import ImportContext, Imported, importer, named
-from moe_inspect.importers.tables.decisions import decisions
+from moe_inspect.importers.tables.decisions import decisions, in_order
 from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
 from moe_inspect.importers.tables.read import TableChunk, chunks_of
 from moe_inspect.model.config import MOST_EXPERTS
@@ -29,14 +29,18 @@ from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import CountedBatches
 
 MOST_CELLS = 2**27  # (layer, domain, expert), 1 GiB of sums: no model comes near
+BATCH_CELLS = 2**22  # (document, layer, expert) of a shard
 MOST_LAYER = 2**16 - 1
 ROW = {"layer", "expert"}
 CSV = (".csv", ".tsv")
 SUMS = ("count", "first_choice", "weight_sum", "energy")
 PENDING = 2**22  # rows that are added up together: so few that no sum of counts overflows
 Columns = dict[str, np.ndarray]
-KEYS = ("layer", "router", "domain", "expert", "experts", "top_k")  # the last two: 0 if not said
-OF_COUNTS = {*KEYS, *SUMS, "share", "tokens", "samples", "document"}
+# the last three: −1, 0 and 0 if not said
+KEYS = ("layer", "router", "domain", "expert", "document", "experts", "top_k")
+OF_COUNTS = {*KEYS, *SUMS, "share", "tokens", "samples"}
+# (file, or folder of files of a layer each; number of the domain; name) → number
+Documents = dict[tuple[Path, int, str], int]
 
 
 def _fits(name: str, file: str, head: bytes) -> bool:
@@ -90,21 +94,18 @@ for name, preset in PRESETS.items():
 
 def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
-    every, some, by_document, code_of = set[str](SUMS), set[str](), False, dict[str, int]()
+    every, some, code_of, documents = set[str](SUMS), set[str](), dict[str, int](), Documents()
     parts, path = list[pa.Table](), where  # the first: of sums
     for chunk in chunks:
-        columns, path = _columns(chunk, preset, code_of), chunk.path
+        columns, path = _columns(chunk, preset, code_of, documents), chunk.path
         every &= columns.keys()
         some |= columns.keys()
-        by_document |= "document" in chunk
         parts.append(pa.table(columns))
         if sum(map(len, parts[1:])) >= PENDING:
             parts = [_summed(parts, every, path)]
     frame = _summed(parts, every, path).to_pandas()
     if lost := [name for name in SUMS if name in some - every]:
         context.warn(f"{where}: {' and '.join(lost)} left out: not all of the rows have it")
-    if by_document:
-        notes.append("counts are summed over documents")
     of_layer = frame.groupby("layer")["count"].sum()
     known = context.facts.experts if context.facts else {}
     unused = [layer for layer in of_layer.index[of_layer == 0] if layer not in known]
@@ -114,33 +115,59 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
             why = "hold no assignments: dense layers, or not recorded"
             notes.append(f"layers {ranges(unused)} {why}")
             context.warn(f"{where}: {notes[-1]}")
-    names = [*code_of]
-    domains = sorted(names[code] for code in frame["domain"].unique())
-    frame["domain"] = frame["domain"].map({code_of[name]: n for n, name in enumerate(domains)})
+    domains, numbered = _placed(frame, code_of, documents)
+    frame = frame.sort_values("row", kind="stable")
     of_router = [part for _, part in frame.groupby(["layer", "router"])]
     listings = [frame] * len(of_router) if preset.omits_unused else of_router
     routers = [_router(context, preset, *of, where) for of in zip(of_router, listings, strict=True)]
-    if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
+    experts = sum(r.experts for r in routers)
+    step = max(1, BATCH_CELLS // experts) if documents else len(domains)
+    if experts * step > MOST_CELLS:
         raise MoeInspectError(
             f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over "
             f"{MOST_CELLS:,}: import it in parts"
         )
 
-    def dense(name: str) -> list[np.ndarray] | None:
+    def dense(name: str, at: slice) -> list[np.ndarray] | None:
         if name not in every:
             return None
-        made = [np.zeros((len(domains), r.experts), frame[name].dtype) for r in routers]
+        made = [np.zeros((len(domains[at]), r.experts), frame[name].dtype) for r in routers]
         for sums_DE, part in zip(made, of_router, strict=True):
-            np.add.at(sums_DE, (part["domain"].to_numpy(), part["expert"].to_numpy()), part[name])
+            of = part.iloc[slice(*np.searchsorted(part["row"], [at.start, at.stop]))]
+            place = of["row"].to_numpy() - at.start, of["expert"].to_numpy()
+            np.add.at(sums_DE, place, of[name])
         return made
 
     def batches() -> Iterator[CountedBatches]:
-        count, first_choice, weight_sum, energy = map(dense, SUMS)
-        yield batch_of_counts(count or [], routers, domains, 0, first_choice, weight_sum, energy)
+        for n, start in enumerate(range(0, len(domains), step)):
+            at = slice(start, start + step)
+            count, *sums = (dense(name, at) for name in SUMS)
+            named = numbered[at]
+            yield batch_of_counts(count or [], routers, domains[at], n, *sums, documents=named)
 
     weights, energy = "weight_sum" in every, "energy" in every
     routers = [stated(router, known="first_choice" in every) for router in routers]
-    return Imported(routers, batches(), weights, energy=energy, counts_only=True, notes=notes)
+    kept = {"energy": energy, "by_document": bool(documents), "counts_only": True}
+    return Imported(routers, batches(), weights, notes=notes, **kept)
+
+
+def _placed(
+    frame: pd.DataFrame, code_of: dict[str, int], documents: Documents
+) -> tuple[list[str], list[tuple[int, str]]]:
+    """Adds to the frame the `row` that each of its rows is of: a document, else a domain. Returns
+    the domain of each, and number and name of each document."""
+    names, listed = [*code_of], [*documents]
+    if not documents:
+        domains = sorted(names[code] for code in frame["domain"].unique())
+        row_of = {code_of[name]: n for n, name in enumerate(domains)}
+        frame["row"] = frame["domain"].map(row_of)
+        return domains, []
+    if (frame["document"] < 0).any():
+        raise MoeInspectError(f"{listed[0][0]} has documents, not all of the other files have")
+    order = in_order([(group, name) for group, _, name in listed])
+    frame["row"] = frame["document"].map({d: n for n, d in enumerate(order)})
+    numbered = [(n, listed[d][2]) for n, d in enumerate(order)]
+    return [names[listed[d][1]] for d in order], numbered
 
 
 def _router(
@@ -169,7 +196,9 @@ def _router(
     return context.routers_of([layer], experts, top_k, where)[0]
 
 
-def _columns(chunk: TableChunk, preset: Preset, code_of: dict[str, int]) -> Columns:
+def _columns(
+    chunk: TableChunk, preset: Preset, code_of: dict[str, int], documents: Documents
+) -> Columns:
     """The KEYS, and the SUMS that the rows have. code_of: the number of each domain so far."""
     for name in ("layer", "expert"):
         if name not in chunk:
@@ -197,7 +226,9 @@ def _columns(chunk: TableChunk, preset: Preset, code_of: dict[str, int]) -> Colu
     }
     for name in ("experts", "top_k"):
         made[name] = chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else 0 * layer_N
-    made = {name: made[name].astype(np.uint16) for name in KEYS}
+    made["document"] = _numbered(chunk, made["domain"], documents)
+    wide = ("document",)
+    made = {name: made[name].astype(np.int32 if name in wide else np.uint16) for name in KEYS}
     count_N = made["count"] = _count(chunk, preset)
     if "first_choice" in chunk:
         first_N = chunk.numbers("first_choice", 0, MOST_COUNT)
@@ -210,6 +241,17 @@ def _columns(chunk: TableChunk, preset: Preset, code_of: dict[str, int]) -> Colu
         if name in chunk:
             made[name] = chunk.numbers(name, low, 2**53, real=True)
     return made
+
+
+def _numbered(chunk: TableChunk, domain_N: np.ndarray, documents: Documents) -> np.ndarray:
+    """The number of the document of each row."""
+    if "document" not in chunk:
+        return np.full(len(chunk), -1)
+    group = chunk.path.parent if "layer" in chunk.said else chunk.path
+    texts, at_N = chunk.labels("document")
+    which_N, pairs = pd.factorize(domain_N * len(texts) + at_N)
+    keys = ((group, int(n) // len(texts), storable(texts[n % len(texts)])) for n in pairs)
+    return np.array([documents.setdefault(key, len(documents)) for key in keys])[which_N]
 
 
 def _count(chunk: TableChunk, preset: Preset) -> np.ndarray:

@@ -175,7 +175,7 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
     dead, experts = (sum(int(row[of]) for row in rows) for of in ("dead_experts", "experts"))
     before = ", before drops" if worst["dropped"] > 0 else ""
     where = f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst{before}"
-    like = "for independent tokens" if data.counts.counts_only else "for documents like these"
+    like = "for independent tokens" if data.counts.documents_unknown else "for documents like these"
     of, least = f"of {experts:,}", f"{1 + data.thresholds.uneven:g}× and {beyond(data)}"
     tiles = [
         Tile("busiest expert ÷ mean", f"{worst['max_over_mean']:.2f}×", where),

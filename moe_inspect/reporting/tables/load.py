@@ -50,7 +50,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
         router, load_E, dropped_E = counts.routers[r], counts.load_E(r), counts.dropped_E(r)
         E, k, T, total = router.experts, router.top_k, counts.tokens_of(r), int(load_E.sum())
         low, high, slots, dropped = math.nan, math.nan, k * T, float(dropped_E.sum())
-        if not counts.counts_only:
+        if not counts.documents_unknown:
             units = counts.of[r].assignments_UE, counts.domain_of_unit_U
             low, high = unc.max_vio_interval(*units)
         most = E * T / total if total else math.nan  # every token goes there
@@ -102,7 +102,7 @@ def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
     """By router, how likely documents like these make any router's busiest expert as busy, and
     any's least used one as little used, by chance: NaN where documents are unknown or too few."""
     found = {r: {"busiest_p": math.nan, "least_used_p": math.nan} for r in counts.indices}
-    if counts.counts_only or len(counts.units) < chance.FEWEST_TO_JUDGE:
+    if counts.documents_unknown or len(counts.units) < chance.FEWEST_TO_JUDGE:
         return found
     loads = {r: load_E for r in counts.indices if (load_E := counts.load_E(r)).any()}
     domain_U = counts.domain_of_unit_U
@@ -167,7 +167,7 @@ def at_least_1(effect: float) -> float:
 
 def design_effect(counts: Counts, router: int) -> float:
     """That of documents on the load of a router; NaN where they are few or unknown."""
-    if counts.counts_only:
+    if counts.documents_unknown:
         return math.nan
     loads_UE, tokens_U = counts.of[router].assignments_UE, counts.tokens_U_of(router)
     return unc.design_effect(loads_UE, tokens_U, counts.domain_of_unit_U)

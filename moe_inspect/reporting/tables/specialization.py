@@ -72,7 +72,7 @@ def domains(data: ReportData) -> AsColumns:
 
 
 def _overload_p(counts: Counts, router: int) -> np.ndarray:
-    if counts.counts_only or len(counts.units) < chance.FEWEST_TO_JUDGE:
+    if counts.documents_unknown or len(counts.units) < chance.FEWEST_TO_JUDGE:
         return np.full(counts.assignments_DE(router).shape, np.nan)
     p_DE = chance.overload_p(counts.of[router].assignments_UE, counts.domain_of_unit_U)
     return np.minimum(p_DE * p_DE.size * len(counts.of), 1)
@@ -86,7 +86,7 @@ def specialization(data: ReportData) -> pd.DataFrame:
     probability that such documents carry as much at any router. With a baseline: what each is
     beyond chance in it, and here beyond that (`beyond_baseline`)."""
     by_token_id, counts = data.counts_for("token_ids").by_token_id, data.counts
-    judged = not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS
+    judged = not counts.documents_unknown and len(counts.units) >= unc.FEWEST_DOCUMENTS
     null_LB, given_LB = list[np.ndarray](), list[np.ndarray]()
 
     def values(r: int) -> Row:
@@ -191,7 +191,7 @@ def committee(data: ReportData) -> pd.DataFrame:
     assignments and of gate weight that they carry (mean over the domains), with a 95 % interval
     over documents."""
     counts, domain_U = data.counts, data.counts.domain_of_unit_U
-    weights_RU = None if counts.counts_only else unc.resample_weights(domain_U)
+    weights_RU = None if counts.documents_unknown else unc.resample_weights(domain_U)
     weights_D = None if weights_RU is None else com.weights_by_domain(weights_RU, domain_U)
 
     def values(r: int) -> Row:
@@ -229,7 +229,8 @@ def signature(data: ReportData) -> pd.DataFrame:
     """One row for all routers together (layer and router are empty), then one per router: how often
     the nearest other document, by the shares of its assignments, is of the same domain; with a 95 %
     interval, and beside the same with the documents' domains shuffled."""
-    counts, routers = data.decisions("signature"), data.selection.routers
+    counts = data.counts if data.trace.by_document else data.decisions("signature")
+    routers = data.selection.routers
     of = document_loads(data.trace, data.selection)
     together, each = accuracies([of.load_SE[r] for r in routers], of.domain_S)
     made = [together, *each]

@@ -91,11 +91,9 @@ def _of_trace(data: ReportData) -> Iterator[str]:
     if trace.without_text:
         yield ROUTES_TELL
     if counts.counts_only:
-        yield (
-            "counts only: no intervals, batches, nulls or token ids; "
-            f"{trace.more_than_counts} for those"
-        )
-    elif (n := len(counts.units)) < FEWEST_DOCUMENTS:
+        lacks = "intervals, batches, nulls" if counts.documents_unknown else "batches"
+        yield (f"counts only: no {lacks} or token ids; {trace.more_than_counts} for those")
+    if not counts.documents_unknown and (n := len(counts.units)) < FEWEST_DOCUMENTS:
         yield (
             f"{plural(n, 'document')}: intervals, design effect and domain nulls need "
             f"{FEWEST_DOCUMENTS}"

@@ -34,10 +34,12 @@ def trace_warning(data: ReportData) -> Finding | None:
 
 def dropped(data: ReportData) -> Finding | None:
     """How many assignments the capacity of experts dropped, and where most; where the trace does
-    not state that, how many slots are empty. Imported counts may lack a few assignments per domain:
-    their number of tokens is the smallest that fits."""
-    domains = len(data.counts.domains) if data.counts.counts_only else 0
-    rows = [row for row in data.loaded if row["empty_slots"] >= max(1, row["top_k"] * domains)]
+    not state that, how many slots are empty. Imported counts may lack a few assignments per domain,
+    or document: their number of tokens is the smallest that fits."""
+    counts = data.counts
+    parts = len(counts.domains) if counts.documents_unknown else counts.documents
+    parts *= counts.counts_only
+    rows = [row for row in data.loaded if row["empty_slots"] >= max(1, row["top_k"] * parts)]
     if not rows:
         return None
     known = [row for row in rows if data.trace.drops or row["dropped"] > 0]
@@ -174,7 +176,7 @@ def few_tokens(data: ReportData) -> Finding | None:
 def few_documents_per_domain(data: ReportData) -> Finding | None:
     """Domains of too few documents to tell the domain from its texts."""
     counts = data.counts
-    if counts.counts_only or len(counts.domains) < 2:
+    if counts.documents_unknown or len(counts.domains) < 2:
         return None
     documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains)).tolist()
     each = zip(counts.domains, documents_D, strict=True)

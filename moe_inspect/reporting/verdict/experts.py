@@ -35,7 +35,7 @@ def dead_experts(data: ReportData) -> Finding | None:
         of_router = (load["router"] == row["router"]) & (load["assignments"] == 0)
         names.append(f"{name_of(data, row)}: {join_first(load.loc[of_router, 'expert'].tolist())}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
-        effect = LONG_DOCUMENT if data.counts.counts_only else row["design_effect"]
+        effect = LONG_DOCUMENT if data.counts.documents_unknown else row["design_effect"]
         independent = row["tokens"] / (max(effect, 1) if effect == effect else 1)
         likely = max(likely, row["experts"] * (1 - picked) ** independent)
     n, tokens = sum(int(row["dead_experts"]) for row in dead), data.counts.tokens
@@ -75,7 +75,7 @@ def _beyond_chance(data: ReportData, rows: list[Row]) -> pd.DataFrame:
 
 def _little_used(data: ReportData) -> list[Row]:
     """The rows of `balance` in which chance hardly makes the least used expert as little used."""
-    if not data.counts.counts_only:
+    if not data.counts.documents_unknown:
         return [row for row in data.loaded if row["least_used_p"] < ALPHA]
     below = [1 - row["min_over_max"] * row["max_over_mean"] for row in data.loaded]
     rows = zip(data.loaded, below, strict=True)
@@ -137,7 +137,7 @@ def _documents(data: ReportData) -> dict[str, float]:
     """How many each domain has; of counts, which do not tell them apart, more than any bound."""
     counts = data.counts
     documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains))
-    known_D = np.where(counts.counts_only, math.inf, documents_D)
+    known_D = np.where(counts.documents_unknown, math.inf, documents_D)
     return dict(zip(counts.domains, known_D.tolist(), strict=True))
 
 
@@ -171,7 +171,7 @@ def overloading_domain(data: ReportData) -> Finding | None:
         values |= {"tokens": row["tokens"], "max_over_mean": overall["max_over_mean"]}
         if sure:
             together = "the selected" if data.selection.domains else "all"
-            at = f" ({fnd.beyond(data)})" if data.counts.counts_only else ""
+            at = f" ({fnd.beyond(data)})" if data.counts.documents_unknown else ""
             said = (
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
                 f"{ratio:.2f}x the mean load on its {plural(row['tokens'], 'token')}{at}; "
@@ -191,7 +191,7 @@ def overloading_domain(data: ReportData) -> Finding | None:
 def _overloads(data: ReportData, row: Row, ratio: float, sure: bool) -> bool:
     """Whether the load of the busiest expert of a domain is beyond what chance explains, which is
     not asked where there are too few documents to be `sure`."""
-    if not data.counts.counts_only:
+    if not data.counts.documents_unknown:
         return row["overload_p"] < ALPHA or not sure
     return beyond_documents(ratio - 1, row["expected_by_chance"] - 1)
 
@@ -199,7 +199,7 @@ def _overloads(data: ReportData, row: Row, ratio: float, sure: bool) -> bool:
 def unused_in_domain(data: ReportData) -> Finding | None:
     """An expert that one domain hardly uses and the others do. Of counts alone: where documents
     tell, `domain_specialization` says more."""
-    if not data.counts.counts_only or len(data.counts.domains) < 2:
+    if not data.counts.documents_unknown or len(data.counts.domains) < 2:
         return None
     domains, starved = data.tables["domains"], data.thresholds.starved
     of_router = domains.groupby(["router", "domain"])["assignments"]

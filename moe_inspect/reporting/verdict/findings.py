@@ -72,7 +72,7 @@ def top_row(rows: pd.DataFrame, by: pd.Series) -> Row:
 def above_chance(data: ReportData, row: Row) -> bool:
     """Whether chance hardly makes the busiest expert of any router as busy: with so few documents
     that their p-value is unknown, nothing is above chance."""
-    if data.counts.counts_only:
+    if data.counts.documents_unknown:
         return beyond_documents(row["max_vio"], row["expected_by_chance"] - 1)
     return row["busiest_p"] < ALPHA
 
@@ -90,13 +90,13 @@ def _design_effect_needed(excess: float, floor: float) -> float:
 
 def beyond(data: ReportData) -> str:
     """The words for what is beyond chance: of counts, with the design effect that is assumed."""
-    to = f" up to a design effect of {LONG_DOCUMENT:,}" if data.counts.counts_only else ""
+    to = f" up to a design effect of {LONG_DOCUMENT:,}" if data.counts.documents_unknown else ""
     return f"beyond chance{to}"
 
 
 def expected_by_chance(data: ReportData, row: Row) -> str:
     """ "expected by chance: 1.02x", and of what where that is not documents like these."""
-    of = " of independent tokens" if data.counts.counts_only else ""
+    of = " of independent tokens" if data.counts.documents_unknown else ""
     return f"expected by chance{of}: {row['expected_by_chance']:.2f}x"
 
 
@@ -104,7 +104,7 @@ def explained(data: ReportData, row: Row, sure: bool) -> str:
     """The words for a load that is not beyond chance, and may be chance where that is not `sure`:
     of counts, with what would explain it."""
     needed = _design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
-    if not data.counts.counts_only or needed <= 1:
+    if not data.counts.documents_unknown or needed <= 1:
         return "chance explains" if sure else "may be chance"
     return f"documents with a design effect of {math.ceil(needed):,} would explain"
 
@@ -122,7 +122,7 @@ def load_after(data: ReportData, row: Row) -> str:
 
 def few_documents(data: ReportData) -> bool:
     """Whether there are too few documents to tell the model from the text."""
-    return not data.counts.counts_only and len(data.counts.units) < FEWEST_TO_JUDGE
+    return not data.counts.documents_unknown and len(data.counts.units) < FEWEST_TO_JUDGE
 
 
 def name_of(data: ReportData, row: Row) -> str:

@@ -103,7 +103,7 @@ def _in_baseline(row: Row, name: str, unit: str, form: str) -> str:
 def _cannot_tell(data: ReportData, table: pd.DataFrame) -> str | None:
     """Why nothing can be said of domains, if so."""
     counts, enough = data.counts, data.thresholds.no_domain
-    if counts.counts_only:
+    if counts.documents_unknown:
         return (
             "Counts alone cannot tell whether experts specialise by domain: they do not tell "
             "documents apart."
@@ -269,7 +269,7 @@ UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each ha
 def committee(data: ReportData) -> Finding | None:
     """Experts that are among the k with the most load in every domain, where so many domains would
     hardly agree by chance, and that carry more than their even share."""
-    if data.counts.counts_only or untrained_seed(data) is not None:
+    if data.counts.documents_unknown or untrained_seed(data) is not None:
         return None
     table = data.tables["committee"]
     standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
@@ -319,7 +319,7 @@ def signature(data: ReportData) -> Finding | None:
 def paths(data: ReportData) -> Finding | None:
     """Whether tokens take fewer paths through the layers than layers that choose independently
     within a document give them, as far as paths are not as many as tokens."""
-    if not _is_small(data) or fnd.few_documents(data):
+    if data.counts.counts_only or not _is_small(data) or fnd.few_documents(data):
         return None
     table = data.tables["paths"]
     shuffled, value, high = (
@@ -368,5 +368,5 @@ def drift(data: ReportData) -> Finding | None:
 
 def _is_small(data: ReportData) -> bool:
     """Whether a pass of its own over the trace costs little, and its weights are not random."""
-    small = not data.counts.counts_only and data.trace.n_decisions <= MOST_DECISIONS
+    small = not data.counts.documents_unknown and data.trace.n_decisions <= MOST_DECISIONS
     return small and untrained_seed(data) is None

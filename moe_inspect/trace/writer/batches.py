@@ -113,7 +113,8 @@ class CountedBatches:
     """Load summed over the batches up to `batch`, from `first_batch` on where that is known:
     integers [D, E_r] a router (`weight_sum`, `energy`: float64). `first_choice` is None where a
     source does not say: null in the table. `decisions`: of all routers, where they did not all see
-    every token."""
+    every token. In a trace of counts by document a row is one of `documents`, whose counts are all
+    here, and `domains` the label of each."""
 
     batch: int
     tokens: int

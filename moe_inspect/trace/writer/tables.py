@@ -157,10 +157,14 @@ def logits_table(
 
 def counts_table(trace: TraceHeader, r: int, counted: CountedBatches) -> pa.Table:
     D, E = counted.assignments[r].shape
+    number_D = np.array([d.document for d in counted.documents] * trace.by_document, np.int32)
+    code_of = {label: d for d, label in enumerate(dict.fromkeys(counted.domains))}
+    code_D = np.array([code_of[label] for label in counted.domains])
     first, assigned = counted.first_choice, counted.assignments[r].reshape(-1)
     arrays = [
         *_router_columns(trace.stated_routers[r], r, D * E),
-        _labels(np.repeat(np.arange(D), E), counted.domains),
+        *[pa.array(np.repeat(number_D, E))] * trace.by_document,
+        _labels(np.repeat(code_D, E), [*code_of]),
         pa.array(np.tile(np.arange(E, dtype=np.uint16), D)),
         pa.array(assigned.astype(np.int64)),
         pa.nulls(D * E, pa.int64())

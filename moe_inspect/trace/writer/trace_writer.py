@@ -308,6 +308,7 @@ class TraceWriter:
                     self._counted.append(batch)
                     tokens = sum(counted.tokens for counted in self._counted)
                     is_full = self._early.every_s is None or tokens >= self._pending.shard_tokens
+                    is_full |= self.header.by_document  # whose batches do not add up
                     self._commit_counts(early=not is_full)
                 else:
                     self._take(batch)

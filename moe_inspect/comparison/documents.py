@@ -1,0 +1,150 @@
+"""Of two traces, one of counts by document at least: do they use the same experts for a document?
+
+S documents, E experts, L pairs of routers. An axis of 2 is the two traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.counting.samples import document_loads
+from moe_inspect.analysis.metrics import two_traces as tt
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.comparison import result
+from moe_inspect.comparison.result import LOAD_TABLES, OF_DECISIONS, SIDES, Row
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import plural
+from moe_inspect.trace.reader import Trace
+
+
+class OfLoads(result.Paired):
+    """Traces A and B, at least one of which holds counts only, each with its report."""
+
+    refused = OF_DECISIONS
+
+    def __init__(
+        self, a: Trace, b: Trace, options: result.PairSettings, progress: result.Progress = None
+    ):
+        super().__init__(a, b, options)
+        self.reports: dict[str, Report] = {}
+        for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):
+            self.reports[side] = report(
+                trace,
+                layers=sorted({trace.routers[r].layer for r in routers}),
+                domains=options.domains,
+                phase=options.phase,
+                progress=progress,
+            )
+
+    @property
+    def why(self) -> str:
+        """Why decisions cannot be compared."""
+        of = dict.fromkeys(str(trace.path) for trace in self.traces if trace.counts_only)
+        return f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only, no decisions"
+
+    @cached_property
+    def sets(self) -> DocumentSets:
+        """The experts of each document."""
+        return sets_of_documents(self)
+
+
+@dataclass(frozen=True)
+class DocumentSets:
+    """apart_SL, other_SL: 1 − |A ∩ B| ÷ |A ∪ B| of the sets of experts that a document's tokens
+    went to, and with another document in B; NaN where neither trace used an expert. domain_S: of
+    A."""
+
+    apart_SL: np.ndarray
+    other_SL: np.ndarray
+    domain_S: np.ndarray
+
+    def mean(self, apart_SX: np.ndarray) -> tuple[float, float, float]:
+        """Of some routers, and its 95 % interval over documents."""
+        apart_S, known_S = np.nansum(apart_SX, axis=1), (~np.isnan(apart_SX)).sum(1)
+        ends = unc.ratio_interval(apart_S, known_S, unc.resample_weights(self.domain_S))
+        return tt.set_distance(float(apart_S.sum()), float(known_S.sum())), *ends
+
+
+def sets_of_documents(data: OfLoads) -> DocumentSets:
+    """Of those that both traces have, by number, DOCUMENTS of them at most. MoeInspectError where
+    documents are unknown, or are not the same."""
+    if any(trace.counts_only and not trace.by_document for trace in data.traces):
+        raise MoeInspectError(data.why)
+    reports = data.reports.values()
+    a, b = (document_loads(of.trace, of.selection) for of in reports)
+    document_S, of_a, of_b = np.intersect1d(a.document_S, b.document_S, return_indices=True)
+    if not len(document_S):
+        raise MoeInspectError("A and B have no document of the same number")
+    frames = (trace.documents().set_index("document")["tokens"] for trace in data.traces)
+    tokens_2S = np.array([tokens.loc[document_S].to_numpy() for tokens in frames])
+    if (differs_S := tokens_2S[0] != tokens_2S[1]).any():
+        s = int(differs_S.argmax())
+        said = f"{tokens_2S[0, s]:,} tokens in A, {tokens_2S[1, s]:,} in B"
+        raise MoeInspectError(f"document {document_S[s]} has {said}: not the same text")
+    used = [(a.load_SE[r][of_a] > 0, b.load_SE[other][of_b] > 0) for r, other in data.pairs]
+    apart_SL = np.stack([_apart(*both) for both in used], axis=1)
+    other_SL = np.stack([_apart(of_a, np.roll(of_b, 1, 0)) for of_a, of_b in used], axis=1)
+    if len(document_S) < 2:
+        other_SL = np.full(other_SL.shape, np.nan)
+    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a])
+
+
+def _apart(a_SE: np.ndarray, b_SE: np.ndarray) -> np.ndarray:
+    return 1 - (a_SE & b_SE).sum(1) / nan_for_zero((a_SE | b_SE).sum(1))
+
+
+@table(by_router=("set_distance",), tables=LOAD_TABLES)
+def agreement(data: OfLoads) -> pd.DataFrame:
+    """One row per router: how far the sets of experts that A and B use for a document are apart,
+    mean over documents with its 95 % interval, and those of different documents."""
+    sets, rows = data.sets, list[Row]()
+    for n, (r, _) in enumerate(data.pairs):
+        value, low, high = sets.mean(sets.apart_SL[:, [n]])
+        row = {"documents": len(sets.apart_SL), "set_distance": value}
+        row |= {"set_distance_low": low, "set_distance_high": high}
+        row["set_distance_of_others"] = sets.mean(sets.other_SL[:, [n]])[0]
+        rows.append({**data.place(r), **row})
+    return pd.DataFrame(rows)
+
+
+def same_experts(data: OfLoads) -> Iterator[Finding]:
+    """How far the sets of experts of a document are apart, where documents are known."""
+    if data.why_not("agreement"):
+        return
+    sets, (S, L) = data.sets, data.sets.apart_SL.shape
+    (value, low, high), (others, _, _) = map(sets.mean, (sets.apart_SL, sets.other_SL))
+    if np.isnan(value):
+        return
+    where = f"{plural(S, 'document')} and {plural(L, 'router')}"
+    interval = f"95% interval {low:.2%} to {high:.2%}"
+    interval = "too few documents for an interval" if np.isnan(low) else interval
+    beside = "" if np.isnan(others) else f"; {others:.0%} between different documents"
+    text = (
+        f"Of the experts that A or B uses for a document, {value:.2%} are used by one of them "
+        f"alone (mean over {where}; {interval}{beside})."
+    )
+    if not value:
+        text = f"A and B use the same experts for a document ({where})."
+    yield finding(
+        "same_experts", "note" if value else "good", text, set_distance=value, documents=S
+    )
+
+
+def counts_only(data: OfLoads) -> Iterator[Finding]:
+    """That only the load is compared, and what that leaves open."""
+    of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
+    holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
+    same = "It is unknown whether both saw the same text; different text changes the load too."
+    if not data.why_not("agreement"):
+        same = "Documents have as many tokens in both."
+    text = f"{holds}: only loads are compared, not decisions. {same}"
+    yield finding("counts_only", "note", text)

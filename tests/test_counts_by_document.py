@@ -1,0 +1,224 @@
+"""Counts that say which document they are of give what decisions of the same documents give:
+intervals, nulls, signatures, drift; and two of them compare the experts of each document."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import moe_inspect
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.run import import_trace
+from moe_inspect.importers.tables import importer
+from moe_inspect.reporting.report import report
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import verify
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
+
+E, K, EACH, S = 8, 2, 25, 40  # tokens of a document; documents
+DOMAINS = ("code", "prose")
+
+
+def drawn(seed: int, L: int = 2) -> list[np.ndarray]:
+    """Documents lean to an expert of their own, and the second half of them to expert 0."""
+    rng, made = np.random.default_rng(seed), list[np.ndarray]()
+    for _ in range(L):
+        ids = uniform_ids(rng, S * EACH, E, K)
+        for t in range(0, len(ids), 3):
+            liked = 0 if t > len(ids) / 2 else t // EACH % E
+            ids[t] = [liked, (liked + 1) % E]
+        made.append(ids)
+    return made
+
+
+def decisions(root: Path, ids: list[np.ndarray], **more: Any) -> Trace:
+    usual: dict[str, Any] = {"document": np.repeat(np.arange(S), EACH)}
+    usual |= {"domain_of_document": DOMAINS, "batch_tokens": 10 * EACH, "shard_tokens": 10 * EACH}
+    return write_trace(root, ids, E, **usual | more)
+
+
+def rows(ids: list[np.ndarray]) -> pd.DataFrame:
+    """A row per layer, document and expert that it used."""
+    parts = [
+        pd.DataFrame({"layer": n, "document": np.arange(S * EACH) // EACH, "expert": of[:, slot]})
+        for n, of in enumerate(ids)
+        for slot in range(K)
+    ]
+    table = pd.concat(parts).value_counts().rename("count").reset_index()
+    return table.assign(domain=np.array(DOMAINS)[table["document"] % 2])
+
+
+def counts(root: Path, table: pd.DataFrame | list[np.ndarray], **more: Any) -> Trace:
+    table = table if isinstance(table, pd.DataFrame) else rows(table)
+    root.mkdir(parents=True)
+    table.to_csv(root / "c.csv", index=False)
+    more = {"experts": E, "top_k": K, "warn": print} | more
+    return import_trace("table", [root / "c.csv"], root / "t", **more)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Trace]:
+    """Decisions, and the counts of their documents, in several shards."""
+    root, patch = tmp_path_factory.mktemp("pair"), pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(importer, "BATCH_CELLS", 7 * 2 * E)
+        return decisions(root / "d", drawn(0)), counts(root / "c", drawn(0))
+
+
+SAME = {
+    "load": ["assignments", "load_ratio"],
+    "balance": ["tokens", "max_over_mean_low", "max_over_mean_high", "design_effect"],
+    "domains": ["tokens", "assignments", "lift", "expected_by_chance", "overload_p"],
+    "specialization": ["domain_mi_bits", "domain_mi_null_bits", "domain_mi_p", "jsd_null_bits"],
+    "committee": ["committee_experts", "committee_null", "committee_mass_low"],
+    "signature": ["documents", "signature_accuracy", "signature_accuracy_low", "signature_null"],
+    "windows": ["first_token", "tokens", "max_over_mean", "total_variation_floor"],
+    "drift": ["windows", "total_variation", "trend_expert", "trend_first", "trend_p"],
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_tables_are_those_of_decisions(name: str, pair: tuple[Trace, Trace]):
+    made = [report(trace, window=2 * EACH).tables[name] for trace in pair]
+    of_decisions, of_counts = (table[["layer", *SAME[name]]].astype(float) for table in made)
+    assert not of_decisions.isna().all().any()
+    pd.testing.assert_frame_equal(of_counts, of_decisions)
+    if name in ("balance", "domains", "specialization", "committee", "drift"):  # a control
+        by_domain = report(by_domains(pair[0].path.parent), window=2 * EACH).tables[name]
+        assert by_domain[SAME[name]].astype(float).isna().any().any()
+
+
+def by_domains(root: Path) -> Trace:
+    if not (root / "domains").exists():
+        counts(root / "domains", rows(drawn(0)).drop(columns="document"))
+    return Trace(root / "domains" / "t")
+
+
+def test_they_reconcile_and_are_selected_by_domain(pair: tuple[Trace, Trace]):
+    of_decisions, trace = pair
+    assert trace.by_document
+    assert trace.n_shards == 6
+    found = verify(trace)
+    assert found.ok, found
+    assert any("the same for each document" in rule for rule in found.checked)
+    assert not any("each document" in rule for rule in verify(of_decisions).checked)
+    table, documents = trace.counts(), trace.documents().set_index("document")
+    of_document = table.groupby(["document", "router"])["assignments"].sum().unstack()
+    assert (of_document == K * EACH).all(axis=None)
+    assert (documents["tokens"] == EACH).all()
+    assert documents["source"].tolist() == [str(d) for d in range(S)]
+    chosen = [report(one, domains="code").tables["load"]["assignments"] for one in pair]
+    assert chosen[0].equals(chosen[1])
+    assert chosen[0].sum() < table["assignments"].sum()
+    said = str(report(trace))
+    assert "interval" in said
+    assert "independent tokens" not in said
+    assert "independent tokens" in str(report(by_domains(of_decisions.path.parent)))
+    for name in ("paths", "vocabulary", "repetition"):
+        with pytest.raises(MoeInspectError, match="holds counts only"):
+            _ = report(trace).tables[name]
+
+
+def test_a_document_is_of_a_file_and_in_the_order_of_its_number(tmp_path: Path):
+    table = rows(drawn(0)).sample(frac=1, random_state=0)
+    trace = counts(tmp_path / "a", table)
+    assert trace.documents()["source"].tolist() == [str(d) for d in range(S)]
+    table = table.assign(document="q" + table["document"].astype(str))
+    for name in ("x", "y"):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    files = [tmp_path / f"{name}.csv" for name in ("x", "y")]
+    twice = import_trace("table", files, tmp_path / "t", experts=E, top_k=K)
+    assert len(twice.documents()) == 2 * S
+    assert twice.n_tokens == 2 * trace.n_tokens
+    assert twice.documents()["source"][0] == table["document"].iloc[0]
+    (tmp_path / "z.csv").write_text("layer,expert,count\n0,0,2\n")
+    with pytest.raises(MoeInspectError, match=r"x\.csv has documents, not all of the"):
+        import_trace("table", [*files, tmp_path / "z.csv"], tmp_path / "n", experts=E, top_k=K)
+    (tmp_path / "z.csv").write_text(f"layer,expert,document,count\n0,0,a,{2**32}\n")
+    with pytest.raises(MoeInspectError, match=r"document 'a' has counts of 4,294,967,296 tokens"):
+        import_trace("table", [tmp_path / "z.csv"], tmp_path / "n", experts=E, top_k=K)
+
+
+def test_traces_of_them_are_merged_with_their_documents(pair: tuple[Trace, Trace], tmp_path: Path):
+    other = counts(tmp_path / "b", drawn(1))
+    whole = moe_inspect.merge([pair[1], other], tmp_path / "m")
+    assert verify(whole).ok
+    table, parts = whole.counts(), [pair[1].counts(), other.counts()]
+    parts[1]["document"] += S
+    assert sorted(map(tuple, table.astype(str).to_numpy())) == sorted(
+        map(tuple, pd.concat(parts).astype(str).to_numpy())
+    )
+    with pytest.raises(MoeInspectError, match=r"has document, .* does not"):
+        moe_inspect.merge([other, by_domains(pair[0].path.parent)], tmp_path / "n")
+
+
+def sets_apart(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
+    """[L], by Python's sets."""
+    found = list[list[float]]()
+    for of_a, of_b in zip(a, b, strict=True):
+        each = [slice(d * EACH, (d + 1) * EACH) for d in range(S)]
+        both = [(set(of_a[at].ravel().tolist()), set(of_b[at].ravel().tolist())) for at in each]
+        found.append([1 - len(x & y) / len(x | y) for x, y in both])
+    return np.mean(found, axis=1)
+
+
+def narrow(seed: int, moved: int = 0) -> list[np.ndarray]:
+    """Documents of 4 experts each; the first `moved` of them of another one in layer 1."""
+    rng = np.random.default_rng(seed)
+    of_document = [rng.permutation(E)[:5] for _ in range(S)]
+    ids = [np.zeros((S * EACH, K), np.uint16) for _ in range(2)]
+    for d, experts in enumerate(of_document):
+        for n, of in enumerate(ids):
+            chosen = experts[1:] if n and d < moved else experts[:4]
+            of[d * EACH : (d + 1) * EACH] = np.resize(chosen, (EACH, K))
+    return ids
+
+
+def test_the_experts_of_each_document_are_compared(tmp_path: Path):
+    a, b = counts(tmp_path / "a", narrow(0)), counts(tmp_path / "b", narrow(0, moved=10))
+    made: Any = moe_inspect.compare(a, b)
+    table = made.tables["agreement"]
+    assert np.allclose(table["set_distance"], sets_apart(narrow(0), narrow(0, 10)))
+    assert table["set_distance"].tolist() == [0, pytest.approx(0.1)]  # a quarter of 2 in 5
+    low, high, others = (table[f"set_distance_{of}"].iloc[1] for of in ("low", "high", "of_others"))
+    assert low < 0.1 < high < others
+    kinds = {found.kind: found for found in made.verdict()}
+    assert "5.00% are used by one of them alone" in kinds["same_experts"].text
+    assert kinds["same_experts"].severity == "note"
+    assert "as many tokens in both" in kinds["counts_only"].text
+    assert "agreement" not in set(made.tables["refused"]["table"])
+    assert "set_distance_low" in str(made)
+    # of decisions and counts; of the same; of few
+    mixed: Any = moe_inspect.compare(decisions(tmp_path / "d", narrow(0)), b)
+    pd.testing.assert_frame_equal(mixed.tables["agreement"], table)
+    same: Any = moe_inspect.compare(a, a)
+    (said,) = (found for found in same.verdict() if found.kind == "same_experts")
+    assert (said.severity, said.values["set_distance"]) == ("good", 0)
+    sides = [rows(of)[lambda t: t["document"] < 3] for of in (narrow(0), narrow(0, 10))]
+    made = moe_inspect.compare(*(counts(tmp_path / f"few{n}", of) for n, of in enumerate(sides)))
+    assert made.tables["agreement"]["set_distance_low"].isna().all()
+    assert "too few documents for an interval" in str(made)
+
+
+def test_what_is_no_pair_of_documents_is_refused(tmp_path: Path):
+    a = counts(tmp_path / "a", narrow(0))
+    domains = write_counts(tmp_path / "x", [np.full((1, E), 25)] * 2, K)
+    shorter = rows(narrow(0))
+    shorter.loc[shorter["document"] == 7, "count"] = 1
+    for name, other, why in (
+        ("domains", domains, "hold counts only, no decisions"),
+        ("shorter", counts(tmp_path / "s", shorter), "document 7 has 25 tokens in A, 2 in B"),
+    ):
+        made: Any = moe_inspect.compare(a, other)
+        assert re.search(why, made.why_not("agreement") or ""), name
+        kinds = {found.kind: found for found in made.verdict()}
+        assert "same_experts" not in kinds
+        assert "unknown whether both saw the same text" in kinds["counts_only"].text
+        refused = made.tables["refused"].set_index("table")["why"]
+        assert why in refused["agreement"]
+        assert "set_distance" not in str(made)
