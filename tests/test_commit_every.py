@@ -251,7 +251,9 @@ def counted(n: int, domains: int) -> CountedBatches:
     rng = np.random.default_rng(n)
     load = [rng.integers(0, 3, (domains, r.experts)) for r in ROUTERS]
     names = ["a", "b", "c"][:domains]
-    return CountedBatches(n, 100, names, load, [x // 2 for x in load], [x * 0.5 for x in load])
+    return CountedBatches(
+        n, 100, names, load, [x // 2 for x in load], {"weight_sum": [x * 0.5 for x in load]}
+    )
 
 
 def test_counts_are_summed_when_the_shard_is_due(tmp_path: Path) -> None:

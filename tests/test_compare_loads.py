@@ -142,7 +142,7 @@ def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(
             moe_inspect.compare(root, whole).verdict()
         for n, part in enumerate(parts, 1):
             load, shards = loads_of(part), writer.next_shard
-            writer.write(CountedBatches(n, len(part[0]), ["text"], load, None, None))
+            writer.write(CountedBatches(n, len(part[0]), ["text"], load, None))
             while writer.next_shard == shards and not writer.failed:
                 time.sleep(0.005)
             made: Any = moe_inspect.compare(root, whole)
@@ -234,7 +234,7 @@ def history(root: Path, load: np.ndarray, every: int, training: bool = True) -> 
         for first in range(0, len(load), every):
             part = load[first : first + every]
             last, counts = first + len(part), list(part.sum(0)[:, None])
-            of = last, len(part) * TOKENS, [""], counts, None, None
+            of = last, len(part) * TOKENS, [""], counts, None
             writer.write(CountedBatches(*of, first_batch=first + 1))
     return open_trace(root)
 

@@ -3,6 +3,7 @@ intervals, nulls, signatures, drift; and two of them compare the experts of each
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,47 @@ def test_what_is_no_pair_of_documents_is_refused(tmp_path: Path):
         refused = made.tables["refused"].set_index("table")["why"]
         assert why in refused["agreement"]
         assert "set_distance" not in str(made)
+
+
+def test_scores_of_others_fill_worth_and_make_keep_lists(tmp_path: Path):
+    """Sums over assignments, or a score per assignment, which are told apart by their names."""
+    table, rng = rows(drawn(0)), np.random.default_rng(1)
+    table["gate_sum"] = table["count"] * rng.random(len(table))
+    table["saliency"] = rng.normal(size=len(table))  # it may be negative
+    trace = counts(tmp_path / "a", table)
+    summed = table.assign(saliency_sum=table["saliency"] * table["count"]).drop(columns="saliency")
+    same = counts(tmp_path / "b", summed)
+    pd.testing.assert_frame_equal(same.counts(), trace.counts())
+    assert verify(trace).ok
+    made: Any = report(trace)
+    worth = made.tables["worth"].set_index(["layer", "expert"])
+    of_expert = summed.groupby(["layer", "expert"])[["count", "gate_sum", "saliency_sum"]].sum()
+    mean = of_expert["saliency_sum"] / of_expert["count"]
+    assert np.allclose(worth["saliency"], mean)
+    assert np.allclose(worth["gate_sum"], of_expert["gate_sum"])
+    assert ((worth["saliency_low"] < mean) & (mean < worth["saliency_high"])).all()
+    assert worth["saliency_low"].min() < 0
+    assert worth["reap"].isna().all()
+    summary: Any = made.tables["summary"]
+    said = "saliency is the score that the files imported as table state, not one of ours"
+    assert summary["value"].str.contains(said).any()
+    for by, score in (("saliency", mean), ("gate", of_expert["gate_sum"])):
+        trace.export("pruning", tmp_path / f"{by}.json", by=by, keep=0.5)
+        plan = json.loads((tmp_path / f"{by}.json").read_text())
+        for layer in range(2):
+            least = sorted(score[layer].nsmallest(E // 2).index)
+            assert plan["dropped"][str(layer)] == least
+            assert plan["kept"][str(layer)] == sorted({*range(E)} - {*least})
+        assert plan["scored_by"] == ("table" if by == "saliency" else "moe-inspect")
+    with pytest.raises(MoeInspectError, match="or score by saliency, gate or frequency"):
+        trace.export("pruning", tmp_path / "n.json")
+    without = counts(tmp_path / "c", drawn(0))
+    with pytest.raises(MoeInspectError, match="states no saliency: import counts that state it"):
+        without.export("pruning", tmp_path / "n.json", by="saliency")
+    assert report(without).tables["worth"]["saliency"].isna().all()
+    # and back from the counts that we write, by domain
+    trace.export("counts", tmp_path / "c.csv")
+    back = import_trace("counts", [tmp_path / "c.csv"], tmp_path / "back")
+    of_domain = trace.counts().groupby(["layer", "domain", "expert"])["saliency_sum"].sum()
+    found = back.counts().groupby(["layer", "expert"])["saliency_sum"].sum()
+    assert np.allclose(found, of_domain.groupby(["layer", "expert"]).sum())

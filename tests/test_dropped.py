@@ -97,7 +97,7 @@ def test_counts_hold_the_tokens_that_their_shards_state(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "t", manifest, listed, weights=False, counts_only=True) as writer:
         for n in range(4):
             loads = [rng.multinomial(K * 512 - lost, even).reshape(2, E) for lost in (25, 60)]
-            writer.write(CountedBatches(n, 512, ["a", "b"], loads, None, None))
+            writer.write(CountedBatches(n, 512, ["a", "b"], loads, None))
     trace = open_trace(tmp_path / "t")
     assert trace.n_tokens == 4 * 512
     made = report(trace)

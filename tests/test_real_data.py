@@ -214,14 +214,33 @@ def test_deepseek_v3_has_58_layers_with_experts(real: Real):
     assert np.array_equal(counts["assignments"], load_DLE[:, 3:].ravel())
 
 
-def test_glm_52_has_the_counts_and_gate_sums_of_its_files(real: Real):
+def test_glm_52_has_the_counts_and_scores_of_its_files(real: Real):
     trace = real("glm52")
     counts = trace.counts().sort_values(["domain", "layer", "expert"])
     files = sorted((REAL / "glm52").glob("merged_*"))
     layers = [read(f)["layers"].values() for f in files]
-    for name, ours in (("cnt", "assignments"), ("gate", "weight_sum")):
+    names = {"cnt": "assignments", "gate": "weight_sum", "sal": "saliency_sum"}
+    for name, ours in names.items():
         theirs = np.array([[layer[name] for layer in of] for of in layers])
         assert np.array_equal(counts[ours].to_numpy(), theirs.ravel())
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
+def test_glm_52_keeps_the_experts_that_its_makers_published(tmp_path: Path):
+    """Its list is of 108 experts a layer, by the saliency of a blend of ten domains."""
+    places = {"count": "cnt", "gate_sum": "gate", "saliency": "sal"}
+    paths = (f"{ours}=layers.{{layer}}.{name}.{{expert}}" for ours, name in places.items())
+    how = {"map": ",".join(paths), "experts": 256, "top_k": 8}
+    trace = import_trace("table", [REAL / "glm52/blend_maxmin.json"], tmp_path / "t", **how)
+    published = read(REAL / "glm52/keep_mix108_maxmin.json")["keep"]
+    kept = dict[str, Any]()
+    for by in ("saliency", "gate"):
+        export_trace(trace, "pruning", tmp_path / f"{by}.json", by=by, keep=108 / 256)
+        kept[by] = read(tmp_path / f"{by}.json")["kept"]
+    assert len(published) == 75
+    assert kept["saliency"] == {layer: sorted(of) for layer, of in published.items()}
+    # a control: by another score another list
+    assert not any(kept["gate"][layer] == sorted(of) for layer, of in published.items())
 
 
 def test_olmoe_and_mixtral_have_the_tokens_and_layers_of_their_authors_script(real: Real):

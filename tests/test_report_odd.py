@@ -28,7 +28,7 @@ def imported_counts(root: Path) -> Trace:
     manifest: Any = {"capture": {"weights": False, "mode": "import"}}
     given: Any = {"weights": False, "counts_only": True}
     with TraceWriter(root, manifest, routers(2, 8, 2), **given) as writer:
-        writer.write(CountedBatches(0, int(load.sum()) // 2, ["a", "b"], [load, load], None, None))
+        writer.write(CountedBatches(0, int(load.sum()) // 2, ["a", "b"], [load, load], None))
     return open_trace(root)
 
 

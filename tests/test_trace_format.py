@@ -117,7 +117,7 @@ def columns_of(table: str) -> pa.Schema:
         "documents": schema.DOCUMENTS,
         "routing": schema.routing_schema(ROUTERS, schema.SLOT_VALUES),
         "logits": schema.logits_schema(8),
-        "counts": schema.counts_schema(weights=True, energy=True, by_document=True),
+        "counts": schema.counts_schema(schema.SUMS, by_document=True),
         "vocabulary": schema.VOCABULARY_SCHEMA,
     }[table]
 

@@ -34,9 +34,10 @@ SCORES = {
     "frequency": "its assignments",
     "ean": "sum of the norms of its outputs",
     "mean-norm": "mean of the norms of its outputs",
+    "saliency": "mean of what the source of imported counts scores its assignments by",
 }
 OF_NORMS = ("reap", "ean", "mean-norm")
-MEANS = {"reap", "mean-norm"}  # per assignment
+MEANS = {"reap", "mean-norm", "saliency"}  # per assignment
 AIMER, ABLATION = "aimer", "ablation"
 # of a trace and what is beside it
 ALL = (*SCORES, AIMER, ABLATION)
@@ -111,14 +112,17 @@ def counted(trace: Trace, by: str) -> Counts:
     if by not in SCORES:
         raise MoeInspectError(f"no score {by!r} of a trace: there are {', '.join(SCORES)}")
     if by in OF_NORMS and not trace.has_norms:
+        known = "saliency, " * ("saliency_sum" in trace.sums) + "gate or frequency"
         raise MoeInspectError(
             f"{trace.path} has no output norms, which {by} needs: record it with --output-norms "
-            "(output_norms=True), or score by gate or frequency"
+            f"(output_norms=True), or score by {known}"
         )
+    if by == "saliency" and "saliency_sum" not in trace.sums:
+        said = "import counts that state it (--map saliency=…), or score by gate or frequency"
+        raise MoeInspectError(f"{trace.path} states no saliency: {said}")
     if by == "gate" and not trace.has_weights:
         raise MoeInspectError(f"{trace.path} has no gate weights: score by frequency")
-    wants = BASE if trace.counts_only else BASE | {"worth"}
-    return count_trace(trace, select(trace), wants)
+    return count_trace(trace, select(trace), BASE | {"worth"})
 
 
 def score_DE(counts: Counts, r: int, by: str) -> np.ndarray:
@@ -139,7 +143,8 @@ def _sums_DE(counts: Counts, r: int, by: str) -> np.ndarray:
     if by == "gate":
         assert of.weight_sum_DE is not None
         return of.weight_sum_DE
-    sums_UE = of.gated_norm_UE if by == "reap" else of.norm_UE
+    of_score = {"reap": of.gated_norm_UE, "saliency": of.saliency_sum_UE}
+    sums_UE = of_score.get(by, of.norm_UE)
     assert sums_UE is not None
     return counts.by_domain(sums_UE)
 

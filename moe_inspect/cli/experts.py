@@ -16,7 +16,9 @@ from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import SafeCsv, TableOptions, output_option
 from moe_inspect.text import plural, print_stderr
 
-By = Literal["reap", "gate", "frequency", "ean", "mean-norm", "aimer", "ablation", "random"]
+By = Literal[
+    "reap", "gate", "frequency", "ean", "mean-norm", "saliency", "aimer", "ablation", "random"
+]
 AblateTable = Literal["experts", "domains"]
 PruneTable = Literal["losses", "scores", "findings"]
 run_option, experts_option = in_panel("Run"), in_panel("Experts")
@@ -106,8 +108,9 @@ def prune(
     by: By = experts_option(
         "Score of an expert; the lowest are dropped. reap: mean of gate weight × output "
         "norm. gate: sum of gate weights. frequency: assignments. ean: sum of output "
-        "norms. mean-norm: mean of output norms. aimer: from the weights alone. ablation: "
-        "rise of the loss on the calibration text without this expert.",
+        "norms. mean-norm: mean of output norms. saliency: that of imported counts. aimer: "
+        "from the weights alone. ablation: rise of the loss on the calibration text without "
+        "this expert.",
         default="reap",
     ),
     keep: float = experts_option(

@@ -34,8 +34,9 @@ def export(
         "esft: train the fewest experts per layer whose scores sum to this share. Default: 0.2."
     ),
     by: ExportBy | None = option(
-        "esft, pruning: the score of the experts, as in prune. Default: frequency (token) "
-        "for esft, reap for pruning.",
+        "esft, pruning: the score of the experts, as in prune, or token. Default: frequency "
+        "(token) for esft, reap for pruning.",
+        "SCORE",
         flags=("--by", "--score"),
     ),
     weights: str | None = option("With --by aimer: the model, a directory or a hub id.", "MODEL"),

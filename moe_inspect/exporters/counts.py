@@ -18,16 +18,17 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import safe_cell
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import SUMS
 from moe_inspect.trace.shard import Shard
 
 # of one router: domain → column → [E]
 Sums = dict[str, dict[str, np.ndarray]]
-OPTIONAL = ("first_choice", "weight_sum", "energy")
+OPTIONAL = ("first_choice", *SUMS)
 
 
 def sums_by_domain(trace: Trace) -> list[Sums]:
-    """Of each router: domain → column → [E]. weight_sum is missing without weights, first_choice
-    and energy where the source did not say."""
+    """Of each router: domain → column → [E]. weight_sum is missing without weights, the other
+    OPTIONAL columns where the source did not say."""
     made: list[Sums] = [{} for _ in trace.routers]
     for shard in trace.shards:
         for r, domain, sums in _counted(shard) if trace.counts_only else _summed(shard):
@@ -80,7 +81,7 @@ def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
 
 INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
 KEYS = {"layer": INT32, "router": INT32, "domain": pa.string(), "expert": INT32}
-VALUES = {"count": INT64, "first_choice": INT64, "weight_sum": FLOAT64, "energy": FLOAT64}
+VALUES = {"count": INT64, "first_choice": INT64, **dict.fromkeys(SUMS, FLOAT64)}
 COUNTS = pa.schema(KEYS | VALUES | {"experts": INT32, "top_k": INT32})
 
 

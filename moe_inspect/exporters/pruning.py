@@ -28,16 +28,20 @@ def pruning(
     names = [router.path if several else str(router.layer) for router in trace.routers]
     for router in trace.routers:
         refuse_too_few(router.experts, router.top_k, keep, of_groups)
+    gone = [lowest([of_E], keep, groups)[0] for of_E in scores.whole_LE]
+    capture = trace.manifest["capture"]
     made = {
         "format": 1,
         "model": (trace.manifest.get("model") or {}).get("id"),
         "trace": str(trace.path),
         "by": by,
+        "scored_by": capture.get("format") if by == "saliency" else "moe-inspect",
         "keep": keep,
         "experts": {n: router.experts for n, router in zip(names, trace.routers, strict=True)},
-        "dropped": {
-            n: lowest([of_E], keep, groups)[0]
-            for n, of_E in zip(names, scores.whole_LE, strict=True)
+        "dropped": dict(zip(names, gone, strict=True)),
+        "kept": {
+            n: sorted({*range(router.experts)} - {*of})
+            for n, router, of in zip(names, trace.routers, gone, strict=True)
         },
         "scores": {n: of_E.tolist() for n, of_E in zip(names, scores.whole_LE, strict=True)},
     }

@@ -5,7 +5,7 @@ T tokens, K slots, L routers, E experts, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -113,8 +113,7 @@ def batch_of_counts(
     domains: Sequence[str],
     batch: int,
     first_choice: list[np.ndarray] | None = None,
-    weight_sum: list[np.ndarray] | None = None,
-    energy: list[np.ndarray] | None = None,
+    sums: Mapping[str, list[np.ndarray]] | None = None,
     documents: Sequence[tuple[int, str]] = (),
 ) -> CountedBatches:
     """A batch of counts [D, E] of each router, by domain, or by `documents` (their numbers and
@@ -134,14 +133,13 @@ def batch_of_counts(
         list(domains),
         list(load_LDE),
         first_choice,
-        weight_sum,
+        sums or {},
         [
             Document(number, domain, name, tokens)
             for (number, name), domain, tokens in zip(
                 documents, domains, tokens_D.tolist(), strict=False
             )
         ],
-        energy=energy,
     )
 
 

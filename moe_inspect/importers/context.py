@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,17 +157,17 @@ def _only(of_layer: dict[int, int], where: object, what: str, option: str) -> in
 @dataclass(frozen=True)
 class Imported:
     """What an importer gives back. `batches`: in the order of the trace. `notes`: for the
-    manifest, what the source leaves out. vocabulary: token_id, token, where the source says."""
+    manifest, what the source leaves out. vocabulary: token_id, token, where the source says.
+    extras: what the trace has too, as TraceWriter takes it."""
 
     routers: list[Router]
     batches: Iterator[RoutedBatch | CountedBatches]
     weights: bool = False
     logits: bool = False
-    energy: bool = False
-    by_document: bool = False
     counts_only: bool = False
     notes: list[str] = field(default_factory=list)
     vocabulary: pa.Table | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict[str, bool])
 
 
 Run = Callable[[ImportContext], Imported]

@@ -85,11 +85,12 @@ def imatrix(context: ImportContext) -> Imported:
     known = all(f.energy is not None for f in found)
 
     def batches() -> Iterator[CountedBatches]:
-        yield batch_of_counts(load, routers, domains, 0, energy=energy if known else None)
+        yield batch_of_counts(load, routers, domains, 0, sums={"energy": energy} if known else {})
 
     datasets = [name for f in found for name in f.datasets]
     notes = [f"computed on {', '.join(datasets)}"] if datasets else []
-    return Imported(routers, batches(), energy=known, counts_only=True, notes=notes)
+    extras = {"energy": known}
+    return Imported(routers, batches(), counts_only=True, notes=notes, extras=extras)
 
 
 def _last(

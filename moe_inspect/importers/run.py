@@ -125,8 +125,7 @@ def import_trace(
                 imported.routers,
                 weights=imported.weights,
                 logits=imported.logits,
-                energy=imported.energy,
-                by_document=imported.by_document,
+                **imported.extras,
                 counts_only=imported.counts_only,
                 vocabulary=vocabulary,
                 shard_seconds=float("inf"),  # no shards by age: the same files give the same trace

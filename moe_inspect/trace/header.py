@@ -98,9 +98,10 @@ class TraceHeader:
         return max(self.stated_blocks or 0, 1 + max(router.layer for router in self.routers))
 
     @property
-    def has_energy(self) -> bool:
-        """Whether the counts have the energy of the experts' activations."""
-        return self.manifest["capture"].get("energy") is True
+    def sums(self) -> list[str]:
+        """What its counts have beside assignments, of `schema.SUMS`."""
+        capture = self.manifest["capture"]
+        return [name for name, of in schema.SUMS.items() if capture.get(of.stated) is True]
 
     @property
     def has_loss(self) -> bool:
@@ -113,7 +114,7 @@ class TraceHeader:
             case "routing":
                 return schema.routing_schema(self.routers, self.slot_values)
             case "counts":
-                return schema.counts_schema(self.has_weights, self.has_energy, self.by_document)
+                return schema.counts_schema(self.sums, self.by_document)
             case "logits":
                 return schema.logits_schema(max(r.experts for r in self.routers))
             case "tokens":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -134,11 +135,30 @@ def routing_schema(
     return pa.schema(fields)
 
 
-def counts_schema(weights: bool, energy: bool = False, by_document: bool = False) -> pa.Schema:
+class Sum(NamedTuple):
+    """A column of the counts table, float64: what is summed over an expert's assignments, from
+    `least` on. There where capture.`stated` is true."""
+
+    stated: str
+    meaning: str
+    least: float = -math.inf
+
+
+SUMS = {
+    "weight_sum": Sum("weights", "sum of the gate weights of the expert's assignments"),
+    "energy": Sum(
+        "energy", "sum of the squares of the expert's inner activations over its assignments", 0
+    ),
+    "saliency_sum": Sum(
+        "saliency", "sum over the expert's assignments of the score that the source gives each"
+    ),
+}
+
+
+def counts_schema(sums: Iterable[str], by_document: bool = False) -> pa.Schema:
     fields = [*DECISION[1:], *[("document", pa.int32())] * by_document]
     fields += [("domain", LABEL), ("expert", pa.uint16())]
     fields += [("assignments", pa.int64()), ("first_choice", pa.int64())]
-    sums = [name for name, there in (("weight_sum", weights), ("energy", energy)) if there]
     return pa.schema([*fields, *((name, pa.float64()) for name in sums)])
 
 
@@ -174,9 +194,7 @@ OPTIONAL_GLOSSARY = {  # by what capture states
     "dropped_experts": {
         "dropped_expert_j": "the expert that slot j was meant for, and whose capacity dropped it"
     },
-    "energy": {
-        "energy": "sum of the squares of the expert's inner activations over its assignments"
-    },
+    **{of.stated: {name: of.meaning} for name, of in SUMS.items() if of.stated != "weights"},
     "by_document": {"document": "the input text whose assignments a row counts"},
     "token_loss": LOSS,
 }

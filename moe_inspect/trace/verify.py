@@ -588,7 +588,5 @@ def _check_counts(shard: Shard, documents: Documents, found: Verification) -> No
         found.assignments += total
         found.empty_slots += most - total
         found.decisions += tokens
-    if shard.trace.has_weights:
-        rows.expect_size("weight_sum", table["weight_sum"].to_numpy())
-    if shard.trace.has_energy:
-        rows.expect_size("energy", table["energy"].to_numpy(), least=0)
+    for name in shard.trace.sums:
+        rows.expect_size(name, table[name].to_numpy(), schema.SUMS[name].least)

@@ -73,7 +73,7 @@ class History:
         tokens = sum({router.stack: int(n) for router, n in of_router}.values())
         shards, load_1E = self.writer.next_shard, [load_E[None] for load_E in taken.load]
         decisions, first = int(taken.tokens_R.sum()), self.last_step + 1
-        counts = CountedBatches(step, tokens, [""], load_1E, None, None, [], decisions, first)
+        counts = CountedBatches(step, tokens, [""], load_1E, None, {}, [], decisions, first)
         self.writer.write(counts)
         self.last_step = step
         until = time.monotonic() + COMMIT_TIMEOUT_S

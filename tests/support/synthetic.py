@@ -146,7 +146,7 @@ def write_counts(
     listed = [replace(r, slot_order="weight") for r in routers(len(loads), loads[0].shape[1], k)]
     tokens, first = int(loads[0].sum()) // k, [load // k for load in loads]
     whole = [load.astype(np.int64) for load in loads]
-    counted = CountedBatches(0, tokens, list(domains), whole, first, None)
+    counted = CountedBatches(0, tokens, list(domains), whole, first)
     return write_passes(root, listed, [counted], counts_only=True)
 
 
@@ -155,7 +155,7 @@ def counts_by_document(root: Path) -> Trace:
     listed, domains = routers(2, 8, 2), ["code", "prose"]
     documents = [Document(d, domain, "synthetic", 25) for d, domain in enumerate(domains)]
     load = [np.array([[10, 10, 10, 10, 10, 0, 0, 0], [0, 0, 5, 9, 9, 9, 9, 9]])] * 2
-    counted = CountedBatches(0, 50, domains, load, None, None, documents)
+    counted = CountedBatches(0, 50, domains, load, None, {}, documents)
     return write_passes(root, listed, [counted], counts_only=True, by_document=True)
 
 

@@ -39,7 +39,7 @@ WANTS = {
     "windows": "load over time: window_load_WE, window_tokens_W",
     "srp": "how often an expert is chosen within m consecutive tokens: srp",
     "esft": "relevance of experts, averaged over sequences: esft_token_DE, esft_gate_DE, samples_D",
-    "worth": "sizes of the experts' outputs: gated_norm_UE, norm_UE, peak_E",
+    "worth": "sizes of the experts' outputs: gated_norm_UE, norm_UE, peak_E; saliency_sum_UE",
     "weights": "confidence read off the k gate weights",
     "logits": "confidence, auxiliary and z-loss read off the router logits",
     "token_ids": "what the routing of each token id comes to: Counts.by_token_id",
@@ -75,7 +75,8 @@ class RouterCounts:
     tokens choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of
     1[e chosen]/k, and of the gate weight; samples_D.
     gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
-    that norm; peak_E: the largest |value| of its outputs. None where the trace has none.
+    that norm; peak_E: the largest |value| of its outputs; saliency_sum_UE: Σ of what the source of
+    counts scores an assignment by. None where the trace has none.
     weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second)
     of the k weights made to sum to 1, mass: their sum as it is.
     logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
@@ -102,6 +103,7 @@ class RouterCounts:
     srp: dict[int, np.ndarray] | None = None
     gated_norm_UE: np.ndarray | None = _count("worth", "UE", float)
     norm_UE: np.ndarray | None = _count("worth", "UE", float)
+    saliency_sum_UE: np.ndarray | None = _count("worth", "UE", float)
     peak_E: np.ndarray | None = _count("worth", "E", np.float32, np.maximum)
     esft_token_DE: np.ndarray | None = _count("esft", "DE", float)
     esft_gate_DE: np.ndarray | None = _count("esft", "DE", float)

@@ -152,10 +152,9 @@ class DeviceCounts:
         for taken_E, new_DE in zip(self._taken_load, load, strict=True):
             taken_E += new_DE.sum(0)
         known = len(load[0])
-        sums = load, first_choices, weight_sums[0] if self.weights else None
-        counted = CountedBatches(
-            self.batch, self.tokens, domains[:known], *sums, self.documents, self.decisions
-        )
+        sums = {"weight_sum": weight_sums[0]} if self.weights else {}
+        counts = load, first_choices, sums, self.documents, self.decisions
+        counted = CountedBatches(self.batch, self.tokens, domains[:known], *counts)
         self.tokens, self.decisions, self.documents = 0, 0, []
         self._sums = self._zeros(known)
         return counted

@@ -24,6 +24,7 @@ from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
 from moe_inspect.importers.tables.read import TableChunk, chunks_of
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import ranges, storable
+from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import CountedBatches
@@ -33,12 +34,12 @@ BATCH_CELLS = 2**22  # (document, layer, expert) of a shard
 MOST_LAYER = 2**16 - 1
 ROW = {"layer", "expert"}
 CSV = (".csv", ".tsv")
-SUMS = ("count", "first_choice", "weight_sum", "energy")
+SUMS = ("count", "first_choice", *schema.SUMS)
 PENDING = 2**22  # rows that are added up together: so few that no sum of counts overflows
 Columns = dict[str, np.ndarray]
 # the last three: −1, 0 and 0 if not said
 KEYS = ("layer", "router", "domain", "expert", "document", "experts", "top_k")
-OF_COUNTS = {*KEYS, *SUMS, "share", "tokens", "samples"}
+OF_COUNTS = {*KEYS, *SUMS, "share", "tokens", "samples", "saliency"}
 # (file, or folder of files of a layer each; number of the domain; name) → number
 Documents = dict[tuple[Path, int, str], int]
 
@@ -141,14 +142,15 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     def batches() -> Iterator[CountedBatches]:
         for n, start in enumerate(range(0, len(domains), step)):
             at = slice(start, start + step)
-            count, *sums = (dense(name, at) for name in SUMS)
-            named = numbered[at]
-            yield batch_of_counts(count or [], routers, domains[at], n, *sums, documents=named)
+            count, first_choice, *each = (dense(name, at) for name in SUMS)
+            sums = {name: of for name, of in zip(schema.SUMS, each, strict=True) if of is not None}
+            counts = first_choice, sums, numbered[at]
+            yield batch_of_counts(count or [], routers, domains[at], n, *counts)
 
-    weights, energy = "weight_sum" in every, "energy" in every
+    extras = {of.stated: name in every for name, of in schema.SUMS.items()}
+    extras["by_document"], weights = bool(documents), extras.pop("weights")
     routers = [stated(router, known="first_choice" in every) for router in routers]
-    kept = {"energy": energy, "by_document": bool(documents), "counts_only": True}
-    return Imported(routers, batches(), weights, notes=notes, **kept)
+    return Imported(routers, batches(), weights, counts_only=True, notes=notes, extras=extras)
 
 
 def _placed(
@@ -237,9 +239,11 @@ def _columns(
             what = f"is {first_N[row]:,} of {count_N[row]:,} assignments"
             raise chunk.error(row, "first_choice", what)
         made["first_choice"] = first_N
-    for name, low in (("weight_sum", -np.inf), ("energy", 0)):
+    for name, of in schema.SUMS.items():
         if name in chunk:
-            made[name] = chunk.numbers(name, low, 2**53, real=True)
+            made[name] = chunk.numbers(name, of.least, 2**53, real=True)
+    if "saliency" in chunk:
+        made["saliency_sum"] = chunk.numbers("saliency", -(2**53), 2**53, real=True) * count_N
     return made
 
 

@@ -81,7 +81,8 @@ def thresholds_with(changes: Mapping[str, float] | None = None) -> Thresholds:
 
 Result = TypeVar("Result")
 TOKEN_IDS = frozenset({"token_ids"})
-IN_ORDER = frozenset({"windows"})  # what counts alone tell besides sums: their shards have an order
+# what counts alone tell besides sums: their shards have an order; some say what experts are worth
+OF_COUNTS = frozenset({"windows", "worth"})
 PAIRED = frozenset({"pairs", "transitions"})  # experts × experts, of each router
 STATUS = {
     "recording": (
@@ -129,7 +130,7 @@ class ReportData:
         """The counts with at least these among them. What is not counted yet takes another pass:
         `prepare` saves that."""
         asked = (
-            BASE.union(IN_ORDER & set(wants))
+            BASE.union(OF_COUNTS & set(wants))
             if self.trace.counts_only
             else BASE.union(wants) - (set() if "logits" in self.trace.tables else {"logits"})
         )
@@ -174,19 +175,20 @@ class ReportData:
         return too_many_pairs(self.trace, self.selection.routers)
 
     def decisions(self, table: str) -> Counts:
-        """The counts for a table that needs decisions; an error where the trace has counts only. A
-        table over time takes those too."""
-        if self.trace.counts_only and TABLES[table].wants != IN_ORDER:
+        """The counts for a table that needs decisions; an error where the trace has counts only,
+        which tables of OF_COUNTS take too."""
+        wants = TABLES[table].wants
+        if self.trace.counts_only and (not wants or wants - OF_COUNTS):
             raise MoeInspectError(
                 f"{self.trace.path} holds counts only, no decisions: no {table} table; "
                 f"{self.trace.more_than_counts}"
             )
-        if self.without_pairs and TABLES[table].wants & PAIRED:
+        if self.without_pairs and wants & PAIRED:
             raise MoeInspectError(
                 f"{self.trace.path} has too many experts to count pairs of them: no {table} table; "
                 "select fewer layers"
             )
-        return self.counts_for(*TABLES[table].wants)
+        return self.counts_for(*wants)
 
     def rows_of(self, table: str, router: int) -> pd.DataFrame:
         """The rows of a router: of many domains, a table of all routers takes much memory."""

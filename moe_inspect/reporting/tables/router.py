@@ -82,11 +82,12 @@ def _or_nan(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
 @table("worth")
 def worth(data: ReportData) -> pd.DataFrame:
     """One row per expert: its assignments and gate weights, and by the norms of its outputs REAP,
-    EAN, mean norm and share, with 95 % intervals over documents; whether it is a super expert, by
-    the peaks; on how many domains it was judged; and AIMER, by the model's weights. NaN where the
-    trace lacks what it takes, or no weights are given."""
-    counts = data.decisions("worth")
-    weights_RU = unc.resample_weights(counts.domain_of_unit_U)
+    EAN, mean norm and share, with 95 % intervals over documents; the mean of what the source of
+    imported counts scores its assignments by (saliency); whether it is a super expert, by the
+    peaks; on how many domains it was judged; and AIMER, by the model's weights. NaN where the trace
+    lacks what it takes, or no weights are given."""
+    counts, resample = data.decisions("worth"), unc.resample_weights
+    weights_RU = None if counts.documents_unknown else resample(counts.domain_of_unit_U)
     found = pd.DataFrame(rows_per_router(data, lambda r: _worth_of(counts, r, weights_RU)))
     peaks = [peak_E for r in counts.indices if (peak_E := counts.of[r].peak_E) is not None]
     super_expert = pd.array([pd.NA] * len(found), dtype="boolean")
@@ -106,6 +107,7 @@ def _worth_of(counts: Counts, r: int, weights_RU: np.ndarray | None) -> Columns:
     load_UE = of.assignments_UE
     gated_UE = _or_nan(of.gated_norm_UE, load_UE.shape)
     norm_UE = _or_nan(of.norm_UE, load_UE.shape)
+    saliency_UE = _or_nan(of.saliency_sum_UE, load_UE.shape)
     # a share is of the router's sum in the same resample
     total_UE = np.broadcast_to(gated_UE.sum(1, keepdims=True), gated_UE.shape)
     return {
@@ -116,6 +118,7 @@ def _worth_of(counts: Counts, r: int, weights_RU: np.ndarray | None) -> Columns:
         "ean_sum": norm_UE.sum(0),
         **_with_interval("mean_norm", norm_UE, load_UE, weights_RU),
         **_with_interval("share", gated_UE, total_UE, weights_RU),
+        **_with_interval("saliency", saliency_UE, load_UE, weights_RU, -np.inf),
         "peak": _or_nan(of.peak_E, (E,)),
         "domains_judged": (assignments_DE >= metrics.JUDGED).sum(0),
         "domains": len(assignments_DE),
@@ -123,16 +126,20 @@ def _worth_of(counts: Counts, r: int, weights_RU: np.ndarray | None) -> Columns:
 
 
 def _with_interval(
-    name: str, sums_UE: np.ndarray, of_UE: np.ndarray, weights_RU: np.ndarray | None
+    name: str,
+    sums_UE: np.ndarray,
+    of_UE: np.ndarray,
+    weights_RU: np.ndarray | None,
+    least: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """Σ sums ÷ Σ of, of each expert, and its 95 % interval over documents."""
+    """Σ sums ÷ Σ of, of each expert, and its 95 % interval over documents, from `least` on."""
     value_E = sums_UE.sum(0) / nan_for_zero(of_UE.sum(0))
     ends_2E, known_E = np.full((2, len(value_E)), np.nan), np.isfinite(value_E)
     if weights_RU is not None and known_E.any():
         of_RN = nan_for_zero(weights_RU @ of_UE[:, known_E])
         documents = unc.effective_documents(of_UE.sum(1))
         values_RN = weights_RU @ sums_UE[:, known_E] / of_RN
-        ends_2E[:, known_E] = unc.interval(values_RN, documents, (0.0, np.inf))
+        ends_2E[:, known_E] = unc.interval(values_RN, documents, (least, np.inf))
     return {name: value_E, f"{name}_low": ends_2E[0], f"{name}_high": ends_2E[1]}
 
 

@@ -66,8 +66,7 @@ def _check_columns(a: Trace, b: Trace) -> None:
 def _columns(trace: Trace) -> list[str]:
     """What a trace may hold or not: columns, and the table of logits."""
     there = {f"{value}_j": not trace.counts_only for value in trace.slot_values}
-    there |= {"weight_sum": trace.counts_only and trace.has_weights, "energy": trace.has_energy}
-    there |= {"document": trace.by_document}
+    there |= dict.fromkeys(trace.sums, trace.counts_only) | {"document": trace.by_document}
     there |= {"loss_nats": trace.has_loss, "logits": "logits" in trace.tables}
     return [name for name, holds in there.items() if holds]
 

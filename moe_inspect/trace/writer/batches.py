@@ -111,7 +111,7 @@ class RoutedBatch:
 @dataclass(frozen=True)
 class CountedBatches:
     """Load summed over the batches up to `batch`, from `first_batch` on where that is known:
-    integers [D, E_r] a router (`weight_sum`, `energy`: float64). `first_choice` is None where a
+    integers [D, E_r] a router (`sums`, of `schema.SUMS`: float64). `first_choice` is None where a
     source does not say: null in the table. `decisions`: of all routers, where they did not all see
     every token. In a trace of counts by document a row is one of `documents`, whose counts are all
     here, and `domains` the label of each."""
@@ -121,22 +121,24 @@ class CountedBatches:
     domains: Sequence[str]
     assignments: list[np.ndarray]
     first_choice: list[np.ndarray] | None
-    weight_sum: list[np.ndarray] | None
+    sums: Mapping[str, list[np.ndarray]] = field(default_factory=dict[str, list[np.ndarray]])
     documents: list[Document] = field(default_factory=list)
     decisions: int | None = None
     first_batch: int | None = None
-    energy: list[np.ndarray] | None = None
 
 
 def summed(parts: Sequence[CountedBatches]) -> CountedBatches:
     """The sum of counts of consecutive batches. Domains of a later one begin with those of an
     earlier one."""
-    last, sums = parts[-1], dict[str, list[np.ndarray] | None]()
-    for name in ("assignments", "first_choice", "weight_sum", "energy"):
-        arrays = [of for part in parts if (of := getattr(part, name)) is not None]
-        sums[name] = None
-        if len(arrays) == len(parts):
-            sums[name] = [_added(of, len(last.domains)) for of in zip(*arrays, strict=True)]
+    last = parts[-1]
+
+    def added(arrays: Sequence[list[np.ndarray] | None]) -> list[np.ndarray] | None:
+        known = [of for of in arrays if of is not None]
+        if len(known) < len(parts):
+            return None
+        return [_added(of, len(last.domains)) for of in zip(*known, strict=True)]
+
+    each = {name: added([part.sums.get(name) for part in parts]) for name in last.sums}
     decisions = [part.decisions for part in parts if part.decisions is not None]
     return replace(
         last,
@@ -144,7 +146,9 @@ def summed(parts: Sequence[CountedBatches]) -> CountedBatches:
         documents=[document for part in parts for document in part.documents],
         decisions=sum(decisions) if len(decisions) == len(parts) else None,
         first_batch=parts[0].first_batch,
-        **sums,
+        assignments=added([part.assignments for part in parts]) or [],
+        first_choice=added([part.first_choice for part in parts]),
+        sums={name: of for name, of in each.items() if of is not None},
     )
 
 

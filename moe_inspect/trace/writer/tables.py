@@ -171,8 +171,7 @@ def counts_table(trace: TraceHeader, r: int, counted: CountedBatches) -> pa.Tabl
         if first is None
         else pa.array(first[r].reshape(-1).astype(np.int64)),
     ]
-    for sums in (counted.weight_sum, counted.energy):
-        arrays += [] if sums is None else [pa.array(sums[r].reshape(-1))]
+    arrays += [pa.array(counted.sums[name][r].reshape(-1)) for name in trace.sums]
     return pa.Table.from_arrays(arrays, schema=trace.columns_of("counts"))
 
 
