@@ -129,37 +129,23 @@ def ageing(how: str) -> list[float]:
 
 
 def kept(how: str) -> list[float]:
-    """Layers in which the published list is the experts with the largest saliency."""
-    blend, published = read("glm52/blend_maxmin.json"), read("glm52/keep_mix108_maxmin.json")
-    layers = published["keep"].items()
-    return [
-        sum(
-            set(np.argsort(blend["layers"][layer]["sal"])[-len(keep) :]) == {*keep}
-            for layer, keep in layers
-        )
-    ]
+    """Layers in which the experts that the command keeps are those of the published list."""
+    for command in how.split("; "):
+        run(command)
+    ours, published = read("keep.json")["kept"], read("glm52/keep_mix108_maxmin.json")["keep"]
+    return [sum(ours[layer] == sorted(keep) for layer, keep in published.items())]
 
 
 def changed_sets(how: str) -> list[float]:
-    """1 − mean Jaccard index of the sets of experts that an example uses in a layer."""
-    names = ("null1024_olmoe_bf16", "null1024_olmoe_int8", "null1024_olmoe_nf4")
-    bf16, int8, nf4, adapted = map(used, (*names, "sb1024_adapted_olmoe_nf4"))
-
-    def distance(a: np.ndarray, b: np.ndarray) -> float:
-        return 1 - float(((a & b).sum(-1) / (a | b).sum(-1)).mean())
-
-    return [distance(bf16, int8), distance(bf16, nf4), distance(nf4, adapted)]
-
-
-def used(name: str) -> np.ndarray:
-    """Which experts each example uses, bool [examples, layers, experts]."""
-    with gzip.open(f"olmoe_quantised/{name}_resident.jsonl.gz") as lines:
-        examples = [json.loads(line)["routed"] for line in lines]
-    used_NLE = np.zeros((len(examples), 16, 64), bool)
-    for n, routed in enumerate(examples):
-        for layer, counts in routed.items():
-            used_NLE[n, int(layer), [expert for expert, _ in counts]] = True
-    return used_NLE
+    bf16, int8, nf4 = (f"null1024_olmoe_{kind}" for kind in ("bf16", "int8", "nf4"))
+    made = list[float]()
+    for a, b in ((bf16, int8), (bf16, nf4), (nf4, "sb1024_adapted_olmoe_nf4")):
+        for name in (a, b):
+            if not Path("runs", name).exists():
+                run(f"import experts4bit olmoe_quantised/{name}_resident.jsonl.gz -o runs/{name}")
+        compared = how.replace("NAME", a, 1).replace("NAME", b, 1)
+        made.append(float(column(compared, "set_distance").mean()))
+    return made
 
 
 def foretold(how: str, model: str, E: int) -> list[float]:
@@ -288,7 +274,9 @@ FIGURES = (
         "GLM-5.2: of 75 layers, those where the published list of 108 experts is the most salient",
         GLM,
         "75",
-        "",
+        "import table glm52/blend_maxmin.json -o runs/glm_blend --experts 256 --top-k 8 --map "
+        "count=layers.{layer}.cnt.{expert},saliency=layers.{layer}.sal.{expert}; "
+        "export runs/glm_blend --format pruning --by saliency --keep 0.421875 -o keep.json",
         kept,
         "glm52",
     ),
@@ -298,7 +286,7 @@ FIGURES = (
         f"[the ladder]({EXPERTS4BIT}/null_ladder_1024.md), "
         f"[the adapter]({EXPERTS4BIT}/sb_routing_shift_1024.md)",
         "0.0045, 0.0194, 0.0582",
-        "",
+        "compare runs/NAME runs/NAME --table agreement",
         changed_sets,
         "olmoe_quantised",
     ),
