@@ -160,7 +160,9 @@ def batches(made: Shape) -> Iterator[Any]:
         )
 
 
-# The same answers by others. {a} and {b} are traces, {k} their slots. One thread each.
+# The same answers by others. {a} and {b} are traces, {k} their slots. One thread each. "load": the
+# assignments alone; "load's columns": also first choices and weights, which the table `load` has
+# (and of which `balance` has the weights).
 
 POLARS = """
 import polars as pl
@@ -182,6 +184,26 @@ db = duckdb.connect(config={{"threads": 1}})
 slots = ", ".join(f"expert_{{j}}" for j in range({k}))
 print(db.sql(f"select router, expert, count(*) from (select router, unnest([{{slots}}]) as expert "
     "from '{a}/routing/*.parquet') group by all").fetchnumpy())
+""",
+        "polars, load's columns": POLARS
+        + """
+each = [
+    routing("{a}").group_by("router", pl.col(s).alias("expert")).agg(
+        pl.len(), (pl.len() * (j == 0)).alias("first"),
+        pl.col(f"weight_{{j}}").cast(pl.Float64).sum().alias("weight"),
+    )
+    for j, s in enumerate(slots)
+]
+print(pl.concat(each).group_by("router", "expert").agg(pl.col("len", "first", "weight").sum())
+    .collect(engine="streaming"))
+""",
+        "duckdb, load's columns": """
+import duckdb
+db = duckdb.connect(config={{"threads": 1}})
+slots, weights = (", ".join(f"{{name}}_{{j}}" for j in range({k})) for name in ("expert", "weight"))
+print(db.sql(f"select router, expert, count(*), sum((slot = 0)::int), sum(weight::double) from "
+    f"(select router, unnest([{{slots}}]) as expert, unnest([{{weights}}]) as weight, "
+    "unnest(range({k})) as slot from '{a}/routing/*.parquet') group by all").fetchnumpy())
 """,
     },
     "domains": {
@@ -311,7 +333,7 @@ def main() -> None:
     checkouts = {"ours": ROOT, **({"before": asked.against} if asked.against else {})}
     facts = machine() | {"command": " ".join(["python -m benchmarks.users", *sys.argv[1:]])}
     measured = written("users", facts)
-    print(f"{'':<64}{'':<9}{'CPU s':>9}{'wall s':>9}{'MiB':>8}")
+    print(f"{'':<64}{'':<24}{'CPU s':>9}{'wall s':>9}{'MiB':>8}")
     with tempfile.TemporaryDirectory() as scratch:
         kept = asked.kept or Path(scratch)
         kept.mkdir(parents=True, exist_ok=True)
@@ -347,8 +369,8 @@ def main() -> None:
             }
             for n, (who, least) in enumerate(list(measured[label].items())[1:]):
                 print(
-                    f"{'' if n else label:<64}{who:<9}{least['cpu_s']:>9.2f}{least['wall_s']:>9.2f}"
-                    f"{least['peak_memory_mib']:>8.0f}",
+                    f"{'' if n else label:<64}{who:<24}{least['cpu_s']:>9.2f}"
+                    f"{least['wall_s']:>9.2f}{least['peak_memory_mib']:>8.0f}",
                     flush=True,
                 )
             write_results("users", facts, measured)
