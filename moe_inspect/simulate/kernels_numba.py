@@ -15,16 +15,7 @@ NOWHERE = 255  # level of a slot that routed nowhere
 
 
 @njit(nogil=True, cache=True)
-def queue(
-    ids_KT: np.ndarray,
-    start_G: np.ndarray,
-    of_G: np.ndarray,
-    level_SC: np.ndarray,
-    visit_N: np.ndarray,
-    by_token: bool,
-    load_GE: np.ndarray,
-    level_KT: np.ndarray,
-) -> None:
+def queue(ids_KT, start_G, of_G, level_SC, visit_N, by_token, load_GE, level_KT):  # type: ignore[no-untyped-def]
     """How many assignments are ahead of each in the queue of its expert and group. ids_KT:
     experts, −1 for none. start_G: the first token of each group, and the end. of_G: the row of
     level_SC for each group. visit_N: indices into the flat ids_KT in the order of service; where
@@ -116,16 +107,7 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
 
 
 @njit(nogil=True, cache=True)
-def lfu(
-    ids_KT: np.ndarray,
-    phase_T: np.ndarray,
-    slots: int,
-    order_E: np.ndarray,
-    at_E: np.ndarray,
-    count_E: np.ndarray,
-    held: np.ndarray,
-    hits_P: np.ndarray,
-) -> None:
+def lfu(ids_KT, phase_T, slots, order_E, at_E, count_E, held, hits_P):  # type: ignore[no-untyped-def]
     """Least frequently used, of equals the least recently. order_E[:held[0]]: the experts that are
     in, the next to go first; at_E: where each is there, −1 for out. Counts are far apart after a
     while, so an access moves its expert past few others. All carry on."""
@@ -171,16 +153,7 @@ def _is_wanted(ids_KT, t, e):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def belady(
-    ids_KT: np.ndarray,
-    phase_T: np.ndarray,
-    slots: int,
-    known_E: np.ndarray,
-    at_E: np.ndarray,
-    room_E: np.ndarray,
-    known: np.ndarray,
-    hits_P: np.ndarray,
-) -> None:
+def belady(ids_KT, phase_T, slots, known_E, at_E, room_E, known, hits_P):  # type: ignore[no-untyped-def]
     """Belady's optimum without looking ahead, in memory for E experts: an access hits where its
     expert could have been kept since its last use beside all that has been kept so far (Jain and
     Lin 2016, OPTgen; as intervals by their ends: Carlisle and Lloyd 1995).
@@ -282,24 +255,91 @@ def _bits(word):
 
 
 @njit(nogil=True, cache=True)
-def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
-    """Token by token, each takes its k best experts that have room. order_TE: each token's experts,
-    best first; `capacity`: tokens that an expert takes.
-    bool [T, E]"""
-    T, E = order_TE.shape
-    left_E = np.full(E, capacity)
-    chosen_TE = np.zeros((T, E), np.bool_)
-    for t in range(T):
-        found = 0
-        for i in range(E):
-            e = order_TE[t, i]
-            if left_E[e] > 0:
-                left_E[e] -= 1
-                chosen_TE[t, e] = True
-                found += 1
-                if found == k:
-                    break
-    return chosen_TE
+def _reach(row_E, x):  # type: ignore[no-untyped-def]
+    found = np.int32(0)  # half as wide as numba's own: twice as many at a time
+    for e in range(len(row_E)):
+        found = np.int32(found + np.int32(row_E[e] >= x))
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _threshold(row_E, k, guess, step):  # type: ignore[no-untyped-def]
+    """A number that exactly k of the row's values reach, by bisection from a guess; where some are
+    equal, the k-th largest, which more do."""
+    kind, low, high = row_E.dtype.type, -np.inf, np.inf  # of which more, fewer than k reach
+    while True:
+        x = kind(guess)
+        found = _reach(row_E, x)
+        if found == k or np.isinf(x):
+            return x
+        low, high = (guess, high) if found > k else (low, guess)
+        if np.isinf(low) or np.isinf(high):
+            step = 2 * step + 1e-9 if step < 1e9 else np.inf
+            guess += step if found > k else -step
+        else:
+            guess = (low + high) / 2
+            if kind(guess) == kind(low) or kind(guess) == kind(high):
+                return kind(low)
+
+
+@njit(nogil=True, cache=True)
+def choose_largest(values_TE, drawn_N, k_N, add_E, room_E, guess_T, chosen_NE):  # type: ignore[no-untyped-def]
+    """In turn, each of the tokens drawn takes the experts of its k largest values + add_E; ties go
+    to the lowest id. room_E: how many tokens each expert takes still; a full one's add_E is −inf.
+    guess_T: about the k-th largest; NaN: as of the token before. Becomes what was found."""
+    row_E, none, before, step = np.empty_like(add_E), add_E.dtype.type(-np.inf), 0.0, 0.0
+    for n in range(len(drawn_N)):
+        t, chosen_E = drawn_N[n], chosen_NE[n]
+        for e in range(len(row_E)):
+            row_E[e] = values_TE[t, e] + add_E[e]
+        guess = before if np.isnan(guess_T[t]) else float(guess_T[t])
+        x = _threshold(row_E, k_N[n], guess, step)
+        if not np.isinf(x):
+            before, step, guess_T[t] = float(x), (step + abs(x - guess)) / 2, x
+        for e in range(len(row_E)):
+            chosen_E[e] = (row_E[e] >= x) & (row_E[e] > none)
+        left, e = _reach(row_E, x) - k_N[n], len(row_E)
+        while left > 0 and x > none:
+            e -= 1
+            if row_E[e] == x:
+                chosen_E[e] = False
+                left -= 1
+        for e in range(len(row_E)):
+            room_E[e] -= chosen_E[e]
+            add_E[e] = add_E[e] if room_E[e] > 0 else none
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def plan_sums(plan_TE: np.ndarray, weight_E: np.ndarray) -> np.ndarray:
+    """The sum of each column once each row, times the weights, is made to sum to 1; without the
+    weights. float64 [E]"""
+    sum_E = np.zeros(len(weight_E))
+    for t in range(len(plan_TE)):
+        total = 0.0
+        for e in range(len(weight_E)):
+            total += plan_TE[t, e] * weight_E[e]
+        total = 1 / total
+        for e in range(len(weight_E)):
+            sum_E[e] += plan_TE[t, e] * total
+    return sum_E
+
+
+@njit(nogil=True, cache=True)
+def tally(chosen_TE, share_TE, model_TE, load_E, mass_E):  # type: ignore[no-untyped-def]
+    """Adds the choices of each expert, and their shares. Returns how many are the model's, and the
+    tokens without any."""
+    agreed = unrouted = 0
+    for t in range(len(chosen_TE)):
+        found = same = np.int32(0)
+        for e in range(len(load_E)):
+            chosen = np.int32(chosen_TE[t, e])
+            load_E[e] += chosen
+            mass_E[e] += share_TE[t, e] if chosen else np.float32(0)
+            same = np.int32(same + (chosen & np.int32(model_TE[t, e])))
+            found = np.int32(found + chosen)
+        agreed += same
+        unrouted += found == 0
+    return agreed, unrouted
 
 
 @njit(nogil=True, cache=True)
@@ -330,14 +370,7 @@ def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndar
 
 
 @njit(nogil=True, cache=True)
-def reached_sparse(
-    ids_KT: np.ndarray,
-    sole_E: np.ndarray,
-    start_E: np.ndarray,
-    gpu_C: np.ndarray,
-    share_C: np.ndarray,
-    gpus: int,
-) -> float:
+def reached_sparse(ids_KT, sole_E, start_E, gpu_C, share_C, gpus):  # type: ignore[no-untyped-def]
     """The same from a table of the GPUs of each expert (`ranks_reached.table_of`): quicker where
     each expert is on one GPU, or there are very many GPUs."""
     K, T = ids_KT.shape
@@ -387,15 +420,7 @@ def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray)
 
 
 @njit(nogil=True, cache=True)
-def anneal(
-    ids_KM: np.ndarray,
-    slots_GS: np.ndarray,
-    load_E: np.ndarray,
-    limit: float,
-    proposals: int,
-    heat: float,
-    seed: int,
-) -> None:
+def anneal(ids_KM, slots_GS, load_E, limit, proposals, heat, seed):  # type: ignore[no-untyped-def]
     """Exchanges slots of `slots_GS` in place so that the decisions of the sample reach fewer GPUs,
     no GPU loaded beyond `limit`.
 

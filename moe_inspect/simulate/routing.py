@@ -7,8 +7,9 @@ router's probability mass that an algorithm keeps shows how far it departs from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,60 +20,49 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.progress import tracked
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, cell_numbers
 from moe_inspect.simulate import result
 from moe_inspect.simulate import routing_algorithms as algo
 from moe_inspect.simulate.result import Labels, Settings, Tables
-from moe_inspect.simulate.shards import check_length, routed
-from moe_inspect.trace.reader import Trace
+from moe_inspect.simulate.shards import Seen, check_length, routed
+from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
 
 # by setting of an algorithm, the values that it is run with; None is the default
 ValuesOf = dict[str, Sequence[float] | None]
+INFINITE = 0x7C00  # the bits of a float16; NaN is above
 SAMPLE = 16_384  # tokens, at most, that an algorithm that learns is prepared on
 
 
-class ScoredTokens:
-    """The tokens of one shard that reach a router: the logits of each, what the model chose, and
-    which half of the documents it is in."""
+class ShardTokens:
+    """The tokens of a shard that reach the routers of a stack: where their batches begin, and
+    which half of the documents each is in."""
 
-    def __init__(self, shard: Shard, r: int, half_of: pd.Series) -> None:
-        self.router, self.logits_TE = shard.trace.routers[r], shard.logits(r)
-        table = shard.tokens(["batch", "token_id", "document"])
-        ((_, columns_T, ids_KT),) = routed(
-            shard, [r], lambda _, seen: [column.to_numpy()[seen] for column in table.columns]
-        )
-        self.batch_T, self.token_id_T, document_T = columns_T
+    def __init__(self, shard: Shard, half_of: pd.Series, router: int, seen: Seen) -> None:
+        columns = shard.tokens(["batch", "token_id", "document"]).columns
+        self.batch_T, self.token_id_T, document_T = (c.to_numpy()[seen] for c in columns)
         self.half_T = half_of.reindex(document_T).to_numpy()
-        check_length(self.logits_TE, len(self.batch_T), r)
-        if np.isnan(self.logits_TE).any() or not np.isfinite(self.logits_TE).any(1).all():
+        self.edges = run_edges(self.batch_T).tolist()
+
+    def scored(self, shard: Shard, r: int, ids_KT: np.ndarray) -> algo.RouterScores:
+        """With what a router computed for them, and what the model chose."""
+        router, logits_TE = shard.trace.routers[r], shard.logits(r)
+        check_length(logits_TE, len(self.batch_T), r)
+        size_TE = logits_TE.view(np.uint16) & 0x7FFF  # without the sign
+        highest = size_TE.max(initial=0)
+        if highest > INFINITE or (highest == INFINITE and (size_TE.min(1) == INFINITE).any()):
             raise MoeInspectError(
                 f"{shard.trace.path}: router {r} has NaN logits, or tokens without any finite logit"
             )
-        model_TE = np.zeros((len(self.batch_T), self.router.experts + 1), bool)
-        model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # an unused slot, −1: the last column
-        self.model_TE = model_TE[:, :-1]
-
-    def batch(self, part: slice | np.ndarray, number: int) -> algo.RouterScores:
-        of_tokens = self.logits_TE[part], self.model_TE[part], self.token_id_T[part]
-        return algo.RouterScores(*of_tokens, self.router.top_k, self.router.scoring, number)
+        model_TE = np.zeros((len(self.batch_T), router.experts + 1), bool)
+        model_TE[np.arange(len(model_TE)), ids_KT] = True  # an unused slot, −1: the last column
+        of = np.ascontiguousarray(model_TE[:, :-1]), self.token_id_T, router.top_k, router.scoring
+        return algo.RouterScores(logits_TE, *of, -1)
 
     def of_half(self, half: int | None) -> np.ndarray:
         """The tokens of one half of the documents, or of all. int64 [T]"""
         return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
-
-    def batches(self, half: int | None) -> Iterator[algo.RouterScores]:
-        tokens = self.of_half(half)
-        for first, last in pairwise(run_edges(self.batch_T[tokens])):
-            part = slice(first, last) if half is None else tokens[first:last]
-            yield self.batch(part, int(self.batch_T[tokens[first]]))
-
-    def sample(self, half: int | None) -> algo.RouterScores:
-        """At most SAMPLE of the tokens, drawn uniformly at random."""
-        drawn = np.random.default_rng(algo.SEED).permutation(self.of_half(half))[:SAMPLE]
-        return self.batch(np.sort(drawn), -1)
 
 
 @result.repeatable
@@ -149,26 +139,28 @@ def _runs_of(
     """Each algorithm, with each value of its setting, on the decisions of each router. `held_out`:
     algorithms that learn are fitted on half 0 of the documents and evaluated on half 1."""
     found, (fit, judged) = dict[int, list[Run]](), (0, 1) if held_out else (None, None)
-    for r in tracked(routers, "simulating routing", "routers"):
+    for r in routers:
         k, E = trace.routers[r].top_k, trace.routers[r].experts
         found[r] = [
             Run(algo.ALGORITHMS[name], value, np.zeros(E, np.int64))
             for name in names
             for value in _values(algo.ALGORITHMS[name], values_of, k, E)
         ]
-        learning = [run for run in found[r] if run.algorithm.prepare]
-        others = [run for run in found[r] if not run.algorithm.prepare]
-        for shard in trace.shards:
-            tokens = ScoredTokens(shard, r, half_of)
-            for run in learning:
-                if run.algorithm.prepare and not run.state and len(tokens.of_half(fit)):
-                    run.state = run.algorithm.prepare(tokens.sample(fit))
-            for running, half in ((others, None), (learning, judged)):
-                for batch in tokens.batches(half) if running else ():
-                    own_TE = algo.largest(batch.scores_TE, batch.k)
-                    own = float(batch.share_TE[own_TE].sum(dtype=np.float64))
-                    for run in running:
-                        run.add(batch, own)
+    for shard in shards_of(trace, "simulating routing"):
+        for r, tokens, ids_KT in routed(shard, routers, partial(ShardTokens, shard, half_of)):
+            every, of_fit = tokens.scored(shard, r, ids_KT), tokens.of_half(fit)
+            for run in found[r]:
+                if run.algorithm.prepare and not run.state and len(of_fit):
+                    drawn = np.random.default_rng(algo.SEED).permutation(of_fit)[:SAMPLE]
+                    run.state = run.algorithm.prepare(every.part(np.sort(drawn), -1))
+            for first, last in pairwise(tokens.edges):
+                batch = every.part(slice(first, last), int(tokens.batch_T[first]))
+                at_N = np.flatnonzero(tokens.half_T[first:last] == judged)
+                for run in found[r]:
+                    if not (held_out and run.algorithm.prepare):
+                        run.add(batch)
+                    elif len(at_N):
+                        run.add(batch.part(at_N, batch.number))
     return found
 
 
@@ -200,18 +192,16 @@ class Run:
     def label(self) -> str:
         return self.algorithm.name + (f" {self.value:g}" if self.algorithm.setting else "")
 
-    def add(self, batch: algo.RouterScores, own: float) -> None:
+    def add(self, batch: algo.RouterScores) -> None:
         chosen_TE = self.algorithm.choose(batch, self.value, self.state)
-        T, E = chosen_TE.shape
-        at_N = np.flatnonzero(chosen_TE)
-        load_E = np.bincount(at_N % E, minlength=E)
-        self.tokens += T
-        self.own += own
+        load_E, mass, agreed, unrouted = batch.tally(chosen_TE)
+        self.tokens += len(chosen_TE)
+        self.own += batch.own
         self.load_E += load_E
-        self.mass += float(batch.share_TE.take(at_N).sum(dtype=np.float64))
-        self.agreed += int(np.count_nonzero(batch.model_TE.take(at_N)))
+        self.mass += mass
+        self.agreed += agreed
         self.recorded += batch.recorded
-        self.unrouted += T - int(np.count_nonzero(chosen_TE.any(1)))
+        self.unrouted += unrouted
         self.batches.append((len(chosen_TE), _max_vio(load_E)))
 
     def row(self) -> dict[str, object]:

@@ -8,12 +8,12 @@ take them. T tokens of a batch, in order, E experts, k choices of the model's ow
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from moe_inspect.simulate.kernels_numba import serve_in_turn
+from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.shards import expert_capacity
 
 BIAS_RATE = 0.001  # step size of the bias updates (Wang et al. 2024)
@@ -38,13 +38,18 @@ class RouterScores:
     number: int
 
     @cached_property
+    def below_TE(self) -> np.ndarray:
+        """How far the logits are below each token's highest. float32"""
+        logits_TE = self.logits_TE.astype(np.float32)
+        return np.subtract(logits_TE, logits_TE.max(1, keepdims=True), out=logits_TE)
+
+    @cached_property
     def scores_TE(self) -> np.ndarray:
         """Sigmoid of the logits as in the model, or softmax, also where the trace does not say."""
-        logits_TE = self.logits_TE.astype(np.float32)
         if self.scoring == "sigmoid":
-            return 1 / (1 + np.exp(-logits_TE))
-        scores_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
-        return scores_TE / scores_TE.sum(1, keepdims=True)
+            return 1 / (1 + np.exp(-self.logits_TE.astype(np.float32)))
+        scores_TE = np.exp(self.below_TE)
+        return np.divide(scores_TE, scores_TE.sum(1, keepdims=True), out=scores_TE)
 
     @cached_property
     def share_TE(self) -> np.ndarray:
@@ -52,14 +57,41 @@ class RouterScores:
         return self.scores_TE / self.scores_TE.sum(1, keepdims=True)
 
     @cached_property
-    def order_TE(self) -> np.ndarray:
-        """The experts of each token, the highest score first."""
-        return ranked(self.scores_TE)[0]
+    def sorted_TE(self) -> np.ndarray:
+        """The scores of each token, ascending."""
+        return np.sort(self.scores_TE, axis=1)
+
+    def top(self, k: int, room: int = 2**31 - 1) -> np.ndarray:
+        """The k highest scores of each token, of experts that have room."""
+        return largest(self.scores_TE, k, room=room, guess=self.sorted_TE[:, -k])
+
+    @cached_property
+    def own_TE(self) -> np.ndarray:
+        return self.top(self.k)
+
+    @cached_property
+    def own(self) -> float:
+        """The probability mass of the top k."""
+        return self.tally(self.own_TE)[1]
 
     @cached_property
     def recorded(self) -> int:
         """Assignments that the model made."""
         return int(np.count_nonzero(self.model_TE))
+
+    def tally(self, chosen_TE: np.ndarray) -> tuple[np.ndarray, float, int, int]:
+        """Of what an algorithm chose: the load of each expert, int32 [E]; the probability mass; how
+        many choices are the model's; tokens without any."""
+        load_E, mass_E = np.zeros(chosen_TE.shape[1], np.int32), np.zeros(chosen_TE.shape[1])
+        of = np.ascontiguousarray(chosen_TE), self.share_TE, self.model_TE
+        agreed, unrouted = kernels_numba.tally(*of, load_E, mass_E)
+        return load_E, float(mass_E.sum()), int(agreed), int(unrouted)
+
+    def part(self, at: slice | np.ndarray, number: int) -> RouterScores:
+        """Some of the tokens, with what is computed for them already."""
+        part, of = replace(self, number=number), vars(self).items()
+        vars(part).update({name: of_T[at] for name, of_T in of if isinstance(of_T, np.ndarray)})
+        return part
 
 
 State = dict[str, np.ndarray]  # what an algorithm that learns has learnt
@@ -102,28 +134,20 @@ def algorithm(
     return register
 
 
-def largest(values_TE: np.ndarray, k: int) -> np.ndarray:
-    """The k largest of each row; ties go to the lowest id. bool [T, E]"""
-    E = values_TE.shape[1]
-    kth_T1 = np.partition(values_TE, E - k, axis=1)[:, E - k : E - k + 1]
-    chosen_TE = values_TE >= kth_T1
-    tied = np.flatnonzero(chosen_TE.sum(1) > k)  # few tokens: a cumsum of all costs more
-    above_NE = values_TE[tied] > kth_T1[tied]
-    tie_NE = chosen_TE[tied] & ~above_NE
-    room_N1 = k - above_NE.sum(1, keepdims=True)
-    chosen_TE[tied] = above_NE | (tie_NE & (tie_NE.cumsum(1) <= room_N1))
-    return chosen_TE
-
-
-def ranked(values_TE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of each row from the largest value down, of equals the lowest id first, and the
-    values in that order. values_TE: float32 from 0 up, whose bits have the order of the values: one
-    sort of (bits, id) is quicker than a stable argsort."""
-    key_TE = (~values_TE.view(np.uint32)).astype(np.uint64) << np.uint64(32)
-    key_TE |= np.arange(values_TE.shape[1], dtype=np.uint64)
-    key_TE.sort(axis=1)
-    sorted_TE = (~(key_TE >> np.uint64(32)).astype(np.uint32)).view(np.float32)
-    return (key_TE & np.uint64(2**32 - 1)).view(np.int64), sorted_TE
+def largest(
+    values_TE: np.ndarray,
+    k: int | np.ndarray,
+    add_E: float | np.ndarray = 0.0,
+    room: int = 2**31 - 1,
+    guess: float | np.ndarray = np.nan,
+) -> np.ndarray:
+    """The k largest of values + add_E of each row; ties go to the lowest id. `room`: rows, in
+    order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
+    T, E = values_TE.shape
+    made, every = np.empty((T, E), bool), np.arange(T)
+    of = np.broadcast_to(k, T), np.full(E, add_E, values_TE.dtype), np.full(E, room, np.int32)
+    kernels_numba.choose_largest(values_TE, every, *of, np.full(T, guess, values_TE.dtype), made)
+    return made
 
 
 @algorithm("as recorded", "the model's own routing: the baseline")
@@ -135,7 +159,7 @@ def as_recorded(batch: RouterScores, value: float, state: State) -> np.ndarray:
     "top-k", "the usual choice; balancing is left to an auxiliary loss in training", setting="top_k"
 )
 def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
-    return largest(batch.scores_TE, int(value))
+    return batch.own_TE if value == batch.k else batch.top(int(value))
 
 
 @algorithm(
@@ -145,11 +169,10 @@ def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
 )
 def top_p(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
-    order_TE, sorted_TE = ranked(batch.share_TE)
-    sorted_TE = sorted_TE.astype(np.float64)
-    chosen_TE = np.zeros(order_TE.shape, bool)
-    np.put_along_axis(chosen_TE, order_TE, sorted_TE.cumsum(1) - sorted_TE < value - 1e-6, 1)
-    return chosen_TE
+    sorted_TE = batch.sorted_TE / batch.scores_TE.sum(1, keepdims=True)
+    below_TE = np.cumsum(sorted_TE[:, :0:-1], axis=1, dtype=np.float64) < value - 1e-6
+    k_T = 1 + np.count_nonzero(below_TE, axis=1)
+    return largest(batch.share_TE, k_T, guess=sorted_TE[np.arange(len(k_T)), -k_T])
 
 
 @algorithm(
@@ -161,8 +184,9 @@ def expert_choice(batch: RouterScores, value: float, state: State) -> np.ndarray
     """Each expert takes the T·k/E tokens with its highest scores (Zhou et al. 2022,
     arXiv:2202.09368)."""
     T, E = batch.scores_TE.shape
-    even = -(-T * batch.k // E)  # the assignments of an expert if load were even, rounded up
-    return largest(np.ascontiguousarray(batch.scores_TE.T), min(even, T)).T
+    even = min(-(-T * batch.k // E), T)  # its assignments if load were even, rounded up
+    scores_ET = np.ascontiguousarray(batch.scores_TE.T)
+    return largest(scores_ET, even, guess=np.partition(scores_ET, -even, axis=1)[:, -even]).T
 
 
 @algorithm(
@@ -175,7 +199,7 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
-    return serve_in_turn(batch.order_TE, batch.k, expert_capacity(value, T, batch.k, E))
+    return batch.top(batch.k, expert_capacity(value, T, batch.k, E))
 
 
 def _fitted_bias(sample: RouterScores) -> State:
@@ -183,12 +207,14 @@ def _fitted_bias(sample: RouterScores) -> State:
     size."""
     T, E = sample.scores_TE.shape
     rng, bias_E = np.random.default_rng(SEED), np.zeros(E, np.float32)
-    biased_NE = np.empty((min(T, BIAS_TOKENS), E), np.float32)
+    k_N, made_NE = np.full(BIAS_TOKENS, sample.k), np.empty((BIAS_TOKENS, E), bool)
+    guess_T = np.full(T, np.nan, np.float32)
     for rate in np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP):
         drawn = rng.integers(T, size=BIAS_TOKENS) if T > BIAS_TOKENS else np.arange(T)
-        np.take(sample.scores_TE, drawn, 0, out=biased_NE, mode="clip")  # no copy in between
-        biased_NE += bias_E
-        _step(bias_E, largest(biased_NE, sample.k).sum(0), float(rate))
+        room_E, drawn = np.zeros(E, np.int32) + BIAS_TOKENS + 1, np.sort(drawn)
+        of = drawn, k_N, bias_E.copy(), room_E, guess_T
+        kernels_numba.choose_largest(sample.scores_TE, *of, made_NE)
+        _step(bias_E, -room_E, float(rate))
     return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
 
 
@@ -205,7 +231,7 @@ def loss_free(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Top-k of scores + bias. The bias affects the selection only, not the gate weights. It is
     updated after every BIAS_TOKENS tokens, as after a training batch: b += u · sign(mean − load)
     (Wang et al. 2024, arXiv:2408.15664)."""
-    chosen_TE = largest(batch.scores_TE + state["bias_E"], batch.k)
+    chosen_TE = largest(batch.scores_TE, batch.k, state["bias_E"])
     state["load_E"] += chosen_TE.sum(0)
     if state["load_E"].sum() >= BIAS_TOKENS * batch.k:
         _step(state["bias_E"], state["load_E"], BIAS_RATE)
@@ -221,29 +247,26 @@ def loss_free(batch: RouterScores, value: float, state: State) -> np.ndarray:
 def sinkhorn(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Top-k of the entropic transport plan between tokens and experts (S-BASE: Clark et al. 2022,
     arXiv:2202.01169; after BASE's exact assignment, Lewis et al. 2021, arXiv:2103.16716)."""
-    logits_TE = batch.logits_TE.astype(np.float64)
-    price_E, work_TE = np.zeros(logits_TE.shape[1]), np.empty_like(logits_TE)
+    if len(batch.logits_TE) == 1:  # its plan is even, whatever the logits
+        return batch.own_TE
+    # what no token is near would round to 0; an expert without any finite logit stays out
+    price_E = np.maximum(batch.below_TE.max(0), -1e6)
+    plan_TE = batch.below_TE - price_E
+    np.exp(plan_TE, out=plan_TE)
+    moved_E, even = -price_E.astype(np.float64), len(plan_TE) / plan_TE.shape[1]
     for _ in range(100):
-        token_T1 = _logsumexp(np.subtract(logits_TE, price_E, out=work_TE), 1)
-        before, even = price_E, np.log(len(logits_TE) / logits_TE.shape[1])
-        price_E = _logsumexp(np.subtract(logits_TE, token_T1, out=work_TE), 0)[0] - even
-        if np.abs(price_E - before).max() < 1e-4:
+        sum_E = kernels_numba.plan_sums(plan_TE, np.exp(-moved_E))
+        before_E, moved_E = moved_E, np.log(np.maximum(sum_E / even, 1e-300))
+        if np.abs(moved_E - before_E).max() < 1e-4:
             break
-    return largest(logits_TE - price_E, batch.k)
-
-
-def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
-    """Overwrites `values`: new memory for each step would take longer than the step."""
-    top = values.max(axis, keepdims=True)
-    np.exp(np.subtract(values, top, out=values), out=values)
-    return top + np.log(values.sum(axis, keepdims=True))
+    return largest(batch.logits_TE.astype(np.float64), batch.k, -(price_E + moved_E))
 
 
 @algorithm("hash", "a baseline without a router: experts by token id alone, whatever the context")
 def hash_layer(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): those
     with the k highest hashes of (id, expert). A token without an id in the trace gets none."""
-    E = batch.scores_TE.shape[1]
+    E = batch.model_TE.shape[1]
     id_U, id_of_T = np.unique(batch.token_id_T, return_inverse=True)
     mixed = (
         id_U.astype(np.uint64)[:, None] * np.uint64(E)
@@ -252,11 +275,13 @@ def hash_layer(batch: RouterScores, value: float, state: State) -> np.ndarray:
     )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    chosen_UE = largest(mixed ^ (mixed >> np.uint64(31)), batch.k) & (id_U >= 0)[:, None]
+    mixed ^= mixed >> np.uint64(31)
+    # as many bits as a float64 holds, below 1
+    chosen_UE = largest((mixed >> np.uint64(11)) * 2.0**-53, batch.k) & (id_U >= 0)[:, None]
     return chosen_UE[id_of_T]
 
 
 @algorithm("random", "never: experts uniformly at random, a lower bound for the others")
 def random(batch: RouterScores, value: float, state: State) -> np.ndarray:
-    drawn_TE = np.random.default_rng([SEED, batch.number]).random(batch.scores_TE.shape)
+    drawn_TE = np.random.default_rng([SEED, batch.number]).random(batch.model_TE.shape)
     return largest(drawn_TE, batch.k)

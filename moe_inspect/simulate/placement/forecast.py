@@ -17,6 +17,8 @@ slots of a GPU.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numba import njit
 
@@ -78,7 +80,7 @@ def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
 
     load_WE: assignments; W is at least 2, and each window has some."""
     load_WE = merged(load_WE)
-    (W, E), rng = load_WE.shape, np.random.default_rng(seed)
+    W, (of_MW, alone_ME) = len(load_WE), _normal(seed, windows, *load_WE.shape)
     log_WE = np.log(load_WE + 0.5) - np.log(load_WE.sum(1, keepdims=True))
     share_E = load_WE.sum(0) / load_WE.sum()
     weight_HW, variance_H = kriging(W, W, *variogram(log_WE, share_E))
@@ -90,13 +92,19 @@ def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
     scale_M = variance_H[ahead_M] / max(float(share_E @ own_E), 1e-12)
     centred_WE = log_WE - log_WE.mean(0)
     unit_WE = centred_WE / np.maximum(np.sqrt(own_E), 1e-12)
-    together_ME = rng.normal(size=(windows, W)) @ unit_WE / np.sqrt(W - 1)
-    alone_ME = rng.normal(size=(windows, E))
+    together_ME = of_MW @ unit_WE / np.sqrt(W - 1)
     level_ME = (weight_HW @ log_WE)[ahead_M] - chance_E / 2
     drawn_ME = np.exp(
         level_ME + np.sqrt(np.outer(scale_M, moves_E)) * together_ME + np.sqrt(chance_E) * alone_ME
     )
     return drawn_ME / drawn_ME.sum(1, keepdims=True)
+
+
+@lru_cache(4)
+def _normal(seed: int, windows: int, W: int, E: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normal deviates, the same for all routers: [M, W] and [M, E]."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(windows, W)), rng.normal(size=(windows, E))
 
 
 def merged(load_WE: np.ndarray) -> np.ndarray:
