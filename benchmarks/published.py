@@ -117,15 +117,8 @@ def read(path: str) -> Any:
 
 
 def ageing(how: str) -> list[float]:
-    """A plan fitted on the first workload, judged on the others: the busiest GPU ÷ the mean,
-    averaged over layers. Replicas share the load of an expert evenly."""
-    plan, loads = table(how), load_DLE("report runs/deepseek_loads --table domains")[1:]
-    judged = np.zeros(len(loads))
-    for n, (_, slots) in enumerate(plan.groupby("layer")):
-        each_DP = loads[:, n, slots["expert"]] / slots["replicas"].to_numpy()
-        load_DG = each_DP.reshape(len(loads), 32, -1).sum(2)
-        judged += max_over_mean(load_DG) / plan["layer"].nunique()
-    return judged.tolist()
+    """Of the workloads that the plan is not fitted on."""
+    return column(how, "max_over_mean")[1:].tolist()
 
 
 def kept(how: str) -> list[float]:
@@ -266,7 +259,7 @@ FIGURES = (
         "DeepSeek-V3: how a plan ages, fitted on the first workload, judged on the five others",
         THEIR_EPLB,
         "1.26, 1.48, 1.46, 1.44, 1.51",
-        f"{EPLB.format(domain=WORKLOADS.split()[0])} --table plan",
+        f"{EPLB.format(domain=WORKLOADS.split()[0])} --table judged".replace("--d", "--fit-d"),
         ageing,
         "deepseek_loads",
     ),

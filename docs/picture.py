@@ -3,6 +3,7 @@ the bundled corpus.
 
 docs/report.png: the first screen. docs/pictures/page-THEME-WIDTH.png: the first screen in both
 themes, as wide as a desktop's window, a tablet and a phone. docs/pictures/NAME.png: sections.
+docs/pictures/workloads.png: placements of DeepSeek-V3's experts, where the counts are there.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import moe_inspect
+from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.render.page import report_page
 
 DOCS = Path(__file__).parent
 SCREENS = {1440: 900, 800: 1000, 390: 844}  # width → height
 SECTIONS = {"placement": "simulated-placement", "text": "text"}
+POLICIES = ("contiguous", "greedy", "eplb", "local-search")
+LOADS = DOCS.parent.parent / "shared" / "real" / "deepseek_loads"
 NOTHING_STAYS = """for (const element of document.querySelectorAll("body *"))
   if (getComputedStyle(element).position === "sticky") element.style.position = "static";"""
 
@@ -53,6 +57,25 @@ def main() -> None:
             else:
                 print(f"no section #{anchor}")
         browser.close()
+    workloads()
+
+
+def workloads() -> None:
+    """Fitted on all workloads but the last, and judged on that."""
+    if not LOADS.is_dir():
+        print(f"no {LOADS}: docs/pictures/workloads.png stays as it is")
+        return
+    with tempfile.TemporaryDirectory() as place:
+        traces = [
+            import_trace("sglang-json", [path], Path(place) / path.stem, top_k=8)
+            for path in sorted(LOADS.glob("*.json"))
+        ]
+        *others, last = traces[1:]
+        placed = traces[0].simulate.placement(
+            *others, judge=[last], gpus=32, physical_experts=288, policies=POLICIES
+        )
+        (drawn,) = placed.save_plots(place, formats=["png"])
+        save(drawn.read_bytes(), DOCS / "pictures" / "workloads.png")
 
 
 def opened(browser: Any, page: Path, theme: str, width: int, height: int, scale: float = 1) -> Any:

@@ -105,11 +105,12 @@ SEVERAL = [
     (name, option.name)
     for name, command in COMMANDS.items()
     for option in command.params
-    if getattr(option, "multiple", False) and option.name != "domain"  # as `select` splits it
+    if getattr(option, "multiple", False)
+    and option.name not in ("domain", "fit_domains")  # as `select` splits them
 ]
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("batches", "slots", "top_k"), int),
-    **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor"), float),
+    **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor", "weights"), float),
 }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
 MOST = 200  # folders looked into
+DOMAINS = {"domain", "fit_domains"}  # whose names may have commas: `select` splits them
 # what stands for a value that has no name of its own, by typer's name of its type
 VALUES = {
     "str": "",  # of an argument, which has a name
@@ -133,7 +134,7 @@ def _panel(of: Any, otherwise: str) -> str:
 def _take_several(option: Any) -> None:
     """An option of several values takes them repeated or comma-separated, and says so."""
     option.help = f"{option.help} Repeated or comma-separated."
-    if option.name != "domain":  # whose names may have commas: `select` splits it
+    if option.name not in DOMAINS:
         option.process_value = partial(_split_and, option.process_value)
 
 

@@ -3,18 +3,22 @@ keyword of `trace.simulate`; what is not given is left to that function's defaul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from moe_inspect.cli.help import traces
 from moe_inspect.cli.options import (
     Layers,
     Options,
+    Phase,
     Scheduler,
     SelectionOptions,
     TraceArgument,
+    argument,
     in_panel,
     option,
 )
@@ -38,8 +42,10 @@ class SimulateOptions(ShowOptions):
 
     scheduler: Scheduler = None
 
-    def simulation(self, name: str, trace: str, *groups: Options) -> Simulation:
-        """The simulation of this name, with the options of these groups."""
+    def simulation(
+        self, name: str, trace: str, *groups: Options, others: Sequence[str] = ()
+    ) -> Simulation:
+        """The simulation of this name, with the options of these groups; of other traces too."""
         from moe_inspect.trace.reader import open_trace
 
         given = {
@@ -50,7 +56,7 @@ class SimulateOptions(ShowOptions):
         }
         with shown():
             simulate = getattr(open_trace(trace, scheduler=self.scheduler).simulate, name)
-            return simulate(**given)
+            return simulate(*others, **given)
 
     def show(self, made: Simulation) -> None:
         """As text, or one table where --table, --format or the ending of the file asks for it."""
@@ -138,11 +144,22 @@ class PlacementOptions(Options):
         "POLICY",
         flags=("--policy",),
     )
-    fit_share: float = policy_option(
-        "Fit on this share of the trace, from its start; judge on the rest.",
+    fit_share: float | None = policy_option(
+        "Of a trace alone: fit on this share, from its start; judge on the rest. Default: 0.5.",
         min=0,
         max=1,
-        default=0.5,
+    )
+    judge: list[str] | None = policy_option(
+        "Judge on this trace of the same model.", "TRACE", autocompletion=traces
+    )
+    fit_domains: list[str] | None = policy_option(
+        "Fit on this domain, judge on the others.", "NAME", flags=("--fit-domain",)
+    )
+    fit_phase: Phase | None = policy_option("Fit on this phase, judge on the others.")
+    weights: list[float] | None = policy_option(
+        "Weight of each trace or domain fitted on, in their order. Default: equal.",
+        "NUMBER",
+        flags=("--weight",),
     )
     window: int | None = policy_option(
         "Report the balance per window of N tokens. Default: 16 windows.", "N", min=1
@@ -165,6 +182,11 @@ class PlacementOptions(Options):
 def placement(
     *,
     trace: TraceArgument,
+    others: list[str] | None = argument(
+        "Others of the same model, for one plan that is fitted on all.",
+        "MORE",
+        autocompletion=traces,
+    ),
     options: PlacementOptions,
     selection: SelectionOptions,
     show: PlanOptions,
@@ -172,20 +194,23 @@ def placement(
     """Compare placements of experts on GPUs.
 
     Reports balance, GPUs reached per token, and how a plan ages. Plans are fitted on the first part
-    of the trace and judged on the rest. -o writes the recommended plan: that of the fastest policy
-    on the judged part, with --minimize that of local-search. EPLB matches the published code slot
-    for slot, except for equal loads, whose order it leaves open: here the lower number goes
-    first.
+    of the trace and judged on the rest; or fitted on several traces or domains, or a phase, each
+    weighing the same, and judged on others (--table judged). -o writes the recommended plan: that
+    of the fastest policy on the judged part, with --minimize that of local-search. EPLB matches the
+    published code slot for slot, except for equal loads, whose order it leaves open: here the lower
+    number goes first.
 
     Examples:
     moe-inspect simulate placement runs/a --gpus 8 --physical-experts 72
-    moe-inspect simulate placement runs/a --gpus 8 -o plan.json"""
+    moe-inspect simulate placement runs/a --gpus 8 -o plan.json
+    moe-inspect simulate placement runs/a --gpus 8 --fit-phase decode
+    moe-inspect simulate placement runs/a runs/b --gpus 8 --judge runs/c"""
     from moe_inspect.simulate.placement.plan import ENDINGS
 
     output, plan_for = show.output, show.plan_for
     if output is None and plan_for is not None:
         raise typer.BadParameter(f"--plan-for {plan_for}: give the file with -o")
-    made = show.simulation("placement", trace, options, selection)
+    made = show.simulation("placement", trace, options, selection, others=others or ())
     ending = output.suffix.lower() if output is not None else ""
     if output is not None and (
         plan_for or (ending in ENDINGS and (show.table is None or ending != ".json"))

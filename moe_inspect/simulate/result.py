@@ -16,7 +16,7 @@ from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace, address, open_trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,7 +148,10 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
     def simulated(*trace: Options.args, **options: Options.kwargs) -> Simulation:
         made = simulate(*trace, **options)
         given = signature(simulate).bind(*trace, **options).arguments
-        lines = python_call(simulate.__name__.replace("_", "."), [given.pop("trace")], given)
+        traces = [given.pop("trace"), *given.pop("others", ())]
+        if given.get("judge"):
+            given["judge"] = [*map(address, given["judge"])]
+        lines = python_call(simulate.__name__.replace("_", "."), traces, given)
         return replace(made, python=lines)
 
     return simulated

@@ -40,16 +40,18 @@ GAIN = 1e-6  # relative; less is no gain
 ENOUGH = 1e-4  # relative gain of a sweep below which the next is not worth its time
 
 
-def local_search(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
+def local_search(load_WE: np.ndarray, layout: Layout, apart: bool = False) -> np.ndarray:
     """From EPLB's placements, replicas of an expert on different GPUs: see `search`. With at least
-    FEWEST windows it is fitted to windows drawn from a forecast."""
+    FEWEST windows it is fitted to windows drawn from a forecast; where they are workloads, which
+    come in no order (`apart`), to these themselves."""
     load_E, load_WE = load_WE.sum(0).astype(np.float64), load_WE[load_WE.any(axis=1)]
     slots, gpus = layout.slots, layout.gpus
     starts = [eplb(load_E, layout), eplb_global(load_E, layout)]
-    if len(load_WE) < FEWEST or slots // gpus >= len(load_E):
+    if len(load_WE) < (2 if apart else FEWEST) or slots // gpus >= len(load_E):
         return search.search(load_E, slots, gpus, starts)
     drawn_EM, judged_EM = (
-        np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED))
+        np.ascontiguousarray((load_WE if apart else drawn(load_WE, n, seed)).T, np.float64)
+        for seed, n in enumerate((DRAWN, JUDGED))
     )
     limit = min(search.Placement(load_E, start.reshape(gpus, -1)).most for start in starts)
     cautious_E = replicate(drawn_EM.mean(1) + CAUTION * drawn_EM.std(1), slots, most=gpus)[1]

@@ -1,5 +1,5 @@
 """`simulate placement`: expert parallelism. Which GPU should hold which expert, fitted on the
-trace's first part and judged on the rest.
+trace's first part and judged on the rest, or on workloads and judged on others.
 
 Replicas of an expert share its load evenly.
 """
@@ -7,6 +7,7 @@ Replicas of an expert share its load evenly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from moe_inspect.simulate.placement.plan import plan_table
 from moe_inspect.simulate.placement.policies import Layout
 from moe_inspect.simulate.placement.tables import recommended, tables_of
 from moe_inspect.simulate.placement.text import chart, verdict
+from moe_inspect.simulate.placement.workloads import Workloads, workloads_of
 from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation
 from moe_inspect.trace.reader import Trace, open_trace
 
@@ -31,30 +33,37 @@ DISPATCHES = ("even", "lp")
 MOST_SLOTS = 2**20  # of a layer
 MOST_GPUS = 8  # where no number is asked for
 
-# from the load of each expert, [E], or that of each window, [W, E], to the expert of each slot
-Policy = Callable[[np.ndarray, Layout], np.ndarray]
+FIT_SHARE = 0.5  # of a trace alone
+
+# from the load of each expert, [E], or that of each window, [W, E], to the expert of each slot;
+# with True, windows are workloads
+Policy = Callable[..., np.ndarray]
 
 
-def _of_sum(place: Policy) -> Policy:
+def _of_sum(place: Callable[[np.ndarray, Layout], np.ndarray]) -> Policy:
     """A policy that looks at the sum over the windows."""
-    return lambda load, layout: place(np.atleast_2d(load).sum(0), layout)
+    return lambda load, layout, apart=False: place(np.atleast_2d(load).sum(0), layout)
 
 
 BY_SUM = (policy.contiguous, policy.round_robin, policy.greedy, policy.eplb, policy.eplb_global)
 POLICIES = {place.__name__.replace("_", "-"): _of_sum(place) for place in BY_SUM}
-POLICIES["local-search"] = lambda load, layout: local_search(np.atleast_2d(load), layout)
+POLICIES["local-search"] = lambda load, *how: local_search(np.atleast_2d(load), *how)
 
 
 @repeatable
 def simulate_placement(
     trace: Trace | str | Path,
-    *,
+    *others: Trace | str | Path,
+    judge: Sequence[Trace | str | Path] | None = None,
+    fit_domains: str | Iterable[str] | None = None,
+    fit_phase: str | None = None,
+    weights: Sequence[float] | None = None,
     gpus: int | None = None,
     nodes: int = 1,
     physical_experts: int | None = None,
     groups: int | None = None,
     policies: Sequence[str] | None = None,
-    fit_share: float = 0.5,
+    fit_share: float | None = None,
     window: int | None = None,
     minimize: Literal["ranks"] | None = None,
     slack: float = 0.0,
@@ -65,75 +74,125 @@ def simulate_placement(
 ) -> Simulation:
     """What placements of the experts on GPUs cost, by policy.
 
-    `gpus`: default up to 8. `physical_experts`: slots of a layer, replicas included; default one
-    per expert. `groups`: of experts, for hierarchical EPLB; default the model config's. `policies`:
-    names of POLICIES; default all. `fit_share`: plans are fitted on this first share of the trace,
-    above 0 to 1, and judged on the rest. `window`: tokens of a window, for how a plan ages; default
-    16 windows. `minimize`: "ranks" lets local-search trade its lead over EPLB's balance (and
-    `slack`, a share of a GPU's load, beyond that) for fewer GPUs reached per token. `dispatch`:
-    "lp" adds the least load of the busiest GPU that any dispatch among replicas could reach.
-    `layers`, `domains`, `phase`: what is selected.
+    `others`: traces of the same model, for one plan that is fitted on all. `judge`: traces that
+    plans are judged on. `fit_domains`, `fit_phase`: plans are fitted on these domains (each for
+    itself, as a trace), or this phase, and judged on the other domains or phases. `weights`: of the
+    traces or domains fitted on; default equal. `gpus`: default up to 8. `physical_experts`: slots
+    of a layer, replicas included; default one per expert. `groups`: of experts, for hierarchical
+    EPLB; default the model config's. `policies`: names of POLICIES; default all. `fit_share`: of a
+    trace alone, plans are fitted on this first share, above 0 to 1, and judged on the rest; default
+    0.5. `window`: tokens of a window, for how a plan ages; default 16 windows. `minimize`: "ranks"
+    lets local-search trade its lead over EPLB's balance (and `slack`, a share of a GPU's load,
+    beyond that) for fewer GPUs reached per token. `dispatch`: "lp" adds the least load of the
+    busiest GPU that any dispatch among replicas could reach. `layers`, `domains`, `phase`: what is
+    selected.
 
     Tables: placement (a row per router and policy), policies, windows, plan (the recommended
-    policy's). MoeInspectError for settings out of range and numbers that do not divide."""
+    policy's), and with workloads judged (a row per policy and workload). MoeInspectError for
+    settings out of range, numbers that do not divide, and traces of other routers."""
     trace = open_trace(trace)
-    selection = select(trace, layers, domains, phase)
+    traces = [
+        trace,
+        *(open_trace(other).on(trace.scheduler) for other in (*others, *(judge or ()))),
+    ]
+    every = [select(each, layers, domains, phase) for each in traces]
+    selection, apart = every[0], bool(len(traces) > 1 or fit_domains or fit_phase)
     names = list(policies or POLICIES)
     layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
-    wrong = None
-    if unknown := [name for name in names if name not in POLICIES]:
-        wrong = f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}"
-    elif dispatch not in DISPATCHES:
-        wrong = f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}"
-    elif not 0 < fit_share <= 1:
-        wrong = f"fit share {fit_share}: give a share of the trace above 0 and at most 1"
-    elif not slack >= 0:
-        wrong = f"slack {slack}: give a share of a GPU's load from 0 up"
-    elif window is not None and window < 1:
-        wrong = f"window {window}: give a number of tokens from 1 up"
-    elif trace.counts_only and (minimize or window is not None):
-        wrong = (
-            f"{trace.path} holds counts only, no tokens, which "
-            f"{'--minimize' if minimize else '--window'} needs: {trace.more_than_counts}"
-        )
-    if wrong:
-        raise MoeInspectError(wrong)
-    if trace.counts_only:  # in no order: one window, which plans are fitted on and judged by
-        windows = fitting.FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens)
-        counts = count_trace(trace, selection)
-        loads = {r: counts.load_E(r)[None] for r in selection.routers}
-    else:
-        windows = fitting.fit_windows_of(trace, selection, fit_share, window)
-        loads = fitting.loads_of(trace, selection, windows)
+    unknown = [name for name in names if name not in POLICIES]
+    parts = sum(map(bool, (others, fit_domains, fit_phase)))
+    needs = "--minimize" if minimize else "--window"
+    for is_wrong, said in (
+        (unknown, f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}"),
+        (dispatch not in DISPATCHES, f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}"),
+        (
+            fit_share is not None and not 0 < fit_share <= 1,
+            f"fit share {fit_share}: give a share of the trace above 0 and at most 1",
+        ),
+        (not slack >= 0, f"slack {slack}: give a share of a GPU's load from 0 up"),
+        (window is not None and window < 1, f"window {window}: give a number of tokens from 1 up"),
+        (
+            trace.counts_only and (minimize or window is not None),
+            f"{trace.path} holds counts only, no tokens, which {needs} needs: "
+            f"{trace.more_than_counts}",
+        ),
+        (
+            apart and (fit_share is not None or window is not None),
+            "--fit-share and --window are for one trace that is judged on its own later part",
+        ),
+        (
+            parts + bool(fit_phase and phase) > 1,
+            "plans are fitted on several traces, domains, or a phase: give one of these",
+        ),
+        (weights and not apart, "weights are for several traces or domains fitted on"),
+    ):
+        if is_wrong:
+            raise MoeInspectError(said)
+    among = None
+    if apart:
+        among = workloads_of(traces, every, 1 + len(others), fit_domains, fit_phase, weights)
+    several = among is not None and len(among.fitted) > 1
+    if several and minimize:
+        raise MoeInspectError("--minimize looks at the decisions of one trace or domain")
+    selection, windows, loads = _seen(trace, selection, among, fit_share, window)
     plans = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
     for r in tracked(selection.routers, "placing", "routers"):
         for name in names:
-            plans.of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r])
+            plans.of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r], several)
     fewer_ranks = bool(minimize) and "local-search" in names
     if fewer_ranks:
         fitting.reach_fewer(plans, "local-search", slack)
-    reached = {} if trace.counts_only else fitting.ranks_reached(plans)
-    tables = tables_of(plans, reached, dispatch == "lp")
+    judging = [] if trace.counts_only else [plans]
+    if among:
+        windows, loads = among.windows(judged=True)
+        plans = replace(plans, windows=windows, loads=loads)
+        judging = [*among.judging(plans)]
+    tables = tables_of(plans, fitting.ranks_reached(judging), dispatch == "lp")
+    if among:
+        tables["judged"] = among.table(plans, tables["windows"])
     best = "local-search" if fewer_ranks else recommended(tables["policies"])
     tables["plan"] = plan_table(plans, best)
-    layout, counted = next(iter(layouts.values())), trace.counts_only
+    layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
     settings: Settings = {
         "gpus": layout.gpus,
         "nodes": layout.nodes,
         "groups": layout.groups,
         "physical_experts": physical_experts,
         "policies": names,
-        "fit_share": None if counted else fit_share,
-        "window": None if counted else -(-windows.tokens // (len(windows.edge_W) - 1)),
+        "fitted_on": [one.name for one in among.fitted] if among else None,
+        "weights": weights,
+        "fit_share": (fit_share or FIT_SHARE) if alone else None,
+        "window": -(-windows.tokens // (len(windows.edge_W) - 1)) if alone else None,
         "minimize": minimize,
         "dispatch": dispatch,
         "recommended": best,
         "layers": trace.blocks,
         "moe_layers": sorted({r.layer for r in trace.routers}),
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
-        "counts_only": counted,
+        "counts_only": not judging,
     }
     return simulation(trace, tables, settings, verdict, chart, ("policies",))
+
+
+def _seen(
+    trace: Trace,
+    selection: Selection,
+    among: Workloads | None,
+    fit_share: float | None,
+    window: int | None,
+) -> tuple[Selection, fitting.FitWindows, dict[int, np.ndarray]]:
+    """What plans are fitted to: windows of the trace, or of its only workload; one where it holds
+    counts, in no order; or several workloads, a window each."""
+    if among and (len(among.fitted) > 1 or trace.counts_only):
+        return selection, *among.windows(judged=False)
+    if trace.counts_only:
+        counts, whole = count_trace(trace, selection), np.array([0.0, 1.0])
+        loads = {r: counts.load_E(r)[None] for r in selection.routers}
+        return selection, fitting.FitWindows(whole, 1, trace.n_tokens), loads
+    if among:
+        selection, fit_share = among.fitted[0].selection, 1.0
+    windows = fitting.fit_windows_of(trace, selection, fit_share or FIT_SHARE, window)
+    return selection, windows, fitting.loads_of(trace, selection, windows)
 
 
 def layouts_of(

@@ -63,6 +63,7 @@ def tables_of(
     """`placement`: a row per router and policy; `policies`: a row per policy; `windows`: a row per
     window, router and policy. `linear_program`: with what the best dispatch could reach."""
     windows, size = plans.windows, hidden_bytes(plans.trace)
+    apart = bool(windows.names)
     fit, judged = slice(windows.fit), windows.judged
     rows, by_window = list[dict[str, object]](), list[dict[str, object]]()
     first_W = np.round(windows.edge_W * windows.tokens).astype(np.int64)
@@ -74,8 +75,9 @@ def tables_of(
         key = {"layer": router.layer, "router": r, "policy": name}
         ranks, nodes = reached.get((r, name), (np.nan, np.nan))
         sent = 2 * ranks * (1 - 1 / layout.gpus)  # there and back, but to the token's own GPU
-        load_G = load_WE[judged].sum(0) @ share_EG
-        ratio = _ratio(load_G)
+        most, mean = _waits(load_WE[judged], share_EG, apart)
+        fit_most, fit_mean = _waits(load_WE[fit], share_EG, apart)
+        ratio = most / mean if mean else np.nan
         row = key | {
             "max_over_mean": ratio,
             "balancedness": 1 / ratio,
@@ -84,10 +86,10 @@ def tables_of(
             "nodes_per_token": nodes,
             "activations_per_token": sent,
             "moved_bytes_per_token": sent * size if size else np.nan,
-            "fit_max_over_mean": _ratio(load_WE[fit].sum(0) @ share_EG),
+            "fit_max_over_mean": fit_most / fit_mean if fit_mean else np.nan,
             "colocated": colocated(expert_P, layout.gpus),
-            "max_load": load_G.max(),
-            "mean_load": load_G.mean(),
+            "max_load": most,
+            "mean_load": mean,
             "by_window_max_over_mean": _over(most_W, mean_W, judged),
         }
         if least_W is not None:
@@ -97,6 +99,7 @@ def tables_of(
             ratio = _ratio(load_E @ share_EG)
             row = {
                 "window": w,
+                **({"workload": windows.names[w]} if apart else {}),
                 "first_token": first_W[w],
                 "tokens": first_W[w + 1] - first_W[w],
                 "part": "fit" if w < windows.fit else "judged",
@@ -113,6 +116,13 @@ def tables_of(
 
 def _ratio(load_G: np.ndarray) -> float:
     return float(load_G.max() / load_G.mean()) if load_G.any() else np.nan
+
+
+def _waits(load_WE: np.ndarray, share_EG: np.ndarray, apart: bool) -> tuple[float, float]:
+    """Load of the busiest GPU, and mean load, of all windows together; of workloads, the sums
+    over them."""
+    load_WG = (load_WE if apart else load_WE.sum(0, keepdims=True)) @ share_EG
+    return float(load_WG.max(1).sum()), float(load_WG.mean(1).sum())
 
 
 def _over(most_W: np.ndarray, mean_W: np.ndarray, part: slice) -> float:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.charts import spec
 from moe_inspect.simulate.placement.tables import recommended
 from moe_inspect.simulate.result import SIMULATED, Frame, Labels, Settings, Tables
 from moe_inspect.text import plural
 
+LISTED = 4  # workloads that a sentence names
+UNFITTED = ("contiguous", "round-robin")  # policies that do not look at the load
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
 WORTH = 0.01  # share of the time saved below which no policy counts as better
 BUSIEST = "busiest GPU ÷ mean GPU"
@@ -44,13 +49,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             f"EPLB puts up to {plural(wasted, 'replica')} on a GPU that already has the same "
             f"expert; local-search {rows['local-search']['colocated']:,}."
         )
-    if settings["counts_only"]:
-        sentences.append(
-            "Counts only: placements are fitted and judged on the same counts, and the GPUs that a "
-            "token reaches are unknown. Both need a trace with decisions."
-        )
-    else:
-        sentences += _aged(tables, settings, best["policy"])
+    sentences += _aged(tables, settings, best["policy"])
+    if not settings["counts_only"]:
         said = (
             f"Under {best['policy']} a token reaches {best['ranks_per_token']:.2f} GPUs per layer"
         )
@@ -68,15 +68,17 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "With optimal dispatch among replicas (a linear program per window), the slowdown "
             f"would be at least (in brackets: with even sharing): {least}."
         )
-    name, on = settings["recommended"], "counts" if settings["counts_only"] else "judged part"
-    said = f"Recommended: {name}, the fastest on the {on} (save with -o FILE)."
+    name, said = settings["recommended"], "the fastest on the judged part"
     if name != best["policy"]:
-        said = f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
-    elif best is not first and saved < WORTH and not settings["minimize"]:
+        said = "chosen by --minimize"
+    said = f"Recommended: {name}, {said} (save with -o FILE)."
+    if best is not first and saved < WORTH and not settings["minimize"]:
         said = (
             f"Recommended: keep {first['policy']}. -o FILE saves {name}, which is less than "
-            f"{WORTH:.0%} faster on the {on}."
+            f"{WORTH:.0%} faster."
         )
+    elif name == best["policy"] and not _unseen(tables):
+        said = f"-o FILE saves {name}, the fastest on what it is fitted on."
     return [
         *sentences,
         said,
@@ -85,32 +87,81 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     ]
 
 
+def _unseen(tables: Tables) -> bool:
+    """Whether plans are judged on what they are not fitted to."""
+    return (tables["windows"]["part"] == "judged").any()
+
+
 def _aged(tables: Tables, settings: Settings, policy: str) -> list[str]:
+    """How the plan ages, and what cannot be told of it."""
+    said, unknown = list[str](), list[str]()
+    if "judged" in tables:
+        of = [policy, *tables["policies"].sort_values("slowdown")["policy"]]
+        if fitted := [name for name in of if name not in UNFITTED]:
+            said.append(_on_workloads(tables, fitted[0]))
+        if tables["judged"].query("part == 'judged'")["p"].isna().any():
+            unknown.append(
+                f"how much of that is chance, which {FEWEST_TO_JUDGE} documents of each would tell"
+            )
+    elif _unseen(tables):
+        said.append(_on_windows(tables, settings, policy))
+    if not _unseen(tables):
+        unknown.append("the balance on text that plans are not fitted on (--judge TRACE)")
+    if settings["counts_only"]:
+        unknown.append("the GPUs that a token reaches, which counts do not tell")
+    return [*said, *([f"Unknown: {'; '.join(unknown)}."] if unknown else [])]
+
+
+def _on_windows(tables: Tables, settings: Settings, policy: str) -> str:
     by_window = tables["windows"]
     by_part = by_window[by_window["policy"] == policy].groupby(["part", "window"])["max_over_mean"]
     mean = by_part.mean().dropna()  # windows without load
     fit, judged = (mean[mean.index.get_level_values("part") == part] for part in ("fit", "judged"))
-    if not len(judged):
-        return ["Fitted and judged on the whole trace: the balance on unseen text is unknown."]
     row = next(row for row in tables["policies"].to_dict("records") if row["policy"] == policy)
-    return [
-        # not all policies look at the load
+    # not all policies look at the load
+    return (
         f"{policy} has max/mean {row['fit_max_over_mean']:.3f} on the first "
         f"{100 * settings['fit_share']:.3g}%, which policies may be fitted to, and "
         f"{1 / row['balancedness_sglang']:.3f} on the rest; per window of "
         f"{plural(settings['window'], 'token')} {fit.mean():.3f} in the first part, "
         f"{judged.iloc[0]:.3f} just after it, {judged.iloc[-1]:.3f} at the end."
-    ]
+    )
+
+
+def _on_workloads(tables: Tables, policy: str) -> str:
+    """How the plan does on what it is fitted on, and how it ages on the rest, beside chance."""
+    rows = tables["judged"].sort_values("max_over_mean", ascending=False).to_dict("records")
+    mine = [row for row in rows if row["policy"] == policy]
+    fit, rest = ([row for row in mine if row["part"] == part] for part in ("fit", "judged"))
+    mean = tables["policies"].set_index("policy")["fit_max_over_mean"][policy]
+    on = f"{fit[0]['workload']} (max/mean {mean:.2f})"
+    if len(fit) > 1:
+        many = plural(len(fit), "workload")
+        on = f"{many} (max/mean {mean:.2f} on average, at most {_on(fit[0])})"
+    aged = ", ".join(_on(row) for row in rest[:LISTED])
+    if more := rest[LISTED:]:
+        aged += f" and at most {more[0]['max_over_mean']:.2f} on {len(more)} more"
+    return f"{policy} is fitted on {on}{f': it has {aged}' if aged else ''}."
+
+
+def _on(row: dict[str, Any]) -> str:
+    said = f"{row['max_over_mean']:.2f} on {row['workload']}"
+    if row["p"] < ALPHA:
+        return f"{said} (by chance at most {row['most_by_chance']:.2f})"
+    # NaN where chance is not known, as of what plans are fitted to
+    may_be = f" (may be chance, which gives up to {row['most_by_chance']:.2f})"
+    return said + (may_be if row["p"] >= ALPHA else "")
 
 
 def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
-    """max/mean over GPUs by layer, on the judged part; and by window, the mean over layers, as the
-    plan ages."""
-    by_window = tables["windows"]
-    aged = by_window["window"].nunique() > 1
-    title = "On the judged part" if aged else "Counts only: fitted and judged on the same counts"
-    panels = [_by_layer(tables["placement"], settings["policies"], label_of, title)]
-    if aged:
+    """max/mean over GPUs by layer, on the judged part; and by window or workload, the mean over
+    layers, as the plan ages."""
+    by_window, policies = tables["windows"], settings["policies"]
+    title = "On the judged part" if _unseen(tables) else "Fitted and judged on the same text"
+    panels = [_by_layer(tables["placement"], policies, label_of, title)]
+    if "judged" in tables:
+        panels.append(_by_workload(tables["judged"], policies))
+    elif by_window["window"].nunique() > 1:
         panels.append(_by_window(by_window, settings))
     return spec.Chart(
         "Placement of experts",
@@ -137,6 +188,17 @@ def _by_layer(whole: Frame, policies: list[str], label_of: Labels, title: str) -
         for i, name in enumerate(policies)
     ]
     return spec.Panel((spec.Rule(1), *dots), layers, spec.log_axis(BUSIEST, ratio_PL), title)
+
+
+def _by_workload(judged: Frame, policies: list[str]) -> spec.Panel:
+    wide = judged.pivot(index="window", columns="policy", values="max_over_mean")[policies]
+    rows = judged.drop_duplicates("window").set_index("window").loc[wide.index]
+    names = rows["workload"] + rows["part"].map({"fit": " (fitted on)", "judged": ""})
+    ratio_WP = wide.to_numpy(float)
+    scale = spec.amount(BUSIEST, 1, ratio_WP, 1.1, log=True)
+    heatmap = spec.Heatmap(ratio_WP, scale, spec.cell_numbers(ratio_WP))
+    axes = spec.Axis("policy", tuple(policies)), spec.Axis("workload", tuple(names))
+    return spec.Panel((heatmap,), *axes, "Each workload, mean over layers")
 
 
 def _by_window(by_window: Frame, settings: Settings) -> spec.Panel:

@@ -11,7 +11,7 @@ slots, M decisions of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TypeVar
@@ -46,13 +46,14 @@ class FitWindows:
     """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w +
     1] of every rank's tokens. Plans are fitted on the first `fit` windows and judged on the rest.
     `tokens`: in all windows; of_rank: of each rank; `before`: those that each shard, by (rank,
-    index), has before it in its rank."""
+    index), has before it in its rank. `names`: where a window is a workload, not a time."""
 
     edge_W: np.ndarray
     fit: int
     tokens: int
     of_rank: dict[int, int] = field(default_factory=dict[int, int])
     before: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
+    names: tuple[str, ...] = ()
 
     @property
     def judged(self) -> slice:
@@ -150,14 +151,16 @@ def _loads(
     return found
 
 
-def ranks_reached(plans: PlacementPlans) -> Reached:
-    """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
-    (router, policy)."""
-    asked = plans.selection, plans.windows, plans.layouts, plans.of
-    parts = summed(plans.trace, "counting ranks", _added, _reached, *asked)
+def ranks_reached(every: Iterable[PlacementPlans]) -> Reached:
+    """GPUs and nodes that a token of the judged parts is expected to reach, its own included, by
+    (router, policy). `every`: the same plans, of a trace each."""
+    sums = dict[tuple[int, str], np.ndarray]()
+    for plans in every:
+        asked = plans.selection, plans.windows, plans.layouts, plans.of
+        sums = reduce(_added, summed(plans.trace, "counting ranks", _added, _reached, *asked), sums)
     return {
         key: (float(gpus / tokens), float(nodes / tokens))
-        for key, (tokens, gpus, nodes) in reduce(_added, parts, {}).items()
+        for key, (tokens, gpus, nodes) in sums.items()
         if tokens
     }
 
