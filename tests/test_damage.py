@@ -336,7 +336,7 @@ def test_counts_are_checked(column: str, value: int, tmp_path: Path) -> None:
     write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
     report(open_trace(tmp_path / "t")).tables["load"]
     values = [value, *range(15)] if column == "expert" else [value] * 16
-    changed = pa.array(values, schema.counts_schema(False).field(column).type)
+    changed = pa.array(values, schema.counts_schema([]).field(column).type)
     replace_part(tmp_path / "t", "counts", put(column, changed))
     with pytest.raises(MoeInspectError, match=rf"counts/part-0-0\.parquet: {column} is {value}"):
         report(open_trace(tmp_path / "t")).tables["load"]

@@ -65,6 +65,7 @@ CASES = {
     "load_shift of nothing": Case("good: The load moves no more than between documents", "redrawn", "collapsed", "collapsed, 5 documents"),
     "load_shift of few documents": Case("note: Too few documents to tell whether the load moved: up to ", "collapsed, 5 documents", "collapsed", None),
     "load_shift of counts": Case("warning: ", "a steep one", "two even ones", "a steep one, few tokens"),
+    "same_experts": Case(r"note: .* used by one of them alone .* 95% interval \d", "other experts", "same experts", "other experts, 4 documents"),
     "collapsed": Case("critical: B is collapsed in layer 1: expert 5 gets 78% of its tokens", "collapsed", "redrawn", "collapsed, 5 documents"),
     "collapsed of counts": Case(".*design effect of 1,000", "a steep one", "two even ones", "a steep one, few tokens"),
     "below_chance": Case(r"warning: .* share 0\.0% .*\(2[45]\.\d%; 3 of 3 routers", "avoiding", "redrawn", "avoiding, 5 documents"),

@@ -17,7 +17,7 @@ from tests.support.planted import text_of
 from tests.support.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
-NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality", "worth"}
+NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality"}
 NEED_DECISIONS |= {"signature", "loss", "paths"}
 RNG = np.random.default_rng(9)
 

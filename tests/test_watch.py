@@ -258,7 +258,7 @@ def test_a_history_of_training_is_judged_as_it_was_committed(tmp_path: Path) -> 
         for n in range(4):
             load = np.full((1, 8), 400)
             load[0, 5] = 0 if n > 1 else 400
-            sums = {"first_choice": [load * 0], "weight_sum": [load * 0]}
+            sums = {"first_choice": [load * 0], "sums": {"weight_sum": [load * 0]}}
             part = counted(10 * (n + 1), 1)
             history.write(replace(part, tokens=1600, assignments=[load], **sums))
     looks = Looks(tmp_path / "t", 10**6, [parse_rule("dead_experts > 0 for 2 windows")])

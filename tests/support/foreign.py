@@ -392,7 +392,7 @@ maker("sglang-json")(by_layer("decode.json", with_a_dense_layer, *ROUTED, config
 maker("experts4bit")(by_layer("x.jsonl", four_bits, *ROUTED, config=True))
 maker("glm-merged")(by_layer("merged_law.json", glm_merged, *ROUTED, config=True))
 maker("olmoe-counts")(by_layer("olmoe_expert_counts_law.json", sparse, 0, 7, shape=(64, 8)))
-maker("mixtral-counts")(by_layer("mistral_expert_counts_law.json", sparse, 0, 15))
+maker("mixtral-counts")(by_layer("mistral_expert_counts_law.json", sparse, 0, 7))
 
 
 @maker("moe-beyond")

@@ -73,6 +73,7 @@ def stub(
     tokens = max((one["tokens"] for one in rows), default=0)
     counts = SimpleNamespace(
         counts_only=counts_only,
+        documents_unknown=counts_only,
         units=[None] * sum(each),
         documents=0 if counts_only else sum(each),
         tokens=tokens,

@@ -19,7 +19,13 @@ from tests.support.chance import REGIMES, drawn_pair
 from tests.support.damage import edit_manifest
 from tests.support.misrecorded import FAULTS, Recording, rounded, routed_text
 from tests.support.planted import DOMAINS, planted, uniform
-from tests.support.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.synthetic import (
+    TWO_LOADS,
+    counts_by_document,
+    uniform_ids,
+    write_counts,
+    write_trace,
+)
 from tests.test_compare_findings import (
     DOCUMENTS,
     avoiding,
@@ -279,6 +285,9 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "a steep one": lambda root: two_counts(root, STEEP, 100),
     "a steep one, few tokens": lambda root: two_counts(root, STEEP, 1),
     "two even ones": lambda root: two_counts(root, EVEN_LOAD, 100),
+    "other experts": lambda root: by_document(root, 1),
+    "other experts, 4 documents": lambda root: by_document(root, 1, 4),
+    "same experts": lambda root: by_document(root, 0),
 }
 
 
@@ -301,6 +310,13 @@ def last_tokens(root: Path, documents: int) -> Any:
     last_T = np.arange(len(ids[0])) % (len(ids[0]) // documents) == len(ids[0]) // documents - 1
     other = changed(changed(changed(ids, last_T, router=0), last_T), last_T, router=2)
     return said(root, ids, other, documents=documents)
+
+
+def by_document(root: Path, moved: int, documents: int = 40) -> Any:
+    """Of every other document in B, the experts are `moved`."""
+    loads = [TWO_LOADS[d // 2 % 2] for d in range(documents)]
+    other = [np.roll(load, moved * (d % 2)).tolist() for d, load in enumerate(loads)]
+    return [counts_by_document(root / name, of) for name, of in (("a", loads), ("b", other))]
 
 
 def two_counts(root: Path, load: list[int], times: int) -> Any:

@@ -88,13 +88,14 @@ def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarr
 
 def _bits_of_draws(load_DBE: Iterable[np.ndarray]) -> np.ndarray:
     """`domain_mi_bits` of each draw, of the loads of one domain after the other: the entropy of the
-    mean share less the mean entropy. float [B]"""
+    mean share less the mean entropy; NaN where there are none. float [B]"""
     domains, within_B, sum_BE = 0, np.zeros(1), np.zeros((1, 1))
     for load_BE in load_DBE:
         share_BE = share_by_domain(load_BE)
         within_B, sum_BE = within_B + _entropy_bits(share_BE), sum_BE + share_BE
         domains += 1
-    return _entropy_bits(sum_BE / domains) - within_B / domains
+    mean_BE = sum_BE / (domains or float("nan"))
+    return _entropy_bits(mean_BE) - within_B / (domains or 1)
 
 
 def _entropy_bits(share_BE: np.ndarray) -> np.ndarray:
