@@ -476,6 +476,7 @@ def test_a_users_preset_joins_the_files_of_layers(tmp_path: Path):
         ('1,6,"[1, 9]",law', r"d\.csv row 6: ids is 9, not of -1 to 7"),
         ('1,6,"[1]",law', r"d\.csv row 6: ids has 1 values, not 2, as the first row"),
         ('1,6,"[1, x]",law', r"d\.csv row 6: ids is 'x', not a whole number"),
+        ('1,6,"[1, 2",law', r"d\.csv row 6: ids is '\[1, 2', a list cut short"),
         ('one,6,"[1, 2]",law', r"d\.csv row 6: block is 'one', not a whole number"),
         ('1,,"[1, 2]",law', r"d\.csv row 6: at is empty"),
         ('1,6.5,"[1, 2]",law', r"d\.csv row 6: at is '6\.5', not a whole number"),
@@ -524,3 +525,17 @@ def test_auto_says_what_a_file_looks_like(tmp_path: Path):
     (tmp_path / "x.json").write_text('{"sample_count": 3, "answers": {}}')
     why = 'looks like gpt-oss-fingerprints, but lacks "think_expert_analytics"'
     refused(tmp_path, why, "auto", tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_expert_that_was_never_chosen_needs_no_score(count: int, tmp_path: Path):
+    rows = f"0,0,3,1.5,0.5\n0,1,{count},,\n"
+    (tmp_path / "c.csv").write_text(f"layer,expert,count,gate_sum,saliency\n{rows}")
+    if count:
+        refused(tmp_path, "row 1: weight_sum is empty", "counts", tmp_path / "c.csv", top_k=1)
+        return
+    trace, _ = taken(tmp_path, "counts", tmp_path / "c.csv", top_k=1)
+    assert trace.counts()[["weight_sum", "saliency_sum"]].to_numpy().tolist() == [
+        [1.5, 1.5],
+        [0, 0],
+    ]

@@ -268,10 +268,9 @@ class Placed:
         again |= ids_CK[cell_N[order]].any(1)
         if again.any():
             t = int(decision_N[order[again.argmax()]]) % len(self.key_T)
-            (_, name), _ = self.documents[self.key_T[t] >> 32]
-            raise MoeInspectError(
-                f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'} has {what}"
-            )
+            (group, name), _ = self.documents[self.key_T[t] >> 32]
+            place = f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'}"
+            raise MoeInspectError(f"{group}: {place} has {what}")
         ids_CK[cell_N] = rows["ids"][:, lists] + 2
         if self.weighted:
             self.weights().reshape(-1, K)[cell_N] = rows["weights"][:, lists]

@@ -241,10 +241,18 @@ def _columns(
         made["first_choice"] = first_N
     for name, of in schema.SUMS.items():
         if name in chunk:
-            made[name] = chunk.numbers(name, of.least, 2**53, real=True)
+            made[name] = _score(chunk, name, of.least, count_N)
     if "saliency" in chunk:
-        made["saliency_sum"] = chunk.numbers("saliency", -(2**53), 2**53, real=True) * count_N
+        made["saliency_sum"] = _score(chunk, "saliency", -(2**53), count_N) * count_N
     return made
+
+
+def _score(chunk: TableChunk, name: str, least: float, count_N: np.ndarray) -> np.ndarray:
+    """float64 [N], 0 where there is none of an expert that was never chosen."""
+    values_N = chunk.numbers(name, least, 2**53, np.nan, real=True)
+    if (missing_N := np.isnan(values_N) & (count_N > 0)).any():
+        raise chunk.error(int(missing_N.argmax()), name, "is empty")
+    return np.nan_to_num(values_N)
 
 
 def _numbered(chunk: TableChunk, domain_N: np.ndarray, documents: Documents) -> np.ndarray:

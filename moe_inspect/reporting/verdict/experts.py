@@ -175,7 +175,7 @@ def overloading_domain(data: ReportData) -> Finding | None:
             said = (
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
                 f"{ratio:.2f}x the mean load on its {plural(row['tokens'], 'token')}{at}; "
-                f"{together} domains together reach at most {overall['max_over_mean']:.2f}x."
+                f"{together} domains together reach at most {overall['max_over_mean']:.2f}x there."
             )
             return warning(said, row, **values)
         unsure = unsure or note(

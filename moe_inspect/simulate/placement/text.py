@@ -138,8 +138,9 @@ def _on_workloads(tables: Tables, policy: str) -> str:
     if len(fit) > 1:
         many = plural(len(fit), "workload")
         on = f"{many} (max/mean {mean:.2f} on average, at most {_on(fit[0])})"
-    aged = ", ".join(_on(row) for row in rest[:LISTED])
-    if more := rest[LISTED:]:
+    listed = LISTED if len(rest) > LISTED + 1 else len(rest)  # one more is named, too
+    aged = ", ".join(_on(row) for row in rest[:listed])
+    if more := rest[listed:]:
         aged += f" and at most {more[0]['max_over_mean']:.2f} on {len(more)} more"
     return f"{policy} is fitted on {on}{f': it has {aged}' if aged else ''}."
 
