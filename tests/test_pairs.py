@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -22,7 +23,7 @@ from moe_inspect.reporting.charts.pairs import coactivation, supported_lift
 from moe_inspect.reporting.render.page import map_data, report_page
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together
+from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together, supported_pairs
 from moe_inspect.reporting.verdict.data_checks import in_runs
 from tests.support.planted import sentences
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
@@ -294,6 +295,14 @@ def test_tables_lead_with_evidence_not_with_what_was_seen_once(made: Report, nam
     assert beyond.is_monotonic_decreasing  # fewer than expected comes last
     lift = of_first["together"] / of_first["expected"]
     np.testing.assert_allclose(lift, of_first["lift"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["coactivation", "transitions"])
+def test_supported_pairs_are_those_of_the_whole_table(made: Report, name: str):
+    (rows, listed), table = supported_pairs(made, name), made.tables[name]
+    expected = table[table["supported"]]
+    assert 0 < len(expected) < len(table) == listed
+    pd.testing.assert_frame_equal(rows.reset_index(drop=True), expected.reset_index(drop=True))
 
 
 def test_pictures_and_page_show_what_is_supported(made: Report):

@@ -30,7 +30,9 @@ from moe_inspect.workers import Threads
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
 MOST_PAIRS = 2**26  # of experts, of all routers: 512 MiB of counts
-TABLE_BYTES = 84 * 2**20  # of the tables by token id of the routers that are counted together
+TABLE_BYTES = (
+    84 * 2**20
+)  # of the tables by token id and of pairs of the routers that are counted together
 # assignments from which the compiled kernels are worth the second that loading them takes
 LONG = 20_000_000
 
@@ -226,11 +228,12 @@ def _with_token_ids(
 
 
 def _groups(request: Request, routers: Sequence[int]) -> Iterator[list[int]]:
-    """Routers whose tables fit in TABLE_BYTES, at least one at a time."""
+    """Routers whose tables, those of pairs too, fit in TABLE_BYTES; at least one at a time."""
     group, total = list[int](), 0
     for r in routers:
         router = request.empty.routers[r]
-        size = request.plans[router.stack].bytes(router.experts)
+        pairs = ("pairs" in request.wants) + 2 * ("transitions" in request.wants)
+        size = request.plans[router.stack].bytes(router.experts) + pairs * 8 * router.experts**2
         if group and total + size > TABLE_BYTES:
             yield group
             group, total = [], 0

@@ -240,6 +240,7 @@ def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.
 def signed_deviance(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
     """Binomial deviance of counts of `most` trials: twice the log-likelihood of the count's own
     rate minus that of the expected one; negative where the count is below the expected one."""
+    count, expected, most = (np.asarray(x, float) for x in (count, expected, most))
     missed, expected_missed = most - count, np.maximum(most - expected, 1e-12 * most)
     with np.errstate(divide="ignore", invalid="ignore"):
         hit = np.where(count > 0, count * np.log(count / expected), 0)

@@ -30,14 +30,13 @@ def domains(data: ReportData) -> Chart | str:
         return "domains: there is only one"
     table = data.tables["domains"]
     names = tuple(cut(readable(name)) for name in counts.domains)
-    rows_of = {r: table[table["router"] == r] for r in data.selection.routers}
-    spread = {r: _spread(rows) for r, rows in rows_of.items()}
+    spread = {r: _spread(table[table["router"] == r]) for r in data.selection.routers}
     wide = max(counts.routers[r].experts for r in spread) > WIDE
     most = MOST_PANELS // 2 if wide else MOST_PANELS
     chosen = sorted(sorted(spread, key=lambda r: -spread[r])[:most])
     panels = list[Panel]()
     for r in chosen:
-        E, rows = counts.routers[r].experts, rows_of[r]
+        E, rows = counts.routers[r].experts, table[table["router"] == r]
         lift_DE, activation_DE = (
             rows[name].to_numpy().reshape(D, E) for name in ("lift", "activation")
         )

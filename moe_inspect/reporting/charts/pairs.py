@@ -185,17 +185,18 @@ def coactivation(data: ReportData) -> Chart | str:
     """Which experts one decision chooses together, against chance."""
     if data.counts.counts_only:
         return "co-activation and transitions: counts alone have no decisions"
-    table = data.tables["coactivation"]
-    if table.empty:
+    table, listed = pairs.supported_pairs(data, "coactivation")
+    if not listed:
         return "co-activation: with one expert per token there are no pairs"
-    if not _above_chance(table).any():
+    if not (table["lift"] > 1).any():
         return f"co-activation: no pair {BEYOND}"
     drawn = Chart(
         "Chosen together",
         "Pairs of experts that one decision chooses, relative to chance",
         (),
         text="Pairs of experts that one decision chooses together more often than chance, those "
-        f"with the most evidence first: {_supported(table)} Each card lists its expert's partners.",
+        f"with the most evidence first: {_supported(table, listed)} Each card lists its expert's "
+        "partners.",
         definitions={
             "probability": "P(other chosen, given expert chosen), over all pairs of slots; "
             "(k − 1)/(E − 1) by chance.",
@@ -212,17 +213,17 @@ def transitions(data: ReportData) -> Chart | str:
     """Which experts of the next layer the tokens of an expert go to, against chance."""
     if data.counts.counts_only:
         return ""  # coactivation says so
-    table = data.tables["transitions"]
-    if table.empty:
+    table, listed = pairs.supported_pairs(data, "transitions")
+    if not listed:
         return "transitions: no two layers follow each other"
-    if not _above_chance(table).any():
+    if not (table["lift"] > 1).any():
         return f"transitions: no link {BEYOND}"
     drawn = Chart(
         "From layer to layer",
         "Experts of one layer and the next, relative to chance",
         (),
         text="Where the tokens of an expert go at the next layer more often than chance, the links "
-        f"with the most evidence first: {_supported(table)}",
+        f"with the most evidence first: {_supported(table, listed)}",
         definitions={
             "probability": "P(next expert chosen at the next MoE layer, given expert chosen here), "
             "over all pairs of slots.",
@@ -246,7 +247,8 @@ def _with_matrices(
     lifts = dict[int, np.ndarray]()
     # the routers whose supported pairs are furthest from chance, in order of layers
     distance = (table["probability"] - table["probability"] / table["lift"]).abs()
-    by_router = (distance * table["supported"]).groupby(table["router"]).sum()
+    by_router = distance.groupby(table["router"]).sum()
+    by_router = by_router.reindex(data.selection.routers, fill_value=0)
     for r in sorted(by_router.nlargest(MOST_MATRICES).index.tolist()):
         both = pair_counts(data, r)
         if both is not None and np.isfinite(lift_EN := supported_lift(both)).any():
@@ -268,14 +270,14 @@ def _with_matrices(
             title += f": the {rows} × {columns} experts with a supported pair"
         heatmap = Heatmap(shown_EN, scale, spec.cell_numbers(shown_EN))
         panels.append(Panel((heatmap,), axes[1], axes[0], title))
-    drawn, routers = len(panels), int(table.loc[table["supported"], "router"].nunique())
+    drawn, routers = len(panels), int(table["router"].nunique())
     return replace(
         chart,
         panels=tuple(panels),
         columns=min(2, drawn),
         subset=f"the {drawn} of {routers} layers furthest from chance" if drawn < routers else "",
         # those with the most evidence first
-        table=table[_above_chance(table)].nsmallest(MOST_PAIRS, "log10_p"),
+        table=table[table["lift"] > 1].nsmallest(MOST_PAIRS, "log10_p"),
         definitions={**chart.definitions, **OF_EVIDENCE},
     )
 
@@ -289,11 +291,6 @@ def supported_lift(counted: PairEvidence) -> np.ndarray:
     return lift_EN
 
 
-def _above_chance(table: pd.DataFrame) -> pd.Series[bool]:
-    """Which pairs are supported and more frequent than chance."""
-    return table["supported"] & (table["lift"] > 1)
-
-
-def _supported(table: pd.DataFrame) -> str:
-    n = int(_above_chance(table).sum())
-    return f"{n:,} of the {len(table):,} pairs listed have enough."
+def _supported(table: pd.DataFrame, listed: int) -> str:
+    n = int((table["lift"] > 1).sum())
+    return f"{n:,} of the {listed:,} pairs listed have enough."

@@ -22,6 +22,8 @@ from moe_inspect.reporting.render.texts import text_section
 from moe_inspect.reporting.shown import python_call, python_of_table
 from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
 from moe_inspect.reporting.tables.load import chosen
+from moe_inspect.reporting.tables.pairs import supported_pairs
+from moe_inspect.reporting.tables.specialization import token_ids
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding, beyond, uneven
@@ -254,26 +256,25 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
         ],
         "weights": weights,
         "telling": int(bits.argmax()) if bits.notna().any() else 0,
-        "words": _words(data, by_expert),
+        "words": _words(data, entries, by_expert),
         "partners": None,
         "nexts": None,
     }
     if not (data.counts.counts_only or data.without_pairs):
-        links = data.tables["transitions"]
-        drawn["partners"] = _pairs(data.tables["coactivation"], "other", by_expert)
+        together, links = (supported_pairs(data, of)[0] for of in ("coactivation", "transitions"))
+        drawn["partners"] = _pairs(together, "other", by_expert)
         drawn["nexts"] = _pairs(links, "next_expert", by_expert)
-        next_of = dict(zip(links["router"], links["next_router"], strict=True))
-        drawn["next"] = [position.get(next_of.get(r, -1)) for r in chosen]
+        drawn["next"] = [position.get(counts.next_router(r) or -1) for r in chosen]
     return drawn, short
 
 
 ByExpert = Callable[[pd.DataFrame], tuple[pd.DataFrame, list[int]]]
 
 
-def _words(data: ReportData, by_expert: ByExpert) -> Json | None:
+def _words(data: ReportData, most: int, by_expert: ByExpert) -> Json | None:
     if data.counts.counts_only or not data.top:
         return None
-    table, start = by_expert(data.tables["vocabulary"])
+    table, start = by_expert(pd.DataFrame(token_ids(data, most), copy=False))
     codes, ids = pd.factorize(table["token_id"])
     text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
     return {
@@ -288,7 +289,7 @@ def _words(data: ReportData, by_expert: ByExpert) -> Json | None:
 
 def _pairs(table: pd.DataFrame, other: str, by_expert: ByExpert) -> Json:
     """The supported partners above chance, those with the most evidence first."""
-    table, start = by_expert(table[table["supported"] & (table["lift"] > 1)])
+    table, start = by_expert(table[table["lift"] > 1])
     return {
         "start": start,
         "other": table[other].tolist(),

@@ -194,7 +194,7 @@ class ReportData:
         """The rows of a router: of many domains, a table of all routers takes much memory."""
         of_one = copy(self)
         of_one.selection, of_one.made = replace(self.selection, routers=(router,)), {}
-        return pd.DataFrame(TABLES[table].make(of_one))
+        return pd.DataFrame(TABLES[table].make(of_one), copy=False)
 
     @property
     def dropped(self) -> int:

@@ -184,8 +184,9 @@ def rows_per_router(data: ReportData, columns: Callable[[int], Columns | None]) 
         if (of_router := columns(r)) is not None:
             rows = {"layer": data.counts.routers[r].layer, "router": r, **of_router}
             parts.append(dict(zip(rows, np.broadcast_arrays(*rows.values()), strict=True)))
-    names = parts[0] if parts else ()
-    return {name: np.concatenate([rows[name] for rows in parts]) for name in names}
+    names = [*parts[0]] if parts else []
+    # each part is given back once it is copied: the table can be large
+    return {name: np.concatenate([rows.pop(name) for rows in parts]) for name in names}
 
 
 def row_per_router(

@@ -94,6 +94,20 @@ def transitions(data: ReportData) -> pd.DataFrame:
     return pd.DataFrame(columns=[*kinds]).astype(kinds)
 
 
+def supported_pairs(data: ReportData, name: str) -> tuple[pd.DataFrame, int]:
+    """The supported rows of a table of pairs, and how many rows it has: the table is made router by
+    router, since all of it takes much memory."""
+    data.decisions(name)  # an error where there is no such table
+    if (key := (supported_pairs, name)) not in data.made:
+        kept, listed = list[pd.DataFrame](), 0
+        for r in data.selection.routers:
+            rows = data.rows_of(name, r)
+            kept.append(rows[rows["supported"]])
+            listed += len(rows)
+        data.made[key] = pd.concat([rows for rows in kept if len(rows)] or kept[:1]), listed
+    return data.made[key]
+
+
 @table("repetition")
 def repetition(data: ReportData) -> AsColumns:
     """One row per router and domain: how often a token has the same first choice as the token

@@ -60,7 +60,7 @@ class LazyTables(Mapping[str, "pd.DataFrame"]):
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         if not isinstance(made := self.as_made(name), pd.DataFrame):
-            made = self._made[name] = pd.DataFrame(made)
+            made = self._made[name] = pd.DataFrame(made, copy=False)
         return made
 
     def as_made(self, name: str) -> pd.DataFrame | AsColumns:

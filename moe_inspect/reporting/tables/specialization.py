@@ -152,6 +152,11 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
 def vocabulary(data: ReportData) -> AsColumns:
     """One row per expert and token id: the token ids most exclusively routed to it. fraction and
     first_choice_fraction are of the token id's occurrences."""
+    return token_ids(data)
+
+
+def token_ids(data: ReportData, most: int | None = None) -> AsColumns:
+    """The rows of `vocabulary`, at most so many of each expert."""
     if data.counts.counts_only:
         raise MoeInspectError(
             f"{data.trace.path} holds counts only, no token ids: no vocabulary table; "
@@ -164,7 +169,8 @@ def vocabulary(data: ReportData) -> AsColumns:
     def columns(r: int) -> load.Columns:
         of = by_token_id[r]
         occurrences_N = np.maximum(of.occurrences_N, 1)
-        return {
+        rank_N = np.arange(len(of.expert_N)) - np.searchsorted(of.expert_N, of.expert_N)
+        found = {
             "expert": of.expert_N,
             "token_id": of.token_id_N,
             "token": text_of.reindex(of.token_id_N).to_numpy(object),
@@ -173,6 +179,8 @@ def vocabulary(data: ReportData) -> AsColumns:
             "first_choice_fraction": np.nan if of.first_N is None else of.first_N / occurrences_N,
             "occurrences": of.occurrences_N,
         }
+        kept = slice(None) if most is None else rank_N < most
+        return {name: np.broadcast_to(N, rank_N.shape)[kept] for name, N in found.items()}
 
     return load.rows_per_router(data, columns)
 

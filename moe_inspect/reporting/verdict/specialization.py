@@ -200,8 +200,7 @@ def _most_exclusive_token(data: ReportData, row: Row) -> str:
     """The token id that goes to one expert most exclusively, of those that are frequent."""
     if not data.top:
         return ""
-    words = data.tables["vocabulary"]
-    words = words[words["router"] == int(row["router"])].dropna(subset=["token"])
+    words = data.rows_of("vocabulary", int(row["router"])).dropna(subset=["token"])
     if words.empty:
         return ""
     best = top_row(words, words["first_choice_fraction"] * np.log1p(words["count"]))
