@@ -36,10 +36,14 @@ def small(family: str, **options: Any) -> Any:
 
 
 @needs_gguf
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_gguf_is_loaded_with_the_weights_it_was_made_of(architecture: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("architecture", "flat"), [*((name, True) for name in ARCHITECTURES), ("qwen2moe", False)]
+)
+def test_a_gguf_is_loaded_with_the_weights_it_was_made_of(
+    architecture: str, flat: bool, tmp_path: Path
+):
     model, path = small(FAMILY[architecture]), tmp_path / "m.gguf"
-    write_model(path, model, architecture)
+    write_model(path, model, architecture, flat=flat)
     config = load_config(str(path))
     found = load_model(str(path), config, device="cpu")
     for name, parameter in model.state_dict().items():
@@ -135,7 +139,7 @@ NAMES = {
 }
 
 
-def _tensors(model: Any) -> dict[str, np.ndarray]:
+def _tensors(model: Any, flat: bool) -> dict[str, np.ndarray]:
     made: dict[str, np.ndarray] = {}
     for name, parameter in model.state_dict().items():
         value, block = parameter.float().numpy(), re.match(r"model\.layers\.(\d+)\.", name)
@@ -149,8 +153,8 @@ def _tensors(model: Any) -> dict[str, np.ndarray]:
             made[f"{n}exp_probs_b.bias"] = value
         else:
             stem, _, suffix = inner.rpartition(".")
-            # (llama.cpp keeps the gate of the shared expert as a vector)
-            made[f"{n}{NAMES[stem]}.{suffix}"] = value[0] if "shared_expert_gate" in stem else value
+            is_row = flat and "shared_expert_gate" in stem
+            made[f"{n}{NAMES[stem]}.{suffix}"] = value[0] if is_row else value
     return made
 
 
@@ -163,8 +167,11 @@ def q8_0(value: np.ndarray) -> Tensor:
     return 8, value.shape[::-1], data.tobytes()
 
 
-def write_model(path: Path, model: Any, architecture: str, quantise: bool = False) -> None:
-    """The model as GGUF. `quantise`: experts in Q8_0."""
+def write_model(
+    path: Path, model: Any, architecture: str, quantise: bool = False, flat: bool = True
+) -> None:
+    """The model as GGUF. `quantise`: experts in Q8_0. `flat`: the gate of the shared expert as a
+    vector, as llama.cpp's converter wrote it once."""
     config, tokenizer = model.config, json.loads((MODEL_DIR / "tokenizer.json").read_text())
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     pairs = tokenizer["model"]["merges"]
@@ -195,6 +202,6 @@ def write_model(path: Path, model: Any, architecture: str, quantise: bool = Fals
         **{f"tokenizer.ggml.{key}": value for key, value in of_tokenizer.items()},
         **{"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1},
     }
-    tensors = _tensors(model).items()
+    tensors = _tensors(model, flat).items()
     of_type = {name: q8_0(t) if quantise and "_exps" in name else t for name, t in tensors}
     gguf_file(path, fields, of_type)

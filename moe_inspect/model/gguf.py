@@ -10,6 +10,8 @@ import math
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,8 @@ from moe_inspect.trace.schema import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from moe_inspect.model.choices import Called
 
 MAGIC = b"GGUF"
 SCALARS = {  # type of a metadata value → struct's letter
@@ -269,6 +273,27 @@ def dequantized() -> Config:
 
     kind = getattr(transformers, "GgufConfig", None)
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+@contextmanager
+def flat_shared_gates() -> Iterator[None]:
+    """While it loads a Qwen2-MoE, transformers takes the gate of a shared expert with one dimension
+    too: it adds the second one, which llama.cpp's converter no longer takes away."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    kinds: dict[str, Called] = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS
+    theirs = kinds["qwen2moe"]
+
+    class Flat(theirs):
+        def process(self, weights: np.ndarray, name: str, **options: Called) -> Called:
+            flat = weights.reshape(-1) if "ffn_gate_inp_shexp" in name else weights
+            return super().process(flat, name, **options)
+
+    kinds["qwen2moe"] = Flat
+    try:
+        yield
+    finally:
+        kinds["qwen2moe"] = theirs
 
 
 def quantization(path: Path) -> Config:

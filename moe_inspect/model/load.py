@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -241,7 +241,8 @@ def load_model(
             model = auto_class(made, **options).from_config(made, dtype=wanted, **options)
         return model.to(target).eval()
     location, of_gguf = _pretrained(name)
-    with blamed(f"cannot load model {name!r}"):
+    gates = gguf.flat_shared_gates() if of_gguf else nullcontext()
+    with blamed(f"cannot load model {name!r}"), gates:
         model, loaded = auto_class(config, **options).from_pretrained(
             location,
             config=config,
