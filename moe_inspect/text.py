@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import numbers
 import os
 import re
@@ -87,7 +86,7 @@ def number(value: object) -> str:
         return str(value)
     if isinstance(value, int | numbers.Integral):
         return f"{int(value):,}"
-    if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>":
+    if is_missing(value):
         return "–"
     if isinstance(value, float | numbers.Real):
         real = float(value)

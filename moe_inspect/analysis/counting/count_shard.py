@@ -23,7 +23,7 @@ from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows
 from moe_inspect.analysis.counting.router_counts import RouterCounts, RouterDecisions, count_router
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, among, selected_tokens
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import Shard, codes, numbers
 
 NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
 
@@ -181,18 +181,18 @@ def _count_counted(
     known. They know no order within: all of a document is in the window in which it begins; where
     none is known, all of the shard."""
     table, trace = shard.counts(), shard.trace
-    router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
+    router_N, expert_N = numbers(table["router"]), numbers(table["expert"])
     code_N, domains = codes(table["domain"])
     names = ["assignments", *(["first_choice"] if table["first_choice"].null_count == 0 else [])]
     names += [name for name in ("weight_sum", "saliency_sum") if name in trace.sums]
-    values = {name: table[name].to_numpy() for name in names}
+    values = {name: numbers(table[name]) for name in names}
     part.counts_only, part.documents_unknown = True, not trace.by_document
     part_N, number_X, size_X = code_N, np.zeros(len(domains), np.int64), None
     if trace.by_document:
         listed = shard.table("documents", ["document", "tokens"])
-        number_X, size_X = (listed[name].to_numpy() for name in ("document", "tokens"))
+        number_X, size_X = (numbers(listed[name]) for name in ("document", "tokens"))
         order_X = np.argsort(number_X)
-        of_N = np.searchsorted(number_X[order_X], table["document"].to_numpy())
+        of_N = np.searchsorted(number_X[order_X], numbers(table["document"]))
         part_N = order_X[of_N]
     domain_X = np.full(len(number_X), -1)
     domain_X[part_N] = code_N

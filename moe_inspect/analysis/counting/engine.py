@@ -30,9 +30,8 @@ from moe_inspect.workers import Threads
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
 MOST_PAIRS = 2**26  # of experts, of all routers: 512 MiB of counts
-TABLE_BYTES = (
-    84 * 2**20
-)  # of the tables by token id and of pairs of the routers that are counted together
+# of the tables by token id, and of pairs, of the routers that are counted together
+TABLE_BYTES = 84 * 2**20
 # assignments from which the compiled kernels are worth the second that loading them takes
 LONG = 20_000_000
 

@@ -94,8 +94,9 @@ def _bits_of_draws(load_DBE: Iterable[np.ndarray]) -> np.ndarray:
         share_BE = share_by_domain(load_BE)
         within_B, sum_BE = within_B + _entropy_bits(share_BE), sum_BE + share_BE
         domains += 1
-    mean_BE = sum_BE / (domains or float("nan"))
-    return _entropy_bits(mean_BE) - within_B / (domains or 1)
+    if not domains:
+        return np.full(1, np.nan)
+    return _entropy_bits(sum_BE / domains) - within_B / domains
 
 
 def _entropy_bits(share_BE: np.ndarray) -> np.ndarray:

@@ -229,8 +229,8 @@ def _columns(
     for name in ("experts", "top_k"):
         made[name] = chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else 0 * layer_N
     made["document"] = _numbered(chunk, made["domain"], documents)
-    wide = ("document",)
-    made = {name: made[name].astype(np.int32 if name in wide else np.uint16) for name in KEYS}
+    kinds = dict.fromkeys(KEYS, np.uint16) | {"document": np.int32}
+    made = {name: made[name].astype(kind) for name, kind in kinds.items()}
     count_N = made["count"] = _count(chunk, preset)
     if "first_choice" in chunk:
         first_N = chunk.numbers("first_choice", 0, MOST_COUNT)

@@ -97,9 +97,8 @@ class TableChunk:
                 opened, closed = (pc.count_substring(column, of) for of in (begin, end))
                 cut_N = pc.not_equal(opened, closed).fill_null(False)
                 if (row := cut_N.index(True).as_py()) >= 0:
-                    raise self.error(
-                        row, name, f"is {column[row].as_py()[:40]!r}, a list cut short"
-                    )
+                    text = column[row].as_py()[:40]
+                    raise self.error(row, name, f"is {text!r}, a list cut short")
             bare = pc.replace_substring_regex(column, r"^[\s(\[]+|[\s)\],]+$", "")
             column = pc.split_pattern_regex(bare, r"[\s,]+")
         if pa.types.is_fixed_size_list(column.type):

@@ -91,10 +91,8 @@ def simulate_placement(
     policy's), and with workloads judged (a row per policy and workload). MoeInspectError for
     settings out of range, numbers that do not divide, and traces of other routers."""
     trace = open_trace(trace)
-    traces = [
-        trace,
-        *(open_trace(other).on(trace.scheduler) for other in (*others, *(judge or ()))),
-    ]
+    beside = (open_trace(other).on(trace.scheduler) for other in (*others, *(judge or ())))
+    traces = [trace, *beside]
     every = [select(each, layers, domains, phase) for each in traces]
     selection, apart = every[0], bool(len(traces) > 1 or fit_domains or fit_phase)
     names = list(policies or POLICIES)

@@ -145,10 +145,8 @@ def workloads_of(
             )
     names = [PurePath(path).name for path in paths]
     names = names if len({*names}) == len(names) else paths
-    whole, (trace, selection) = (
-        [*zip(names, traces, selections, strict=True)],
-        (traces[0], selections[0]),
-    )
+    whole = [*zip(names, traces, selections, strict=True)]
+    trace, selection = traces[0], selections[0]
     if fit_domains:
         fitted, judged = _domains(trace, selection, fit_domains)
     elif fit_phase:
@@ -181,10 +179,8 @@ def _domains(
     trace: Trace, selection: Selection, chosen: str | Iterable[str]
 ) -> tuple[list[Workload], list[Workload]]:
     """Those of the domains chosen, and those of the others, counted at once."""
-    counts, fitted = (
-        count_trace(trace, selection),
-        select(trace, None, chosen).domains or set[str](),
-    )
+    counts = count_trace(trace, selection)
+    fitted = select(trace, None, chosen).domains or set[str]()
     if missing := fitted - {*counts.domains}:
         raise MoeInspectError(f"no token of {', '.join(sorted(missing))} is selected")
     domain_U = np.array([domain for domain, _ in counts.units])
