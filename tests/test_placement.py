@@ -173,7 +173,7 @@ def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
     assert table["ranks_per_token"].isna().all()
     assert table["max_over_mean"]["local-search"] == 1.0
     assert table["max_over_mean"]["contiguous"] == pytest.approx(1.4)
-    assert any("which counts do not tell" in sentence for sentence in made.verdict)
+    assert any("it takes decisions, not counts" in sentence for sentence in made.verdict)
     said = made.write_plan(tmp_path / "p.json")
     assert said.endswith("1 MoE layers of 4 slots on 2 GPUs, for sglang")
 

@@ -181,7 +181,7 @@ def test_of_counts_what_is_unknown_is_said_once_and_nothing_is_recommended(tmp_p
     alone = simulate_placement(a, gpus=2)
     (unknown,) = (said for said in alone.verdict if "nknown" in said)
     assert "the balance on text that plans are not fitted on (--judge TRACE)" in unknown
-    assert "the GPUs that a token reaches" in unknown
+    assert "which GPUs a token reaches" in unknown
     assert "Recommended" not in " ".join(alone.verdict)
     assert "-o FILE saves local-search, the fastest on what it is fitted on." in alone.verdict
     judged = simulate_placement(a, judge=[b], gpus=2)

@@ -101,14 +101,14 @@ def _aged(tables: Tables, settings: Settings, policy: str) -> list[str]:
             said.append(_on_workloads(tables, fitted[0]))
         if tables["judged"].query("part == 'judged'")["p"].isna().any():
             unknown.append(
-                f"how much of that is chance, which {FEWEST_TO_JUDGE} documents of each would tell"
+                f"how much of that is chance (it takes {FEWEST_TO_JUDGE} documents of each)"
             )
     elif _unseen(tables):
         said.append(_on_windows(tables, settings, policy))
     if not _unseen(tables):
         unknown.append("the balance on text that plans are not fitted on (--judge TRACE)")
     if settings["counts_only"]:
-        unknown.append("the GPUs that a token reaches, which counts do not tell")
+        unknown.append("which GPUs a token reaches (it takes decisions, not counts)")
     return [*said, *([f"Unknown: {'; '.join(unknown)}."] if unknown else [])]
 
 
