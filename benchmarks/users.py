@@ -306,6 +306,7 @@ def once(command: list[str], checkout: Path) -> dict[str, float]:
         "POLARS_MAX_THREADS": "1",
         "COLUMNS": "120",
     }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it: modules are compiled once
     began = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
