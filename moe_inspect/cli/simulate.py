@@ -220,6 +220,48 @@ def placement(
     show.show(made)
 
 
+times_option = in_panel("Times")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(Options):
+    panel = "Options"
+
+    gpu: str = times_option("GPU whose measured times are used, e.g. h200.", "NAME")
+    engine: str = times_option("Engine that they were measured in, e.g. vllm.", "NAME")
+    dtype: str = times_option("Data type of the experts' weights, e.g. fp8.", "NAME")
+    kernel: str | None = times_option("Kernel, where several were measured.", "NAME")
+    latency: Path | None = times_option("Constants of your own instead.", "FILE")
+    gpus: int | None = gpu_option("GPUs that share the experts. Default: up to 8.", "G", min=1)
+    nodes: int = gpu_option("Nodes that the GPUs are on.", "N", min=1, default=1)
+    batch_tokens: list[int] | None = option(
+        "Tokens of a step, over all GPUs.", "TOKENS", show_default="64,512,4096"
+    )
+    placement: Path | None = option(
+        "Place experts by this plan for SGLang, as simulate placement -o writes it. Default: in "
+        "order.",
+        "FILE",
+    )
+
+
+def step(
+    *,
+    trace: TraceArgument,
+    options: StepOptions,
+    selection: SelectionOptions,
+    show: SimulateOptions,
+) -> None:
+    """Price the imbalance of a step, in milliseconds.
+
+    Reports the time that the MoE layers of a step take, beside an even load and chance, by phase,
+    domain and layer. Each GPU takes the time that was measured for as many tokens in as many
+    experts; the layer waits for the slowest.
+
+    Examples:
+    moe-inspect simulate step runs/a --gpu h200 --engine vllm --dtype fp8 --gpus 32"""
+    show.show(show.simulation("step", trace, options, selection))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(Options):
     panel = "Options"

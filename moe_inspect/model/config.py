@@ -252,15 +252,20 @@ def hidden_bytes(trace: Trace) -> float | None:
     return width * size if width and size else None
 
 
-def expert_bytes(trace: Trace, router: int) -> float | None:
-    """Bytes of one expert's weights: two matrices, three where it has a gate projection; None where
-    the manifest does not say."""
-    config = text_config(trace)
-    stack = trace.routers[router].stack
+def expert_shape(trace: Trace, router: int) -> tuple[int, int, int] | None:
+    """Of an expert: the model's hidden size, its own, and its matrices, three where it has a gate
+    projection. None where the manifest does not say."""
+    config, stack = text_config(trace), trace.routers[router].stack
     width = _size(config, *([f"{stack}_ffn_dim"] if stack else []), *families.EXPERT_WIDTH)
-    hidden, size = _size(config, *HIDDEN), _element_bytes(trace)
+    hidden = _size(config, *HIDDEN)
     matrices = 2 if config.get("model_type") in families.UNGATED else 3
-    return matrices * hidden * width * size if hidden and width and size else None
+    return (hidden, width, matrices) if hidden and width else None
+
+
+def expert_bytes(trace: Trace, router: int) -> float | None:
+    """Bytes of one expert's weights; None where the manifest does not say."""
+    shape, size = expert_shape(trace, router), _element_bytes(trace)
+    return math.prod(shape) * size if shape and size else None
 
 
 def weight_bytes(trace: Trace) -> int:

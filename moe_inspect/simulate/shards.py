@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard, codes
 
 Read = TypeVar("Read")
@@ -61,6 +62,15 @@ def taken(shard: Shard, selection: Selection) -> np.ndarray:
 
 def count_taken(shard: Shard, selection: Selection) -> int:
     return int(taken(shard, selection).sum())
+
+
+def phases_of(trace: Trace) -> set[str]:
+    """Those of its tokens."""
+    found = set[str]()
+    for shard in trace.shards:
+        code_T, names = codes(shard.tokens(["phase"])["phase"])
+        found |= {names[n] for n in np.unique(code_T)}
+    return found
 
 
 @lru_cache

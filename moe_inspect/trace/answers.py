@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_inspect.simulate import decode as _decode
     from moe_inspect.simulate import routing as _routing
     from moe_inspect.simulate.placement.placement import simulate_placement as _placement
+    from moe_inspect.simulate.step.step import simulate_step as _step
     from moe_inspect.trace import texts as _texts
     from moe_inspect.trace.derived.sample import sample as _sample
     from moe_inspect.trace.verify import verify as _verify
@@ -64,7 +65,8 @@ class Answers:
     @property
     def simulate(self) -> Simulations:
         """The trace replayed under other assumptions: `.placement(gpus=8)`, `.capacity()`,
-        `.decode()`, `.cache()`, `.routing()`."""
+        `.decode()`, `.cache()`, `.routing()`,
+        `.step(…)`."""
         return Simulations(self)
 
 
@@ -77,10 +79,11 @@ class Simulations:
     if TYPE_CHECKING:
         cache, capacity = of(_cache.simulate_cache), of(_capacity.simulate_capacity)
         decode, placement = of(_decode.simulate_decode), of(_placement)
-        routing = of(_routing.simulate_routing)
+        routing, step = of(_routing.simulate_routing), of(_step)
     else:
         cache = TraceMethod("simulate.cache", "simulate_cache")
         capacity = TraceMethod("simulate.capacity", "simulate_capacity")
         decode = TraceMethod("simulate.decode", "simulate_decode")
         placement = TraceMethod("simulate.placement.placement", "simulate_placement")
         routing = TraceMethod("simulate.routing", "simulate_routing")
+        step = TraceMethod("simulate.step.step", "simulate_step")

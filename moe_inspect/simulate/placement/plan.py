@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
 from moe_inspect.simulate.placement.windows import PlacementPlans
 from moe_inspect.trace.output_dir import output_file
 
@@ -72,6 +73,20 @@ def write_plan(table: Any, settings: Settings, path: str | Path, engine: str | N
         f"{table['policy'].iloc[0]}, {len(slots)} MoE layers of {P} slots on "
         f"{settings['gpus']} GPUs, for {engine}"
     )
+
+
+def read_plan(path: str | Path) -> dict[int, list[int]]:
+    """The expert of each slot, by layer, of a plan for SGLang."""
+    try:
+        rows: list[list[int]] = json.loads(read_small(path))["physical_to_logical_map"]
+        assert rows and all(len(row) == len(rows[0]) > 0 for row in rows)
+        assert all(type(expert) is int and expert >= 0 for row in rows for expert in row)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise MoeInspectError(
+            f'{path} is no plan for SGLang: {{"physical_to_logical_map": [the expert of each slot, '
+            'layer by layer]}, as "simulate placement -o plan.json" writes it'
+        ) from None
+    return dict(enumerate(rows))
 
 
 def _every(layers: Iterable[int], slots: Slots, E: int) -> list[list[int]]:

@@ -20,8 +20,8 @@ from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p,
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement.policies import shares
 from moe_inspect.simulate.placement.windows import FitWindows, PlacementPlans, fit_windows_of
+from moe_inspect.simulate.shards import phases_of
 from moe_inspect.trace.reader import Trace, address
-from moe_inspect.trace.shard import codes
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def workloads_of(
         fitted, judged = _domains(trace, selection, fit_domains)
     elif fit_phase:
         first = select(trace, phase=fit_phase).phase  # refuses counts
-        phases = fit_phase, *sorted(_phases(trace) - {first})
+        phases = fit_phase, *sorted(phases_of(trace) - {first})
         fitted, *judged = [_whole(p, trace, replace(selection, phase=p)) for p in phases]
         fitted = [fitted]
     else:
@@ -190,12 +190,3 @@ def _domains(
         return [Workload(d, trace, part, counts, domain_U == d) for d in domains]
 
     return of(sorted(fitted)), of([d for d in counts.domains if d not in fitted])
-
-
-def _phases(trace: Trace) -> set[str]:
-    """Those of its tokens."""
-    found = set[str]()
-    for shard in trace.shards:
-        code_T, names = codes(shard.tokens(["phase"])["phase"])
-        found |= {names[n] for n in np.unique(code_T)}
-    return found

@@ -1,0 +1,356 @@
+"""`simulate step`: the milliseconds that the MoE layers of a step take on G GPUs, and what imbalance
+adds.
+
+Every GPU computes the tokens of its experts, and the layer waits for the slowest. Steps are drawn
+from the trace's tokens (`sampling`), and the times of a GPU are those of a kernel that was measured
+(`latency`). Beside them the same number of tokens, spread evenly over the slots, and by chance.
+
+N tokens of a step, S steps, B blocks of documents, E experts, P physical slots, G GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.metrics.uncertainty import special
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.config import expert_shape
+from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
+from moe_inspect.simulate import result
+from moe_inspect.simulate.latency.model import SHIPPED, KernelTime, LatencyModel, Shape
+from moe_inspect.simulate.placement.placement import layouts_of
+from moe_inspect.simulate.placement.plan import read_plan
+from moe_inspect.simulate.placement.policies import contiguous
+from moe_inspect.simulate.result import Labels, Settings, Tables
+from moe_inspect.simulate.shards import phases_of
+from moe_inspect.simulate.step.sampling import (
+    SEED,
+    StepLoads,
+    chance_ids,
+    draw_steps,
+    from_load,
+    loads_of_steps,
+    step_loads,
+)
+from moe_inspect.text import plural
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.schema import PHASES
+
+DRAWS = 4  # steps by chance
+COUNTED = 16  # steps drawn from counts
+FEWEST_BLOCKS = 4  # that have an interval
+MOST_TOKENS = 2**18
+MOST_DOMAINS = 12  # that have rows of their own
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one layer in each step: of the slowest GPU, of which the others wait
+    `waiting` in the mean. float64 [S]"""
+
+    experts: np.ndarray
+    waiting: np.ndarray
+
+
+def times_of(loads: StepLoads, kernel: KernelTime, shape: Shape) -> Times:
+    (S, P), G = loads.slots_SP.shape, loads.reached_SG.shape[1]
+    tokens_NE = loads.slots_SP.reshape(S * G, P // G)
+    busy_SG = kernel.predict(tokens_NE, shape, loads.reached_SG.reshape(-1)).reshape(S, G)
+    return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1))
+
+
+def even(N: int, k: int, reached: float, P: int, G: int) -> StepLoads:
+    """The assignments of N tokens, spread evenly over the slots as whole tokens: a step of few
+    tokens reads few experts then, too."""
+    slots_P = np.full(P, N * k // P)
+    slots_P[np.linspace(0, P, N * k % P, endpoint=False).astype(int)] += 1
+    return StepLoads(slots_P[None], np.full((1, G), reached))
+
+
+@result.repeatable
+def simulate_step(
+    trace: Trace | str | Path,
+    *,
+    gpu: str,
+    engine: str,
+    dtype: str,
+    kernel: str | None = None,
+    gpus: int | None = None,
+    nodes: int = 1,
+    batch_tokens: Sequence[int] = (64, 512, 4096),
+    placement: str | Path | None = None,
+    latency: str | Path | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
+) -> result.Simulation:
+    """What imbalance costs, in milliseconds of the MoE layers.
+
+    `gpu`, `engine`, `dtype`, `kernel`: whose measured times, of those that the constants have.
+    `gpus`: that share the experts; default up to 8. `batch_tokens`: tokens of a step, over all
+    GPUs. `placement`: a plan for SGLang, as `simulate placement -o` writes it; by default experts
+    are in order. `latency`: a file of constants; by default the one that is part of moe-inspect.
+    `layers`, `domains`, `phase`: what is selected; each phase of the trace is simulated by itself.
+
+    Tables: step (a row per phase, domain and tokens), step_layers (a row per layer too). Times are
+    in ms, of the mean step; `cost` is the time ÷ that of an even load − 1, `low` and `high` its 95 %
+    interval over documents. MoeInspectError for settings out of range, a kernel that was not
+    measured, and a trace that does not say how large its experts are."""
+    trace = open_trace(trace)
+    sizes = sorted(set(batch_tokens))
+    if not sizes or sizes[0] < 1 or sizes[-1] > MOST_TOKENS:
+        raise MoeInspectError(
+            f"steps of {', '.join(map(str, sizes))} tokens: give numbers from 1 to {MOST_TOKENS:,}"
+        )
+    wanted = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
+    measured = LatencyModel.from_file(latency or SHIPPED).kernel(
+        **{name: value for name, value in wanted.items() if value is not None}
+    )
+    selection = select(trace, layers, domains, phase)
+    plan = read_plan(placement) if placement is not None else None
+    physical = len(next(iter(plan.values()))) if plan else None
+    layouts, placed = layouts_of(trace, selection, gpus, nodes, physical, None), {}
+    for r, layout in layouts.items():
+        layer, E = trace.routers[r].layer, trace.routers[r].experts
+        placed[r] = contiguous(np.empty(E), layout)
+        if plan is not None:
+            placed[r] = np.array(plan.get(layer, []), np.int64)
+            if {*placed[r].tolist()} != {*range(E)}:
+                raise MoeInspectError(f"{placement}: layer {layer} does not place its {E} experts")
+    G = next(iter(layouts.values())).gpus
+    shapes = {r: _shape(trace, r) for r in selection.routers}
+    steps = Steps(trace, measured, placed, shapes, G)
+    rows = [row for part in _parts(trace, selection) for row in steps.rows(part, sizes)]
+    if not rows:
+        raise MoeInspectError(f"{trace.path} has no step of {sizes[0]:,} tokens: give fewer")
+    table = pd.DataFrame(rows)
+    whole = table["layer"].isna()
+    tables = {
+        "step": table[whole].drop(columns=["layer", "router"]).reset_index(drop=True),
+        "step_layers": table[~whole].astype({"layer": int, "router": int}).reset_index(drop=True),
+    }
+    settings: Settings = {
+        "kernel": measured.name,
+        "source": measured.source,
+        "error": measured.errors.get("imbalance_error_median"),
+        "doubt": measured.doubt(),
+        "gpus": G,
+        "nodes": nodes,
+        "batch_tokens": sizes,
+        "placement": str(placement) if placement is not None else None,
+        "latency": str(latency) if latency is not None else None,
+        "counts_only": trace.counts_only,
+    }
+    return result.simulation(trace, tables, settings, verdict, chart, ("step",))
+
+
+def _shape(trace: Trace, router: int) -> Shape:
+    found, of = expert_shape(trace, router), trace.routers[router]
+    if found is None:
+        raise MoeInspectError(
+            f"{trace.path} does not say how large an expert is: record it with its model, or "
+            "import it with --config"
+        )
+    hidden, inter, matrices = found
+    return Shape(hidden, inter, of.top_k, of.experts, matrices == 3)
+
+
+def _parts(trace: Trace, selection: Selection) -> list[tuple[str, Selection]]:
+    """Each phase by itself, whole and of each domain where these are not many: its domain, and what
+    is selected."""
+    counts = count_trace(trace, selection)
+    domains = counts.domains if 1 < len(counts.domains) <= MOST_DOMAINS else []
+    there = phases_of(trace) if not (trace.counts_only or selection.phase) else set[str]()
+    phases = [replace(selection, phase=phase) for phase in PHASES if phase in there] or [selection]
+    return [
+        (domain, of if not domain else replace(of, domains=frozenset({domain})))
+        for of in phases
+        for domain in ("", *domains)
+    ]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`plan`: the expert of each slot, by router; `shapes`: of its layer."""
+
+    trace: Trace
+    kernel: KernelTime
+    plan: dict[int, np.ndarray]
+    shapes: dict[int, Shape]
+    gpus: int
+
+    def rows(
+        self, part: tuple[str, Selection], sizes: Sequence[int]
+    ) -> Iterator[dict[str, object]]:
+        """For each number of tokens a row of each layer, and one of all."""
+        domain, selection = part
+        for N, block_S, loads in self.sampled(selection, sizes):
+            costs = [Cost.of(self, r, N, block_S, of) for r, of in loads.items()]
+            whole = Cost(*(sum(getattr(c, name) for c in costs) for name in Cost.SUMS), block_S)
+            key = {"phase": selection.phase, "domain": domain, "tokens": N}
+            yield key | {"layer": None, "router": None} | whole.row(N)
+            if not domain:
+                for r, cost in zip(loads, costs, strict=True):
+                    yield key | {"layer": self.trace.routers[r].layer, "router": r} | cost.row(N)
+
+    def sampled(
+        self, selection: Selection, sizes: Sequence[int]
+    ) -> Iterator[tuple[int, np.ndarray, dict[int, StepLoads]]]:
+        """The steps of each size: tokens, the block of each step, the loads by router."""
+        trace, G = self.trace, self.gpus
+        if trace.counts_only:
+            counts, rng = count_trace(trace, selection), np.random.default_rng(SEED)
+            load = {r: counts.load_E(r) for r in selection.routers}
+            for N in sizes:
+                yield N, np.zeros(COUNTED, int), {
+                    r: from_load(rng, load[r], N, trace.routers[r].top_k, COUNTED, self.plan[r], G)
+                    for r in selection.routers
+                    if load[r].any()
+                }
+            return
+        routers = [r for r in selection.routers if trace.routers[r].sees(selection.phase or "")]
+        for steps in draw_steps(trace, selection, sizes, selection.phase == "decode")[0]:
+            if len(steps.block_S) and routers:
+                loads = loads_of_steps(trace, routers, steps, self.plan, G)
+                yield steps.tokens, steps.block_S, loads
+
+    def chance(self, router: int, N: int) -> StepLoads:
+        of = self.trace.routers[router]
+        ids_KT = _chance_ids(N, of.experts, of.top_k)
+        step_T = np.repeat(np.arange(DRAWS), N)
+        return step_loads(ids_KT, step_T, DRAWS, self.plan[router], self.gpus)
+
+
+@cache
+def _chance_ids(N: int, E: int, k: int) -> np.ndarray:
+    return chance_ids(np.random.default_rng(SEED), N, E, k, DRAWS)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of the steps of one layer, or of several: of each step [S], in the mean under an
+    even load, and by chance."""
+
+    SUMS: ClassVar[tuple[str, ...]] = ("ms_S", "waiting_S", "even_ms", "chance_ms")
+
+    ms_S: np.ndarray
+    waiting_S: np.ndarray
+    even_ms: float
+    chance_ms: float
+    block_S: np.ndarray
+
+    @classmethod
+    def of(cls, steps: Steps, r: int, N: int, block_S: np.ndarray, loads: StepLoads) -> Cost:
+        chance, shape, P = steps.chance(r, N), steps.shapes[r], len(steps.plan[r])
+        spread = even(N, shape.top_k, chance.reached_SG.mean(), P, steps.gpus)
+        found, by_chance, evenly = (
+            times_of(of, steps.kernel, shape) for of in (loads, chance, spread)
+        )
+        evenly_ms, chance_ms = float(evenly.experts[0]), float(by_chance.experts.mean())
+        return cls(found.experts, found.waiting, evenly_ms, chance_ms, block_S)
+
+    def row(self, N: int) -> dict[str, object]:
+        ms = float(self.ms_S.mean())
+        ms_B = np.bincount(self.block_S, self.ms_S) / np.bincount(self.block_S)
+        reach = np.nan
+        if (B := len(ms_B)) >= FEWEST_BLOCKS:
+            reach = special("stdtrit")(B - 1, 0.975) * ms_B.std(ddof=1) / math.sqrt(B)
+        return {
+            "steps": len(self.ms_S),
+            "ms": ms,
+            "even_ms": self.even_ms,
+            "chance_ms": self.chance_ms,
+            "waiting_ms": float(self.waiting_S.mean()),
+            "cost": ms / self.even_ms - 1,
+            "cost_low": (ms - reach) / self.even_ms - 1,
+            "cost_high": (ms + reach) / self.even_ms - 1,
+            "cost_by_chance": self.chance_ms / self.even_ms - 1,
+            "tokens_per_s": N / ms * 1e3,
+        }
+
+
+def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
+    table, layers = tables["step"], tables["step_layers"]
+    sentences = list[str]()
+    for phase, mine in table[table["domain"] == ""].groupby("phase", sort=False, dropna=False):
+        said = [_costs(row, settings) for row in mine.iloc[::-1].to_dict("records")]
+        of = f" ({phase})" if isinstance(phase, str) and table["phase"].nunique() > 1 else ""
+        said[0] = said[0].replace(" tokens", " tokens per step", 1)
+        sentences.append("; ".join(said).replace("at", "At", 1) + f"{of}.")
+    largest = layers[layers["tokens"] == layers["tokens"].max()]
+    worst = largest.loc[(largest["ms"] - largest["even_ms"]).idxmax()]
+    if worst["cost"] > max(worst["cost_by_chance"], settings["error"] or 0):
+        sentences.append(
+            f"Layer {label_of[worst['router']]} pays most: {worst['ms']:.3g} ms instead of "
+            f"{worst['even_ms']:.3g} at {worst['tokens']:,} tokens."
+        )
+    asked = {*settings["batch_tokens"]}
+    if missing := sorted(asked - {*table["tokens"]}):
+        sentences.append(
+            f"No step of {', '.join(f'{n:,}' for n in missing)} tokens: the trace has too few."
+        )
+    if settings["counts_only"]:
+        sentences.append(
+            "Counts do not tell tokens apart: steps were drawn as if each chose by the load of all."
+        )
+    elif table["cost_low"].isna().any():
+        sentences.append("Intervals need steps of at least four groups of documents.")
+    doubt = f" Of this kernel {settings['doubt']}." if settings["doubt"] else ""
+    return [
+        *sentences,
+        f"Simulated: the experts' computation alone, by the times of {settings['kernel']} "
+        f"({settings['source']}).{doubt}",
+    ]
+
+
+def _costs(row: dict[str, Any], settings: Settings) -> str:
+    """ "at 4,096 tokens imbalance costs 31% (…)": where it is no more than chance or the error of
+    the times, that."""
+    cost, chance, saved = row["cost"], row["cost_by_chance"], row["ms"] - row["even_ms"]
+    facts = f"{abs(saved):.2g} ms of {row['ms']:.3g}"
+    if not math.isnan(row["cost_low"]):
+        facts += f"; 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"
+    at = f"at {row['tokens']:,} tokens"
+    if row["cost_low"] <= chance <= row["cost_high"]:
+        return f"{at} imbalance costs no more than chance ({cost:.0%}; {facts}; {chance:.0%})"
+    if abs(cost) <= (settings["error"] or 0):
+        return f"{at} it is within the error of the times ({cost:.0%}; {facts})"
+    does = "costs" if cost > 0 else "saves"
+    return f"{at} imbalance {does} {abs(cost):.0%} ({facts}; by chance {chance:.0%})"
+
+
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
+    """Milliseconds by tokens of a step, beside an even load and chance."""
+    table = tables["step"][tables["step"]["domain"] == ""]
+    panels = list[Panel]()
+    for phase, mine in table.groupby("phase", sort=False, dropna=False):
+        x = mine["tokens"].to_numpy(float)
+        low, high = (
+            (1 + mine[f"cost_{end}"]).to_numpy() * mine["even_ms"].to_numpy()
+            for end in ("low", "high")
+        )
+        marks = (
+            Line(x, mine["even_ms"].to_numpy(), "even load", "baseline", "dash"),
+            Line(x, mine["chance_ms"].to_numpy(), "by chance", "c3", "dot"),
+            Line(x, mine["ms"].to_numpy(), "the trace", "c1", "", True, low, high),
+        )
+        axis = Axis("tokens of a step, over all GPUs", log=True)
+        title = str(phase) if table["phase"].nunique() > 1 else ""
+        panels.append(Panel(marks, axis, Axis("ms of the MoE layers", low=0), title))
+    return Chart(
+        "What imbalance costs",
+        f"Milliseconds of a step's experts on {plural(settings['gpus'], 'GPU')}",
+        tuple(panels),
+        text=result.SIMULATED + f"Times of {settings['kernel']}.",
+        name="step",
+    )
