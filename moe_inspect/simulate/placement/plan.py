@@ -79,14 +79,15 @@ def read_plan(path: str | Path) -> dict[int, list[int]]:
     """The expert of each slot, by layer, of a plan for SGLang."""
     try:
         rows: list[list[int]] = json.loads(read_small(path))["physical_to_logical_map"]
-        assert rows and all(len(row) == len(rows[0]) > 0 for row in rows)
-        assert all(type(expert) is int and expert >= 0 for row in rows for expert in row)
-    except (ValueError, KeyError, TypeError, AssertionError):
+        table = np.array(rows)
+    except (ValueError, KeyError, TypeError):
+        table = np.empty(0)
+    if table.ndim != 2 or not table.size or table.dtype.kind != "i" or table.min() < 0:
         raise MoeInspectError(
             f'{path} is no plan for SGLang: {{"physical_to_logical_map": [the expert of each slot, '
             'layer by layer]}, as "simulate placement -o plan.json" writes it'
-        ) from None
-    return dict(enumerate(rows))
+        )
+    return dict(enumerate(table.tolist()))
 
 
 def _every(layers: Iterable[int], slots: Slots, E: int) -> list[list[int]]:

@@ -39,7 +39,7 @@ class StepTokens:
 def draw_steps(
     trace: Trace, selection: Selection, sizes: Sequence[int], decoding: bool
 ) -> tuple[list[StepTokens], int]:
-    """The steps of each size, none where the selection has fewer tokens; and its tokens. `decoding`:
+    """The steps of each size, none where fewer tokens are selected; and how many are. `decoding`:
     whether tokens are ordered by position. MoeInspectError where nothing is selected."""
     lengths = list[np.ndarray]()  # documents of a shard and their tokens, [2, …]
     for shard in trace.shards:
@@ -80,7 +80,9 @@ def _numbered(
     decoding: bool,
 ) -> StepTokens:
     """The tokens of these documents in their order, cut into steps."""
-    found = list[np.ndarray]()  # shard, token in it, block, rank of the document, sequence, position
+    found = list[
+        np.ndarray
+    ]()  # shard, token in it, block, rank of the document, sequence, position
     for number, shard in enumerate(trace.shards):
         table = shard.tokens(["document", "sequence", "position"])
         document_T, sequence_T, position_T = (column.to_numpy() for column in table.columns)
@@ -165,13 +167,9 @@ def loads_of_steps(
     return loads
 
 
-def chance_ids(rng: np.random.Generator, N: int, E: int, k: int, S: int) -> np.ndarray:
-    """Steps whose tokens choose k of E experts uniformly at random: the experts of one step after
-    the other. int64 [K, S N]"""
-    parts = [
-        rng.random((N, E), np.float32).argpartition(min(k, E - 1), axis=1)[:, :k] for _ in range(S)
-    ]
-    return np.concatenate(parts).T
+def chance_ids(rng: np.random.Generator, E: int, k: int, T: int) -> np.ndarray:
+    """Tokens that choose k of E experts uniformly at random. int64 [K, T]"""
+    return rng.random((T, E), np.float32).argpartition(min(k, E - 1), axis=1)[:, :k].T
 
 
 def from_load(
@@ -185,7 +183,7 @@ def from_load(
 ) -> StepLoads:
     """Steps whose assignments are drawn independently by the load of each expert, for counts, which
     tell no tokens apart. What reaches a GPU is its expected number."""
-    P, replicas_E = len(expert_P), np.bincount(expert_P)
+    replicas_E = np.bincount(expert_P)
     share_P = (load_E / load_E.sum() / replicas_E)[expert_P]
     slots_SP = rng.multinomial(round(N * k), share_P / share_P.sum(), S)
     share_SG = slots_SP.reshape(S, G, -1).sum(2) / max(round(N * k), 1)

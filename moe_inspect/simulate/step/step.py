@@ -1,5 +1,5 @@
-"""`simulate step`: the milliseconds that the MoE layers of a step take on G GPUs, and what imbalance
-adds.
+"""`simulate step`: how many milliseconds the MoE layers of a step take on G GPUs, and what imbalance
+adds to them.
 
 Every GPU computes the tokens of its experts, and the layer waits for the slowest. Steps are drawn
 from the trace's tokens (`sampling`), and the times of a GPU are those of a kernel that was measured
@@ -11,18 +11,20 @@ N tokens of a step, S steps, B blocks of documents, E experts, P physical slots,
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
-from moe_inspect.analysis.metrics.uncertainty import special
+from moe_inspect.analysis.metrics.chance import ALPHA
+from moe_inspect.analysis.metrics.uncertainty import special, student_p
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
@@ -46,7 +48,8 @@ from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import PHASES
 
-DRAWS = 4  # steps by chance
+DRAWS = 8  # steps by chance
+POOL = 2**16  # tokens that they are drawn from
 COUNTED = 16  # steps drawn from counts
 FEWEST_BLOCKS = 4  # that have an interval
 MOST_TOKENS = 2**18
@@ -58,7 +61,7 @@ class Times:
     """Milliseconds of one layer in each step: of the slowest GPU, of which the others wait
     `waiting` in the mean. float64 [S]"""
 
-    experts: np.ndarray
+    ms: np.ndarray
     waiting: np.ndarray
 
 
@@ -103,8 +106,8 @@ def simulate_step(
     `layers`, `domains`, `phase`: what is selected; each phase of the trace is simulated by itself.
 
     Tables: step (a row per phase, domain and tokens), step_layers (a row per layer too). Times are
-    in ms, of the mean step; `cost` is the time ÷ that of an even load − 1, `low` and `high` its 95 %
-    interval over documents. MoeInspectError for settings out of range, a kernel that was not
+    in ms, of the mean step. `cost` is the time ÷ that of an even load − 1, `cost_low` and
+    `cost_high` are its 95 % interval over documents, and `p` tells whether it is that of chance. MoeInspectError for settings out of range, a kernel that was not
     measured, and a trace that does not say how large its experts are."""
     trace = open_trace(trace)
     sizes = sorted(set(batch_tokens))
@@ -196,7 +199,7 @@ class Steps:
         domain, selection = part
         for N, block_S, loads in self.sampled(selection, sizes):
             costs = [Cost.of(self, r, N, block_S, of) for r, of in loads.items()]
-            whole = Cost(*(sum(getattr(c, name) for c in costs) for name in Cost.SUMS), block_S)
+            whole = reduce(operator.add, costs)
             key = {"phase": selection.phase, "domain": domain, "tokens": N}
             yield key | {"layer": None, "router": None} | whole.row(N)
             if not domain:
@@ -212,11 +215,17 @@ class Steps:
             counts, rng = count_trace(trace, selection), np.random.default_rng(SEED)
             load = {r: counts.load_E(r) for r in selection.routers}
             for N in sizes:
-                yield N, np.zeros(COUNTED, int), {
-                    r: from_load(rng, load[r], N, trace.routers[r].top_k, COUNTED, self.plan[r], G)
-                    for r in selection.routers
-                    if load[r].any()
-                }
+                yield (
+                    N,
+                    np.zeros(COUNTED, int),
+                    {
+                        r: from_load(
+                            rng, load[r], N, trace.routers[r].top_k, COUNTED, self.plan[r], G
+                        )
+                        for r in selection.routers
+                        if load[r].any()
+                    },
+                )
             return
         routers = [r for r in selection.routers if trace.routers[r].sees(selection.phase or "")]
         for steps in draw_steps(trace, selection, sizes, selection.phase == "decode")[0]:
@@ -226,27 +235,28 @@ class Steps:
 
     def chance(self, router: int, N: int) -> StepLoads:
         of = self.trace.routers[router]
-        ids_KT = _chance_ids(N, of.experts, of.top_k)
+        pool_KT = _pool(of.experts, of.top_k)
+        rng = np.random.default_rng([SEED, router])
+        ids_KT = pool_KT[:, rng.integers(pool_KT.shape[1], size=DRAWS * N)]
         step_T = np.repeat(np.arange(DRAWS), N)
         return step_loads(ids_KT, step_T, DRAWS, self.plan[router], self.gpus)
 
 
 @cache
-def _chance_ids(N: int, E: int, k: int) -> np.ndarray:
-    return chance_ids(np.random.default_rng(SEED), N, E, k, DRAWS)
+def _pool(E: int, k: int) -> np.ndarray:
+    """Tokens that choose uniformly at random, for steps by chance."""
+    return chance_ids(np.random.default_rng(SEED), E, k, POOL)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of the steps of one layer, or of several: of each step [S], in the mean under an
-    even load, and by chance."""
-
-    SUMS: ClassVar[tuple[str, ...]] = ("ms_S", "waiting_S", "even_ms", "chance_ms")
+    """Milliseconds of the steps of one layer, or of several: of each step [S], of each by chance
+    [DRAWS], and under an even load."""
 
     ms_S: np.ndarray
     waiting_S: np.ndarray
-    even_ms: float
-    chance_ms: float
+    chance_D: np.ndarray
+    even: float
     block_S: np.ndarray
 
     @classmethod
@@ -256,77 +266,96 @@ class Cost:
         found, by_chance, evenly = (
             times_of(of, steps.kernel, shape) for of in (loads, chance, spread)
         )
-        evenly_ms, chance_ms = float(evenly.experts[0]), float(by_chance.experts.mean())
-        return cls(found.experts, found.waiting, evenly_ms, chance_ms, block_S)
+        return cls(found.ms, found.waiting, by_chance.ms, float(evenly.ms[0]), block_S)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.ms_S + other.ms_S,
+            self.waiting_S + other.waiting_S,
+            self.chance_D + other.chance_D,
+            self.even + other.even,
+            self.block_S,
+        )
 
     def row(self, N: int) -> dict[str, object]:
-        ms = float(self.ms_S.mean())
-        ms_B = np.bincount(self.block_S, self.ms_S) / np.bincount(self.block_S)
-        reach = np.nan
+        ms, chance, reach, p = float(self.ms_S.mean()), float(self.chance_D.mean()), np.nan, np.nan
+        _, of_S, steps_B = np.unique(self.block_S, return_inverse=True, return_counts=True)
+        ms_B = np.bincount(of_S, self.ms_S) / steps_B
         if (B := len(ms_B)) >= FEWEST_BLOCKS:
-            reach = special("stdtrit")(B - 1, 0.975) * ms_B.std(ddof=1) / math.sqrt(B)
+            error = ms_B.std(ddof=1) / math.sqrt(B)
+            reach = special("stdtrit")(B - 1, 0.975) * error
+            apart = abs(ms - chance) / math.hypot(error, self.chance_D.std(ddof=1) / DRAWS**0.5)
+            p = min(1.0, 2 * float(student_p(np.array(apart), B - 1)))
         return {
             "steps": len(self.ms_S),
             "ms": ms,
-            "even_ms": self.even_ms,
-            "chance_ms": self.chance_ms,
+            "even_ms": self.even,
+            "chance_ms": chance,
             "waiting_ms": float(self.waiting_S.mean()),
-            "cost": ms / self.even_ms - 1,
-            "cost_low": (ms - reach) / self.even_ms - 1,
-            "cost_high": (ms + reach) / self.even_ms - 1,
-            "cost_by_chance": self.chance_ms / self.even_ms - 1,
+            "cost": ms / self.even - 1,
+            "cost_low": (ms - reach) / self.even - 1,
+            "cost_high": (ms + reach) / self.even - 1,
+            "cost_by_chance": chance / self.even - 1,
+            "p": p,
             "tokens_per_s": N / ms * 1e3,
         }
 
 
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     table, layers = tables["step"], tables["step_layers"]
-    sentences = list[str]()
-    for phase, mine in table[table["domain"] == ""].groupby("phase", sort=False, dropna=False):
-        said = [_costs(row, settings) for row in mine.iloc[::-1].to_dict("records")]
-        of = f" ({phase})" if isinstance(phase, str) and table["phase"].nunique() > 1 else ""
-        said[0] = said[0].replace(" tokens", " tokens per step", 1)
-        sentences.append("; ".join(said).replace("at", "At", 1) + f"{of}.")
+    sentences, sizes = list[str](), settings["batch_tokens"]
+    whole, several = table[table["domain"] == ""], table["phase"].nunique() > 1
+    for row in whole.sort_values("tokens", ascending=False).to_dict("records"):
+        sentences.append(_costs(row, settings, f" of {row['phase']}" if several else ""))
     largest = layers[layers["tokens"] == layers["tokens"].max()]
     worst = largest.loc[(largest["ms"] - largest["even_ms"]).idxmax()]
-    if worst["cost"] > max(worst["cost_by_chance"], settings["error"] or 0):
+    if _known(worst, settings):
         sentences.append(
-            f"Layer {label_of[worst['router']]} pays most: {worst['ms']:.3g} ms instead of "
-            f"{worst['even_ms']:.3g} at {worst['tokens']:,} tokens."
+            f"Layer {label_of[worst['router']]} costs most: {worst['ms']:.3g} ms instead of "
+            f"{worst['even_ms']:.3g} with {worst['tokens']:,} tokens."
         )
-    asked = {*settings["batch_tokens"]}
-    if missing := sorted(asked - {*table["tokens"]}):
+    if missing := sorted({*sizes} - {*table["tokens"]}):
         sentences.append(
             f"No step of {', '.join(f'{n:,}' for n in missing)} tokens: the trace has too few."
         )
     if settings["counts_only"]:
         sentences.append(
-            "Counts do not tell tokens apart: steps were drawn as if each chose by the load of all."
+            "Counts do not tell tokens apart: steps were drawn as if each token chose by the load "
+            "of all, and have no intervals."
         )
-    elif table["cost_low"].isna().any():
-        sentences.append("Intervals need steps of at least four groups of documents.")
-    doubt = f" Of this kernel {settings['doubt']}." if settings["doubt"] else ""
+    error, doubt = settings["error"], settings["doubt"]
     return [
         *sentences,
-        f"Simulated: the experts' computation alone, by the times of {settings['kernel']} "
-        f"({settings['source']}).{doubt}",
+        "Simulated: the experts' computation alone, as measured of "
+        f"{settings['kernel']} ({settings['source']})"
+        + (f", whose costs of imbalance err by {error:.0%} in the median" if error else "")
+        + (f": {doubt}." if doubt else "."),
     ]
 
 
-def _costs(row: dict[str, Any], settings: Settings) -> str:
-    """ "at 4,096 tokens imbalance costs 31% (…)": where it is no more than chance or the error of
-    the times, that."""
-    cost, chance, saved = row["cost"], row["cost_by_chance"], row["ms"] - row["even_ms"]
-    facts = f"{abs(saved):.2g} ms of {row['ms']:.3g}"
+def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
+    """A cost is claimed where it is neither chance nor the error of the times."""
+    cost, chance = row["cost"], row["cost_by_chance"]
+    said = f"A step of {row['tokens']:,} tokens{of} takes {row['ms']:.3g} ms"
+    interval = ""
     if not math.isnan(row["cost_low"]):
-        facts += f"; 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"
-    at = f"at {row['tokens']:,} tokens"
-    if row["cost_low"] <= chance <= row["cost_high"]:
-        return f"{at} imbalance costs no more than chance ({cost:.0%}; {facts}; {chance:.0%})"
-    if abs(cost) <= (settings["error"] or 0):
-        return f"{at} it is within the error of the times ({cost:.0%}; {facts})"
-    does = "costs" if cost > 0 else "saves"
-    return f"{at} imbalance {does} {abs(cost):.0%} ({facts}; by chance {chance:.0%})"
+        interval = f", 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"
+    facts = f"{cost:+.0%}{interval}; by chance {chance:+.0%}"
+    if _known(row, settings):
+        word = "costs" if cost > 0 else "saves"
+        return f"{said}: imbalance {word} {abs(row['ms'] - row['even_ms']):.2g} ms ({facts})."
+    if math.isnan(row["p"]) and not settings["counts_only"]:
+        return f"{said} ({facts}): too few documents to tell imbalance from chance."
+    if row["p"] * len(settings["batch_tokens"]) > ALPHA:
+        return f"{said}: imbalance costs no more than chance ({facts})."
+    return f"{said}: what imbalance costs is within the error of the times ({facts})."
+
+
+def _known(row: Any, settings: Settings) -> bool:
+    """Whether the cost is neither chance nor the error of the times."""
+    beyond = abs(math.log1p(row["cost"])) > (settings["error"] or 0)
+    told = settings["counts_only"] or row["p"] * len(settings["batch_tokens"]) <= ALPHA
+    return beyond and told
 
 
 def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
