@@ -23,7 +23,7 @@ from moe_inspect.importers.tables.decisions import decisions, in_order
 from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
 from moe_inspect.importers.tables.read import TableChunk, chunks_of
 from moe_inspect.model.config import MOST_EXPERTS
-from moe_inspect.text import ranges, storable
+from moe_inspect.text import plural, ranges, storable
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import stated
@@ -67,8 +67,8 @@ def _columns_of(file: str, head: bytes) -> set[str]:
         return {name for name in names if bytes([len(name)]) + name.encode() in head}
     text = head.decode("utf-8", "replace").lstrip("\ufeff\r\n ")
     if file.endswith(CSV):
-        header = text.partition("\n")[0]
-        return {column.strip(' "\r') for column in re.split("[,\t]", header)}
+        header = text.partition("\n")[0].lower()  # nearly ours: the reader says what to write
+        return {column.strip(' "\r') for column in re.split("[,;\t]", header)}
     first = None
     if file.endswith((".json", ".jsonl")):
         try:
@@ -96,9 +96,10 @@ for name, preset in PRESETS.items():
 def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
     every, some, code_of, documents = set[str](SUMS), set[str](), dict[str, int](), Documents()
-    parts, path = list[pa.Table](), where  # the first: of sums
+    parts, path, rounded = list[pa.Table](), where, False  # the first: of sums
     for chunk in chunks:
-        columns, path = _columns(chunk, preset, code_of, documents), chunk.path
+        columns, path = _columns(context, chunk, preset, code_of, documents), chunk.path
+        rounded |= "share" in chunk
         every &= columns.keys()
         some |= columns.keys()
         parts.append(pa.table(columns))
@@ -140,17 +141,50 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
         return made
 
     def batches() -> Iterator[CountedBatches]:
+        doubt = ""
         for n, start in enumerate(range(0, len(domains), step)):
             at = slice(start, start + step)
             count, first_choice, *each = (dense(name, at) for name in SUMS)
             sums = {name: of for name, of in zip(schema.SUMS, each, strict=True) if of is not None}
+            names = [name for _, name in numbered[at]] or domains[at]
+            doubt = doubt or _doubt(count or [], routers, names)
             counts = first_choice, sums, numbered[at]
             yield batch_of_counts(count or [], routers, domains[at], n, *counts)
+        if doubt and not rounded:
+            context.warn(f"{where}: {doubt}: is top-k right, or were assignments dropped?")
 
     extras = {of.stated: name in every for name, of in schema.SUMS.items()}
     extras["by_document"], weights = bool(documents), extras.pop("weights")
     routers = [stated(router, known="first_choice" in every) for router in routers]
     return Imported(routers, batches(), weights, counts_only=True, notes=notes, extras=extras)
+
+
+def _doubt(load_LDE: list[np.ndarray], routers: list[Router], names: list[str]) -> str:
+    """Why the load of all routers is not k assignments of each of the same tokens; "" where it may
+    be. names: of the domains, or documents."""
+    total_LD = np.array([load_DE.sum(1) for load_DE in load_LDE])
+    largest_LD = np.array([load_DE.max(1) for load_DE in load_LDE])
+    tokens_LD, rest_LD = np.divmod(total_LD, np.array([[router.top_k] for router in routers]))
+    differs_LD = tokens_LD != tokens_LD.max(0)
+    for wrong_LD in (rest_LD > 0, largest_LD > tokens_LD, differs_LD):
+        if wrong_LD.any():
+            break
+    else:
+        return ""
+    r, d = (int(at[0]) for at in wrong_LD.nonzero())
+    layer, of = f"layer {routers[r].layer}", f" of {names[d]!r}" if len(names) > 1 else ""
+    said = f"{layer} has {plural(int(total_LD[r, d]), 'assignment')}{of}"
+    if wrong_LD is differs_LD:
+        other = int(tokens_LD[:, d].argmax())
+        more = f"layer {routers[other].layer} {int(total_LD[other, d]):,}"
+        return f"{said}, {more}, at top-k {routers[r].top_k}: not of the same tokens"
+    if rest_LD[r, d]:
+        return f"{said}, no whole number of tokens at top-k {routers[r].top_k}"
+    expert = int(load_LDE[r][d].argmax())
+    return (
+        f"{said}, {tokens_LD[r, d]:,} tokens at top-k {routers[r].top_k}, of which expert "
+        f"{expert} has {largest_LD[r, d]:,}"
+    )
 
 
 def _placed(
@@ -183,8 +217,11 @@ def _router(
     def said(name: str) -> int:
         found = {*part[name].unique().tolist()} - {0}
         by_config = getattr(context.facts, name).get(layer, 0) if context.facts else 0
-        by_table = found.pop() if len(found) == 1 and not context.facts else 0
-        return getattr(context, name) or by_config or by_table
+        if len(every := sorted(found | ({by_config} - {0}))) > 1:
+            by = ", one of them by the config" * bool(by_config)
+            said = " and ".join(map(str, every))
+            raise MoeInspectError(f"{where}: layer {layer} has {name} {said}{by}: of one model?")
+        return getattr(context, name) or (every[0] if every else 0)
 
     experts, most = said("experts") or preset.experts, int(listing["expert"].max()) + 1
     if not experts and (listing.groupby(["layer", "domain"])["expert"].nunique() == most).any():
@@ -199,7 +236,11 @@ def _router(
 
 
 def _columns(
-    chunk: TableChunk, preset: Preset, code_of: dict[str, int], documents: Documents
+    context: ImportContext,
+    chunk: TableChunk,
+    preset: Preset,
+    code_of: dict[str, int],
+    documents: Documents,
 ) -> Columns:
     """The KEYS, and the SUMS that the rows have. code_of: the number of each domain so far."""
     for name in ("layer", "expert"):
@@ -216,7 +257,7 @@ def _columns(
     if "domain" in chunk:
         within = f"{label}/" if "domain" in chunk.said else ""
         texts, which_N = chunk.labels("domain")
-        domains = [f"{within}{text}" for text in texts]
+        domains = [f"{within}{text}" if text else label for text in texts]
     code_D = [code_of.setdefault(domain, len(code_of)) for domain in domains]
     if len(code_of) > MOST_DOMAINS:
         raise MoeInspectError(f"{chunk.path} has over {MOST_DOMAINS:,} domains")
@@ -224,10 +265,15 @@ def _columns(
         "layer": layer_N,
         "router": chunk.numbers("router", 0, MOST_LAYER) if "router" in chunk else layer_N,
         "domain": np.array(code_D)[which_N],
-        "expert": chunk.numbers("expert", 0, MOST_EXPERTS - 1),
     }
-    for name in ("experts", "top_k"):
+    for name, given in (("experts", context.experts), ("top_k", context.top_k)):
         made[name] = chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else 0 * layer_N
+        odd_N = made[name] * bool(given) * (made[name] != given)
+        if odd_N.any():
+            row = int((odd_N > 0).argmax())
+            why = f"is {odd_N[row]}, --{name.replace('_', '-')} {given}"
+            raise chunk.error(row, name, why)
+    made["expert"] = chunk.numbers("expert", 0, (context.experts or MOST_EXPERTS) - 1)
     made["document"] = _numbered(chunk, made["domain"], documents)
     kinds = dict.fromkeys(KEYS, np.uint16) | {"document": np.int32}
     made = {name: made[name].astype(kind) for name, kind in kinds.items()}
