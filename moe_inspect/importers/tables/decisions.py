@@ -93,13 +93,7 @@ class Spool:
         ids_NK = chunk.lists(f"expert{end}", -1, most, known)
         K = ids_NK.shape[1]
         if not by_slot:
-            if (stated := top_k or self.context.top_k or K) != K:
-                raise chunk.error(0, "experts", f"has {plural(K, 'value')}, top-k is {stated}")
-            if (twice_N := repeats(ids_NK)).any():
-                row = int(twice_N.argmax())
-                slot, expert = _repeated(ids_NK[row].tolist())
-                why = f"names expert {expert} again{DENSE_HINT * (not ids_NK[row].any())}"
-                raise chunk.error(row, "experts", why, slot)
+            _check_lists(chunk, ids_NK, top_k or self.context.top_k)
         if not known:
             numbers = ("document", "position", "layer", "slot", "token_id", "decoded")
             lists = [("ids", "<i4", (K,)), ("weights", "<f2", (K,))]
@@ -123,11 +117,7 @@ class Spool:
                 self.notes.append(f"{chunk.path.name}: {plural(n, 'choice')} dropped")
         rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
         if "phase" in chunk:
-            said = [(text or "").strip().lower() for text in chunk.texts("phase")]
-            if odd := next((n for n, text in enumerate(said, 1) if text not in PHASES), None):
-                what = f"is {said[odd - 1][:40]!r}, not prefill or decode"
-                raise chunk.error(odd - 1, "phase", what)
-            rows["decoded"] = [PHASES[text] for text in said]
+            rows["decoded"] = _decoded(chunk)
         weights = np.full(ids_NK.shape, np.nan)
         if f"weight{end}" in chunk:
             self.has_weights = True
@@ -371,9 +361,24 @@ class Placed:
                 )
 
 
-def _repeated(ids: list[int]) -> tuple[int, int]:
-    """The slot and the expert that an earlier slot has."""
-    return next((j, e) for j, e in enumerate(ids) if e >= 0 and e in ids[:j])
+def _check_lists(chunk: TableChunk, ids_NK: np.ndarray, top_k: int | None) -> None:
+    K = ids_NK.shape[1]
+    if top_k and K != top_k:
+        raise chunk.error(0, "experts", f"has {plural(K, 'value')}, top-k is {top_k}")
+    if (twice_N := repeats(ids_NK)).any():
+        row = int(twice_N.argmax())
+        ids = ids_NK[row].tolist()
+        slot, expert = next((j, e) for j, e in enumerate(ids) if e >= 0 and e in ids[:j])
+        why = f"names expert {expert} again{DENSE_HINT * (not any(ids))}"
+        raise chunk.error(row, "experts", why, slot)
+
+
+def _decoded(chunk: TableChunk) -> list[int]:
+    said = [(text or "").strip().lower() for text in chunk.texts("phase")]
+    if odd := next((n for n, text in enumerate(said, 1) if text not in PHASES), None):
+        what = f"is {said[odd - 1][:40]!r}, not prefill or decode"
+        raise chunk.error(odd - 1, "phase", what)
+    return [PHASES[text] for text in said]
 
 
 def _key(rows: np.ndarray, rank_D: np.ndarray) -> np.ndarray:

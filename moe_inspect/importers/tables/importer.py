@@ -141,27 +141,36 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
         return made
 
     def batches() -> Iterator[CountedBatches]:
-        doubt = ""
         for n, start in enumerate(range(0, len(domains), step)):
             at = slice(start, start + step)
             count, first_choice, *each = (dense(name, at) for name in SUMS)
             sums = {name: of for name, of in zip(schema.SUMS, each, strict=True) if of is not None}
-            names = [name for _, name in numbered[at]] or domains[at]
-            doubt = doubt or _doubt(count or [], routers, names)
             counts = first_choice, sums, numbered[at]
             yield batch_of_counts(count or [], routers, domains[at], n, *counts)
-        if doubt and not rounded:
-            context.warn(f"{where}: {doubt}: is top-k right, or were assignments dropped?")
 
     extras = {of.stated: name in every for name, of in schema.SUMS.items()}
     extras["by_document"], weights = bool(documents), extras.pop("weights")
     routers = [stated(router, known="first_choice" in every) for router in routers]
-    return Imported(routers, batches(), weights, counts_only=True, notes=notes, extras=extras)
+    checked = batches() if rounded else _doubted(batches(), routers, context, where)
+    return Imported(routers, checked, weights, counts_only=True, notes=notes, extras=extras)
 
 
-def _doubt(load_LDE: list[np.ndarray], routers: list[Router], names: list[str]) -> str:
+def _doubted(
+    batches: Iterator[CountedBatches], routers: list[Router], context: ImportContext, where: Path
+) -> Iterator[CountedBatches]:
+    """Warns where the counts are not k of each token, at every router of the same tokens."""
+    doubt = ""
+    for batch in batches:
+        doubt = doubt or _doubt(batch, routers)
+        yield batch
+    if doubt:
+        context.warn(f"{where}: {doubt}: is top-k right, or were assignments dropped?")
+
+
+def _doubt(batch: CountedBatches, routers: list[Router]) -> str:
     """Why the load of all routers is not k assignments of each of the same tokens; "" where it may
-    be. names: of the domains, or documents."""
+    be."""
+    load_LDE, names = batch.assignments, [d.source for d in batch.documents] or batch.domains
     total_LD = np.array([load_DE.sum(1) for load_DE in load_LDE])
     largest_LD = np.array([load_DE.max(1) for load_DE in load_LDE])
     tokens_LD, rest_LD = np.divmod(total_LD, np.array([[router.top_k] for router in routers]))
@@ -267,12 +276,7 @@ def _columns(
         "domain": np.array(code_D)[which_N],
     }
     for name, given in (("experts", context.experts), ("top_k", context.top_k)):
-        made[name] = chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else 0 * layer_N
-        odd_N = made[name] * bool(given) * (made[name] != given)
-        if odd_N.any():
-            row = int((odd_N > 0).argmax())
-            why = f"is {odd_N[row]}, --{name.replace('_', '-')} {given}"
-            raise chunk.error(row, name, why)
+        made[name] = _stated(chunk, name, given)
     made["expert"] = chunk.numbers("expert", 0, (context.experts or MOST_EXPERTS) - 1)
     made["document"] = _numbered(chunk, made["domain"], documents)
     kinds = dict.fromkeys(KEYS, np.uint16) | {"document": np.int32}
@@ -291,6 +295,17 @@ def _columns(
     if "saliency" in chunk:
         made["saliency_sum"] = _score(chunk, "saliency", -(2**53), count_N) * count_N
     return made
+
+
+def _stated(chunk: TableChunk, name: str, given: int | None) -> np.ndarray:
+    """E or k by the rows, 0 where they do not say it. given: by the user."""
+    if name not in chunk:
+        return np.zeros(len(chunk), np.int64)
+    stated_N = chunk.numbers(name, 0, MOST_EXPERTS)
+    if given and (odd_N := (stated_N > 0) & (stated_N != given)).any():
+        row = int(odd_N.argmax())
+        raise chunk.error(row, name, f"is {stated_N[row]}, --{name.replace('_', '-')} {given}")
+    return stated_N
 
 
 def _score(chunk: TableChunk, name: str, least: float, count_N: np.ndarray) -> np.ndarray:

@@ -249,7 +249,9 @@ def _tables(
             yield from _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped)
     except BAD as error:
         where, what = str(file), first_line(error)
-        if found := re.match(r"CSV parse error: Row #(\d+): ", what):  # the header is a row of these
+        if found := re.match(
+            r"CSV parse error: Row #(\d+): ", what
+        ):  # the header is a row of these
             where, what = f"{file} row {int(found[1]) - skipped - 2}", what[found.end() :]
         raise MoeInspectError(f"{where}: {what}") from None
     if kind not in (".json", ".jsonl"):

@@ -20,7 +20,7 @@ from moe_inspect.reporting.render.console import print_lines, wrapped
 from moe_inspect.reporting.render.heatmap import MOST_ROUTERS, heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
-from moe_inspect.reporting.tables.summary import facts, notes
+from moe_inspect.reporting.tables.summary import notes, title_of
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural, printable
@@ -118,7 +118,7 @@ def _balance(one: Row) -> list[str]:
 
 def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
-    console, model = text.console_for(file), dict(facts(data))["model"]
+    console, model = text.console_for(file), title_of(data)
     title = Text(printable(f"{model} · {data.trace.path} · {data.trace.status}"), style="bold")
     if not full:
         print_one_screen(data, title, console)
