@@ -363,7 +363,7 @@ class Placed:
 
 def _check_lists(chunk: TableChunk, ids_NK: np.ndarray, top_k: int | None) -> None:
     K = ids_NK.shape[1]
-    if top_k and K != top_k:
+    if top_k and top_k != K:
         raise chunk.error(0, "experts", f"has {plural(K, 'value')}, top-k is {top_k}")
     if (twice_N := repeats(ids_NK)).any():
         row = int(twice_N.argmax())
