@@ -587,6 +587,7 @@ def test_a_token_that_a_layer_lacks_is_named(form: str, lost: tuple[int, int], t
     [
         ("0,0,3 0,1,1 4,0,2 4,1,2", 1, ""),
         ("0,0,2 0,1,2 4,0,2 4,1,2", 2, ""),
+        ("0,0,3,a 4,0,3,a 0,0,2,b 4,0,2,b", 1, ""),
         ("0,0,3 0,1,4", 2, "layer 0 has 7 assignments, no whole number of tokens at top-k 2"),
         (
             "0,0,4 0,1,2 0,2,0",
