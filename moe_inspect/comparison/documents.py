@@ -61,11 +61,12 @@ class OfLoads(result.Paired):
 class DocumentSets:
     """apart_SL, other_SL: 1 − |A ∩ B| ÷ |A ∪ B| of the sets of experts that a document's tokens
     went to, and with another document in B; NaN where neither trace used an expert. domain_S: of
-    A."""
+    A. all_of_both: whether no trace has another document."""
 
     apart_SL: np.ndarray
     other_SL: np.ndarray
     domain_S: np.ndarray
+    all_of_both: bool
 
     def mean(self, apart_SX: np.ndarray) -> tuple[float, float, float]:
         """Of some routers, and its 95 % interval over documents."""
@@ -95,7 +96,8 @@ def sets_of_documents(data: OfLoads) -> DocumentSets:
     other_SL = np.stack([_apart(of_a, np.roll(of_b, 1, 0)) for of_a, of_b in used], axis=1)
     if len(document_S) < 2:
         other_SL = np.full(other_SL.shape, np.nan)
-    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a])
+    all_of_both = len(document_S) == len(a.document_S) == len(b.document_S)
+    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a], all_of_both)
 
 
 def _apart(a_SE: np.ndarray, b_SE: np.ndarray) -> np.ndarray:
@@ -143,8 +145,10 @@ def counts_only(data: OfLoads) -> Iterator[Finding]:
     """That only the load is compared, and what that leaves open."""
     of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
     holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
+    compared = "only loads are compared"
     same = "It is unknown whether both saw the same text; different text changes the load too."
     if not data.why_not("agreement"):
+        compared = "loads and the experts of each document are compared"
         same = "Documents have as many tokens in both."
-    text = f"{holds}: only loads are compared, not decisions. {same}"
+    text = f"{holds}: {compared}, not decisions. {same}"
     yield finding("counts_only", "note", text)

@@ -1,7 +1,7 @@
 """Two traces of which one holds counts only, compared by the load of the experts. `layer, router`
 are A's.
 
-E experts, W windows of steps, N shards. An axis of 2 is the two traces.
+E experts, U clusters of documents, W windows of steps, N shards. An axis of 2 is the two traces.
 """
 
 from __future__ import annotations
@@ -15,18 +15,29 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.count_shard import count_shard
+from moe_inspect.analysis.counting.counts import CLUSTERS, Counts
 from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT, z_of
+from moe_inspect.analysis.metrics.chance import (
+    ALPHA,
+    FEWEST_TO_JUDGE,
+    LONG_DOCUMENT,
+    signed_sums,
+    z_of,
+)
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison import documents, result
 from moe_inspect.comparison.aligning.pairing import layers_named
-from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
+from moe_inspect.comparison.decisions.verdict import (
+    Collapse,
+    p_over_documents,
+    said_of_collapse,
+)
 from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES, Row
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.tables.registry import table
@@ -99,6 +110,22 @@ class Loads(documents.OfLoads):
         units = [len(counts.units) for counts in every if not counts.documents_unknown]
         return max(units, default=0) >= FEWEST_TO_JUDGE
 
+    @cached_property
+    def moved(self) -> list[np.ndarray]:
+        """How much more load each cluster of documents has in B, by pair of routers, if both traces
+        count the same documents; else none. By chance A and B could as well be exchanged in a
+        document. float64 [U, E], where a trace has no load NaN"""
+        a, b = (self.reports[side].counts for side in SIDES)
+        tokens_a_U, tokens_b_U = (_by_cluster(of, of.tokens_U) for of in (a, b))
+        same = not self.why_not("agreement") and self.sets.all_of_both
+        moved = list[np.ndarray]()
+        for r, other in self.pairs if same and np.array_equal(tokens_a_U, tokens_b_U) else ():
+            a_UE = _by_cluster(a, a.of[r].assignments_UE)
+            b_UE = _by_cluster(b, b.of[other].assignments_UE)
+            total_a, total_b = nan_for_zero(np.array([a_UE.sum(), b_UE.sum()]))
+            moved.append((b_UE - a_UE * (total_b / total_a))[tokens_a_U > 0])
+        return moved
+
     @property
     def chance(self) -> str:
         """What the floors are of."""
@@ -113,6 +140,13 @@ class Loads(documents.OfLoads):
 
 STEP, PASS = "step", "forward pass"
 UNITS = {STEP: "steps", PASS: "forward passes"}
+
+
+def _by_cluster(counts: Counts, values_UX: np.ndarray) -> np.ndarray:
+    """Sums over the domains, which may be named otherwise in the other trace. [CLUSTERS, …]"""
+    of_cluster = np.zeros((CLUSTERS, *values_UX.shape[1:]), values_UX.dtype)
+    np.add.at(of_cluster, [cluster for _, cluster in counts.units], values_UX)
+    return of_cluster
 
 
 @dataclass(frozen=True)
@@ -229,17 +263,28 @@ def balance(data: Loads) -> pd.DataFrame:
 @table(by_router=("load_shift", "jsd_bits"), tables=LOAD_TABLES)
 def load_shift(data: Loads) -> pd.DataFrame:
     """One row per router: how far apart the load of the two traces is, and how far chance alone
-    takes two traces of so many tokens that route alike (…_floor)."""
-    rows = list[Row]()
-    for r, _ in data.pairs:
+    takes two traces of so many tokens that route alike (…_floor). Of the same documents, how far
+    it does if A and B are exchanged in a random half of them (…_null), and the p-value."""
+    rows, unknown = list[Row](), np.full(len(data.pairs), np.nan)
+    p_R = p_over_documents(data.moved, _apart) if data.moved else unknown
+    for n, (r, _) in enumerate(data.pairs):
         load_2E, k = data.load_2E(r), data.a.routers[r].top_k
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
         # null slots make no load
         (floor,), (jsd_floor,) = step_floors(share_E, load_2E.sum(1) / k, k, data.design_effect(r))
         shift = {"load_shift": tt.load_shift(load_2E), "load_shift_floor": float(floor)}
+        null = np.nan
+        if not np.isnan(p_R[n]):
+            null = float(_apart(signed_sums(data.moved[n])).mean() / load_2E[1].sum())
+        shift |= {"load_shift_null": null, "load_shift_p": p_R[n]}
         jsd = {"jsd_bits": tt.load_shift_jsd_bits(load_2E), "jsd_bits_floor": float(jsd_floor)}
         rows.append({**data.place(r), **shift, **jsd})
     return pd.DataFrame(rows)
+
+
+def _apart(moved_BE: np.ndarray) -> np.ndarray:
+    """How many assignments go to another expert. [B]"""
+    return np.abs(moved_BE).sum(1) / 2
 
 
 @table(tables=LOAD_TABLES)
@@ -336,20 +381,27 @@ def shifted(data: Loads) -> Iterator[Finding]:
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
     limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
-    beyond = rows[rows["load_shift"] > limit]
-    n, of = len(beyond), beyond if len(beyond) else rows
-    row = of.iloc[of["load_shift"].argmax()]
-    r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor"]]
+    beyond = rows[rows["load_shift_p"] < ALPHA if data.moved else rows["load_shift"] > limit]
+    severity, n = _severity(data, beyond, "load_shift"), len(beyond)
+    row = (beyond if n else rows).iloc[(beyond if n else rows)["load_shift"].argmax()]
+    r, floor, null = int(row["router"]), row["load_shift_floor"], row["load_shift_null"]
+    by_chance = f"by chance {floor:.2%} on average, at most {limit.loc[row.name]:.2%} with this many tokens"
     said = f"No load differs by more than {data.chance}"
     if n:
         of_all = f"{n} of {plural(len(rows), 'router')}"
         said = f"The load of {of_all} differs by more than {data.chance}"
-    text = (
-        f"{said}: up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} "
-        f"(by chance {row['load_shift_floor']:.2%} on average, at most {limit.loc[row.name]:.2%} "
-        "with this many tokens)."
-    )
-    values: Row = {"routers": n, **shifts}
+    if data.moved:
+        by_chance = (
+            f"{null:.2%} by chance, if A and B are exchanged in a random half of the documents; "
+            f"{floor:.2%} between other documents"
+        )
+        if n and row["load_shift"] <= floor:
+            severity = "note"
+    if data.moved and np.isnan(null):
+        severity, said = "note", "Too few documents to tell whether a load differs by more than chance"
+        by_chance = f"{len(data.moved[0])} of at least {FEWEST_TO_JUDGE} documents"
+    text = f"{said}: up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} ({by_chance})."
+    values: Row = {"routers": n, "load_shift": row["load_shift"], "load_shift_floor": floor}
     if n:
         load = data.tables["load"]
         load = load[load["router"] == r]
@@ -357,7 +409,6 @@ def shifted(data: Loads) -> Iterator[Finding]:
         a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
         text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
-    severity = _severity(data, beyond, "load_shift")
     yield finding("load_shift", severity, text, data.place(r), **values)
 
 
