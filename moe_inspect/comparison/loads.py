@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,13 @@ from moe_inspect.comparison.decisions.verdict import (
 from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES, Row
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.findings import Finding, Severity, beyond_documents, finding
+from moe_inspect.reporting.verdict.findings import (
+    BEYOND_LONG_DOCUMENTS,
+    Finding,
+    Severity,
+    beyond_documents,
+    finding,
+)
 from moe_inspect.text import format_ratio, join_first, plural
 from moe_inspect.trace.reader import Trace
 
@@ -380,28 +386,31 @@ def shifted(data: Loads) -> Iterator[Finding]:
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
+    if not rows["load_shift"].any():
+        text = "Each expert has the same share of the load in A and B."
+        yield finding("load_shift", "good", text, load_shift=0.0, routers=0)
+        return
     limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
     beyond = rows[rows["load_shift_p"] < ALPHA if data.moved else rows["load_shift"] > limit]
     severity, n = _severity(data, beyond, "load_shift"), len(beyond)
-    row = (beyond if n else rows).iloc[(beyond if n else rows)["load_shift"].argmax()]
-    r, floor, null = int(row["router"]), row["load_shift_floor"], row["load_shift_null"]
-    by_chance = f"by chance {floor:.2%} on average, at most {limit.loc[row.name]:.2%} with this many tokens"
+    row = (beyond if n else rows).nlargest(1, "load_shift").iloc[0]
+    r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor", "load_shift_null"]]
+    moved, floor, null = shifts
     said = f"No load differs by more than {data.chance}"
     if n:
         of_all = f"{n} of {plural(len(rows), 'router')}"
         said = f"The load of {of_all} differs by more than {data.chance}"
-    if data.moved:
-        by_chance = (
-            f"{null:.2%} by chance, if A and B are exchanged in a random half of the documents; "
-            f"{floor:.2%} between other documents"
-        )
-        if n and row["load_shift"] <= floor:
-            severity = "note"
+    most = f"at most {limit.loc[row.name]:.2%} with this many tokens"
+    by_chance = f"by chance {floor:.2%} on average, {most}"
     if data.moved and np.isnan(null):
-        severity, said = "note", "Too few documents to tell whether a load differs by more than chance"
-        by_chance = f"{len(data.moved[0])} of at least {FEWEST_TO_JUDGE} documents"
-    text = f"{said}: up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} ({by_chance})."
-    values: Row = {"routers": n, "load_shift": row["load_shift"], "load_shift_floor": floor}
+        severity = "note"
+        said = "Too few documents to tell whether a load differs by more than chance"
+        by_chance = f"{plural(len(data.moved[0]), 'document')}, {FEWEST_TO_JUDGE} are needed"
+    elif data.moved:
+        exchanged = "with A and B exchanged in a random half of the documents"
+        by_chance = f"by chance {null:.2%}, {exchanged}; {floor:.2%} between other documents"
+    text = f"{said}: up to {moved:.2%} of it moves, in layer {data.label(r)} ({by_chance})."
+    values: Row = {"routers": n, **shifts}
     if n:
         load = data.tables["load"]
         load = load[load["router"] == r]
@@ -425,15 +434,16 @@ def collapsed(data: Loads) -> Iterator[Finding]:
             error = math.sqrt(effect * share * (1 - share) * (1 / tokens_2).sum())
             if one.share - one.other_share > z_of(ALPHA / len(data.pairs)) * error:
                 found.append(one)
-    assumed = f"; beyond chance up to a design effect of {LONG_DOCUMENT:,}"
+    assumed = f"; {BEYOND_LONG_DOCUMENTS}"
     yield from said_of_collapse(data, found, "" if data.documents_known else assumed)
 
 
 def _severity(data: Loads, beyond: pd.DataFrame, shift: str) -> Severity:
-    """Of routers whose load differs by more than the floor; of independent tokens, other text
-    exceeds it. shift: the column that says by how much."""
+    """Of routers whose load differs by more than chance. Other text exceeds the floor of
+    independent tokens, and what the same documents move may be less than that of other ones.
+    shift: the column that says by how much."""
     moved = zip(beyond[shift], beyond[f"{shift}_floor"], strict=True)
-    if any(data.documents_known or beyond_documents(*of) for of in moved):
+    if any(of[0] > of[1] if data.documents_known else beyond_documents(*of) for of in moved):
         return "warning"
     return "note" if len(beyond) else "good"
 
@@ -509,6 +519,15 @@ def warnings(data: Loads) -> Iterator[Finding]:
             yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)
 
 
+def shift_chart(data: Loads) -> spec.Chart:
+    """How far the load moves, beside chance: of the same documents, by exchanging A and B."""
+    null, of = "load_shift_null", "exchanging A and B in a random half of the documents moves"
+    if data.tables["load_shift"][null].isna().all():
+        null, of = "load_shift_floor", "chance alone moves between two traces of this many tokens"
+    text = f"The share of the assignments that go to different experts. The dash is what {of}."
+    return result.load_that_moves(data, null, "chance", text)
+
+
 def balance_chart(data: Loads) -> spec.Chart:
     """How even the load is in each."""
     table = data.tables["balance"]
@@ -564,10 +583,6 @@ def step_chart(data: Loads) -> spec.Chart | str:
     )
 
 
-MOVED = (
-    "The share of the assignments that go to different experts. The dash is what chance alone "
-    "moves between two traces of this many tokens."
-)
 OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
 Loads.kind = result.Kind(
     of="counts",
@@ -582,11 +597,7 @@ Loads.kind = result.Kind(
     footer="Counts hold the load of experts, no decisions.",
     sometimes=("agreement",),
     charts={
-        "load_shift": (
-            partial(result.load_that_moves, floor="load_shift_floor", name="chance", text=MOVED),
-            "Change of the load",
-            "load_shift",
-        ),
+        "load_shift": (shift_chart, "Change of the load", "load_shift"),
         "by_step": (step_chart, "Change of the load", "diverged"),
         "max_vio": (balance_chart, "Load of each trace", "balance"),
     },
@@ -594,7 +605,7 @@ Loads.kind = result.Kind(
         "agreement": ("Documents", "Experts of a document", ""),
         "load": ("Load of each trace", "Experts", ""),
         "summary": ("", "About these traces", ""),
-        "refused": ("", "Not compared", ""),
+        "refused": ("", "Tables left out", ""),
     },
     excerpts={
         "load_shift": result.highest("load_shift"),
