@@ -228,6 +228,10 @@ def test_of_the_same_documents_chance_exchanges_the_traces(tmp_path: Path):
     assert (said.severity, said.values["routers"]) == ("good", 0)
     assert "No load differs by more than chance" in said.text
     assert table["load_shift"].mean() == pytest.approx(table["load_shift_null"].mean(), rel=0.1)
+    half = rows(tasted(1, L))  # of the assignments of layer 1
+    kept = np.random.default_rng(2).binomial(half["count"], np.where(half["layer"] == 1, 0.5, 1))
+    half = half.assign(count=kept)[kept > 0]
+    assert shift_of(a, counts(tmp_path / "half", half))[0].severity == "good"
     # less than other documents would move, and more, whatever the domains are called
     for moved, severity in ((3, "note"), (15, "warning")):
         other = rows(tasted(1, L, moved)).assign(domain="b")
@@ -250,6 +254,20 @@ def test_of_the_same_documents_chance_exchanges_the_traces(tmp_path: Path):
     assert "with this many tokens" in said.text
     assert table["load_shift_p"].isna().all()
     assert shift_of(a, a)[0].text == "Each expert has the same share of the load in A and B."
+
+
+def test_excerpts_begin_with_the_highest(tmp_path: Path):
+    a, b = (counts(tmp_path / str(seed), tasted(seed, 6)) for seed in range(2))
+    compared: Any = moe_inspect.compare(a, b)
+    for made, name, column in (
+        (compared, "load_shift", "load_shift"),
+        (compared, "agreement", "set_distance"),
+        (compared, "balance", "max_vio_b"),
+        (report(a), "balance", "max_vio"),
+    ):
+        table: Any = made.tables[name]
+        shown = made.excerpts[name].rows(table, 3)[column].tolist()
+        assert shown == sorted(table[column], reverse=True)[:3] != table[column].tolist()[:3]
 
 
 def test_what_is_no_pair_of_documents_is_refused(tmp_path: Path):

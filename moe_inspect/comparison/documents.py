@@ -61,12 +61,11 @@ class OfLoads(result.Paired):
 class DocumentSets:
     """apart_SL, other_SL: 1 − |A ∩ B| ÷ |A ∪ B| of the sets of experts that a document's tokens
     went to, and with another document in B; NaN where neither trace used an expert. domain_S: of
-    A. all_of_both: whether no trace has another document."""
+    A."""
 
     apart_SL: np.ndarray
     other_SL: np.ndarray
     domain_S: np.ndarray
-    all_of_both: bool
 
     def mean(self, apart_SX: np.ndarray) -> tuple[float, float, float]:
         """Of some routers, and its 95 % interval over documents."""
@@ -96,8 +95,7 @@ def sets_of_documents(data: OfLoads) -> DocumentSets:
     other_SL = np.stack([_apart(of_a, np.roll(of_b, 1, 0)) for of_a, of_b in used], axis=1)
     if len(document_S) < 2:
         other_SL = np.full(other_SL.shape, np.nan)
-    all_of_both = len(document_S) == len(a.document_S) == len(b.document_S)
-    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a], all_of_both)
+    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a])
 
 
 def _apart(a_SE: np.ndarray, b_SE: np.ndarray) -> np.ndarray:

@@ -123,9 +123,9 @@ class Loads(documents.OfLoads):
         document. float64 [U, E], where a trace has no load NaN"""
         a, b = (self.reports[side].counts for side in SIDES)
         tokens_a_U, tokens_b_U = (_by_cluster(of, of.tokens_U) for of in (a, b))
-        same = not self.why_not("agreement") and self.sets.all_of_both
+        same = not self.why_not("agreement") and np.array_equal(tokens_a_U, tokens_b_U)
         moved = list[np.ndarray]()
-        for r, other in self.pairs if same and np.array_equal(tokens_a_U, tokens_b_U) else ():
+        for r, other in self.pairs if same else ():
             a_UE = _by_cluster(a, a.of[r].assignments_UE)
             b_UE = _by_cluster(b, b.of[other].assignments_UE)
             total_a, total_b = nan_for_zero(np.array([a_UE.sum(), b_UE.sum()]))
