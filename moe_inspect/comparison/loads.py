@@ -1,7 +1,7 @@
 """Two traces of which one holds counts only, compared by the load of the experts. `layer, router`
 are A's.
 
-E experts, U clusters of documents, W windows of steps, N shards. An axis of 2 is the two traces.
+E experts, W windows of steps, N shards. An axis of 2 is the two traces.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.count_shard import count_shard
-from moe_inspect.analysis.counting.counts import CLUSTERS, Counts
 from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.metrics import two_traces as tt
@@ -116,22 +115,6 @@ class Loads(documents.OfLoads):
         units = [len(counts.units) for counts in every if not counts.documents_unknown]
         return max(units, default=0) >= FEWEST_TO_JUDGE
 
-    @cached_property
-    def moved(self) -> list[np.ndarray]:
-        """How much more load each cluster of documents has in B, by pair of routers, if both traces
-        count the same documents; else none. By chance A and B could as well be exchanged in a
-        document. float64 [U, E], where a trace has no load NaN"""
-        a, b = (self.reports[side].counts for side in SIDES)
-        tokens_a_U, tokens_b_U = (_by_cluster(of, of.tokens_U) for of in (a, b))
-        same = not self.why_not("agreement") and np.array_equal(tokens_a_U, tokens_b_U)
-        moved = list[np.ndarray]()
-        for r, other in self.pairs if same else ():
-            a_UE = _by_cluster(a, a.of[r].assignments_UE)
-            b_UE = _by_cluster(b, b.of[other].assignments_UE)
-            total_a, total_b = nan_for_zero(np.array([a_UE.sum(), b_UE.sum()]))
-            moved.append((b_UE - a_UE * (total_b / total_a))[tokens_a_U > 0])
-        return moved
-
     @property
     def chance(self) -> str:
         """What the floors are of."""
@@ -146,13 +129,6 @@ class Loads(documents.OfLoads):
 
 STEP, PASS = "step", "forward pass"
 UNITS = {STEP: "steps", PASS: "forward passes"}
-
-
-def _by_cluster(counts: Counts, values_UX: np.ndarray) -> np.ndarray:
-    """Sums over the domains, which may be named otherwise in the other trace. [CLUSTERS, …]"""
-    of_cluster = np.zeros((CLUSTERS, *values_UX.shape[1:]), values_UX.dtype)
-    np.add.at(of_cluster, [cluster for _, cluster in counts.units], values_UX)
-    return of_cluster
 
 
 @dataclass(frozen=True)
@@ -272,7 +248,7 @@ def load_shift(data: Loads) -> pd.DataFrame:
     takes two traces of so many tokens that route alike (…_floor). Of the same documents, how far
     it does if A and B are exchanged in a random half of them (…_null), and the p-value."""
     rows, unknown = list[Row](), np.full(len(data.pairs), np.nan)
-    p_R = p_over_documents(data.moved, _apart) if data.moved else unknown
+    p_R = p_over_documents(data.moved, _moved_assignments) if data.moved else unknown
     for n, (r, _) in enumerate(data.pairs):
         load_2E, k = data.load_2E(r), data.a.routers[r].top_k
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
@@ -281,14 +257,14 @@ def load_shift(data: Loads) -> pd.DataFrame:
         shift = {"load_shift": tt.load_shift(load_2E), "load_shift_floor": float(floor)}
         null = np.nan
         if not np.isnan(p_R[n]):
-            null = float(_apart(signed_sums(data.moved[n])).mean() / load_2E[1].sum())
+            null = float(_moved_assignments(signed_sums(data.moved[n])).mean() / load_2E[1].sum())
         shift |= {"load_shift_null": null, "load_shift_p": p_R[n]}
         jsd = {"jsd_bits": tt.load_shift_jsd_bits(load_2E), "jsd_bits_floor": float(jsd_floor)}
         rows.append({**data.place(r), **shift, **jsd})
     return pd.DataFrame(rows)
 
 
-def _apart(moved_BE: np.ndarray) -> np.ndarray:
+def _moved_assignments(moved_BE: np.ndarray) -> np.ndarray:
     """How many assignments go to another expert. [B]"""
     return np.abs(moved_BE).sum(1) / 2
 
