@@ -16,6 +16,7 @@ from moe_inspect.text import layer_label
 
 Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+BEYOND_LONG_DOCUMENTS = f"beyond chance even if {LONG_DOCUMENT:,} tokens choose as one"
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,8 @@ def _design_effect_needed(excess: float, floor: float) -> float:
 
 
 def beyond(data: ReportData) -> str:
-    """The words for what is beyond chance: of counts, with the design effect that is assumed."""
-    to = f" up to a design effect of {LONG_DOCUMENT:,}" if data.counts.documents_unknown else ""
-    return f"beyond chance{to}"
+    """The words for what is beyond chance: of counts, with the documents that are assumed."""
+    return BEYOND_LONG_DOCUMENTS if data.counts.documents_unknown else "beyond chance"
 
 
 def expected_by_chance(data: ReportData, row: Row) -> str:
@@ -106,7 +106,7 @@ def explained(data: ReportData, row: Row, sure: bool) -> str:
     needed = _design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
     if not data.counts.documents_unknown or needed <= 1:
         return "chance explains" if sure else "may be chance"
-    return f"documents with a design effect of {math.ceil(needed):,} would explain"
+    return f"chance explains if {math.ceil(needed):,} tokens choose as one"
 
 
 def uneven(data: ReportData, row: Row) -> bool:
