@@ -134,6 +134,17 @@ def test_lists_of_values_are_options_that_take_several() -> None:
     }
 
 
+WITH_TABLES = [name for name, of in COMMANDS.items() if any(p.name == "table" for p in of.params)]
+
+
+@pytest.mark.parametrize("command", WITH_TABLES)
+def test_one_table_is_asked_for(command: str) -> None:
+    given = ["a", "b"][: 2 if command == "compare" else 1] + ["--table", "load"]
+    assert COMMANDS[command].make_context(command, list(given)).params["table"] == "load"
+    with pytest.raises(typer.BadParameter, match="--table is given twice: give one table"):
+        COMMANDS[command].make_context(command, [*given, "--table=balance"])
+
+
 def complete(*words: str) -> list[str]:
     """What bash is offered for the last word."""
     asked = {"COMP_WORDS": shlex.join(words), "COMP_CWORD": str(len(words) - 1)}
