@@ -139,10 +139,10 @@ WITH_TABLES = [name for name, of in COMMANDS.items() if any(p.name == "table" fo
 
 @pytest.mark.parametrize("command", WITH_TABLES)
 def test_one_table_is_asked_for(command: str) -> None:
-    given = ["a", "b"][: 2 if command == "compare" else 1] + ["--table", "load"]
-    assert COMMANDS[command].make_context(command, list(given)).params["table"] == "load"
+    parser = COMMANDS[command].make_parser(typer.Context(COMMANDS[command]))
+    assert parser.parse_args(args=["--table", "load"])[0]["table"] == "load"
     with pytest.raises(typer.BadParameter, match="--table is given twice: give one table"):
-        COMMANDS[command].make_context(command, [*given, "--table=balance"])
+        parser.parse_args(args=["--table", "load", "--table=balance"])
 
 
 def complete(*words: str) -> list[str]:
