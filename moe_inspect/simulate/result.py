@@ -16,7 +16,7 @@ from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Trace, address, open_trace
+from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,8 +149,6 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
         made = simulate(*trace, **options)
         given = signature(simulate).bind(*trace, **options).arguments
         traces = [given.pop("trace"), *given.pop("others", ())]
-        if given.get("judge"):
-            given["judge"] = [*map(address, given["judge"])]
         lines = python_call(simulate.__name__.replace("_", "."), traces, given)
         return replace(made, python=lines)
 

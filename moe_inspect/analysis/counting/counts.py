@@ -15,7 +15,9 @@ import numpy as np
 
 from moe_inspect.analysis.counting import router_counts as rc
 from moe_inspect.analysis.counting.router_counts import BASE, ByTokenId, RouterCounts
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.analysis.metrics.registry import metrics_of
+from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.trace.schema import Router
 
 # a domain; a prime, so that neither consecutive ids nor ids in strides pile up in a few clusters
@@ -96,6 +98,16 @@ class Counts:
     def domain_of_unit_U(self) -> np.ndarray:
         code = {domain: d for d, domain in enumerate(self.domains)}
         return np.array([code[domain] for domain, _ in self.units], np.int64)
+
+    @property
+    def documents_tell(self) -> bool:
+        """Whether documents are known, and enough to tell a claim from chance."""
+        return not self.documents_unknown and len(self.units) >= FEWEST_TO_JUDGE
+
+    @property
+    def weights_RU(self) -> np.ndarray | None:
+        """`resample_weights` of the documents; None where they are unknown or too few."""
+        return None if self.documents_unknown else resample_weights(self.domain_of_unit_U)
 
     @property
     def tokens_D(self) -> np.ndarray:

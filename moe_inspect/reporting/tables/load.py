@@ -102,7 +102,7 @@ def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
     """By router, how likely documents like these make any router's busiest expert as busy, and
     any's least used one as little used, by chance: NaN where documents are unknown or too few."""
     found = {r: {"busiest_p": math.nan, "least_used_p": math.nan} for r in counts.indices}
-    if counts.documents_unknown or len(counts.units) < chance.FEWEST_TO_JUDGE:
+    if not counts.documents_tell:
         return found
     loads = {r: load_E for r in counts.indices if (load_E := counts.load_E(r)).any()}
     domain_U = counts.domain_of_unit_U
@@ -281,7 +281,7 @@ def drift(data: ReportData) -> pd.DataFrame:
 def _trend(data: ReportData, router: int, load_WE: np.ndarray) -> dict[str, float | None]:
     counts = data.counts
     p_E = win.trend_p(load_WE, counts.of[router].assignments_UE, counts.domain_of_unit_U)
-    if np.isnan(p_E).all() or len(counts.units) < chance.FEWEST_TO_JUDGE:
+    if np.isnan(p_E).all() or not counts.documents_tell:
         names = ("trend_first", "trend_last", "trend_p")
         return {"trend_expert": None} | dict.fromkeys(names, math.nan)
     e = int(np.nanargmin(p_E))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
+from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT
 from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.text import layer_label
@@ -122,7 +122,7 @@ def load_after(data: ReportData, row: Row) -> str:
 
 def few_documents(data: ReportData) -> bool:
     """Whether there are too few documents to tell the model from the text."""
-    return not data.counts.documents_unknown and len(data.counts.units) < FEWEST_TO_JUDGE
+    return not (data.counts.documents_unknown or data.counts.documents_tell)
 
 
 def name_of(data: ReportData, row: Row) -> str:
