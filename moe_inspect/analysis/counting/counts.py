@@ -147,6 +147,11 @@ class Counts:
         """int64 [E]: assignments of each expert, all domains."""
         return self.of[router].assignments_UE.sum(0)
 
+    def filled(self, router: int) -> float:
+        """The share of the router's slots that are not empty; 1 without tokens."""
+        slots = self.routers[router].top_k * self.tokens_of(router)
+        return min(1.0, int(self.load_E(router).sum()) / slots) if slots else 1.0
+
     def first_choice_E(self, router: int) -> np.ndarray:
         """int64 [E]; NaN where the source does not say."""
         return self._summed(router, self.of[router].first_choice_DE)

@@ -55,8 +55,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
             low, high = unc.max_vio_interval(*units)
         most = E * T / total if total else math.nan  # every token goes there
         effect = design_effect(counts, r)
-        tokens = max(round(total / k), min(total, 1))  # null slots make no load
-        batch, floor = _by_batch(counts, r, total / max(slots, 1))
+        batch, floor = _by_batch(counts, r)
         lost = slots - total if drops and math.isnan(dropped) else dropped
         before_E = load_E + dropped_E
         known = before_E.sum() > 0
@@ -71,7 +70,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
             "max_over_mean_low": min(1 + low, most),
             "max_over_mean_high": min(1 + high, most),
             "design_effect": effect,
-            "expected_by_chance": 1 + unc.noise_floor(tokens, E, k) * widened(effect),
+            "expected_by_chance": 1 + floor_of(counts, r) * widened(effect),
             "max_vio_batch": batch,
             "noise_floor_batch": floor,
             "empty_slots": slots - total,
@@ -87,6 +86,12 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
     whole = ("dead_experts", "starved_experts", "busiest_expert", "busiest_expert_before_drops")
     frame = row_per_router(counts, counts.indices, columns, values)
     return frame.astype(dict.fromkeys(whole, "Int64"))
+
+
+def floor_of(counts: Counts, r: int) -> float:
+    """The max_vio that independent tokens give a router by chance. Empty slots make no load."""
+    E, k = counts.routers[r].experts, counts.routers[r].top_k
+    return unc.noise_floor(int(counts.load_E(r).sum()) / k, E, k, counts.filled(r))
 
 
 @once
@@ -115,15 +120,15 @@ def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
     return found
 
 
-def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
-    """Mean max_vio over passes, and their noise floor; `filled`: the share of slots not null."""
-    batches = counts.of[router].batches
+def _by_batch(counts: Counts, router: int) -> tuple[float, float]:
+    """Mean max_vio over passes, and their noise floor."""
+    batches, filled = counts.of[router].batches, counts.filled(router)
     if not batches or filled <= 0:
         return math.nan, math.nan
     tokens_S, (passes_S, vio_sum_S) = np.array(list(batches)), np.array(list(batches.values())).T
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     whole_S = bal.whole_passes(tokens_S)
-    floor_S, _ = unc.noise_of(tokens_S[whole_S] * filled, E, k)
+    floor_S, _ = unc.noise_of(tokens_S[whole_S] * filled, E, k, filled)
     floor = np.average(floor_S, weights=passes_S[whole_S])
     return bal.max_vio_batch(vio_sum_S, passes_S, tokens_S), float(floor)
 
@@ -219,7 +224,7 @@ def windows(data: ReportData) -> pd.DataFrame:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
         tv_floor, jsd_floor = _floors(data, r, load_WE)
-        floor_W, _ = unc.noise_of(load_WE.sum(1) / k, E, k)  # null slots make no load
+        floor_W, _ = unc.noise_of(load_WE.sum(1) / k, E, k, counts.filled(r))
         steps = {
             "total_variation": win.step_total_variation(load_WE),
             "total_variation_floor": tv_floor,

@@ -55,7 +55,7 @@ def domains(data: ReportData) -> AsColumns:
     def columns(r: int) -> load.Columns:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
         every_DE, E, k = every.assignments_DE(r), counts.routers[r].experts, counts.routers[r].top_k
-        floor_D, _ = unc.noise_of(every_DE.sum(1) / k, E, k)
+        floor_D, _ = unc.noise_of(every_DE.sum(1) / k, E, k, every.filled(r))
         expected_D = 1 + floor_D * load.widened(load.design_effect(every, r))
         return {
             "domain": np.repeat(np.array(counts.domains, object), E),

@@ -83,8 +83,8 @@ def _token_share(row: Row) -> float:
 
 
 def _interval(row: Row) -> str:
-    # at the ceiling of max_over_mean, E/k, resampling documents moves nothing
-    if row["experts"] > row["top_k"] and _token_share(row) == 1:
+    # at the ceiling of max_over_mean resampling documents moves nothing
+    if row["assignments"] < row["experts"] * row["tokens"] and _token_share(row) == 1:
         return "every token goes to it"
     if math.isnan(row["max_over_mean_low"]):
         return "no interval from counts alone"
@@ -153,8 +153,8 @@ def _hidden(data: ReportData, row: Row) -> float:
     tokens_S, passes_S = _passes(data, row)
     if passes_S.sum() < 2:
         return 0.0
-    filled = row["assignments"] / (row["tokens"] * row["top_k"])
-    _, sd_S = noise_of(tokens_S * filled, int(row["experts"]), int(row["top_k"]))
+    filled = data.counts.filled(int(row["router"]))
+    _, sd_S = noise_of(tokens_S * filled, int(row["experts"]), int(row["top_k"]), filled)
     error = np.sqrt((passes_S * sd_S**2).sum()) / passes_S.sum()
     floor = row["noise_floor_batch"] + z_of(ALPHA / len(data.loaded)) * error
     return row["max_vio_batch"] - row["max_vio"] - floor
