@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from moe_inspect.analysis.metrics import chance
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
+from moe_inspect.analysis.metrics.chance import ALPHA, z_of
 from moe_inspect.analysis.metrics.uncertainty import noise_of
 from moe_inspect.reporting.tables.data import ReportData, Row, records, whole_batches, worst_of
 from moe_inspect.reporting.tables.load import chosen
@@ -55,7 +55,7 @@ def _judged(data: ReportData, row: Row, n: int, routers: int) -> tuple[fnd.Sever
     if fnd.few_documents(data):
         return "note", (
             f"Too little data to judge balance: at worst, in {where}, {busiest} ({by_chance}), but "
-            f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
+            f"{fnd.FEW_DOCUMENTS}"
         )
     of = f"{n} of {routers} routers {'is' if n == 1 else 'are'} uneven ({threshold})"
     evidence = f"({_interval(row)}; {by_chance})"

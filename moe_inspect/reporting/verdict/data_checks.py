@@ -182,13 +182,7 @@ def few_tokens(data: ReportData) -> Finding | None:
     if floor <= uneven or uneven <= 0:
         return None
     T, E = counts.tokens_of(r), counts.routers[r].experts
-    # the floor falls with the root of the tokens
-    enough = int(float(f"{T * (floor / uneven) ** 2:.1e}"))
-    said = (
-        f"{plural(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
-        f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
-        f"that under {1 + uneven:g}x."
-    )
+    said, enough = fnd.few_tokens(T, E, floor, uneven)
     values = {"tokens": T, "experts": E, "expected_by_chance": 1 + floor, "tokens_needed": enough}
     return note(said, {"layer": counts.routers[r].layer, "router": r}, **values)
 

@@ -26,7 +26,7 @@ from moe_inspect.simulate.placement.policies import Layout
 from moe_inspect.simulate.placement.tables import recommended, tables_of
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.workloads import Workloads, workloads_of
-from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation
+from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation, too_few
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
@@ -169,7 +169,8 @@ def simulate_placement(
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
         "counts_only": not judging,
     }
-    return simulation(trace, tables, settings, verdict, chart, ("policies",))
+    few = among.too_few if among else too_few(trace, selection)
+    return simulation(trace, few, tables, settings, verdict, chart, ("policies",))
 
 
 def _seen(

@@ -18,6 +18,7 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.verdict.findings import FEW_DOCUMENTS
 from moe_inspect.simulate.placement.policies import shares
 from moe_inspect.simulate.placement.windows import FitWindows, PlacementPlans, fit_windows_of
 from moe_inspect.trace.reader import Trace, address
@@ -52,6 +53,12 @@ class Workloads:
     fitted: list[Workload]
     judged: list[Workload]
     weight_W: np.ndarray
+
+    @property
+    def too_few(self) -> str:
+        """Why one of them is too little to judge, as `result.too_few` says it."""
+        known = (one for one in (*self.fitted, *self.judged) if not one.counts.documents_unknown)
+        return "" if all(one.documents_tell for one in known) else FEW_DOCUMENTS
 
     def windows(self, judged: bool) -> tuple[FitWindows, dict[int, np.ndarray]]:
         """Each workload as a window, and the load of each router's experts, float64 [W, E], scaled
