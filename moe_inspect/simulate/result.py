@@ -155,15 +155,16 @@ def simulation(
 def too_few(trace: Trace, selection: Selection) -> str:
     """Why what is selected is too little to judge, as reports do; "" where it is enough."""
     documents, wanted = set[int](), selection.domains
-    for shard in () if trace.counts_only and not trace.by_document else trace.shards:
+    known = not trace.counts_only or trace.by_document
+    for shard in trace.shards if known else ():
         table = shard.table("documents", ["document", "domain"])
         code_T, labels = codes(table["domain"])
-        within_T = np.array([wanted is None or label in wanted for label in labels])[code_T]
+        within_T = np.array([wanted is None or label in wanted for label in labels], bool)[code_T]
         documents.update(table["document"].to_numpy()[within_T].tolist())
         if len(documents) >= FEWEST_TO_JUDGE:
             break
     else:
-        if not trace.counts_only or trace.by_document:
+        if known:
             return FEW_DOCUMENTS
     sizes = {(trace.routers[r].experts, trace.routers[r].top_k) for r in selection.routers}
     floor, E = max((noise_floor(trace.n_tokens, *of), of[0]) for of in sizes)

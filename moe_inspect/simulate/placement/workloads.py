@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import PurePath
 
 import numpy as np
@@ -102,6 +103,28 @@ class Workloads:
                 of = (table["policy"] == policy) & (table["window"] == len(self.fitted) + j)
                 table.loc[of, ["most_by_chance", "p"]] = np.quantile(null_B, 1 - ALPHA), p_value
         return table
+
+    def slower_p(self, plans: PlacementPlans, slowdown: pd.Series) -> np.ndarray:
+        """P-value of how much slower each policy is than the fastest on what plans are judged on,
+        where documents vary around the shares of their workload and all policies are as fast,
+        corrected for their number. NaN where documents are unknown or too few."""
+        judged, noise = self.judged or self.fitted, list[np.ndarray]()
+        if not all(one.documents_tell for one in judged):
+            return np.full(len(slowdown), np.nan)
+        weight_R = {r: plans.loads[r][plans.windows.judged].sum() for r in plans.selection.routers}
+        for policy in slowdown.index:
+            null_NB, weight_N = list[np.ndarray](), list[float]()
+            for r, one in product(weight_R, judged):
+                G = plans.layouts[r].gpus
+                expert_P, E = plans.of[r, policy], plans.trace.routers[r].experts
+                load_UG = one.load_UE(r) @ shares(expert_P, E, G)
+                if load_UG.any():
+                    share_G = load_UG.sum(0) / load_UG.sum()
+                    null_NB.append((share_G + _noise(load_UG, share_G)).max(1) * G)
+                    weight_N.append(weight_R[r])
+            null_B = np.average(null_NB, axis=0, weights=weight_N)
+            noise.append(null_B - null_B.mean())
+        return joint_p(list(slowdown - slowdown.min()), list(noise - np.min(noise, axis=0)))
 
     def null(
         self, plans: PlacementPlans, policy: str, judged: Workload
