@@ -103,7 +103,8 @@ lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-docs: $(VENV)/.installed ## The documentation site (build/docs/index.html); a warning is an error
+docs: $(VENV)/.installed ## The documentation site (build/docs/index.html), and the tables of docs/import.md; a warning is an error
+	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 picture: $(VENV)/.installed ## The pictures of the page in the documentation, of the bundled model (needs chromium)

@@ -107,8 +107,16 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """A page's source, with each `<!-- generated: NAME -->` replaced by what NAME generates."""
-    return re.sub(r"<!-- generated: (\w+) -->", lambda found: GENERATED[found[1]](), text)
+    """A page's source, with what NAME generates at each `<!-- generated: NAME -->`, up to an
+    `<!-- end -->` on the page, which then can be read without the site."""
+
+    def made(found: re.Match[str]) -> str:
+        marker, name, written = found.groups()
+        text = GENERATED[name]()
+        return f"{marker}\n\n{text}\n\n<!-- end -->" if written else text
+
+    marker = r"(<!-- generated: (\w+) -->)"
+    return re.sub(rf"{marker}(\n\n(?:(?!<!-- ).)*<!-- end -->)?", made, text, flags=re.DOTALL)
 
 
 def docstring_as_rst(lines: list[str]) -> list[str]:
@@ -133,3 +141,9 @@ def docstring_as_rst(lines: list[str]) -> list[str]:
 
 def _escaped(text: str) -> str:
     return re.sub(r"([*|_\\])", r"\\\1", text)
+
+
+if __name__ == "__main__":  # writes what the pages hold up to an `<!-- end -->`
+    for page in Path(__file__).parent.glob("*.md"):
+        if "<!-- end -->" in (text := page.read_text(encoding="utf-8")):
+            page.write_text(fill(text), encoding="utf-8")

@@ -234,11 +234,11 @@ def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_p
     shown = cli_here("compare", "a", "b", "--html", "p.html", "--plots", "plots")
     said = " ".join(shown.stdout.split())
     assert "Different models: A has 8 experts per layer, B 16; A has 2 experts per token" in said
-    assert "Not compared: agreement, " in said
+    assert "Tables left out: agreement, " in said
     assert "the tokenizers have 25 tokens in A, 49 in B" in said
     assert "explained_by_text" in said
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
-    for heading in ("Two models, side by side", "Do experts follow the text?", "Not compared"):
+    for heading in ("Two models, side by side", "Do experts follow the text?", "Tables left out"):
         assert heading in page
     drawn = {path.name for path in (tmp_path / "plots").glob("*.svg")}
     assert drawn == {"load_by_depth.svg", "domains_by_depth.svg", "texts_by_depth.svg"}

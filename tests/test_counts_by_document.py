@@ -191,7 +191,8 @@ def test_the_experts_of_each_document_are_compared(tmp_path: Path):
     kinds = {found.kind: found for found in made.verdict()}
     assert "5.00% are used by one of them alone" in kinds["same_experts"].text
     assert kinds["same_experts"].severity == "note"
-    assert "as many tokens in both" in kinds["counts_only"].text
+    said = "loads and the experts of each document are compared, not decisions. Documents have as"
+    assert said in kinds["counts_only"].text
     assert "agreement" not in set(made.tables["refused"]["table"])
     assert "set_distance_low" in str(made)
     # of decisions and counts; of the same; of few
@@ -204,6 +205,69 @@ def test_the_experts_of_each_document_are_compared(tmp_path: Path):
     made = moe_inspect.compare(*(counts(tmp_path / f"few{n}", of) for n, of in enumerate(sides)))
     assert made.tables["agreement"]["set_distance_low"].isna().all()
     assert "too few documents for an interval" in str(made)
+
+
+def tasted(seed: int, L: int = 2, moved: int = 0) -> list[np.ndarray]:
+    """Each document has tastes of its own; in layer 1 so many of its tokens take expert 5."""
+    taste_LSE = np.random.default_rng(9).normal(0, 2, (L, S, E)).repeat(EACH, axis=1)
+    keys_LTE = taste_LSE + np.random.default_rng(seed).gumbel(size=taste_LSE.shape)
+    keys_LTE[1, np.arange(S * EACH) % EACH < moved, 5] = 99
+    return list(np.argsort(-keys_LTE, axis=-1)[..., :K].astype(np.uint16))
+
+
+def shift_of(a: Trace, b: Trace) -> tuple[Any, pd.DataFrame]:
+    made: Any = moe_inspect.compare(a, b)
+    (said,) = (found for found in made.verdict() if found.kind == "load_shift")
+    return said, made.tables["load_shift"]
+
+
+def test_of_the_same_documents_chance_exchanges_the_traces(tmp_path: Path):
+    L = 12
+    a = counts(tmp_path / "a", tasted(0, L))
+    said, table = shift_of(a, counts(tmp_path / "same", tasted(1, L)))
+    assert (said.severity, said.values["routers"]) == ("good", 0)
+    assert "No load differs by more than chance" in said.text
+    assert table["load_shift"].mean() == pytest.approx(table["load_shift_null"].mean(), rel=0.1)
+    half = rows(tasted(1, L))  # of the assignments of layer 1
+    kept = np.random.default_rng(2).binomial(half["count"], np.where(half["layer"] == 1, 0.5, 1))
+    half = half.assign(count=kept)[kept > 0]
+    assert shift_of(a, counts(tmp_path / "half", half))[0].severity == "good"
+    # less than other documents would move, and more, whatever the domains are called
+    for moved, severity in ((3, "note"), (15, "warning")):
+        other = rows(tasted(1, L, moved)).assign(domain="b")
+        said, table = shift_of(a, counts(tmp_path / f"{moved}", other))
+        assert (said.severity, said.layer, said.values["expert"]) == (severity, 1, 5)
+        assert "The load of 1 of 12 routers differs by more than chance: up to" in said.text
+        assert np.flatnonzero(table["load_shift_p"] < 0.01).tolist() == [1]
+        beyond_floor = table["load_shift"] > table["load_shift_floor"]
+        assert np.flatnonzero(beyond_floor).tolist() == [1] * (severity == "warning")
+    # of three documents nothing is told; with others in one of the traces, chance is as of others
+    few = [rows(of)[lambda t: t["document"] < 3] for of in (tasted(0), tasted(1, moved=15))]
+    said, table = shift_of(*(counts(tmp_path / f"few{n}", of) for n, of in enumerate(few)))
+    assert (said.severity, said.values["routers"]) == ("note", 0)
+    assert "Too few documents to tell whether a load differs by more than chance" in said.text
+    assert "(3 documents, 8 are needed)" in said.text
+    assert table[["load_shift_null", "load_shift_p"]].isna().all(axis=None)
+    some = rows(tasted(1, L, 3))[lambda t: t["document"] < S - 1]
+    said, table = shift_of(a, counts(tmp_path / "some", some))
+    assert (said.severity, said.values["routers"]) == ("good", 0)
+    assert "with this many tokens" in said.text
+    assert table["load_shift_p"].isna().all()
+    assert shift_of(a, a)[0].text == "Each expert has the same share of the load in A and B."
+
+
+def test_excerpts_begin_with_the_highest(tmp_path: Path):
+    a, b = (counts(tmp_path / str(seed), tasted(seed, 6)) for seed in range(2))
+    compared: Any = moe_inspect.compare(a, b)
+    for made, name, column in (
+        (compared, "load_shift", "load_shift"),
+        (compared, "agreement", "set_distance"),
+        (compared, "balance", "max_vio_b"),
+        (report(a), "balance", "max_vio"),
+    ):
+        table: Any = made.tables[name]
+        shown = made.excerpts[name].rows(table, 3)[column].tolist()
+        assert shown == sorted(table[column], reverse=True)[:3] != table[column].tolist()[:3]
 
 
 def test_what_is_no_pair_of_documents_is_refused(tmp_path: Path):

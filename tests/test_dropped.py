@@ -33,7 +33,7 @@ from moe_inspect.training import RoutingMonitor
 from moe_inspect.watch.follow import Follower
 from moe_inspect.watch.state import Watched
 from tests.support.damage import edit_manifest
-from tests.support.synthetic import routers, uniform_ids, write_trace
+from tests.support.synthetic import routers, uniform_ids, write_passes, write_trace
 from tests.test_own_probes import Probing
 from tests.test_verify import copy_of, put, rewrite
 
@@ -88,6 +88,28 @@ def test_what_is_not_said_to_be_dropped_is_empty(tmp_path: Path) -> None:
     assert report(trace).tables["balance"]["drop_rate"].isna().all()
     with pytest.raises(MoeInspectError, match="does not state that its empty slots are drops"):
         alarms_of(trace, [parse_rule("drop_rate > 0.1")])
+
+
+@pytest.mark.parametrize("lacking", [{}, {(1, 1): 40}, {(1, 1): 40, (2, 1): 9, (2, 0): 8}])
+def test_of_counts_domains_and_layers_with_unequal_sums_are_named(
+    tmp_path: Path, lacking: dict[tuple[int, int], int]
+) -> None:
+    load_LDE = np.full((3, 2, 4), 100)
+    for at, lost in lacking.items():
+        load_LDE[at][0] -= lost
+    counted = CountedBatches(0, 400, ["a", "b"], list(load_LDE), None)
+    found = of(
+        write_passes(tmp_path / "t", routers(3, 4, 2), [counted], counts_only=True), "empty_slots"
+    )
+    if not lacking:
+        assert found is None
+        return
+    assert found is not None
+    within, layers = {1: ('"b":', " 1"), 3: ('"a", "b"; most in "b", where', "s 1-2")}[len(lacking)]
+    assert found.text.endswith(
+        f"tell apart. Layers have unequal sums in {within} 360 (layer 1) to 400 (layer 0) "
+        f"assignments, fewer than the most in layer{layers}."
+    )
 
 
 def test_counts_hold_the_tokens_that_their_shards_state(tmp_path: Path) -> None:

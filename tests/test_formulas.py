@@ -164,17 +164,20 @@ def dropped(load_E: np.ndarray) -> float:
     return np.maximum(load_E - math.ceil(1.25 * load_E.mean()), 0).sum() / load_E.sum()
 
 
-def chance(tokens: float) -> float:
-    """max_vio of so many tokens that choose at random; between whole numbers in proportion."""
-    low = math.floor(tokens)
-    return chance_of(low) + (tokens - low) * (chance_of(low + 1) - chance_of(low))
+def chance(m: Made, r: int, tokens: float) -> float:
+    """max_vio of tokens that choose at random, and leave slots empty as often as these; so many are
+    the assignments ÷ K."""
+    return chance_of(round(tokens), float((m.ids[r] >= 0).mean()))
 
 
 @cache
-def chance_of(tokens: int) -> float:
-    order = np.random.default_rng(tokens).random((1_000, tokens, E)).argsort(2)[:, :, :K]
+def chance_of(tokens: int, filled: float) -> float:
+    rng, shape = np.random.default_rng(tokens), (1_000, round(tokens / filled), E)
+    order = np.where(
+        rng.random(shape)[:, :, :K] < filled, rng.random(shape).argsort(2)[:, :, :K], -1
+    )
     load = np.stack([(order == e).sum((1, 2)) for e in range(E)])
-    return float(load.max(0).mean() / (K * tokens / E) - 1)
+    return float((load.max(0) / load.mean(0)).mean() - 1)
 
 
 def batches(m: Made, r: int) -> tuple[float, float]:
@@ -183,7 +186,7 @@ def batches(m: Made, r: int) -> tuple[float, float]:
     whole = 2 * tokens_B >= tokens_B.max()
     filled = (m.ids[r] >= 0).mean()
     vio = (load_BE.max(1) / load_BE.mean(1) - 1)[whole].mean()
-    return vio, float(np.mean([chance(n * filled) for n in tokens_B[whole]]))
+    return vio, float(np.mean([chance(m, r, n * filled) for n in tokens_B[whole]]))
 
 
 def packed(load_E: np.ndarray, gpus: int) -> list[int]:
@@ -415,13 +418,15 @@ def test_what_chance_gives_the_busiest_expert_leaves_out_empty_slots(made: Made)
     for r in range(L):
         expected, by_pass = balance.loc[r, ["expected_by_chance", "noise_floor_batch"]]
         widened = max(1, math.sqrt(design_effect(made, r)))
-        floor = chance(round(made.chosen[r].sum() / K))
+        floor = chance(made, r, made.chosen[r].sum() / K)
         assert expected - 1 == pytest.approx(floor * widened, rel=0.04)
         assert by_pass == pytest.approx(batches(made, r)[1], rel=0.04)
-        of_windows = [chance(x.sum() / K) * widened for x in made.windows(r)]
+        of_windows = [chance(made, r, x.sum() / K) * widened for x in made.windows(r)]
         found = windows.query("router == @r")["expected_by_chance"].to_numpy()
         assert found - 1 == pytest.approx(of_windows, rel=0.06)
-        of_domains = [chance(x / K) * widened for x in made.by(made.domain, made.chosen[r]).sum(1)]
+        of_domains = [
+            chance(made, r, x / K) * widened for x in made.by(made.domain, made.chosen[r]).sum(1)
+        ]
         found = domains.query("router == @r and expert == 0")["expected_by_chance"].to_numpy()
         assert found - 1 == pytest.approx(of_domains, rel=0.06)
 

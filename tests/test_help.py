@@ -134,6 +134,17 @@ def test_lists_of_values_are_options_that_take_several() -> None:
     }
 
 
+WITH_TABLES = [name for name, of in COMMANDS.items() if any(p.name == "table" for p in of.params)]
+
+
+@pytest.mark.parametrize("command", WITH_TABLES)
+def test_one_table_is_asked_for(command: str) -> None:
+    parser = COMMANDS[command].make_parser(typer.Context(COMMANDS[command]))
+    assert parser.parse_args(args=["--table", "load"])[0]["table"] == "load"
+    with pytest.raises(typer.BadParameter, match="--table is given twice: give one table"):
+        parser.parse_args(args=["--table", "load", "--table=balance"])
+
+
 def complete(*words: str) -> list[str]:
     """What bash is offered for the last word."""
     asked = {"COMP_WORDS": shlex.join(words), "COMP_CWORD": str(len(words) - 1)}

@@ -306,8 +306,8 @@ def test_unknown_weights_are_no_weights(tmp_path: Path):
         ([row(-1, 1, 0, 3)], "row 0: step is -1, not of 0 to"),
         ([row(0, 1, 2, 3)], "slot is 2, not of 0 to 1"),
         ([row(0, 1, 0, 8)], "expert is 8, not of -1 to 7"),
-        ([row(0, 1, 0, 1), row(0, 1, 1, 1)], "token 0 goes to one expert twice"),
-        ([row(0, 1, 0, 1), row(0, 1, 1, 2, 1)], "rows of one token with different decoded"),
+        ([row(0, 1, 0, 1), row(0, 1, 1, 1)], "row 1: expert is 1 again, at position 0 of 0"),
+        ([row(0, 1, 0, 1), row(0, 1, 1, 2, 1)], "row 0: phase differs from that of other rows of"),
         ([row(0, 1, 0, 1, weight=np.inf)], "weight is inf"),
         ([], "holds no decisions"),
     ],
@@ -411,7 +411,20 @@ def test_rows_without_a_slot_take_those_of_their_decision_in_order(
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        (["expert\n0,0,1\n0,0,1"], "token 0 goes to one expert twice"),
+        (["expert\n0,0,1\n0,0,1"], "0.csv row 1: expert is 1 again, at position 0 of the document"),
+        (
+            ["expert\n0,0,1\n0,0,2\n", "expert\n0,0,1\n0,0,2\n0,1,3\n0,1,3"],
+            "1.csv row 3: expert is 3",
+        ),
+        (["experts\n0,0,[1 2]\n0,1,[5 5]"], "0.csv row 1: experts names expert 5 again$"),
+        (["experts\n0,0,[0 0]"], "row 0: experts names expert 0 again; a dense layer or padding"),
+        (["expert_0,expert_1\n0,0,1,2\n0,1,5,5"], "row 1: expert_1 names expert 5 again"),
+        (["expert_0,expert_1\n0,0,1,2\n0,1,5,x"], "row 1: expert_1 is 'x', not a whole number"),
+        (["expert_0,expert_1\n0,0,1,2\n0,1,8,5"], "row 1: expert_0 is 8, not of -1 to 7"),
+        (["experts,document\n0,0,[1 2],a\n0,1,[1 2],"], "row 1: document is empty"),
+        (["experts\n0,0,[1 2 3 4]"], "row 0: experts has 4 values, top-k is 2"),
+        (["experts,top_k\n0,0,[1 2 3],3"], "has top_k 2 and 3, one of them by --top-k"),
+        (["expert\n0,0,1\n0,1,2"], "no token has over 1 expert in a layer, and top-k is 2"),
         (["expert\n0,3,1\n0,3,2\n0,3,4"], "position 3 of the document has over 2 rows of one"),
         (["expert,slot\n0,0,1,0\n0,0,2,2"], "row 1: slot is 2, not of 0 to 1"),
         (["expert\n0,0,1", 'experts\n0,0,"[1, 2]"'], "1.csv: not all files have a row per slot"),
@@ -458,7 +471,7 @@ def test_a_users_preset_joins_the_files_of_layers(tmp_path: Path):
     assert trace.manifest["corpus"]["notes"] == ["made for a test"]
     with (tmp_path / "law/layer_12.csv").open("a") as file:
         file.write('t3,"(1, 2)"\n')
-    why = "law: 1 decision without rows: the files of its"
+    why = "law: layer 3 has no row of position 3 of the document, which"
     refused(tmp_path / "u", why, "table", tmp_path / "law", **how)
     for text, why in (
         (PRESET.replace("note", "nota"), r"no field 'nota' \(did you mean note"),
@@ -474,7 +487,7 @@ def test_a_users_preset_joins_the_files_of_layers(tmp_path: Path):
     ("row", "why"),
     [
         ('1,6,"[1, 9]",law', r"d\.csv row 6: ids is 9, not of -1 to 7"),
-        ('1,6,"[1]",law', r"d\.csv row 6: ids has 1 values, not 2, as the first row"),
+        ('1,6,"[1]",law', r"d\.csv row 6: ids has 1 value, not 2, as the first row"),
         ('1,6,"[1, x]",law', r"d\.csv row 6: ids is 'x', not a whole number"),
         ('1,6,"[1, 2",law', r"d\.csv row 6: ids is '\[1, 2', a list cut short"),
         ('one,6,"[1, 2]",law', r"d\.csv row 6: block is 'one', not a whole number"),
@@ -532,10 +545,137 @@ def test_an_expert_that_was_never_chosen_needs_no_score(count: int, tmp_path: Pa
     rows = f"0,0,3,1.5,0.5\n0,1,{count},,\n"
     (tmp_path / "c.csv").write_text(f"layer,expert,count,gate_sum,saliency\n{rows}")
     if count:
-        refused(tmp_path, "row 1: weight_sum is empty", "counts", tmp_path / "c.csv", top_k=1)
+        refused(tmp_path, "row 1: gate_sum is empty", "counts", tmp_path / "c.csv", top_k=1)
         return
     trace, _ = taken(tmp_path, "counts", tmp_path / "c.csv", top_k=1)
     assert trace.counts()[["weight_sum", "saliency_sum"]].to_numpy().tolist() == [
         [1.5, 1.5],
         [0, 0],
     ]
+
+
+ALL = [(n, t) for n in (0, 4, 7) for t in range(4)]
+
+
+@pytest.mark.parametrize("lost", [(4, 0), (4, 3), (7, 2)])
+@pytest.mark.parametrize("form", ["experts", "expert", "without position"])
+def test_a_token_that_a_layer_lacks_is_named(form: str, lost: tuple[int, int], tmp_path: Path):
+    def write(places: list[tuple[int, int]], more: str = "") -> None:
+        rows = [f'{n},{t},"[{t}, {t + 1}]"' for n, t in places]
+        if form == "expert":
+            rows = [f"{n},{t},{t + j}" for n, t in places for j in range(2)]
+        elif form == "without position":
+            rows = [f'{n},"[{t}, {t + 1}]"' for n, t in places]
+        header = "layer,experts" if form == "without position" else f"layer,position,{form}"
+        (tmp_path / "d.csv").write_text("\n".join([header, *rows]) + more)
+
+    how = {"experts": 8, "top_k": 2}
+    write([place for place in ALL if place != lost])
+    at = 3 if form == "without position" else lost[1]  # rows are numbered as they stand
+    why = f"d.csv: layer {lost[0]} has no row of position {at} of the document, which other layers"
+    refused(tmp_path, re.escape(why), "table", tmp_path / "d.csv", **how)
+    if form == "experts":  # as the error says
+        write([place for place in ALL if place != lost], f'\n{lost[0]},{lost[1]},"[-1, -1]"\n')
+        trace, said = taken(tmp_path, "table", tmp_path / "d.csv", **how)
+        assert said == []
+        without = [experts(trace, r).count([-1, -1]) for r in range(3)]
+        assert without == [layer == lost[0] for layer in (0, 4, 7)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "top_k", "why"),
+    [
+        ("0,0,3 0,1,1 4,0,2 4,1,2", 1, ""),
+        ("0,0,2 0,1,2 4,0,2 4,1,2", 2, ""),
+        ("0,0,3,a 4,0,3,a 0,0,2,b 4,0,2,b", 1, ""),
+        ("0,0,3 0,1,4", 2, "layer 0 has 7 assignments, no whole number of tokens at top-k 2"),
+        (
+            "0,0,4 0,1,2 0,2,0",
+            2,
+            "layer 0 has 6 assignments, 3 tokens at top-k 2, of which expert 0 has 4",
+        ),
+        (
+            "0,0,3 4,0,2",
+            1,
+            "layer 4 has 2 assignments, layer 0 3, at top-k 1: not of the same tokens",
+        ),
+        (
+            "0,0,3,a 4,0,3,a 4,0,2,b",
+            1,
+            "layer 0 has 0 assignments of 'b', layer 4 2, at top-k 1: not of",
+        ),
+    ],
+)
+@pytest.mark.parametrize("by", ["domain", "document"])
+def test_counts_that_are_not_k_of_each_token_are_told(
+    counts: str, top_k: int, why: str, by: str, tmp_path: Path
+):
+    more = f",{by}" if counts.endswith("b") else ""
+    (tmp_path / "c.csv").write_text("\n".join([f"layer,expert,count{more}", *counts.split()]))
+    trace, said = taken(tmp_path, "counts", tmp_path / "c.csv", top_k=top_k, experts=3)
+    assert len(said) == bool(why)
+    assert f"c.csv: {why}" in said[0] if why else True
+    lost = [trace.n_tokens * top_k - sum(load) for load in load_of(trace).values()]
+    assert max(lost) > 0 if why else lost == [0] * len(lost)
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "why"),
+    [
+        (
+            "layer,expert,count,top_k\n0,0,2,2\n0,1,2,2",
+            {"top_k": 1},
+            "row 0: top_k is 2, --top-k 1",
+        ),
+        ("layer,expert,count,experts\n0,0,2,4", {"experts": 8}, "row 0: experts is 4, --experts 8"),
+        ("layer,expert,count,top_k\n0,0,2,2\n0,1,2,1", {}, "layer 0 has top_k 1 and 2: of one"),
+        ("layer,expert,count\n0,0,2\n0,9,2", {"experts": 4}, "row 1: expert is 9, not of 0 to 3"),
+        ("layer,expert,count\n0,0,2\n0,1,2,3", {}, "row 1: Expected 3 columns, got 4: 0,1,2,3"),
+        ("layer,expert,count,document\n0,0,2,a\n0,1,2,", {}, "row 1: document is empty"),
+        (
+            "layer;expert;count\n0;0;2",
+            {},
+            "'layer;expert;count', columns with ; between them: write ,",
+        ),
+        ("Layer, Expert,Count\n0,0,2", {}, "--map 'layer=Layer,expert= Expert,count=Count'"),
+        ("Layer,Position,Expert_0,Expert_1\n0,0,1,2", {}, "experts=Expert_*"),
+    ],
+)
+@pytest.mark.parametrize("format", ["counts", "auto"])
+def test_one_line_names_file_row_and_column_and_the_way_out(
+    text: str, how: dict[str, int], why: str, format: str, tmp_path: Path
+):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.csv").write_text("layer,expert,count\n0,0,2\n0,1,2\n")
+    (tmp_path / "in/b.csv").write_text(text)
+    where = tmp_path / "in/b.csv" if format == "auto" else tmp_path / "in"
+    how = {"top_k": 2, "experts": 4, **how} if "top_k 1 and" not in why else {"experts": 4}
+    file = "" if "top_k 1 and" in why else "/b.csv"  # a layer is of all files
+    refused(tmp_path, f"in{file}.*{re.escape(why)}", format, where, **how)
+
+
+def test_a_line_of_the_hint_reads_the_file(tmp_path: Path):
+    (tmp_path / "c.csv").write_text("Layer, Expert,Count\n0,0,2\n0,1,2\n")
+    with pytest.raises(MoeInspectError, match="--map") as raised:
+        taken(tmp_path, "counts", tmp_path / "c.csv", top_k=2)
+    (map,) = re.findall("--map '(.*)'", str(raised.value))
+    trace, _ = taken(tmp_path, "counts", tmp_path / "c.csv", top_k=2, map=map)
+    assert load_of(trace) == {0: [2, 2]}
+
+
+def test_a_domain_that_is_empty_is_the_files(tmp_path: Path):
+    (tmp_path / "c.csv").write_text("layer,expert,count,domain\n0,0,2,law\n0,0,2,\n")
+    trace, _ = taken(tmp_path, "counts", tmp_path / "c.csv", top_k=1)
+    assert set(trace.counts()["domain"]) == {"law", "c"}
+
+
+def test_what_counts_do_not_say_is_unknown_in_their_report(tmp_path: Path):
+    rows = "layer,expert,count,document\n" + "".join(f"0,{e},4,{d}\n" for e in (0, 1) for d in "ab")
+    (tmp_path / "c.csv").write_text(rows)
+    (tmp_path / "d.csv").write_text(re.sub(",(document|a|b)\n", "\n", rows))
+    for name, documents in (("c", "2"), ("d", "unknown")):
+        trace, _ = taken(tmp_path / name, "counts", tmp_path / f"{name}.csv", top_k=1)
+        made = trace_report(trace)
+        assert made.title == "Unknown model"
+        assert dict(made.facts())["documents"] == documents
+        assert "<title>Unknown model" in made.page(text=0)

@@ -223,7 +223,7 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     """Fitted on text of experts 0 and 2, judged on text of 0 and 1: round-robin is right."""
     ids = np.tile(np.array([[0], [2]], np.uint16), (1000, 1))
     ids[1000:] = np.tile(np.array([[0], [1]], np.uint16), (500, 1))
-    trace = write_trace(tmp_path / "t", [ids], 4)
+    trace = write_trace(tmp_path / "t", [ids], 4, document=np.arange(2000) // 100)
     policies = ["contiguous", "round-robin", "local-search"]
     made = simulate_placement(trace, gpus=2, policies=policies)
     assert made.tables["policies"]["slowdown"].tolist() == [2, 1, 2]
@@ -241,7 +241,7 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
 
 def test_what_is_no_faster_is_not_recommended(tmp_path: Path) -> None:
     """All load is on one expert: wherever it goes, its GPU has all of it."""
-    trace = write_counts(tmp_path / "t", [np.array([[100, 0, 0, 0]])], 1)
+    trace = write_counts(tmp_path / "t", [np.array([[1000, 0, 0, 0]])], 1)
     made = simulate_placement(trace, gpus=2)
     assert made.tables["policies"]["slowdown"].nunique() == 1, "control"
     less = "-o FILE saves local-search, which is less than 1% faster."

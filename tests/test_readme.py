@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 
+from docs.generate import fill
 from tests.conftest import ROOT, Cli
 from tests.test_cli_trace import save, write_jsonl
 from tests.test_terminal import on_a_terminal
@@ -103,6 +104,15 @@ def _report(place: Path) -> None:
 
 
 CHECKS = {"README.md": _readme, "docs/report.md": _report}
+
+
+def test_the_tables_of_importers_on_the_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/import.md").read_text()
+    assert fill(page) == page, "make docs writes them"
+    rows = [line for line in page.splitlines() if line.startswith(("| `flame-moe`", "| `phase`"))]
+    assert len(rows) == 2
+    for row in rows:
+        assert fill(page.replace(f"{row}\n", "")) == page
 
 
 def test_there_is_something_to_run() -> None:

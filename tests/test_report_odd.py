@@ -14,7 +14,14 @@ from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.support.planted import text_of
-from tests.support.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
+from tests.support.synthetic import (
+    encoder_decoder,
+    routers,
+    uniform_ids,
+    write_counts,
+    write_passes,
+    write_trace,
+)
 
 NOWHERE = np.iinfo(np.uint16).max
 NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality"}
@@ -121,3 +128,17 @@ def test_every_table_is_right_or_says_what_it_lacks(tmp_path: Path, case: str):
         assert said.startswith(f"{trace.path} holds counts only, no ")
         assert "\n" not in said
     assert says in " ".join(text_of(made).split())
+
+
+@pytest.mark.parametrize(("uneven", "said"), [(False, "Too little data"), (True, "is uneven")])
+def test_of_a_router_that_may_choose_every_expert_chance_is_that_of_its_empty_slots(
+    tmp_path: Path, uneven: bool, said: str
+) -> None:
+    """Of 60 tokens each expert gets 30 % of their slots; or the first gets all, of 60,000."""
+    rng, T = np.random.default_rng(0), 60_000 if uneven else 60
+    load_E = (rng.random((T, 8)) < (0.3 + 0.7 * uneven * (np.arange(8) == 0))).sum(0)
+    counted = CountedBatches(0, T, ["text"], [load_E[None]], None)
+    made = report(write_passes(tmp_path / "t", routers(1, 8, 8), [counted], counts_only=True))
+    assert made.tables["balance"]["max_vio"][0] > 0.2
+    assert (made.tables["balance"]["expected_by_chance"][0] > 1.2) == (not uneven)
+    assert said in next(found.text for found in made.verdict() if found.kind == "balance")

@@ -94,7 +94,8 @@ def test_an_expert_named_twice_is_requested_once_and_over_256_are_told_apart(nam
 
 
 def test_uniform_routing_hits_as_often_as_slots_are_of_experts(tmp_path: Path):
-    trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 6_000, 16, 2)], 16)
+    ids, document = uniform_ids(np.random.default_rng(0), 6_000, 16, 2), np.arange(6_000) // 100
+    trace = write_trace(tmp_path / "t", [ids], 16, document=document)
     table = simulate_cache(trace, slots=[4, 8, 16], policies=["lru"]).tables["cache"]
     assert table["hit_rate"].tolist() == pytest.approx([0.25, 0.5, 1 - 16 / 12_000], abs=0.015)
     assert table["even_share"].tolist() == [0.25, 0.5, 1.0]

@@ -165,3 +165,27 @@ def test_256_experts_and_one_gpu(tmp_path: Path) -> None:
     many = simulate_placement(trace, gpus=8, nodes=2, physical_experts=288).tables["placement"]
     assert many["nodes_per_token"].between(1, 2).all()
     assert simulate_decode(trace, batches=[1]).tables["decode"]["distinct_experts"].item() == 8
+
+
+ADVICE = {
+    "capacity": "takes a factor of",
+    "decode": "reads hardly more experts",
+    "cache": "worth caching?",
+    "placement": "Recommended: ",
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_of_too_little_data_nothing_is_advised(name: str, tmp_path: Path) -> None:
+    ids = uniform_ids(np.random.default_rng(0), 2_000, 8, 2)
+    for tokens, documents, why in (
+        (2_000, 8, ""),
+        (2_000, 7, "with fewer than 8 documents this may be the text, not the model."),
+        (40, 8, "40 tokens are few for 8 experts: by chance alone the busiest gets"),
+    ):
+        document = np.arange(tokens) * documents // tokens
+        of = write_trace(tmp_path / f"{tokens}-{documents}", [ids[:tokens]], 8, document=document)
+        made = getattr(of.simulate, name)()
+        assert any(ADVICE[name] in said for said in made.verdict) == (not why)
+        assert made.verdict[0].startswith(f"Too little data to advise: {why}") == bool(why)
+        assert len(made.tables[name])

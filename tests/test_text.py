@@ -323,7 +323,7 @@ def test_a_page_without_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, 300, 8, 2)]
     silent = write_trace(tmp_path / "a", ids, 8, manifest={"capture": {"text": False}})
-    said = "This trace was recorded without its text (trace --no-text)"
+    said = "This trace was recorded without its text"
     page, short = report_page(report(silent)), report_page(report(silent), text=0)
     assert page.count(said) == 1
     assert said not in short

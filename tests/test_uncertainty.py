@@ -41,6 +41,22 @@ def test_noise_floor_is_what_drawing_gives(T: int, E: int, k: int):
     assert floor != pytest.approx(drawn * 1.2, rel=0.06)  # positive control
 
 
+@pytest.mark.parametrize(
+    ("T", "E", "k", "filled"),
+    [(400, 4, 4, 0.5), (900, 8, 8, 0.97), (300, 32, 32, 0.1), (90, 8, 5, 0.6)],
+)
+def test_empty_slots_make_noise_also_where_every_expert_may_be_chosen(
+    T: int, E: int, k: int, filled: float
+):
+    rng, drawn = np.random.default_rng(1), list[float]()
+    for _ in range(1_500):
+        load_E = np.bincount(uniform_ids(rng, T, E, k)[rng.random((T, k)) < filled], minlength=E)
+        drawn.append(load_E.max() / load_E.mean() - 1)
+    floors = unc.noise_floor(T * filled, E, k, filled), unc.noise_of([T * filled], E, k, filled)[0]
+    assert floors == pytest.approx((np.mean(drawn),) * 2, rel=0.06)
+    assert unc.noise_floor(T, E, k) == pytest.approx(0 if k == E else floors[0], rel=0.6), "control"
+
+
 def test_the_gaussian_floor_by_hand():
     """Of two experts, one of them chosen by each token: E|2X/T − 1| is √(2/(πT))."""
     assert unc.noise_floor(2_000, 2, 1) == pytest.approx(np.sqrt(2 / (np.pi * 2_000)), rel=0.01)

@@ -387,6 +387,17 @@ def test_in_a_pipe_it_is_a_line_for_each_change(session: WatchSession, capsys: A
     assert line.split(" ", 1)[1] == status_line(at_once).split(" ", 1)[1]
 
 
+def test_in_a_pipe_a_line_says_that_it_waits_for_the_trace(
+    one_pass: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    monkeypatch.setattr(time, "sleep", lambda _: there.exists() or shutil.copytree(one_pass, there))
+    watch_trace(there, WatchOptions(every_s=0.01), Console(width=500))
+    waits, *_, complete = capsys.readouterr().out.splitlines()
+    assert waits == f"waiting for a trace at {there}"
+    assert "complete" in complete
+
+
 def test_an_interrupted_trace_ends_it_with_an_error(one_pass: Path) -> None:
     edit_manifest(one_pass, status="interrupted")
     assert Follower(one_pass).poll().status == "interrupted"

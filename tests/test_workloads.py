@@ -141,6 +141,40 @@ def test_of_few_documents_chance_is_unknown(tmp_path: Path, documents: int):
     assert made.tables["judged"]["p"].isna().all() == few
 
 
+EVEN, PILED = np.full(8, 1 / 8), np.array([9, 9, 1, 1, 1, 1, 1, 1]) / 24
+PLAIN = ["contiguous", "round-robin", "eplb"]
+
+
+def test_policies_that_only_chance_sets_apart_are_not_said_to_differ(tmp_path: Path):
+    """Of even load every policy is as fast, by however much they differ on these documents."""
+    for seed in range(6):
+        trace = written(tmp_path / f"{seed}", np.stack([EVEN] * 2), 12, seed)
+        made = simulate_placement(trace, fit_domains="a", policies=PLAIN, gpus=4)
+        assert made.settings["recommended"] == "contiguous"
+        assert (made.tables["policies"]["slower_p"] >= 0.01).all()
+        said = "than the fastest by 1% or beyond chance: contiguous, round-robin, eplb (save with"
+        assert said in made.verdict[-2]
+    assert made.tables["policies"]["slowdown"].nunique() > 1, "control"
+    assert set(made.tables["plan"]["policy"]) == {"contiguous"}
+
+
+@pytest.mark.parametrize("documents", [40, 7])
+def test_a_policy_that_is_faster_beyond_chance_is_recommended_of_documents_enough(
+    tmp_path: Path, documents: int
+):
+    """Contiguous puts the two busiest experts on one GPU. Of both the ageing is told."""
+    trace, few = written(tmp_path / "t", np.stack([PILED] * 2), documents), documents < 8
+    made = simulate_placement(trace, fit_domains="a", policies=PLAIN[:2], gpus=4)
+    slower_p, advice = made.tables["policies"]["slower_p"], made.verdict[-2]
+    assert slower_p.isna().all() if few else slower_p.tolist() == [0.002, 1.0]
+    best = "Recommended: round-robin, the fastest on the judged part (save with -o FILE)."
+    assert advice == ("-o FILE saves round-robin." if few else best)
+    assert made.verdict[0].startswith("Too little data to advise: with fewer than 8 doc") == few
+    assert any(
+        said.startswith("round-robin is fitted to no load; beside a") for said in made.verdict
+    )
+
+
 def test_counts_by_document_are_judged_beside_chance(tmp_path: Path):
     rng, domains = np.random.default_rng(0), ["a"] * 20 + ["b"] * 20
     load = np.concatenate([rng.multinomial(100, share_E, 20) for share_E in SHIFTED])
@@ -188,7 +222,9 @@ def test_of_counts_what_is_unknown_is_said_once_and_nothing_is_recommended(tmp_p
     (unknown,) = (said for said in judged.verdict if "nknown" in said)
     assert "--judge" not in unknown
     assert "how much of that is chance" in unknown
+    assert "and of what sets policies apart" in unknown
     assert any(said.startswith("Recommended: ") for said in judged.verdict)
+    assert "chance" not in judged.verdict[-2]
 
 
 def test_each_trace_weighs_the_same_however_long_unless_weights_say_otherwise(tmp_path: Path):
@@ -272,10 +308,7 @@ def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path
     assert here["made"].verdict == made.verdict
     done = cli_here("simulate", "placement", *args, "-o", "plan.json", "--html", "page.html")
     best = made.settings["recommended"]
-    assert (
-        made.verdict[-2]
-        == f"Recommended: {best}, the fastest on the judged part (save with -o FILE)."
-    )
+    assert made.verdict[-2].startswith(f"Recommended: {best}, the ")
     assert all(said in done.stdout.replace("\n  ", " ") for said in made.verdict)
     assert f"{best}, 1 MoE layers of 8 slots on 4 GPUs, for sglang" in done.stderr
 

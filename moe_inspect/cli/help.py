@@ -68,6 +68,21 @@ class GroupedCommand(TyperCommand):
         _read_plainly(self.get_params(ctx))
         return super().parse_args(ctx, args)
 
+    def make_parser(self, ctx: Context) -> Any:
+        """Refuses a second --table: of other options that take one value the last one counts, but a
+        second table reads as if both were asked for."""
+        parser = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_args(args: list[str]) -> Any:
+            *parsed, given = parse(args=args)
+            if [option.name for option in given].count("table") > 1 and not ctx.resilient_parsing:
+                raise typer.BadParameter("--table is given twice: give one table")
+            return *parsed, given
+
+        parser.parse_args = parse_args
+        return parser
+
     def invoke(self, ctx: Context) -> Any:
         """Refuses an output within a trace, and two in one place, before anything is computed for
         them."""

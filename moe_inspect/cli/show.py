@@ -4,7 +4,7 @@ page."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -160,8 +160,11 @@ class ShowOptions(Options):
 
 def table_of(made: Any, name: str, form: Format = Format.table) -> pd.DataFrame | AsColumns:
     """A table of a result, as the format holds it."""
+    from moe_inspect.reporting.tables.registry import LazyTables
+
     if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
         from moe_inspect.reporting.verdict.checks import verdict_table
 
         return verdict_table(made.verdict(), values=True)
-    return getattr(made.tables, "as_made", made.tables.__getitem__)(name)
+    tables: LazyTables | Mapping[str, pd.DataFrame] = made.tables
+    return tables.as_made(name) if isinstance(tables, LazyTables) else tables[name]

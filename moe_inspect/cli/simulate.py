@@ -195,8 +195,9 @@ def placement(
 
     Reports balance, GPUs reached per token, and how a plan ages. Plans are fitted on the first part
     of the trace and judged on the rest; or fitted on several traces or domains, or a phase, each
-    weighing the same, and judged on others (--table judged). -o writes the recommended plan: that
-    of the fastest policy on the judged part, with --minimize that of local-search. EPLB matches the
+    weighing the same, and judged on others (--table judged). -o writes the recommended plan: of the
+    policies that are no slower than the fastest on the judged part by 1%, or beyond chance, that of
+    the first in the order of --policy; with --minimize that of local-search. EPLB matches the
     published code slot for slot, except for equal loads, whose order it leaves open: here the lower
     number goes first.
 

@@ -1,6 +1,6 @@
 """Of two traces, one of counts by document at least: do they use the same experts for a document?
 
-S documents, E experts, L pairs of routers. An axis of 2 is the two traces.
+S documents, U clusters of documents, E experts, L pairs of routers. An axis of 2 is the two traces.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.counts import CLUSTERS, Counts
 from moe_inspect.analysis.counting.samples import document_loads
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics import uncertainty as unc
@@ -56,6 +57,22 @@ class OfLoads(result.Paired):
         """The experts of each document."""
         return sets_of_documents(self)
 
+    @cached_property
+    def moved(self) -> list[np.ndarray]:
+        """How much more load each cluster of documents has in B, by pair of routers, if both traces
+        count the same documents; else none. By chance A and B could as well be exchanged in a
+        document. float64 [U, E], where a trace has no load NaN"""
+        a, b = (self.reports[side].counts for side in SIDES)
+        tokens_a_U, tokens_b_U = (_by_cluster(of, of.tokens_U) for of in (a, b))
+        same = not self.why_not("agreement") and np.array_equal(tokens_a_U, tokens_b_U)
+        moved = list[np.ndarray]()
+        for r, other in self.pairs if same else ():
+            a_UE = _by_cluster(a, a.of[r].assignments_UE)
+            b_UE = _by_cluster(b, b.of[other].assignments_UE)
+            total_a, total_b = nan_for_zero(np.array([a_UE.sum(), b_UE.sum()]))
+            moved.append((b_UE - a_UE * (total_b / total_a))[tokens_a_U > 0])
+        return moved
+
 
 @dataclass(frozen=True)
 class DocumentSets:
@@ -96,6 +113,13 @@ def sets_of_documents(data: OfLoads) -> DocumentSets:
     if len(document_S) < 2:
         other_SL = np.full(other_SL.shape, np.nan)
     return DocumentSets(apart_SL, other_SL, a.domain_S[of_a])
+
+
+def _by_cluster(counts: Counts, values_UX: np.ndarray) -> np.ndarray:
+    """Sums over the domains, which may be named otherwise in the other trace. [CLUSTERS, …]"""
+    of_cluster = np.zeros((CLUSTERS, *values_UX.shape[1:]), values_UX.dtype)
+    np.add.at(of_cluster, [cluster for _, cluster in counts.units], values_UX)
+    return of_cluster
 
 
 def _apart(a_SE: np.ndarray, b_SE: np.ndarray) -> np.ndarray:
@@ -143,8 +167,10 @@ def counts_only(data: OfLoads) -> Iterator[Finding]:
     """That only the load is compared, and what that leaves open."""
     of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
     holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
+    compared = "only loads are compared"
     same = "It is unknown whether both saw the same text; different text changes the load too."
     if not data.why_not("agreement"):
+        compared = "loads and the experts of each document are compared"
         same = "Documents have as many tokens in both."
-    text = f"{holds}: only loads are compared, not decisions. {same}"
+    text = f"{holds}: {compared}, not decisions. {same}"
     yield finding("counts_only", "note", text)

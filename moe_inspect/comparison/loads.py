@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -19,18 +19,34 @@ from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT, z_of
+from moe_inspect.analysis.metrics.chance import (
+    ALPHA,
+    FEWEST_TO_JUDGE,
+    LONG_DOCUMENT,
+    signed_sums,
+    z_of,
+)
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison import documents, result
 from moe_inspect.comparison.aligning.pairing import layers_named
-from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
+from moe_inspect.comparison.decisions.verdict import (
+    Collapse,
+    p_over_documents,
+    said_of_collapse,
+)
 from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES, Row
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.findings import Finding, Severity, beyond_documents, finding
+from moe_inspect.reporting.verdict.findings import (
+    BEYOND_LONG_DOCUMENTS,
+    Finding,
+    Severity,
+    beyond_documents,
+    finding,
+)
 from moe_inspect.text import format_ratio, join_first, plural
 from moe_inspect.trace.reader import Trace
 
@@ -229,17 +245,28 @@ def balance(data: Loads) -> pd.DataFrame:
 @table(by_router=("load_shift", "jsd_bits"), tables=LOAD_TABLES)
 def load_shift(data: Loads) -> pd.DataFrame:
     """One row per router: how far apart the load of the two traces is, and how far chance alone
-    takes two traces of so many tokens that route alike (…_floor)."""
-    rows = list[Row]()
-    for r, _ in data.pairs:
+    takes two traces of so many tokens that route alike (…_floor). Of the same documents, how far
+    it does if A and B are exchanged in a random half of them (…_null), and the p-value."""
+    rows, unknown = list[Row](), np.full(len(data.pairs), np.nan)
+    p_R = p_over_documents(data.moved, _moved_assignments) if data.moved else unknown
+    for n, (r, _) in enumerate(data.pairs):
         load_2E, k = data.load_2E(r), data.a.routers[r].top_k
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
         # null slots make no load
         (floor,), (jsd_floor,) = step_floors(share_E, load_2E.sum(1) / k, k, data.design_effect(r))
         shift = {"load_shift": tt.load_shift(load_2E), "load_shift_floor": float(floor)}
+        null = np.nan
+        if not np.isnan(p_R[n]):
+            null = float(_moved_assignments(signed_sums(data.moved[n])).mean() / load_2E[1].sum())
+        shift |= {"load_shift_null": null, "load_shift_p": p_R[n]}
         jsd = {"jsd_bits": tt.load_shift_jsd_bits(load_2E), "jsd_bits_floor": float(jsd_floor)}
         rows.append({**data.place(r), **shift, **jsd})
     return pd.DataFrame(rows)
+
+
+def _moved_assignments(moved_BE: np.ndarray) -> np.ndarray:
+    """How many assignments go to another expert. [B]"""
+    return np.abs(moved_BE).sum(1) / 2
 
 
 @table(tables=LOAD_TABLES)
@@ -335,20 +362,30 @@ def shifted(data: Loads) -> Iterator[Finding]:
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
+    if not rows["load_shift"].any():
+        text = "Each expert has the same share of the load in A and B."
+        yield finding("load_shift", "good", text, load_shift=0.0, routers=0)
+        return
     limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
-    beyond = rows[rows["load_shift"] > limit]
-    n, of = len(beyond), beyond if len(beyond) else rows
-    row = of.iloc[of["load_shift"].argmax()]
-    r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor"]]
+    beyond = rows[rows["load_shift_p"] < ALPHA if data.moved else rows["load_shift"] > limit]
+    severity, n = _severity(data, beyond, "load_shift"), len(beyond)
+    row = (beyond if n else rows).nlargest(1, "load_shift").iloc[0]
+    r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor", "load_shift_null"]]
+    moved, floor, null = shifts
     said = f"No load differs by more than {data.chance}"
     if n:
         of_all = f"{n} of {plural(len(rows), 'router')}"
         said = f"The load of {of_all} differs by more than {data.chance}"
-    text = (
-        f"{said}: up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} "
-        f"(by chance {row['load_shift_floor']:.2%} on average, at most {limit.loc[row.name]:.2%} "
-        "with this many tokens)."
-    )
+    most = f"at most {limit.loc[row.name]:.2%} with this many tokens"
+    by_chance = f"by chance {floor:.2%} on average, {most}"
+    if data.moved and np.isnan(null):
+        severity = "note"
+        said = "Too few documents to tell whether a load differs by more than chance"
+        by_chance = f"{plural(len(data.moved[0]), 'document')}, {FEWEST_TO_JUDGE} are needed"
+    elif data.moved:
+        exchanged = "with A and B exchanged in a random half of the documents"
+        by_chance = f"by chance {null:.2%}, {exchanged}; {floor:.2%} between other documents"
+    text = f"{said}: up to {moved:.2%} of it moves, in layer {data.label(r)} ({by_chance})."
     values: Row = {"routers": n, **shifts}
     if n:
         load = data.tables["load"]
@@ -357,7 +394,6 @@ def shifted(data: Loads) -> Iterator[Finding]:
         a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
         text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
-    severity = _severity(data, beyond, "load_shift")
     yield finding("load_shift", severity, text, data.place(r), **values)
 
 
@@ -374,15 +410,16 @@ def collapsed(data: Loads) -> Iterator[Finding]:
             error = math.sqrt(effect * share * (1 - share) * (1 / tokens_2).sum())
             if one.share - one.other_share > z_of(ALPHA / len(data.pairs)) * error:
                 found.append(one)
-    assumed = f"; beyond chance up to a design effect of {LONG_DOCUMENT:,}"
+    assumed = f"; {BEYOND_LONG_DOCUMENTS}"
     yield from said_of_collapse(data, found, "" if data.documents_known else assumed)
 
 
 def _severity(data: Loads, beyond: pd.DataFrame, shift: str) -> Severity:
-    """Of routers whose load differs by more than the floor; of independent tokens, other text
-    exceeds it. shift: the column that says by how much."""
+    """Of routers whose load differs by more than chance. Other text exceeds the floor of
+    independent tokens, and what the same documents move may be less than that of other ones.
+    shift: the column that says by how much."""
     moved = zip(beyond[shift], beyond[f"{shift}_floor"], strict=True)
-    if any(data.documents_known or beyond_documents(*of) for of in moved):
+    if any(of[0] > of[1] if data.documents_known else beyond_documents(*of) for of in moved):
         return "warning"
     return "note" if len(beyond) else "good"
 
@@ -458,6 +495,15 @@ def warnings(data: Loads) -> Iterator[Finding]:
             yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)
 
 
+def shift_chart(data: Loads) -> spec.Chart:
+    """How far the load moves, beside chance: of the same documents, by exchanging A and B."""
+    null, of = "load_shift_null", "exchanging A and B in a random half of the documents moves"
+    if data.tables["load_shift"][null].isna().all():
+        null, of = "load_shift_floor", "chance alone moves between two traces of this many tokens"
+    text = f"The share of the assignments that go to different experts. The dash is what {of}."
+    return result.load_that_moves(data, null, "chance", text)
+
+
 def balance_chart(data: Loads) -> spec.Chart:
     """How even the load is in each."""
     table = data.tables["balance"]
@@ -513,10 +559,6 @@ def step_chart(data: Loads) -> spec.Chart | str:
     )
 
 
-MOVED = (
-    "The share of the assignments that go to different experts. The dash is what chance alone "
-    "moves between two traces of this many tokens."
-)
 OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
 Loads.kind = result.Kind(
     of="counts",
@@ -531,11 +573,7 @@ Loads.kind = result.Kind(
     footer="Counts hold the load of experts, no decisions.",
     sometimes=("agreement",),
     charts={
-        "load_shift": (
-            partial(result.load_that_moves, floor="load_shift_floor", name="chance", text=MOVED),
-            "Change of the load",
-            "load_shift",
-        ),
+        "load_shift": (shift_chart, "Change of the load", "load_shift"),
         "by_step": (step_chart, "Change of the load", "diverged"),
         "max_vio": (balance_chart, "Load of each trace", "balance"),
     },
@@ -543,7 +581,7 @@ Loads.kind = result.Kind(
         "agreement": ("Documents", "Experts of a document", ""),
         "load": ("Load of each trace", "Experts", ""),
         "summary": ("", "About these traces", ""),
-        "refused": ("", "Not compared", ""),
+        "refused": ("", "Tables left out", ""),
     },
     excerpts={
         "load_shift": result.highest("load_shift"),

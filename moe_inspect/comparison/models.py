@@ -431,7 +431,7 @@ Models.kind = result.Kind(
             "Spans of text that choose an expert first most exclusively, one per expert.",
         ),
         "summary": ("", "About these models", ""),
-        "refused": ("", "Not compared", ""),
+        "refused": ("", "Tables left out", ""),
     },
     sometimes=("specialization", "spans", "vocabulary"),
     firsts={"vocabulary": ["trace", "router", "expert"]},

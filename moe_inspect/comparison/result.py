@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -15,7 +16,14 @@ from moe_inspect.comparison.aligning.pairing import layers_named, routers_of_one
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
-from moe_inspect.reporting.tables.registry import AsColumns, Excerpt, LazyTables, Table, table
+from moe_inspect.reporting.tables.registry import (
+    AsColumns,
+    Excerpt,
+    LazyTables,
+    Table,
+    highest_rows,
+    table,
+)
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.gate import gated
@@ -287,7 +295,7 @@ def not_compared(made: Comparison) -> Iterator[Finding]:
     for name, why in refusals(made).items():
         names.setdefault(why, []).append(name)
     for why, of in names.items():
-        text = f"Not compared: {', '.join(of)}: {why}."
+        text = f"Tables left out: {', '.join(of)}: {why}."
         yield finding("refused", "note", text, tables=of, why=why)
 
 
@@ -331,13 +339,8 @@ def balance_of_both(
 
 
 def highest(column: str, *columns: str, what: str = "") -> Excerpt:
-    """The rows with the highest values of a column, in the order of the routers."""
-
-    def rows(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-        frame = frame.nlargest(most, column) if len(frame) > most else frame
-        return frame.sort_values(["layer", "router"])
-
-    return Excerpt(what or f"the highest {column}", rows, columns)
+    """The rows with the highest values of a column."""
+    return Excerpt(what or f"the highest {column}", partial(highest_rows, column=column), columns)
 
 
 def share_axis(of: str, top: float) -> Axis:

@@ -227,7 +227,7 @@ def sniff(sources: list[ImportSource]) -> str:
         near |= {
             name: [mark for mark in preset.marks if mark.encode() not in head]
             for name, preset in PRESETS.items()
-            if any(mark.encode() in head for mark in preset.marks)
+            if 0 < sum(mark.encode() in head for mark in preset.marks) < len(preset.marks)
         }
     looks = "".join(f"; it looks like {n}, but lacks {', '.join(of)}" for n, of in near.items())
     raise MoeInspectError(

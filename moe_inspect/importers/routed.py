@@ -27,6 +27,7 @@ from moe_inspect.trace.schema import Router
 
 NPY_MAGIC = b"\x93NUMPY"
 MOST_TOKENS = 2**24  # of one response
+DENSE_HINT = "; a dense layer or padding reads so: give the model's config by --model or --config"
 HEAD_BYTES, MOST_NPY_BYTES = 4096, 2**33
 
 
@@ -186,10 +187,9 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str) -> np.ndarray:
     ids = ids_TK.astype(dtype, order="C")  # −1 becomes the maximum
     if k > 1 and (twice_T := repeats(ids_TK)).any():
         t = int(twice_T.argmax())
-        hint = "; a dense layer or padding reads so: give the model's config by --model or --config"
         raise MoeInspectError(
             f"{where}: token {t} goes to one expert twice ({ids_TK[t].tolist()})"
-            + hint * (not ids_TK[t].any())
+            + DENSE_HINT * (not ids_TK[t].any())
         )
     return ids
 

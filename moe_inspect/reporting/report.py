@@ -13,7 +13,7 @@ from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, Excerpt, check_table
-from moe_inspect.reporting.tables.summary import facts, notes
+from moe_inspect.reporting.tables.summary import facts, notes, title_of
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace, open_trace
@@ -84,7 +84,7 @@ class Report(ReportData, Shown):
 
     @property
     def title(self) -> str:
-        return dict(facts(self))["model"]
+        return title_of(self)
 
     @property
     def said(self) -> list[Finding]:

@@ -187,13 +187,20 @@ class Shown(ABC):
 
 def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, object]) -> str:
     """Lines that call `moe_inspect.function` on the traces, with those options that are not None;
-    `made` is the result. A function of `simulate` is called on the one trace."""
-    given = [repr(address(trace)) for trace in traces]
-    given += [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    `made` is the result. A function of `simulate` is called on the first of them."""
+    given = [repr(_plain(trace)) for trace in traces]
+    given += [f"{name}={_plain(value)!r}" for name, value in options.items() if value is not None]
     called = f"{function}("
     if function.startswith("simulate."):
         called = f"open_trace({given.pop(0)}).{called}"
     return f"import moe_inspect\n\nmade = moe_inspect.{called}{', '.join(given)})"
+
+
+def _plain(value: object) -> object:
+    """Where a trace is, also of traces in a list; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return [*map(_plain, value)] if isinstance(value, list) else (*map(_plain, value),)
+    return address(value) if isinstance(value, Trace | Path) else value
 
 
 def python_of_table(lines: str, table: str) -> str:

@@ -110,7 +110,8 @@ def simulate_cache(
     of slots, all layers), cache_by_phase. MoeInspectError for settings out of range and for traces
     without decisions."""
     trace = result.with_decisions(trace, "simulate cache")
-    chosen = select(trace, layers=layers).routers
+    selection = select(trace, layers=layers)
+    chosen = selection.routers
     sizes, names = _sizes(trace, chosen, slots), list(dict.fromkeys(policies))
     if gguf is not None and expert_mb is not None:
         raise MoeInspectError("--expert-mb and --gguf exclude each other: give one")
@@ -140,7 +141,9 @@ def simulate_cache(
         "batch_size": 1,
     }
     tables = _tables(trace, caches, mb_of, gb_per_s)
-    return result.simulation(trace, tables, settings, verdict, chart, ("cache", "cache_speed"))
+    shown = ("cache", "cache_speed")
+    few = result.too_few(trace, selection)
+    return result.simulation(trace, few, tables, settings, verdict, chart, shown)
 
 
 def _replay(
@@ -255,7 +258,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     size = settings["slots"][len(settings["slots"]) // 2]
     at = main[main["slots"] == size]
     once = at.drop_duplicates("router")
-    sentences = [hot_set(once, size)]
+    sentences = [] if settings["too_few"] else [hot_set(once, size)]
     for name in settings["policies"]:
         rate = at[at["policy"] == name]["hit_rate"]
         bound = " (the upper bound: it knows the future)" if name == "belady" else ""

@@ -70,7 +70,8 @@ def simulate_capacity(
     (per factor, all layers), capacity_by_domain, capacity_by_position. MoeInspectError for settings
     out of range, and for traces without decisions or without the weights that `order` needs."""
     trace = result.with_decisions(trace, "simulate capacity")
-    chosen = select(trace, layers=layers).routers
+    selection = select(trace, layers=layers)
+    chosen = selection.routers
     ranked = all(trace.routers[r].first_choice_known for r in chosen)
     factors = tuple(sorted({float(f) for f in capacity_factors}))
     order = order or ("arrival" if ranked else "token")
@@ -107,7 +108,8 @@ def simulate_capacity(
     }
     tables = _tables(trace, reduce(_add, parts), settings)
     shown = ("capacity", "capacity_needed")
-    return result.simulation(trace, tables, settings, verdict, chart, shown)
+    few = result.too_few(trace, selection)
+    return result.simulation(trace, few, tables, settings, verdict, chart, shown)
 
 
 # --- counting: the queues before the experts of each router in each shard
@@ -437,11 +439,14 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose an "
         "expert in at least one layer, and "
         f"{everywhere['lost_anywhere']:.1%} all experts of a layer.",
-        f"Simulated: dropping at most {100 * settings['target_drop']:.3g}% of every layer's "
-        f"assignments takes a factor of {most['capacity_factor']:.2f} (layer "
-        f"{label_of[most['router']]}), which leaves {most['unused_capacity']:.0%} of that layer's "
-        "capacity unused.",
     ]
+    if not settings["too_few"]:
+        sentences.append(
+            f"Simulated: dropping at most {100 * settings['target_drop']:.3g}% of every layer's "
+            f"assignments takes a factor of {most['capacity_factor']:.2f} (layer "
+            f"{label_of[most['router']]}), which leaves {most['unused_capacity']:.0%} of that "
+            "layer's capacity unused."
+        )
     ends = tables["capacity_by_position"].query(
         "capacity_factor == @factor and router == @worst.router"
     )

@@ -120,7 +120,8 @@ def simulate_decode(
         "flops_per_byte": flops_per_byte,
         "weight_bits": 8 * weight_bytes(trace),
     }
-    return result.simulation(trace, tables, settings, verdict, chart, ("decode",))
+    few = result.too_few(trace, chosen)
+    return result.simulation(trace, few, tables, settings, verdict, chart, ("decode",))
 
 
 def _steps(
@@ -225,6 +226,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             f"No step of {', '.join(map(str, short))} sequences: the trace has too few at any "
             "position."
         )
+    if settings["too_few"]:
+        needed = needed[:0]
     if needed["reads_all_from"].notna().any():
         sentences.append(
             f"From {plural(int(needed['reads_all_from'].max()), 'sequence')} on, a step reads "

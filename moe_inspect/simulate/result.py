@@ -9,14 +9,21 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec
 
+import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.balance import UNEVEN
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
+from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt
+from moe_inspect.reporting.verdict.findings import FEW_DOCUMENTS, few_tokens
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Trace, address, open_trace
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.shard import codes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +37,7 @@ Settings = dict[str, Any]
 Labels = dict[int, str]  # router → its layer, as people read it
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
 FIRST_ROWS = Excerpt("the first rows", lambda frame, most: frame.head(most))
-HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
+HIDDEN = ("moe_layers", "too_few")  # settings that plan files and verdicts need
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,6 +135,7 @@ def _text(value: object) -> str:
 
 def simulation(
     trace: Trace,
+    few: str,
     tables: Tables,
     settings: Settings,
     verdict: Callable[[Tables, Settings, Labels], list[str]],
@@ -135,10 +143,32 @@ def simulation(
     shown: tuple[str, ...],
 ) -> Simulation:
     """With what its tables come to in words and in a picture. Its name is that of the first of
-    them."""
+    them. `few`: as `too_few` says; the verdict then advises nothing (the setting of that
+    name)."""
+    settings["too_few"] = bool(few)
     labels = {r: layer_label(trace.routers, r) for r in range(len(trace.routers))}
     said, drawn = verdict(tables, settings, labels), chart(tables, settings, labels)
+    said = [f"Too little data to advise: {few}", *said] if few else said
     return Simulation(next(iter(tables)), tables, said, settings, drawn, shown)
+
+
+def too_few(trace: Trace, selection: Selection) -> str:
+    """Why what is selected is too little to judge, as reports do; "" where it is enough."""
+    documents, wanted = set[int](), selection.domains
+    known = not trace.counts_only or trace.by_document
+    for shard in trace.shards if known else ():
+        table = shard.table("documents", ["document", "domain"])
+        code_T, labels = codes(table["domain"])
+        within_T = np.array([wanted is None or label in wanted for label in labels], bool)[code_T]
+        documents.update(table["document"].to_numpy()[within_T].tolist())
+        if len(documents) >= FEWEST_TO_JUDGE:
+            break
+    else:
+        if known:
+            return FEW_DOCUMENTS
+    sizes = {(trace.routers[r].experts, trace.routers[r].top_k) for r in selection.routers}
+    floor, E = max((noise_floor(trace.n_tokens, *of), of[0]) for of in sizes)
+    return few_tokens(trace.n_tokens, E, floor, UNEVEN)[0] if floor > UNEVEN else ""
 
 
 def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Simulation]:
@@ -149,8 +179,6 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
         made = simulate(*trace, **options)
         given = signature(simulate).bind(*trace, **options).arguments
         traces = [given.pop("trace"), *given.pop("others", ())]
-        if given.get("judge"):
-            given["judge"] = [*map(address, given["judge"])]
         lines = python_call(simulate.__name__.replace("_", "."), traces, given)
         return replace(made, python=lines)
 

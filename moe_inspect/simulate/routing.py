@@ -89,7 +89,8 @@ def simulate_routing(
     names = tuple(algorithms or algo.ALGORITHMS)
     values_of = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
     _check(trace, names, values_of)
-    chosen = select(trace, layers=layers).routers
+    selection = select(trace, layers=layers)
+    chosen = selection.routers
     documents = trace.documents().drop_duplicates("document").sort_values("document")
     # alternating within each domain: two halves with the same mix of domains
     half_of = documents.set_index("document").groupby("domain", observed=True).cumcount() % 2
@@ -107,7 +108,9 @@ def simulate_routing(
         "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen}),
     }
     shown = ("routing_algorithms",)
-    return result.simulation(trace, _tables(trace, runs_of, k), settings, verdict, chart, shown)
+    tables = _tables(trace, runs_of, k)
+    few = result.too_few(trace, selection)
+    return result.simulation(trace, few, tables, settings, verdict, chart, shown)
 
 
 def _check(trace: Trace, names: Sequence[str], values_of: ValuesOf) -> None:
@@ -296,7 +299,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             f"{best['algorithm']} keeps the most probability mass: at least "
             f"{best['mass_retained_least']:.0%}."
         )
-    sentences.append(f"Simulated: {said}")
+    if not settings["too_few"]:
+        sentences.append(f"Simulated: {said}")
     leaking = advice[advice["leaks_future"] == "yes"]["algorithm"]
     if len(leaking):
         named = ", ".join(f"{label} ({algo.ALGORITHMS[label].leaks})" for label in leaking)

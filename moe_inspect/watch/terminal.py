@@ -231,8 +231,8 @@ def watch(
         console.print(screen, height=max(2, console.height - 2))
         console.line()
     else:
-        for changed in session.updates():
-            if changed:
+        for n, changed in enumerate(session.updates()):
+            if changed or n == 0:  # at first also that there is no trace yet
                 console.print(status_line(session), soft_wrap=True)
     held = plural(watched.tokens, "token")
     if endings and watched.status == KILLED:

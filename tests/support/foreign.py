@@ -66,9 +66,11 @@ def config_file(root: Path) -> Path:
     return path
 
 
-def drawn(T: int, seed: int = 0, routers: int = len(ROUTED)) -> list[np.ndarray]:
+def drawn(
+    T: int, seed: int = 0, routers: int = len(ROUTED), shape: tuple[int, int] = (E, K)
+) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [uniform_ids(rng, T, E, K).astype(np.int64) for _ in range(routers)]
+    return [uniform_ids(rng, T, *shape).astype(np.int64) for _ in range(routers)]
 
 
 def joined(parts: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
@@ -356,7 +358,7 @@ def by_layer(
     """A JSON file of the counts [L, E] of these layers."""
 
     def make(root: Path) -> Made:
-        load = loads(drawn(30, 8), shape[0])
+        load = loads(drawn(30, 8, shape=shape), shape[0])
         (root / file).write_text(json.dumps(of_layers([load_E.tolist() for load_E in load])))
         return Made(root, None, load, config, None, layers, *shape)
 

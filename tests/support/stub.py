@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.reporting.tables.data import thresholds_with
@@ -74,6 +75,7 @@ def stub(
     counts = SimpleNamespace(
         counts_only=counts_only,
         documents_unknown=counts_only,
+        documents_tell=not counts_only and sum(each) >= FEWEST_TO_JUDGE,
         units=[None] * sum(each),
         documents=0 if counts_only else sum(each),
         tokens=tokens,
@@ -84,6 +86,7 @@ def stub(
         load_E=lambda r: rows[r]["load_E"],
         assignments_DE=lambda r: assignments[r],
         tokens_of=lambda r: rows[r]["tokens"],
+        filled=lambda r: min(1, rows[r]["assignments"] / (rows[r]["top_k"] * rows[r]["tokens"])),
         tokens_U_of=lambda r: load_UE[r].sum(1) // rows[r]["top_k"],
         of={
             r: SimpleNamespace(batches=rows[r]["passes"], assignments_UE=load_UE[r]) for r in chosen

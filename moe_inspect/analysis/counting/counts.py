@@ -15,7 +15,9 @@ import numpy as np
 
 from moe_inspect.analysis.counting import router_counts as rc
 from moe_inspect.analysis.counting.router_counts import BASE, ByTokenId, RouterCounts
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.analysis.metrics.registry import metrics_of
+from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.trace.schema import Router
 
 # a domain; a prime, so that neither consecutive ids nor ids in strides pile up in a few clusters
@@ -98,6 +100,16 @@ class Counts:
         return np.array([code[domain] for domain, _ in self.units], np.int64)
 
     @property
+    def documents_tell(self) -> bool:
+        """Whether documents are known, and enough to tell a claim from chance."""
+        return not self.documents_unknown and len(self.units) >= FEWEST_TO_JUDGE
+
+    @property
+    def weights_RU(self) -> np.ndarray | None:
+        """`resample_weights` of the documents; None where they are unknown or too few."""
+        return None if self.documents_unknown else resample_weights(self.domain_of_unit_U)
+
+    @property
     def tokens_D(self) -> np.ndarray:
         return self.by_domain(self.tokens_U)
 
@@ -134,6 +146,11 @@ class Counts:
     def load_E(self, router: int) -> np.ndarray:
         """int64 [E]: assignments of each expert, all domains."""
         return self.of[router].assignments_UE.sum(0)
+
+    def filled(self, router: int) -> float:
+        """The share of the router's slots that are not empty; 1 without tokens."""
+        slots = self.routers[router].top_k * self.tokens_of(router)
+        return min(1.0, int(self.load_E(router).sum()) / slots) if slots else 1.0
 
     def first_choice_E(self, router: int) -> np.ndarray:
         """int64 [E]; NaN where the source does not say."""

@@ -26,10 +26,21 @@ SHARE, ANYWHERE = (0.0, 1.0), (-np.inf, np.inf)  # bounds of what an interval is
 GAUSSIAN_FROM = 500  # mean load from which the load is treated as Gaussian
 
 
-def noise_floor(T: int, E: int, k: int) -> float:
+def noise_floor(T: float, E: int, k: int, filled: float = 1.0) -> float:
     """The max_vio expected when each of T tokens picks k of E experts uniformly at random. NaN
-    without tokens, 0 when k = E."""
-    return noise(T, E, k)[0]
+    without tokens, 0 when k = E. `filled`: as `noise_of` takes it."""
+    times, k = _as_picked(E, k, filled)
+    return noise(max(round(T * times), 1) if T > 0 else 0, E, k)[0]
+
+
+def _as_picked(E: int, k: int, filled: float) -> tuple[float, int]:
+    """Where slots are empty, each as likely: how many times as many tokens, that pick how many
+    experts each, have that noise. It goes with (1 − k/E) ÷ load, and with empty slots with
+    (1 − (1 + (k − 1) · filled)/E) ÷ load."""
+    if filled >= 1 or E == 1:
+        return 1.0, k
+    fewer = min(max(1, round(k * filled)), E - 1)
+    return k / fewer * (E - fewer) / (E - 1 - (k - 1) * filled), fewer
 
 
 @lru_cache(maxsize=4096)
@@ -76,10 +87,12 @@ def _maximum(E: int) -> tuple[float, float]:
     return float(draws.max(1).mean()), float(draws.max(1).std())
 
 
-def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
+def noise_of(sizes: np.ndarray, E: int, k: int, filled: float = 1.0) -> np.ndarray:
     """`noise` for many numbers of tokens: of each up to FEW_TOKENS, beyond that at powers of 2 with
-    interpolation between them; NaN for 0. [N] → [2, N]"""
-    sizes = np.asarray(sizes, float)
+    interpolation between them; NaN for 0. `filled`: the share of slots that are not empty; a size
+    is then assignments ÷ k. [N] → [2, N]"""
+    times, k = _as_picked(E, k, filled)
+    sizes = np.asarray(sizes, float) * times
     sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
     if np.isnan(sizes).all() or k >= E:
         return np.stack([0 * sizes, 0 * sizes])

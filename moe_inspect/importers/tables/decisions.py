@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import NO_ID, Numbering
 from moe_inspect.importers.context import ImportContext, Imported, named
-from moe_inspect.importers.routed import checked_ids
+from moe_inspect.importers.routed import DENSE_HINT, checked_ids, repeats
 from moe_inspect.importers.tables.presets import Preset
 from moe_inspect.importers.tables.read import TableChunk
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
@@ -60,6 +61,7 @@ class Spool:
         self.by_slot = self.has_weights = False
         self.texts: dict[int, str] = {}
         self.notes = [preset.note] * bool(preset.note)
+        self.first_row: list[tuple[int, TableChunk]] = []  # of each chunk, without its table
         self._codes: dict[str, int] = {}  # text → number, of tokens without one
         self._seen: Counter[int] = Counter()  # (document, layer) → its rows so far
 
@@ -68,6 +70,11 @@ class Spool:
         self.file.seek(0)
         while len(rows := np.fromfile(self.file, self.dtype, PIECE)):
             yield rows
+
+    def error(self, row: int, name: str, why: str) -> MoeInspectError:
+        """Of a row of the temporary file, by file and row."""
+        first, chunk = next(one for one in reversed(self.first_row) if one[0] <= row)
+        return chunk.error(row - first, name, why)
 
     def add(self, chunk: TableChunk) -> None:
         by_slot = "slot" in chunk or "expert" in chunk
@@ -85,6 +92,8 @@ class Spool:
         self.by_slot, end = by_slot, "" if by_slot else "s"
         ids_NK = chunk.lists(f"expert{end}", -1, most, known)
         K = ids_NK.shape[1]
+        if not by_slot:
+            _check_lists(chunk, ids_NK, top_k or self.context.top_k)
         if not known:
             numbers = ("document", "position", "layer", "slot", "token_id", "decoded")
             lists = [("ids", "<i4", (K,)), ("weights", "<f2", (K,))]
@@ -108,11 +117,7 @@ class Spool:
                 self.notes.append(f"{chunk.path.name}: {plural(n, 'choice')} dropped")
         rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
         if "phase" in chunk:
-            said = [(text or "").strip().lower() for text in chunk.texts("phase")]
-            if odd := next((n for n, text in enumerate(said, 1) if text not in PHASES), None):
-                what = f"is {said[odd - 1][:40]!r}, not prefill or decode"
-                raise chunk.error(odd - 1, "phase", what)
-            rows["decoded"] = [PHASES[text] for text in said]
+            rows["decoded"] = _decoded(chunk)
         weights = np.full(ids_NK.shape, np.nan)
         if f"weight{end}" in chunk:
             self.has_weights = True
@@ -123,6 +128,7 @@ class Spool:
             (np.diff(chunk.lists("order", -np.inf, np.inf, K, real=True)) <= 0).all()
         )
         rows.tofile(self.file)
+        self.first_row.append((self.rows, replace(chunk, table=chunk.table.schema.empty_table())))
         self.rows += len(rows)
 
     def _state(self, chunk: TableChunk) -> None:
@@ -135,18 +141,25 @@ class Spool:
         if "per_expert" in chunk:
             first = chunk.table["per_expert"][0].as_py()
             self.stated["experts"].add(len(first) if isinstance(first, list) else 0)
-        if any(len(found) > 1 for found in self.stated.values()):
-            raise MoeInspectError(f"{chunk.path} is of {self.stated}: of one model?")
+        for name, found in self.stated.items():
+            given = getattr(self.context, name)
+            if len(every := sorted(found | ({given} - {None}))) > 1:
+                by = f", one of them by --{name.replace('_', '-')}" * bool(given)
+                said = " and ".join(map(str, every))
+                raise MoeInspectError(f"{chunk.path} has {name} {said}{by}: of one model?")
 
     def _documents(self, chunk: TableChunk, group: Path) -> np.ndarray:
         names, domains = (
-            chunk.texts(name) if name in chunk else [None] * len(chunk)
-            for name in ("document", "domain")
+            [texts[n] for n in at_N]
+            for texts, at_N in (
+                chunk.labels(name) if name in chunk else ([""], np.zeros(len(chunk), int))
+                for name in ("document", "domain")
+            )
         )
         default = chunk.said.get("domain") or named(group)
         numbers: list[int] = []
         for name, domain in zip(names, domains, strict=True):
-            numbers.append(self.documents.setdefault((group, name or ""), len(self.documents)))
+            numbers.append(self.documents.setdefault((group, name), len(self.documents)))
             if numbers[-1] == len(self.domains):
                 self.domains.append(chunk.source.domain or domain or default)
         return np.array(numbers)
@@ -207,8 +220,10 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
     if spool.has_weights and not spool.weighted:
         context.warn(f"{where}: weights are unknown in some rows: imported without weights")
     routers = [stated(router, known=spool.weighted or spool.ordered) for router in routers]
-    batches, vocabulary = Placed(spool, where, routers).batches(), spool.vocabulary()
-    return Imported(routers, batches, spool.weighted, notes=spool.notes, vocabulary=vocabulary)
+    placed, vocabulary = Placed(spool, where, routers), spool.vocabulary()
+    placed.check(preset.last_layer_omits)
+    batches, notes = placed.batches(), spool.notes
+    return Imported(routers, batches, spool.weighted, notes=notes, vocabulary=vocabulary)
 
 
 class Placed:
@@ -221,7 +236,7 @@ class Placed:
         document_D = in_order(names)
         rank_D = np.argsort(document_D)
         self.documents = [(names[d], spool.domains[d]) for d in document_D]
-        self.routers, self.by_slot = routers, spool.by_slot
+        self.routers, self.spool, self.where = routers, spool, where
         self.key_T = np.zeros(0, np.int64)
         for rows in spool.pieces:
             self.key_T = np.union1d(self.key_T, _key(rows, rank_D))
@@ -233,28 +248,60 @@ class Placed:
         self.ids = _scratch("<u4", shape)
         self.weights = _scratch("<f2", shape)
         self.of_token = {name: np.full(T, UNSTATED, np.int32) for name in ("token_id", "decoded")}
-        layers = [router.layer for router in routers]
+        layers, first = [router.layer for router in routers], 0
         for rows in spool.pieces:
             token_N = np.searchsorted(self.key_T, _key(rows, rank_D))
-            self._put(rows, np.searchsorted(layers, rows["layer"]) * T + token_N)
+            self._put(rows, np.searchsorted(layers, rows["layer"]) * T + token_N, first)
             for name, value_T in self.of_token.items():
                 before_N = value_T[token_N]
                 value_T[token_N] = rows[name]
                 differs = (before_N != UNSTATED) & (before_N != rows[name])
-                if (differs | (value_T[token_N] != rows[name])).any():
-                    raise MoeInspectError(f"{where}: rows of one token with different {name}")
-        if missing := L * T - sum(int(self.ids()[n].any(1).sum()) for n in range(L)):
-            without = f"{where.name}: {plural(missing, 'decision')} without rows: "
-            if where.is_dir():
-                raise MoeInspectError(f"{without}the files of its layers have other rows")
-            spool.notes.append(
-                f"{without}of a prompt some engines route the last token alone in the last layer"
-            )
+                if (differs := differs | (value_T[token_N] != rows[name])).any():
+                    column = {"decoded": "phase"}.get(name, name)
+                    n = int(differs.argmax())
+                    why = f"differs from that of other rows of {self._place(int(token_N[n]))}"
+                    raise spool.error(first + n, column, why)
+            first += len(rows)
 
-    def _put(self, rows: np.ndarray, decision_N: np.ndarray) -> None:
-        """Puts rows in their decisions, of which no two are the same."""
+    def check(self, last_layer_omits: bool) -> None:
+        """MoeInspectError where a layer lacks a token that another has, but for the last where that
+        may be. Slots without a row are told."""
+        (L, T, K), spool, short, widest = self.shape, self.spool, 0, 0
+        for n, router in enumerate(self.routers):
+            rows_T = np.count_nonzero(self.ids()[n], axis=1)
+            widest = max(widest, int(rows_T.max()))
+            if missing := int((rows_T == 0).sum()):
+                if not last_layer_omits or n < L - 1:
+                    t = int((rows_T == 0).argmax())
+                    (group, _), _ = self.documents[self.key_T[t] >> 32]
+                    raise MoeInspectError(
+                        f"{group}: layer {router.layer} has no row of {self._place(t)}, which "
+                        f"other layers have ({plural(missing, 'token')} missing there): where a "
+                        "layer routes none, write experts -1"
+                    )
+                spool.notes.append(
+                    f"{self.where.name}: {plural(missing, 'decision')} without rows: of a prompt "
+                    "some engines route the last token alone in the last layer"
+                )
+                spool.context.warn(spool.notes[-1])
+            short += int((K - rows_T[rows_T > 0]).sum())
+        if widest < K:
+            why = f"no token has over {plural(widest, 'expert')} in a layer, and top-k is {K}"
+            raise MoeInspectError(f"{self.where}: {why}")
+        if short:
+            what = f"{plural(short, 'slot')} of {L * T * K:,} without a row"
+            spool.context.warn(f"{self.where}: {what}: imported as empty")
+
+    def _place(self, t: int) -> str:
+        _, name = self.documents[self.key_T[t] >> 32][0]
+        return f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'}"
+
+    def _put(self, rows: np.ndarray, decision_N: np.ndarray, first: int) -> None:
+        """Puts rows, of which `first` is the number of the first one, in their decisions, of which
+        no two are the same."""
         K, cell_N, lists, what = self.shape[2], decision_N, slice(None), "two rows of one layer"
-        if self.by_slot:
+        by_slot, T = self.spool.by_slot, len(self.key_T)
+        if by_slot:
             slot_N, what = rows["slot"], f"{what} and slot"
             if (slot_N < 0).any():
                 rows_N = np.count_nonzero(self.ids().reshape(-1, K)[decision_N], axis=1)
@@ -267,11 +314,20 @@ class Placed:
         again = np.diff(cell_N[order], prepend=-1) == 0
         again |= ids_CK[cell_N[order]].any(1)
         if again.any():
-            t = int(decision_N[order[again.argmax()]]) % len(self.key_T)
-            (group, name), _ = self.documents[self.key_T[t] >> 32]
-            place = f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'}"
-            raise MoeInspectError(f"{group}: {place} has {what}")
+            n = int(order[again.argmax()])
+            place = self._place(int(decision_N[n]) % T)
+            raise self.spool.error(first + n, "layer", f"is {rows['layer'][n]}: {place} has {what}")
         ids_CK[cell_N] = rows["ids"][:, lists] + 2
+        if by_slot:
+            id_N = rows["ids"][:, 0]
+            of_token_NK = ids_CK.reshape(self.shape[0] * T, -1)[decision_N]
+            twice_N = (id_N >= 0) & ((of_token_NK == id_N[:, None] + 2).sum(1) > 1)
+            if twice_N.any():
+                n = int(twice_N.argmax())
+                same_N = (decision_N == decision_N[n]) & (id_N == id_N[n])
+                n = int(same_N.nonzero()[0][-1])
+                why = f"is {id_N[n]} again, at {self._place(int(decision_N[n]) % T)}"
+                raise self.spool.error(first + n, "expert", why)
         if self.weighted:
             self.weights().reshape(-1, K)[cell_N] = rows["weights"][:, lists]
 
@@ -303,6 +359,26 @@ class Placed:
                     weights=[*np.array(self.weights()[:, part])] if self.weighted else None,
                     phase="decode" if decoded_T[start] else "prefill",
                 )
+
+
+def _check_lists(chunk: TableChunk, ids_NK: np.ndarray, top_k: int | None) -> None:
+    K = ids_NK.shape[1]
+    if top_k and top_k != K:
+        raise chunk.error(0, "experts", f"has {plural(K, 'value')}, top-k is {top_k}")
+    if (twice_N := repeats(ids_NK)).any():
+        row = int(twice_N.argmax())
+        ids = ids_NK[row].tolist()
+        slot, expert = next((j, e) for j, e in enumerate(ids) if e >= 0 and e in ids[:j])
+        why = f"names expert {expert} again{DENSE_HINT * (not any(ids))}"
+        raise chunk.error(row, "experts", why, slot)
+
+
+def _decoded(chunk: TableChunk) -> list[int]:
+    said = [(text or "").strip().lower() for text in chunk.texts("phase")]
+    if odd := next((n for n, text in enumerate(said, 1) if text not in PHASES), None):
+        what = f"is {said[odd - 1][:40]!r}, not prefill or decode"
+        raise chunk.error(odd - 1, "phase", what)
+    return [PHASES[text] for text in said]
 
 
 def _key(rows: np.ndarray, rank_D: np.ndarray) -> np.ndarray:

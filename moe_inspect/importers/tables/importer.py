@@ -23,7 +23,7 @@ from moe_inspect.importers.tables.decisions import decisions, in_order
 from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
 from moe_inspect.importers.tables.read import TableChunk, chunks_of
 from moe_inspect.model.config import MOST_EXPERTS
-from moe_inspect.text import ranges, storable
+from moe_inspect.text import plural, ranges, storable
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import stated
@@ -67,8 +67,8 @@ def _columns_of(file: str, head: bytes) -> set[str]:
         return {name for name in names if bytes([len(name)]) + name.encode() in head}
     text = head.decode("utf-8", "replace").lstrip("\ufeff\r\n ")
     if file.endswith(CSV):
-        header = text.partition("\n")[0]
-        return {column.strip(' "\r') for column in re.split("[,\t]", header)}
+        header = text.partition("\n")[0].lower()  # nearly ours: the reader says what to write
+        return {column.strip(' "\r') for column in re.split("[,;\t]", header)}
     first = None
     if file.endswith((".json", ".jsonl")):
         try:
@@ -96,9 +96,10 @@ for name, preset in PRESETS.items():
 def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
     every, some, code_of, documents = set[str](SUMS), set[str](), dict[str, int](), Documents()
-    parts, path = list[pa.Table](), where  # the first: of sums
+    parts, path, rounded = list[pa.Table](), where, False  # the first: of sums
     for chunk in chunks:
-        columns, path = _columns(chunk, preset, code_of, documents), chunk.path
+        columns, path = _columns(context, chunk, preset, code_of, documents), chunk.path
+        rounded |= "share" in chunk
         every &= columns.keys()
         some |= columns.keys()
         parts.append(pa.table(columns))
@@ -150,7 +151,49 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     extras = {of.stated: name in every for name, of in schema.SUMS.items()}
     extras["by_document"], weights = bool(documents), extras.pop("weights")
     routers = [stated(router, known="first_choice" in every) for router in routers]
-    return Imported(routers, batches(), weights, counts_only=True, notes=notes, extras=extras)
+    checked = batches() if rounded else _doubted(batches(), routers, context, where)
+    return Imported(routers, checked, weights, counts_only=True, notes=notes, extras=extras)
+
+
+def _doubted(
+    batches: Iterator[CountedBatches], routers: list[Router], context: ImportContext, where: Path
+) -> Iterator[CountedBatches]:
+    """Warns where the counts are not k of each token, at every router of the same tokens."""
+    doubt = ""
+    for batch in batches:
+        doubt = doubt or _doubt(batch, routers)
+        yield batch
+    if doubt:
+        context.warn(f"{where}: {doubt}: is top-k right, or were assignments dropped?")
+
+
+def _doubt(batch: CountedBatches, routers: list[Router]) -> str:
+    """Why the load of all routers is not k assignments of each of the same tokens; "" where it may
+    be."""
+    load_LDE, names = batch.assignments, [d.source for d in batch.documents] or batch.domains
+    total_LD = np.array([load_DE.sum(1) for load_DE in load_LDE])
+    largest_LD = np.array([load_DE.max(1) for load_DE in load_LDE])
+    tokens_LD, rest_LD = np.divmod(total_LD, np.array([[router.top_k] for router in routers]))
+    differs_LD = tokens_LD != tokens_LD.max(0)
+    for wrong_LD in (rest_LD > 0, largest_LD > tokens_LD, differs_LD):
+        if wrong_LD.any():
+            break
+    else:
+        return ""
+    r, d = (int(at[0]) for at in wrong_LD.nonzero())
+    layer, of = f"layer {routers[r].layer}", f" of {names[d]!r}" if len(names) > 1 else ""
+    said = f"{layer} has {plural(int(total_LD[r, d]), 'assignment')}{of}"
+    if wrong_LD is differs_LD:
+        other = int(tokens_LD[:, d].argmax())
+        more = f"layer {routers[other].layer} {int(total_LD[other, d]):,}"
+        return f"{said}, {more}, at top-k {routers[r].top_k}: not of the same tokens"
+    if rest_LD[r, d]:
+        return f"{said}, no whole number of tokens at top-k {routers[r].top_k}"
+    expert = int(load_LDE[r][d].argmax())
+    return (
+        f"{said}, {tokens_LD[r, d]:,} tokens at top-k {routers[r].top_k}, of which expert "
+        f"{expert} has {largest_LD[r, d]:,}"
+    )
 
 
 def _placed(
@@ -183,8 +226,11 @@ def _router(
     def said(name: str) -> int:
         found = {*part[name].unique().tolist()} - {0}
         by_config = getattr(context.facts, name).get(layer, 0) if context.facts else 0
-        by_table = found.pop() if len(found) == 1 and not context.facts else 0
-        return getattr(context, name) or by_config or by_table
+        if len(every := sorted(found | ({by_config} - {0}))) > 1:
+            by = ", one of them by the config" * bool(by_config)
+            said = " and ".join(map(str, every))
+            raise MoeInspectError(f"{where}: layer {layer} has {name} {said}{by}: of one model?")
+        return getattr(context, name) or (every[0] if every else 0)
 
     experts, most = said("experts") or preset.experts, int(listing["expert"].max()) + 1
     if not experts and (listing.groupby(["layer", "domain"])["expert"].nunique() == most).any():
@@ -199,7 +245,11 @@ def _router(
 
 
 def _columns(
-    chunk: TableChunk, preset: Preset, code_of: dict[str, int], documents: Documents
+    context: ImportContext,
+    chunk: TableChunk,
+    preset: Preset,
+    code_of: dict[str, int],
+    documents: Documents,
 ) -> Columns:
     """The KEYS, and the SUMS that the rows have. code_of: the number of each domain so far."""
     for name in ("layer", "expert"):
@@ -216,7 +266,7 @@ def _columns(
     if "domain" in chunk:
         within = f"{label}/" if "domain" in chunk.said else ""
         texts, which_N = chunk.labels("domain")
-        domains = [f"{within}{text}" for text in texts]
+        domains = [f"{within}{text}" if text else label for text in texts]
     code_D = [code_of.setdefault(domain, len(code_of)) for domain in domains]
     if len(code_of) > MOST_DOMAINS:
         raise MoeInspectError(f"{chunk.path} has over {MOST_DOMAINS:,} domains")
@@ -224,10 +274,10 @@ def _columns(
         "layer": layer_N,
         "router": chunk.numbers("router", 0, MOST_LAYER) if "router" in chunk else layer_N,
         "domain": np.array(code_D)[which_N],
-        "expert": chunk.numbers("expert", 0, MOST_EXPERTS - 1),
     }
-    for name in ("experts", "top_k"):
-        made[name] = chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else 0 * layer_N
+    for name, given in (("experts", context.experts), ("top_k", context.top_k)):
+        made[name] = _stated(chunk, name, given)
+    made["expert"] = chunk.numbers("expert", 0, (context.experts or MOST_EXPERTS) - 1)
     made["document"] = _numbered(chunk, made["domain"], documents)
     kinds = dict.fromkeys(KEYS, np.uint16) | {"document": np.int32}
     made = {name: made[name].astype(kind) for name, kind in kinds.items()}
@@ -245,6 +295,17 @@ def _columns(
     if "saliency" in chunk:
         made["saliency_sum"] = _score(chunk, "saliency", -(2**53), count_N) * count_N
     return made
+
+
+def _stated(chunk: TableChunk, name: str, given: int | None) -> np.ndarray:
+    """E or k by the rows, 0 where they do not say it. given: by the user."""
+    if name not in chunk:
+        return np.zeros(len(chunk), np.int64)
+    stated_N = chunk.numbers(name, 0, MOST_EXPERTS)
+    if given and (odd_N := (stated_N > 0) & (stated_N != given)).any():
+        row = int(odd_N.argmax())
+        raise chunk.error(row, name, f"is {stated_N[row]}, --{name.replace('_', '-')} {given}")
+    return stated_N
 
 
 def _score(chunk: TableChunk, name: str, least: float, count_N: np.ndarray) -> np.ndarray:

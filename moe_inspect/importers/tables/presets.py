@@ -64,6 +64,8 @@ class Preset:
     experts, top_k: of the model, where neither the table nor the user says (0: not known).
     layers: the model's layers, where the table numbers those that it has from 0.
     omits_unused: an expert without a row was not chosen, and all layers have as many experts.
+    last_layer_omits: a token without rows in the last layer was not routed there. In any other, and
+        in tables of other forms, it is missing.
     note: for the manifest."""
 
     map: dict[str, str] = field(default_factory=lambda: OWN)
@@ -76,6 +78,7 @@ class Preset:
     top_k: int = 0
     layers: tuple[int, ...] = ()
     omits_unused: bool = False
+    last_layer_omits: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import fnmatch
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from moe_inspect.files import next_line
 from moe_inspect.importers.context import CODECS, ImportContext, ImportSource
 from moe_inspect.importers.tables.presets import OWN, Preset, mapped_rows, pattern
 from moe_inspect.importers.values import Fields, Json
-from moe_inspect.text import first_line, join_first
+from moe_inspect.text import first_line, join_first, plural
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: type checkers see few
 ROWS = 2**16  # of a chunk
@@ -58,13 +59,18 @@ class TableChunk:
     def __contains__(self, name: str) -> bool:
         return name in self.table.column_names
 
-    def error(self, row: int, name: str, why: str) -> MoeInspectError:
+    def error(self, row: int, name: str, why: str, slot: int = 0) -> MoeInspectError:
+        """slot: which of the file's columns, where a list is in several."""
         places = {} if self.preset.map is OWN else self.preset.map
         called = name if name in self.said else places.get(name, name).removesuffix("?")
+        with suppress(MoeInspectError):  # a map of JSON, whose rows have our names
+            theirs = _located(self.names, self.preset, self.path)[0].get(name, [called])
+            called = theirs[slot if len(theirs) > 1 else 0]
         return MoeInspectError(f"{self.path} row {self.first + row}: {called} {why}")
 
     def lacks(self, name: str) -> MoeInspectError:
-        return MoeInspectError(f"{self.path} has no column {name}: it has {join_first(self.names)}")
+        has = _listed(self.names, self.preset, self.path)
+        return MoeInspectError(f"{self.path} has no column {name}: it has {has}")
 
     def numbers(
         self, name: str, low: float, high: float, empty: float | None = None, *, real: bool = False
@@ -81,8 +87,11 @@ class TableChunk:
         return self._cast(name, self.table[name], pa.string()).to_pylist()
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
-        """The different texts ("" where there is none), and which of them each row has."""
+        """The different texts, and which of them each row has. A domain may be "", where there is
+        none; a document may not."""
         texts = self._cast(name, self.table[name], pa.string()).fill_null("")
+        if name == "document" and (row := texts.index("").as_py()) >= 0:
+            raise self.error(row, name, "is empty")
         encoded = texts.combine_chunks().dictionary_encode()
         return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
@@ -109,7 +118,8 @@ class TableChunk:
         K = K or int(length_N[0])
         if (wrong_N := (length_N != K) | (length_N == 0)).any():
             row = int(wrong_N.argmax())
-            raise self.error(row, name, f"has {length_N[row]} values, not {K}, as the first row")
+            values = plural(int(length_N[row]), "value")
+            raise self.error(row, name, f"has {values}, not {K}, as the first row")
         flat = self._cast(name, column.flatten(), pa.float64() if real else pa.int64(), K)
         values_NK = flat.fill_null(np.nan if real else -1).to_numpy(False).reshape(-1, K)
         return self._within(name, values_NK, low, high, ~np.isnan(values_NK))
@@ -120,8 +130,9 @@ class TableChunk:
         with np.errstate(invalid="ignore"):
             wrong = ~((values >= low) & (values <= high)) & known
         if wrong.any():
-            row = int(wrong.argmax()) // (values.size // len(values))
-            raise self.error(row, name, f"is {values[wrong][0]}, not of {low} to {high:,}")
+            place = divmod(int(wrong.argmax()), values.size // len(values))
+            why = f"is {values[wrong][0]}, not of {low} to {high:,}"
+            raise self.error(place[0], name, why, place[1])
         return values
 
     def _cast(self, name: str, column: Column, kind: pa.DataType, each: int = 1) -> Column:
@@ -146,7 +157,8 @@ class TableChunk:
                 pa.scalar(value).cast(pa.float64()).cast(kind)
             except BAD:
                 what = "number" if kind == pa.float64() else "whole number"
-                raise self.error(n // each, name, f"is {str(value)[:40]!r}, not a {what}") from None
+                why = f"is {str(value)[:40]!r}, not a {what}"
+                raise self.error(n // each, name, why, n % each) from None
         raise self.error(0, name, f"is not of {kind}")
 
 
@@ -170,7 +182,7 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
                     if optional and table[name].null_count == len(table):
                         table = table.drop_columns(name)
                 if not table.column_names:
-                    has = join_first(names) or "no columns"
+                    has = _listed(names, preset, path)
                     raise MoeInspectError(f"{path} holds no decisions or counts: it has {has}")
                 for name in beside.keys() - {*table.column_names}:
                     value = pa.repeat(pa.scalar(beside[name], pa.string()), len(table))
@@ -236,7 +248,12 @@ def _tables(
         else:
             yield from _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped)
     except BAD as error:
-        raise MoeInspectError(f"{file}: {first_line(error)}") from None
+        where, what = str(file), first_line(error)
+        if found := re.match(
+            r"CSV parse error: Row #(\d+): ", what
+        ):  # the header is a row of these
+            where, what = f"{file} row {int(found[1]) - skipped - 2}", what[found.end() :]
+        raise MoeInspectError(f"{where}: {what}") from None
     if kind not in (".json", ".jsonl"):
         context.read(path.stat().st_size)
 
@@ -244,7 +261,7 @@ def _tables(
 def _csv(
     file: Path, path: Path, preset: Preset, delimiter: str, skipped: int
 ) -> Iterator[tuple[pa.Table, list[str]]]:
-    read = pyarrow.csv.ReadOptions(skip_rows=skipped)
+    read = pyarrow.csv.ReadOptions(skip_rows=skipped, use_threads=False)  # errors name the row
     parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     # not a file of Python's: Arrow's thread, which reads ahead, would call Python while it exits,
     # and abort the process
@@ -278,8 +295,28 @@ def _located(
                 break
         else:
             if not place.endswith("?"):
-                raise MoeInspectError(f"{path} has no column {place}: it has {join_first(names)}")
+                has = _listed(names, preset, path)
+                raise MoeInspectError(f"{path} has no column {place}: it has {has}")
     return found, [*dict.fromkeys(chain.from_iterable(found.values()))]
+
+
+def _listed(names: list[str], preset: Preset, path: Path) -> str:
+    """The names of a file's columns, and what to write where they are nearly ours."""
+    said = join_first(names) or "no columns"
+    plain = path.with_suffix("") if path.suffix in CODECS else path
+    wanted = {".csv": ",", ".tsv": "a tab"}.get(plain.suffix)
+    if wanted and len(names) == 1 and (other := re.search(r"[;,\t|]", names[0])):
+        between = "tabs" if other[0] == "\t" else other[0]
+        return f"{names[0][:60]!r}, columns with {between} between them: write {wanted}"
+    ours = {name.strip().lower(): name for name in names}
+    if preset.map is not OWN or [*ours] == names:
+        return said
+    places = _located([*ours], preset, path)[0]
+    map = ",".join(
+        f"{name}={ours[theirs[0]].rstrip('0123456789') + '*' if theirs[1:] else ours[theirs[0]]}"
+        for name, theirs in places.items()
+    )
+    return f"{said}; write --map {shlex.quote(map)}" if map else said
 
 
 def _number(name: str) -> tuple[int, str]:

@@ -108,7 +108,7 @@ def windows(data: ReportData) -> Chart | str:
     if table["window"].nunique() < 2:
         if data.counts.counts_only:
             return "load over time and drift: counts written at once have no order"
-        return "load over time: the trace is a single window; --window N makes smaller ones"
+        return "load over time: the trace is a single window: smaller ones may show it"
     ratio_LW = _by_window(data, "max_over_mean").to_numpy()
     if len(ratio_LW) <= spec.MOST_LINES:
         y = spec.log_axis(name, ratio_LW)
@@ -133,7 +133,7 @@ def drift(data: ReportData) -> Chart | str:
     if not table[moved].notna().any():
         if data.counts.counts_only:
             return ""  # windows says so
-        return "drift: no router has load in two whole windows; --window N makes smaller ones"
+        return "drift: no router has load in two whole windows: smaller ones may show it"
     moved_LW, floor_LW = (_by_window(data, name).to_numpy() for name in (moved, f"{moved}_floor"))
     title, share = "From one window to the next", Axis("share moved", low=0)
     if len(moved_LW) <= spec.MOST_LINES:

@@ -24,7 +24,7 @@ from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.pairs import supported_pairs
 from moe_inspect.reporting.tables.specialization import token_ids
-from moe_inspect.reporting.tables.summary import facts
+from moe_inspect.reporting.tables.summary import title_of
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding, beyond, uneven
 from moe_inspect.text import layer_label, plural, ranges, readable
@@ -63,7 +63,7 @@ def report_page(
     grave = [one for one in found if not one.group and one.severity in ("critical", "warning")]
     return page_html(
         Page(
-            dict(facts(data))["model"],
+            title_of(data),
             _subtitle(data),
             warnings=[one.text for one in grave],
             verdict=[one for one in found if one not in grave],

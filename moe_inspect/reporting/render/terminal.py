@@ -19,8 +19,8 @@ from moe_inspect.reporting.render import console as text
 from moe_inspect.reporting.render.console import print_lines, wrapped
 from moe_inspect.reporting.render.heatmap import MOST_ROUTERS, heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData, Row, records
-from moe_inspect.reporting.tables.registry import ROWS, Excerpt
-from moe_inspect.reporting.tables.summary import facts, notes
+from moe_inspect.reporting.tables.registry import ROWS, Excerpt, highest_rows
+from moe_inspect.reporting.tables.summary import notes, title_of
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural, printable
@@ -118,7 +118,7 @@ def _balance(one: Row) -> list[str]:
 
 def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
-    console, model = text.console_for(file), dict(facts(data))["model"]
+    console, model = text.console_for(file), title_of(data)
     title = Text(printable(f"{model} · {data.trace.path} · {data.trace.status}"), style="bold")
     if not full:
         print_one_screen(data, title, console)
@@ -176,15 +176,6 @@ def print_excerpt(
         console.print(Text(printable(more), style="dim"))
 
 
-def _highest(frame: pd.DataFrame, most: int, column: str, otherwise: str = "") -> pd.DataFrame:
-    """Rows where a column, or else `otherwise`, is highest, in order of layers; else the first."""
-    if len(frame) <= most:
-        return frame
-    if not frame[column].notna().any():
-        return _highest(frame, most, otherwise) if otherwise else frame.head(most)
-    return frame.nlargest(most, column).sort_values(["layer", "router"])
-
-
 def _most_and_least_loaded(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     if len(frame) <= most:
         return frame
@@ -213,7 +204,7 @@ def _excerpt(what: str, rows: Callable[[pd.DataFrame, int], pd.DataFrame], of: s
 EXCERPTS = {
     "balance": _excerpt(
         "the least balanced routers",
-        partial(_highest, column="max_vio"),
+        partial(highest_rows, column="max_vio"),
         "max_over_mean expected_by_chance max_over_mean_low max_over_mean_high busiest_expert "
         "dead_experts cv gini max_vio_batch",
     ),
@@ -229,13 +220,13 @@ EXCERPTS = {
     ),
     "specialization": _excerpt(
         "the routers that separate domains best",
-        partial(_highest, column="domain_mi_bits"),
+        partial(highest_rows, column="domain_mi_bits"),
         "domain_mi_bits domain_mi_null_bits token_mi_bits token_mi_null_bits jsd_bits "
         "vocabulary_specialization",
     ),
     "router": _excerpt(
         "the least confident routers",
-        partial(_highest, column="gate_entropy_nats", otherwise="weight_entropy_nats"),
+        partial(highest_rows, column="gate_entropy_nats", otherwise="weight_entropy_nats"),
         "weight_mass weight_entropy_nats aux_loss z_loss gate_entropy_nats top_k_mass tie_rate",
     ),
     "vocabulary": _excerpt(

@@ -101,7 +101,7 @@ def text_section(data: ReportData, amount: docs.Amount = None) -> Section | str:
 
 
 def without_text(trace: Trace) -> str:
-    reason = "its text (trace --no-text)" if trace.without_text else "a vocabulary"
+    reason = "its text" if trace.without_text else "a vocabulary"
     said = f"This trace was recorded without {reason}: it cannot show which words went where."
     return f"{said} {ROUTES_TELL}" if trace.without_text else said
 
@@ -132,7 +132,7 @@ def _how_chosen(data: ReportData, shown: pd.DataFrame, found: pd.DataFrame) -> s
         said += f", chosen from {len(found):,} whose routes were read"
     if len(cut):
         said += f"; {plural(len(cut), 'document')} cut to {int(cut.max()):,} tokens or fewer"
-    return f"{said}. report --text all shows everything."
+    return f"{said}."
 
 
 def page_data(

@@ -55,8 +55,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
             low, high = unc.max_vio_interval(*units)
         most = E * T / total if total else math.nan  # every token goes there
         effect = design_effect(counts, r)
-        tokens = max(round(total / k), min(total, 1))  # null slots make no load
-        batch, floor = _by_batch(counts, r, total / max(slots, 1))
+        batch, floor = _by_batch(counts, r)
         lost = slots - total if drops and math.isnan(dropped) else dropped
         before_E = load_E + dropped_E
         known = before_E.sum() > 0
@@ -71,7 +70,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
             "max_over_mean_low": min(1 + low, most),
             "max_over_mean_high": min(1 + high, most),
             "design_effect": effect,
-            "expected_by_chance": 1 + unc.noise_floor(tokens, E, k) * widened(effect),
+            "expected_by_chance": 1 + floor_of(counts, r) * widened(effect),
             "max_vio_batch": batch,
             "noise_floor_batch": floor,
             "empty_slots": slots - total,
@@ -89,6 +88,12 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
     return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
+def floor_of(counts: Counts, r: int) -> float:
+    """The max_vio that independent tokens give a router by chance. Empty slots make no load."""
+    E, k = counts.routers[r].experts, counts.routers[r].top_k
+    return unc.noise_floor(int(counts.load_E(r).sum()) / k, E, k, counts.filled(r))
+
+
 @once
 def chosen(data: ReportData) -> list[Row]:
     """The rows of `balance` of what routers chose: before drops, where these are known."""
@@ -102,7 +107,7 @@ def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
     """By router, how likely documents like these make any router's busiest expert as busy, and
     any's least used one as little used, by chance: NaN where documents are unknown or too few."""
     found = {r: {"busiest_p": math.nan, "least_used_p": math.nan} for r in counts.indices}
-    if counts.documents_unknown or len(counts.units) < chance.FEWEST_TO_JUDGE:
+    if not counts.documents_tell:
         return found
     loads = {r: load_E for r in counts.indices if (load_E := counts.load_E(r)).any()}
     domain_U = counts.domain_of_unit_U
@@ -115,15 +120,15 @@ def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
     return found
 
 
-def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
-    """Mean max_vio over passes, and their noise floor; `filled`: the share of slots not null."""
-    batches = counts.of[router].batches
+def _by_batch(counts: Counts, router: int) -> tuple[float, float]:
+    """Mean max_vio over passes, and their noise floor."""
+    batches, filled = counts.of[router].batches, counts.filled(router)
     if not batches or filled <= 0:
         return math.nan, math.nan
     tokens_S, (passes_S, vio_sum_S) = np.array(list(batches)), np.array(list(batches.values())).T
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     whole_S = bal.whole_passes(tokens_S)
-    floor_S, _ = unc.noise_of(tokens_S[whole_S] * filled, E, k)
+    floor_S, _ = unc.noise_of(tokens_S[whole_S] * filled, E, k, filled)
     floor = np.average(floor_S, weights=passes_S[whole_S])
     return bal.max_vio_batch(vio_sum_S, passes_S, tokens_S), float(floor)
 
@@ -219,7 +224,7 @@ def windows(data: ReportData) -> pd.DataFrame:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
         tv_floor, jsd_floor = _floors(data, r, load_WE)
-        floor_W, _ = unc.noise_of(load_WE.sum(1) / k, E, k)  # null slots make no load
+        floor_W, _ = unc.noise_of(load_WE.sum(1) / k, E, k, counts.filled(r))
         steps = {
             "total_variation": win.step_total_variation(load_WE),
             "total_variation_floor": tv_floor,
@@ -281,7 +286,7 @@ def drift(data: ReportData) -> pd.DataFrame:
 def _trend(data: ReportData, router: int, load_WE: np.ndarray) -> dict[str, float | None]:
     counts = data.counts
     p_E = win.trend_p(load_WE, counts.of[router].assignments_UE, counts.domain_of_unit_U)
-    if np.isnan(p_E).all() or len(counts.units) < chance.FEWEST_TO_JUDGE:
+    if np.isnan(p_E).all() or not counts.documents_tell:
         names = ("trend_first", "trend_last", "trend_p")
         return {"trend_expert": None} | dict.fromkeys(names, math.nan)
     e = int(np.nanargmin(p_E))

@@ -163,7 +163,7 @@ def locality(data: ReportData) -> pd.DataFrame:
     marginal and its null). 95 % intervals (low, high) by document; that of the accuracy by the
     design effect of the router's load, since pairs of layers are not counted by document."""
     counts = data.decisions("locality")
-    weights_RU = unc.resample_weights(counts.domain_of_unit_U)
+    weights_RU = counts.weights_RU
 
     def values(r: int) -> dict[str, float]:
         of, row = counts.of[r], dict[str, float]()

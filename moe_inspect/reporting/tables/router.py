@@ -86,8 +86,8 @@ def worth(data: ReportData) -> pd.DataFrame:
     imported counts scores its assignments by (saliency); whether it is a super expert, by the
     peaks; on how many domains it was judged; and AIMER, by the model's weights. NaN where the trace
     lacks what it takes, or no weights are given."""
-    counts, resample = data.decisions("worth"), unc.resample_weights
-    weights_RU = None if counts.documents_unknown else resample(counts.domain_of_unit_U)
+    counts = data.decisions("worth")
+    weights_RU = counts.weights_RU
     found = pd.DataFrame(rows_per_router(data, lambda r: _worth_of(counts, r, weights_RU)))
     peaks = [peak_E for r in counts.indices if (peak_E := counts.of[r].peak_E) is not None]
     super_expert = pd.array([pd.NA] * len(found), dtype="boolean")

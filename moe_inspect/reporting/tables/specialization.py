@@ -55,7 +55,7 @@ def domains(data: ReportData) -> AsColumns:
     def columns(r: int) -> load.Columns:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
         every_DE, E, k = every.assignments_DE(r), counts.routers[r].experts, counts.routers[r].top_k
-        floor_D, _ = unc.noise_of(every_DE.sum(1) / k, E, k)
+        floor_D, _ = unc.noise_of(every_DE.sum(1) / k, E, k, every.filled(r))
         expected_D = 1 + floor_D * load.widened(load.design_effect(every, r))
         return {
             "domain": np.repeat(np.array(counts.domains, object), E),
@@ -72,7 +72,7 @@ def domains(data: ReportData) -> AsColumns:
 
 
 def _overload_p(counts: Counts, router: int) -> np.ndarray:
-    if counts.documents_unknown or len(counts.units) < chance.FEWEST_TO_JUDGE:
+    if not counts.documents_tell:
         return np.full(counts.assignments_DE(router).shape, np.nan)
     p_DE = chance.overload_p(counts.of[router].assignments_UE, counts.domain_of_unit_U)
     return np.minimum(p_DE * p_DE.size * len(counts.of), 1)
@@ -199,7 +199,7 @@ def committee(data: ReportData) -> pd.DataFrame:
     assignments and of gate weight that they carry (mean over the domains), with a 95 % interval
     over documents."""
     counts, domain_U = data.counts, data.counts.domain_of_unit_U
-    weights_RU = None if counts.documents_unknown else unc.resample_weights(domain_U)
+    weights_RU = counts.weights_RU
     weights_D = None if weights_RU is None else com.weights_by_domain(weights_RU, domain_U)
 
     def values(r: int) -> Row:

@@ -43,6 +43,12 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
     ]
 
 
+def title_of(data: ReportData) -> str:
+    """The model, as the title of a report."""
+    model = dict(facts(data))["model"]
+    return "Unknown model" if model == "unknown" else model
+
+
 def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
     trace, selection, counts = data.trace, data.selection, data.counts
     routers = selection.routers
@@ -61,7 +67,7 @@ def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
     yield "domains_selected", ", ".join(sorted(selection.domains or ()))
     yield "phase_selected", selection.phase
     yield "tokens", counts.tokens
-    yield "documents", counts.documents
+    yield "documents", None if counts.documents_unknown else counts.documents
     for domain, n in zip(counts.domains, counts.tokens_D.tolist(), strict=True):
         yield f"tokens_in_{domain}", n
     yield "decisions", counts.decisions

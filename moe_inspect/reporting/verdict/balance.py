@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from moe_inspect.analysis.metrics import chance
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
+from moe_inspect.analysis.metrics.chance import ALPHA, z_of
 from moe_inspect.analysis.metrics.uncertainty import noise_of
 from moe_inspect.reporting.tables.data import ReportData, Row, records, whole_batches, worst_of
 from moe_inspect.reporting.tables.load import chosen
@@ -55,7 +55,7 @@ def _judged(data: ReportData, row: Row, n: int, routers: int) -> tuple[fnd.Sever
     if fnd.few_documents(data):
         return "note", (
             f"Too little data to judge balance: at worst, in {where}, {busiest} ({by_chance}), but "
-            f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
+            f"{fnd.FEW_DOCUMENTS}"
         )
     of = f"{n} of {routers} routers {'is' if n == 1 else 'are'} uneven ({threshold})"
     evidence = f"({_interval(row)}; {by_chance})"
@@ -83,8 +83,8 @@ def _token_share(row: Row) -> float:
 
 
 def _interval(row: Row) -> str:
-    # at the ceiling of max_over_mean, E/k, resampling documents moves nothing
-    if row["experts"] > row["top_k"] and _token_share(row) == 1:
+    # at the ceiling of max_over_mean resampling documents moves nothing
+    if row["assignments"] < row["experts"] * row["tokens"] and _token_share(row) == 1:
         return "every token goes to it"
     if math.isnan(row["max_over_mean_low"]):
         return "no interval from counts alone"
@@ -153,8 +153,8 @@ def _hidden(data: ReportData, row: Row) -> float:
     tokens_S, passes_S = _passes(data, row)
     if passes_S.sum() < 2:
         return 0.0
-    filled = row["assignments"] / (row["tokens"] * row["top_k"])
-    _, sd_S = noise_of(tokens_S * filled, int(row["experts"]), int(row["top_k"]))
+    filled = data.counts.filled(int(row["router"]))
+    _, sd_S = noise_of(tokens_S * filled, int(row["experts"]), int(row["top_k"]), filled)
     error = np.sqrt((passes_S * sd_S**2).sum()) / passes_S.sum()
     floor = row["noise_floor_batch"] + z_of(ALPHA / len(data.loaded)) * error
     return row["max_vio_batch"] - row["max_vio"] - floor

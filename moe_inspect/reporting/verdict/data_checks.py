@@ -11,9 +11,9 @@ import math
 import numpy as np
 
 from moe_inspect.analysis.counting.select import selected_tokens
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData, Row, worst_of
-from moe_inspect.reporting.tables.load import chosen
+from moe_inspect.reporting.tables.load import chosen, floor_of
 from moe_inspect.reporting.tables.summary import adapter, quantization
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, name_of, note, warning
@@ -55,6 +55,7 @@ def dropped(data: ReportData) -> Finding | None:
             f"{empty:,} of {slots:,} slots are empty ({_percent(share)}{at}): dropped tokens, "
             "skipped experts or null experts, which the trace does not tell apart."
         )
+        said += _unequal_sums(data) if counts.counts_only else ""
         return fnd.finding("empty_slots", "note", said, worst, **values)
     more = f" Another {all_empty - empty:,} slots are empty." if all_empty > empty else ""
     said = (
@@ -66,6 +67,28 @@ def dropped(data: ReportData) -> Finding | None:
         said,
         worst,
         **values,
+    )
+
+
+def _unequal_sums(data: ReportData) -> str:
+    """Of counts: in which domains layers have unequal sums, and which layers in the worst of
+    them."""
+    counts, rows = data.counts, data.loaded
+    sum_LD = np.stack([counts.assignments_DE(int(row["router"])).sum(1) for row in rows])
+    k_L1 = np.array([[row["top_k"]] for row in rows])
+    lack_LD = k_L1 * np.stack([counts.tokens_D_of(int(row["router"])) for row in rows]) - sum_LD
+    unequal = np.flatnonzero((lack_LD >= k_L1).any(0)).tolist()
+    if not unequal:
+        return ""
+    d = max(unequal, key=lambda d: lack_LD[:, d].max())
+    fewest, most = lack_LD[:, d].argmax(), lack_LD[:, d].argmin()
+    names = join_first([f'"{counts.domains[each]}"' for each in unequal])
+    worst = f'; most in "{counts.domains[d]}", where' if len(unequal) > 1 else ":"
+    lacking = sorted({int(rows[n]["layer"]) for n in np.flatnonzero(lack_LD[:, d])})
+    ends = [f"{sum_LD[n, d]:,} ({name_of(data, rows[n])})" for n in (fewest, most)]
+    return (
+        f" Layers have unequal sums in {names}{worst} {' to '.join(ends)} assignments, fewer than "
+        f"the most in layer{'s' if len(lacking) > 1 else ''} {ranges(lacking)}."
     )
 
 
@@ -154,21 +177,12 @@ def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
 def few_tokens(data: ReportData) -> Finding | None:
     """Whether chance alone reaches the threshold `uneven` with so few tokens."""
     counts, uneven = data.counts, data.thresholds.uneven
-    floors = [
-        (noise_floor(counts.tokens_of(r), counts.routers[r].experts, counts.routers[r].top_k), r)
-        for r in counts.indices
-    ]
+    floors = [(floor_of(counts, r), r) for r in counts.indices]
     floor, r = max((row for row in floors if not math.isnan(row[0])), default=(0.0, 0))
     if floor <= uneven or uneven <= 0:
         return None
     T, E = counts.tokens_of(r), counts.routers[r].experts
-    # the floor falls with the root of the tokens
-    enough = int(float(f"{T * (floor / uneven) ** 2:.1e}"))
-    said = (
-        f"{plural(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
-        f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
-        f"that under {1 + uneven:g}x."
-    )
+    said, enough = fnd.few_tokens(T, E, floor, uneven)
     values = {"tokens": T, "experts": E, "expected_by_chance": 1 + floor, "tokens_needed": enough}
     return note(said, {"layer": counts.routers[r].layer, "router": r}, **values)
 

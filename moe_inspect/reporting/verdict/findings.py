@@ -12,10 +12,12 @@ from typing import Any, Literal, cast, get_args
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
 from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
-from moe_inspect.text import layer_label
+from moe_inspect.text import layer_label, plural
 
 Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+BEYOND_LONG_DOCUMENTS = f"beyond chance even if {LONG_DOCUMENT:,} tokens choose as one"
+FEW_DOCUMENTS = f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,8 @@ def _design_effect_needed(excess: float, floor: float) -> float:
 
 
 def beyond(data: ReportData) -> str:
-    """The words for what is beyond chance: of counts, with the design effect that is assumed."""
-    to = f" up to a design effect of {LONG_DOCUMENT:,}" if data.counts.documents_unknown else ""
-    return f"beyond chance{to}"
+    """The words for what is beyond chance: of counts, with the documents that are assumed."""
+    return BEYOND_LONG_DOCUMENTS if data.counts.documents_unknown else "beyond chance"
 
 
 def expected_by_chance(data: ReportData, row: Row) -> str:
@@ -106,7 +107,7 @@ def explained(data: ReportData, row: Row, sure: bool) -> str:
     needed = _design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
     if not data.counts.documents_unknown or needed <= 1:
         return "chance explains" if sure else "may be chance"
-    return f"documents with a design effect of {math.ceil(needed):,} would explain"
+    return f"chance explains if {math.ceil(needed):,} tokens choose as one"
 
 
 def uneven(data: ReportData, row: Row) -> bool:
@@ -122,7 +123,19 @@ def load_after(data: ReportData, row: Row) -> str:
 
 def few_documents(data: ReportData) -> bool:
     """Whether there are too few documents to tell the model from the text."""
-    return not data.counts.documents_unknown and len(data.counts.units) < FEWEST_TO_JUDGE
+    return not (data.counts.documents_unknown or data.counts.documents_tell)
+
+
+def few_tokens(T: int, E: int, floor: float, uneven: float) -> tuple[str, int]:
+    """The words for tokens so few that chance alone gives a max_vio of `floor`, above `uneven`; and
+    how many would be enough."""
+    enough = int(float(f"{T * (floor / uneven) ** 2:.1e}"))  # it falls with the root of the tokens
+    said = (
+        f"{plural(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
+        f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
+        f"that under {1 + uneven:g}x."
+    )
+    return said, enough
 
 
 def name_of(data: ReportData, row: Row) -> str:

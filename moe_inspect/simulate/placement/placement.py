@@ -23,10 +23,10 @@ from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.forecast import local_search
 from moe_inspect.simulate.placement.plan import plan_table
 from moe_inspect.simulate.placement.policies import Layout
-from moe_inspect.simulate.placement.tables import recommended, tables_of
+from moe_inspect.simulate.placement.tables import alike, fastest, tables_of
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.workloads import Workloads, workloads_of
-from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation
+from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation, too_few
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
@@ -148,7 +148,13 @@ def simulate_placement(
     tables = tables_of(plans, fitting.ranks_reached(judging), dispatch == "lp")
     if among:
         tables["judged"] = among.table(plans, tables["windows"])
-    best = "local-search" if fewer_ranks else recommended(tables["policies"])
+        slowdown = tables["policies"].set_index("policy")["slowdown"]
+        tables["policies"]["slower_p"] = among.slower_p(plans, slowdown)
+    best, same = "local-search", list[str]()
+    if not fewer_ranks:
+        best = fastest(tables["policies"])
+        if (tables["windows"]["part"] == "judged").any():
+            best, *same = alike(tables["policies"], POLICIES)
     tables["plan"] = plan_table(plans, best)
     layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
     settings: Settings = {
@@ -164,12 +170,14 @@ def simulate_placement(
         "minimize": minimize,
         "dispatch": dispatch,
         "recommended": best,
+        "as_fast": same,
         "layers": trace.blocks,
         "moe_layers": sorted({r.layer for r in trace.routers}),
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
         "counts_only": not judging,
     }
-    return simulation(trace, tables, settings, verdict, chart, ("policies",))
+    few = among.too_few if among else too_few(trace, selection)
+    return simulation(trace, few, tables, settings, verdict, chart, ("policies",))
 
 
 def _seen(

@@ -10,15 +10,19 @@ E experts, G GPUs, P slots, W windows, N shares: of one expert on one GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import hidden_bytes
 from moe_inspect.simulate.placement.policies import colocated, shares
 from moe_inspect.simulate.placement.windows import PlacementPlans, Reached
 
 AT_ONCE = 64  # windows
+WORTH = 0.01  # share of the time saved below which no policy counts as faster
 
 
 def least_busiest(load_WE: np.ndarray, share_EG: np.ndarray) -> np.ndarray:
@@ -160,8 +164,16 @@ def _by_policy(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def recommended(by_policy: pd.DataFrame) -> str:
-    """The policy with the least slowdown on the judged part; of equals local-search, then the
-    first."""
+def fastest(by_policy: pd.DataFrame) -> str:
+    """The policy with the least slowdown; of equals local-search, then the first."""
     slowdown = by_policy.set_index("policy")["slowdown"].round(9)
     return min(slowdown.index, key=lambda name: (slowdown[name], name != "local-search"))
+
+
+def alike(by_policy: pd.DataFrame, simplest_first: Iterable[str]) -> list[str]:
+    """The policies that are no slower than the fastest by WORTH of its time, or beyond chance where
+    that is known."""
+    of = by_policy.set_index("policy")
+    saved = 1 - of["slowdown"].min() / of["slowdown"]
+    same = of.index[(saved < WORTH) | (of.get("slower_p", np.nan) >= ALPHA)]
+    return [name for name in simplest_first if name in same]

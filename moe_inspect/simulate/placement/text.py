@@ -8,20 +8,19 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.charts import spec
-from moe_inspect.simulate.placement.tables import recommended
+from moe_inspect.simulate.placement.tables import WORTH
 from moe_inspect.simulate.result import SIMULATED, Frame, Labels, Settings, Tables
 from moe_inspect.text import plural
 
 LISTED = 4  # workloads that a sentence names
 UNFITTED = ("contiguous", "round-robin")  # policies that do not look at the load
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
-WORTH = 0.01  # share of the time saved below which no policy counts as better
 BUSIEST = "busiest GPU ÷ mean GPU"
 
 
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     rows = {row["policy"]: row for row in tables["policies"].to_dict("records")}
-    best = rows[recommended(tables["policies"])]
+    best = rows[settings["recommended"]]
     first = rows.get("contiguous") or next(iter(rows.values()))
     sentences = [
         f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, the MoE "
@@ -31,7 +30,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         f"worst layer {first['worst_max_over_mean']:.2f}x)."
     ]
     saved = 1 - best["slowdown"] / first["slowdown"]
-    if best is not first and saved >= WORTH:
+    if best is not first and (saved >= WORTH or settings["minimize"]):
         others = ", ".join(
             f"{name} {row['slowdown']:.2f}x"
             for name, row in rows.items()
@@ -39,10 +38,14 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         )
         sentences.append(
             f"{best['policy']} brings that to {best['slowdown']:.2f}x"
-            f"{f' ({others})' if others else ''}: {saved:.0%} less time."
+            f"{f' ({others})' if others else ''}: {max(saved, 0):.0%} less time."
         )
     elif len(rows) > 1:
-        sentences.append(f"No other policy is more than {WORTH:.0%} faster than {first['policy']}.")
+        least = min(row["slowdown"] for row in rows.values())
+        more = f"by more than {WORTH:.0%}"
+        if 1 - least / first["slowdown"] >= WORTH:
+            more = f"beyond chance (at best {least:.2f}x)"
+        sentences.append(f"No other policy is faster than {first['policy']} {more}.")
     wasted = max((rows[name]["colocated"] for name in rows if name.startswith("eplb")), default=0)
     if wasted and "local-search" in rows:
         sentences.append(
@@ -68,23 +71,34 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "With optimal dispatch among replicas (a linear program per window), the slowdown "
             f"would be at least (in brackets: with even sharing): {least}."
         )
-    name, said = settings["recommended"], "the fastest on the judged part"
-    if name != best["policy"]:
-        said = "chosen by --minimize"
-    said = f"Recommended: {name}, {said} (save with -o FILE)."
-    if best is not first and saved < WORTH and not settings["minimize"]:
-        said = (
-            f"Recommended: keep {first['policy']}. -o FILE saves {name}, which is less than "
-            f"{WORTH:.0%} faster."
-        )
-    elif name == best["policy"] and not _unseen(tables):
-        said = f"-o FILE saves {name}, the fastest on what it is fitted on."
     return [
         *sentences,
-        said,
+        _advice(tables, settings, first["policy"], saved),
         "Simulated: replicas of an expert share its load evenly and at random; the time of a "
         "layer is that of its busiest GPU.",
     ]
+
+
+def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str:
+    """Which plan to take, and why; `saved`: of the time that the policy `first` takes."""
+    name, same = settings["recommended"], settings["as_fast"]
+    if settings["too_few"]:
+        return f"-o FILE saves {name}."
+    if settings["minimize"] and name == "local-search":
+        return f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
+    if not _unseen(tables):
+        if saved < WORTH and name != first:
+            less = f"-o FILE saves {name}, which is less than {WORTH:.0%} faster."
+            return f"Recommended: keep {first}. {less}"
+        return f"-o FILE saves {name}, the fastest on what it is fitted on."
+    if not same:
+        return f"Recommended: {name}, the fastest on the judged part (save with -o FILE)."
+    of = tables["policies"]
+    beyond = " or beyond chance" if "slower_p" in of and of["slower_p"].notna().any() else ""
+    return (
+        f"Recommended: {name}, the simplest (--help lists it first) of those that are no slower "
+        f"than the fastest by {WORTH:.0%}{beyond}: {', '.join([name, *same])} (save with -o FILE)."
+    )
 
 
 def _unseen(tables: Tables) -> bool:
@@ -96,12 +110,11 @@ def _aged(tables: Tables, settings: Settings, policy: str) -> list[str]:
     """How the plan ages, and what cannot be told of it."""
     said, unknown = list[str](), list[str]()
     if "judged" in tables:
-        of = [policy, *tables["policies"].sort_values("slowdown")["policy"]]
-        if fitted := [name for name in of if name not in UNFITTED]:
-            said.append(_on_workloads(tables, fitted[0]))
+        said += _on_workloads(tables, policy)
         if tables["judged"].query("part == 'judged'")["p"].isna().any():
             unknown.append(
-                f"how much of that is chance (it takes {FEWEST_TO_JUDGE} documents of each)"
+                "how much of that is chance, and of what sets policies apart (it takes "
+                f"{FEWEST_TO_JUDGE} documents of each)"
             )
     elif _unseen(tables):
         said.append(_on_windows(tables, settings, policy))
@@ -128,7 +141,7 @@ def _on_windows(tables: Tables, settings: Settings, policy: str) -> str:
     )
 
 
-def _on_workloads(tables: Tables, policy: str) -> str:
+def _on_workloads(tables: Tables, policy: str) -> list[str]:
     """How the plan does on what it is fitted on, and how it ages on the rest, beside chance."""
     rows = tables["judged"].sort_values("max_over_mean", ascending=False).to_dict("records")
     mine = [row for row in rows if row["policy"] == policy]
@@ -142,7 +155,9 @@ def _on_workloads(tables: Tables, policy: str) -> str:
     aged = ", ".join(_on(row) for row in rest[:listed])
     if more := rest[listed:]:
         aged += f" and at most {more[0]['max_over_mean']:.2f} on {len(more)} more"
-    return f"{policy} is fitted on {on}{f': it has {aged}' if aged else ''}."
+    if policy in UNFITTED:
+        return [f"{policy} is fitted to no load; beside {on} it has {aged}."] if aged else []
+    return [f"{policy} is fitted on {on}{f': it has {aged}' if aged else ''}."]
 
 
 def _on(row: dict[str, Any]) -> str:

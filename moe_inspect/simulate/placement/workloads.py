@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import PurePath
 
 import numpy as np
@@ -18,6 +19,7 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.verdict.findings import FEW_DOCUMENTS
 from moe_inspect.simulate.placement.policies import shares
 from moe_inspect.simulate.placement.windows import FitWindows, PlacementPlans, fit_windows_of
 from moe_inspect.simulate.shards import phases_of
@@ -52,6 +54,12 @@ class Workloads:
     fitted: list[Workload]
     judged: list[Workload]
     weight_W: np.ndarray
+
+    @property
+    def too_few(self) -> str:
+        """Why one of them is too little to judge, as `result.too_few` says it."""
+        known = (one for one in (*self.fitted, *self.judged) if not one.counts.documents_unknown)
+        return "" if all(one.documents_tell for one in known) else FEW_DOCUMENTS
 
     def windows(self, judged: bool) -> tuple[FitWindows, dict[int, np.ndarray]]:
         """Each workload as a window, and the load of each router's experts, float64 [W, E], scaled
@@ -95,6 +103,28 @@ class Workloads:
                 of = (table["policy"] == policy) & (table["window"] == len(self.fitted) + j)
                 table.loc[of, ["most_by_chance", "p"]] = np.quantile(null_B, 1 - ALPHA), p_value
         return table
+
+    def slower_p(self, plans: PlacementPlans, slowdown: pd.Series) -> np.ndarray:
+        """P-value of how much slower each policy is than the fastest on what plans are judged on,
+        where documents vary around the shares of their workload and all policies are as fast,
+        corrected for their number. NaN where documents are unknown or too few."""
+        judged, noise = self.judged or self.fitted, list[np.ndarray]()
+        if not all(one.documents_tell for one in judged):
+            return np.full(len(slowdown), np.nan)
+        weight_R = {r: plans.loads[r][plans.windows.judged].sum() for r in plans.selection.routers}
+        for policy in slowdown.index:
+            null_NB, weight_N = list[np.ndarray](), list[float]()
+            for r, one in product(weight_R, judged):
+                G = plans.layouts[r].gpus
+                expert_P, E = plans.of[r, policy], plans.trace.routers[r].experts
+                load_UG = one.load_UE(r) @ shares(expert_P, E, G)
+                if load_UG.any():
+                    share_G = load_UG.sum(0) / load_UG.sum()
+                    null_NB.append((share_G + _noise(load_UG, share_G)).max(1) * G)
+                    weight_N.append(weight_R[r])
+            null_B = np.average(null_NB, axis=0, weights=weight_N)
+            noise.append(null_B - null_B.mean())
+        return joint_p(list(slowdown - slowdown.min()), list(noise - np.min(noise, axis=0)))
 
     def null(
         self, plans: PlacementPlans, policy: str, judged: Workload
