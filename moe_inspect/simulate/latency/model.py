@@ -111,7 +111,9 @@ def features(
 ) -> np.ndarray:
     """float64 [steps, features]: what each constant is multiplied with, in the order of START."""
     if dtype not in BYTES:
-        raise MoeInspectError(f"no size of a weight is known for {dtype}: one of {', '.join(BYTES)}")
+        raise MoeInspectError(
+            f"no size of a weight is known for {dtype}: one of {', '.join(BYTES)}"
+        )
     tokens_SE = np.asarray(tokens_SE, np.float64)
     rows_S, used_S = tokens_SE.sum(1), (tokens_SE > 0).sum(1)
     handed_S = rows_S / shape.top_k if handed_S is None else np.asarray(handed_S, np.float64)

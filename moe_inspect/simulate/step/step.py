@@ -1,5 +1,5 @@
-"""`simulate step`: how many milliseconds the MoE layers of a step take on G GPUs, and what imbalance
-adds to them.
+"""`simulate step`: how many milliseconds the MoE layers of a step take on G GPUs, and what of it is
+due to imbalance.
 
 Every GPU computes the tokens of its experts, and the layer waits for the slowest. Steps are drawn
 from the trace's tokens (`sampling`), and the times of a GPU are those of a kernel that was measured
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.simulate import result
-from moe_inspect.simulate.latency.model import SHIPPED, KernelTime, LatencyModel, Shape
+from moe_inspect.simulate.latency.model import (
+    BYTES,
+    SHIPPED,
+    KernelTime,
+    LatencyModel,
+    Shape,
+    TransferTime,
+)
 from moe_inspect.simulate.placement.placement import layouts_of
 from moe_inspect.simulate.placement.plan import read_plan
 from moe_inspect.simulate.placement.policies import contiguous
@@ -51,6 +58,7 @@ from moe_inspect.trace.schema import PHASES
 DRAWS = 8  # steps by chance
 POOL = 2**16  # tokens that they are drawn from
 COUNTED = 16  # steps drawn from counts
+LOW_LATENCY = 128  # tokens of a GPU up to which DeepEP's low-latency kernels transfer them
 FEWEST_BLOCKS = 4  # that have an interval
 MOST_TOKENS = 2**18
 MOST_DOMAINS = 12  # that have rows of their own
@@ -58,18 +66,45 @@ MOST_DOMAINS = 12  # that have rows of their own
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one layer in each step: of the slowest GPU, of which the others wait
-    `waiting` in the mean. float64 [S]"""
+    """Milliseconds of one layer in each step. float64 [S]. `experts`: of the slowest GPU, of which
+    the others wait `waiting` in the mean. `dispatch`, `combine`: of tokens to the GPUs of their
+    experts, and back; NaN where no such transfer was measured."""
 
-    ms: np.ndarray
+    experts: np.ndarray
     waiting: np.ndarray
+    dispatch: np.ndarray
+    combine: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.experts + np.nan_to_num(self.dispatch) + np.nan_to_num(self.combine)
+
+    def __add__(self, other: Times) -> Times:
+        return Times(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-def times_of(loads: StepLoads, kernel: KernelTime, shape: Shape) -> Times:
-    (S, P), G = loads.slots_SP.shape, loads.reached_SG.shape[1]
-    tokens_NE = loads.slots_SP.reshape(S * G, P // G)
-    busy_SG = kernel.predict(tokens_NE, shape, loads.reached_SG.reshape(-1)).reshape(S, G)
-    return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1))
+@dataclass(frozen=True)
+class Prices:
+    """Measured times: of the experts, and of DeepEP's transfers, by their kernels."""
+
+    kernel: KernelTime
+    transfers: dict[str, TransferTime]
+
+    def of(self, loads: StepLoads, shape: Shape, N: int) -> Times:
+        (S, P), G = loads.slots_SP.shape, loads.reached_SG.shape[1]
+        tokens_SGE = loads.slots_SP.reshape(S, G, P // G)
+        handed = loads.reached_SG.reshape(-1)
+        busy_SG = self.kernel.predict(tokens_SGE.reshape(S * G, -1), shape, handed).reshape(S, G)
+        kind = "low_latency" if N <= LOW_LATENCY * G else "normal"
+        sent = list[np.ndarray]()
+        for name, size in (("dispatch", BYTES[self.kernel.dtype]), ("combine", 2.0)):
+            way = self.transfers.get(f"deepep_{kind}_{name}")
+            ms_S = np.full(S, 0.0 if G == 1 else np.nan)
+            if way is not None and G > 1:
+                copies_SG = tokens_SGE.sum(2) if way.per == "choice" else loads.reached_SG
+                ms_S = way.predict(copies_SG.max(1), shape.hidden * max(size, 1.0))
+            sent.append(ms_S)
+        return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1), *sent)
 
 
 def even(N: int, k: int, reached: float, P: int, G: int) -> StepLoads:
@@ -107,8 +142,10 @@ def simulate_step(
 
     Tables: step (a row per phase, domain and tokens), step_layers (a row per layer too). Times are
     in ms, of the mean step. `cost` is the time ÷ that of an even load − 1, `cost_low` and
-    `cost_high` are its 95 % interval over documents, and `p` tells whether it is that of chance. MoeInspectError for settings out of range, a kernel that was not
-    measured, and a trace that does not say how large its experts are."""
+    `cost_high` are its 95 % interval over documents, and `p` tells whether it is that of chance.
+
+    MoeInspectError for settings out of range, a kernel that was not measured, and a trace that does
+    not say how large its experts are."""
     trace = open_trace(trace)
     sizes = sorted(set(batch_tokens))
     if not sizes or sizes[0] < 1 or sizes[-1] > MOST_TOKENS:
@@ -116,9 +153,10 @@ def simulate_step(
             f"steps of {', '.join(map(str, sizes))} tokens: give numbers from 1 to {MOST_TOKENS:,}"
         )
     wanted = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
-    measured = LatencyModel.from_file(latency or SHIPPED).kernel(
-        **{name: value for name, value in wanted.items() if value is not None}
-    )
+    model = LatencyModel.from_file(latency or SHIPPED)
+    measured = model.kernel(**{name: value for name, value in wanted.items() if value is not None})
+    # of those with several settings, the one with the most of the GPU, the last
+    transfers = {way.kernel: way for way in model.transfers if way.gpu == gpu}
     selection = select(trace, layers, domains, phase)
     plan = read_plan(placement) if placement is not None else None
     physical = len(next(iter(plan.values()))) if plan else None
@@ -132,7 +170,7 @@ def simulate_step(
                 raise MoeInspectError(f"{placement}: layer {layer} does not place its {E} experts")
     G = next(iter(layouts.values())).gpus
     shapes = {r: _shape(trace, r) for r in selection.routers}
-    steps = Steps(trace, measured, placed, shapes, G)
+    steps = Steps(trace, Prices(measured, transfers), placed, shapes, G)
     rows = [row for part in _parts(trace, selection) for row in steps.rows(part, sizes)]
     if not rows:
         raise MoeInspectError(f"{trace.path} has no step of {sizes[0]:,} tokens: give fewer")
@@ -144,7 +182,7 @@ def simulate_step(
     }
     settings: Settings = {
         "kernel": measured.name,
-        "source": measured.source,
+        "source": model.source,
         "error": measured.errors.get("imbalance_error_median"),
         "doubt": measured.doubt(),
         "gpus": G,
@@ -154,7 +192,8 @@ def simulate_step(
         "latency": str(latency) if latency is not None else None,
         "counts_only": trace.counts_only,
     }
-    return result.simulation(trace, tables, settings, verdict, chart, ("step",))
+    few = result.too_few(trace, selection)
+    return result.simulation(trace, few, tables, settings, verdict, chart, ("step",))
 
 
 def _shape(trace: Trace, router: int) -> Shape:
@@ -187,7 +226,7 @@ class Steps:
     """`plan`: the expert of each slot, by router; `shapes`: of its layer."""
 
     trace: Trace
-    kernel: KernelTime
+    prices: Prices
     plan: dict[int, np.ndarray]
     shapes: dict[int, Shape]
     gpus: int
@@ -250,52 +289,50 @@ def _pool(E: int, k: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of the steps of one layer, or of several: of each step [S], of each by chance
-    [DRAWS], and under an even load."""
+    """The steps of one layer, or of several: as the trace routes, by chance, and evenly loaded.
+    block_S: the block of each step of the trace."""
 
-    ms_S: np.ndarray
-    waiting_S: np.ndarray
-    chance_D: np.ndarray
-    even: float
     block_S: np.ndarray
+    found: Times
+    by_chance: Times
+    evenly: Times
 
     @classmethod
     def of(cls, steps: Steps, r: int, N: int, block_S: np.ndarray, loads: StepLoads) -> Cost:
         chance, shape, P = steps.chance(r, N), steps.shapes[r], len(steps.plan[r])
         spread = even(N, shape.top_k, chance.reached_SG.mean(), P, steps.gpus)
-        found, by_chance, evenly = (
-            times_of(of, steps.kernel, shape) for of in (loads, chance, spread)
-        )
-        return cls(found.ms, found.waiting, by_chance.ms, float(evenly.ms[0]), block_S)
+        return cls(block_S, *(steps.prices.of(x, shape, N) for x in (loads, chance, spread)))
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.ms_S + other.ms_S,
-            self.waiting_S + other.waiting_S,
-            self.chance_D + other.chance_D,
-            self.even + other.even,
             self.block_S,
+            self.found + other.found,
+            self.by_chance + other.by_chance,
+            self.evenly + other.evenly,
         )
 
     def row(self, N: int) -> dict[str, object]:
-        ms, chance, reach, p = float(self.ms_S.mean()), float(self.chance_D.mean()), np.nan, np.nan
+        ms_S, chance_D = self.found.total, self.by_chance.total
+        ms, even, chance = (
+            float(times.total.mean()) for times in (self.found, self.evenly, self.by_chance)
+        )
         _, of_S, steps_B = np.unique(self.block_S, return_inverse=True, return_counts=True)
-        ms_B = np.bincount(of_S, self.ms_S) / steps_B
+        ms_B, reach, p = np.bincount(of_S, ms_S) / steps_B, np.nan, np.nan
         if (B := len(ms_B)) >= FEWEST_BLOCKS:
             error = ms_B.std(ddof=1) / math.sqrt(B)
             reach = special("stdtrit")(B - 1, 0.975) * error
-            apart = abs(ms - chance) / math.hypot(error, self.chance_D.std(ddof=1) / DRAWS**0.5)
+            apart = abs(ms - chance) / math.hypot(error, chance_D.std(ddof=1) / math.sqrt(DRAWS))
             p = min(1.0, 2 * float(student_p(np.array(apart), B - 1)))
         return {
-            "steps": len(self.ms_S),
+            "steps": len(ms_S),
             "ms": ms,
-            "even_ms": self.even,
+            "even_ms": even,
             "chance_ms": chance,
-            "waiting_ms": float(self.waiting_S.mean()),
-            "cost": ms / self.even - 1,
-            "cost_low": (ms - reach) / self.even - 1,
-            "cost_high": (ms + reach) / self.even - 1,
-            "cost_by_chance": chance / self.even - 1,
+            **{f"{f.name}_ms": float(getattr(self.found, f.name).mean()) for f in fields(Times)},
+            "cost": ms / even - 1,
+            "cost_low": (ms - reach) / even - 1,
+            "cost_high": (ms + reach) / even - 1,
+            "cost_by_chance": chance / even - 1,
             "p": p,
             "tokens_per_s": N / ms * 1e3,
         }
@@ -324,10 +361,12 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "of all, and have no intervals."
         )
     error, doubt = settings["error"], settings["doubt"]
+    what = "experts, and DeepEP's transfers on one node,"
+    if table["dispatch_ms"].isna().all() or settings["gpus"] == 1:
+        what = "experts alone, without transfers,"
     return [
         *sentences,
-        "Simulated: the experts' computation alone, as measured of "
-        f"{settings['kernel']} ({settings['source']})"
+        f"Simulated: times of {what} as measured of {settings['kernel']} ({settings['source']})"
         + (f", whose costs of imbalance err by {error:.0%} in the median" if error else "")
         + (f": {doubt}." if doubt else "."),
     ]
@@ -355,7 +394,7 @@ def _known(row: Any, settings: Settings) -> bool:
     """Whether the cost is neither chance nor the error of the times."""
     beyond = abs(math.log1p(row["cost"])) > (settings["error"] or 0)
     told = settings["counts_only"] or row["p"] * len(settings["batch_tokens"]) <= ALPHA
-    return beyond and told
+    return beyond and told and not settings["too_few"]
 
 
 def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
