@@ -316,7 +316,7 @@ def routed(*advice: tuple[str, float, float, float], bias: float | None = None) 
     names = ["algorithm", "experts_per_token", "max_vio_worst", "mass_retained_least"]
     told = pd.DataFrame(advice or [("top-k 2", 2, 1.0, 1.0)], columns=names)
     told["leaks_future"] = np.where(told["algorithm"] == "expert choice", "yes", "no")
-    settings = {"uneven": 0.2, "experts_per_token": 2.0, "bias_held_out": True}
+    settings = {"uneven": 0.2, "experts_per_token": 2.0, "bias_held_out": True, "too_few": False}
     tables = {"routing": pd.DataFrame(rows), "routing_algorithms": told}
     return " ".join(routing_text.verdict(tables, settings | {"scoring": ["softmax"]}, LABELS))
 
@@ -425,7 +425,7 @@ def test_decode_says_what_it_has_steps_of():
     names = ["batch", "steps", "distinct_experts", "independent", "share_of_experts"]
     table = pd.DataFrame(rows, columns=names).assign(bytes_per_token=None)
     needed = pd.DataFrame({"reads_all_from": [24.0, 20.0], "compute_bound_from": np.nan})
-    settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300}
+    settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300, "too_few": False}
     sentences = decode_text.verdict({"decode": table, "batch_needed": needed}, settings, {})
     chance = "(25% of them; expected by chance: 2.0)."
     assert sentences[0] == f"1 sequence reads 2.0 experts per layer and step {chance}"

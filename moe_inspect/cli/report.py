@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
     from moe_inspect.reporting.verdict.gate import Gate
 
+# before any command imports numpy: of small matrices, threads of a BLAS mostly wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 class Simulated(StrEnum):
     capacity = "capacity"
@@ -129,8 +132,6 @@ def report(
     if text is not None and show.html is None:
         raise typer.BadParameter("--text is about the page: give it with --html")
     amount = None if text is None else _amount_of_text(text)
-    # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from moe_inspect.reporting.report import TABLES, check_table
     from moe_inspect.reporting.report import report as make
     from moe_inspect.trace.reader import open_trace
@@ -327,7 +328,6 @@ def atlas(
     Examples:
     moe-inspect atlas runs/a runs/b -o site
     moe-inspect atlas runs/c -o site --add"""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `report`
     amount = _amount_of_text(text)
     from moe_inspect.site import atlas as run
     from moe_inspect.trace.reader import open_trace

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TextIO
+from typing import TYPE_CHECKING, ClassVar, TextIO, cast
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.later import pd
@@ -199,7 +199,8 @@ def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, ob
 def _plain(value: object) -> object:
     """Where a trace is, also of traces in a list; any other value as it is."""
     if isinstance(value, list | tuple):
-        return [*map(_plain, value)] if isinstance(value, list) else (*map(_plain, value),)
+        plain = map(_plain, cast("Sequence[object]", value))
+        return [*plain] if isinstance(value, list) else (*plain,)
     return address(value) if isinstance(value, Trace | Path) else value
 
 

@@ -35,6 +35,8 @@ MOST_UNITS = 512  # more are added up to as many: their signs say nothing more
 PASSES = 500  # drawn of documents in random order
 SPREAD = 0.05  # variance between documents of the logarithm of a share, as far as a prior goes
 PRIOR = 2.0  # documents' worth of mean share that a log ratio is drawn to 0 by
+Drawn = np.ndarray | slice  # which of some loads each draw is
+ALL = slice(None)
 
 
 @lru_cache(maxsize=4)
@@ -123,10 +125,11 @@ def signed_sums(residual_UE: np.ndarray) -> np.ndarray:
 
 def null_loads(
     assignments_UE: np.ndarray, domain_U: np.ndarray, draws: int = SIGNS
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, Drawn]]:
     """The load of each expert where the domains share the mean of their shares, and documents vary
     as these do, in at most so many draws. Every domain keeps its documents, and so what few tokens
-    in it give. float64 [B, E] of one domain after the other, 0 or more."""
+    in it give. Of one domain after the other: float64 [P, E], 0 or more, and which of these each
+    draw is. The signs of few documents can be arranged in few ways, each of which is given once."""
     (U, E), tokens_U = assignments_UE.shape, assignments_UE.sum(1)
     of_D = [np.flatnonzero(domain_U == d) for d in range(int(domain_U.max()) + 1)]
     load_DE = np.stack([assignments_UE[of].sum(0) for of in of_D]).astype(float)
@@ -136,7 +139,13 @@ def null_loads(
     residual_UE = (assignments_UE - tokens_U[:, None] * share_E).astype(np.float32)
     signs_BU = signs_of(U, len(of_D) * E)[:draws]
     for of, expected_E in zip(of_D, expected_DE, strict=True):
-        yield np.maximum(expected_E + signs_BU[:, of] @ residual_UE[of], 0)
+        signs_PU, drawn_B = signs_BU[:, of], ALL
+        if 2 ** (len(of) + 1) < len(signs_BU):
+            bit_U = 2 ** np.arange(len(of))
+            drawn_B = (signs_PU > 0) @ bit_U
+            signs_PU = np.sign((np.arange(2 ** len(of))[:, None] & bit_U) - 0.5, dtype=np.float32)
+        load_PE = expected_E + signs_PU @ residual_UE[of]
+        yield np.maximum(load_PE, 0, out=load_PE), drawn_B
 
 
 def passes_of_documents(

@@ -86,13 +86,14 @@ def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarr
     return _bits_of_draws(chance.null_loads(assignments_UE, domain_U))
 
 
-def _bits_of_draws(load_DBE: Iterable[np.ndarray]) -> np.ndarray:
-    """`domain_mi_bits` of each draw, of the loads of one domain after the other: the entropy of the
-    mean share less the mean entropy; NaN where there are none. float [B]"""
+def _bits_of_draws(load_DPE: Iterable[tuple[np.ndarray, chance.Drawn]]) -> np.ndarray:
+    """`domain_mi_bits` of each draw, of `chance.null_loads`, which are overwritten: the entropy of
+    the mean share less the mean entropy; NaN where there are none. float [B]"""
     domains, within_B, sum_BE = 0, np.zeros(1), np.zeros((1, 1))
-    for load_BE in load_DBE:
-        share_BE = share_by_domain(load_BE)
-        within_B, sum_BE = within_B + _entropy_bits(share_BE), sum_BE + share_BE
+    for load_PE, drawn_B in load_DPE:
+        share_PE = np.divide(load_PE, nan_for_zero(load_PE.sum(-1, keepdims=True)), out=load_PE)
+        within_B = within_B + _entropy_bits(share_PE)[drawn_B]
+        sum_BE = sum_BE + share_PE[drawn_B]
         domains += 1
     if not domains:
         return np.full(1, np.nan)
@@ -126,7 +127,7 @@ def jsd_bits(assignments_DE: np.ndarray) -> float:
     share_DE = share_by_domain(assignments_DE[assignments_DE.sum(1) > 0].astype(float))
     if len(share_DE) < 2:
         return float("nan")
-    D, E = share_DE.shape
+    (D, E), entropy_D = share_DE.shape, _entropy_bits(share_DE)
     if D <= FEW_DOMAINS:
         first, second = np.triu_indices(D, 1)
     else:
@@ -135,8 +136,11 @@ def jsd_bits(assignments_DE: np.ndarray) -> float:
         second = (first + rng.integers(1, D, DRAWN_PAIRS)) % D
     step, total = max(1, CHUNK_CELLS // E), 0.0
     for at in range(0, len(first), step):
-        pair_P2 = np.stack([first[at : at + step], second[at : at + step]], axis=1)
-        total += mutual_information_bits(share_DE[pair_P2]).sum()
+        one, other = first[at : at + step], second[at : at + step]
+        both_PE = share_DE[one]
+        both_PE += share_DE[other]
+        both_PE /= 2
+        total += (_entropy_bits(both_PE) - (entropy_D[one] + entropy_D[other]) / 2).sum()
     return float(total / len(first))
 
 
@@ -147,7 +151,8 @@ def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     if D < 2 or not assignments_UE.any():
         return float("nan")
     draws = int(np.clip(JSD_PAIRS // D**2, 1, JSD_DRAWS))
-    load_DBE = np.stack([*chance.null_loads(assignments_UE, domain_U, draws)])
+    null = chance.null_loads(assignments_UE, domain_U, draws)
+    load_DBE = np.stack([load_PE[drawn_B] for load_PE, drawn_B in null])
     return float(np.mean([jsd_bits(load_DBE[:, b]) for b in range(load_DBE.shape[1])]))
 
 
@@ -254,9 +259,23 @@ class Expected:
         residual_UE = (self.assignments_UE - self.expected_UE).astype(np.float32)
         signs_BU = chance.signs_of(len(residual_UE), assignments_DE.size)
         common_DE, weight_DU = _in_common(assignments_DE), self.moved.weight_DU
-        return _bits_of_draws(
-            np.maximum(common_DE[d] + (signs_BU * weight_DU[d]) @ residual_UE, 0)
-            for d in np.flatnonzero(assignments_DE.any(1))
+        with_load = np.flatnonzero(assignments_DE.any(1)).tolist()
+
+        def bits(signs_PU: np.ndarray) -> np.ndarray:
+            signed_PU = np.empty_like(signs_PU)
+            moved_PE = np.empty((len(signs_PU), residual_UE.shape[1]), np.float32)
+            load_PE = np.empty(moved_PE.shape)
+
+            def loads(d: int) -> tuple[np.ndarray, chance.Drawn]:
+                np.multiply(signs_PU, weight_DU[d], out=signed_PU)
+                np.add(common_DE[d], np.matmul(signed_PU, residual_UE, out=moved_PE), out=load_PE)
+                return np.maximum(load_PE, 0, out=load_PE), chance.ALL
+
+            return _bits_of_draws(map(loads, with_load))
+
+        step = max(1, CHUNK_CELLS // residual_UE.shape[1])
+        return np.concatenate(
+            [bits(signs_BU[at : at + step]) for at in range(0, len(signs_BU), step)]
         )
 
 
