@@ -4,14 +4,15 @@ A step takes the tokens at one position of B different sequences, in the order o
 sequences stand in for requests. If the trace has generated tokens, only those are used, with
 positions counted from the end of the prompt; otherwise the prompt tokens are used instead.
 
-T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 experts.
+T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 experts, G groups of
+steps.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from math import inf
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.tasks import by_router, by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_bytes, weight_bytes
@@ -34,19 +36,21 @@ from moe_inspect.trace.shard import Shard
 # FLOPs per byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
 RIDGE = 295.0
 LARGEST = 2**24
+GROUPS = 64  # of steps, by which intervals are made
 SATURATED = 0.95  # this share of the experts counts as almost all of them
 
 
 class Steps:
-    """The unfinished steps of one router, and sums over the finished ones. Memory grows with the
-    number of positions, experts and batch sizes, not with the number of tokens."""
+    """The unfinished steps of one router, and sums over the finished ones. The n-th steps of all
+    positions, which are of about the same sequences, are in one group. Memory grows with the number
+    of positions, experts and batch sizes, not with the number of tokens."""
 
     def __init__(self, E: int, batches: Sequence[int]):
         B = len(batches)
         self.batch_B = np.array(batches, np.int64)
         self.there_BPW = np.zeros((B, 0, -(-E // 64)), np.uint64)
-        self.tokens_BP = np.zeros((B, 0), np.int64)
-        self.steps_B, self.distinct_B = np.zeros((2, B), np.int64)
+        self.tokens_BP, self.steps_BP = np.zeros((2, B, 0), np.int64)
+        self.sum_2BG = np.zeros((2, B, GROUPS), np.int64)  # full steps, their distinct experts
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
     def add(self, ids_KT: np.ndarray, position_T: np.ndarray) -> None:
@@ -56,8 +60,9 @@ class Steps:
         if more > 0:
             self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
             self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
+            self.steps_BP = np.pad(self.steps_BP, ((0, 0), (0, more)))
         self.tokens += len(position_T)
-        sums = self.there_BPW, self.tokens_BP, self.steps_B, self.distinct_B, self.load_E
+        sums = self.there_BPW, self.tokens_BP, self.steps_BP, self.sum_2BG, self.load_E
         fill_steps(tuple(ids_KT), position_T, self.batch_B, *sums)
 
 
@@ -158,13 +163,16 @@ def _steps(
 
 
 def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
-    rows = []
+    rows, resampled = [], cache(lambda n: unc.resample_weights(np.zeros(n, np.int64)))
     for r, of in steps.items():
         router = trace.routers[r]
         size = expert_mb * 1e6 if expert_mb is not None else expert_bytes(trace, r)
         activation_E = of.load_E / max(1, of.tokens)
-        for B, count, reads in zip(of.batch_B.tolist(), of.steps_B, of.distinct_B, strict=True):
-            distinct = reads / count if count else np.nan
+        for B, full_G, distinct_G in zip(of.batch_B.tolist(), *of.sum_2BG, strict=True):
+            count, some_G = full_G.sum(), full_G > 0
+            distinct = distinct_G.sum() / count if count else np.nan
+            share_G = distinct_G[some_G] / router.experts
+            low, high = unc.ratio_interval(share_G, full_G[some_G], resampled(some_G.sum()))
             rows.append(
                 {
                     "layer": router.layer,
@@ -172,6 +180,8 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd
                     "batch": B,
                     "steps": count,
                     "distinct_experts": distinct,
+                    "distinct_experts_low": low * router.experts,
+                    "distinct_experts_high": high * router.experts,
                     "independent": independent(router.experts, router.top_k, B),
                     "from_marginals": from_marginals(activation_E, B),
                     "share_of_experts": distinct / router.experts,

@@ -209,13 +209,13 @@ def belady(ids_KT, phase_T, slots, known_E, at_E, room_E, known, hits_P):  # typ
 
 
 @njit(nogil=True, cache=True)
-def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distinct_B, load_E):  # type: ignore[no-untyped-def]
+def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_BP, sum_2BG, load_E):  # type: ignore[no-untyped-def]
     """Adds tokens to the decode steps of their positions. A step of B tokens is full: it is counted
     and the next begins. slots: K arrays [T], −1 for none; batch_B: the batch sizes B. The last five
     arrays change in place: there_BPW, the experts of the steps that are filling up, as bits;
-    tokens_BP, their tokens; steps_B and distinct_B, full steps and the sum of their distinct
-    experts; load_E."""
-    W = there_BPW.shape[2]
+    tokens_BP, their tokens; steps_BP, full steps; sum_2BG, full steps and their distinct experts,
+    the n-th step of every position in group n mod G; load_E. G is a power of 2."""
+    W, G = there_BPW.shape[2], sum_2BG.shape[2]
     # two sets that slots take in turn: with one, each slot would wait for the one before
     even_W, odd_W = np.zeros(W, np.uint64), np.zeros(W, np.uint64)
     for t in range(len(position_T)):
@@ -232,13 +232,17 @@ def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distin
             there_W = there_BPW[b, p]
             tokens_BP[b, p] += 1
             full = tokens_BP[b, p] == batch_B[b]
+            distinct = np.int64(0)
             for w in range(W):
                 word = there_W[w] | even_W[w] | odd_W[w]
                 if full:
-                    distinct_B[b] += _bits(word)
+                    distinct += _bits(word)
                 there_W[w] = np.uint64(0) if full else word
             if full:
-                steps_B[b] += 1
+                g = steps_BP[b, p] & (G - 1)
+                sum_2BG[0, b, g] += 1
+                sum_2BG[1, b, g] += distinct
+                steps_BP[b, p] += 1
                 tokens_BP[b, p] = 0
 
 
