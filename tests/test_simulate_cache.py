@@ -210,6 +210,25 @@ def test_steps_equal_a_brute_force_in_any_parts(seed: int, batch: int, parts: in
     assert of.sum_2BG.sum(2).tolist() == [[steps], [distinct]]
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_interval_of_a_step_covers_other_documents(alike: bool, tmp_path: Path) -> None:
+    """Of 100 samples of documents that prefer experts of their own, and of tokens all alike."""
+    rng, samples, document = np.random.default_rng(0), [], np.repeat(np.arange(40), 10)
+    for _ in range(100):
+        preferred_SE = rng.normal(0, 0 if alike else 1, (40, 16))
+        score_TE = preferred_SE[document] + rng.gumbel(size=(400, 16))
+        samples.append(np.argsort(-score_TE, 1)[:, :2].astype(np.uint16))
+    trace = write_trace(tmp_path / "t", samples, 16, document=document, batch_tokens=10)
+    table = simulate_decode(trace, batches=[4, 16]).tables["decode"]
+    of_4, of_16 = (rows for _, rows in table.groupby("batch"))
+    mean = of_4["distinct_experts"].mean()
+    covered = of_4["distinct_experts_low"].le(mean) & of_4["distinct_experts_high"].ge(mean)
+    width = (of_4["distinct_experts_high"] - of_4["distinct_experts_low"]).mean()
+    assert 0.88 <= covered.mean() <= 0.99
+    assert 3 < width / of_4["distinct_experts"].std() < 6
+    assert of_16["distinct_experts_low"].isna().all(), "of 2 groups of sequences"
+
+
 def test_bytes_a_token(tmp_path: Path) -> None:
     config = {"hidden_size": 10, "moe_intermediate_size": 4}
     manifest = {"model": {"config": config}, "capture": {"weights": False, "dtype": "bfloat16"}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from functools import lru_cache
-from math import comb, inf
+from math import comb, inf, nan, pi, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.payload import without_numpy
 from moe_inspect.reporting.tables.data import ReportData, records
 from moe_inspect.reporting.tables.load import at_least_1, design_effect
+from moe_inspect.text import plural
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES
@@ -42,7 +43,7 @@ def routing_profile(trace: Trace, output: Path) -> None:
     """One JSON object; what the trace cannot tell is left out, with the reason in `not_known`."""
     if output.suffix != ".json":
         raise MoeInspectError(f"-o {output}: a routing profile is written as .json")
-    # a second pass through JSON turns NaN into null
+    # a second pass through JSON turns NaN and −∞ into null
     text = json.dumps(_profile(trace), default=without_numpy)
     made = json.loads(text, parse_constant=lambda _: None)
     with draft_of(output) as draft:
@@ -52,8 +53,8 @@ def routing_profile(trace: Trace, output: Path) -> None:
 def _profile(trace: Trace) -> Json:
     data = ReportData(trace, select(trace))
     counts = data.counts_for("windows", "srp")
-    if not counts.tokens:
-        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    if not any(counts.load_E(r).any() for r in counts.indices):
+        raise MoeInspectError(f"no router of {trace.path} made an assignment")
     why, none = dict[str, str](), "the trace holds counts, no decisions"
     phases, distinct, ranks = dict[str, Counts](), {}, {}
     if trace.counts_only:
@@ -62,7 +63,7 @@ def _profile(trace: Trace) -> Json:
         phases = _phases(trace, counts)
         distinct, ranks = _distinct(trace, why), _ranks(trace, why)
     if counts.documents_unknown or len(counts.units) < unc.FEWEST_DOCUMENTS:
-        few = f"{len(counts.units)} documents: an interval needs {unc.FEWEST_DOCUMENTS}"
+        few = f"{plural(len(counts.units), 'document')}: an interval needs {unc.FEWEST_DOCUMENTS}"
         why["intervals"] = "counts are not by document" if counts.documents_unknown else few
     layers = list[Json]()
     for r, router in enumerate(trace.routers):
@@ -83,8 +84,9 @@ def _profile(trace: Trace) -> Json:
         layer |= {"distinct_experts": distinct[r]} if r in distinct else {}
         layer |= {"ranks": ranks[r]} if r in ranks else {}
         if load_E.any():
-            layer |= {"drift": _drift(counts, r), "power_law": _laws(load_E, router.top_k)}
-            layer["balanced_by_chance"] = _from_balanced(counts, r)
+            chance = _from_balanced(counts, r)
+            layer |= {"drift": _drift(counts, r), "balanced_by_chance": chance}
+            layer["power_law"] = _laws(load_E, router.top_k, chance)
         layers.append(layer)
     return {
         "format": "moe-inspect routing-profile",
@@ -152,7 +154,7 @@ def _ranks(trace: Trace, why: dict[str, str]) -> dict[int, list[Json]]:
             random = gpus * (1 - comb(E - E // gpus, k) / comb(E, k))
             found[r].append({"gpus": gpus, "ranks_per_token": reached, "uniform": random})
     if not found:
-        why["ranks"] = "no power of 2 divides the experts of every router"
+        why["ranks"] = "2, 4, 8, … GPUs cannot hold as many experts each, and several"
     return found
 
 
@@ -176,10 +178,12 @@ def _drift(counts: Counts, r: int) -> Json:
 
 
 def _from_balanced(counts: Counts, r: int) -> float:
-    """The distance from an even load that chance gives as many tokens of documents like these."""
+    """The distance from an even load that as many tokens of documents like these exceed by chance
+    in 5 % of cases: that of E independent normal numbers."""
     E, k, tokens = counts.routers[r].experts, counts.routers[r].top_k, counts.load_E(r).sum()
     effect = at_least_1(design_effect(counts, r))
-    return float(win.step_floors(np.full(E, 1 / E), np.array([inf, tokens / k]), k, effect)[0][0])
+    mean = win.step_floors(np.full(E, 1 / E), np.array([inf, tokens / k]), k, effect)[0][0]
+    return float(mean * (1 + 1.645 * sqrt((pi / 2 - 1) / E)))
 
 
 @lru_cache(maxsize=16)
@@ -191,38 +195,44 @@ def power_laws(E: int, k: int, tokens: int) -> np.ndarray:
     power_A1 = 1 - np.append(ALPHA_A, MEASURED)[:, None]
     bottom_A1, top_A1 = low**power_A1, high**power_A1
     x_AE = (bottom_A1 + (top_A1 - bottom_A1) * (np.arange(E) + 0.5) / E) ** (1 / power_A1)
-    share_AE = np.minimum(x_AE / x_AE.sum(1, keepdims=True), 1 / k)
-    room_AE = share_AE < 1 / k
-    rest_A1 = (1 - share_AE.sum(1, keepdims=True)) / np.maximum(room_AE.sum(1, keepdims=True), 1)
-    return share_AE + rest_A1 * room_AE
+    share_AE = x_AE / x_AE.sum(1, keepdims=True)
+    while (share_AE > (1 + 1e-9) / k).any():  # what is cut goes to the others
+        share_AE = np.minimum(share_AE, 1 / k)
+        rest_A1, room_AE = 1 - share_AE.sum(1, keepdims=True), share_AE < 1 / k
+        share_AE += rest_A1 * room_AE / np.maximum(room_AE.sum(1, keepdims=True), 1)
+    return share_AE
 
 
-def _laws(load_E: np.ndarray, k: int) -> list[Json]:
+def _laws(load_E: np.ndarray, k: int, chance: float) -> list[Json]:
     """The exponent whose loads are nearest, by ½Σ|p − q| of sorted shares, and that distance
-    (`error`); and the distances from the distributions that aiconfigurator has by name."""
+    (`error`); and the distances from the distributions that aiconfigurator has by name. No exponent
+    where the load is as even as by chance."""
     share_E, found = np.sort(load_E / load_E.sum()), list[Json]()
     for tokens in LAW_TOKENS:
         apart_A = np.abs(power_laws(len(share_E), k, tokens) - share_E).sum(1) / 2
         best, named = int(apart_A[: len(ALPHA_A)].argmin()), apart_A[len(ALPHA_A) :]
         distances = {"balanced": np.abs(share_E - 1 / len(share_E)).sum() / 2}
         distances |= {f"power_law_{a}": d for a, d in zip(MEASURED, named, strict=True)}
-        fitted = {"batch_tokens": tokens, "alpha": ALPHA_A[best], "error": apart_A[best]}
-        found.append(fitted | {"distances": distances, "nearest": _nearest(distances)})
+        even = distances["balanced"] <= chance
+        row: Json = {"batch_tokens": tokens, "alpha": nan if even else ALPHA_A[best]}
+        row |= {"error": apart_A[best], "distances": distances}
+        row["nearest"] = "balanced" if even else min(distances, key=lambda name: distances[name])
+        found.append(row)
     return found
 
 
-def _nearest(distances: dict[str, float]) -> str:
-    return min(distances, key=lambda name: distances[name])
-
-
 def _of_all(layers: list[list[Json]]) -> list[Json]:
-    """Over routers: the median exponent, the mean distances, and the distribution nearest by
-    them."""
+    """Over routers: the median exponent (none is below any), the mean distances, and the
+    distribution that is nearest by them."""
     found = list[Json]()
     for mine in zip(*layers, strict=True):
         names = mine[0]["distances"]
-        apart = {name: float(np.mean([of["distances"][name] for of in mine])) for name in names}
-        row = {"batch_tokens": mine[0]["batch_tokens"], "alpha": np.median([of["alpha"] for of in mine])}
+        alpha_L = np.nan_to_num([of["alpha"] for of in mine], nan=-inf)
+        row: Json = {"batch_tokens": mine[0]["batch_tokens"], "alpha": np.median(alpha_L)}
         row["error"] = np.mean([of["error"] for of in mine])
-        found.append(row | {"distances": apart, "nearest": _nearest(apart)})
+        apart = {name: np.mean([of["distances"][name] for of in mine]) for name in names}
+        even = np.isinf(row["alpha"])
+        row["nearest"] = "balanced" if even else min(apart, key=lambda name: apart[name])
+        row["distances"] = apart
+        found.append(row)
     return found

@@ -185,7 +185,7 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd
                     "independent": independent(router.experts, router.top_k, B),
                     "from_marginals": from_marginals(activation_E, B),
                     "share_of_experts": distinct / router.experts,
-                    "tokens_per_expert": activation_E.sum() * B / distinct,
+                    "tokens_per_expert": activation_E.sum() * B / (distinct or np.nan),
                     "experts_per_token": distinct / B,
                     "bytes_per_token": distinct * size / B if size else np.nan,
                 }
