@@ -510,7 +510,7 @@ def test_a_profile_of_one_document_has_no_intervals(tmp_path: Path) -> None:
     assert {"drift", "power_law"} & set(none) == set()
     assert [row["gpus"] for row in some["ranks"]] == [2]
     trace = write_trace(tmp_path / "none", [ids[50:]], 6)
-    with pytest.raises(MoeInspectError, match="no router of .* made an assignment"):
+    with pytest.raises(MoeInspectError, match=r"no router of .* made an assignment"):
         export_trace(trace, "routing-profile", tmp_path / "p.json")
 
 
