@@ -224,7 +224,9 @@ def test_steps_equal_a_brute_force_in_any_parts(seed: int, batch: int, parts: in
         return steps, distinct
 
     for n, draft in enumerate((0, 1, 3)):
-        found = of.steps_2NB[:, n, 1].tolist(), of.distinct_2NB[:, n, 1].tolist()
+        found = (
+            sum_2NBG[:, n, 1].sum(1).tolist() for sum_2NBG in (of.steps_2NBG, of.distinct_2NBG)
+        )
         without = brute_force(0, draft) if draft else (0, 0)
         assert list(zip(*found, strict=True)) == [without, brute_force(draft, 0)]
 
@@ -288,6 +290,25 @@ def test_a_step_with_drafts_is_compared_with_one_at_the_same_positions(tmp_path:
     assert f"{4 * S} sequences with drafts" not in text
     assert "x the weights of one without drafts. " in text  # no advice: 64 tokens are too few
     assert "Best draft" not in text
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_interval_of_a_step_covers_other_documents(alike: bool, tmp_path: Path) -> None:
+    """Of 100 samples of documents that prefer experts of their own, and of tokens all alike."""
+    rng, samples, document = np.random.default_rng(0), [], np.repeat(np.arange(40), 10)
+    for _ in range(100):
+        preferred_SE = rng.normal(0, 0 if alike else 1, (40, 16))
+        score_TE = preferred_SE[document] + rng.gumbel(size=(400, 16))
+        samples.append(np.argsort(-score_TE, 1)[:, :2].astype(np.uint16))
+    trace = write_trace(tmp_path / "t", samples, 16, document=document, batch_tokens=10)
+    table = simulate_decode(trace, batches=[4, 16]).tables["decode"]
+    of_4, of_16 = (rows for _, rows in table.groupby("batch"))
+    mean = of_4["distinct_experts"].mean()
+    covered = of_4["distinct_experts_low"].le(mean) & of_4["distinct_experts_high"].ge(mean)
+    width = (of_4["distinct_experts_high"] - of_4["distinct_experts_low"]).mean()
+    assert 0.88 <= covered.mean() <= 0.99
+    assert 3 < width / of_4["distinct_experts"].std() < 6
+    assert of_16["distinct_experts_low"].isna().all(), "of 2 groups of sequences"
 
 
 def test_bytes_a_token(tmp_path: Path) -> None:

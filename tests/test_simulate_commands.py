@@ -23,7 +23,7 @@ COLUMNS = {
     "placement policies": "policy,balancedness_sglang,balancedness_vllm,slowdown",
     "placement windows": "window,first_token,tokens,part,layer,router,policy,max_over_mean",
     "placement plan": "layer,router,policy,slot,gpu,node,expert,replicas",
-    "decode decode": "layer,router,batch,steps,distinct_experts,independent,from_marginals",
+    "decode decode": "layer,router,batch,steps,distinct_experts,distinct_experts_low,distinct_",
     "decode batch_needed": "layer,router,reached_experts,reads_all_from,compute_bound_from",
     "decode speculation --draft 1,2": "batch,draft,acceptance,steps,distinct_experts,independent",
     "capacity capacity_by_position": "layer,router,capacity_factor,position_in,tenth,assignments",

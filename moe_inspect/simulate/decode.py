@@ -8,14 +8,14 @@ With speculative decoding, a step verifies drafts: of each sequence it takes the
 position and the d before it, d + 1 tokens in a row. The tokens of the trace stand in for drafts.
 
 T tokens, K slots, E experts, N the draft lengths d, from 0 (no draft) on, B the batch sizes, P
-positions, W words of 64 experts.
+positions, W words of 64 experts, G groups of steps.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.tasks import by_router, by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_bytes, weight_bytes
@@ -41,20 +42,22 @@ RIDGE = 295.0
 LARGEST = 2**24
 LONGEST_DRAFT = 1024
 ACCEPTANCES = 0.5, 0.7, 0.9
+GROUPS = 64  # of steps, by which intervals are made
 SATURATED = 0.95  # this share of the experts counts as almost all of them
 
 
 class Steps:
-    """The unfinished steps of one router, and sums over the finished ones. Memory grows with the
-    number of positions, experts, draft lengths and batch sizes, not with the number of tokens."""
+    """The unfinished steps of one router, and sums over the finished ones. The n-th steps of all
+    positions, which are of about the same sequences, are in one group. Memory grows with the number
+    of positions, experts, draft lengths and batch sizes, not with the number of tokens."""
 
     def __init__(self, E: int, batches: Sequence[int], drafts: Sequence[int] = ()):
         self.batch_B, self.draft_N = np.array(batches, np.int64), np.array([0, *drafts], np.int64)
         N, B = len(self.draft_N), len(batches)
         self.there_NBPW = np.zeros((N, B, 0, -(-E // 64)), np.uint64)
-        self.filled_NBP = np.zeros((N, B, 0), np.int64)
+        self.filled_NBP, self.full_NBP = np.zeros((2, N, B, 0), np.int64)
         # without the draft (at positions that have d tokens before them; for d > 0), and with
-        self.steps_2NB, self.distinct_2NB = np.zeros((2, 2, N, B), np.int64)
+        self.steps_2NBG, self.distinct_2NBG = np.zeros((2, 2, N, B, GROUPS), np.int64)
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
     def add(self, ids_KT: np.ndarray, position_T: np.ndarray, before_T: np.ndarray) -> None:
@@ -66,9 +69,12 @@ class Steps:
         if more > 0:
             self.there_NBPW = np.pad(self.there_NBPW, ((0, 0), (0, 0), (0, more), (0, 0)))
             self.filled_NBP = np.pad(self.filled_NBP, ((0, 0), (0, 0), (0, more)))
+            self.full_NBP = np.pad(self.full_NBP, ((0, 0), (0, 0), (0, more)))
         self.tokens += len(position_T)
-        sums = self.there_NBPW, self.filled_NBP, self.steps_2NB, self.distinct_2NB, self.load_E
-        fill_steps(tuple(ids_KT), position_T, before_T, self.draft_N, self.batch_B, *sums)
+        unfinished = self.there_NBPW, self.filled_NBP, self.full_NBP
+        sums = self.steps_2NBG, self.distinct_2NBG, self.load_E
+        of = tuple(ids_KT), position_T, before_T, self.draft_N, self.batch_B
+        fill_steps(*of, *unfinished, *sums)
 
 
 def before(sequence_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
@@ -212,7 +218,7 @@ def _steps(
 def _rows(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
     """A row per router, batch size and draft length d of what a step of B (d + 1) tokens reads,
     after one of what a step without drafts reads at the same positions (`at` is d in both)."""
-    rows = []
+    rows, resampled = [], cache(lambda n: unc.resample_weights(np.zeros(n, np.int64)))
     for r, of in steps.items():
         router = trace.routers[r]
         size = expert_mb * 1e6 if expert_mb is not None else expert_bytes(trace, r)
@@ -220,8 +226,11 @@ def _rows(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.
         kinds = product(enumerate(of.batch_B.tolist()), enumerate(of.draft_N.tolist()))
         for b, B, n, at, draft in ((*i, *j, d) for i, j in kinds for d in sorted({0, j[1]})):
             with_draft, T = int(draft == at), B * (draft + 1)
-            count = of.steps_2NB[with_draft, n, b]
-            distinct = of.distinct_2NB[with_draft, n, b] / count if count else np.nan
+            full_G, distinct_G = of.steps_2NBG[with_draft, n, b], of.distinct_2NBG[with_draft, n, b]
+            count, some_G = full_G.sum(), full_G > 0
+            distinct = distinct_G.sum() / count if count else np.nan
+            share_G = distinct_G[some_G] / router.experts
+            low, high = unc.ratio_interval(share_G, full_G[some_G], resampled(some_G.sum()))
             rows.append(
                 {
                     "layer": router.layer,
@@ -231,10 +240,12 @@ def _rows(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.
                     "draft": draft,
                     "steps": count,
                     "distinct_experts": distinct,
+                    "distinct_experts_low": low * router.experts,
+                    "distinct_experts_high": high * router.experts,
                     "independent": independent(router.experts, router.top_k, T),
                     "from_marginals": from_marginals(activation_E, T),
                     "share_of_experts": distinct / router.experts,
-                    "tokens_per_expert": activation_E.sum() * T / distinct,
+                    "tokens_per_expert": activation_E.sum() * T / (distinct or np.nan),
                     "experts_per_token": distinct / T,
                     "bytes_per_token": distinct * size / T if size else np.nan,
                 }

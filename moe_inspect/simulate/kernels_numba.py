@@ -217,18 +217,20 @@ def fill_steps(  # type: ignore[no-untyped-def]
     batch_B,
     there_NBPW,
     filled_NBP,
-    steps_2NB,
-    distinct_2NB,
+    full_NBP,
+    steps_2NBG,
+    distinct_2NBG,
     load_E,
 ):
     """Adds tokens, each with the d before it in its sequence, to the decode steps of their
     positions. A step of B such windows is full: it is counted and the next begins. slots: K arrays
     [T], −1 for none; before_T: the token before, −1 for none; draft_N: the numbers d, rising, the
-    first 0; batch_B: the batch sizes B. The last five arrays change in place: there_NBPW, the
-    experts of the steps that are filling up, as bits; filled_NBP, their windows; steps_2NB and
-    distinct_2NB, full steps and the sum of their distinct experts: first, for d > 0, of tokens
-    alone at the positions that have d before them, then of the windows; load_E."""
-    W = there_NBPW.shape[3]
+    first 0; batch_B: the batch sizes B. The last six arrays change in place: there_NBPW, the
+    experts of the steps that are filling up, as bits; filled_NBP, their windows; full_NBP, the full
+    steps; steps_2NBG and distinct_2NBG, full steps and the sum of their distinct experts, the n-th
+    step of every position in group n mod G, a power of 2: first, for d > 0, of tokens alone at the
+    positions that have d before them, then of the windows; load_E."""
+    W, G = there_NBPW.shape[3], steps_2NBG.shape[3]
     # two sets that slots take in turn: with one, each slot would wait for the one before
     even_W, odd_W = np.zeros(W, np.uint64), np.zeros(W, np.uint64)
     for t in range(len(position_T)):
@@ -258,20 +260,23 @@ def fill_steps(  # type: ignore[no-untyped-def]
                 there_W = there_BPW[b, p]
                 filled_BP[b, p] += 1
                 full = filled_BP[b, p] == batch_B[b]
-                so_far = distinct_2NB[1, n, b]
+                distinct = np.int64(0)
                 for w in range(W):
                     word = there_W[w] | even_W[w] | odd_W[w]
                     if full:
-                        distinct_2NB[1, n, b] += _bits(word)
+                        distinct += _bits(word)
                     there_W[w] = np.uint64(0) if full else word
                 if full:
+                    g = full_NBP[n, b, p] & (G - 1)
                     filled_BP[b, p] = 0
-                    steps_2NB[1, n, b] += 1
+                    full_NBP[n, b, p] += 1
+                    steps_2NBG[1, n, b, g] += 1
+                    distinct_2NBG[1, n, b, g] += distinct
                     if n == 0:
                         for m in range(1, len(draft_N)):
                             if draft_N[m] <= p:
-                                steps_2NB[0, m, b] += 1
-                                distinct_2NB[0, m, b] += distinct_2NB[1, n, b] - so_far
+                                steps_2NBG[0, m, b, g] += 1
+                                distinct_2NBG[0, m, b, g] += distinct
 
 
 @njit(nogil=True, cache=True)
