@@ -50,7 +50,7 @@ ALWAYS = {
     "overloaded_experts",
     "starved_experts",
     "least_used_expert",
-    "idle_gpus",
+    "busiest_gpu",
     "averaging_hides",
     "committee",
     "signature",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,15 @@ from moe_inspect.exporters import MODULES
 from moe_inspect.exporters.run import export_trace, exporters
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
-from tests.conftest import Cli
+from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_manifest
-from tests.support.synthetic import assigned, uniform_ids, write_counts, write_trace
+from tests.support.synthetic import (
+    assigned,
+    thirty_documents,
+    uniform_ids,
+    write_counts,
+    write_trace,
+)
 
 T, E, K = 240, 8, 2
 
@@ -122,6 +130,7 @@ def test_esft_trains_the_fewest_experts(score: str, top_p: float, trace: Trace, 
         ("llama-cpp", {"gpu_layers": 4}, "--gpu-layers 4: 2 layers have experts"),
         ("llama-cpp", {}, "needs --gpu-layers"),
         ("sglang", {"safe_csv": True}, "--safe-csv is an option of the format counts, not of"),
+        ("routing-profile", {}, r"-o .*o: a routing profile is written as \.json"),
     ],
 )
 def test_options_are_checked(format: str, options: dict, said: str, trace: Trace, tmp_path: Path):
@@ -337,6 +346,172 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
     options = {"gpu_layers": 1} if format == "llama-cpp" else {}
     assert export_trace(trace, format, tmp_path / "o.json", **options).stat().st_size
     assert not list(tmp_path.glob(".*"))
+    if format == "routing-profile":
+        profile = read(tmp_path / "o.json")
+        unknown = {"phases", "locality", "distinct_experts", "ranks", "intervals"}
+        assert set(profile["not_known"]) == unknown
+        assert [of["assignments"] for of in profile["layers"]] == [[*range(10, 18)]] * 2
+        known = {key for of in profile["layers"] for key in of}
+        assert known == set(PROFILE["layers"][0]) - unknown - {"assignments_by_phase"}
+
+
+REAL, EXPERTS, BY_NAME = (int, float, type(None)), [int], {str: [int]}
+LAW = {"batch_tokens": int, "alpha": REAL, "error": float, "nearest": str}
+LAW |= {"distances": {str: float}}
+STEP = dict.fromkeys(("distinct_experts", "independent", "from_marginals"), float)
+STEP |= dict.fromkeys(("distinct_experts_low", "distinct_experts_high"), REAL)
+LAYER = dict.fromkeys(("layer", "router", "experts", "top_k", "tokens"), int)
+LAYER |= {"assignments": EXPERTS, "share": [float], "assignments_by_domain": BY_NAME}
+LAYER |= {"assignments_by_phase": BY_NAME, "balanced_by_chance": float, "power_law": [LAW]}
+LAYER |= {"locality": dict.fromkeys(("shared", "low", "high", "by_chance"), float)}
+LAYER |= {"distinct_experts": [STEP | {"batch": int, "steps": int}]}
+LAYER |= {"ranks": [{"gpus": int, "ranks_per_token": float, "uniform": float}]}
+LAYER |= {"drift": {"first_token": [int], "tokens": [int], "from_whole": [float]}}
+LAYER["drift"] |= {"by_chance": [float]}
+PROFILE: dict[str, Any] = dict.fromkeys(("format", "model", "trace"), str)
+PROFILE |= dict.fromkeys(("version", "tokens"), int) | {"layers": [LAYER], "power_law": [LAW]}
+PROFILE |= {"tokens_by_domain": {str: int}, "tokens_by_phase": {str: int}}
+PROFILE |= {"not_known": {str: str}}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of this kind: a type, a list of a kind, an object with these keys, or
+    with any ({str: kind})."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
+    if isinstance(kind, dict) and str in kind:
+        return all(fits(one, kind[str]) for one in value.values())
+    if isinstance(kind, dict):
+        return set(value) == set(kind) and all(fits(value[name], kind[name]) for name in kind)
+    return isinstance(value, kind)
+
+
+def names_of(kind: Any) -> set[str]:
+    if isinstance(kind, list):
+        return names_of(kind[0])
+    if not isinstance(kind, dict) or str in kind:
+        return set()
+    return set(kind).union(*map(names_of, kind.values()))
+
+
+def load_of(chosen: list[set[int]], tokens: Iterable[int]) -> list[int]:
+    return [sum(e in chosen[t] for t in tokens) for e in range(E)]
+
+
+def test_a_routing_profile_is_what_can_be_counted_by_hand(tmp_path: Path) -> None:
+    trace = thirty_documents(tmp_path / "t", phases=("prefill", "decode"))
+    export_trace(trace, "routing-profile", tmp_path / "p.json")
+    profile = read(tmp_path / "p.json")
+    assert fits(profile, PROFILE)
+    assert not fits(profile | {"tokens": "300"}, PROFILE), "control"
+    documented = (ROOT / "docs/import.md").read_text()
+    assert {name for name in names_of(PROFILE) if f"`{name}`" not in documented} == set()
+    assert profile["not_known"].keys() == {"distinct_experts"}
+    assert profile["tokens_by_phase"] == {"prefill": 150, "decode": 150}
+    tokens, ways = trace.tokens(), {"domain": ("a", "b"), "phase": ("prefill", "decode")}
+    for layer in profile["layers"]:
+        rows = trace.routing(layer=layer["layer"])[["expert_0", "expert_1"]].to_numpy(float)
+        chosen = [{int(e) for e in row if e == e} for row in rows]
+        counted = partial(load_of, chosen)
+        whole = counted(range(300))
+        assert layer["assignments"] == whole
+        assert layer["share"] == pytest.approx(np.array(whole) / sum(whole))
+        for by, labels in ways.items():
+            groups = {name: np.flatnonzero(tokens[by] == name) for name in labels}
+            assert layer[f"assignments_by_{by}"] == {n: counted(of) for n, of in groups.items()}
+        pairs = [(t - 1, t) for t in range(300) if t % 10]
+        shared = sum(len(chosen[a] & chosen[b]) for a, b in pairs)
+        most = sum(len(chosen[a]) + len(chosen[b]) for a, b in pairs) / 2
+        locality = layer["locality"]
+        assert locality["shared"] == pytest.approx(shared / most)
+        assert locality["low"] < locality["shared"] < locality["high"]
+        apart = [np.array(counted(np.flatnonzero(tokens["domain"] == n))) / 150 for n in "ab"]
+        assert locality["by_chance"] == pytest.approx(sum(135 * (a**2).sum() for a in apart) / most)
+        decoded = np.flatnonzero(tokens["phase"] == "decode").reshape(15, 10)
+        assert [row["batch"] for row in layer["distinct_experts"]] == [1, 2, 4, 8]
+        for row in layer["distinct_experts"]:
+            B = row["batch"]
+            starts = [(p, n) for p in range(10) for n in range(0, 15 - B + 1, B)]
+            read_of = [
+                len(set().union(*(chosen[t] for t in decoded[n : n + B, p]))) for p, n in starts
+            ]
+            assert (row["steps"], row["distinct_experts"]) == (
+                len(read_of),
+                pytest.approx(np.mean(read_of)),
+            )
+        for row in layer["ranks"]:
+            size = E // row["gpus"]
+            on = np.mean([len({e // size for e in of}) for of in chosen])
+            assert row["ranks_per_token"] == pytest.approx(on, abs=1e-6)
+            sets = [len({a // size, b // size}) for a in range(E) for b in range(a)]
+            assert row["uniform"] == pytest.approx(np.mean(sets))
+        assert [row["gpus"] for row in layer["ranks"]] == [2, 4]
+        drift = layer["drift"]
+        assert (sum(drift["tokens"]), drift["first_token"][:2]) == (300, [0, 5])
+        for first, size, apart in zip(
+            drift["first_token"], drift["tokens"], drift["from_whole"], strict=True
+        ):
+            of = np.array(counted(range(first, first + size)))
+            away = np.abs(of / of.sum() - np.array(whole) / sum(whole)).sum() / 2
+            assert apart == pytest.approx(away)
+        # the text does not drift
+        assert np.mean(drift["from_whole"]) == pytest.approx(np.mean(drift["by_chance"]), rel=0.15)
+
+
+def law_loads(rng: np.random.Generator, alpha: float, E: int, k: int, tokens: int) -> np.ndarray:
+    """The tokens of each expert of a batch, as aiconfigurator draws them for its power laws."""
+    low, high = 1.0, 0.8 * tokens
+    ends = low ** (1 - alpha), high ** (1 - alpha)
+    x_E = ((ends[1] - ends[0]) * rng.random(E) + ends[0]) ** (1 / (1 - alpha))
+    return np.minimum(np.round(x_E / x_E.sum() * tokens * k), tokens).astype(np.int64)
+
+
+@pytest.mark.parametrize(("which", "tokens"), [(0, 128), (1, 8192)])
+@pytest.mark.parametrize("alpha", [0.6, 1.01, 1.2])
+def test_the_exponent_is_that_of_aiconfigurator(
+    alpha: float, which: int, tokens: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(3)
+    loads = [law_loads(rng, alpha, 128, 8, tokens)[None] for _ in range(30)]
+    export_trace(write_counts(tmp_path / "t", loads, 8), "routing-profile", tmp_path / "p.json")
+    found = read(tmp_path / "p.json")["power_law"][which]
+    assert (found["batch_tokens"], found["alpha"]) == (tokens, pytest.approx(alpha, abs=0.07))
+    if alpha > 1:
+        assert found["nearest"] == f"power_law_{alpha}"
+    assert found["error"] < 0.07 < found["distances"]["balanced"]
+
+
+@pytest.mark.parametrize("tokens", [20, 5000])
+def test_a_random_router_has_no_exponent(tokens: int, tmp_path: Path) -> None:
+    """However few tokens make its load uneven; what is uneven beyond chance has one."""
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, tokens, 64, 4) for _ in range(100)]
+    score_TE = np.linspace(0, 6, 64) + rng.gumbel(size=(tokens, 64))
+    ids.append(np.argsort(-score_TE, 1)[:, :4])
+    loads = [np.bincount(of.ravel(), minlength=64)[None] for of in ids]
+    export_trace(write_counts(tmp_path / "t", loads, 4), "routing-profile", tmp_path / "p.json")
+    profile = read(tmp_path / "p.json")
+    found = [of["power_law"][0]["alpha"] for of in profile["layers"]]
+    assert 90 <= found[:-1].count(None) <= 99
+    assert found[-1] is not None
+    assert [(of["alpha"], of["nearest"]) for of in profile["power_law"]] == [(None, "balanced")] * 2
+
+
+def test_a_profile_of_one_document_has_no_intervals(tmp_path: Path) -> None:
+    ids = uniform_ids(np.random.default_rng(0), 90, 6, 2)
+    ids[50:] = np.iinfo(np.uint16).max
+    trace = write_trace(tmp_path / "t", [ids, ids * 0 + ids.max()], 6)
+    export_trace(trace, "routing-profile", tmp_path / "p.json")
+    profile = read(tmp_path / "p.json")
+    assert profile["not_known"]["intervals"] == "1 document: an interval needs 5"
+    some, none = profile["layers"]
+    assert (some["locality"]["low"], none["locality"]["shared"]) == (None, None)
+    assert none["share"] == [None] * 6
+    assert {"drift", "power_law"} & set(none) == set()
+    assert [row["gpus"] for row in some["ranks"]] == [2]
+    trace = write_trace(tmp_path / "none", [ids[50:]], 6)
+    with pytest.raises(MoeInspectError, match=r"no router of .* made an assignment"):
+        export_trace(trace, "routing-profile", tmp_path / "p.json")
 
 
 def test_the_command(cli_here: Cli, trace: Trace, tmp_path: Path):

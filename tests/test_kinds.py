@@ -45,7 +45,7 @@ CASES = {
     "overloaded_experts": Case("", "planted", "even", "planted, 5 documents"),
     "starved_experts": Case("", "woven", "even", "woven, 5 documents"),
     "least_used_expert": Case("", "woven", "even", "woven, 5 documents"),
-    "idle_gpus": Case("", "planted", "even", "planted, 5 documents"),
+    "busiest_gpu": Case("", "planted", "even", "planted, 5 documents"),
     "averaging_hides": Case("", "opposed", "even", "opposed, few tokens"),
     "uneven_batches": Case("warning: ", "woven", "even", "woven, 5 documents"),
     "overloading_domain": Case("warning: ", "planted", "even", "planted, 5 documents"),

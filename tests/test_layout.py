@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "demo": {"errors", "text"},
     "trace": {"errors", "files", "later", "progress", "text"},
-    "exporters": {"analysis", "model", "trace", "errors", "text"},
+    "exporters": {"simulate", "reporting", "analysis", "model", "trace", "errors", "text"},
     "model": {"demo", "trace", "errors", "files", "text"},
     "importers": {"model", "trace", "errors", "files", "text", "workers"},
     "capture": {"demo", "importers", "model", "trace", "errors", "files", "text"},

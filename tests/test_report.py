@@ -156,7 +156,6 @@ def test_what_moves_from_pass_to_pass_is_told_though_the_sum_is_even(tmp_path: P
     assert each > 2 > 1.1 > together
     assert f"a pass gets {each:.2f}x the mean load on average (" in said["moved"][0]
     assert f", over all passes {together:.2f}x." in said["moved"][0]
-    assert f"GPUs would idle {1 - 1 / each:.0%} of the time in that layer" in said["moved"][0]
 
 
 def test_findings_carry_their_numbers_come_most_important_first_and_are_made_once():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
-from moe_inspect.simulate.decode import Steps, independent, simulate_decode
+from moe_inspect.simulate.decode import Steps, before, independent, simulate_decode
 from tests.conftest import ROOT
 from tests.support.foreign import gguf_file
 from tests.support.synthetic import uniform_ids, write_trace
@@ -191,23 +191,124 @@ def test_uniform_routing_formula(E: int, k: int, of_8: float, of_32: float, tmp_
     assert found[32] == pytest.approx(of_32, rel=0.01)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
-def test_steps_equal_a_brute_force_in_any_parts(seed: int, batch: int, parts: int) -> None:
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4), st.sampled_from([6, 70]))
+@settings(max_examples=60, deadline=None)
+def test_steps_equal_a_brute_force_in_any_parts(seed: int, batch: int, parts: int, E: int) -> None:
+    """Four sequences in random turns, with gaps. Tokens in a row are those of one part."""
     rng = np.random.default_rng(seed)
-    T, E, k = int(rng.integers(1, 60)), 6, 2
-    ids_KT, position_T = uniform_ids(rng, T, E, k).astype(np.int16).T.copy(), rng.integers(0, 4, T)
+    sequence_T = rng.integers(0, 4, rng.integers(10, 90))
+    position_T = np.array([(sequence_T[:t] == s).sum() for t, s in enumerate(sequence_T)])
+    kept_T = rng.random(len(sequence_T)) < 0.9
+    sequence_T, position_T, T, k = sequence_T[kept_T], position_T[kept_T], int(kept_T.sum()), 2
+    ids_KT = uniform_ids(rng, T, E, k).astype(np.int16).T.copy()
     ids_KT[rng.random((k, T)) < 0.1] = -1
-    steps = distinct = 0
-    for p in range(4):
-        chosen = [set(ids_KT[:, t].tolist()) - {-1} for t in range(T) if position_T[t] == p]
-        for start in range(0, len(chosen) - batch + 1, batch):
-            steps += 1
-            distinct += len(set.union(*chosen[start : start + batch]))
-    of = Steps(E, [batch])
-    for part in np.array_split(np.arange(T), parts):
-        of.add(np.ascontiguousarray(ids_KT[:, part]), position_T[part])
-    assert (of.steps_B[0], of.distinct_B[0]) == (steps, distinct)
+    of, part_T = Steps(E, [1, batch], [1, 3]), np.zeros(T, int)
+    for n, part in enumerate(np.array_split(np.arange(T), parts)):
+        part_T[part] = n
+        before_T = before(sequence_T[part], position_T[part])
+        of.add(np.ascontiguousarray(ids_KT[:, part]), position_T[part], before_T)
+    place = {of_t: t for t, of_t in enumerate(zip(part_T, sequence_T, position_T, strict=True))}
+
+    def brute_force(draft: int, least: int) -> tuple[int, int]:
+        steps = distinct = 0
+        for p in range(least, 90):
+            windows = [
+                {int(e) for at in window for e in ids_KT[:, at]} - {-1}
+                for (n, s, q) in place
+                if q == p
+                and None not in (window := [place.get((n, s, p - i)) for i in range(draft + 1)])
+            ]
+            for start in range(0, len(windows) - batch + 1, batch):
+                steps += 1
+                distinct += len(set.union(*windows[start : start + batch]))
+        return steps, distinct
+
+    for n, draft in enumerate((0, 1, 3)):
+        found = (
+            sum_2NBG[:, n, 1].sum(1).tolist() for sum_2NBG in (of.steps_2NBG, of.distinct_2NBG)
+        )
+        without = brute_force(0, draft) if draft else (0, 0)
+        assert list(zip(*found, strict=True)) == [without, brute_force(draft, 0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cost", "pays", "said"),
+    [
+        ("same", 1.0, 0.0, "1.00x the weights of one without drafts, which pays from an acc"),
+        ("disjoint", 4.0, np.nan, "4.00x the weights of one without drafts, which pays at no acc"),
+        ("random", None, None, "(mean of 2,440 steps; if tokens chose independently: 5.5), 2.7"),
+    ],
+    ids=["same", "disjoint", "random"],
+)
+def test_drafts_of_tokens_that_choose_alike_cost_nothing_and_of_others_never_pay(
+    kind: str, cost: float | None, pays: float | None, said: str, tmp_path: Path
+) -> None:
+    S, length, E, k = 40, 64, 8, 2
+    ids = {
+        "same": np.tile(np.array([[0, 5]]), (S * length, 1)),
+        "disjoint": np.arange(S * length * k).reshape(-1, k) % E,  # of 4 tokens in a row
+        "random": uniform_ids(np.random.default_rng(0), S * length, E, k),
+    }[kind].astype(np.uint16)
+    document = np.repeat(np.arange(S), length)
+    trace = write_trace(tmp_path / "t", [ids], E, document=document, batch_tokens=length)
+    made = simulate_decode(trace, batches=[1], drafts=[3], acceptances=[0, 0.5, 1])
+    table = made.tables["speculation"].query("draft == 3")
+    assert table["tokens_per_step"].tolist() == [1, 1.875, 4]
+    assert (table["steps"] == S * (length - 3)).all()
+    if cost is None:  # as many as independent tokens read
+        cost = E * (1 - 0.75**4) / k
+        assert table["relative_cost"].tolist() == pytest.approx([cost] * 3, rel=0.01)
+        assert 0.5 < table["break_even"].iloc[0] < 1
+    else:
+        assert table["relative_cost"].tolist() == pytest.approx([cost] * 3)
+        assert table["break_even"].tolist() == pytest.approx([pays] * 3, nan_ok=True)
+    assert table["speedup"].tolist() == pytest.approx(np.array([1, 1.875, 4]) / cost, rel=0.01)
+    assert said in " ".join(made.verdict)
+
+
+def test_a_step_with_drafts_is_compared_with_one_at_the_same_positions(tmp_path: Path) -> None:
+    """All sequences begin with the same token, whose experts say nothing of the other steps."""
+    S, length, E = 16, 4, 64
+    ids = uniform_ids(np.random.default_rng(0), S * length, E, 8).astype(np.uint16)
+    ids[::length] = ids[0]
+    document = np.repeat(np.arange(S), length)
+    trace = write_trace(tmp_path / "t", [ids], E, document=document, batch_tokens=length)
+    made = simulate_decode(trace, batches=[S, 4 * S], drafts=[1, 2, 4])
+    of = made.tables["speculation"].query("acceptance == 0.5 and batch == @S").set_index("draft")
+    sets = [[set(ids[length * s + p].tolist()) for s in range(S)] for p in range(length)]
+    reads = [len(set.union(*of_p)) for of_p in sets]
+    both = [len(set.union(*sets[p], *sets[p - 1])) for p in range(1, length)]
+    assert of["relative_cost"][1] == pytest.approx(sum(both) / sum(reads[1:]))
+    assert of["steps"].tolist() == [4, 3, 2, 0]
+    for name in ("distinct_experts", "relative_cost", "speedup"):
+        assert of[name].isna().tolist() == [False, False, False, True]
+    assert of["break_even"].isna().tolist() == [True, False, False, True]
+    assert not of["best"][4]
+    text = " ".join(made.verdict)
+    assert f"No step of {S} sequences with drafts of 4 tokens: too few" in text
+    assert f"No step of {4 * S} sequences: the trace has too few" in text
+    assert f"{4 * S} sequences with drafts" not in text
+    assert "x the weights of one without drafts. " in text  # no advice: 64 tokens are too few
+    assert "Best draft" not in text
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_interval_of_a_step_covers_other_documents(alike: bool, tmp_path: Path) -> None:
+    """Of 100 samples of documents that prefer experts of their own, and of tokens all alike."""
+    rng, samples, document = np.random.default_rng(0), [], np.repeat(np.arange(40), 10)
+    for _ in range(100):
+        preferred_SE = rng.normal(0, 0 if alike else 1, (40, 16))
+        score_TE = preferred_SE[document] + rng.gumbel(size=(400, 16))
+        samples.append(np.argsort(-score_TE, 1)[:, :2].astype(np.uint16))
+    trace = write_trace(tmp_path / "t", samples, 16, document=document, batch_tokens=10)
+    table = simulate_decode(trace, batches=[4, 16]).tables["decode"]
+    of_4, of_16 = (rows for _, rows in table.groupby("batch"))
+    mean = of_4["distinct_experts"].mean()
+    covered = of_4["distinct_experts_low"].le(mean) & of_4["distinct_experts_high"].ge(mean)
+    width = (of_4["distinct_experts_high"] - of_4["distinct_experts_low"]).mean()
+    assert 0.88 <= covered.mean() <= 0.99
+    assert 3 < width / of_4["distinct_experts"].std() < 6
+    assert of_16["distinct_experts_low"].isna().all(), "of 2 groups of sequences"
 
 
 def test_bytes_a_token(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ COLUMNS = {
     "placement policies": "policy,balancedness_sglang,balancedness_vllm,slowdown",
     "placement windows": "window,first_token,tokens,part,layer,router,policy,max_over_mean",
     "placement plan": "layer,router,policy,slot,gpu,node,expert,replicas",
-    "decode decode": "layer,router,batch,steps,distinct_experts,independent,from_marginals",
+    "decode decode": "layer,router,batch,steps,distinct_experts,distinct_experts_low,distinct_",
     "decode batch_needed": "layer,router,reached_experts,reads_all_from,compute_bound_from",
+    "decode speculation --draft 1,2": "batch,draft,acceptance,steps,distinct_experts,independent",
     "capacity capacity_by_position": "layer,router,capacity_factor,position_in,tenth,assignments",
     "cache cache_by_phase": "layer,router,phase,policy,slots,hit_rate,hit_rate_warm,accesses",
     "routing routing": "layer,router,algorithm,experts_per_token,max_vio,max_vio_batch,mass,",
@@ -33,8 +34,8 @@ COLUMNS = {
 
 @pytest.mark.parametrize("names", COLUMNS)
 def test_every_table_in_every_format(names: str, cli_here: Cli, tmp_path: Path) -> None:
-    command, table = names.split()
-    shown = "simulate", command, TRACE, "--table", table
+    command, table, *options = names.split()
+    shown = "simulate", command, TRACE, "--table", table, *options
     text = cli_here(*shown, "--format", "csv").stdout
     assert text.startswith(COLUMNS[names])
     rows = text.count("\n") - 1
@@ -47,6 +48,7 @@ def test_every_table_in_every_format(names: str, cli_here: Cli, tmp_path: Path) 
 
 SAID = {
     "decode --batch 1,8 --expert-mb 10": "1 sequence reads 2.0 experts per layer and step",
+    "decode --batch 1,8 --draft 1,4 --acceptance 0.3,1": "1 sequence with drafts of 4 tokens: a",
     "capacity --capacity-factor 1,1.5 --group-tokens sequence": "1.5, in groups of a sequence",
     "cache --slots 2,4 --policy lru,belady --expert-mb 90 --gb-per-s 25": "tokens/s",
     "routing --layers 3 --top-k 1,2": "Simulated: a loss-free bias would bring layer 3 to 1.",
@@ -109,6 +111,9 @@ def test_bad_usage_exits_2_what_can_be_mended_1(cli_here: Cli, tmp_path: Path) -
         (1, counts, "routing", f"{no_order} routing needs"),
         (1, TRACE, "decode --flops-per-byte 0", "0.0 FLOPs per byte: give finite numbers above 0"),
         (1, TRACE, "decode --expert-mb 0", "expert size 0.0 MB"),
+        (1, TRACE, "decode --draft 0,2", "drafts of 0, 2 tokens: give numbers from 1 to 1,024"),
+        (1, TRACE, "decode --draft 2 --acceptance 0.5,nan", "give shares of the draft tokens"),
+        (1, TRACE, "decode --acceptance 0.5", "acceptance is that of drafts: give --draft"),
         (1, TRACE, "cache --expert-mb inf --gb-per-s 25", "expert size inf MB"),
         (1, TRACE, "routing --top-p 0.5,0", "top-p 0: give a number above 0 and at most 1"),
         (1, TRACE, "decode --batch 0", "batch size 0: give numbers from 1 to 16,777,216"),

@@ -190,9 +190,9 @@ SPOKEN = {
     "of all routers the least": (experts.least_used_expert, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
     "the least of the living": (experts.least_used_expert, stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)), "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load. That layer's busiest expert gets 3,3"),
     # what waiting costs
-    "waiting": (balance.idle_gpus, stub(near(1.2)), "With one GPU per expert, GPUs would idle 17% of the time."),
-    "not waiting": (balance.idle_gpus, stub(near(1.1999)), None),
-    "waiting, two layers": (balance.idle_gpus, stub(near(1.5), row(EVEN)), "of the time (33% at layer 0)."),
+    "waiting": (balance.busiest_gpu, stub(near(1.2)), "the busiest GPU of a layer would get 1.20x the mean load. What"),
+    "not waiting": (balance.busiest_gpu, stub(near(1.1999)), None),
+    "waiting, two layers": (balance.busiest_gpu, stub(near(1.5), row(EVEN)), "1.25x the mean load (1.50x at layer 0)."),
     # passes
     "by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
     "even by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.1999)), None),

@@ -26,7 +26,7 @@ FORMATS = {name: writes for name, (_, writes) in MODULES.items()}
 def export(
     *,
     trace: TraceArgument,
-    format: ExportFormat = output_option("What to write: see Formats.", default=REQUIRED),
+    format: ExportFormat = output_option("What to write: see Formats.", "FORMAT", default=REQUIRED),
     output: Path = output_option(
         "File to write; for esft, a folder.", "PATH", flags=("-o", "--output"), default=REQUIRED
     ),

@@ -273,6 +273,17 @@ class DecodeOptions(Options):
         flags=("--batch",),
         show_default="1,8,32,128",
     )
+    drafts: list[int] | None = option(
+        "Draft tokens per sequence that a step verifies (speculative decoding).",
+        "TOKENS",
+        flags=("--draft",),
+    )
+    acceptances: list[float] | None = option(
+        "Share of the draft tokens that the model accepts.",
+        "SHARE",
+        flags=("--acceptance",),
+        show_default="0.5,0.7,0.9",
+    )
     expert_mb: float | None = option(
         "Size of one expert, in 10^6 bytes. Default: from the model's config.", min=0
     )
@@ -293,11 +304,13 @@ def decode(
     """Count the distinct experts that a decode step reads.
 
     Reports them by batch size. Documents stand in for requests: a step is the tokens at one
-    position of B documents. On a cluster (--scheduler), each worker simulates whole layers: more
-    workers than layers do not help.
+    position of B documents. With --draft, also of steps that verify drafts: what they read, from
+    which acceptance they pay, and the best draft length. On a cluster (--scheduler), each worker
+    simulates whole layers: more workers than layers do not help.
 
     Examples:
-    moe-inspect simulate decode runs/a --batch 1,8,32"""
+    moe-inspect simulate decode runs/a --batch 1,8,32
+    moe-inspect simulate decode runs/a --batch 1,8 --draft 1,2,4,8 --acceptance 0.5,0.7,0.9"""
     show.show(show.simulation("decode", trace, options, selection))
 
 

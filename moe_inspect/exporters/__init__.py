@@ -24,6 +24,10 @@ MODULES = {
         "routed_experts",
         "a line per sequence with its routed experts, as vLLM returns them (.jsonl)",
     ),
+    "routing-profile": (
+        "routing_profile",
+        "load, distinct experts, locality, drift for simulators of serving (.json)",
+    ),
 }
 
 

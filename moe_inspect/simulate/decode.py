@@ -4,14 +4,19 @@ A step takes the tokens at one position of B different sequences, in the order o
 sequences stand in for requests. If the trace has generated tokens, only those are used, with
 positions counted from the end of the prompt; otherwise the prompt tokens are used instead.
 
-T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 experts.
+With speculative decoding, a step verifies drafts: of each sequence it takes the token at that
+position and the d before it, d + 1 tokens in a row. The tokens of the trace stand in for drafts.
+
+T tokens, K slots, E experts, N the draft lengths d, from 0 (no draft) on, B the batch sizes, P
+positions, W words of 64 experts, G groups of steps.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from math import inf
 from pathlib import Path
 
@@ -19,11 +24,12 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.tasks import by_router, by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_bytes, weight_bytes
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
-from moe_inspect.simulate import result
+from moe_inspect.simulate import result, speculation
 from moe_inspect.simulate.kernels_numba import fill_steps
 from moe_inspect.simulate.result import Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, count_taken, routed, taken
@@ -34,31 +40,51 @@ from moe_inspect.trace.shard import Shard
 # FLOPs per byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
 RIDGE = 295.0
 LARGEST = 2**24
+LONGEST_DRAFT = 1024
+ACCEPTANCES = 0.5, 0.7, 0.9
+GROUPS = 64  # of steps, by which intervals are made
 SATURATED = 0.95  # this share of the experts counts as almost all of them
 
 
 class Steps:
-    """The unfinished steps of one router, and sums over the finished ones. Memory grows with the
-    number of positions, experts and batch sizes, not with the number of tokens."""
+    """The unfinished steps of one router, and sums over the finished ones. The n-th steps of all
+    positions, which are of about the same sequences, are in one group. Memory grows with the number
+    of positions, experts, draft lengths and batch sizes, not with the number of tokens."""
 
-    def __init__(self, E: int, batches: Sequence[int]):
-        B = len(batches)
-        self.batch_B = np.array(batches, np.int64)
-        self.there_BPW = np.zeros((B, 0, -(-E // 64)), np.uint64)
-        self.tokens_BP = np.zeros((B, 0), np.int64)
-        self.steps_B, self.distinct_B = np.zeros((2, B), np.int64)
+    def __init__(self, E: int, batches: Sequence[int], drafts: Sequence[int] = ()):
+        self.batch_B, self.draft_N = np.array(batches, np.int64), np.array([0, *drafts], np.int64)
+        N, B = len(self.draft_N), len(batches)
+        self.there_NBPW = np.zeros((N, B, 0, -(-E // 64)), np.uint64)
+        self.filled_NBP, self.full_NBP = np.zeros((2, N, B, 0), np.int64)
+        # without the draft (at positions that have d tokens before them; for d > 0), and with
+        self.steps_2NBG, self.distinct_2NBG = np.zeros((2, 2, N, B, GROUPS), np.int64)
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
-    def add(self, ids_KT: np.ndarray, position_T: np.ndarray) -> None:
+    def add(self, ids_KT: np.ndarray, position_T: np.ndarray, before_T: np.ndarray) -> None:
+        """before_T: int64, which of these tokens is the one before it in its sequence, −1 for
+        none."""
         if not len(position_T):
             return
-        more = int(position_T.max()) + 1 - self.tokens_BP.shape[1]
+        more = int(position_T.max()) + 1 - self.filled_NBP.shape[2]
         if more > 0:
-            self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
-            self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
+            self.there_NBPW = np.pad(self.there_NBPW, ((0, 0), (0, 0), (0, more), (0, 0)))
+            self.filled_NBP = np.pad(self.filled_NBP, ((0, 0), (0, 0), (0, more)))
+            self.full_NBP = np.pad(self.full_NBP, ((0, 0), (0, 0), (0, more)))
         self.tokens += len(position_T)
-        sums = self.there_BPW, self.tokens_BP, self.steps_B, self.distinct_B, self.load_E
-        fill_steps(tuple(ids_KT), position_T, self.batch_B, *sums)
+        unfinished = self.there_NBPW, self.filled_NBP, self.full_NBP
+        sums = self.steps_2NBG, self.distinct_2NBG, self.load_E
+        of = tuple(ids_KT), position_T, before_T, self.draft_N, self.batch_B
+        fill_steps(*of, *unfinished, *sums)
+
+
+def before(sequence_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
+    """int64 [T]: which token is the one before it in its sequence, −1 for none."""
+    order_T = np.argsort(sequence_T, kind="stable")
+    sorted_T, at_T = sequence_T[order_T], position_T[order_T]
+    follows = (sorted_T[1:] == sorted_T[:-1]) & (at_T[1:] == at_T[:-1] + 1)
+    before_T = np.full(len(sequence_T), -1)
+    before_T[order_T[1:][follows]] = order_T[:-1][follows]
+    return before_T
 
 
 def independent(E: int, k: int, B: int) -> float:
@@ -78,20 +104,37 @@ def simulate_decode(
     trace: Trace | str | Path,
     *,
     batches: Sequence[int] = (1, 8, 32, 128),
+    drafts: Sequence[int] = (),
+    acceptances: Sequence[float] | None = None,
     expert_mb: float | None = None,
     flops_per_byte: float = RIDGE,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> result.Simulation:
-    """Counts the distinct experts that a decode step reads, by batch size. `expert_mb`: size of one
-    expert in 10⁶ bytes; default from the model's config. `flops_per_byte`: arithmetic intensity at
-    which the GPU is compute-bound."""
+    """Counts the distinct experts that a decode step reads, by batch size. `drafts`: lengths of
+    drafts in speculative decoding, whose verification is then counted too (table `speculation`),
+    and judged where each draft token is accepted with these `acceptances`, by default 0.5, 0.7 and
+    0.9. `expert_mb`: size of one expert in 10⁶ bytes; default from the model's config.
+    `flops_per_byte`: arithmetic intensity at which the GPU is compute-bound."""
     trace = result.with_decisions(trace, "simulate decode")
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
         raise MoeInspectError(
             f"batch size {', '.join(map(str, sizes))}: give numbers from 1 to {LARGEST:,}"
+        )
+    drafts = sorted(set(drafts))
+    if drafts and not 1 <= drafts[0] <= drafts[-1] <= LONGEST_DRAFT:
+        raise MoeInspectError(
+            f"drafts of {', '.join(map(str, drafts))} tokens: give numbers from 1 to "
+            f"{LONGEST_DRAFT:,}"
+        )
+    if acceptances is not None and not drafts:
+        raise MoeInspectError("acceptance is that of drafts: give --draft (drafts=) too")
+    accepted = sorted(set(ACCEPTANCES if acceptances is None else acceptances)) if drafts else []
+    if not all(0 <= acceptance <= 1 for acceptance in accepted):
+        raise MoeInspectError(
+            f"acceptance {', '.join(map(str, accepted))}: give shares of the draft tokens, 0 to 1"
         )
     if not 0 < flops_per_byte < inf or (expert_mb is not None and not 0 < expert_mb < inf):
         raise MoeInspectError(
@@ -105,79 +148,106 @@ def simulate_decode(
         generated = Selection(selection.routers, phase="decode")
         if routers and any(by_shard(trace, None, count_taken, generated)):
             chosen, decoded = Selection(routers, selection.domains, "decode"), True
-    steps = by_router(trace, chosen.routers, "simulating decode", _steps, chosen, decoded, sizes)
+    steps = by_router(
+        trace, chosen.routers, "simulating decode", _steps, chosen, decoded, sizes, drafts
+    )
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} has no tokens in this selection")
+    rows = _rows(trace, steps, expert_mb)
     tables = {
-        "decode": _table(trace, steps, expert_mb),
+        "decode": rows[rows["at"] == 0].drop(columns=["at", "draft"]).reset_index(drop=True),
         "batch_needed": _needed(trace, steps, flops_per_byte),
     }
+    if drafts:
+        reached = [r for r, of in steps.items() if of.tokens]
+        tables["speculation"] = speculation.table(rows[rows["router"].isin(reached)], accepted)
     settings: Settings = {
         "batches": sizes,
+        "drafts": drafts,
+        "acceptances": accepted,
         "phase": chosen.phase,
         "decoded": decoded,
         "expert_mb": expert_mb,
         "flops_per_byte": flops_per_byte,
         "weight_bits": 8 * weight_bytes(trace),
     }
-    few = result.too_few(trace, chosen)
-    return result.simulation(trace, few, tables, settings, verdict, chart, ("decode",))
+    few, shown = result.too_few(trace, chosen), "speculation" if drafts else "decode"
+    return result.simulation(trace, few, tables, settings, verdict, chart, (shown,))
 
 
 def _steps(
-    trace: Trace, routers: Sequence[int], selection: Selection, decoded: bool, sizes: Sequence[int]
+    trace: Trace,
+    routers: Sequence[int],
+    selection: Selection,
+    decoded: bool,
+    sizes: Sequence[int],
+    drafts: Sequence[int],
 ) -> dict[int, Steps]:
     """The steps of these routers after the whole trace. Positions of generated tokens count from
-    the first selected token of the sequence, the end of its prompt."""
-    steps = {r: Steps(trace.routers[r].experts, sizes) for r in routers}
+    the first selected token of the sequence, the end of its prompt. Tokens in a row are those of
+    one shard."""
+    steps = {r: Steps(trace.routers[r].experts, sizes, drafts) for r in routers}
     first_of = dict[tuple[str, int, int], int]()  # (stack, rank, sequence) → its position
 
-    def selected(shard: Shard, r: int, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    def selected(shard: Shard, r: int, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of the N tokens that the router sees in the shard are selected, bool [N], and the
-        positions of those, int64 [T]."""
+        positions of those and the tokens before them, int64 [T]."""
         table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)[seen]
         sequence_T, position_T = (
             table[name].to_numpy()[seen][taken_N] for name in ("sequence", "position")
         )
         position_T = position_T.astype(np.int64)
+        before_T = before(sequence_T, position_T) if drafts else np.full(len(position_T), -1)
         if not decoded:
-            return taken_N, position_T
+            return taken_N, position_T, before_T
         sequence_S, at_S, of_T = np.unique(sequence_T, return_index=True, return_inverse=True)
         place = trace.routers[r].stack, shard.files.rank
         first_S = [
             first_of.setdefault((*place, int(s)), int(first))
             for s, first in zip(sequence_S, position_T[at_S], strict=True)
         ]
-        return taken_N, position_T - np.array(first_S, np.int64)[of_T]
+        return taken_N, position_T - np.array(first_S, np.int64)[of_T], before_T
 
     for shard in shards_of(trace, "simulating decode"):
-        for r, (taken_N, position_T), ids_KN in routed(shard, routers, partial(selected, shard)):
+        for r, (taken_N, *of_T), ids_KN in routed(shard, routers, partial(selected, shard)):
             whole = taken_N.all()
-            steps[r].add(ids_KN if whole else np.ascontiguousarray(ids_KN[:, taken_N]), position_T)
+            steps[r].add(ids_KN if whole else np.ascontiguousarray(ids_KN[:, taken_N]), *of_T)
     return steps
 
 
-def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
-    rows = []
+def _rows(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
+    """A row per router, batch size and draft length d of what a step of B (d + 1) tokens reads,
+    after one of what a step without drafts reads at the same positions (`at` is d in both)."""
+    rows, resampled = [], cache(lambda n: unc.resample_weights(np.zeros(n, np.int64)))
     for r, of in steps.items():
         router = trace.routers[r]
         size = expert_mb * 1e6 if expert_mb is not None else expert_bytes(trace, r)
         activation_E = of.load_E / max(1, of.tokens)
-        for B, count, reads in zip(of.batch_B.tolist(), of.steps_B, of.distinct_B, strict=True):
-            distinct = reads / count if count else np.nan
+        kinds = product(enumerate(of.batch_B.tolist()), enumerate(of.draft_N.tolist()))
+        for b, B, n, at, draft in ((*i, *j, d) for i, j in kinds for d in sorted({0, j[1]})):
+            with_draft, T = int(draft == at), B * (draft + 1)
+            full_G, distinct_G = of.steps_2NBG[with_draft, n, b], of.distinct_2NBG[with_draft, n, b]
+            count, some_G = full_G.sum(), full_G > 0
+            distinct = distinct_G.sum() / count if count else np.nan
+            share_G = distinct_G[some_G] / router.experts
+            low, high = unc.ratio_interval(share_G, full_G[some_G], resampled(some_G.sum()))
             rows.append(
                 {
                     "layer": router.layer,
                     "router": r,
                     "batch": B,
+                    "at": at,
+                    "draft": draft,
                     "steps": count,
                     "distinct_experts": distinct,
-                    "independent": independent(router.experts, router.top_k, B),
-                    "from_marginals": from_marginals(activation_E, B),
+                    "distinct_experts_low": low * router.experts,
+                    "distinct_experts_high": high * router.experts,
+                    "independent": independent(router.experts, router.top_k, T),
+                    "from_marginals": from_marginals(activation_E, T),
                     "share_of_experts": distinct / router.experts,
-                    "tokens_per_expert": activation_E.sum() * B / distinct,
-                    "experts_per_token": distinct / B,
-                    "bytes_per_token": distinct * size / B if size else np.nan,
+                    "tokens_per_expert": activation_E.sum() * T / (distinct or np.nan),
+                    "experts_per_token": distinct / T,
+                    "bytes_per_token": distinct * size / T if size else np.nan,
                 }
             )
     return pd.DataFrame(rows)
@@ -241,6 +311,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             f"({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
             "FLOPs per byte)."
         )
+    if "speculation" in tables:
+        sentences += speculation.sentences(tables["speculation"], settings["too_few"])
     return [*sentences, f"Simulated: steps of the same position of different sequences, from {of}."]
 
 
@@ -261,10 +333,13 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
         Line(x, experts, "mean over layers", "c1", "", True, low, high),
     )
     batches = Axis("sequences decoded together", tuple(f"{batch:g}" for batch in mean.index))
+    panels = [Panel(marks, batches, Axis("distinct experts per step", low=0))]
+    if "speculation" in tables and (drafts := speculation.panel(tables["speculation"])).marks:
+        panels.append(drafts)
     return Chart(
         "Experts of a decode step",
         "Distinct experts that a step reads, by sequences decoded together",
-        (Panel(marks, batches, Axis("distinct experts per step", low=0)),),
+        tuple(panels),
         text=result.SIMULATED + "Bars go from the layer with the fewest to the one with the most.",
         name="decode",
     )

@@ -209,13 +209,28 @@ def belady(ids_KT, phase_T, slots, known_E, at_E, room_E, known, hits_P):  # typ
 
 
 @njit(nogil=True, cache=True)
-def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distinct_B, load_E):  # type: ignore[no-untyped-def]
-    """Adds tokens to the decode steps of their positions. A step of B tokens is full: it is counted
-    and the next begins. slots: K arrays [T], −1 for none; batch_B: the batch sizes B. The last five
-    arrays change in place: there_BPW, the experts of the steps that are filling up, as bits;
-    tokens_BP, their tokens; steps_B and distinct_B, full steps and the sum of their distinct
-    experts; load_E."""
-    W = there_BPW.shape[2]
+def fill_steps(  # type: ignore[no-untyped-def]
+    slots,
+    position_T,
+    before_T,
+    draft_N,
+    batch_B,
+    there_NBPW,
+    filled_NBP,
+    full_NBP,
+    steps_2NBG,
+    distinct_2NBG,
+    load_E,
+):
+    """Adds tokens, each with the d before it in its sequence, to the decode steps of their
+    positions. A step of B such windows is full: it is counted and the next begins. slots: K arrays
+    [T], −1 for none; before_T: the token before, −1 for none; draft_N: the numbers d, rising, the
+    first 0; batch_B: the batch sizes B. The last six arrays change in place: there_NBPW, the
+    experts of the steps that are filling up, as bits; filled_NBP, their windows; full_NBP, the full
+    steps; steps_2NBG and distinct_2NBG, full steps and the sum of their distinct experts, the n-th
+    step of every position in group n mod G, a power of 2: first, for d > 0, of tokens alone at the
+    positions that have d before them, then of the windows; load_E."""
+    W, G = there_NBPW.shape[3], steps_2NBG.shape[3]
     # two sets that slots take in turn: with one, each slot would wait for the one before
     even_W, odd_W = np.zeros(W, np.uint64), np.zeros(W, np.uint64)
     for t in range(len(position_T)):
@@ -228,18 +243,40 @@ def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distin
                 load_E[e] += 1
                 mine_W = odd_W if k % 2 else even_W
                 mine_W[e >> 6] |= np.uint64(1) << np.uint64(e & 63)
-        for b in range(len(batch_B)):
-            there_W = there_BPW[b, p]
-            tokens_BP[b, p] += 1
-            full = tokens_BP[b, p] == batch_B[b]
-            for w in range(W):
-                word = there_W[w] | even_W[w] | odd_W[w]
+        earlier, length = t, 1
+        for n in range(len(draft_N)):
+            while length <= draft_N[n] and before_T[earlier] >= 0:
+                earlier = before_T[earlier]
+                length += 1
+                for k in range(len(slots)):
+                    e = slots[k][earlier]
+                    if e >= 0:
+                        mine_W = odd_W if k % 2 else even_W
+                        mine_W[e >> 6] |= np.uint64(1) << np.uint64(e & 63)
+            if length <= draft_N[n]:
+                break
+            there_BPW, filled_BP = there_NBPW[n], filled_NBP[n]
+            for b in range(len(batch_B)):
+                there_W = there_BPW[b, p]
+                filled_BP[b, p] += 1
+                full = filled_BP[b, p] == batch_B[b]
+                distinct = np.int64(0)
+                for w in range(W):
+                    word = there_W[w] | even_W[w] | odd_W[w]
+                    if full:
+                        distinct += _bits(word)
+                    there_W[w] = np.uint64(0) if full else word
                 if full:
-                    distinct_B[b] += _bits(word)
-                there_W[w] = np.uint64(0) if full else word
-            if full:
-                steps_B[b] += 1
-                tokens_BP[b, p] = 0
+                    g = full_NBP[n, b, p] & (G - 1)
+                    filled_BP[b, p] = 0
+                    full_NBP[n, b, p] += 1
+                    steps_2NBG[1, n, b, g] += 1
+                    distinct_2NBG[1, n, b, g] += distinct
+                    if n == 0:
+                        for m in range(1, len(draft_N)):
+                            if draft_N[m] <= p:
+                                steps_2NBG[0, m, b, g] += 1
+                                distinct_2NBG[0, m, b, g] += distinct
 
 
 @njit(nogil=True, cache=True)

@@ -29,7 +29,7 @@ from moe_inspect.trace.schema import DROPPED, Router
 from moe_inspect.trace.shard import Shard
 
 T = TypeVar("T", str, tuple[str, int])  # labels of rows
-SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
+SRP_LENGTHS = (2, 4, 16, 64)  # tokens of a segment; of 2: the experts that both choose
 WANTS = {
     "load": "assignments, first choices and gate weights of each expert",
     "domains": "the same by domain and by cluster of documents (comes with load)",

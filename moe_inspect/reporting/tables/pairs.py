@@ -21,7 +21,7 @@ from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import AsColumns, table
 
-LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # tokens of a segment; SRP is 1 for a single token
+LENGTHS = SRP_LENGTHS[1:]  # tokens of a segment
 BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
 ALPHA = 0.05  # probability that chance alone makes any pair of the trace supported (family-wise)
 BLOCK = 2**14  # pairs that are worked on at a time, which stay in a cache

@@ -103,19 +103,21 @@ def routers_without_load(data: ReportData) -> Finding | None:
     return fnd.critical(said, about, routers_without_load=routers, routers=len(table))
 
 
-def idle_gpus(data: ReportData) -> Finding | None:
-    """What unevenness costs: a layer is done when its busiest GPU is, and the others wait."""
+def busiest_gpu(data: ReportData) -> Finding | None:
+    """What unevenness comes to on GPUs: a layer is done when its busiest GPU is."""
     worst = worst_of(data.loaded)
     if worst is None or not uneven(data, worst):
         return None
-    # the time of a layer is that of its busiest expert, its work that of the mean
-    share = 1 - sum(row["assignments"] / row["experts"] for row in data.loaded) / sum(
-        row["max_over_mean"] * row["assignments"] / row["experts"] for row in data.loaded
+    mean_R = [row["assignments"] / row["experts"] for row in data.loaded]
+    most_R = [row["max_over_mean"] * mean for row, mean in zip(data.loaded, mean_R, strict=True)]
+    ratio, there = sum(most_R) / sum(mean_R), worst["max_over_mean"]
+    alone = f" ({there:.2f}x at {name_of(data, worst)})" if len(data.loaded) > 1 else ""
+    said = (
+        f"With one GPU per expert, the busiest GPU of a layer would get {ratio:.2f}x the mean "
+        f"load{alone}. What that costs in time depends on the GPU and the engine: simulate step "
+        "tells it."
     )
-    there = 1 - worst["balancedness"]
-    alone = f" ({there:.0%} at {name_of(data, worst)})" if len(data.loaded) > 1 else ""
-    said = f"With one GPU per expert, GPUs would idle {share:.0%} of the time{alone}."
-    return note(said, worst, idle_share=share, idle_share_at_worst=there)
+    return note(said, worst, busiest_over_mean=ratio, busiest_over_mean_at_worst=there)
 
 
 def uneven_batches(data: ReportData) -> Finding | None:
@@ -129,7 +131,7 @@ def uneven_batches(data: ReportData) -> Finding | None:
     whole = int(_passes(data, row)[1].sum())
     larger = f"of {whole:,} of {passes:,} passes, the larger ones; " if whole < passes else ""
     batch, expected = 1 + row["max_vio_batch"], 1 + row["noise_floor_batch"]
-    idle, effect, cause = 1 - 1 / batch, row["design_effect"], ""
+    effect, cause = row["design_effect"], ""
     if math.isnan(effect) or fnd.few_documents(data):
         cause = " Whether its documents explain this is unknown: there are too few of them."
     elif not _beyond_documents(data, row):
@@ -140,11 +142,10 @@ def uneven_batches(data: ReportData) -> Finding | None:
     said = (
         f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
         f"busiest expert of a pass gets {batch:.2f}x the mean load on average ({larger}"
-        f"expected by chance: {expected:.2f}x), over all passes {row['max_over_mean']:.2f}x. With "
-        f"one GPU per expert, GPUs would idle {idle:.0%} of the time in that layer.{cause}"
+        f"expected by chance: {expected:.2f}x), over all passes {row['max_over_mean']:.2f}x.{cause}"
     )
     values = {"max_over_mean_batch": batch, "max_over_mean": row["max_over_mean"]}
-    values |= {"expected_by_chance": expected, "idle_share": idle}
+    values |= {"expected_by_chance": expected}
     return fnd.found("note" if cause else "warning", said, row, **values)
 
 

@@ -19,7 +19,7 @@ CHECKS: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("Balance", (balance.balance, balance.routers_without_load)),
     ("Balance", (experts.dead_experts, experts.overloaded_experts, experts.starved_experts)),
     ("Balance", (experts.least_used_expert,)),
-    ("Serving", (balance.idle_gpus, balance.uneven_batches)),
+    ("Serving", (balance.busiest_gpu, balance.uneven_batches)),
     ("Balance", (balance.averaging_hides, experts.overloading_domain, experts.unused_in_domain)),
     ("Specialization", (specialization.domain_specialization, specialization.domain_beyond_token)),
     ("Specialization", (specialization.token_specialization, specialization.hard_tokens)),
@@ -30,7 +30,7 @@ CHECKS: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("", (data_checks.repeated_rows, data_checks.sample)),
 )
 # these would say of experts and GPUs what is true of a rank that is missing
-OF_ALL_RANKS: tuple[Check, ...] = (experts.dead_experts, balance.idle_gpus)
+OF_ALL_RANKS: tuple[Check, ...] = (experts.dead_experts, balance.busiest_gpu)
 
 
 @once
