@@ -192,7 +192,7 @@ SPOKEN = {
     # what waiting costs
     "waiting": (balance.busiest_gpu, stub(near(1.2)), "the busiest GPU of a layer would get 1.20x the mean load. What"),
     "not waiting": (balance.busiest_gpu, stub(near(1.1999)), None),
-    "waiting, two layers": (balance.busiest_gpu, stub(near(1.5), row(EVEN)), "1.25x the mean load (1.50x at layer 0)."),
+    "waiting, two layers": (balance.busiest_gpu, stub(near(1.5), row(EVEN)), "1.45x the mean load (1.50x at layer 0)."),
     # passes
     "by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
     "even by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.1999)), None),
