@@ -143,7 +143,8 @@ def null_loads(
         if 2 ** (len(of) + 1) < len(signs_BU):
             bit_U = 2 ** np.arange(len(of))
             drawn_B = (signs_PU > 0) @ bit_U
-            signs_PU = np.sign((np.arange(2 ** len(of))[:, None] & bit_U) - 0.5, dtype=np.float32)
+            every_PU: np.ndarray = np.arange(2 ** len(of))[:, None] & bit_U > 0
+            signs_PU = every_PU.astype(np.float32) * 2 - 1
         load_PE = expected_E + signs_PU @ residual_UE[of]
         yield np.maximum(load_PE, 0, out=load_PE), drawn_B
 
