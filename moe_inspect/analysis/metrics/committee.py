@@ -71,7 +71,7 @@ def committee_null(assignments_UE: np.ndarray, domain_U: np.ndarray, top_k: int)
     loaded_B: np.ndarray = np.zeros(1, int)
     for load_PE, drawn_B in null_loads(assignments_UE, domain_U):
         member_BE = member_BE & _leads(load_PE, top_k)[drawn_B]
-        loaded_P: np.ndarray = load_PE.any(1)
+        loaded_P = load_PE.max(1) > 0
         loaded_B = loaded_B + loaded_P[drawn_B]
         if not member_BE.any():
             return 0.0
