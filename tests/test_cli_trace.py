@@ -386,6 +386,19 @@ def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> 
         assert says in cli("trace", *arguments, check=1, env=environment).stderr
 
 
+def test_report_loads_numpy_for_one_thread() -> None:
+    """Threads of a BLAS took five times the CPU time of the whole report, waiting."""
+    program = (
+        "import os, sys\nclass Finder:\n def find_spec(self, name, *_):\n  if name == 'numpy': "
+        "print(os.environ.get('OPENBLAS_NUM_THREADS'))\nsys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['moe-inspect', 'report', 'sample_traces/balanced', '--table', 'summary']\n"
+        "from moe_inspect.__main__ import main\nmain()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"}
+    said = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
+    assert said.splitlines()[0] == "1"
+
+
 def test_help_is_light(cli: Cli, cli_here: Cli) -> None:
     program = (
         "import sys; sys.argv = ['moe-inspect', '--help']\nfrom moe_inspect.__main__ import "

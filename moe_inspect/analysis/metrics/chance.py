@@ -140,10 +140,11 @@ def null_loads(
     signs_BU = signs_of(U, len(of_D) * E)[:draws]
     for of, expected_E in zip(of_D, expected_DE, strict=True):
         signs_PU, drawn_B = signs_BU[:, of], ALL
-        if 2 ** (len(of) + 1) < len(signs_BU):
-            bit_U = 2 ** np.arange(len(of))
+        if 2 << len(of) < len(signs_BU):
+            bit_U = np.left_shift(1, np.arange(len(of)))
             drawn_B = (signs_PU > 0) @ bit_U
-            signs_PU = np.sign((np.arange(2 ** len(of))[:, None] & bit_U) - 0.5, dtype=np.float32)
+            is_positive_PU = np.arange(1 << len(of))[:, None] & bit_U > 0
+            signs_PU = np.where(is_positive_PU, np.float32(1), np.float32(-1))
         load_PE = expected_E + signs_PU @ residual_UE[of]
         yield np.maximum(load_PE, 0, out=load_PE), drawn_B
 

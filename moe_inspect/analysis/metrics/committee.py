@@ -67,10 +67,12 @@ def committee_null(assignments_UE: np.ndarray, domain_U: np.ndarray, top_k: int)
     domains."""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
         return nan
-    member_BE, loaded_B = np.ones((1, 1), bool), np.zeros(1, int)
+    member_BE: np.ndarray = np.ones((1, 1), bool)
+    loaded_B: np.ndarray = np.zeros(1, int)
     for load_PE, drawn_B in null_loads(assignments_UE, domain_U):
         member_BE = member_BE & _leads(load_PE, top_k)[drawn_B]
-        loaded_B = loaded_B + load_PE.any(1)[drawn_B]
+        loaded_P = load_PE.max(1) > 0
+        loaded_B = loaded_B + loaded_P[drawn_B]
         if not member_BE.any():
             return 0.0
     return float((member_BE.sum(1) * (loaded_B > 1)).mean())

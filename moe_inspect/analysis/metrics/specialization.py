@@ -23,7 +23,7 @@ from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
 FEW_DOMAINS, DRAWN_PAIRS = 150, 10_000  # up to which all pairs are compared; how many else
 JSD_DRAWS, JSD_PAIRS = 20, 100_000  # by chance, at most: draws, and pairs of domains in all of them
-CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
+CHUNK_CELLS = 2**16  # of pairs of domains, or of draws, taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
 N_LOG2_N = np.arange(LOOKED_UP) * np.log2(np.maximum(np.arange(LOOKED_UP), 1))
@@ -141,7 +141,7 @@ def jsd_bits(assignments_DE: np.ndarray) -> float:
         both_PE += share_DE[other]
         both_PE /= 2
         total += (_entropy_bits(both_PE) - (entropy_D[one] + entropy_D[other]) / 2).sum()
-    return float(total / len(first))
+    return float(max(total, 0.0) / len(first))  # rounding may leave less than 0
 
 
 def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
@@ -257,26 +257,25 @@ class Expected:
         explain have random signs. float64 [B]"""
         assignments_DE, _ = self.by_domain()
         residual_UE = (self.assignments_UE - self.expected_UE).astype(np.float32)
-        signs_BU = chance.signs_of(len(residual_UE), assignments_DE.size)
+        every_BU = chance.signs_of(len(residual_UE), assignments_DE.size)
         common_DE, weight_DU = _in_common(assignments_DE), self.moved.weight_DU
         with_load = np.flatnonzero(assignments_DE.any(1)).tolist()
 
-        def bits(signs_PU: np.ndarray) -> np.ndarray:
-            signed_PU = np.empty_like(signs_PU)
-            moved_PE = np.empty((len(signs_PU), residual_UE.shape[1]), np.float32)
-            load_PE = np.empty(moved_PE.shape)
+        def bits(signs_BU: np.ndarray) -> np.ndarray:
+            signed_BU = np.empty_like(signs_BU)
+            moved_BE = np.empty((len(signs_BU), residual_UE.shape[1]), np.float32)
+            load_BE = np.empty(moved_BE.shape)
 
             def loads(d: int) -> tuple[np.ndarray, chance.Drawn]:
-                np.multiply(signs_PU, weight_DU[d], out=signed_PU)
-                np.add(common_DE[d], np.matmul(signed_PU, residual_UE, out=moved_PE), out=load_PE)
-                return np.maximum(load_PE, 0, out=load_PE), chance.ALL
+                np.multiply(signs_BU, weight_DU[d], out=signed_BU)
+                np.add(common_DE[d], np.matmul(signed_BU, residual_UE, out=moved_BE), out=load_BE)
+                return np.maximum(load_BE, 0, out=load_BE), chance.ALL
 
             return _bits_of_draws(map(loads, with_load))
 
         step = max(1, CHUNK_CELLS // residual_UE.shape[1])
-        return np.concatenate(
-            [bits(signs_BU[at : at + step]) for at in range(0, len(signs_BU), step)]
-        )
+        starts = range(0, len(every_BU), step)
+        return np.concatenate([bits(every_BU[at : at + step]) for at in starts])
 
 
 def _n_log2_n(counts_XE: np.ndarray) -> np.ndarray:

@@ -46,9 +46,10 @@ def report_page(
     """The page of a report, as HTML. `more`: sections to add after its charts, or texts that say
     why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by default
     as many as a megabyte holds. `up`: the address of the page above, and what its link says."""
+    of_text = text_section(data, text)  # before the charts, whose tables stay in memory
     charts, left_out = spec.draw_charts(data)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
-    of_text, added, code = text_section(data, text), list(more), python_of_report(data, "summary")
+    added, code = list(more), python_of_report(data, "summary")
     parts: list[Section | str] = [
         of_text,
         *(_section(data, chart) for chart in charts if chart is not lead),
