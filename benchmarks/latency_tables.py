@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-DRAWS = 8
+DRAWS, TIMED_DRAWS = 8, 5
 GPU = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200"}
 COLUMNS = (
     "framework,version,device,kernel_source,moe_dtype,num_tokens,hidden_size,inter_size,topk,"

@@ -1,0 +1,208 @@
+"""The time of an MoE layer on one rank, from its tokens per expert.
+
+    ms = launch + ((weights ÷ bandwidth)^p + (tiles ÷ rate)^p)^(1/p) + activations ÷ bandwidth
+
+Weights are those of the experts that have a token. Tiles are the tokens of each expert, rounded up
+to 16, 32, 64 and 128 rows, each with its own rate: a kernel that changes its tile with the batch is a
+mixture of them. Activations are what every token costs that the rank was handed (it may skip the
+tokens of other ranks' experts, but still reads them and writes their zeros) and each row that it
+computes. Every term grows with the tokens and no constant is negative, so more tokens never take
+less time.
+
+S steps, E experts of the rank, F features, P pairs of rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
+
+SHIPPED = Path(__file__).with_name("constants.json")
+TILES = (1, 16, 32, 64, 128)
+BYTES = {
+    "bfloat16": 2.0,
+    "fp8": 1.0,
+    "fp8_block": 1.0,
+    "int4_wo": 0.53,  # 4-bit kinds with their scales
+    "nvfp4": 0.5625,
+    "w4a16_mxfp4": 0.53,
+    "w4a8_mxfp4_mxfp8": 0.53,
+}
+LAUNCH = {
+    "launch_ms": 0.02,
+    "launch_ms_per_1k_hidden": 0.002,
+    "launch_ms_per_1k_inter": 0.002,
+    "launch_ms_per_1k_experts": 0.01,
+    "ms_per_1k_used_experts": 0.01,
+}
+ACTIVATIONS = {
+    "handed_ms_per_gvalue_hidden": 0.5,  # tokens handed · top-k · hidden
+    "handed_ms_per_gvalue_inter": 0.5,
+    "row_ms_per_gvalue_hidden": 0.5,
+    "row_ms_per_gvalue_inter": 0.5,
+}
+RATE = {f"tile{tile}_ms_per_tflop": 0.3 for tile in TILES}
+START = LAUNCH | ACTIVATIONS | {"weights_ms_per_gb": 0.3} | RATE | {"overlap": 1.0}
+LINEAR = len(LAUNCH) + len(ACTIVATIONS)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a layer on one rank. inter: after tensor parallelism; experts: of all ranks."""
+
+    hidden: int
+    inter: int
+    top_k: int
+    experts: int
+    gated: bool = True
+
+
+@dataclass
+class KernelTime:
+    """The constants of one kernel, and how wrong they were on shapes they were not fitted on."""
+
+    gpu: str
+    engine: str
+    version: str
+    kernel: str
+    dtype: str
+    constants: dict[str, float]
+    errors: dict[str, float | None] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.gpu}/{self.engine} {self.version}/{self.kernel}/{self.dtype}"
+
+    def predict(
+        self, tokens_SE: np.ndarray, shape: Shape, handed_S: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Milliseconds [steps] of the layer. tokens_SE: float64 [steps, experts of the rank].
+        handed_S: tokens that the rank is given, its own or not; without it, no more than it
+        computes, as after an all-to-all."""
+        row = features(tokens_SE, shape, self.dtype, handed_S)
+        return times(row, np.array([self.constants[name] for name in START]))
+
+    def doubt(self) -> str:
+        """What to say beside every figure, "" where the kernel is as good as it should be."""
+        said = []
+        for key, most, what in (
+            ("imbalance_error_median", 0.05, "half of the costs of imbalance err by more than"),
+            ("imbalance_error_p90", 0.15, "one in ten costs of imbalance errs by more than"),
+            ("time_error_median", 0.10, "half of the times err by more than"),
+        ):
+            error = self.errors.get(key)
+            if error is None:
+                said.append(f"{key.removesuffix('_median')} was not measured")
+            elif error > most:
+                said.append(f"{what} {np.expm1(error):.0%}")
+        return "; ".join(said)
+
+
+def features(
+    tokens_SE: np.ndarray, shape: Shape, dtype: str, handed_S: np.ndarray | None = None
+) -> np.ndarray:
+    """float64 [steps, features]: what each constant is multiplied with, in the order of START."""
+    if dtype not in BYTES:
+        raise MoeInspectError(f"no size of a weight is known for {dtype}: one of {', '.join(BYTES)}")
+    tokens_SE = np.asarray(tokens_SE, np.float64)
+    rows_S, used_S = tokens_SE.sum(1), (tokens_SE > 0).sum(1)
+    handed_S = rows_S / shape.top_k if handed_S is None else np.asarray(handed_S, np.float64)
+    weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
+    one = np.ones(len(tokens_SE))
+    choices_S = handed_S * shape.top_k / 1e9
+    columns = [
+        one,
+        one * shape.hidden / 1e3,
+        one * shape.inter / 1e3,
+        one * shape.experts / 1e3,
+        used_S / 1e3,
+        choices_S * shape.hidden,
+        choices_S * shape.inter,
+        rows_S * shape.hidden / 1e9,
+        rows_S * shape.inter / 1e9,
+        used_S * weights * BYTES[dtype] / 1e9,
+        *(2 * weights * (np.ceil(tokens_SE / tile) * tile).sum(1) / 1e12 for tile in TILES),
+    ]
+    return np.stack([*columns, one], 1)  # the power of the maximum is multiplied with nothing
+
+
+def times(features_SF: np.ndarray, constants_F: np.ndarray) -> np.ndarray:
+    """Milliseconds [steps]."""
+    cost_SF = features_SF * constants_F
+    power = 1 + constants_F[-1]
+    weights_S, tiles_S = cost_SF[:, LINEAR], cost_SF[:, LINEAR + 1 : -1].sum(1)
+    bound_S = np.maximum(weights_S, tiles_S)
+    least_S = np.minimum(weights_S, tiles_S) / np.where(bound_S > 0, bound_S, 1)
+    return cost_SF[:, :LINEAR].sum(1) + bound_S * (1 + least_S**power) ** (1 / power)
+
+
+def fit(
+    features_SF: np.ndarray, ms_S: np.ndarray, pairs_P2: np.ndarray, weight: float = 1.5
+) -> dict[str, float]:
+    """Constants whose times, and whose ratios of pairs of rows (imbalanced, balanced), are nearest
+    in logs. pairs_P2: int [pairs, 2], rows; weight: of a pair's error, against a row's 1."""
+    from scipy.optimize import least_squares
+
+    log_ms_S, (imbalanced_P, balanced_P) = np.log(ms_S), pairs_P2.T
+
+    def error(log_constants: np.ndarray) -> np.ndarray:
+        error_S = np.log(times(features_SF, np.exp(log_constants))) - log_ms_S
+        return np.r_[error_S, weight * (error_S[imbalanced_P] - error_S[balanced_P])]
+
+    # far below and above any constant of a GPU: a term that nothing needs ends at the bottom
+    start = np.log(list(START.values()))
+    found = least_squares(
+        error, start, bounds=(start - 12, start + 8), loss="soft_l1", f_scale=0.1, max_nfev=60
+    )
+    return dict(zip(START, map(float, np.exp(found.x)), strict=True))
+
+
+class LatencyModel:
+    """Kernels by name, as a file of constants holds them."""
+
+    def __init__(self, kernels: Sequence[KernelTime]):
+        self.kernels = list(kernels)
+
+    @classmethod
+    def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
+        try:
+            entries = json.loads(read_small(path))["kernels"]
+            kernels = [KernelTime(**entry) for entry in entries]
+        except (ValueError, KeyError, TypeError) as error:
+            raise MoeInspectError(
+                f"{path} is no file of latency constants ({error}): write one with "
+                '"python -m benchmarks.latency_fit TABLE -o FILE"'
+            ) from error
+        for kernel in kernels:
+            check(kernel, path)
+        return cls(kernels)
+
+    def to_file(self, path: str | Path) -> None:
+        lines = ",\n".join(json.dumps(asdict(kernel)) for kernel in self.kernels)
+        Path(path).write_text(f'{{"kernels": [\n{lines}\n]}}\n')
+
+    def kernel(self, **wanted: str) -> KernelTime:
+        """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8")."""
+        found = [k for k in self.kernels if all(getattr(k, n) == v for n, v in wanted.items())]
+        if len(found) == 1:
+            return found[0]
+        what = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        names = "; ".join(k.name for k in found or self.kernels)
+        raise MoeInspectError(f"{len(found)} kernels have {what}: choose one of {names}")
+
+
+def check(kernel: KernelTime, path: object) -> None:
+    constants: Mapping[str, Any] = kernel.constants
+    for name in START:
+        value = constants.get(name)
+        if not (isinstance(value, float | int) and np.isfinite(value) and value >= 0):
+            raise MoeInspectError(f"{path}: {name} of {kernel.name} is {value}, not a number from 0")
