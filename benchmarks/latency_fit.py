@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import least_squares
 
-from benchmarks.latency_tables import DRAWS, TIMED_DRAWS, Load, load, read
+from benchmarks.latency_tables import DRAWS, GPU, TIMED_DRAWS, Load, load, read
 from moe_inspect.simulate.latency.model import (
     BYTES,
     LINEAR,
@@ -31,6 +33,7 @@ from moe_inspect.simulate.latency.model import (
     KernelTime,
     LatencyModel,
     Shape,
+    TransferTime,
     features,
     fit,
     times,
@@ -42,7 +45,8 @@ CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
 # TB/s of memory, dense TFLOP/s of bfloat16; fp8 twice, fp4 four times: the vendor's figures
 SPECS = {"h100": (3.35, 989), "h200": (4.8, 989), "b200": (7.7, 2250)}
 SOURCE = "fitted from tables of ai-dynamo/aiconfigurator (Apache-2.0)"
-FOLDS, MOST_ROWS = 4, 4500
+FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
+RANKS = 8  # of the tables of DeepEP: one node
 TOKENS = [0, 4, 32, 128, 512, 2048, np.inf]
 
 
@@ -128,12 +132,64 @@ def measured(paths: list[Path]) -> Iterator[Measured]:
     frame = pd.concat(frames, ignore_index=True)
     frame["whole_inter"] = frame["inter"] * frame["tp"]
     for name, rows in frame.groupby(KERNEL, sort=True):
+        if len(rows) < FEWEST_ROWS:
+            print(f"left out: {'/'.join(name)}, {len(rows)} rows", file=sys.stderr)
+            continue
         found = np.empty((len(rows), DRAWS, len(START)))
         for at, r in enumerate(rows.itertuples()):
             gated = "nongated" not in r.kernel
             shape = Shape(r.hidden, r.inter, r.top_k, r.experts, gated)
             found[at] = features(r.load.tokens_DE, shape, r.dtype, r.load.tokens_D)
         yield Measured(tuple(map(str, name)), rows.reset_index(drop=True), found)
+
+
+# --- dispatch and combine
+
+
+def transfers(path: Path) -> Iterator[tuple[TransferTime, int]]:
+    """Fitted from a table of DeepEP (comm/sglang) or NCCL, and from how many rows. Errors are those
+    of the rows that were fitted: a line has two constants."""
+    frame = pd.read_parquet(path)
+    device, framework, version = frame[["device", "framework", "version"]].iloc[0]
+    about = (GPU.get(device, device), framework.lower(), version)
+    if "message_size" in frame:
+        for (name, ways), rows in frame.groupby(["op_name", "num_gpus"]):
+            fitted = line(rows["message_size"] / 1e9, rows["latency"])
+            yield TransferTime(about[0], "nccl", about[2], name, "byte", ways, *fitted), len(rows)
+        return
+    k, experts = frame["num_topk"], frame["num_experts"]
+    normal = "dispatch_sms" in frame
+    # of 8 ranks, by chance: one with an eighth of the experts holds none of a token's k
+    missed = np.array(
+        [
+            np.prod(1 - (e / RANKS) / (e - np.arange(n)))
+            for n, e in zip(k.to_numpy(), experts.to_numpy(float), strict=True)
+        ]
+    ).clip(0)
+    copies = frame["num_token"] * (RANKS * (1 - missed) if normal else k)
+    for name, width in (("dispatch", 1), ("combine", 2)):
+        ms = frame[f"{name}_transmit_us" if normal else f"{name}_avg_t_us"] / 1e3
+        ways = frame[f"{name}_sms"] if normal else pd.Series(0, frame.index)
+        for way in sorted(ways.unique()):
+            at = ways == way
+            gb = (copies * frame["hidden_size"] * width / 1e9)[at]
+            kernel = f"deepep_{'normal' if normal else 'low_latency'}_{name}"
+            per = "rank" if normal else "choice"
+            yield TransferTime(*about, kernel, per, int(way), *line(gb, ms[at])), int(at.sum())
+
+
+def line(gb: pd.Series, ms: pd.Series) -> tuple[float, float, float]:
+    """launch_ms, ms_per_gb, and the median of |log error|, least in logs."""
+    gb_S, log_ms_S = gb.to_numpy(float), np.log(ms.to_numpy(float))
+
+    def error(log_constants: np.ndarray) -> np.ndarray:
+        launch, slope = np.exp(log_constants)
+        return np.log(launch + slope * gb_S) - log_ms_S
+
+    found = least_squares(error, [np.log(ms.min()), 0.0], loss="soft_l1", f_scale=0.1)
+    launch, slope = np.exp(found.x)
+    off = float(np.median(np.abs(error(found.x))))
+    return float(f"{launch:.4g}"), float(f"{slope:.4g}"), round(off, 4)
 
 
 # --- errors
@@ -243,7 +299,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the constants to this file")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     asked = parser.parse_args()
-    kernels = [k for k in measured(asked.tables) if asked.only in "/".join(k.name)]
+    moves = [p for p in asked.tables if "moe_perf" not in p.name and p.suffix != ".csv"]
+    tables = [p for p in asked.tables if p not in moves]
+    kernels = [k for k in measured(tables) if asked.only in "/".join(k.name)] if tables else []
     fitted = {k.name: k.fitted(np.ones(len(k.ms_S), bool)) for k in kernels}
     table, entries = [], []
     for kernel in kernels:
@@ -263,13 +321,19 @@ def main() -> None:
             table += judged(kernel, fitted)
             if asked.by and ours_S is not None and len(kernel.pairs_P2):
                 print("/".join(kernel.name), by_ep_and_tokens(kernel, ours_S).to_string(), sep="\n")
-        rounded = {name: float(f"{value:.4g}") for name, value in constants.items()}
+        # a constant at the bottom of its range is a term that nothing needed
+        needed = {name: value > START[name] * 1e-5 for name, value in constants.items()}
+        rounded = {n: float(f"{v:.4g}") * needed[n] for n, v in constants.items()}
         kept = {name: value for name, value in found.items() if name != "pairs"}
-        entries.append(KernelTime(**about, constants=rounded, errors=kept, source=SOURCE))
+        entries.append(KernelTime(**about, constants=rounded, errors=kept))
+    ways = [found for path in moves for found in transfers(path)]
+    for way, rows in ways if asked.json else ():
+        print(json.dumps(asdict(way) | {"rows": rows}))
     if not asked.json:
         print(pd.DataFrame(table).to_string(index=False))
+        print(pd.DataFrame([asdict(way) | {"rows": n} for way, n in ways]).to_string(index=False))
     if asked.output:
-        LatencyModel(entries).to_file(asked.output)
+        LatencyModel(entries, [way for way, _ in ways], SOURCE).to_file(asked.output)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ class KernelTime:
     dtype: str
     constants: dict[str, float]
     errors: dict[str, float | None] = field(default_factory=dict)
-    source: str = ""
 
     @property
     def name(self) -> str:
@@ -166,29 +165,66 @@ def fit(
     return dict(zip(START, map(float, np.exp(found.x)), strict=True))
 
 
-class LatencyModel:
-    """Kernels by name, as a file of constants holds them."""
+@dataclass
+class TransferTime:
+    """Dispatch or combine: launch_ms + GB ÷ bandwidth. A copy is what crosses once: with per
+    "choice" (DeepEP's low latency) a token goes to each expert that it chose, with per "rank"
+    (DeepEP's normal kernels) once to each rank that it reaches, per "byte" (NCCL) is a message.
+    ways: the streaming multiprocessors given to DeepEP's normal kernels, the GPUs of NCCL."""
 
-    def __init__(self, kernels: Sequence[KernelTime]):
-        self.kernels = list(kernels)
+    gpu: str
+    engine: str
+    version: str
+    kernel: str
+    per: str
+    ways: int
+    launch_ms: float
+    ms_per_gb: float
+    time_error_median: float | None = None
+
+    def predict(self, copies_S: np.ndarray, bytes_per_copy: float) -> np.ndarray:
+        """Milliseconds [steps] of the rank that sends or receives the most copies. bytes_per_copy:
+        of a token's hidden state, 1 byte a value for a dispatch in fp8, 2 for a combine."""
+        gb_S = np.asarray(copies_S, np.float64) * bytes_per_copy / 1e9
+        return self.launch_ms + gb_S * self.ms_per_gb
+
+
+class LatencyModel:
+    """Kernels and transfers, as a file of constants holds them."""
+
+    def __init__(
+        self,
+        kernels: Sequence[KernelTime],
+        transfers: Sequence[TransferTime] = (),
+        source: str = "",
+    ):
+        self.kernels, self.transfers = list(kernels), list(transfers)
+        self.source = source
 
     @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
         try:
-            entries = json.loads(read_small(path))["kernels"]
-            kernels = [KernelTime(**entry) for entry in entries]
-        except (ValueError, KeyError, TypeError) as error:
+            held = json.loads(read_small(path))
+            kernels = [KernelTime(**entry) for entry in held["kernels"]]
+            transfers = [TransferTime(**entry) for entry in held.get("transfers", ())]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoeInspectError(
                 f"{path} is no file of latency constants ({error}): write one with "
                 '"python -m benchmarks.latency_fit TABLE -o FILE"'
             ) from error
         for kernel in kernels:
-            check(kernel, path)
-        return cls(kernels)
+            check(f"{path}: {kernel.name}", {name: kernel.constants.get(name) for name in START})
+        for way in transfers:
+            known = {"launch_ms": way.launch_ms, "ms_per_gb": way.ms_per_gb}
+            check(f"{path}: {way.gpu}/{way.kernel}", known)
+        return cls(kernels, transfers, str(held.get("source", "")))
 
     def to_file(self, path: str | Path) -> None:
-        lines = ",\n".join(json.dumps(asdict(kernel)) for kernel in self.kernels)
-        Path(path).write_text(f'{{"kernels": [\n{lines}\n]}}\n')
+        parts = [f'"source": {json.dumps(self.source)}']
+        for name, entries in (("kernels", self.kernels), ("transfers", self.transfers)):
+            lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
+            parts.append(f'"{name}": [\n{lines}\n]')
+        Path(path).write_text("{" + ",\n".join(parts) + "}\n")
 
     def kernel(self, **wanted: str) -> KernelTime:
         """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8")."""
@@ -200,9 +236,8 @@ class LatencyModel:
         raise MoeInspectError(f"{len(found)} kernels have {what}: choose one of {names}")
 
 
-def check(kernel: KernelTime, path: object) -> None:
-    constants: Mapping[str, Any] = kernel.constants
-    for name in START:
-        value = constants.get(name)
+def check(where: str, constants: Mapping[str, Any]) -> None:
+    for name, value in constants.items():
+        # a constant below 0 would make more tokens take less time
         if not (isinstance(value, float | int) and np.isfinite(value) and value >= 0):
-            raise MoeInspectError(f"{path}: {name} of {kernel.name} is {value}, not a number from 0")
+            raise MoeInspectError(f"{where}: {name} is {value}, not a number from 0")
