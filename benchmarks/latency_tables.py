@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-DRAWS, TIMED_DRAWS = 8, 5
+DRAWS, TIMED_DRAWS, SAMPLE = 8, 5, 2048
+GROUPS, KEPT = 8, 4  # of the collector's router of the min-latency kernel, whatever the model
 GPU = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200"}
 COLUMNS = (
     "framework,version,device,kernel_source,moe_dtype,num_tokens,hidden_size,inter_size,topk,"
@@ -83,6 +84,10 @@ def load(engine: str, kernel: str, n: int, experts: int, k: int, ep: int, law: s
         counts_DE = power_law(n, experts, k, ep, float(law.split("_")[2]), seed, engine)
     else:
         counts_DE = np.stack([np.bincount(ids.ravel(), minlength=experts) for ids in choices_DE])
+    if kernel.endswith("min_latency"):
+        if choices_DE is None:
+            choices_DE = [filled(counts_E, n, k) for counts_E in counts_DE]
+        counts_DE = np.stack([by_groups(ids, experts) for ids in choices_DE])
     if engine != "sglang" or kernel.startswith("deepep"):
         tokens_D = np.full(len(counts_DE), float(n))
         if kernel.startswith("deepep"):
@@ -93,6 +98,8 @@ def load(engine: str, kernel: str, n: int, experts: int, k: int, ep: int, law: s
             tokens_D = counts_DE[:, :local].sum(1).astype(float)
         return Load(counts_DE[:, :local].astype(float), tokens_D)
     tokens_D, tokens_DE = [], counts_DE[:, :local].astype(float)
+    if "cutedsl" in kernel:  # masked to what is the rank's own
+        return Load(tokens_DE, tokens_DE.sum(1) / k)
     for d, counts_E in enumerate(counts_DE):
         if choices_DE is not None:
             handed = int((choices_DE[d] < local).any(1).sum())
@@ -140,6 +147,32 @@ def power_law(
         first = int(counts_GE.sum(1).argmax())
         counts_GE[[0, first]] = counts_GE[[first, 0]]
     return counts_DE
+
+
+def filled(counts_E: np.ndarray, n: int, k: int) -> np.ndarray:
+    """The choices [n, k] of tokens with these counts: column after column, the busiest first."""
+    order_E = np.argsort(-counts_E, kind="stable")
+    return np.repeat(order_E, counts_E[order_E]).reshape(k, n).T
+
+
+def by_groups(ids: np.ndarray, experts: int) -> np.ndarray:
+    """Counts of what a router of GROUPS groups makes of choices [n, k]: it keeps the KEPT groups
+    with the most choices among their best two, the first of equals, and gives what a token lost to
+    the first experts of its groups. Many tokens are a sample."""
+    n, k = ids.shape
+    if n > SAMPLE:
+        ids = ids[np.random.default_rng(0).choice(n, SAMPLE, replace=False)]
+    chosen = np.zeros((len(ids), experts), bool)
+    np.put_along_axis(chosen, ids, True, 1)
+    best = np.minimum(chosen.reshape(len(ids), GROUPS, -1).sum(2), 2)
+    groups = np.argsort(-best, axis=1, kind="stable")[:, :KEPT]
+    kept = np.zeros((len(ids), GROUPS), bool)
+    np.put_along_axis(kept, groups, True, 1)
+    kept = np.repeat(kept, experts // GROUPS, 1)
+    lost = k - (kept & chosen).sum(1, keepdims=True)
+    spare = kept & ~chosen
+    taken = (kept & chosen) | (spare & (np.cumsum(spare, 1, dtype=np.int16) <= lost))
+    return taken.sum(0) * (n / len(ids))
 
 
 def settle_by_rank(counts_GE: np.ndarray, n: int, target: int) -> None:
