@@ -3,10 +3,11 @@ says how wrong they are on what they were not fitted on.
 
     python -m benchmarks.latency_fit TABLE … [--json] [-o FILE] [--by]
 
-A table is a *moe_perf.parquet of ai-dynamo/aiconfigurator, or a csv with the columns gpu, engine,
-version, kernel, dtype, hidden, inter (of the rank), top_k, experts (of all ranks), tokens_per_expert
-(of the rank, with blanks between) and ms, and perhaps ep and handed. An error is |log(ours ÷ measured)|, of the
-cost of imbalance (a load's time ÷ that of the balanced load of the same tokens) and of the time.
+A table is a *moe_perf.parquet of ai-dynamo/aiconfigurator, one of its tables of DeepEP or NCCL, or
+a csv with the columns gpu, engine, version, kernel, dtype, hidden, inter (of the rank), top_k,
+experts (of all ranks), tokens_per_expert (of the rank, with blanks between) and ms, and perhaps ep
+and handed (tokens given to the rank). An error is |log(ours ÷ measured)|, of the cost of imbalance
+(a load's time ÷ that of the balanced load of the same tokens) and of the time.
 
 S rows, D draws, F features, P pairs, G groups of rows that stay together.
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,14 +52,14 @@ RANKS = 8  # of the tables of DeepEP: one node
 TOKENS = [0, 4, 32, 128, 512, 2048, np.inf]
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path) -> Any:
     """Of the loads of a shape and a sum of tokens, the most even one is the balanced one."""
-    frame = pd.read_csv(path)
+    frame: Any = pd.read_csv(path)
     counts = [np.array(text.split(), float) for text in frame["tokens_per_expert"]]
     busiest = pd.Series([x.max() for x in counts])
     frame["rows"] = [x.sum() for x in counts]
     for name, value in (("ep", 1), ("tp", 1), ("handed", frame["rows"] / frame["top_k"])):
-        frame[name] = frame[name] if name in frame else value
+        frame[name] = frame.get(name, value)
     frame["tokens"] = frame["rows"] * frame["ep"] / frame["top_k"]
     alike = [*KERNEL, *CONFIGURATION]
     least = busiest.groupby([frame[name] for name in alike]).transform("min")
@@ -68,8 +70,8 @@ def read_csv(path: Path) -> pd.DataFrame:
     return frame
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
-    frame = pd.DataFrame(read(path))
+def read_parquet(path: Path) -> Any:
+    frame: Any = pd.DataFrame(read(path))
     frame["load"] = [
         load(r.engine, r.kernel, r.tokens, r.experts, r.top_k, r.ep, r.law)
         for r in frame.itertuples()
@@ -82,7 +84,7 @@ class Measured:
     """The rows of one kernel. features_SDF: a balanced load has one draw, DRAWS times."""
 
     name: tuple[str, ...]
-    frame: pd.DataFrame
+    frame: Any  # a data frame
     features_SDF: np.ndarray
 
     @cached_property
@@ -119,7 +121,7 @@ class Measured:
         return fit(self.features_SDF[keep_S].mean(1), self.ms_S[keep_S], pairs(frame))
 
 
-def pairs(frame: pd.DataFrame) -> np.ndarray:
+def pairs(frame: Any) -> np.ndarray:
     """int [pairs, 2]: a row, and the row of the balanced load of its configuration."""
     frame = frame.assign(at=np.arange(len(frame)))
     even = frame["law"] == "balanced"
@@ -129,7 +131,7 @@ def pairs(frame: pd.DataFrame) -> np.ndarray:
 
 def measured(paths: list[Path]) -> Iterator[Measured]:
     frames = [read_csv(p) if p.suffix == ".csv" else read_parquet(p) for p in paths]
-    frame = pd.concat(frames, ignore_index=True)
+    frame: Any = pd.concat(frames, ignore_index=True)
     frame["whole_inter"] = frame["inter"] * frame["tp"]
     for name, rows in frame.groupby(KERNEL, sort=True):
         if len(rows) < FEWEST_ROWS:
@@ -149,7 +151,7 @@ def measured(paths: list[Path]) -> Iterator[Measured]:
 def transfers(path: Path) -> Iterator[tuple[TransferTime, int]]:
     """Fitted from a table of DeepEP (comm/sglang) or NCCL, and from how many rows. Errors are those
     of the rows that were fitted: a line has two constants."""
-    frame = pd.read_parquet(path)
+    frame: Any = pd.read_parquet(path)
     device, framework, version = frame[["device", "framework", "version"]].iloc[0]
     about = (GPU.get(device, device), framework.lower(), version)
     if "message_size" in frame:
@@ -178,7 +180,7 @@ def transfers(path: Path) -> Iterator[tuple[TransferTime, int]]:
             yield TransferTime(*about, kernel, per, int(way), *line(gb, ms[at])), int(at.sum())
 
 
-def line(gb: pd.Series, ms: pd.Series) -> tuple[float, float, float]:
+def line(gb: Any, ms: Any) -> tuple[float, float, float]:
     """launch_ms, ms_per_gb, and the median of |log error|, least in logs."""
     gb_S, log_ms_S = gb.to_numpy(float), np.log(ms.to_numpy(float))
 
@@ -280,11 +282,11 @@ def judged(kernel: Measured, fitted: dict[tuple[str, ...], dict[str, float]]) ->
             yield about | {"by": f"fitted on {other[1]} {other[3]}"} | errors(kernel, ours)
 
 
-def by_ep_and_tokens(kernel: Measured, ours_S: np.ndarray) -> pd.DataFrame:
+def by_ep_and_tokens(kernel: Measured, ours_S: np.ndarray) -> Any:
     log_S = np.log(ours_S / kernel.ms_S)
     pair = kernel.pairs_P2
     frame = kernel.frame.iloc[pair[:, 0]]
-    error = pd.Series(np.abs(log_S[pair[:, 0]] - log_S[pair[:, 1]]), frame.index)
+    error: Any = pd.Series(np.abs(log_S[pair[:, 0]] - log_S[pair[:, 1]]), frame.index)
     edges = [int(x) if np.isfinite(x) else ">" for x in TOKENS[1:]]
     tokens = pd.cut(frame["tokens"], TOKENS, labels=[str(x) for x in edges])
     groups = error.groupby([frame["ep"], tokens], observed=True)
@@ -292,7 +294,7 @@ def by_ep_and_tokens(kernel: Measured, ours_S: np.ndarray) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("tables", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="a line per kernel")
     parser.add_argument("--by", action="store_true", help="errors by ranks and tokens as well")

@@ -3,8 +3,8 @@
     ms = launch + ((weights ÷ bandwidth)^p + (tiles ÷ rate)^p)^(1/p) + activations ÷ bandwidth
 
 Weights are those of the experts that have a token. Tiles are the tokens of each expert, rounded up
-to 16, 32, 64 and 128 rows, each with its own rate: a kernel that changes its tile with the batch is a
-mixture of them. Activations are what every token costs that the rank was handed (it may skip the
+to 16, 32, 64 and 128 rows, each with its own rate: a kernel that changes its tile with the batch is
+a mixture of them. Activations are what every token costs that the rank was handed (it may skip the
 tokens of other ranks' experts, but still reads them and writes their zeros) and each row that it
 computes. Every term grows with the tokens and no constant is negative, so more tokens never take
 less time.
@@ -111,13 +111,13 @@ def features(
 ) -> np.ndarray:
     """float64 [steps, features]: what each constant is multiplied with, in the order of START."""
     if dtype not in BYTES:
-        raise MoeInspectError(f"no size of a weight is known for {dtype}: one of {', '.join(BYTES)}")
+        raise MoeInspectError(f"no size of a weight is known of {dtype}: one of {', '.join(BYTES)}")
     tokens_SE = np.asarray(tokens_SE, np.float64)
     rows_S, used_S = tokens_SE.sum(1), (tokens_SE > 0).sum(1)
-    handed_S = rows_S / shape.top_k if handed_S is None else np.asarray(handed_S, np.float64)
+    given_S = rows_S / shape.top_k if handed_S is None else np.asarray(handed_S, np.float64)
     weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
     one = np.ones(len(tokens_SE))
-    choices_S = handed_S * shape.top_k / 1e9
+    choices_S = given_S * shape.top_k / 1e9
     columns = [
         one,
         one * shape.hidden / 1e3,
