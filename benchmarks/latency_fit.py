@@ -28,7 +28,7 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from benchmarks.latency_tables import DRAWS, GPU, TIMED_DRAWS, Load, load, read
-from moe_inspect.simulate.latency.model import (
+from moe_inspect.simulate.latency import (
     BYTES,
     LINEAR,
     START,
@@ -153,7 +153,7 @@ def transfers(path: Path) -> Iterator[tuple[TransferTime, int]]:
     of the rows that were fitted: a line has two constants."""
     frame: Any = pd.read_parquet(path)
     device, framework, version = frame[["device", "framework", "version"]].iloc[0]
-    about = (GPU.get(device, device), framework.lower(), version)
+    about = (str(GPU.get(device, device)), framework.lower(), version)
     if "message_size" in frame:
         for (name, ways), rows in frame.groupby(["op_name", "num_gpus"]):
             fitted = line(rows["message_size"] / 1e9, rows["latency"])

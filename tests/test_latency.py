@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from benchmarks import latency_fit
 from benchmarks.latency_tables import DRAWS, balanced, load, power_law
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.latency.model import (
+from moe_inspect.simulate.latency import (
     SHIPPED,
     START,
     KernelTime,
@@ -69,7 +69,7 @@ def test_the_order_of_the_experts_of_a_rank_changes_nothing(
 
 
 def test_a_known_time_by_hand() -> None:
-    """Experts of 1 and 17 tokens: 18 rows, 48 in tiles of 16; 3 · 1,000 · 500 weights of 2 bytes."""
+    """Experts of 1 and 17 tokens: 18 rows, 48 in tiles of 16; 1.5 million weights of 2 bytes."""
     shape, constants = Shape(1000, 500, 2, 64), dict.fromkeys(START, 0.0)
     kernel = KernelTime("g", "e", "1", "k", "bfloat16", constants)
 

@@ -25,7 +25,7 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 
-SHIPPED = Path(__file__).with_name("constants.json")
+SHIPPED = Path(__file__).with_suffix(".json")
 TILES = (1, 16, 32, 64, 128)
 BYTES = {
     "bfloat16": 2.0,
