@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -48,6 +49,7 @@ CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
 SPECS = {"h100": (3.35, 989), "h200": (4.8, 989), "b200": (7.7, 2250)}
 SOURCE = "fitted from tables of ai-dynamo/aiconfigurator (Apache-2.0)"
 FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
+HELD_OUT = "held-out shapes"
 RANKS = 8  # of the tables of DeepEP: one node
 TOKENS = [0, 4, 32, 128, 512, 2048, np.inf]
 
@@ -199,16 +201,34 @@ def line(gb: Any, ms: Any) -> tuple[float, float, float]:
 
 def errors(kernel: Measured, ours_S: np.ndarray) -> dict[str, float | int | None]:
     """Of the rows that have a time of ours (NaN where they have none)."""
-    known_S = np.isfinite(ours_S)
-    pair = kernel.pairs_P2[known_S[kernel.pairs_P2].all(1)]
-    log_S = np.log(ours_S) - np.log(kernel.ms_S)
-    error_P = np.abs(log_S[pair[:, 0]] - log_S[pair[:, 1]])
+    error_S = np.abs(np.log(ours_S / kernel.ms_S))
+    return summary(imbalance(kernel, ours_S), error_S[np.isfinite(error_S)])
+
+
+def imbalance(kernel: Measured, ours_S: np.ndarray) -> np.ndarray:
+    """Errors [pairs] of the cost of imbalance."""
+    log_P2 = np.log(ours_S / kernel.ms_S)[kernel.pairs_P2]
+    error_P = np.abs(log_P2[:, 0] - log_P2[:, 1])
+    return error_P[np.isfinite(error_P)]
+
+
+def summary(error_P: np.ndarray, error_S: np.ndarray) -> dict[str, float | int | None]:
     return {
-        "pairs": len(pair),
+        "pairs": len(error_P),
         "imbalance_error_median": quantile(error_P, 0.5),
         "imbalance_error_p90": quantile(error_P, 0.9),
-        "time_error_median": quantile(np.abs(log_S[known_S]), 0.5),
+        "time_error_median": quantile(error_S, 0.5),
     }
+
+
+def pooled(judged_by: dict[str, list[tuple[Measured, np.ndarray]]]) -> Iterator[dict]:
+    """A row per way to predict, over all kernels with held-out shapes."""
+    for by, kernels in judged_by.items():
+        if kernels:
+            error_P = np.concatenate([imbalance(*one) for one in kernels])
+            error_S = np.concatenate([np.abs(np.log(ours / k.ms_S)) for k, ours in kernels])
+            about = dict.fromkeys(KERNEL, "all") | {"by": by}
+            yield about | summary(error_P, error_S if by == HELD_OUT else error_S[:0])
 
 
 def quantile(error: np.ndarray, q: float) -> float | None:
@@ -245,6 +265,12 @@ def carried(constants: dict[str, float], old: str, new: str) -> dict[str, float]
     return {name: value * scale[name] for name, value in constants.items()}
 
 
+def baselines(kernel: Measured) -> dict[str, np.ndarray]:
+    """Only their ratios mean anything: the rows that the rank computes, and one time for all."""
+    rows_S = kernel.features_SDF[..., LINEAR + 1].mean(1)
+    return {"load ratio": rows_S, "no effect": np.ones(len(rows_S))}
+
+
 def roofline(kernel: Measured) -> np.ndarray:
     """Times without a fit: the slower of the weights' bytes and the rows' FLOPs, as specified."""
     bandwidth, rate = SPECS.get(kernel.name[0], (np.nan, np.nan))
@@ -268,10 +294,8 @@ def judged(kernel: Measured, fitted: dict[tuple[str, ...], dict[str, float]]) ->
     """A row per way to predict."""
     about = dict(zip(KERNEL, kernel.name, strict=True))
     gpu, engine, _, name, dtype = kernel.name
-    rows_S = kernel.features_SDF[..., LINEAR + 1].mean(1) * kernel.ms_S[0]
-    yield about | {"by": "load ratio"} | errors(kernel, rows_S) | {"time_error_median": None}
-    even = errors(kernel, np.ones(len(kernel.ms_S)))
-    yield about | {"by": "no effect"} | even | {"time_error_median": None}
+    for by, ours_S in baselines(kernel).items():
+        yield about | {"by": by} | errors(kernel, ours_S) | {"time_error_median": None}
     yield about | {"by": "roofline, not fitted"} | errors(kernel, roofline(kernel))
     for other, constants in fitted.items():
         if other[1] == engine and other[3:] == (name, dtype) and other[0] != gpu:
@@ -306,14 +330,18 @@ def main() -> None:
     kernels = [k for k in measured(tables) if asked.only in "/".join(k.name)] if tables else []
     fitted = {k.name: k.fitted(np.ones(len(k.ms_S), bool)) for k in kernels}
     table, entries = [], []
+    judged_by: dict[str, list[tuple[Measured, np.ndarray]]] = defaultdict(list)
     for kernel in kernels:
         about, constants = dict(zip(KERNEL, kernel.name, strict=True)), fitted[kernel.name]
         ours_S = held_out_shapes(kernel)
+        if ours_S is not None:
+            for by, way_S in {HELD_OUT: ours_S, **baselines(kernel)}.items():
+                judged_by[by].append((kernel, way_S))
         found = errors(kernel, np.full(len(kernel.ms_S), np.nan) if ours_S is None else ours_S)
         if asked.json:
             print(json.dumps({n: about[n] for n in KERNEL if n != "version"} | found), flush=True)
         else:
-            table.append(about | {"by": "held-out shapes"} | found)
+            table.append(about | {"by": HELD_OUT} | found)
             draws = noise(kernel, constants)
             table.append(
                 about
@@ -332,7 +360,7 @@ def main() -> None:
     for way, rows in ways if asked.json else ():
         print(json.dumps(asdict(way) | {"rows": rows}))
     if not asked.json:
-        print(pd.DataFrame(table).to_string(index=False))
+        print(pd.DataFrame([*table, *pooled(judged_by)]).to_string(index=False))
         print(pd.DataFrame([asdict(way) | {"rows": n} for way, n in ways]).to_string(index=False))
     if asked.output:
         LatencyModel(entries, [way for way, _ in ways], SOURCE).to_file(asked.output)

@@ -137,6 +137,8 @@ def test_a_broken_file_gets_one_line(tmp_path: Path, change: Callable[[Any], obj
     (tmp_path / "own.json").write_text(json.dumps(held))
     with pytest.raises(MoeInspectError, match=r"own\.json"):
         LatencyModel.from_file(tmp_path / "own.json")
+    with pytest.raises(MoeInspectError, match="none"):
+        LatencyModel.from_file(tmp_path / "none")
 
 
 def test_transfers_grow_with_copies() -> None:

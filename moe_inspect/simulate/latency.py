@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.files import read_small
 
 SHIPPED = Path(__file__).with_suffix(".json")
@@ -204,7 +204,8 @@ class LatencyModel:
     @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
         try:
-            held = json.loads(read_small(path))
+            with reading(path):
+                held = json.loads(read_small(path))
             kernels = [KernelTime(**entry) for entry in held["kernels"]]
             transfers = [TransferTime(**entry) for entry in held.get("transfers", ())]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -224,7 +225,8 @@ class LatencyModel:
         for name, entries in (("kernels", self.kernels), ("transfers", self.transfers)):
             lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
             parts.append(f'"{name}": [\n{lines}\n]')
-        Path(path).write_text("{" + ",\n".join(parts) + "}\n")
+        with writing(path):
+            Path(path).write_text("{" + ",\n".join(parts) + "}\n")
 
     def kernel(self, **wanted: str) -> KernelTime:
         """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8")."""
