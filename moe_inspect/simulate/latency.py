@@ -94,15 +94,15 @@ class KernelTime:
         """What to say beside every figure, "" where the kernel is as good as it should be."""
         said = []
         for key, most, what in (
-            ("imbalance_error_median", 0.05, "half of the costs of imbalance err by more than"),
-            ("imbalance_error_p90", 0.15, "one in ten costs of imbalance errs by more than"),
-            ("time_error_median", 0.10, "half of the times err by more than"),
+            ("imbalance_error_median", 0.05, "half of the costs of imbalance err by"),
+            ("imbalance_error_p90", 0.15, "one in ten costs of imbalance errs by"),
+            ("time_error_median", 0.10, "half of the times err by"),
         ):
             error = self.errors.get(key)
             if error is None:
-                said.append(f"{key.removesuffix('_median')} was not measured")
+                said.append(f"{what} an unmeasured amount")
             elif error > most:
-                said.append(f"{what} {np.expm1(error):.0%}")
+                said.append(f"{what} more than {np.expm1(error):.0%}")
         return "; ".join(said)
 
 
