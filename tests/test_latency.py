@@ -1,0 +1,219 @@
+"""The latency model: physics that must hold whatever the constants, and what is known of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import latency_fit
+from benchmarks.latency_tables import DRAWS, balanced, load, power_law
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.latency import (
+    SHIPPED,
+    START,
+    KernelTime,
+    LatencyModel,
+    Shape,
+    features,
+    fit,
+    times,
+)
+from tests.test_real_data import REAL
+
+SHAPE = Shape(hidden=7168, inter=2048, top_k=8, experts=256)
+KERNELS = LatencyModel.from_file().kernels
+TABLES = REAL / "moe_latency"
+
+
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
+def kernel(request: pytest.FixtureRequest) -> KernelTime:
+    return request.param
+
+
+def test_more_tokens_never_take_less_time(kernel: KernelTime) -> None:
+    rng = np.random.default_rng(0)
+    tokens_SE = np.cumsum(rng.poisson(rng.choice([0.1, 1, 30], (200, 8))), 0).astype(float)
+    for handed_S in (None, np.arange(200.0)):
+        ms_S = kernel.predict(tokens_SE, SHAPE, handed_S)
+        assert (np.diff(ms_S) >= -1e-12).all()
+        assert ms_S[-1] > ms_S[0] > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 300), min_size=2, max_size=12),
+    st.randoms(use_true_random=False),
+    st.sampled_from(KERNELS),
+)
+def test_the_order_of_the_experts_of_a_rank_changes_nothing(
+    tokens: list[int], random: Random, kernel: KernelTime
+) -> None:
+    shuffled = tokens[:]
+    random.shuffle(shuffled)
+    one, other = kernel.predict(np.array([tokens, shuffled]), SHAPE)
+    assert one == pytest.approx(other, rel=1e-12)
+    used = [n for n in tokens if n]  # an expert without a token is as good as absent
+    alone = kernel.predict(np.array([used or [0]]), SHAPE)
+    assert alone[0] == pytest.approx(one, rel=1e-12)
+
+
+def test_a_known_time_by_hand() -> None:
+    """Experts of 1 and 17 tokens: 18 rows, 48 in tiles of 16; 1.5 million weights of 2 bytes."""
+    shape, constants = Shape(1000, 500, 2, 64), dict.fromkeys(START, 0.0)
+    kernel = KernelTime("g", "e", "1", "k", "bfloat16", constants)
+
+    def with_only(**some: float) -> float:
+        return replace(kernel, constants=constants | some).predict(np.array([[1, 17]]), shape)[0]
+
+    assert with_only(launch_ms=0.5) == 0.5
+    assert with_only(weights_ms_per_gb=1.0) == pytest.approx(2 * 1.5e6 * 2 / 1e9)
+    assert with_only(tile1_ms_per_tflop=1.0) == pytest.approx(18 * 2 * 1.5e6 / 1e12)
+    assert with_only(tile16_ms_per_tflop=1.0) == pytest.approx(48 * 2 * 1.5e6 / 1e12)
+    assert with_only(handed_ms_per_gvalue_hidden=1.0) == pytest.approx(18 * 1000 / 1e9)
+    assert with_only(ms_per_1k_used_experts=1.0) == 2e-3
+    # 3 ms of weights and 4 ms of tiles: 7 one after the other, 5 with a power of 2
+    both = {"weights_ms_per_gb": 3 / 6e-3, "tile1_ms_per_tflop": 4 / 54e-6}
+    assert with_only(**both) == pytest.approx(7)
+    assert with_only(**both, overlap=1.0) == pytest.approx(5)
+    assert with_only(**both, overlap=60.0) == pytest.approx(4, rel=1e-2)
+
+
+def test_fit_finds_the_constants_that_made_the_times() -> None:
+    rng = np.random.default_rng(1)
+    truth = np.array([START[name] * rng.uniform(0.5, 2) for name in START])
+    row = np.concatenate(
+        [
+            features(rng.poisson(rng.uniform(0, 400, (60, 1)), (60, 16)), shape, "fp8")
+            for shape in (SHAPE, Shape(2048, 768, 8, 128), Shape(4096, 1024, 4, 64))
+        ]
+    )
+    pairs_P2 = np.array([[1, 0], [3, 2]])
+    found = fit(row, times(row, truth), pairs_P2)
+    ours = times(row, np.array(list(found.values())))
+    assert np.abs(np.log(ours / times(row, truth))).max() < 0.03
+    wrong = times(row, np.array(list(START.values())))  # control: unfitted constants are not it
+    assert np.abs(np.log(wrong / times(row, truth))).max() > 0.1
+
+
+def test_shipped_constants_are_a_file_like_any(tmp_path: Path) -> None:
+    shipped = LatencyModel.from_file()
+    assert "aiconfigurator" in shipped.source
+    shipped.to_file(tmp_path / "own.json")
+    assert (tmp_path / "own.json").read_text() == SHIPPED.read_text()
+    fp8 = shipped.kernel(gpu="h200", engine="vllm", dtype="fp8_block")
+    assert (fp8.errors["imbalance_error_median"] or 1) < 0.05
+    assert fp8.doubt() == ""
+    assert "times err by more than 22%" in replace(fp8, errors={"time_error_median": 0.2}).doubt()
+    assert "unmeasured" in replace(fp8, errors={}).doubt()
+    with pytest.raises(MoeInspectError, match=r"choose one of .*b200/vllm"):
+        shipped.kernel(engine="vllm")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: held["kernels"][0]["constants"].pop("launch_ms"),
+        lambda held: held["kernels"][0]["constants"].update(launch_ms=-1),
+        lambda held: held["kernels"][0]["constants"].update(launch_ms=float("nan")),
+        lambda held: held["kernels"][0].pop("gpu"),
+        lambda held: held["transfers"][0].update(ms_per_gb="fast"),
+        lambda held: held.pop("kernels"),
+    ],
+)
+def test_a_broken_file_gets_one_line(tmp_path: Path, change: Callable[[Any], object]) -> None:
+    held = json.loads(SHIPPED.read_text())
+    change(held)
+    (tmp_path / "own.json").write_text(json.dumps(held))
+    with pytest.raises(MoeInspectError, match=r"own\.json"):
+        LatencyModel.from_file(tmp_path / "own.json")
+    with pytest.raises(MoeInspectError, match="none"):
+        LatencyModel.from_file(tmp_path / "none")
+
+
+def test_transfers_grow_with_copies() -> None:
+    for way in LatencyModel.from_file().transfers:
+        assert (np.diff(way.predict(np.arange(5), 7168)) > 0).all()
+        assert way.predict(np.zeros(1), 7168)[0] == way.launch_ms
+
+
+# --- the loads behind a table
+
+
+@pytest.mark.parametrize("engine", ["vllm", "trtllm"])
+@pytest.mark.parametrize(
+    ("n", "experts", "k", "ep"), [(1, 256, 8, 32), (640, 8, 2, 4), (64, 64, 6, 8)]
+)
+def test_a_power_law_hands_out_every_choice(
+    engine: str, n: int, experts: int, k: int, ep: int
+) -> None:
+    counts_DE = power_law(n, experts, k, ep, 1.2, 0, engine)
+    assert (counts_DE.sum(1) == n * k).all()
+    assert ((counts_DE >= 0) & (counts_DE <= n)).all()
+    by_rank = counts_DE.reshape(DRAWS, ep, -1).sum(2)
+    assert (by_rank[:, 0] == by_rank.max(1)).all()
+
+
+def test_an_sglang_rank_computes_all_choices_of_the_tokens_that_reach_it() -> None:
+    chosen = load("sglang", "triton", 64, 256, 8, 64, "balanced")
+    ids = balanced(64, 256, 8)
+    reached = (ids < 4).any(1).sum()
+    assert chosen.tokens_D[0] == reached == 8
+    assert chosen.tokens_DE.sum() == reached * 8  # seven of eight belong to other ranks
+    assert load("vllm", "triton", 64, 256, 8, 64, "balanced").tokens_DE.sum() == (ids < 4).sum()
+
+
+def test_a_csv_of_ones_own_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, rng, rows = KERNELS[0], np.random.default_rng(0), []
+    for hidden, inter in ((2048, 768), (4096, 1024), (7168, 2048)):
+        shape = Shape(hidden, inter, 4, 16)
+        for total in (16, 64, 256, 1024, 4096):
+            for alpha in (1e3, 3.0, 1.0, 0.3):  # nearly even, and less and less so
+                share = rng.dirichlet([alpha] * 8)
+                tokens = np.floor(share * total + 0.5)
+                tokens[0] += max(0, total - tokens.sum())
+                tokens[tokens.argmax()] -= tokens.sum() - total
+                ms = truth.predict(tokens[None], shape)[0]
+                text = " ".join(str(int(x)) for x in tokens)
+                rows.append(("x1", "mine", "1", "k", truth.dtype, hidden, inter, 4, 16, text, ms))
+    rows *= 2
+    names = [*latency_fit.KERNEL, "hidden", "inter", "top_k", "experts", "tokens_per_expert", "ms"]
+    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "own.csv", index=False)
+    out = tmp_path / "own.json"
+    monkeypatch.setattr(sys, "argv", ["fit", str(tmp_path / "own.csv"), "--json", "-o", str(out)])
+    latency_fit.main()
+    line = json.loads(capsys.readouterr().out)
+    assert line["gpu"] == "x1"
+    assert line["pairs"] > 50
+    assert line["imbalance_error_median"] < 0.05
+    own = LatencyModel.from_file(out).kernel(gpu="x1")
+    tokens = np.array([[9, 9, 0, 50, 1, 1, 1, 3]])
+    ours, theirs = (x.predict(tokens, Shape(4096, 1024, 4, 16)) for x in (own, truth))
+    assert ours[0] == pytest.approx(theirs[0], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TABLES.is_dir(), reason="the measured tables are not here")
+def test_held_out_shapes_of_a_measured_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (table,) = TABLES.glob("h200*vllm*moe_perf.parquet")
+    monkeypatch.setattr(sys, "argv", ["fit", str(table), "--json", "--only", "fp8_block"])
+    latency_fit.main()
+    line = json.loads(capsys.readouterr().out)
+    assert line["pairs"] == 10152
+    assert line["imbalance_error_median"] < 0.05
+    assert line["imbalance_error_p90"] < 0.15
+    assert line["time_error_median"] < 0.10
