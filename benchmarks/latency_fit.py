@@ -3,10 +3,11 @@ says how wrong they are on what they were not fitted on.
 
     python -m benchmarks.latency_fit TABLE … [--json] [-o FILE] [--by]
 
-A table is a *moe_perf.parquet of ai-dynamo/aiconfigurator, or a csv with the columns gpu, engine,
-version, kernel, dtype, hidden, inter (of the rank), top_k, experts (of all ranks), tokens_per_expert
-(of the rank, with blanks between) and ms, and perhaps ep and handed. An error is |log(ours ÷ measured)|, of the
-cost of imbalance (a load's time ÷ that of the balanced load of the same tokens) and of the time.
+A table is a *moe_perf.parquet of ai-dynamo/aiconfigurator, one of its tables of DeepEP or NCCL, or
+a csv with the columns gpu, engine, version, kernel, dtype, hidden, inter (of the rank), top_k,
+experts (of all ranks), tokens_per_expert (of the rank, with blanks between) and ms, and perhaps ep
+and handed (tokens given to the rank). An error is |log(ours ÷ measured)|, of the cost of imbalance
+(a load's time ÷ that of the balanced load of the same tokens) and of the time.
 
 S rows, D draws, F features, P pairs, G groups of rows that stay together.
 """
@@ -16,17 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
 from benchmarks.latency_tables import DRAWS, GPU, TIMED_DRAWS, Load, load, read
-from moe_inspect.simulate.latency.model import (
+from moe_inspect.simulate.latency import (
     BYTES,
     LINEAR,
     START,
@@ -46,18 +49,19 @@ CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
 SPECS = {"h100": (3.35, 989), "h200": (4.8, 989), "b200": (7.7, 2250)}
 SOURCE = "fitted from tables of ai-dynamo/aiconfigurator (Apache-2.0)"
 FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
+HELD_OUT = "held-out shapes"
 RANKS = 8  # of the tables of DeepEP: one node
 TOKENS = [0, 4, 32, 128, 512, 2048, np.inf]
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path) -> Any:
     """Of the loads of a shape and a sum of tokens, the most even one is the balanced one."""
-    frame = pd.read_csv(path)
+    frame: Any = pd.read_csv(path)
     counts = [np.array(text.split(), float) for text in frame["tokens_per_expert"]]
     busiest = pd.Series([x.max() for x in counts])
     frame["rows"] = [x.sum() for x in counts]
     for name, value in (("ep", 1), ("tp", 1), ("handed", frame["rows"] / frame["top_k"])):
-        frame[name] = frame[name] if name in frame else value
+        frame[name] = frame.get(name, value)
     frame["tokens"] = frame["rows"] * frame["ep"] / frame["top_k"]
     alike = [*KERNEL, *CONFIGURATION]
     least = busiest.groupby([frame[name] for name in alike]).transform("min")
@@ -68,8 +72,8 @@ def read_csv(path: Path) -> pd.DataFrame:
     return frame
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
-    frame = pd.DataFrame(read(path))
+def read_parquet(path: Path) -> Any:
+    frame: Any = pd.DataFrame(read(path))
     frame["load"] = [
         load(r.engine, r.kernel, r.tokens, r.experts, r.top_k, r.ep, r.law)
         for r in frame.itertuples()
@@ -82,7 +86,7 @@ class Measured:
     """The rows of one kernel. features_SDF: a balanced load has one draw, DRAWS times."""
 
     name: tuple[str, ...]
-    frame: pd.DataFrame
+    frame: Any  # a data frame
     features_SDF: np.ndarray
 
     @cached_property
@@ -119,7 +123,7 @@ class Measured:
         return fit(self.features_SDF[keep_S].mean(1), self.ms_S[keep_S], pairs(frame))
 
 
-def pairs(frame: pd.DataFrame) -> np.ndarray:
+def pairs(frame: Any) -> np.ndarray:
     """int [pairs, 2]: a row, and the row of the balanced load of its configuration."""
     frame = frame.assign(at=np.arange(len(frame)))
     even = frame["law"] == "balanced"
@@ -129,7 +133,7 @@ def pairs(frame: pd.DataFrame) -> np.ndarray:
 
 def measured(paths: list[Path]) -> Iterator[Measured]:
     frames = [read_csv(p) if p.suffix == ".csv" else read_parquet(p) for p in paths]
-    frame = pd.concat(frames, ignore_index=True)
+    frame: Any = pd.concat(frames, ignore_index=True)
     frame["whole_inter"] = frame["inter"] * frame["tp"]
     for name, rows in frame.groupby(KERNEL, sort=True):
         if len(rows) < FEWEST_ROWS:
@@ -149,9 +153,9 @@ def measured(paths: list[Path]) -> Iterator[Measured]:
 def transfers(path: Path) -> Iterator[tuple[TransferTime, int]]:
     """Fitted from a table of DeepEP (comm/sglang) or NCCL, and from how many rows. Errors are those
     of the rows that were fitted: a line has two constants."""
-    frame = pd.read_parquet(path)
+    frame: Any = pd.read_parquet(path)
     device, framework, version = frame[["device", "framework", "version"]].iloc[0]
-    about = (GPU.get(device, device), framework.lower(), version)
+    about = (str(GPU.get(device, device)), framework.lower(), version)
     if "message_size" in frame:
         for (name, ways), rows in frame.groupby(["op_name", "num_gpus"]):
             fitted = line(rows["message_size"] / 1e9, rows["latency"])
@@ -178,7 +182,7 @@ def transfers(path: Path) -> Iterator[tuple[TransferTime, int]]:
             yield TransferTime(*about, kernel, per, int(way), *line(gb, ms[at])), int(at.sum())
 
 
-def line(gb: pd.Series, ms: pd.Series) -> tuple[float, float, float]:
+def line(gb: Any, ms: Any) -> tuple[float, float, float]:
     """launch_ms, ms_per_gb, and the median of |log error|, least in logs."""
     gb_S, log_ms_S = gb.to_numpy(float), np.log(ms.to_numpy(float))
 
@@ -197,16 +201,34 @@ def line(gb: pd.Series, ms: pd.Series) -> tuple[float, float, float]:
 
 def errors(kernel: Measured, ours_S: np.ndarray) -> dict[str, float | int | None]:
     """Of the rows that have a time of ours (NaN where they have none)."""
-    known_S = np.isfinite(ours_S)
-    pair = kernel.pairs_P2[known_S[kernel.pairs_P2].all(1)]
-    log_S = np.log(ours_S) - np.log(kernel.ms_S)
-    error_P = np.abs(log_S[pair[:, 0]] - log_S[pair[:, 1]])
+    error_S = np.abs(np.log(ours_S / kernel.ms_S))
+    return summary(imbalance(kernel, ours_S), error_S[np.isfinite(error_S)])
+
+
+def imbalance(kernel: Measured, ours_S: np.ndarray) -> np.ndarray:
+    """Errors [pairs] of the cost of imbalance."""
+    log_P2 = np.log(ours_S / kernel.ms_S)[kernel.pairs_P2]
+    error_P = np.abs(log_P2[:, 0] - log_P2[:, 1])
+    return error_P[np.isfinite(error_P)]
+
+
+def summary(error_P: np.ndarray, error_S: np.ndarray) -> dict[str, float | int | None]:
     return {
-        "pairs": len(pair),
+        "pairs": len(error_P),
         "imbalance_error_median": quantile(error_P, 0.5),
         "imbalance_error_p90": quantile(error_P, 0.9),
-        "time_error_median": quantile(np.abs(log_S[known_S]), 0.5),
+        "time_error_median": quantile(error_S, 0.5),
     }
+
+
+def pooled(judged_by: dict[str, list[tuple[Measured, np.ndarray]]]) -> Iterator[dict]:
+    """A row per way to predict, over all kernels with held-out shapes."""
+    for by, kernels in judged_by.items():
+        if kernels:
+            error_P = np.concatenate([imbalance(*one) for one in kernels])
+            error_S = np.concatenate([np.abs(np.log(ours / k.ms_S)) for k, ours in kernels])
+            about = dict.fromkeys(KERNEL, "all") | {"by": by}
+            yield about | summary(error_P, error_S if by == HELD_OUT else error_S[:0])
 
 
 def quantile(error: np.ndarray, q: float) -> float | None:
@@ -243,6 +265,12 @@ def carried(constants: dict[str, float], old: str, new: str) -> dict[str, float]
     return {name: value * scale[name] for name, value in constants.items()}
 
 
+def baselines(kernel: Measured) -> dict[str, np.ndarray]:
+    """Only their ratios mean anything: the rows that the rank computes, and one time for all."""
+    rows_S = kernel.features_SDF[..., LINEAR + 1].mean(1)
+    return {"load ratio": rows_S, "no effect": np.ones(len(rows_S))}
+
+
 def roofline(kernel: Measured) -> np.ndarray:
     """Times without a fit: the slower of the weights' bytes and the rows' FLOPs, as specified."""
     bandwidth, rate = SPECS.get(kernel.name[0], (np.nan, np.nan))
@@ -266,10 +294,8 @@ def judged(kernel: Measured, fitted: dict[tuple[str, ...], dict[str, float]]) ->
     """A row per way to predict."""
     about = dict(zip(KERNEL, kernel.name, strict=True))
     gpu, engine, _, name, dtype = kernel.name
-    rows_S = kernel.features_SDF[..., LINEAR + 1].mean(1) * kernel.ms_S[0]
-    yield about | {"by": "load ratio"} | errors(kernel, rows_S) | {"time_error_median": None}
-    even = errors(kernel, np.ones(len(kernel.ms_S)))
-    yield about | {"by": "no effect"} | even | {"time_error_median": None}
+    for by, ours_S in baselines(kernel).items():
+        yield about | {"by": by} | errors(kernel, ours_S) | {"time_error_median": None}
     yield about | {"by": "roofline, not fitted"} | errors(kernel, roofline(kernel))
     for other, constants in fitted.items():
         if other[1] == engine and other[3:] == (name, dtype) and other[0] != gpu:
@@ -280,11 +306,11 @@ def judged(kernel: Measured, fitted: dict[tuple[str, ...], dict[str, float]]) ->
             yield about | {"by": f"fitted on {other[1]} {other[3]}"} | errors(kernel, ours)
 
 
-def by_ep_and_tokens(kernel: Measured, ours_S: np.ndarray) -> pd.DataFrame:
+def by_ep_and_tokens(kernel: Measured, ours_S: np.ndarray) -> Any:
     log_S = np.log(ours_S / kernel.ms_S)
     pair = kernel.pairs_P2
     frame = kernel.frame.iloc[pair[:, 0]]
-    error = pd.Series(np.abs(log_S[pair[:, 0]] - log_S[pair[:, 1]]), frame.index)
+    error: Any = pd.Series(np.abs(log_S[pair[:, 0]] - log_S[pair[:, 1]]), frame.index)
     edges = [int(x) if np.isfinite(x) else ">" for x in TOKENS[1:]]
     tokens = pd.cut(frame["tokens"], TOKENS, labels=[str(x) for x in edges])
     groups = error.groupby([frame["ep"], tokens], observed=True)
@@ -292,7 +318,7 @@ def by_ep_and_tokens(kernel: Measured, ours_S: np.ndarray) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("tables", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="a line per kernel")
     parser.add_argument("--by", action="store_true", help="errors by ranks and tokens as well")
@@ -304,14 +330,18 @@ def main() -> None:
     kernels = [k for k in measured(tables) if asked.only in "/".join(k.name)] if tables else []
     fitted = {k.name: k.fitted(np.ones(len(k.ms_S), bool)) for k in kernels}
     table, entries = [], []
+    judged_by: dict[str, list[tuple[Measured, np.ndarray]]] = defaultdict(list)
     for kernel in kernels:
         about, constants = dict(zip(KERNEL, kernel.name, strict=True)), fitted[kernel.name]
         ours_S = held_out_shapes(kernel)
+        if ours_S is not None:
+            for by, way_S in {HELD_OUT: ours_S, **baselines(kernel)}.items():
+                judged_by[by].append((kernel, way_S))
         found = errors(kernel, np.full(len(kernel.ms_S), np.nan) if ours_S is None else ours_S)
         if asked.json:
             print(json.dumps({n: about[n] for n in KERNEL if n != "version"} | found), flush=True)
         else:
-            table.append(about | {"by": "held-out shapes"} | found)
+            table.append(about | {"by": HELD_OUT} | found)
             draws = noise(kernel, constants)
             table.append(
                 about
@@ -330,7 +360,7 @@ def main() -> None:
     for way, rows in ways if asked.json else ():
         print(json.dumps(asdict(way) | {"rows": rows}))
     if not asked.json:
-        print(pd.DataFrame(table).to_string(index=False))
+        print(pd.DataFrame([*table, *pooled(judged_by)]).to_string(index=False))
         print(pd.DataFrame([asdict(way) | {"rows": n} for way, n in ways]).to_string(index=False))
     if asked.output:
         LatencyModel(entries, [way for way, _ in ways], SOURCE).to_file(asked.output)

@@ -29,9 +29,10 @@ DRAWS, TIMED_DRAWS, SAMPLE = 8, 5, 2048
 GROUPS, KEPT = 8, 4  # of the collector's router of the min-latency kernel, whatever the model
 GPU = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200"}
 COLUMNS = (
-    "framework,version,device,kernel_source,moe_dtype,num_tokens,hidden_size,inter_size,topk,"
-    "num_experts,moe_tp_size,moe_ep_size,distribution,latency"
-).split(",")
+    *("framework", "version", "device", "kernel_source", "moe_dtype", "num_tokens"),
+    *("hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"),
+    *("distribution", "latency"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def load(engine: str, kernel: str, n: int, experts: int, k: int, ep: int, law: s
 
 
 def balanced(n: int, experts: int, k: int) -> np.ndarray:
-    """The choices [n, k] of the collector's balanced load: a stride apart, next token next expert."""
+    """The choices [n, k] of a balanced load: a stride apart, the next token the next expert."""
     stride = math.ceil(experts / k)
     token = np.arange(n)[:, None] * (1 if n >= stride else stride / n)
     return ((token + np.arange(k) * stride) % experts).astype(np.int64)

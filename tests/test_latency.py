@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from benchmarks import latency_fit
 from benchmarks.latency_tables import DRAWS, balanced, load, power_law
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.latency.model import (
+from moe_inspect.simulate.latency import (
     SHIPPED,
     START,
     KernelTime,
@@ -26,10 +29,11 @@ from moe_inspect.simulate.latency.model import (
     fit,
     times,
 )
+from tests.test_real_data import REAL
 
 SHAPE = Shape(hidden=7168, inter=2048, top_k=8, experts=256)
 KERNELS = LatencyModel.from_file().kernels
-TABLES = Path("/work/shared/real/moe_latency")
+TABLES = REAL / "moe_latency"
 
 
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
@@ -53,10 +57,10 @@ def test_more_tokens_never_take_less_time(kernel: KernelTime) -> None:
     st.sampled_from(KERNELS),
 )
 def test_the_order_of_the_experts_of_a_rank_changes_nothing(
-    tokens: list[int], random: object, kernel: KernelTime
+    tokens: list[int], random: Random, kernel: KernelTime
 ) -> None:
     shuffled = tokens[:]
-    random.shuffle(shuffled)  # pyright: ignore[reportAttributeAccessIssue]
+    random.shuffle(shuffled)
     one, other = kernel.predict(np.array([tokens, shuffled]), SHAPE)
     assert one == pytest.approx(other, rel=1e-12)
     used = [n for n in tokens if n]  # an expert without a token is as good as absent
@@ -65,7 +69,7 @@ def test_the_order_of_the_experts_of_a_rank_changes_nothing(
 
 
 def test_a_known_time_by_hand() -> None:
-    """Two experts, 1 and 17 tokens: 18 rows, 48 in tiles of 16; 3 · 1,000 · 500 weights of 2 bytes."""
+    """Experts of 1 and 17 tokens: 18 rows, 48 in tiles of 16; 1.5 million weights of 2 bytes."""
     shape, constants = Shape(1000, 500, 2, 64), dict.fromkeys(START, 0.0)
     kernel = KernelTime("g", "e", "1", "k", "bfloat16", constants)
 
@@ -108,11 +112,11 @@ def test_shipped_constants_are_a_file_like_any(tmp_path: Path) -> None:
     shipped.to_file(tmp_path / "own.json")
     assert (tmp_path / "own.json").read_text() == SHIPPED.read_text()
     fp8 = shipped.kernel(gpu="h200", engine="vllm", dtype="fp8_block")
-    assert fp8.errors["imbalance_error_median"] < 0.05
+    assert (fp8.errors["imbalance_error_median"] or 1) < 0.05
     assert fp8.doubt() == ""
-    assert "err by more than" in replace(fp8, errors={"time_error_median": 0.2}).doubt()
-    assert "not measured" in replace(fp8, errors={}).doubt()
-    with pytest.raises(MoeInspectError, match="choose one of .*b200/vllm"):
+    assert "times err by more than 22%" in replace(fp8, errors={"time_error_median": 0.2}).doubt()
+    assert "unmeasured" in replace(fp8, errors={}).doubt()
+    with pytest.raises(MoeInspectError, match=r"choose one of .*b200/vllm"):
         shipped.kernel(engine="vllm")
 
 
@@ -127,12 +131,14 @@ def test_shipped_constants_are_a_file_like_any(tmp_path: Path) -> None:
         lambda held: held.pop("kernels"),
     ],
 )
-def test_a_broken_file_gets_one_line(tmp_path: Path, change: object) -> None:
+def test_a_broken_file_gets_one_line(tmp_path: Path, change: Callable[[Any], object]) -> None:
     held = json.loads(SHIPPED.read_text())
-    change(held)  # pyright: ignore[reportCallIssue]
+    change(held)
     (tmp_path / "own.json").write_text(json.dumps(held))
     with pytest.raises(MoeInspectError, match=r"own\.json"):
         LatencyModel.from_file(tmp_path / "own.json")
+    with pytest.raises(MoeInspectError, match="none"):
+        LatencyModel.from_file(tmp_path / "none")
 
 
 def test_transfers_grow_with_copies() -> None:
@@ -145,7 +151,9 @@ def test_transfers_grow_with_copies() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "trtllm"])
-@pytest.mark.parametrize(("n", "experts", "k", "ep"), [(1, 256, 8, 32), (640, 8, 2, 4), (64, 64, 6, 8)])
+@pytest.mark.parametrize(
+    ("n", "experts", "k", "ep"), [(1, 256, 8, 32), (640, 8, 2, 4), (64, 64, 6, 8)]
+)
 def test_a_power_law_hands_out_every_choice(
     engine: str, n: int, experts: int, k: int, ep: int
 ) -> None:

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
     "query": {"exporters", "reporting", "trace", "errors", "text"},
     "site": {"comparison", "reporting", "analysis", "trace", "errors", "files", "progress", "text"},
-    "simulate": {"reporting", "analysis", "model", "trace", "errors", "progress", "text"},
+    "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
 # it in the function that does

@@ -12,7 +12,7 @@ import pytest
 import moe_inspect
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.latency.model import START, KernelTime, LatencyModel
+from moe_inspect.simulate.latency import START, KernelTime, LatencyModel
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.step.sampling import decisions_of, draw_steps, step_loads
 from moe_inspect.trace.reader import Trace
@@ -32,7 +32,7 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ms_per_1k_used_experts": 0.01,
     }
     errors = dict.fromkeys(("imbalance_error_median", "imbalance_error_p90"), 0.01)
-    kernel = KernelTime("h200", "vllm", "0.22", "rows", "bfloat16", of, errors, "a test")
+    kernel = KernelTime("h200", "vllm", "0.22", "rows", "bfloat16", of, errors)
     path = tmp_path_factory.mktemp("latency") / "constants.json"
     LatencyModel([kernel]).to_file(path)
     return path

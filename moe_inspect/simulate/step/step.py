@@ -29,7 +29,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.simulate import result
-from moe_inspect.simulate.latency.model import (
+from moe_inspect.simulate.latency import (
     BYTES,
     SHIPPED,
     KernelTime,

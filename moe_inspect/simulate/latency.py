@@ -3,8 +3,8 @@
     ms = launch + ((weights ÷ bandwidth)^p + (tiles ÷ rate)^p)^(1/p) + activations ÷ bandwidth
 
 Weights are those of the experts that have a token. Tiles are the tokens of each expert, rounded up
-to 16, 32, 64 and 128 rows, each with its own rate: a kernel that changes its tile with the batch is a
-mixture of them. Activations are what every token costs that the rank was handed (it may skip the
+to 16, 32, 64 and 128 rows, each with its own rate: a kernel that changes its tile with the batch is
+a mixture of them. Activations are what every token costs that the rank was handed (it may skip the
 tokens of other ranks' experts, but still reads them and writes their zeros) and each row that it
 computes. Every term grows with the tokens and no constant is negative, so more tokens never take
 less time.
@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.files import read_small
 
-SHIPPED = Path(__file__).with_name("constants.json")
+SHIPPED = Path(__file__).with_suffix(".json")
 TILES = (1, 16, 32, 64, 128)
 BYTES = {
     "bfloat16": 2.0,
@@ -94,15 +94,15 @@ class KernelTime:
         """What to say beside every figure, "" where the kernel is as good as it should be."""
         said = []
         for key, most, what in (
-            ("imbalance_error_median", 0.05, "half of the costs of imbalance err by more than"),
-            ("imbalance_error_p90", 0.15, "one in ten costs of imbalance errs by more than"),
-            ("time_error_median", 0.10, "half of the times err by more than"),
+            ("imbalance_error_median", 0.05, "half of the costs of imbalance err by"),
+            ("imbalance_error_p90", 0.15, "one in ten costs of imbalance errs by"),
+            ("time_error_median", 0.10, "half of the times err by"),
         ):
             error = self.errors.get(key)
             if error is None:
-                said.append(f"{key.removesuffix('_median')} was not measured")
+                said.append(f"{what} an unmeasured amount")
             elif error > most:
-                said.append(f"{what} {np.expm1(error):.0%}")
+                said.append(f"{what} more than {np.expm1(error):.0%}")
         return "; ".join(said)
 
 
@@ -111,15 +111,13 @@ def features(
 ) -> np.ndarray:
     """float64 [steps, features]: what each constant is multiplied with, in the order of START."""
     if dtype not in BYTES:
-        raise MoeInspectError(
-            f"no size of a weight is known for {dtype}: one of {', '.join(BYTES)}"
-        )
+        raise MoeInspectError(f"no size of a weight is known of {dtype}: one of {', '.join(BYTES)}")
     tokens_SE = np.asarray(tokens_SE, np.float64)
     rows_S, used_S = tokens_SE.sum(1), (tokens_SE > 0).sum(1)
-    handed_S = rows_S / shape.top_k if handed_S is None else np.asarray(handed_S, np.float64)
+    given_S = rows_S / shape.top_k if handed_S is None else np.asarray(handed_S, np.float64)
     weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
     one = np.ones(len(tokens_SE))
-    choices_S = handed_S * shape.top_k / 1e9
+    choices_S = given_S * shape.top_k / 1e9
     columns = [
         one,
         one * shape.hidden / 1e3,
@@ -206,7 +204,8 @@ class LatencyModel:
     @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
         try:
-            held = json.loads(read_small(path))
+            with reading(path):
+                held = json.loads(read_small(path))
             kernels = [KernelTime(**entry) for entry in held["kernels"]]
             transfers = [TransferTime(**entry) for entry in held.get("transfers", ())]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -226,7 +225,8 @@ class LatencyModel:
         for name, entries in (("kernels", self.kernels), ("transfers", self.transfers)):
             lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
             parts.append(f'"{name}": [\n{lines}\n]')
-        Path(path).write_text("{" + ",\n".join(parts) + "}\n")
+        with writing(path):
+            Path(path).write_text("{" + ",\n".join(parts) + "}\n")
 
     def kernel(self, **wanted: str) -> KernelTime:
         """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8")."""
