@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.support.damage import edit_manifest
 from tests.support.synthetic import write_counts, write_trace
 
 CONFIG = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 1024}
-KERNEL = {"gpu": "h200", "engine": "vllm", "dtype": "bfloat16"}
+KERNEL: dict[str, Any] = {"gpu": "h200", "engine": "vllm", "dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "row_ms_per_gvalue_hidden": 10.0,
         "ms_per_1k_used_experts": 0.01,
     }
-    errors = dict.fromkeys(("imbalance_error_median", "imbalance_error_p90"), 0.01)
+    errors: dict[str, float | None] = {"imbalance_error_median": 0.01, "imbalance_error_p90": 0.01}
     kernel = KernelTime("h200", "vllm", "0.22", "rows", "bfloat16", of, errors)
     path = tmp_path_factory.mktemp("latency") / "constants.json"
     LatencyModel([kernel]).to_file(path)
@@ -40,11 +41,12 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_size(trace: Trace) -> Trace:
     """With experts whose size is known."""
-    edit_manifest(trace.path, model={"id": "synthetic", "config": CONFIG})
-    return moe_inspect.open_trace(trace.path)
+    path = Path(str(trace.path))
+    edit_manifest(path, model={"id": "synthetic", "config": CONFIG})
+    return moe_inspect.open_trace(path)
 
 
-def simulated(trace: Trace, constants: Path, **options: object) -> Simulation:
+def simulated(trace: Trace, constants: Path, **options: Any) -> Simulation:
     return of_size(trace).simulate.step(**KERNEL, latency=constants, **options)
 
 
@@ -159,7 +161,8 @@ def test_a_planted_imbalance_is_priced(tmp_path: Path, constants: Path):
 def test_too_little_text_claims_nothing(tmp_path: Path, constants: Path):
     trace = drawn(tmp_path / "t", Regime(documents=2, domains=1, tokens=400), 0, Planted(4.0))
     made = simulated(trace, constants, gpus=4, batch_tokens=[64, 4_096])
-    assert "too few documents to tell" in made.verdict[0]
+    assert made.verdict[0].startswith("Too little data to advise: with fewer than 8 documents")
+    assert "too few documents to tell" in made.verdict[1]
     assert not claims(made)
     assert "No step of 4,096 tokens: the trace has too few." in made.verdict
     with pytest.raises(MoeInspectError, match="has no step of 4,096 tokens"):
@@ -176,7 +179,9 @@ def test_too_little_text_claims_nothing(tmp_path: Path, constants: Path):
         ({"placement": "too short"}, "layer 1 does not place its 8 experts"),
     ],
 )
-def test_wrong_settings_are_refused(tmp_path: Path, constants: Path, options: dict, said: str):
+def test_wrong_settings_are_refused(
+    tmp_path: Path, constants: Path, options: dict[str, Any], said: str
+):
     if of := options.get("placement"):
         path = tmp_path / "plan.json"
         text = {"no plan": "[1, 2]", "too short": f'{{"physical_to_logical_map": [{[*range(8)]}]}}'}

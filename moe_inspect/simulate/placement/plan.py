@@ -81,13 +81,13 @@ def read_plan(path: str | Path) -> dict[int, list[int]]:
         rows: list[list[int]] = json.loads(read_small(path))["physical_to_logical_map"]
         table = np.array(rows)
     except (ValueError, KeyError, TypeError):
-        table = np.empty(0)
+        rows, table = [], np.empty(0)
     if table.ndim != 2 or not table.size or table.dtype.kind != "i" or table.min() < 0:
         raise MoeInspectError(
             f'{path} is no plan for SGLang: {{"physical_to_logical_map": [the expert of each slot, '
             'layer by layer]}, as "simulate placement -o plan.json" writes it'
         )
-    return dict(enumerate(table.tolist()))
+    return dict(enumerate(rows))
 
 
 def _every(layers: Iterable[int], slots: Slots, E: int) -> list[list[int]]:

@@ -402,7 +402,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
     table = tables["step"][tables["step"]["domain"] == ""]
     panels = list[Panel]()
     for phase, mine in table.groupby("phase", sort=False, dropna=False):
-        x = mine["tokens"].to_numpy(float)
+        x = np.arange(len(mine), dtype=float)
         low, high = (
             (1 + mine[f"cost_{end}"]).to_numpy() * mine["even_ms"].to_numpy()
             for end in ("low", "high")
@@ -412,7 +412,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
             Line(x, mine["chance_ms"].to_numpy(), "by chance", "c3", "dot"),
             Line(x, mine["ms"].to_numpy(), "the trace", "c1", "", True, low, high),
         )
-        axis = Axis("tokens of a step, over all GPUs", log=True)
+        axis = Axis("tokens of a step, over all GPUs", tuple(f"{n:,}" for n in mine["tokens"]))
         title = str(phase) if table["phase"].nunique() > 1 else ""
         panels.append(Panel(marks, axis, Axis("ms of the MoE layers", low=0), title))
     return Chart(
