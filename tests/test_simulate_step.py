@@ -1,9 +1,11 @@
-"""`simulate step`: the loads of steps by brute force, what must not change a time, and what its
-sentences claim of chance, of imbalance that is planted, and of too little text."""
+"""`simulate step`, and placements priced: the loads of steps by brute force, what must not change a
+time, and what sentences claim of chance, of imbalance that is planted, and of too little text."""
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,17 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.latency import START, KernelTime, LatencyModel
+from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, TransferTime
+from moe_inspect.simulate.placement.rebalancing import Ageing, ageing
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.simulate.step.sampling import decisions_of, draw_steps, step_loads
+from moe_inspect.simulate.steps.sampling import decisions_of, draw_steps, step_loads
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import write_counts, write_trace
+from tests.test_workloads import EVEN, PILED, written
 
 CONFIG = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 1024}
 KERNEL: dict[str, Any] = {"gpu": "h200", "engine": "vllm", "dtype": "bfloat16"}
@@ -35,8 +39,12 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     errors: dict[str, float | None] = {"imbalance_error_median": 0.01, "imbalance_error_p90": 0.01}
     kernel = KernelTime("h200", "vllm", "0.22", "rows", "bfloat16", of, errors)
     path = tmp_path_factory.mktemp("latency") / "constants.json"
-    LatencyModel([kernel]).to_file(path)
+    LatencyModel([kernel], source="a test").to_file(path)
     return path
+
+
+def whole(shard: Shard) -> np.ndarray:
+    return np.ones(shard.files.tokens, bool)
 
 
 def of_size(trace: Trace) -> Trace:
@@ -56,7 +64,7 @@ def claims(made: Simulation) -> list[str]:
 
 def test_steps_take_each_token_once_and_whole(tmp_path: Path):
     trace = drawn(tmp_path / "t", Regime(documents=40, tokens=6_000), 0)
-    for steps in draw_steps(trace, select(trace), [16, 100, 5_000], decoding=False)[0]:
+    for steps in draw_steps(trace, whole, [16, 100, 5_000], decoding=False):
         tokens_S = np.zeros(len(steps.block_S), int)
         for step_T in steps.of_shard.values():
             tokens_S += np.bincount(step_T[step_T >= 0], minlength=len(tokens_S))
@@ -76,8 +84,7 @@ def test_generated_tokens_run_side_by_side(tmp_path: Path):
     ids = np.tile(np.arange(length, dtype=np.uint16) % 8, documents)[:, None]
     document = np.repeat(np.arange(documents), length)
     trace = write_trace(tmp_path / "t", [ids], 8, document=document, phases=("decode",))
-    (steps,), total = draw_steps(trace, select(trace, phase="decode"), [4], decoding=True)
-    assert total == documents * length
+    (steps,) = draw_steps(trace, whole, [4], decoding=True)
     for _, ids_KT, step_T in decisions_of(trace, [0], steps):
         for s in np.unique(step_T):
             assert len({*ids_KT[0, step_T == s].tolist()}) <= 4  # of one document, 4 positions
@@ -93,18 +100,21 @@ def test_loads_of_steps_equal_a_count_by_hand():
     ids_KT[:, ::7] = -1  # tokens that route nowhere
     step_T = rng.integers(S, size=T)
     slots_SP, reached_SG = np.zeros((S, 8), int), np.zeros((S, G), int)
+    sent_GG = np.zeros((G, G), int)
     for t in range(T):
         gpus = set[int]()
         for e in ids_KT[:, t]:
             if e >= 0:
                 replicas = np.flatnonzero(expert_P == e)
-                slot = int(replicas[t % len(replicas)])
+                slot = int(replicas[(t + t // math.lcm(G, len(replicas))) % len(replicas)])
                 slots_SP[step_T[t], slot] += 1
                 gpus.add(slot // 2)
         reached_SG[step_T[t], [*gpus]] += 1
+        sent_GG[t % G, [*gpus]] += 1
     loads = step_loads(ids_KT, step_T, S, expert_P, G)
     np.testing.assert_array_equal(loads.slots_SP, slots_SP)
     np.testing.assert_array_equal(loads.reached_SG, reached_SG)
+    np.testing.assert_array_equal(loads.sent_GG, sent_GG)
 
 
 def test_permuting_the_experts_of_a_gpu_changes_no_time(tmp_path: Path, constants: Path):
@@ -196,3 +206,257 @@ def test_experts_of_unknown_size_are_refused(tmp_path: Path, constants: Path):
     trace = drawn(tmp_path / "t", Regime(documents=4, tokens=100), 0)
     with pytest.raises(MoeInspectError, match="does not say how large an expert is"):
         trace.simulate.step(**KERNEL, latency=constants)
+
+
+def placed(trace: Trace, constants: Path, **options: Any) -> Simulation:
+    """Contiguous and EPLB, priced. By default the second half of the documents is judged."""
+    how: dict[str, Any] = {
+        "gpus": 4,
+        "policies": ["contiguous", "eplb"],
+        "batch_tokens": 50,
+        **options,
+    }
+    return of_size(trace).simulate.placement(**KERNEL, latency=constants, **how)
+
+
+def said_of(made: Simulation, start: str) -> str:
+    (said,) = (said for said in made.verdict if said.startswith(start))
+    return said
+
+
+def test_policies_are_compared_by_time(tmp_path: Path, constants: Path):
+    """In order, a GPU of 4 has 18 of 24 tokens; under EPLB the two busy experts are apart, with one
+    of the others each: 10 of 24."""
+    trace = written(tmp_path / "t", np.stack([PILED] * 2), 60)
+    made = placed(trace, constants)
+    table = made.tables["policies"].set_index("policy")
+    slowdown = table["ms"] / table["even_ms"]
+    np.testing.assert_allclose(slowdown, [18 / 6, 10 / 6], rtol=0.15)  # steps of 50 tokens vary
+    np.testing.assert_allclose(table["tokens_per_s"] * table["ms"], 50_000)
+    assert made.settings["recommended"] == "eplb"
+    assert table["in_order_p"]["eplb"] < 0.01
+    assert re.search(
+        r"instead of .* in order \(−\d+%; of the step −[34]\d%, ", said_of(made, "EPLB")
+    )
+    assert said_of(made, "EPLB").endswith("model error 1%): worth it.")
+    unpriced = trace.simulate.placement(gpus=4, policies=["contiguous", "eplb"])
+    assert not any("EPLB" in said for said in unpriced.verdict)
+    assert "ms" not in unpriced.tables["policies"], "without a GPU nothing changes"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_even_load_eplb_is_not_worth_it(tmp_path: Path, constants: Path, seed: int):
+    made = placed(written(tmp_path / "t", np.stack([EVEN] * 2), 60, seed), constants)
+    assert said_of(made, "EPLB").endswith("not worth it.")
+    assert made.settings["recommended"] == "contiguous"
+
+
+def test_what_lies_within_the_error_of_the_times_is_not_worth_it(tmp_path: Path, constants: Path):
+    model = LatencyModel.from_file(constants)
+    trace = written(tmp_path / "t", np.stack([PILED] * 2), 60)
+    for error, end in ((0.9, "within the error: not worth it."), (None, "worth is unknown.")):
+        model.kernels[0].errors["imbalance_error_median"] = error
+        model.to_file(tmp_path / "constants.json")
+        made = placed(trace, tmp_path / "constants.json")
+        assert said_of(made, "EPLB").endswith(end)
+        assert made.settings["recommended"] == ("contiguous" if error else "eplb")
+
+
+def test_of_few_documents_no_policy_is_worth_it(tmp_path: Path, constants: Path):
+    made = placed(written(tmp_path / "t", np.stack([PILED] * 2), 3), constants, sweep=[8, 16])
+    assert said_of(made, "EPLB").endswith("too few documents to tell whether it is worth it.")
+    assert said_of(made, "How many slots").endswith("too few documents.")
+    with pytest.raises(MoeInspectError, match="the judged part has no step of 4,096 tokens"):
+        placed(written(tmp_path / "u", np.stack([PILED] * 2), 3), constants, batch_tokens=4_096)
+
+
+def test_a_workload_too_small_for_a_step_is_named(tmp_path: Path, constants: Path):
+    long = of_size(written(tmp_path / "long", np.stack([PILED]), 60))
+    short = of_size(written(tmp_path / "short", np.stack([PILED]), 2))
+    made = placed(long, constants, judge=[long.path, short.path][1:], batch_tokens=150)
+    assert made.tables["policies"]["ms"].notna().all()
+    with pytest.raises(MoeInspectError, match="no step of 300 tokens"):
+        placed(long, constants, judge=[short.path], batch_tokens=300)
+    other = of_size(written(tmp_path / "other", np.stack([PILED]), 60))
+    made = placed(long, constants, judge=[short.path, other.path], batch_tokens=300)
+    assert "No step of 300 tokens in prefill of short, which is not in the times." in made.verdict
+
+
+def test_counts_are_priced_by_their_load(tmp_path: Path, constants: Path):
+    trace = write_counts(tmp_path / "t", [np.array([[9, 9, 1, 1, 1, 1, 1, 1]]) * 1000], 2, ["a"])
+    made = placed(trace, constants, batch_tokens=16_384)
+    table = made.tables["policies"]
+    np.testing.assert_allclose(table["ms"] / table["even_ms"], [18 / 6, 10 / 6], rtol=0.02)
+    assert table["ms_p"].isna().all()
+    assert said_of(made, "EPLB").endswith(": worth it on the text that it is fitted on.")
+
+
+HOT = np.array([9, 1, 1, 1, 1, 1, 1, 1]) / 16  # more than the share of two GPUs of 4
+
+
+def test_the_knee_is_where_more_slots_save_nothing(tmp_path: Path, constants: Path):
+    trace = written(tmp_path / "t", np.stack([HOT] * 2), 80)
+    made = placed(trace, constants, sweep=[16, 8, 12, 32], physical_experts=8)
+    table = made.tables["sweep"]
+    assert table["physical_experts"].tolist() == [8, 12, 16, 32]
+    bytes_of_an_expert = 3 * 4096 * 1024 * 2
+    memory = table["physical_experts"] / 4 * bytes_of_an_expert / 1e9
+    np.testing.assert_allclose(table["memory_gb"], memory)
+    at_8, at_12 = table["ms"][:2]
+    assert at_12 < 0.7 * at_8
+    assert said_of(made, "12 slots per layer are the knee").count("instead of") == 1
+    made = placed(trace, constants, sweep=[8, 12], memory_gb=memory[0] * 1.1)
+    assert made.tables["sweep"]["fits"].tolist() == [True, False]
+    assert said_of(made, "8 slots per layer are the knee").endswith("They are the most that fit.")
+    made = placed(trace, constants, sweep=[8, 12], memory_gb=0.02)
+    assert said_of(made, "No number of slots fits in 0.02 GB of a GPU: the experts of 8 take")
+
+
+def test_where_nothing_is_to_gain_the_fewest_slots_are_the_knee(tmp_path: Path, constants: Path):
+    """Of steps that load experts alike, and where the times err by more than is saved."""
+    ids = np.arange(8_000, dtype=np.uint16)[:, None] % 8
+    alike = write_trace(tmp_path / "t", [ids], 8, document=np.arange(8_000) // 80)
+    made = placed(alike, constants, sweep=[8, 12, 16], batch_tokens=80)
+    assert said_of(made, "8 slots per layer are the knee")
+    model = LatencyModel.from_file(constants)
+    model.kernels[0].errors["imbalance_error_median"] = 0.9
+    model.to_file(tmp_path / "constants.json")
+    hot = written(tmp_path / "u", np.stack([HOT] * 2), 80)
+    made = placed(hot, tmp_path / "constants.json", sweep=[8, 12])
+    assert "take no less time by 90% or" in said_of(made, "8 slots per layer are the knee")
+
+
+def test_traffic_is_of_each_token_to_the_gpus_it_reaches(tmp_path: Path, constants: Path):
+    """Tokens choose expert 0 and 7 of 8, or 2 and 3: of the first two GPUs and the last, on two
+    nodes; experts stand in order."""
+    ids = np.where(np.arange(8_000)[:, None] // 4 % 2 == 0, [0, 7], [2, 3]).astype(np.uint16)
+    trace = write_trace(tmp_path / "t", [ids], 8, document=np.arange(8_000) // 80)
+    made = placed(trace, constants, nodes=2, policies=["contiguous"], batch_tokens=80)
+    traffic = made.tables["traffic"].set_index(["gpu_from", "gpu_to"])["tokens_per_step"]
+    for gpu in range(4):  # 20 of the 80 tokens are its own, half of each kind
+        assert traffic[gpu].tolist() == [10, 10, 0, 10]
+    row = made.tables["policies"].iloc[0]
+    # of 120 copies
+    assert row["intra_node"] == pytest.approx((10 + 10 + 10) / 120)
+    assert row["inter_node"] == pytest.approx((10 + 10 + 20 + 20) / 120)
+    assert said_of(
+        made, "Under contiguous 50% of the tokens that GPUs send go to another node (50%"
+    )
+    assert traffic.sum() == pytest.approx(80 * row["ranks_per_token"])
+    counts = write_counts(tmp_path / "c", [np.array([[9, 9, 1, 1, 1, 1, 1, 1]]) * 100], 2, ["a"])
+    made = placed(counts, constants, nodes=2)
+    assert "traffic" not in made.tables
+    assert "inter_node" not in made.tables["policies"]
+
+
+@pytest.fixture
+def linked(tmp_path: Path, constants: Path) -> Path:
+    """The same kernel, and a link that moves 10^9 bytes in 0.1 ms."""
+    path, model = tmp_path / "linked.json", LatencyModel.from_file(constants)
+    model.transfers.append(TransferTime("h200", "nccl", "2", "alltoall", "byte", 8, 0.0, 0.1))
+    model.to_file(path)
+    return path
+
+
+def drifts(root: Path) -> Trace:
+    """Sixteen windows of 20 documents, along which the load of each of 16 experts walks at
+    random."""
+    walk_WE = np.random.default_rng(0).normal(0, 0.6, (16, 16)).cumsum(0)
+    return written(root, np.exp(walk_WE) / np.exp(walk_WE).sum(1, keepdims=True), 20)
+
+
+def test_what_moves_is_counted(tmp_path: Path, linked: Path):
+    """Of 8 experts in 8 slots on 4 GPUs, GPUs are sent the experts that they lack."""
+    trace = written(tmp_path / "t", np.stack([PILED] * 2), 60)
+    made = placed(trace, linked)
+    plan = made.tables["plan"].query("policy == 'eplb'")
+    lacks = [{*plan["expert"][plan["gpu"] == g]} - {2 * g, 2 * g + 1} for g in range(4)]
+    gb = 3 * 4096 * 1024 * 2 / 1e9
+    row = made.tables["rebalancing"].iloc[0]
+    assert row["moved_gb"] == pytest.approx(gb * sum(map(len, lacks)))
+    assert row["moved_gb_of_gpu"] == pytest.approx(gb * max(map(len, lacks)))
+    assert row["move_ms"] == pytest.approx(0.1 * row["moved_gb_of_gpu"])
+    ms = made.tables["policies"].set_index("policy")["ms"]
+    steps = math.ceil(row["move_ms"] / (ms["contiguous"] - ms["eplb"]))
+    assert said_of(made, "To rebalance").endswith(f"paid back after {steps} steps.")
+
+
+def test_what_is_not_known_to_be_worth_it_is_not_paid_back(tmp_path: Path, linked: Path):
+    made = placed(written(tmp_path / "t", np.stack([EVEN] * 2), 60), linked)
+    assert "paid back" not in said_of(made, "To rebalance")
+
+
+def test_where_loads_drift_it_is_said_how_often_to_rebalance(tmp_path: Path, linked: Path):
+    made = placed(drifts(tmp_path / "t"), linked)
+    said, ageing = said_of(made, "From window to window"), made.settings["ageing"]
+    assert isinstance(ageing, Ageing)
+    again = made.tables["rebalancing"]["move_ms"].iloc[1:].mean()
+    lost_per_step = ageing.lost / 40  # windows of 2,000 tokens
+    every_T = np.arange(1, 5_000)  # of steps; a plan is half as old in the mean
+    best = every_T[np.argmin(again / every_T + lost_per_step * every_T / 2)]
+    found = re.search(r"pays every ([\d,]+) steps.*; never within ([\d,]+)\.", said)
+    assert found
+    every, within = (float(n.replace(",", "")) for n in found.groups())
+    assert every == pytest.approx(best, rel=0.05)
+    assert within == pytest.approx(max(again / ageing.most, 1), rel=0.05)
+    assert within <= every
+
+
+@pytest.mark.parametrize("regime", ["iid 8/2", "clustered 8/2"])
+def test_of_chance_no_drift_is_claimed(tmp_path: Path, linked: Path, regime: str):
+    for seed in range(3):
+        of = replace(REGIMES[regime], L=1, documents=64)
+        made = placed(drawn(tmp_path / str(seed), of, seed), linked)
+        assert said_of(made, "Loads do not drift beyond chance")
+
+
+def test_how_often_to_rebalance_is_unknown_of_too_little(tmp_path: Path, linked: Path):
+    drifting = drifts(tmp_path / "t")
+    long = write_trace(
+        tmp_path / "long",
+        [np.arange(4_000, dtype=np.uint16)[:, None] // 500],
+        8,
+        document=np.arange(4_000) % 8,
+    )
+    counts = write_counts(tmp_path / "c", [np.array([[9, 9, 1, 1, 1, 1, 1, 1]]) * 100], 2, ["a"])
+    for trace, options, why in (
+        (drifting, {"window": 8_000}, "it takes 8 windows (--window)"),
+        (drifting, {"fit_domains": "a"}, "the loads have no order in time"),
+        (counts, {}, "the loads have no order in time"),
+        (long, {}, "documents last longer than a window"),
+        (
+            written(tmp_path / "few", np.stack([PILED] * 2), 3),
+            {"batch_tokens": 10},
+            "too few documents",
+        ),
+    ):
+        made = placed(trace, linked, **options)
+        assert said_of(made, "How often it pays").endswith(f"{why}."), why
+
+
+def test_ageing_is_the_slope_over_age_apart_from_good_plans_and_busy_windows():
+    rng, age = np.random.default_rng(0), np.abs(np.subtract.outer(np.arange(16), np.arange(16)))
+    own = rng.normal(size=(16, 1)) + rng.normal(size=(1, 16))
+    found = ageing(own + 0.5 * age, 2)
+    assert (found.lost, found.most) == (pytest.approx(0.5), pytest.approx(7.5))
+    assert found.p == 0.001
+    assert ageing(own + rng.normal(size=(16, 16)), 2).p > 0.01
+    assert ageing(own + 5.0 * (age <= 2), 2).lost == pytest.approx(0), "a document in common"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gpu": None}, "are of measured times: give --gpu"),
+        ({"memory_gb": 3.0}, "--memory-gb is for --sweep"),
+        ({"batch_tokens": 0}, "steps of 0 tokens"),
+        ({"sweep": [10]}, "cannot split 10 physical experts over 4 GPUs"),
+        ({"sweep": [4]}, "4 physical experts for 8 experts"),
+    ],
+)
+def test_wrong_prices_are_refused(tmp_path: Path, constants: Path, options: dict, said: str):
+    trace = of_size(written(tmp_path / "t", np.stack([EVEN] * 2), 4))
+    with pytest.raises(MoeInspectError, match=said):
+        trace.simulate.placement(
+            **{**KERNEL, "latency": constants, "gpus": 4, "batch_tokens": 50, **options}
+        )

@@ -33,7 +33,9 @@ Order = Literal["arrival", "token", "weight"]
 Minimize = Literal["ranks"]
 Dispatch = Literal["even", "lp"]
 Engine = Literal["sglang", "tensorrt-llm", "vllm-ascend"]
-gpu_option, policy_option, plan_option = map(in_panel, ("GPUs", "Policy", "Plan"))
+gpu_option, policy_option, plan_option, times_option = map(
+    in_panel, ("GPUs", "Policy", "Plan", "Times")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,19 @@ def capacity(*, trace: TraceArgument, options: CapacityOptions, show: SimulateOp
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimesOptions(Options):
+    """Whose measured times what is simulated is priced with."""
+
+    panel = "Times"
+
+    gpu: str | None = times_option("GPU whose measured times are used, e.g. h200.", "NAME")
+    engine: str | None = times_option("Engine that they were measured in, e.g. vllm.", "NAME")
+    dtype: str | None = times_option("Data type of the experts' weights, e.g. fp8.", "NAME")
+    kernel: str | None = times_option("Kernel, where several were measured.", "NAME")
+    latency: Path | None = times_option("Constants of your own instead.", "FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlacementOptions(Options):
     panel = "Options"
 
@@ -177,6 +192,15 @@ class PlacementOptions(Options):
         "expert (a linear program per window).",
         default="even",
     )
+    batch_tokens: int = times_option(
+        "Tokens of a step, over all GPUs.", "TOKENS", min=1, default=4096
+    )
+    sweep: list[int] | None = times_option(
+        "Also price these numbers of slots per layer, e.g. 256,264,288.", "SLOTS"
+    )
+    memory_gb: float | None = times_option(
+        "With --sweep: what experts may take of a GPU's memory, in 10^9 bytes.", min=0
+    )
 
 
 def placement(
@@ -188,6 +212,7 @@ def placement(
         autocompletion=traces,
     ),
     options: PlacementOptions,
+    times: TimesOptions,
     selection: SelectionOptions,
     show: PlanOptions,
 ) -> None:
@@ -211,7 +236,7 @@ def placement(
     output, plan_for = show.output, show.plan_for
     if output is None and plan_for is not None:
         raise typer.BadParameter(f"--plan-for {plan_for}: give the file with -o")
-    made = show.simulation("placement", trace, options, selection, others=others or ())
+    made = show.simulation("placement", trace, options, times, selection, others=others or ())
     ending = output.suffix.lower() if output is not None else ""
     if output is not None and (
         plan_for or (ending in ENDINGS and (show.table is None or ending != ".json"))
@@ -221,18 +246,10 @@ def placement(
     show.show(made)
 
 
-times_option = in_panel("Times")
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(Options):
     panel = "Options"
 
-    gpu: str = times_option("GPU whose measured times are used, e.g. h200.", "NAME")
-    engine: str = times_option("Engine that they were measured in, e.g. vllm.", "NAME")
-    dtype: str = times_option("Data type of the experts' weights, e.g. fp8.", "NAME")
-    kernel: str | None = times_option("Kernel, where several were measured.", "NAME")
-    latency: Path | None = times_option("Constants of your own instead.", "FILE")
     gpus: int | None = gpu_option("GPUs that share the experts. Default: up to 8.", "G", min=1)
     nodes: int = gpu_option("Nodes that the GPUs are on.", "N", min=1, default=1)
     batch_tokens: list[int] | None = option(
@@ -249,6 +266,7 @@ def step(
     *,
     trace: TraceArgument,
     options: StepOptions,
+    times: TimesOptions,
     selection: SelectionOptions,
     show: SimulateOptions,
 ) -> None:
@@ -259,8 +277,8 @@ def step(
     experts; the layer waits for the slowest.
 
     Examples:
-    moe-inspect simulate step runs/a --gpu h200 --engine vllm --dtype fp8 --gpus 32"""
-    show.show(show.simulation("step", trace, options, selection))
+    moe-inspect simulate step runs/a --gpu h200 --engine vllm --dtype fp8"""
+    show.show(show.simulation("step", trace, options, times, selection))
 
 
 @dataclass(frozen=True, kw_only=True)

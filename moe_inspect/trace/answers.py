@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moe_inspect.simulate import decode as _decode
     from moe_inspect.simulate import routing as _routing
     from moe_inspect.simulate.placement.placement import simulate_placement as _placement
-    from moe_inspect.simulate.step.step import simulate_step as _step
+    from moe_inspect.simulate.step import simulate_step as _step
     from moe_inspect.trace import texts as _texts
     from moe_inspect.trace.derived.sample import sample as _sample
     from moe_inspect.trace.verify import verify as _verify
@@ -86,4 +86,4 @@ class Simulations:
         decode = TraceMethod("simulate.decode", "simulate_decode")
         placement = TraceMethod("simulate.placement.placement", "simulate_placement")
         routing = TraceMethod("simulate.routing", "simulate_routing")
-        step = TraceMethod("simulate.step.step", "simulate_step")
+        step = TraceMethod("simulate.step", "simulate_step")

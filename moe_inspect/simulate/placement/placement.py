@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,22 +17,21 @@ import numpy as np
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.config import text_config
 from moe_inspect.progress import tracked
 from moe_inspect.simulate.placement import policies as policy
 from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.forecast import local_search
+from moe_inspect.simulate.placement.layouts import layouts_of
 from moe_inspect.simulate.placement.plan import plan_table
 from moe_inspect.simulate.placement.policies import Layout
-from moe_inspect.simulate.placement.tables import alike, fastest, tables_of
+from moe_inspect.simulate.placement.prices import PRICED, pricing_of
+from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, worth
 from moe_inspect.simulate.placement.text import chart, verdict
-from moe_inspect.simulate.placement.workloads import Workloads, workloads_of
+from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of
 from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation, too_few
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
-MOST_SLOTS = 2**20  # of a layer
-MOST_GPUS = 8  # where no number is asked for
 
 FIT_SHARE = 0.5  # of a trace alone
 
@@ -47,6 +47,8 @@ def _of_sum(place: Callable[[np.ndarray, Layout], np.ndarray]) -> Policy:
 
 BY_SUM = (policy.contiguous, policy.round_robin, policy.greedy, policy.eplb, policy.eplb_global)
 POLICIES = {place.__name__.replace("_", "-"): _of_sum(place) for place in BY_SUM}
+# what engines refit as they run
+ONLINE = {name: POLICIES[name] for name in ("eplb", "eplb-global", "greedy")}
 POLICIES["local-search"] = lambda load, *how: local_search(np.atleast_2d(load), *how)
 
 
@@ -68,6 +70,14 @@ def simulate_placement(
     minimize: Literal["ranks"] | None = None,
     slack: float = 0.0,
     dispatch: Literal["even", "lp"] = "even",
+    gpu: str | None = None,
+    engine: str | None = None,
+    dtype: str | None = None,
+    kernel: str | None = None,
+    latency: str | Path | None = None,
+    batch_tokens: int = 4096,
+    sweep: Sequence[int] | None = None,
+    memory_gb: float | None = None,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
@@ -84,12 +94,18 @@ def simulate_placement(
     0.5. `window`: tokens of a window, for how a plan ages; default 16 windows. `minimize`: "ranks"
     lets local-search trade its lead over EPLB's balance (and `slack`, a share of a GPU's load,
     beyond that) for fewer GPUs reached per token. `dispatch`: "lp" adds the least load of the
-    busiest GPU that any dispatch among replicas could reach. `layers`, `domains`, `phase`: what is
-    selected.
+    busiest GPU that any dispatch among replicas could reach. `gpu`, `engine`, `dtype`, `kernel`,
+    `latency`: whose measured times a step of `batch_tokens` tokens is priced with, as in
+    simulate_step; the policies are then compared by time. `sweep`: numbers of slots, of which each
+    is priced; `memory_gb`: that experts may take of a GPU, in 10^9 bytes. `layers`, `domains`,
+    `phase`: what is selected.
 
     Tables: placement (a row per router and policy), policies, windows, plan (the recommended
-    policy's), and with workloads judged (a row per policy and workload). MoeInspectError for
-    settings out of range, numbers that do not divide, and traces of other routers."""
+    policy's), with workloads judged (a row per policy and workload), where priced rebalancing (a
+    row per change of the plan) and traffic (a row per pair of GPUs), and where asked for sweep (a
+    row per number of slots).
+    MoeInspectError for settings out of range, numbers that do not divide, and traces of other
+    routers."""
     trace = open_trace(trace)
     beside = (open_trace(other).on(trace.scheduler) for other in (*others, *(judge or ())))
     traces = [trace, *beside]
@@ -126,36 +142,40 @@ def simulate_placement(
     ):
         if is_wrong:
             raise MoeInspectError(said)
+    pricing = pricing_of(gpu, engine, dtype, kernel, latency, batch_tokens, sweep, memory_gb)
     among = None
     if apart:
         among = workloads_of(traces, every, 1 + len(others), fit_domains, fit_phase, weights)
-    several = among is not None and len(among.fitted) > 1
-    if several and minimize:
+    if among and len(among.fitted) > 1 and minimize:
         raise MoeInspectError("--minimize looks at the decisions of one trace or domain")
     selection, windows, loads = _seen(trace, selection, among, fit_share, window)
-    plans = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
-    for r in tracked(selection.routers, "placing", "routers"):
-        for name in names:
-            plans.of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r], several)
+    empty = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
     fewer_ranks = bool(minimize) and "local-search" in names
-    if fewer_ranks:
-        fitting.reach_fewer(plans, "local-search", slack)
-    judging = [] if trace.counts_only else [plans]
-    if among:
-        windows, loads = among.windows(judged=True)
-        plans = replace(plans, windows=windows, loads=loads)
-        judging = [*among.judging(plans)]
+    place = partial(_placed, empty, among, slack if fewer_ranks else None)
+    plans, judging = place(layouts, names)
     tables = tables_of(plans, fitting.ranks_reached(judging), dispatch == "lp")
     if among:
         tables["judged"] = among.table(plans, tables["windows"])
         slowdown = tables["policies"].set_index("policy")["slowdown"]
         tables["policies"]["slower_p"] = among.slower_p(plans, slowdown)
+    priced: Settings = dict.fromkeys(PRICED)
+    if pricing:
+        judged = among.judged or among.fitted if among else [workload(trace, selection)]
+        priced = pricing.added(tables, plans, judging, judged, ONLINE)
+        strongest = "local-search" if "local-search" in names else names[-1]
+        sizes = {
+            P: layouts_of(trace, selection, gpus, nodes, P, groups) for P in sorted(sweep or ())
+        }
+        every = ((P, *place(of, [strongest])) for P, of in sizes.items())
+        tables |= pricing.swept(every, judged)
     best, same = "local-search", list[str]()
     if not fewer_ranks:
         best = fastest(tables["policies"])
         if (tables["windows"]["part"] == "judged").any():
-            best, *same = alike(tables["policies"], POLICIES)
+            best, *same = alike(tables["policies"], POLICIES, worth(priced["error"]))
     tables["plan"] = plan_table(plans, best)
+    if "traffic" in tables:
+        tables["traffic"] = tables["traffic"].query("policy == @best").reset_index(drop=True)
     layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
     settings: Settings = {
         "gpus": layout.gpus,
@@ -169,6 +189,7 @@ def simulate_placement(
         "window": -(-windows.tokens // (len(windows.edge_W) - 1)) if alone else None,
         "minimize": minimize,
         "dispatch": dispatch,
+        **priced,
         "recommended": best,
         "as_fast": same,
         "layers": trace.blocks,
@@ -178,6 +199,31 @@ def simulate_placement(
     }
     few = among.too_few if among else too_few(trace, selection)
     return simulation(trace, few, tables, settings, verdict, chart, ("policies",))
+
+
+def _placed(
+    empty: fitting.PlacementPlans,
+    among: Workloads | None,
+    slack: float | None,
+    layouts: dict[int, Layout],
+    policies: Sequence[str],
+) -> tuple[fitting.PlacementPlans, list[fitting.PlacementPlans]]:
+    """The plans of these policies; and the same on the tokens of each trace that they are judged
+    on, none where there are only counts. `slack`: for plans of local-search that reach fewer
+    GPUs."""
+    plans = replace(empty, layouts=layouts, of={})
+    several = among is not None and len(among.fitted) > 1
+    for r in tracked(plans.selection.routers, "placing", "routers"):
+        for name in policies:
+            load_WE = plans.loads[r][: plans.windows.fit]
+            plans.of[r, name] = POLICIES[name](load_WE, layouts[r], several)
+    if slack is not None:
+        fitting.reach_fewer(plans, "local-search", slack)
+    if among is None:
+        return plans, [] if plans.trace.counts_only else [plans]
+    windows, loads = among.windows(judged=True)
+    plans = replace(plans, windows=windows, loads=loads)
+    return plans, [*among.judging(plans)]
 
 
 def _seen(
@@ -199,58 +245,3 @@ def _seen(
         selection, fit_share = among.fitted[0].selection, 1.0
     windows = fitting.fit_windows_of(trace, selection, fit_share or FIT_SHARE, window)
     return selection, windows, fitting.loads_of(trace, selection, windows)
-
-
-def layouts_of(
-    trace: Trace,
-    selection: Selection,
-    gpus: int | None,
-    nodes: int,
-    physical: int | None,
-    groups: int | None,
-) -> dict[int, Layout]:
-    """The layout of each router. `physical`: experts of a layer, replicas included; None: as many
-    as there are. MoeInspectError where the numbers do not divide."""
-    experts = {trace.routers[r].experts for r in selection.routers}
-    if physical is not None and physical < (E := max(experts)):
-        raise MoeInspectError(
-            f"{physical} physical experts for {E} experts: each needs a slot, use at least {E}"
-        )
-    if physical is not None and physical > MOST_SLOTS:
-        raise MoeInspectError(f"{physical:,} physical experts: use at most {MOST_SLOTS:,}")
-    slots = experts if physical is None else {physical}
-    if gpus is None:  # with one slot per GPU there is nothing to choose
-        most = max(1, min(MOST_GPUS, min(slots) // 2))
-        fit = (g for g in range(most, 0, -1) if not (any(n % g for n in slots) or g % nodes))
-        if (gpus := next(fit, None)) is None:
-            raise MoeInspectError(
-                f"no number of GPUs up to {most} divides {_listed(slots)} slots and is a multiple "
-                f"of {nodes} nodes: give --gpus"
-            )
-    if gpus < 1 or nodes < 1 or gpus % nodes:
-        raise MoeInspectError(
-            f"{gpus} GPUs on {nodes} nodes: the number of GPUs must be a multiple of the "
-            "number of nodes"
-        )
-    if uneven := sorted(n for n in slots if n % gpus):
-        kind = "experts" if physical is None else "physical experts"
-        raise MoeInspectError(
-            f"cannot split {uneven[0]} {kind} over {gpus} GPUs: use --physical-experts "
-            f"{-(-max(slots) // gpus) * gpus}"
-        )
-    if groups is None:
-        known = text_config(trace).get("n_group")
-        groups = known if isinstance(known, int) and known > 0 else 1
-        groups = 1 if any(E % groups for E in experts) else groups
-    if groups < 1 or any(E % groups for E in experts):
-        raise MoeInspectError(
-            f"cannot split {_listed(experts)} experts into {groups} equal groups: use a divisor"
-        )
-    return {
-        r: Layout(physical or trace.routers[r].experts, gpus, nodes, groups)
-        for r in selection.routers
-    }
-
-
-def _listed(values: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(values)))

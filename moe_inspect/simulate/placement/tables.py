@@ -164,16 +164,28 @@ def _by_policy(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def worth(error: float | None) -> float:
+    """The share of the time saved from which a policy counts as faster: `error` of the times, where
+    these were measured."""
+    return max(WORTH, error or 0.0)
+
+
+def time_of(by_policy: pd.DataFrame) -> str:
+    """The column that policies are compared by."""
+    return "ms" if "ms" in by_policy else "slowdown"
+
+
 def fastest(by_policy: pd.DataFrame) -> str:
-    """The policy with the least slowdown; of equals local-search, then the first."""
-    slowdown = by_policy.set_index("policy")["slowdown"].round(9)
-    return min(slowdown.index, key=lambda name: (slowdown[name], name != "local-search"))
+    """The policy that takes the least time; of equals local-search, then the first."""
+    time = by_policy.set_index("policy")[time_of(by_policy)].round(9)
+    return min(time.index, key=lambda name: (time[name], name != "local-search"))
 
 
-def alike(by_policy: pd.DataFrame, simplest_first: Iterable[str]) -> list[str]:
-    """The policies that are no slower than the fastest by WORTH of its time, or beyond chance where
-    that is known."""
-    of = by_policy.set_index("policy")
-    saved = 1 - of["slowdown"].min() / of["slowdown"]
-    same = of.index[(saved < WORTH) | (of.get("slower_p", np.nan) >= ALPHA)]
+def alike(by_policy: pd.DataFrame, simplest_first: Iterable[str], least: float) -> list[str]:
+    """The policies that are no slower than the fastest by the share `least` of its time, or beyond
+    chance where that is known."""
+    of, by = by_policy.set_index("policy"), time_of(by_policy)
+    saved = 1 - of[by].min() / of[by]
+    p = of.get("ms_p" if by == "ms" else "slower_p", np.nan)
+    same = of.index[(saved < least) | (p >= ALPHA)]
     return [name for name in simplest_first if name in same]

@@ -8,7 +8,8 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.charts import spec
-from moe_inspect.simulate.placement.tables import WORTH
+from moe_inspect.simulate.placement.price_text import by_memory, by_pair, priced
+from moe_inspect.simulate.placement.tables import time_of, worth
 from moe_inspect.simulate.result import SIMULATED, Frame, Labels, Settings, Tables
 from moe_inspect.text import plural
 
@@ -22,15 +23,18 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     rows = {row["policy"]: row for row in tables["policies"].to_dict("records")}
     best = rows[settings["recommended"]]
     first = rows.get("contiguous") or next(iter(rows.values()))
+    takes = f"the MoE layers take {first['slowdown']:.2f}x the time of perfect balance"
+    if settings["times"]:
+        takes = f"the busiest GPU has {first['slowdown']:.2f}x the mean load"
     sentences = [
-        f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, the MoE "
-        f"layers take {first['slowdown']:.2f}x the time of perfect balance "
+        f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, {takes} "
         f"(balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, "
         f"{first['balancedness_sglang']:.2f} by SGLang's; "
         f"worst layer {first['worst_max_over_mean']:.2f}x)."
     ]
-    saved = 1 - best["slowdown"] / first["slowdown"]
-    if best is not first and (saved >= WORTH or settings["minimize"]):
+    by = time_of(tables["policies"])
+    saved, least = 1 - best[by] / first[by], worth(settings["error"])
+    if best is not first and (saved >= least or settings["minimize"]):
         others = ", ".join(
             f"{name} {row['slowdown']:.2f}x"
             for name, row in rows.items()
@@ -41,10 +45,10 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             f"{f' ({others})' if others else ''}: {max(saved, 0):.0%} less time."
         )
     elif len(rows) > 1:
-        least = min(row["slowdown"] for row in rows.values())
-        more = f"by more than {WORTH:.0%}"
-        if 1 - least / first["slowdown"] >= WORTH:
-            more = f"beyond chance (at best {least:.2f}x)"
+        fastest = min(row[by] for row in rows.values())
+        more = f"by more than {least:.0%}"
+        if 1 - fastest / first[by] >= least:
+            more = f"beyond chance (at best {fastest:.3g}{' ms' if by == 'ms' else 'x'})"
         sentences.append(f"No other policy is faster than {first['policy']} {more}.")
     wasted = max((rows[name]["colocated"] for name in rows if name.startswith("eplb")), default=0)
     if wasted and "local-search" in rows:
@@ -52,6 +56,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             f"EPLB puts up to {plural(wasted, 'replica')} on a GPU that already has the same "
             f"expert; local-search {rows['local-search']['colocated']:,}."
         )
+    if settings["times"]:
+        sentences += priced(tables, rows, settings, _unseen(tables))
     sentences += _aged(tables, settings, best["policy"])
     if not settings["counts_only"]:
         said = (
@@ -75,7 +81,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         *sentences,
         _advice(tables, settings, first["policy"], saved),
         "Simulated: replicas of an expert share its load evenly and at random; the time of a "
-        "layer is that of its busiest GPU.",
+        f"layer is that of its {'slowest' if settings['times'] else 'busiest'} GPU"
+        + (f", with {settings['times']}." if settings["times"] else "."),
     ]
 
 
@@ -86,18 +93,20 @@ def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str
         return f"-o FILE saves {name}."
     if settings["minimize"] and name == "local-search":
         return f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
+    least = worth(settings["error"])
     if not _unseen(tables):
-        if saved < WORTH and name != first:
-            less = f"-o FILE saves {name}, which is less than {WORTH:.0%} faster."
+        if saved < least and name != first:
+            less = f"-o FILE saves {name}, which is less than {least:.0%} faster."
             return f"Recommended: keep {first}. {less}"
         return f"-o FILE saves {name}, the fastest on what it is fitted on."
     if not same:
         return f"Recommended: {name}, the fastest on the judged part (save with -o FILE)."
     of = tables["policies"]
-    beyond = " or beyond chance" if "slower_p" in of and of["slower_p"].notna().any() else ""
+    known = of.get("ms_p" if time_of(of) == "ms" else "slower_p")
+    beyond = " or beyond chance" if known is not None and known.notna().any() else ""
     return (
         f"Recommended: {name}, the simplest (--help lists it first) of those that are no slower "
-        f"than the fastest by {WORTH:.0%}{beyond}: {', '.join([name, *same])} (save with -o FILE)."
+        f"than the fastest by {least:.0%}{beyond}: {', '.join([name, *same])} (save with -o FILE)."
     )
 
 
@@ -179,6 +188,10 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
         panels.append(_by_workload(tables["judged"], policies))
     elif by_window["window"].nunique() > 1:
         panels.append(_by_window(by_window, settings))
+    if "traffic" in tables:
+        panels.append(by_pair(tables["traffic"]))
+    if "sweep" in tables:
+        panels.append(by_memory(tables["sweep"]))
     return spec.Chart(
         "Placement of experts",
         "Load of the busiest GPU ÷ mean load of the GPUs, by policy",

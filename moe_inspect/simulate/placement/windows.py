@@ -103,15 +103,21 @@ def fit_windows_of(
     return FitWindows(np.append(fitted_W, rest_W[1:]), fit, tokens, of_rank, before)
 
 
+def window_of(shard: Shard, taken_T: np.ndarray, windows: FitWindows) -> np.ndarray:
+    """The window of each token of a shard that is taken. int64 [T]"""
+    rank = shard.files.rank
+    index_T = windows.before[rank, shard.files.index] + np.cumsum(taken_T) - 1
+    share_T = index_T / max(1, windows.of_rank[rank])
+    return np.searchsorted(windows.edge_W, share_T, side="right") - 1
+
+
 def decisions(
     shard: Shard, selection: Selection, windows: FitWindows, since: int = 0
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(router, ids int16 [K, T], window of each token int64 [T]) of a shard. What lies before the
     window `since` is not read."""
-    rank, taken_T = shard.files.rank, taken(shard, selection)
-    index_T = windows.before[rank, shard.files.index] + np.cumsum(taken_T) - 1
-    share_T = index_T / max(1, windows.of_rank[rank])
-    window_T = np.searchsorted(windows.edge_W, share_T, side="right") - 1
+    taken_T = taken(shard, selection)
+    window_T = window_of(shard, taken_T, windows)
     wanted_T = taken_T & (window_T >= since)
     routers = selection.routers if wanted_T.any() else ()
     found = routed(shard, routers, lambda _, seen: (wanted_T[seen], window_T[seen]))

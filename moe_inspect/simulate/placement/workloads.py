@@ -175,18 +175,18 @@ def workloads_of(
             )
     names = [PurePath(path).name for path in paths]
     names = names if len({*names}) == len(names) else paths
-    whole = [*zip(names, traces, selections, strict=True)]
+    whole = [*zip(traces, selections, names, strict=True)]
     trace, selection = traces[0], selections[0]
     if fit_domains:
         fitted, judged = _domains(trace, selection, fit_domains)
     elif fit_phase:
         first = select(trace, phase=fit_phase).phase  # refuses counts
         phases = fit_phase, *sorted(phases_of(trace) - {first})
-        fitted, *judged = [_whole(p, trace, replace(selection, phase=p)) for p in phases]
+        fitted, *judged = [workload(trace, replace(selection, phase=p), p) for p in phases]
         fitted = [fitted]
     else:
-        fitted, judged = [_whole(*of) for of in whole[:fit]], []
-    judged += [_whole(*of) for of in whole[fit:]]
+        fitted, judged = [workload(*of) for of in whole[:fit]], []
+    judged += [workload(*of) for of in whole[fit:]]
     weight_W = np.ones(len(fitted)) if weights is None else np.array(weights, float)
     if len(weight_W) != len(fitted) or not (np.isfinite(weight_W) & (weight_W > 0)).all():
         raise MoeInspectError(
@@ -200,7 +200,8 @@ def _shapes(trace: Trace) -> list[tuple[int, str, int]]:
     return [(router.layer, router.stack, router.experts) for router in trace.routers]
 
 
-def _whole(name: str, trace: Trace, selection: Selection) -> Workload:
+def workload(trace: Trace, selection: Selection, name: str = "") -> Workload:
+    """All that is selected."""
     counts = count_trace(trace, selection)
     return Workload(name, trace, selection, counts, np.ones(len(counts.units), bool))
 

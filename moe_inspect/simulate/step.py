@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,25 @@ from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.analysis.metrics.uncertainty import special, student_p
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.simulate import result
-from moe_inspect.simulate.latency import (
-    BYTES,
-    SHIPPED,
-    KernelTime,
-    LatencyModel,
-    Shape,
-    TransferTime,
-)
-from moe_inspect.simulate.placement.placement import layouts_of
+from moe_inspect.simulate.latency import Shape
+from moe_inspect.simulate.placement.layouts import layouts_of
 from moe_inspect.simulate.placement.plan import read_plan
 from moe_inspect.simulate.placement.policies import contiguous
 from moe_inspect.simulate.result import Labels, Settings, Tables
-from moe_inspect.simulate.shards import phases_of
-from moe_inspect.simulate.step.sampling import (
+from moe_inspect.simulate.shards import phases_of, taken
+from moe_inspect.simulate.steps.prices import (
+    MOST_TOKENS,
+    Prices,
+    Times,
+    even,
+    prices_of,
+    shape_of,
+)
+from moe_inspect.simulate.steps.sampling import (
+    COUNTED,
+    FEWEST_BLOCKS,
     SEED,
     StepLoads,
     chance_ids,
@@ -57,71 +59,16 @@ from moe_inspect.trace.schema import PHASES
 
 DRAWS = 8  # steps by chance
 POOL = 2**16  # tokens that they are drawn from
-COUNTED = 16  # steps drawn from counts
-LOW_LATENCY = 128  # tokens of a GPU up to which DeepEP's low-latency kernels transfer them
-FEWEST_BLOCKS = 4  # that have an interval
-MOST_TOKENS = 2**18
 MOST_DOMAINS = 12  # that have rows of their own
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds of one layer in each step. float64 [S]. `experts`: of the slowest GPU, of which
-    the others wait `waiting` in the mean. `dispatch`, `combine`: of tokens to the GPUs of their
-    experts, and back; NaN where no such transfer was measured."""
-
-    experts: np.ndarray
-    waiting: np.ndarray
-    dispatch: np.ndarray
-    combine: np.ndarray
-
-    @property
-    def total(self) -> np.ndarray:
-        return self.experts + np.nan_to_num(self.dispatch) + np.nan_to_num(self.combine)
-
-    def __add__(self, other: Times) -> Times:
-        return Times(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Measured times: of the experts, and of DeepEP's transfers, by their kernels."""
-
-    kernel: KernelTime
-    transfers: dict[str, TransferTime]
-
-    def of(self, loads: StepLoads, shape: Shape, N: int) -> Times:
-        (S, P), G = loads.slots_SP.shape, loads.reached_SG.shape[1]
-        tokens_SGE = loads.slots_SP.reshape(S, G, P // G)
-        handed = loads.reached_SG.reshape(-1)
-        busy_SG = self.kernel.predict(tokens_SGE.reshape(S * G, -1), shape, handed).reshape(S, G)
-        kind = "low_latency" if N <= LOW_LATENCY * G else "normal"
-        sent = list[np.ndarray]()
-        for name, size in (("dispatch", BYTES[self.kernel.dtype]), ("combine", 2.0)):
-            way = self.transfers.get(f"deepep_{kind}_{name}")
-            ms_S = np.full(S, 0.0 if G == 1 else np.nan)
-            if way is not None and G > 1:
-                copies_SG = tokens_SGE.sum(2) if way.per == "choice" else loads.reached_SG
-                ms_S = way.predict(copies_SG.max(1), shape.hidden * max(size, 1.0))
-            sent.append(ms_S)
-        return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1), *sent)
-
-
-def even(N: int, k: int, reached: float, P: int, G: int) -> StepLoads:
-    """The assignments of N tokens, spread evenly over the slots as whole tokens: a step of few
-    tokens reads few experts then, too."""
-    slots_P = np.full(P, N * k // P)
-    slots_P[np.linspace(0, P, N * k % P, endpoint=False).astype(int)] += 1
-    return StepLoads(slots_P[None], np.full((1, G), reached))
 
 
 @result.repeatable
 def simulate_step(
     trace: Trace | str | Path,
     *,
-    gpu: str,
-    engine: str,
-    dtype: str,
+    gpu: str | None = None,
+    engine: str | None = None,
+    dtype: str | None = None,
     kernel: str | None = None,
     gpus: int | None = None,
     nodes: int = 1,
@@ -152,11 +99,7 @@ def simulate_step(
         raise MoeInspectError(
             f"steps of {', '.join(map(str, sizes))} tokens: give numbers from 1 to {MOST_TOKENS:,}"
         )
-    wanted = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
-    model = LatencyModel.from_file(latency or SHIPPED)
-    measured = model.kernel(**{name: value for name, value in wanted.items() if value is not None})
-    # of those with several settings, the one with the most of the GPU, the last
-    transfers = {way.kernel: way for way in model.transfers if way.gpu == gpu}
+    prices = prices_of(gpu, engine, dtype, kernel, latency)
     selection = select(trace, layers, domains, phase)
     plan = read_plan(placement) if placement is not None else None
     physical = len(next(iter(plan.values()))) if plan else None
@@ -169,8 +112,8 @@ def simulate_step(
             if {*placed[r].tolist()} != {*range(E)}:
                 raise MoeInspectError(f"{placement}: layer {layer} does not place its {E} experts")
     G = next(iter(layouts.values())).gpus
-    shapes = {r: _shape(trace, r) for r in selection.routers}
-    steps = Steps(trace, Prices(measured, transfers), placed, shapes, G)
+    shapes = {r: shape_of(trace, r) for r in selection.routers}
+    steps = Steps(trace, prices, placed, shapes, G)
     rows = [row for part in _parts(trace, selection) for row in steps.rows(part, sizes)]
     if not rows:
         raise MoeInspectError(f"{trace.path} has no step of {sizes[0]:,} tokens: give fewer")
@@ -181,10 +124,9 @@ def simulate_step(
         "step_layers": table[~whole].astype({"layer": int, "router": int}).reset_index(drop=True),
     }
     settings: Settings = {
-        "kernel": measured.name,
-        "source": model.source,
-        "error": measured.errors.get("imbalance_error_median"),
-        "doubt": measured.doubt(),
+        "kernel": prices.kernel.name,
+        "error": prices.error,
+        "times": prices.said(G),
         "gpus": G,
         "nodes": nodes,
         "batch_tokens": sizes,
@@ -194,17 +136,6 @@ def simulate_step(
     }
     few = result.too_few(trace, selection)
     return result.simulation(trace, few, tables, settings, verdict, chart, ("step",))
-
-
-def _shape(trace: Trace, router: int) -> Shape:
-    found, of = expert_shape(trace, router), trace.routers[router]
-    if found is None:
-        raise MoeInspectError(
-            f"{trace.path} does not say how large an expert is: record it with its model, or "
-            "import it with --config"
-        )
-    hidden, inter, matrices = found
-    return Shape(hidden, inter, of.top_k, of.experts, matrices == 3)
 
 
 def _parts(trace: Trace, selection: Selection) -> list[tuple[str, Selection]]:
@@ -267,9 +198,10 @@ class Steps:
                 )
             return
         routers = [r for r in selection.routers if trace.routers[r].sees(selection.phase or "")]
-        for steps in draw_steps(trace, selection, sizes, selection.phase == "decode")[0]:
+        wanted = partial(taken, selection=selection)
+        for steps in draw_steps(trace, wanted, sizes, selection.phase == "decode"):
             if len(steps.block_S) and routers:
-                loads = loads_of_steps(trace, routers, steps, self.plan, G)
+                [loads] = loads_of_steps(trace, routers, steps, [self.plan], G)
                 yield steps.tokens, steps.block_S, loads
 
     def chance(self, router: int, N: int) -> StepLoads:
@@ -360,16 +292,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "Counts do not tell tokens apart: steps were drawn as if each token chose by the load "
             "of all, and have no intervals."
         )
-    error, doubt = settings["error"], settings["doubt"]
-    what = "experts, and DeepEP's transfers on one node,"
-    if table["dispatch_ms"].isna().all() or settings["gpus"] == 1:
-        what = "experts alone, without transfers,"
-    return [
-        *sentences,
-        f"Simulated: times of {what} as measured of {settings['kernel']} ({settings['source']})"
-        + (f", whose costs of imbalance err by {error:.0%} in the median" if error else "")
-        + (f": {doubt}." if doubt else "."),
-    ]
+    return [*sentences, f"Simulated: {settings['times']}."]
 
 
 def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:

@@ -11,19 +11,22 @@ physical slots, G GPUs, M the most replicas of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 
-from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.shards import routed, taken
+from moe_inspect.simulate.shards import routed
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
 
-MOST_BLOCKS = 8
+MOST_BLOCKS, FEWEST_BLOCKS = 8, 4  # at least so many have an interval
+COUNTED = 16  # steps drawn from counts
 STEPS_OF_A_BLOCK = 4
 SEED = 0
+
+Wanted = Callable[[Shard], np.ndarray]  # bool [T]: the tokens of a shard that steps are drawn from
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,19 @@ class StepTokens:
 
 
 def draw_steps(
-    trace: Trace, selection: Selection, sizes: Sequence[int], decoding: bool
-) -> tuple[list[StepTokens], int]:
-    """The steps of each size, none where fewer tokens are selected; and how many are. `decoding`:
-    whether tokens are ordered by position. MoeInspectError where nothing is selected."""
+    trace: Trace, wanted: Wanted, sizes: Sequence[int], decoding: bool
+) -> list[StepTokens]:
+    """The steps of each size, none where fewer tokens are wanted. `decoding`: whether tokens are
+    ordered by position. MoeInspectError where no token is wanted."""
     lengths = list[np.ndarray]()  # documents of a shard and their tokens, [2, …]
     for shard in trace.shards:
-        document_T = shard.tokens(["document"])["document"].to_numpy()[taken(shard, selection)]
+        document_T = shard.tokens(["document"])["document"].to_numpy()[wanted(shard)]
         lengths.append(np.stack(np.unique(document_T, return_counts=True)))
     document_N, tokens_N = np.concatenate(lengths, axis=1)
     document_D, of_N = np.unique(document_N, return_inverse=True)
     tokens_D = np.bincount(of_N, tokens_N).astype(np.int64)
-    if not (total := int(tokens_D.sum())):
+    total = int(tokens_D.sum())
+    if not total:
         raise MoeInspectError(f"{trace.path} has no tokens in this selection")
     order_D = np.random.default_rng(SEED).permutation(len(document_D))
     steps = list[StepTokens]()
@@ -60,8 +64,8 @@ def draw_steps(
         block_D = np.full(len(document_D), -1)
         for b, of_block in enumerate(dealt):
             rank_D[of_block], block_D[of_block] = np.arange(len(of_block)), b
-        steps.append(_numbered(trace, selection, size, document_D, rank_D, block_D, decoding))
-    return steps, total
+        steps.append(_numbered(trace, wanted, size, document_D, rank_D, block_D, decoding))
+    return steps
 
 
 def _until(order_D: np.ndarray, tokens_D: np.ndarray, most: int) -> np.ndarray:
@@ -72,7 +76,7 @@ def _until(order_D: np.ndarray, tokens_D: np.ndarray, most: int) -> np.ndarray:
 
 def _numbered(
     trace: Trace,
-    selection: Selection,
+    wanted: Wanted,
     size: int,
     document_D: np.ndarray,
     rank_D: np.ndarray,
@@ -80,14 +84,13 @@ def _numbered(
     decoding: bool,
 ) -> StepTokens:
     """The tokens of these documents in their order, cut into steps."""
-    found = list[
-        np.ndarray
-    ]()  # shard, token in it, block, rank of the document, sequence, position
+    # shard, token in it, block, rank of the document, sequence, position
+    found = list[np.ndarray]()
     for number, shard in enumerate(trace.shards):
         table = shard.tokens(["document", "sequence", "position"])
         document_T, sequence_T, position_T = (column.to_numpy() for column in table.columns)
         at_T = np.searchsorted(document_D, document_T).clip(max=len(document_D) - 1)
-        index = np.flatnonzero(taken(shard, selection) & (block_D[at_T] >= 0))
+        index = np.flatnonzero(wanted(shard) & (block_D[at_T] >= 0))
         d = at_T[index]
         rows = np.full(len(index), number), index, block_D[d], rank_D[d]
         found.append(np.stack([*rows, sequence_T[index], position_T[index]]).astype(np.int64))
@@ -127,43 +130,58 @@ def decisions_of(
 @dataclass(frozen=True)
 class StepLoads:
     """What steps bring: `slots_SP`, the tokens of each physical slot; `reached_SG`, the tokens that
-    go to each GPU, each once however many of its experts it uses there."""
+    go to each GPU, each once however many of its experts it uses there; `sent_GG`, those of all
+    steps that go from a GPU to a GPU, empty where tokens are not told apart."""
 
     slots_SP: np.ndarray
     reached_SG: np.ndarray
+    sent_GG: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __add__(self, other: StepLoads) -> StepLoads:
-        return StepLoads(self.slots_SP + other.slots_SP, self.reached_SG + other.reached_SG)
+        return StepLoads(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def joined(loads: Sequence[StepLoads]) -> StepLoads:
+    """One after the other."""
+    return StepLoads(*map(np.concatenate, zip(*map(astuple, loads), strict=True)))
 
 
 def step_loads(
     ids_KT: np.ndarray, step_T: np.ndarray, S: int, expert_P: np.ndarray, G: int
 ) -> StepLoads:
-    """Of an expert's replicas, token after token takes the next. ids_KT: −1 where a slot of the
-    decision routed nowhere."""
-    P, K = len(expert_P), len(ids_KT)
+    """Token t is on GPU t mod G. Of an expert's replicas, token after token takes the next, and so
+    do the tokens of a GPU. ids_KT: −1 where a slot of the decision routed nowhere."""
+    P = len(expert_P)
     by_expert_P, replicas_E = np.argsort(expert_P, kind="stable"), np.bincount(expert_P)
     first_E = np.cumsum(replicas_E) - replicas_E
     turn_T = np.arange(len(step_T))
-    slot_KT = by_expert_P[first_E[ids_KT] + turn_T % replicas_E[ids_KT]]
+    turn_KT = turn_T + turn_T // np.lcm(replicas_E, G)[ids_KT]
+    slot_KT = by_expert_P[first_E[ids_KT] + turn_KT % replicas_E[ids_KT]]
     there_KT = ids_KT >= 0
     of_step_KT = np.broadcast_to(step_T.astype(np.int64), slot_KT.shape)
     slots_S = np.bincount((of_step_KT * P + slot_KT)[there_KT], minlength=S * P)
     gpu_KT = np.sort(np.where(there_KT, slot_KT * G // P, G), axis=0)
     new_KT = gpu_KT < G
     new_KT[1:] &= gpu_KT[1:] != gpu_KT[:-1]
-    reached = np.bincount((of_step_KT * G + gpu_KT)[new_KT], minlength=S * G) if K else 0
-    return StepLoads(slots_S.reshape(S, P), np.asarray(reached).reshape(S, G))
+    reached = np.bincount((of_step_KT * G + gpu_KT)[new_KT], minlength=S * G)
+    from_KT = np.broadcast_to(turn_T % G, gpu_KT.shape)
+    sent = np.bincount((from_KT * G + gpu_KT)[new_KT], minlength=G * G)
+    return StepLoads(slots_S.reshape(S, P), reached.reshape(S, G), sent.reshape(G, G))
 
 
 def loads_of_steps(
-    trace: Trace, routers: Sequence[int], steps: StepTokens, plan: dict[int, np.ndarray], G: int
-) -> dict[int, StepLoads]:
-    """The loads of each router's steps under a plan, the expert of each slot by router."""
-    S, loads = len(steps.block_S), dict[int, StepLoads]()
+    trace: Trace,
+    routers: Sequence[int],
+    steps: StepTokens,
+    plans: Sequence[dict[int, np.ndarray]],
+    G: int,
+) -> list[dict[int, StepLoads]]:
+    """The loads of each router's steps under each plan, the expert of each slot by router."""
+    S, loads = len(steps.block_S), [dict[int, StepLoads]() for _ in plans]
     for r, ids_KT, step_T in decisions_of(trace, routers, steps):
-        part = step_loads(ids_KT, step_T, S, plan[r], G)
-        loads[r] = loads[r] + part if r in loads else part
+        for plan, of in zip(plans, loads, strict=True):
+            part = step_loads(ids_KT, step_T, S, plan[r], G)
+            of[r] = of[r] + part if r in of else part
     return loads
 
 
@@ -183,8 +201,17 @@ def from_load(
 ) -> StepLoads:
     """Steps whose assignments are drawn independently by the load of each expert, for counts, which
     tell no tokens apart. What reaches a GPU is its expected number."""
-    replicas_E = np.bincount(expert_P)
-    share_P = (load_E / load_E.sum() / replicas_E)[expert_P]
-    slots_SP = rng.multinomial(round(N * k), share_P / share_P.sum(), S)
-    share_SG = slots_SP.reshape(S, G, -1).sum(2) / max(round(N * k), 1)
+    share_P = expected(load_E, N, k, expert_P[None], G).slots_SP[0]
+    return _independent(rng.multinomial(N * k, share_P / share_P.sum(), S), N, k, G)
+
+
+def expected(load_E: np.ndarray, N: int, k: int, expert_SP: np.ndarray, G: int) -> StepLoads:
+    """The same in the mean, of a step under each of several plans."""
+    replicas_SE = np.stack([np.bincount(of, minlength=len(load_E)) for of in expert_SP])
+    share_SE = load_E / load_E.sum() / replicas_SE
+    return _independent(N * k * np.take_along_axis(share_SE, expert_SP, 1), N, k, G)
+
+
+def _independent(slots_SP: np.ndarray, N: int, k: int, G: int) -> StepLoads:
+    share_SG = slots_SP.reshape(len(slots_SP), G, -1).sum(2) / (N * k)
     return StepLoads(slots_SP, N * (1 - (1 - share_SG) ** k))

@@ -1,0 +1,1 @@
+"""Steps of a trace, and what they cost."""

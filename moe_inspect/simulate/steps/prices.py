@@ -1,0 +1,134 @@
+"""What a step costs: the milliseconds of its experts and transfers, from the times of kernels that
+were measured, and from what the steps bring to each slot and GPU.
+
+N tokens of a step, S steps, P physical slots, G GPUs, k experts of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.config import expert_shape
+from moe_inspect.simulate.latency import (
+    BYTES,
+    SHIPPED,
+    KernelTime,
+    LatencyModel,
+    Shape,
+    TransferTime,
+)
+from moe_inspect.simulate.steps.sampling import StepLoads
+from moe_inspect.trace.reader import Trace
+
+LOW_LATENCY = 128  # tokens of a GPU up to which DeepEP's low-latency kernels transfer them
+MOST_TOKENS = 2**18  # of a step
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one layer in each step. float64 [S]. `experts`: of the slowest GPU, of which
+    the others wait `waiting` in the mean. `dispatch`, `combine`: of tokens to the GPUs of their
+    experts, and back; NaN where no such transfer was measured."""
+
+    experts: np.ndarray
+    waiting: np.ndarray
+    dispatch: np.ndarray
+    combine: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.experts + np.nan_to_num(self.dispatch) + np.nan_to_num(self.combine)
+
+    def __add__(self, other: Times) -> Times:
+        return Times(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Measured times: of the experts, and of DeepEP's transfers, by their kernels."""
+
+    kernel: KernelTime
+    transfers: dict[str, TransferTime]
+    source: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """By how much costs of imbalance err in the median; None where that was not measured."""
+        return self.kernel.errors.get("imbalance_error_median")
+
+    def expert_gb(self, shape: Shape) -> float:
+        """10^9 bytes of an expert's weights, as the kernel reads them."""
+        weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
+        return weights * BYTES[self.kernel.dtype] / 1e9
+
+    def said(self, G: int) -> str:
+        """Whose times these are, and how wrong they may be."""
+        sent = G > 1 and any(kernel.startswith("deepep") for kernel in self.transfers)
+        what = "experts alone, without transfers,"
+        if sent:
+            what = "experts, and DeepEP's transfers on one node,"
+        err, doubt = self.error, self.kernel.doubt()
+        return (
+            f"times of {what} as measured of {self.kernel.name} ({self.source})"
+            + (f", whose costs of imbalance err by {err:.0%} in the median" if err else "")
+            + (f": {doubt}" if doubt else "")
+        )
+
+    def of(self, loads: StepLoads, shape: Shape, N: int) -> Times:
+        (S, P), G = loads.slots_SP.shape, loads.reached_SG.shape[1]
+        tokens_SGE = loads.slots_SP.reshape(S, G, P // G)
+        handed = loads.reached_SG.reshape(-1)
+        busy_SG = self.kernel.predict(tokens_SGE.reshape(S * G, -1), shape, handed).reshape(S, G)
+        kind = "low_latency" if N <= LOW_LATENCY * G else "normal"
+        sent = list[np.ndarray]()
+        for name, size in (("dispatch", BYTES[self.kernel.dtype]), ("combine", 2.0)):
+            way = self.transfers.get(f"deepep_{kind}_{name}")
+            ms_S = np.full(S, 0.0 if G == 1 else np.nan)
+            if way is not None and G > 1:
+                copies_SG = tokens_SGE.sum(2) if way.per == "choice" else loads.reached_SG
+                ms_S = way.predict(copies_SG.max(1), shape.hidden * max(size, 1.0))
+            sent.append(ms_S)
+        return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1), *sent)
+
+
+def even(N: int, k: int, reached: float, P: int, G: int) -> StepLoads:
+    """The assignments of N tokens, spread evenly over the slots as whole tokens: a step of few
+    tokens reads few experts then, too."""
+    slots_P = np.full(P, N * k // P)
+    slots_P[np.linspace(0, P, N * k % P, endpoint=False).astype(int)] += 1
+    return StepLoads(slots_P[None], np.full((1, G), reached))
+
+
+def prices_of(
+    gpu: str | None,
+    engine: str | None,
+    dtype: str | None,
+    kernel: str | None,
+    latency: str | Path | None,
+) -> Prices:
+    """The only kernel with these names, of the constants of `latency` or of those that are part of
+    moe-inspect, and the transfers of its GPU. MoeInspectError where there is not one kernel."""
+    model = LatencyModel.from_file(latency or SHIPPED)
+    named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
+    wanted = {name: value for name, value in named.items() if value is not None}
+    if gpu is None:
+        known = ", ".join(dict.fromkeys(each.gpu for each in model.kernels))
+        raise MoeInspectError(f"times are of a GPU: give --gpu, one of {known}")
+    # of those with several settings, the one with the most of the GPU, the last
+    transfers = {way.kernel: way for way in model.transfers if way.gpu == gpu}
+    return Prices(model.kernel(**wanted), transfers, model.source)
+
+
+def shape_of(trace: Trace, router: int) -> Shape:
+    found, of = expert_shape(trace, router), trace.routers[router]
+    if found is None:
+        raise MoeInspectError(
+            f"{trace.path} does not say how large an expert is: record it with its model, or "
+            "import it with --config"
+        )
+    hidden, inter, matrices = found
+    return Shape(hidden, inter, of.top_k, of.experts, matrices == 3)
