@@ -109,8 +109,10 @@ SEVERAL = [
     and option.name not in ("domain", "fit_domains")  # as `select` splits them
 ]
 NUMBERS: dict[str, type] = {
-    **dict.fromkeys(("batches", "slots", "top_k"), int),
-    **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor", "weights"), float),
+    **dict.fromkeys(("batches", "batch_tokens", "drafts", "slots", "sweep", "top_k"), int),
+    **dict.fromkeys(
+        ("acceptances", "capacity_factors", "top_p", "capacity_factor", "weights"), float
+    ),
 }
 
 

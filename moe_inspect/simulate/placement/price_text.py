@@ -61,7 +61,7 @@ def _doubt(row: Any, first: Any, settings: Settings) -> str:
     """Why a policy is not said to be worth it, beside experts in order."""
     error, change = settings["error"], float(np.log(row["ms"] / first["ms"]))
     if settings["too_few"] or (np.isnan(p := row["in_order_p"]) and not settings["counts_only"]):
-        return "too few documents to tell whether it is worth it"
+        return "too little text to tell whether it is worth it"
     if p >= ALPHA:
         return "no more than chance: not worth it"
     if error is None:
@@ -81,7 +81,7 @@ def _rebalanced(tables: Tables, rows: dict[str, Any], settings: Settings) -> lis
     if first and start["move_ms"] > 0 and not _doubt(mine, first, settings):
         steps = start["move_ms"] / (first["ms"] - mine["ms"])
         said += f", paid back after {plural(math.ceil(steps), 'step')}"
-    if unknown := ageing.unknown or ("too few documents" if settings["too_few"] else ""):
+    if unknown := ageing.unknown or ("too little text" if settings["too_few"] else ""):
         often = f"How often it pays to do so again is unknown: {unknown}."
     elif ageing.p >= ALPHA:
         often = "Loads do not drift beyond chance: to rebalance again does not pay."
@@ -125,7 +125,7 @@ def _knee(sweep: Frame, settings: Settings) -> str:
             f"{sweep['physical_experts'].min()} take {sweep['memory_gb'].min():.3g} GB."
         )
     if settings["too_few"] or (fits["ms_p"].isna().any() and not settings["counts_only"]):
-        return "How many slots are worth it is unknown: too few documents."
+        return "How many slots are worth it is unknown: too little text."
     enough = fits[(1 - fits["ms"].min() / fits["ms"] < least) | (fits["ms_p"] >= ALPHA)]
     (first, knee, most), fastest = (
         (of.iloc[0] for of in (fits, enough, fits[::-1])),
