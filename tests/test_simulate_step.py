@@ -264,8 +264,12 @@ def test_what_lies_within_the_error_of_the_times_is_not_worth_it(tmp_path: Path,
 
 def test_of_few_documents_no_policy_is_worth_it(tmp_path: Path, constants: Path):
     made = placed(written(tmp_path / "t", np.stack([PILED] * 2), 3), constants, sweep=[8, 16])
-    assert said_of(made, "EPLB").endswith("too few documents to tell whether it is worth it.")
-    assert said_of(made, "How many slots").endswith("too few documents.")
+    assert said_of(made, "EPLB").endswith("too little text to tell whether it is worth it.")
+    assert said_of(made, "How many slots").endswith("too little text.")
+    large: dict[str, Any] = {"batch_tokens": 2_000, "sweep": [8, 16]}  # 3 steps in the judged part
+    made = placed(written(tmp_path / "v", np.stack([PILED] * 2), 60), constants, **large)
+    assert said_of(made, "EPLB").endswith("too little text to tell whether it is worth it.")
+    assert said_of(made, "How many slots").endswith("too little text.")
     with pytest.raises(MoeInspectError, match="the judged part has no step of 4,096 tokens"):
         placed(written(tmp_path / "u", np.stack([PILED] * 2), 3), constants, batch_tokens=4_096)
 
@@ -427,7 +431,7 @@ def test_how_often_to_rebalance_is_unknown_of_too_little(tmp_path: Path, linked:
         (
             written(tmp_path / "few", np.stack([PILED] * 2), 3),
             {"batch_tokens": 10},
-            "too few documents",
+            "too little text",
         ),
     ):
         made = placed(trace, linked, **options)

@@ -192,8 +192,8 @@ class PlacementOptions(Options):
         "expert (a linear program per window).",
         default="even",
     )
-    batch_tokens: int = times_option(
-        "Tokens of a step, over all GPUs.", "TOKENS", min=1, default=4096
+    batch_tokens: int | None = times_option(
+        "Tokens of a step, over all GPUs.", "TOKENS", min=1, show_default="4096"
     )
     sweep: list[int] | None = times_option(
         "Also price these numbers of slots per layer, e.g. 256,264,288.", "SLOTS"
