@@ -224,13 +224,14 @@ def placement(
     policies that are no slower than the fastest on the judged part by 1%, or beyond chance, that of
     the first in the order of --policy; with --minimize that of local-search. EPLB matches the
     published code slot for slot, except for equal loads, whose order it leaves open: here the lower
-    number goes first.
+    number goes first. With --gpu, policies are compared by the time of a step, as measured.
 
     Examples:
     moe-inspect simulate placement runs/a --gpus 8 --physical-experts 72
     moe-inspect simulate placement runs/a --gpus 8 -o plan.json
     moe-inspect simulate placement runs/a --gpus 8 --fit-phase decode
-    moe-inspect simulate placement runs/a runs/b --gpus 8 --judge runs/c"""
+    moe-inspect simulate placement runs/a runs/b --gpus 8 --judge runs/c
+    moe-inspect simulate placement runs/a --gpu h200 --engine vllm --dtype fp8"""
     from moe_inspect.simulate.placement.plan import ENDINGS
 
     output, plan_for = show.output, show.plan_for
