@@ -340,6 +340,7 @@ def test_traffic_is_of_each_token_to_the_gpus_it_reaches(tmp_path: Path, constan
     for gpu in range(4):  # 20 of the 80 tokens are its own, half of each kind
         assert traffic[gpu].tolist() == [10, 10, 0, 10]
     row = made.tables["policies"].iloc[0]
+    assert row["ms_p"] == 1, "the only policy"
     # of 120 copies
     assert row["intra_node"] == pytest.approx((10 + 10 + 10) / 120)
     assert row["inter_node"] == pytest.approx((10 + 10 + 20 + 20) / 120)

@@ -83,7 +83,7 @@ class PlanTimes:
 
     def corrected_p(self, other: PlanTimes, plans: int) -> float:
         """For the number of pairs of so many plans."""
-        return float(np.minimum(math.comb(plans, 2) * self.p(other), 1.0))  # NaN stays
+        return float(np.minimum(max(math.comb(plans, 2), 1) * self.p(other), 1.0))  # NaN stays
 
 
 PRICED = ("kernel", "batch_tokens", "error", "times", "unpriced", "memory_gb", "ageing")  # settings
