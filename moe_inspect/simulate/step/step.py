@@ -185,6 +185,7 @@ def simulate_step(
         "source": model.source,
         "error": measured.errors.get("imbalance_error_median"),
         "doubt": measured.doubt(),
+        "extrapolated": sorted({measured.extrapolated(of, sizes[-1]) for of in shapes.values()}),
         "gpus": G,
         "nodes": nodes,
         "batch_tokens": sizes,
@@ -364,6 +365,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     what = "experts, and DeepEP's transfers on one node,"
     if table["dispatch_ms"].isna().all() or settings["gpus"] == 1:
         what = "experts alone, without transfers,"
+    if beyond := [text for text in settings["extrapolated"] if text]:
+        sentences.append(f"Extrapolated beyond all that was measured: {'; '.join(beyond)}.")
     return [
         *sentences,
         f"Simulated: times of {what} as measured of {settings['kernel']} ({settings['source']})"
