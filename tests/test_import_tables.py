@@ -293,8 +293,8 @@ def test_turns_are_documents_and_gaps_begin_sequences(tmp_path: Path):
 
 
 def test_unknown_weights_are_no_weights(tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"route.csv: weights are unknown in some rows"):
-        trace = imported([row(0, 1, j, j, weight=np.nan) for j in range(2)], tmp_path)
+    with pytest.warns(UserWarning, match=r"route.csv row 1: weight is unknown; 1 of 2 rows lack"):
+        trace = imported([row(0, 1, j, j, weight=(0.5, np.nan)[j]) for j in range(2)], tmp_path)
     assert not trace.has_weights
     assert trace.routers[0].slot_order == "unknown"
 
@@ -374,7 +374,9 @@ def test_decisions_are_read_in_every_form(form: str, tmp_path: Path):
 
 def test_experts_in_columns_and_a_trace_of_ours_read_as_a_table(tmp_path: Path):
     rows = "".join(
-        f"{n},{t},{t},{(t + n) % 8 if t else ''},.5,.25\n" for n in (1, 4) for t in range(6)
+        f"{n},{t},{t},{f'{(t + n) % 8},.5,.25' if t else '-1,.5,'}\n"
+        for n in (1, 4)
+        for t in range(6)
     )
     path = tmp_path / "e.csv"
     path.write_text("layer,position,expert_0,expert_1,weight_0,weight_1\n" + rows)
@@ -424,6 +426,11 @@ def test_rows_without_a_slot_take_those_of_their_decision_in_order(
         (["experts,document\n0,0,[1 2],a\n0,1,[1 2],"], "row 1: document is empty"),
         (["experts\n0,0,[1 2 3 4]"], "row 0: experts has 4 values, top-k is 2"),
         (["experts,top_k\n0,0,[1 2 3],3"], "has top_k 2 and 3, one of them by --top-k"),
+        (["expert\n0,0,1\n0,0,"], "row 1: expert is empty; write -1 where there is none$"),
+        (["expert_0,expert_1\n0,0,1,2\n0,1, ,5"], "row 1: expert_0 is empty; write -1"),
+        (["expert_0,expert_1\n0,0,1,2\n0,1,5,"], "row 1: expert_1 is empty; write -1"),
+        (["experts\n0,0,[1 2]\n0,1,[]"], "row 1: experts has 0 values, not 2, as the first row"),
+        (["experts\n0,0,[]"], "row 0: experts has 0 values$"),
         (["expert\n0,0,1\n0,1,2"], "no token has over 1 expert in a layer, and top-k is 2"),
         (["expert\n0,3,1\n0,3,2\n0,3,4"], "position 3 of the document has over 2 rows of one"),
         (["expert,slot\n0,0,1,0\n0,0,2,2"], "row 1: slot is 2, not of 0 to 1"),
@@ -438,6 +445,19 @@ def test_assignments_that_are_no_decisions(rows: list[str], why: str, tmp_path: 
     refused(tmp_path, why, "table", tmp_path, experts=8, top_k=2)
 
 
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_an_expert_that_is_null_is_no_empty_slot(form: str, tmp_path: Path):
+    path = tmp_path / f"d.{form}"
+    for second in (-1, None):
+        table = pd.DataFrame({"layer": 0, "position": range(2), "experts": [[2, 0], [1, second]]})
+        table.to_json(path, orient="records") if form == "json" else table.to_parquet(path)
+        if second:
+            trace, _ = taken(tmp_path, "table", path, experts=4)
+            assert experts(trace, 0) == [[2, 0], [1, -1]]
+    why = "row 1: experts is empty; write -1 where there is none$"
+    refused(tmp_path / "v", why, "table", path, experts=4)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_phase_that_is_none_is_named_also_in_the_first_row(at: int, tmp_path: Path):
     said = ["prefill", "decode", "decode"]
@@ -446,6 +466,19 @@ def test_a_phase_that_is_none_is_named_also_in_the_first_row(at: int, tmp_path: 
     (tmp_path / "d.csv").write_text("layer,position,experts,phase\n" + rows)
     why = f"row {at}: phase is 'later', not prefill or"
     refused(tmp_path, why, "table", tmp_path / "d.csv", experts=8)
+
+
+def test_a_preset_says_how_many_experts_a_token_uses(tmp_path: Path):
+    (tmp_path / "form.yaml").write_text("{top_k: 3, map: {layer: l, position: p, expert: e}}")
+    (tmp_path / "d.csv").write_text("l,p,e\n" + "".join(f"0,0,{e}\n" for e in range(3)))
+    how: dict[str, Any] = {"map": str(tmp_path / "form.yaml"), "experts": 4}
+    assert taken(tmp_path, "table", tmp_path / "d.csv", **how)[0].routers[0].top_k == 3
+    why = "has over 2 rows of one layer"
+    refused(tmp_path / "u", why, "table", tmp_path / "d.csv", top_k=2, **how)
+    (tmp_path / "form.yaml").write_text("{top_k: 3, map: {layer: l, position: p, experts: e}}")
+    (tmp_path / "d.csv").write_text("l,p,e\n0,0,[1 2]\n")
+    why = "row 0: e has 2 values, top-k is 3"
+    refused(tmp_path / "u", why, "table", tmp_path / "d.csv", **how)
 
 
 PRESET = """

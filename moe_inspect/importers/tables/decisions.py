@@ -51,19 +51,25 @@ class Spool:
         self.context = context
         known = max(context.facts.experts.values(), default=0) if context.facts else 0
         self.experts = context.experts or known or preset.experts
+        self.top_k = context.top_k or preset.top_k
         self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (until it is garbage)
         self.dtype, self.rows = np.dtype([("ids", "<i4", (0,))]), 0
         self.layers: dict[Path, set[int]] = {}
         self.documents: dict[tuple[Path, str], int] = {}
         self.domains: list[str] = []
         self.stated: dict[str, set[int]] = {"experts": set(), "top_k": set()}
-        self.weighted = self.ordered = True
+        self.ordered = True
+        self.unweighted, self.first_unweighted = 0, ""  # rows without, and which is the first
         self.by_slot = self.has_weights = False
         self.texts: dict[int, str] = {}
         self.notes = [preset.note] * bool(preset.note)
         self.first_row: list[tuple[int, TableChunk]] = []  # of each chunk, without its table
         self._codes: dict[str, int] = {}  # text → number, of tokens without one
         self._seen: Counter[int] = Counter()  # (document, layer) → its rows so far
+
+    @property
+    def weighted(self) -> bool:
+        return not self.unweighted
 
     @property
     def pieces(self) -> Iterator[np.ndarray]:
@@ -89,11 +95,14 @@ class Spool:
         self._state(chunk)
         experts, top_k = (max(found, default=0) for found in self.stated.values())
         most, known = (experts or self.experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
-        self.by_slot, end = by_slot, "" if by_slot else "s"
-        ids_NK = chunk.lists(f"expert{end}", -1, most, known)
+        self.by_slot = by_slot
+        if by_slot:
+            ids_NK = chunk.numbers("expert", -1, most)[:, None]
+        else:
+            ids_NK = chunk.lists("experts", -1, most, known)
         K = ids_NK.shape[1]
         if not by_slot:
-            _check_lists(chunk, ids_NK, top_k or self.context.top_k)
+            _check_lists(chunk, ids_NK, top_k or self.top_k)
         if not known:
             numbers = ("document", "position", "layer", "slot", "token_id", "decoded")
             lists = [("ids", "<i4", (K,)), ("weights", "<f2", (K,))]
@@ -108,7 +117,7 @@ class Spool:
             self._seen.update(of.tolist())
         rows["slot"] = -1  # the next of its decision
         if "slot" in chunk:
-            slots = top_k or self.context.known_top_k(chunk.path)
+            slots = top_k or self.top_k or self.context.known_top_k(chunk.path)
             rows["slot"] = chunk.numbers("slot", 0, slots - 1)
         if "dropped" in chunk:
             dropped_N = chunk.numbers("dropped", 0, MOST_NUMBER, empty=0) != 0
@@ -118,11 +127,19 @@ class Spool:
         rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
         if "phase" in chunk:
             rows["decoded"] = _decoded(chunk)
-        weights = np.full(ids_NK.shape, np.nan)
-        if f"weight{end}" in chunk:
-            self.has_weights = True
-            weights = chunk.lists(f"weight{end}", -MOST_WEIGHT, MOST_WEIGHT, K, real=True)
-        self.weighted &= not np.isnan(weights).any()
+        weights, weight = np.full(ids_NK.shape, np.nan), "weight" if by_slot else "weights"
+        if weight in chunk:
+            self.has_weights, of = True, (weight, -MOST_WEIGHT, MOST_WEIGHT)
+            if by_slot:
+                weights = chunk.numbers(*of, np.nan, real=True)[:, None]
+            else:
+                weights = chunk.lists(*of, K, real=True)
+            weights = np.where(np.isnan(weights) & (ids_NK < 0), 0, weights)
+        if (lack_NK := np.isnan(weights)).any():
+            row, slot = divmod(int(lack_NK.argmax()), K)
+            first = str(chunk.error(row, weight, "is unknown", slot))
+            self.first_unweighted = self.first_unweighted or first
+            self.unweighted += int(lack_NK.any(1).sum())
         rows["weights"] = weights
         self.ordered &= "order" in chunk and bool(
             (np.diff(chunk.lists("order", -np.inf, np.inf, K, real=True)) <= 0).all()
@@ -215,10 +232,12 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
         known = None if context.facts or context.experts else preset.experts
         experts = known or context.known_experts(where)
     if not top_k:
-        top_k = context.known_top_k(where) if spool.by_slot else spool.dtype["ids"].shape[0]
+        K = spool.dtype["ids"].shape[0]
+        top_k = (spool.top_k or context.known_top_k(where)) if spool.by_slot else K
     routers = context.routers_of(first, experts, top_k, where)
     if spool.has_weights and not spool.weighted:
-        context.warn(f"{where}: weights are unknown in some rows: imported without weights")
+        rows = f"{spool.unweighted:,} of {plural(spool.rows, 'row')} lack a weight"
+        context.warn(f"{spool.first_unweighted}; {rows}: imported without weights")
     routers = [stated(router, known=spool.weighted or spool.ordered) for router in routers]
     placed, vocabulary = Placed(spool, where, routers), spool.vocabulary()
     placed.check(preset.last_layer_omits)

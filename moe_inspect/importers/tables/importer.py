@@ -310,10 +310,7 @@ def _stated(chunk: TableChunk, name: str, given: int | None) -> np.ndarray:
 
 def _score(chunk: TableChunk, name: str, least: float, count_N: np.ndarray) -> np.ndarray:
     """float64 [N], 0 where there is none of an expert that was never chosen."""
-    values_N = chunk.numbers(name, least, 2**53, np.nan, real=True)
-    if (missing_N := np.isnan(values_N) & (count_N > 0)).any():
-        raise chunk.error(int(missing_N.argmax()), name, "is empty")
-    return np.nan_to_num(values_N)
+    return np.nan_to_num(chunk.numbers(name, least, 2**53, np.nan, count_N > 0, real=True))
 
 
 def _numbered(chunk: TableChunk, domain_N: np.ndarray, documents: Documents) -> np.ndarray:

@@ -73,13 +73,23 @@ class TableChunk:
         return MoeInspectError(f"{self.path} has no column {name}: it has {has}")
 
     def numbers(
-        self, name: str, low: float, high: float, empty: float | None = None, *, real: bool = False
+        self,
+        name: str,
+        low: float,
+        high: float,
+        empty: float | None = None,
+        needed_N: np.ndarray | None = None,
+        *,
+        real: bool = False,
     ) -> np.ndarray:
-        """int64 or float64 [N] from `low` to `high`. empty: what no value is, where that may be."""
+        """int64 or float64 [N] from `low` to `high`. empty: what no value is, where that may be;
+        needed_N: where it may not."""
         column = self._cast(name, self.table[name], pa.float64() if real else pa.int64())
         missing_N = pc.is_null(column, nan_is_null=True).to_numpy()
-        if missing_N.any() and empty is None:
-            raise self.error(int(missing_N.argmax()), name, "is empty")
+        needed = needed_N if needed_N is not None else empty is None
+        if (wrong_N := missing_N & needed).any():
+            row = int(wrong_N.argmax())
+            raise self.error(row, name, _missing(column[row], low))
         values_N = column.fill_null(empty or 0).to_numpy()
         return self._within(name, values_N, low, high, ~missing_N)
 
@@ -98,8 +108,8 @@ class TableChunk:
     def lists(
         self, name: str, low: float, high: float, K: int = 0, *, real: bool = False
     ) -> np.ndarray:
-        """int64 or float64 [N, K] from `low` to `high`; where a list has no value, −1 or NaN. A
-        number is a list of one."""
+        """int64 or float64 [N, K] from `low` to `high`; a float that a list lacks is NaN. A number
+        is a list of one."""
         column = self.table[name].combine_chunks()
         if _is_text(column.type):  # of JSON or Python, or numbers with spaces between them
             for begin, end in ("[]", "()"):
@@ -108,19 +118,25 @@ class TableChunk:
                 if (row := cut_N.index(True).as_py()) >= 0:
                     text = column[row].as_py()[:40]
                     raise self.error(row, name, f"is {text!r}, a list cut short")
-            bare = pc.replace_substring_regex(column, r"^[\s(\[]+|[\s)\],]+$", "")
-            column = pc.split_pattern_regex(bare, r"[\s,]+")
+            # a comma at the end stays where no bracket closes: columns joined, the last one empty
+            edges = r"^[\s(\[]+|\s*,?[\s)\]]*[)\]]\s*$|\s+$"
+            bare = pc.replace_substring_regex(column, edges, "")
+            bare = pc.if_else(pc.equal(bare, ""), pa.scalar(None, bare.type), bare)
+            column = pc.split_pattern_regex(bare, r"\s*,\s*|\s+")
         if pa.types.is_fixed_size_list(column.type):
             column = column.cast(pa.list_(column.type.value_type))
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            return self.numbers(name, low, high, np.nan if real else -1, real=real)[:, None]
+            return self.numbers(name, low, high, np.nan if real else None, real=real)[:, None]
         length_N = pc.list_value_length(column).fill_null(0).to_numpy(False)
         K = K or int(length_N[0])
         if (wrong_N := (length_N != K) | (length_N == 0)).any():
             row = int(wrong_N.argmax())
-            values = plural(int(length_N[row]), "value")
-            raise self.error(row, name, f"has {values}, not {K}, as the first row")
+            first = f", not {K}, as the first row" * bool(K)
+            raise self.error(row, name, f"has {plural(int(length_N[row]), 'value')}{first}")
         flat = self._cast(name, column.flatten(), pa.float64() if real else pa.int64(), K)
+        if not real and flat.null_count:
+            n = flat.is_null().index(True).as_py()
+            raise self.error(n // K, name, _missing(flat[n], low), n % K)
         values_NK = flat.fill_null(np.nan if real else -1).to_numpy(False).reshape(-1, K)
         return self._within(name, values_NK, low, high, ~np.isnan(values_NK))
 
@@ -160,6 +176,11 @@ class TableChunk:
                 why = f"is {str(value)[:40]!r}, not a {what}"
                 raise self.error(n // each, name, why, n % each) from None
         raise self.error(0, name, f"is not of {kind}")
+
+
+def _missing(value: pa.Scalar, low: float) -> str:
+    hint = "; write -1 where there is none" * (low == -1)
+    return f"is {'nan' if value.is_valid else 'empty'}{hint}"
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -329,10 +350,8 @@ def _renamed(table: pa.Table, places: dict[str, list[str]]) -> pa.Table:
     for name, theirs in places.items():
         made[name] = table[theirs[0]]
         if name in ("experts", "weights") and (len(theirs) > 1 or theirs[0][-1:].isdigit()):
-            nothing = "-1" if name == "experts" else "0"
             texts = (table[one].cast(pa.string()).fill_null("") for one in theirs)
-            stated = (pc.replace_substring_regex(text, r"^\s*$", nothing) for text in texts)
-            made[name] = pc.binary_join_element_wise(*stated, ",")
+            made[name] = pc.binary_join_element_wise(*texts, ",")
     renamed = pa.table(made)
     renamed.validate(full=True)
     return renamed
