@@ -33,7 +33,7 @@ from tests.test_hostile import JSON, fresh, quick
 LOAD = {3: [5, 0, 2, 1], 7: [1, 1, 4, 2]}
 NESTED = {f"layer_{n}": {str(e): {"n": c} for e, c in enumerate(of)} for n, of in LOAD.items()}
 RECORDS = [
-    {"block": n, "id": str(e), "hits": c, "text": "law"}
+    {"block": n, "id": str(e), "hits": c, "text": "law", "unsaid": None}
     for n, of in LOAD.items()
     for e, c in enumerate(of)
 ]
@@ -137,6 +137,7 @@ def test_rows_that_do_not_fit_are_not_lost_behind_others(tmp_path: Path, put: Pu
         ("layer=block,expert=id,count=hits,position=id", "which have no position: decisions have"),
         ("layer=block,expert=text,count=hits", "row 0: text is 'law', not a whole number"),
         ("layer=block,expert=id,count=hits.n", "where n should be"),
+        ("layer=block,expert=id,count=unsaid", "row 0: unsaid is empty"),
         ("count={layer}_{layer}.{expert}", "{layer} stands twice in {layer}_{layer}"),
     ],
 )
@@ -571,6 +572,59 @@ def test_auto_says_what_a_file_looks_like(tmp_path: Path):
     (tmp_path / "x.json").write_text('{"sample_count": 3, "answers": {}}')
     why = 'looks like gpt-oss-fingerprints, but lacks "think_expert_analytics"'
     refused(tmp_path, why, "auto", tmp_path / "x.json")
+    (tmp_path / "README.md").write_text("Parquet of indices and scores")
+    with pytest.raises(MoeInspectError, match="cannot tell the format") as raised:
+        taken(tmp_path, "auto", tmp_path / "README.md")
+    assert "looks like" not in str(raised.value)
+
+
+def test_auto_refuses_a_folder_of_two_formats(tmp_path: Path):
+    for model in ("mistral", "olmoe"):
+        (tmp_path / f"{model}_expert_counts_law.json").write_text('{"0": {"0": 2, "1": 2}}')
+    (tmp_path / "LICENSE").write_text("as you like")
+    why = r"mixtral-counts \(mistral_\w+.json\) and olmoe-counts \(olmoe_\w+.json\): name the"
+    refused(tmp_path, why, "auto", tmp_path)
+    (tmp_path / "mistral_expert_counts_law.json").unlink()
+    assert taken(tmp_path, "auto", tmp_path)[0].routers[0].experts == 64
+
+
+def test_files_of_one_name_are_added_up_where_each_folder_is_given(tmp_path: Path):
+    folders = [tmp_path / "in" / name for name in ("base", "instruct")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        text = json.dumps({"expert_popularity": [[3, 1], [2, 2]]})
+        (folder / "expert_popularity_law.json").write_text(text)
+    why = "in/base and .*/in/instruct both have expert_popularity_law.json: give one of"
+    refused(tmp_path, why, "fiddler", tmp_path / "in")
+    trace, _ = taken(tmp_path, "fiddler", *folders, experts=2, top_k=1)
+    assert load_of(trace) == {0: [6, 2], 1: [4, 4]}
+
+
+@pytest.mark.parametrize("form", ["lines", "map", "decisions", "decisions of the whole"])
+def test_of_lines_of_json_the_line_is_named(form: str, tmp_path: Path):
+    path = tmp_path / "c.jsonl"
+    how: dict[str, Any] = {"experts": 4, "top_k": 2}
+    rows = [{"layer": 0, "expert": e, "count": 2} for e in (0, 1, 9)]
+    why = "expert is 9, not of 0 to 3"
+    if form == "map":
+        rows = [{"of": {"0": [2, 2]}}, {"of": {"0": [2, 2]}}, {"of": {"0": [1, 1, 1, 1, 1]}}]
+        how["map"], why = "count=of.{layer}.{expert}", "expert is 4, not of 0 to 3"
+    if form.startswith("decisions"):
+        last = 9 if form == "decisions" else 1
+        rows = [{"layer": 0, "position": t, "experts": [0, e]} for t, e in ((0, 1), (1, 1), (1, last))]
+        why = "experts is 9" if last == 9 else "layer is 0: position 1 of the document has two"
+    path.write_text("\n\n".join(map(json.dumps, rows)))  # blank lines are lines
+    refused(tmp_path, f"c.jsonl line 5: {why}", "table", path, **how)
+
+
+def test_beside_experts4bits_rows_are_losses_which_are_not_read(tmp_path: Path):
+    rows = [{"example_index": d, "routed": {"0": [[0, 8], [1, 8]]}} for d in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.rows.jsonl").write_text('{"example_index": 0, "loss": 0.5}\n')
+    assert set(taken(tmp_path, "experts4bit", tmp_path)[0].counts()["domain"]) == {"a"}
+    rows.append({"example_index": 2, "routed": {"0": [[64, 8]]}})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused(tmp_path / "u", "line 3: expert is 64, not of 0 to 63", "experts4bit", tmp_path)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -670,6 +724,13 @@ def test_counts_that_are_not_k_of_each_token_are_told(
             {},
             "'layer;expert;count', columns with ; between them: write ,",
         ),
+        (
+            "layer;position;experts\n0;0;[1, 2]",
+            {},
+            "'layer;position;experts', columns with ; between them: write ,",
+        ),
+        ("layer,expert,count,gate_sum\n0,0,2,1\n0,1,2,nan", {}, "row 1: gate_sum is nan"),
+        ("layer,expert,count\n0,0,2\n1,0,2", {"top_k": 5}, ": 5 of 4 experts is not possible"),
         ("Layer, Expert,Count\n0,0,2", {}, "--map 'layer=Layer,expert= Expert,count=Count'"),
         ("Layer,Position,Expert_0,Expert_1\n0,0,1,2", {}, "experts=Expert_*"),
     ],
@@ -683,7 +744,8 @@ def test_one_line_names_file_row_and_column_and_the_way_out(
     (tmp_path / "in/b.csv").write_text(text)
     where = tmp_path / "in/b.csv" if format == "auto" else tmp_path / "in"
     how = {"top_k": 2, "experts": 4, **how} if "top_k 1 and" not in why else {"experts": 4}
-    file = "" if "top_k 1 and" in why else "/b.csv"  # a layer is of all files
+    of_all = "top_k 1 and" in why or "possible" in why  # as a layer is
+    file = "" if of_all else "/b.csv"
     refused(tmp_path, f"in{file}.*{re.escape(why)}", format, where, **how)
 
 

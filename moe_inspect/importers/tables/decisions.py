@@ -80,7 +80,10 @@ class Spool:
     def error(self, row: int, name: str, why: str) -> MoeInspectError:
         """Of a row of the temporary file, by file and row."""
         first, chunk = next(one for one in reversed(self.first_row) if one[0] <= row)
-        return chunk.error(row - first, name, why)
+        self.file.seek(row * self.dtype.itemsize)
+        lines = np.fromfile(self.file, self.dtype, 1)["line"].tolist()
+        at = replace(chunk, first=chunk.first + row - first, lines=lines if any(lines) else [])
+        return at.error(0, name, why)
 
     def add(self, chunk: TableChunk) -> None:
         by_slot = "slot" in chunk or "expert" in chunk
@@ -104,11 +107,12 @@ class Spool:
         if not by_slot:
             _check_lists(chunk, ids_NK, top_k or self.top_k)
         if not known:
-            numbers = ("document", "position", "layer", "slot", "token_id", "decoded")
+            numbers = ("line", "document", "position", "layer", "slot", "token_id", "decoded")
             lists = [("ids", "<i4", (K,)), ("weights", "<f2", (K,))]
             self.dtype = np.dtype([(name, "<i4") for name in numbers] + lists)
         rows = np.zeros(len(chunk), self.dtype)
-        rows["layer"], rows["document"] = layer_N, self._documents(chunk, group)
+        rows["line"], rows["layer"] = chunk.lines or 0, layer_N
+        rows["document"] = self._documents(chunk, group)
         if "position" in chunk:
             rows["position"] = chunk.numbers("position", 0, MOST_NUMBER)
         else:  # how many rows of the same document and layer there are before each
@@ -145,7 +149,8 @@ class Spool:
             (np.diff(chunk.lists("order", -np.inf, np.inf, K, real=True)) <= 0).all()
         )
         rows.tofile(self.file)
-        self.first_row.append((self.rows, replace(chunk, table=chunk.table.schema.empty_table())))
+        empty = chunk.table.schema.empty_table()
+        self.first_row.append((self.rows, replace(chunk, table=empty, lines=[])))
         self.rows += len(rows)
 
     def _state(self, chunk: TableChunk) -> None:

@@ -97,7 +97,12 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
     every, some, code_of, documents = set[str](SUMS), set[str](), dict[str, int](), Documents()
     parts, path, rounded = list[pa.Table](), where, False  # the first: of sums
+    folders: dict[object, Path] = {}
     for chunk in chunks:
+        alike = chunk.source, chunk.path.name, *chunk.said.values()
+        if (other := folders.setdefault(alike, chunk.path.parent)) != chunk.path.parent:
+            why = f"both have {alike[1]}: give one of the folders, or each, to add them up"
+            raise MoeInspectError(f"{other} and {chunk.path.parent} {why}")
         columns, path = _columns(context, chunk, preset, code_of, documents), chunk.path
         rounded |= "share" in chunk
         every &= columns.keys()
@@ -277,7 +282,8 @@ def _columns(
     }
     for name, given in (("experts", context.experts), ("top_k", context.top_k)):
         made[name] = _stated(chunk, name, given)
-    made["expert"] = chunk.numbers("expert", 0, (context.experts or MOST_EXPERTS) - 1)
+    experts = context.experts or (0 if context.facts or "experts" in chunk else preset.experts)
+    made["expert"] = chunk.numbers("expert", 0, (experts or MOST_EXPERTS) - 1)
     made["document"] = _numbered(chunk, made["domain"], documents)
     kinds = dict.fromkeys(KEYS, np.uint16) | {"document": np.int32}
     made = {name: made[name].astype(kind) for name, kind in kinds.items()}

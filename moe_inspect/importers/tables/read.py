@@ -43,7 +43,7 @@ BAD = (pa.ArrowException, UnicodeError, OverflowError, TypeError)  # of values n
 @dataclass(frozen=True)
 class TableChunk:
     """Rows of a file. table: by our columns, of any type; names: the file's; said: what the file's
-    name and head say; first: the number of the first row."""
+    name and head say; first: the number of the first row; lines: of each row, in lines of JSON."""
 
     path: Path
     source: ImportSource
@@ -52,6 +52,7 @@ class TableChunk:
     names: list[str]
     said: dict[str, str]
     first: int
+    lines: list[int]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -66,7 +67,9 @@ class TableChunk:
         with suppress(MoeInspectError):  # a map of JSON, whose rows have our names
             theirs = _located(self.names, self.preset, self.path)[0].get(name, [called])
             called = theirs[slot if len(theirs) > 1 else 0]
-        return MoeInspectError(f"{self.path} row {self.first + row}: {called} {why}")
+        called = name if called.isdigit() else called
+        place = f"line {self.lines[row]}" if self.lines else f"row {self.first + row}"
+        return MoeInspectError(f"{self.path} {place}: {called} {why}")
 
     def lacks(self, name: str) -> MoeInspectError:
         has = _listed(self.names, self.preset, self.path)
@@ -197,7 +200,7 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
             head, skipped = _head(file, preset)
             said, first = of_name | head, 0
             beside = preset.constants | {n: t for n, t in said.items() if n != "domain"}
-            for table, names in _tables(context, file, path, preset, skipped):
+            for table, names, lines in _tables(context, file, path, preset, skipped):
                 for name in table.column_names:  # what may be missing, and has no value
                     optional = preset.map.get(name, "").endswith("?")
                     if optional and table[name].null_count == len(table):
@@ -209,7 +212,7 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
                     value = pa.repeat(pa.scalar(beside[name], pa.string()), len(table))
                     table = table.append_column(name, value)
                 if len(table):
-                    yield TableChunk(path, source, table, preset, names, said, first)
+                    yield TableChunk(path, source, table, preset, names, said, first, lines)
                 first += len(table)
             if not first:
                 raise MoeInspectError(f"{path} holds no decisions or counts: it has no rows")
@@ -249,8 +252,9 @@ def _head(path: Path, preset: Preset) -> tuple[dict[str, str], int]:
 
 def _tables(
     context: ImportContext, file: Path, path: Path, preset: Preset, skipped: int
-) -> Iterator[tuple[pa.Table, list[str]]]:
-    """Tables with our columns, and the names of the file's. path: as the user gave it."""
+) -> Iterator[tuple[pa.Table, list[str], list[int]]]:
+    """Tables with our columns, the names of the file's, and the line of each row, in lines of JSON.
+    path: as the user gave it."""
     kind = file.suffix if file.suffix in KINDS else Path(preset.file.split("|")[0]).suffix
     try:
         if kind == ".parquet":
@@ -258,16 +262,20 @@ def _tables(
                 names = parquet.schema_arrow.names
                 places, wanted = _located(names, preset, path)
                 for batch in parquet.iter_batches(ROWS, columns=wanted, use_threads=False):
-                    yield _renamed(pa.table(batch), places), names
+                    yield _renamed(pa.table(batch), places), names, []
         elif kind in (".json", ".jsonl"):
             own = preset.map is OWN
-            every = chain.from_iterable(_json(context, file, None if own else preset.map))
-            while rows := list(islice(every, ROWS)):
+            found = _json(context, file, None if own else preset.map)
+            every = ((line, row) for line, rows in found for row in rows)
+            while part := list(islice(every, ROWS)):
+                lines, rows = [line for line, _ in part if line], [row for _, row in part]
                 names = [*dict.fromkeys(name for row in rows for name in row)]
                 table = pa.table({name: _array([row.get(name) for row in rows]) for name in names})
-                yield (_renamed(table, _located(names, preset, path)[0]) if own else table), names
+                table = _renamed(table, _located(names, preset, path)[0]) if own else table
+                yield table, names, lines
         else:
-            yield from _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped)
+            for table, names in _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped):
+                yield table, names, []
     except BAD as error:
         where, what = str(file), first_line(error)
         if found := re.match(
@@ -289,6 +297,9 @@ def _csv(
     with pa.OSFile(os.fsencode(file)) as opened:
         names = pyarrow.csv.open_csv(opened, read, parse).schema.names
     places, wanted = _located(names, preset, path)
+    if not wanted:  # perhaps other characters are between the columns
+        yield pa.table({}), names
+        return
     convert = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted
     )
@@ -357,29 +368,32 @@ def _renamed(table: pa.Table, places: dict[str, list[str]]) -> pa.Table:
     return renamed
 
 
-def _json(context: ImportContext, path: Path, by_map: dict[str, str] | None) -> Iterator[Rows]:
-    """The rows of each line, or of the whole."""
+def _json(
+    context: ImportContext, path: Path, by_map: dict[str, str] | None
+) -> Iterator[tuple[int, Rows]]:
+    """The number and the rows of each line; or 0 and the rows of the whole."""
     if path.suffix == ".jsonl" or _has_lines(path):
         yield from context.prepared(path, partial(_of_line, by_map))
         return
     value = context.json(path)
     if by_map is not None:
-        yield mapped_rows(by_map, str(path), value)
+        yield 0, mapped_rows(by_map, str(path), value)
     elif isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        yield value
+        yield 0, value
     elif isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         if len({*map(len, value.values())}) > 1:
             raise MoeInspectError(f"{path} has columns of different lengths")
-        yield [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+        yield 0, [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     elif isinstance(value, dict):
-        yield [value]
+        yield 0, [value]
     else:
         why = "is not a list of objects with layer, expert and count"
         raise MoeInspectError(f"{path} {why}: {json.dumps(value)[:40]}")
 
 
-def _of_line(by_map: dict[str, str] | None, where: str, fields: Fields) -> Rows:
-    return [fields] if by_map is None else mapped_rows(by_map, where, fields)
+def _of_line(by_map: dict[str, str] | None, where: str, fields: Fields) -> tuple[int, Rows]:
+    rows = [fields] if by_map is None else mapped_rows(by_map, where, fields)
+    return int(where.rpartition(" ")[2]), rows
 
 
 def _has_lines(path: Path) -> bool:
