@@ -611,7 +611,8 @@ def test_of_lines_of_json_the_line_is_named(form: str, tmp_path: Path):
         how["map"], why = "count=of.{layer}.{expert}", "expert is 4, not of 0 to 3"
     if form.startswith("decisions"):
         last = 9 if form == "decisions" else 1
-        rows = [{"layer": 0, "position": t, "experts": [0, e]} for t, e in ((0, 1), (1, 1), (1, last))]
+        places = ((0, 1), (1, 1), (1, last))
+        rows = [{"layer": 0, "position": t, "experts": [0, e]} for t, e in places]
         why = "experts is 9" if last == 9 else "layer is 0: position 1 of the document has two"
     path.write_text("\n\n".join(map(json.dumps, rows)))  # blank lines are lines
     refused(tmp_path, f"c.jsonl line 5: {why}", "table", path, **how)

@@ -290,6 +290,12 @@ def _tables(
 def _csv(
     file: Path, path: Path, preset: Preset, delimiter: str, skipped: int
 ) -> Iterator[tuple[pa.Table, list[str]]]:
+    with open(file, "rb") as opened:
+        first = [opened.readline(MOST_PREAMBLE) for _ in range(skipped + 1)][-1]
+    header = first.decode("utf-8", "replace").strip('\ufeff\r\n" ')
+    if delimiter not in header and not _located([header], preset, path)[1]:
+        yield pa.table({}), [header]  # other characters are between the columns, perhaps
+        return
     read = pyarrow.csv.ReadOptions(skip_rows=skipped, use_threads=False)  # errors name the row
     parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     # not a file of Python's: Arrow's thread, which reads ahead, would call Python while it exits,
@@ -297,9 +303,6 @@ def _csv(
     with pa.OSFile(os.fsencode(file)) as opened:
         names = pyarrow.csv.open_csv(opened, read, parse).schema.names
     places, wanted = _located(names, preset, path)
-    if not wanted:  # perhaps other characters are between the columns
-        yield pa.table({}), names
-        return
     convert = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted
     )
