@@ -58,18 +58,14 @@ class Spool:
         self.documents: dict[tuple[Path, str], int] = {}
         self.domains: list[str] = []
         self.stated: dict[str, set[int]] = {"experts": set(), "top_k": set()}
-        self.ordered = True
-        self.unweighted, self.first_unweighted = 0, ""  # rows without, and which is the first
+        self.weighted = self.ordered = True
+        self.unweighted, self.first_without = 0, ""  # how many rows, and what the first one lacks
         self.by_slot = self.has_weights = False
         self.texts: dict[int, str] = {}
         self.notes = [preset.note] * bool(preset.note)
         self.first_row: list[tuple[int, TableChunk]] = []  # of each chunk, without its table
         self._codes: dict[str, int] = {}  # text → number, of tokens without one
         self._seen: Counter[int] = Counter()  # (document, layer) → its rows so far
-
-    @property
-    def weighted(self) -> bool:
-        return not self.unweighted
 
     @property
     def pieces(self) -> Iterator[np.ndarray]:
@@ -99,10 +95,7 @@ class Spool:
         experts, top_k = (max(found, default=0) for found in self.stated.values())
         most, known = (experts or self.experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
         self.by_slot = by_slot
-        if by_slot:
-            ids_NK = chunk.numbers("expert", -1, most)[:, None]
-        else:
-            ids_NK = chunk.lists("experts", -1, most, known)
+        ids_NK = chunk.lists("expert" if by_slot else "experts", -1, most, known)
         K = ids_NK.shape[1]
         if not by_slot:
             _check_lists(chunk, ids_NK, top_k or self.top_k)
@@ -133,16 +126,13 @@ class Spool:
             rows["decoded"] = _decoded(chunk)
         weights, weight = np.full(ids_NK.shape, np.nan), "weight" if by_slot else "weights"
         if weight in chunk:
-            self.has_weights, of = True, (weight, -MOST_WEIGHT, MOST_WEIGHT)
-            if by_slot:
-                weights = chunk.numbers(*of, np.nan, real=True)[:, None]
-            else:
-                weights = chunk.lists(*of, K, real=True)
+            self.has_weights = True
+            weights = chunk.lists(weight, -MOST_WEIGHT, MOST_WEIGHT, K, real=True)
             weights = np.where(np.isnan(weights) & (ids_NK < 0), 0, weights)
         if (lack_NK := np.isnan(weights)).any():
             row, slot = divmod(int(lack_NK.argmax()), K)
-            first = str(chunk.error(row, weight, "is unknown", slot))
-            self.first_unweighted = self.first_unweighted or first
+            lacks = str(chunk.error(row, weight, "is unknown", slot))
+            self.weighted, self.first_without = False, self.first_without or lacks
             self.unweighted += int(lack_NK.any(1).sum())
         rows["weights"] = weights
         self.ordered &= "order" in chunk and bool(
@@ -242,7 +232,7 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
     routers = context.routers_of(first, experts, top_k, where)
     if spool.has_weights and not spool.weighted:
         rows = f"{spool.unweighted:,} of {plural(spool.rows, 'row')} lack a weight"
-        context.warn(f"{spool.first_unweighted}; {rows}: imported without weights")
+        context.warn(f"{spool.first_without}; {rows}: imported without weights")
     routers = [stated(router, known=spool.weighted or spool.ordered) for router in routers]
     placed, vocabulary = Placed(spool, where, routers), spool.vocabulary()
     placed.check(preset.last_layer_omits)

@@ -114,7 +114,8 @@ class TableChunk:
         """int64 or float64 [N, K] from `low` to `high`; a float that a list lacks is NaN. A number
         is a list of one."""
         column = self.table[name].combine_chunks()
-        if _is_text(column.type):  # of JSON or Python, or numbers with spaces between them
+        # of JSON or Python, or numbers with spaces between them
+        if _is_text(column.type) and name not in ("expert", "weight"):
             for begin, end in ("[]", "()"):
                 opened, closed = (pc.count_substring(column, of) for of in (begin, end))
                 cut_N = pc.not_equal(opened, closed).fill_null(False)
@@ -278,9 +279,8 @@ def _tables(
                 yield table, names, []
     except BAD as error:
         where, what = str(file), first_line(error)
-        if found := re.match(
-            r"CSV parse error: Row #(\d+): ", what
-        ):  # the header is a row of these
+        found = re.match(r"CSV parse error: Row #(\d+): ", what)
+        if found:  # the header is a row of these
             where, what = f"{file} row {int(found[1]) - skipped - 2}", what[found.end() :]
         raise MoeInspectError(f"{where}: {what}") from None
     if kind not in (".json", ".jsonl"):
