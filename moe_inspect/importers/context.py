@@ -98,10 +98,8 @@ class ImportContext:
 
     def json(self, path: Path) -> values.Json:
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise MoeInspectError(
-                f"{path} is one JSON value of {size:,} bytes, over {MOST_JSON_BYTES:,}: write one "
-                "object per line"
-            )
+            why = f"over {MOST_JSON_BYTES:,}: write one object per line"
+            raise MoeInspectError(f"{path} is one JSON value of {size:,} bytes, {why}")
         self.read(size)
         return values.parsed(path.read_bytes(), str(path))
 

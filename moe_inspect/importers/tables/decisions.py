@@ -124,17 +124,7 @@ class Spool:
         rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
         if "phase" in chunk:
             rows["decoded"] = _decoded(chunk)
-        weights, weight = np.full(ids_NK.shape, np.nan), "weight" if by_slot else "weights"
-        if weight in chunk:
-            self.has_weights = True
-            weights = chunk.lists(weight, -MOST_WEIGHT, MOST_WEIGHT, K, real=True)
-            weights = np.where(np.isnan(weights) & (ids_NK < 0), 0, weights)
-        if (lack_NK := np.isnan(weights)).any():
-            row, slot = divmod(int(lack_NK.argmax()), K)
-            lacks = str(chunk.error(row, weight, "is unknown", slot))
-            self.weighted, self.first_without = False, self.first_without or lacks
-            self.unweighted += int(lack_NK.any(1).sum())
-        rows["weights"] = weights
+        rows["weights"] = self._weights(chunk, ids_NK)
         self.ordered &= "order" in chunk and bool(
             (np.diff(chunk.lists("order", -np.inf, np.inf, K, real=True)) <= 0).all()
         )
@@ -142,6 +132,19 @@ class Spool:
         empty = chunk.table.schema.empty_table()
         self.first_row.append((self.rows, replace(chunk, table=empty, lines=[])))
         self.rows += len(rows)
+
+    def _weights(self, chunk: TableChunk, ids_NK: np.ndarray) -> np.ndarray:
+        weights, name = np.full(ids_NK.shape, np.nan), "weight" if self.by_slot else "weights"
+        if name in chunk:
+            self.has_weights = True
+            weights = chunk.lists(name, -MOST_WEIGHT, MOST_WEIGHT, ids_NK.shape[1], real=True)
+            weights = np.where(np.isnan(weights) & (ids_NK < 0), 0, weights)
+        if (lack_NK := np.isnan(weights)).any():
+            row, slot = divmod(int(lack_NK.argmax()), ids_NK.shape[1])
+            lacks = str(chunk.error(row, name, "is unknown", slot))
+            self.weighted, self.first_without = False, self.first_without or lacks
+            self.unweighted += int(lack_NK.any(1).sum())
+        return weights
 
     def _state(self, chunk: TableChunk) -> None:
         """Takes E and k where the rows say them."""

@@ -97,12 +97,7 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
     every, some, code_of, documents = set[str](SUMS), set[str](), dict[str, int](), Documents()
     parts, path, rounded = list[pa.Table](), where, False  # the first: of sums
-    folders: dict[object, Path] = {}
-    for chunk in chunks:
-        alike = chunk.source, chunk.path.name, *chunk.said.values()
-        if (other := folders.setdefault(alike, chunk.path.parent)) != chunk.path.parent:
-            why = f"both have {alike[1]}: give one of the folders, or each, to add them up"
-            raise MoeInspectError(f"{other} and {chunk.path.parent} {why}")
+    for chunk in _apart(chunks):
         columns, path = _columns(context, chunk, preset, code_of, documents), chunk.path
         rounded |= "share" in chunk
         every &= columns.keys()
@@ -158,6 +153,17 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     routers = [stated(router, known="first_choice" in every) for router in routers]
     checked = batches() if rounded else _doubted(batches(), routers, context, where)
     return Imported(routers, checked, weights, counts_only=True, notes=notes, extras=extras)
+
+
+def _apart(chunks: Iterator[TableChunk]) -> Iterator[TableChunk]:
+    """Refuses files of one name in two folders of a source: of two models, perhaps."""
+    folders: dict[object, Path] = {}
+    for chunk in chunks:
+        alike = chunk.source, chunk.path.name, *chunk.said.values()
+        if (other := folders.setdefault(alike, chunk.path.parent)) != chunk.path.parent:
+            why = f"both have {alike[1]}: give one of the folders, or each, to add them up"
+            raise MoeInspectError(f"{other} and {chunk.path.parent} {why}")
+        yield chunk
 
 
 def _doubted(
