@@ -46,11 +46,15 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         if 1 - least / first["slowdown"] >= WORTH:
             more = f"beyond chance (at best {least:.2f}x)"
         sentences.append(f"No other policy is faster than {first['policy']} {more}.")
-    wasted = max((rows[name]["colocated"] for name in rows if name.startswith("eplb")), default=0)
-    if wasted and "local-search" in rows:
+    wasted = {name: row["colocated"] for name, row in rows.items()}
+    eplb = max((name for name in rows if name.startswith("eplb")), key=wasted.get, default="")
+    if wasted.get(eplb):
+        names = dict.fromkeys(name for name in (best["policy"], "local-search") if name in rows)
+        others = "".join(f"; {name} {wasted[name]:,}" for name in names if name != eplb)
+        layers = plural(tables["placement"]["layer"].nunique(), "layer")
         sentences.append(
-            f"EPLB puts up to {plural(wasted, 'replica')} on a GPU that already has the same "
-            f"expert; local-search {rows['local-search']['colocated']:,}."
+            f"{eplb} places {plural(wasted[eplb], 'replica')}, over {layers}, on a GPU that "
+            f"already has the same expert{others}."
         )
     sentences += _aged(tables, settings, best["policy"])
     if not settings["counts_only"]:
@@ -85,19 +89,19 @@ def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str
     if settings["too_few"]:
         return f"-o FILE saves {name}."
     if settings["minimize"] and name == "local-search":
-        return f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
+        return f"Recommended: {name}, chosen by --minimize."
     if not _unseen(tables):
         if saved < WORTH and name != first:
             less = f"-o FILE saves {name}, which is less than {WORTH:.0%} faster."
             return f"Recommended: keep {first}. {less}"
         return f"-o FILE saves {name}, the fastest on what it is fitted on."
     if not same:
-        return f"Recommended: {name}, the fastest on the judged part (save with -o FILE)."
+        return f"Recommended: {name}, the fastest on the judged part."
     of = tables["policies"]
     beyond = " or beyond chance" if "slower_p" in of and of["slower_p"].notna().any() else ""
     return (
         f"Recommended: {name}, the simplest (--help lists it first) of those that are no slower "
-        f"than the fastest by {WORTH:.0%}{beyond}: {', '.join([name, *same])} (save with -o FILE)."
+        f"than the fastest by {WORTH:.0%}{beyond}: {', '.join([name, *same])}."
     )
 
 
