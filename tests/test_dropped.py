@@ -110,6 +110,8 @@ def test_of_counts_domains_and_layers_with_unequal_sums_are_named(
         f"tell apart. Layers have unequal sums in {within} 360 (layer 1) to 400 (layer 0) "
         f"assignments, fewer than the most in layer{layers}."
     )
+    alone = {f.kind: f for f in report(open_trace(tmp_path / "t"), layers=[1]).findings}
+    assert alone["empty_slots"].text.endswith("tell apart.")
 
 
 def test_counts_hold_the_tokens_that_their_shards_state(tmp_path: Path) -> None:

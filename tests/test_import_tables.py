@@ -564,7 +564,10 @@ def test_layers_without_counts_are_left_out_and_named(tmp_path: Path):
     pd.DataFrame(rows, columns=["layer", "expert", "count"]).to_csv(tmp_path / "c.csv", index=False)
     trace, said = taken(tmp_path, "counts", tmp_path / "c.csv", top_k=2)
     assert [r.layer for r in trace.routers] == [3, 4]
-    assert "layers 0-2 hold no assignments: dense layers, or not recorded" in said[0]
+    note = "layers 0-2 hold no assignments: dense layers, or not recorded"
+    assert note in said[0]
+    assert trace_report(trace).notes[0] == note
+    assert ["note", note] in trace_report(trace).tables["summary"].to_numpy().tolist()
     assert int(trace.counts()["assignments"].sum()) == 20  # as the file has
 
 

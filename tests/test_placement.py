@@ -230,7 +230,7 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert set(made.tables["plan"]["policy"]) == {"round-robin"}
     assert made.tables["plan"]["expert"].tolist() == [0, 2, 1, 3]
     assert made.write_plan(tmp_path / "plan.json").startswith("round-robin,")
-    said = "Recommended: round-robin, the fastest on the judged part (save with -o FILE)."
+    said = "Recommended: round-robin, the fastest on the judged part."
     assert said in made.verdict
     assert any("round-robin has max/mean" in message for message in made.verdict)
     assert "Fitted" not in "".join(made.verdict)
