@@ -566,7 +566,7 @@ def test_layers_without_counts_are_left_out_and_named(tmp_path: Path):
     assert [r.layer for r in trace.routers] == [3, 4]
     note = "layers 0-2 hold no assignments: dense layers, or not recorded"
     assert note in said[0]
-    assert trace_report(trace).notes[0] == note
+    assert trace_report(trace).notes()[0] == note
     assert ["note", note] in trace_report(trace).tables["summary"].to_numpy().tolist()
     assert int(trace.counts()["assignments"].sum()) == 20  # as the file has
 
