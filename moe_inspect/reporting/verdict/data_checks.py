@@ -85,7 +85,8 @@ def _unequal_sums(data: ReportData) -> str:
     fewest, most = lack_LD[:, d].argmax(), lack_LD[:, d].argmin()
     names = join_first([f'"{counts.domains[each]}"' for each in unequal])
     worst = f'; most in "{counts.domains[d]}", where' if len(unequal) > 1 else ":"
-    lacking = sorted({int(rows[n]["layer"]) for n in np.flatnonzero(lack_LD[:, d] > lack_LD[most, d])})
+    less: list[int] = np.flatnonzero(lack_LD[:, d] > lack_LD[most, d]).tolist()
+    lacking = sorted({int(rows[n]["layer"]) for n in less})
     ends = [f"{sum_LD[n, d]:,} ({name_of(data, rows[n])})" for n in (fewest, most)]
     return (
         f" Layers have unequal sums in {names}{worst} {' to '.join(ends)} assignments, fewer than "

@@ -46,15 +46,14 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         if 1 - least / first["slowdown"] >= WORTH:
             more = f"beyond chance (at best {least:.2f}x)"
         sentences.append(f"No other policy is faster than {first['policy']} {more}.")
-    wasted = {name: row["colocated"] for name, row in rows.items()}
-    eplb = max((name for name in rows if name.startswith("eplb")), key=wasted.get, default="")
-    if wasted.get(eplb):
-        names = dict.fromkeys(name for name in (best["policy"], "local-search") if name in rows)
-        others = "".join(f"; {name} {wasted[name]:,}" for name in names if name != eplb)
+    wasted = [(row["colocated"], name) for name, row in rows.items() if name not in UNFITTED]
+    most, eplb = max((one for one in wasted if one[1].startswith("eplb")), default=(0, ""))
+    if most:
+        each = [f"{name} {n:,}" for n, name in wasted if not name.startswith("eplb")]
         layers = plural(tables["placement"]["layer"].nunique(), "layer")
         sentences.append(
-            f"{eplb} places {plural(wasted[eplb], 'replica')}, over {layers}, on a GPU that "
-            f"already has the same expert{others}."
+            f"{eplb} places {plural(most, 'replica')}, over {layers}, on a GPU that already has "
+            f"the same expert{'; ' if each else ''}{', '.join(each)}."
         )
     sentences += _aged(tables, settings, best["policy"])
     if not settings["counts_only"]:
