@@ -47,7 +47,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             more = f"beyond chance (at best {least:.2f}x)"
         sentences.append(f"No other policy is faster than {first['policy']} {more}.")
     wasted = [(row["colocated"], name) for name, row in rows.items() if name not in UNFITTED]
-    most, eplb = max((one for one in wasted if one[1].startswith("eplb")), default=(0, ""))
+    eplbs = (one for one in wasted if one[1].startswith("eplb"))
+    most, eplb = max(eplbs, key=lambda one: one[0], default=(0, ""))
     if most:
         each = [f"{name} {n:,}" for n, name in wasted if not name.startswith("eplb")]
         layers = plural(tables["placement"]["layer"].nunique(), "layer")
