@@ -191,7 +191,7 @@ def test_the_experts_of_each_document_are_compared(tmp_path: Path):
     kinds = {found.kind: found for found in made.verdict()}
     assert "5.00% are used by one of them alone" in kinds["same_experts"].text
     assert kinds["same_experts"].severity == "note"
-    said = "loads and the experts of each document are compared, not decisions. Documents have as"
+    said = "loads and the experts of each document are compared, not decisions. The documents that"
     assert said in kinds["counts_only"].text
     assert "agreement" not in set(made.tables["refused"]["table"])
     assert "set_distance_low" in str(made)
@@ -241,19 +241,44 @@ def test_of_the_same_documents_chance_exchanges_the_traces(tmp_path: Path):
         assert np.flatnonzero(table["load_shift_p"] < 0.01).tolist() == [1]
         beyond_floor = table["load_shift"] > table["load_shift_floor"]
         assert np.flatnonzero(beyond_floor).tolist() == [1] * (severity == "warning")
-    # of three documents nothing is told; with others in one of the traces, chance is as of others
+    # of three documents nothing is told
     few = [rows(of)[lambda t: t["document"] < 3] for of in (tasted(0), tasted(1, moved=15))]
     said, table = shift_of(*(counts(tmp_path / f"few{n}", of) for n, of in enumerate(few)))
     assert (said.severity, said.values["routers"]) == ("note", 0)
     assert "Too few documents to tell whether a load differs by more than chance" in said.text
     assert "(3 documents, 8 are needed)" in said.text
     assert table[["load_shift_null", "load_shift_p"]].isna().all(axis=None)
-    some = rows(tasted(1, L, 3))[lambda t: t["document"] < S - 1]
-    said, table = shift_of(a, counts(tmp_path / "some", some))
-    assert (said.severity, said.values["routers"]) == ("good", 0)
-    assert "with this many tokens" in said.text
-    assert table["load_shift_p"].isna().all()
     assert shift_of(a, a)[0].text == "Each expert has the same share of the load in A and B."
+
+
+@pytest.mark.parametrize("moved", [0, 3])
+def test_documents_of_one_trace_alone_are_left_out_and_counted(moved: int, tmp_path: Path):
+    """The loads judged are those that both have: as if neither trace had other documents."""
+    of_a, of_b = rows(tasted(0, 12)), rows(tasted(1, 12, moved))
+    sides = of_a[of_a["document"] < 35], of_b[of_b["document"] > 4]
+    a, b = (counts(tmp_path / f"some{n}", of) for n, of in enumerate(sides))
+    both = (of[of["document"].between(5, 34)] for of in sides)
+    alone, expected = shift_of(*(counts(tmp_path / f"both{n}", of) for n, of in enumerate(both)))
+    assert alone.values["routers"] == (moved > 0)
+    for one, other, only in ((a, b, "5 of its 35"), (b, a, "5 of its 35")):
+        made: Any = moe_inspect.compare(one, other)
+        found = {of.kind: of for of in made.verdict()}
+        said, missing = found["load_shift"], found["missing_documents"]
+        assert said.text.startswith("In the 30 documents that both have, ")
+        assert said.values["routers"] == alone.values["routers"]
+        assert f"Only A has {only} documents and only B has {only} documents: " in missing.text
+        if one is a:
+            columns = ["load_shift", "load_shift_floor"]
+            table = made.tables["load_shift"]
+            pd.testing.assert_frame_equal(table[columns], expected[columns], rtol=0.1)
+            assert np.allclose(table["load_shift"], expected["load_shift"])
+            assert made.tables["agreement"]["documents"].unique() == 30
+        assert made.tables["load"]["assignments_a"].sum() == 12 * K * EACH * 35
+    few = counts(tmp_path / "few", of_b[of_b["document"] < 5])
+    said, _ = shift_of(a, few)
+    assert "Too few documents to tell whether a load differs" in said.text
+    assert "(5 documents, 8 are needed)" in said.text
+    assert "missing_documents" not in {of.kind for of in moe_inspect.compare(a, a).verdict()}
 
 
 def test_excerpts_begin_with_the_highest(tmp_path: Path):
@@ -277,13 +302,14 @@ def test_what_is_no_pair_of_documents_is_refused(tmp_path: Path):
     shorter.loc[shorter["document"] == 7, "count"] = 1
     for name, other, why in (
         ("domains", domains, "hold counts only, no decisions"),
-        ("shorter", counts(tmp_path / "s", shorter), "document 7 has 25 tokens in A, 2 in B"),
+        ("shorter", counts(tmp_path / "s", shorter), "ocument 7 has 25 tokens in A, 2 in B: not"),
     ):
         made: Any = moe_inspect.compare(a, other)
         assert re.search(why, made.why_not("agreement") or ""), name
         kinds = {found.kind: found for found in made.verdict()}
         assert "same_experts" not in kinds
-        assert "unknown whether both saw the same text" in kinds["counts_only"].text
+        said = "unknown whether both saw the same text" if name == "domains" else why
+        assert said in kinds["counts_only"].text
         refused = made.tables["refused"].set_index("table")["why"]
         assert why in refused["agreement"]
         assert "set_distance" not in str(made)
