@@ -252,33 +252,37 @@ def test_of_the_same_documents_chance_exchanges_the_traces(tmp_path: Path):
 
 
 @pytest.mark.parametrize("moved", [0, 3])
-def test_documents_of_one_trace_alone_are_left_out_and_counted(moved: int, tmp_path: Path):
-    """The loads judged are those that both have: as if neither trace had other documents."""
-    of_a, of_b = rows(tasted(0, 12)), rows(tasted(1, 12, moved))
-    sides = of_a[of_a["document"] < 35], of_b[of_b["document"] > 4]
-    a, b = (counts(tmp_path / f"some{n}", of) for n, of in enumerate(sides))
-    both = (of[of["document"].between(5, 34)] for of in sides)
-    alone, expected = shift_of(*(counts(tmp_path / f"both{n}", of) for n, of in enumerate(both)))
-    assert alone.values["routers"] == (moved > 0)
-    for one, other, only in ((a, b, "5 of its 35"), (b, a, "5 of its 35")):
-        made: Any = moe_inspect.compare(one, other)
-        found = {of.kind: of for of in made.verdict()}
-        said, missing = found["load_shift"], found["missing_documents"]
-        assert said.text.startswith("In the 30 documents that both have, ")
-        assert said.values["routers"] == alone.values["routers"]
-        assert f"Only A has {only} documents and only B has {only} documents: " in missing.text
-        if one is a:
-            columns = ["load_shift", "load_shift_floor"]
-            table = made.tables["load_shift"]
-            pd.testing.assert_frame_equal(table[columns], expected[columns], rtol=0.1)
-            assert np.allclose(table["load_shift"], expected["load_shift"])
-            assert made.tables["agreement"]["documents"].unique() == 30
-        assert made.tables["load"]["assignments_a"].sum() == 12 * K * EACH * 35
-    few = counts(tmp_path / "few", of_b[of_b["document"] < 5])
+def test_documents_of_one_trace_alone_are_counted_and_not_judged(moved: int, tmp_path: Path):
+    """What is said of loads is as if neither trace had them."""
+    L, first, end = 12, 5, 35
+    ids_a, ids_b = tasted(0, L), tasted(1, L, moved)
+    a = counts(tmp_path / "a", rows(ids_a)[lambda t: t["document"] < end])
+    late = {"document": np.repeat(np.arange(first, S), EACH)}
+    b = decisions(tmp_path / "b", [of[first * EACH :] for of in ids_b], **late)
+    in_both = slice(first * EACH, end * EACH)
+    load_2LE = np.array(
+        [[np.bincount(of[in_both].ravel(), minlength=E) for of in x] for x in (ids_a, ids_b)]
+    )
+    shift_L = np.abs(np.diff(load_2LE, axis=0)[0]).sum(1) / 2 / load_2LE[0].sum(1)
+    for pair in ((a, b), (b, a)):
+        said, table = shift_of(*pair)
+        assert np.allclose(table["load_shift"], shift_L)
+        assert np.flatnonzero(table["load_shift_p"] < 0.01).tolist() == [1] * (moved > 0)
+        claim = f"load of 1 of {L} routers differs" if moved else "no load differs by more"
+        assert re.match(f"In the 30 documents that both have, (the )?{claim}", said.text)
+    made: Any = moe_inspect.compare(a, b)
+    (missing,) = (found for found in made.verdict() if found.kind == "missing_documents")
+    alone = "Only A has 5 of its 35 documents and only B has 5 of its 35 documents: "
+    assert missing.text.startswith(alone)
+    assert made.tables["agreement"]["documents"].unique() == 30
+    assert made.tables["load"]["assignments_a"].sum() == L * K * EACH * end
+    # of five nothing is told, and of the same documents none is missing
+    few = counts(tmp_path / "few", rows(ids_b)[lambda t: t["document"] < 5])
     said, _ = shift_of(a, few)
-    assert "Too few documents to tell whether a load differs" in said.text
+    assert said.text.startswith("Too few documents to tell whether a load differs by more than")
     assert "(5 documents, 8 are needed)" in said.text
-    assert "missing_documents" not in {of.kind for of in moe_inspect.compare(a, a).verdict()}
+    same: Any = moe_inspect.compare(a, a)
+    assert "missing_documents" not in {found.kind for found in same.verdict()}
 
 
 def test_excerpts_begin_with_the_highest(tmp_path: Path):
