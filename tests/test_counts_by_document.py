@@ -256,7 +256,7 @@ def test_documents_of_one_trace_alone_are_counted_and_not_judged(moved: int, tmp
     """What is said of loads is as if neither trace had them."""
     L, first, end = 12, 5, 35
     ids_a, ids_b = tasted(0, L), tasted(1, L, moved)
-    a = counts(tmp_path / "a", rows(ids_a)[lambda t: t["document"] < end])
+    a = counts(tmp_path / "a", rows(ids_a).query("document < @end"))
     late = {"document": np.repeat(np.arange(first, S), EACH)}
     b = decisions(tmp_path / "b", [of[first * EACH :] for of in ids_b], **late)
     in_both = slice(first * EACH, end * EACH)
@@ -277,7 +277,7 @@ def test_documents_of_one_trace_alone_are_counted_and_not_judged(moved: int, tmp
     assert made.tables["agreement"]["documents"].unique() == 30
     assert made.tables["load"]["assignments_a"].sum() == L * K * EACH * end
     # of five nothing is told, and of the same documents none is missing
-    few = counts(tmp_path / "few", rows(ids_b)[lambda t: t["document"] < 5])
+    few = counts(tmp_path / "few", rows(ids_b).query("document < 5"))
     said, _ = shift_of(a, few)
     assert said.text.startswith("Too few documents to tell whether a load differs by more than")
     assert "(5 documents, 8 are needed)" in said.text

@@ -22,7 +22,7 @@ from moe_inspect.comparison.result import LOAD_TABLES, OF_DECISIONS, SIDES, Row
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, capital, finding
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
@@ -205,7 +205,7 @@ def counts_only(data: OfLoads) -> Iterator[Finding]:
     if why := data.why_not("agreement"):
         compared = "only loads are compared"
         why = "it is unknown whether both saw the same text" if why == data.why else why
-        same = f"{why[0].upper()}{why[1:]}; different text changes the load too."
+        same = f"{capital(why)}; different text changes the load too."
     text = f"{holds}: {compared}, not decisions. {same}"
     yield finding("counts_only", "note", text)
 
@@ -221,8 +221,8 @@ def missing_documents(data: OfLoads) -> Iterator[Finding]:
         if n
     ]
     if said:
-        text = " and ".join(said)
-        text = f"O{text[1:]}: load_shift and agreement leave them out, load and balance do not."
+        text = f"{capital(' and '.join(said))}: load_shift and agreement leave them out, load and "
+        text += "balance do not."
         only_a, only_b = sets.only
         values: Row = {"shared": sets.shared, "only_a": only_a, "only_b": only_b}
         yield finding("missing_documents", "note", text, **values)

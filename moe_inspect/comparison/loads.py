@@ -45,6 +45,7 @@ from moe_inspect.reporting.verdict.findings import (
     Finding,
     Severity,
     beyond_documents,
+    capital,
     finding,
 )
 from moe_inspect.text import format_ratio, join_first, plural
@@ -369,7 +370,7 @@ def shifted(data: Loads) -> Iterator[Finding]:
         return
     where = data.sets.compared if data.paired else ""
     if not rows["load_shift"].any():
-        text = _sentence(f"{where}each expert has the same share of the load in A and B.")
+        text = capital(f"{where}each expert has the same share of the load in A and B.")
         yield finding("load_shift", "good", text, load_shift=0.0, routers=0)
         return
     limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
@@ -378,10 +379,8 @@ def shifted(data: Loads) -> Iterator[Finding]:
     row = (beyond if n else rows).nlargest(1, "load_shift").iloc[0]
     r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor", "load_shift_null"]]
     moved, floor, null = shifts
-    said = f"no load differs by more than {data.chance}"
-    if n:
-        of_all = f"{n} of {plural(len(rows), 'router')}"
-        said = f"the load of {of_all} differs by more than {data.chance}"
+    whose = f"the load of {n} of {plural(len(rows), 'router')} differs" if n else "no load differs"
+    said = f"{whose} by more than {data.chance}"
     most = f"at most {limit.loc[row.name]:.2%} with this many tokens"
     by_chance = f"by chance {floor:.2%} on average, {most}"
     if data.moved and np.isnan(null):
@@ -391,8 +390,8 @@ def shifted(data: Loads) -> Iterator[Finding]:
     elif data.moved:
         exchanged = "with A and B exchanged in a random half of the documents"
         by_chance = f"by chance {null:.2%}, {exchanged}; {floor:.2%} between other documents"
-    said = _sentence(f"{where}{said}")
-    text = f"{said}: up to {moved:.2%} of it moves, in layer {data.label(r)} ({by_chance})."
+    text = f"{capital(where + said)}: up to {moved:.2%} of it moves, in layer "
+    text += f"{data.label(r)} ({by_chance})."
     values: Row = {"routers": n, **shifts}
     if n:
         load_2E = data.judged_2E(r)
@@ -402,10 +401,6 @@ def shifted(data: Loads) -> Iterator[Finding]:
         text += f" Expert {expert} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = expert
     yield finding("load_shift", severity, text, data.place(r), **values)
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def collapsed(data: Loads) -> Iterator[Finding]:
