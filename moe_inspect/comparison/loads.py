@@ -394,8 +394,7 @@ def shifted(data: Loads) -> Iterator[Finding]:
     text += f"{data.label(r)} ({by_chance})."
     values: Row = {"routers": n, **shifts}
     if n:
-        load_2E = data.judged_2E(r)
-        ratio_2E = load_2E / load_2E.mean(1, keepdims=True)
+        ratio_2E = (load_2E := data.judged_2E(r)) / load_2E.mean(1, keepdims=True)
         expert = int(np.abs(ratio_2E[1] - ratio_2E[0]).argmax())
         a, b = map(format_ratio, ratio_2E[:, expert])
         text += f" Expert {expert} changes most: {a}x the mean load in A, {b}x in B."
