@@ -101,6 +101,12 @@ class Measured:
     def pairs_P2(self) -> np.ndarray:
         return pairs(self.frame)
 
+    def range(self) -> dict[str, list[float]]:
+        names = ["tokens", "hidden", "inter", "experts"]
+        return {
+            name: [self.frame[name].min().item(), self.frame[name].max().item()] for name in names
+        }
+
     def times(self, constants: dict[str, float]) -> np.ndarray:
         """[rows], the mean over draws."""
         return self.times_by_draw(constants).mean(1)
@@ -355,7 +361,7 @@ def main() -> None:
         needed = {name: value > START[name] * 1e-5 for name, value in constants.items()}
         rounded = {n: float(f"{v:.4g}") * needed[n] for n, v in constants.items()}
         kept = {name: value for name, value in found.items() if name != "pairs"}
-        entries.append(KernelTime(**about, constants=rounded, errors=kept))
+        entries.append(KernelTime(**about, constants=rounded, errors=kept, measured=kernel.range()))
     ways = [found for path in moves for found in transfers(path)]
     for way, rows in ways if asked.json else ():
         print(json.dumps(asdict(way) | {"rows": rows}))

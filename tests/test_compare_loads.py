@@ -186,6 +186,9 @@ def test_routers_of_one_trace_alone_are_named(counted: Counted) -> None:
     made: Any = moe_inspect.compare(a, b)
     assert made.tables["load_shift"]["layer"].tolist() == [0, 1]
     assert kinds(made)["missing_layers"].text == "Only A has layer 2: not compared."
+    many = counted("many", drawn(0, L=12))
+    found = kinds(moe_inspect.compare(many, b, layers="0,2-5,7-11"))
+    assert found["missing_layers"].text == "Only A has layers 2-5, 7-11 (9 layers): not compared."
     # B's layer n as A's n + 1
     shifted: Any = moe_inspect.compare(a, b, shift_layers=1).tables["load"]
     expected = np.concatenate(loads_of(drawn(0)[1:])).ravel()

@@ -191,7 +191,7 @@ def test_the_experts_of_each_document_are_compared(tmp_path: Path):
     kinds = {found.kind: found for found in made.verdict()}
     assert "5.00% are used by one of them alone" in kinds["same_experts"].text
     assert kinds["same_experts"].severity == "note"
-    said = "loads and the experts of each document are compared, not decisions. Documents have as"
+    said = "loads and the experts of each document are compared, not decisions. The documents that"
     assert said in kinds["counts_only"].text
     assert "agreement" not in set(made.tables["refused"]["table"])
     assert "set_distance_low" in str(made)
@@ -241,19 +241,48 @@ def test_of_the_same_documents_chance_exchanges_the_traces(tmp_path: Path):
         assert np.flatnonzero(table["load_shift_p"] < 0.01).tolist() == [1]
         beyond_floor = table["load_shift"] > table["load_shift_floor"]
         assert np.flatnonzero(beyond_floor).tolist() == [1] * (severity == "warning")
-    # of three documents nothing is told; with others in one of the traces, chance is as of others
+    # of three documents nothing is told
     few = [rows(of)[lambda t: t["document"] < 3] for of in (tasted(0), tasted(1, moved=15))]
     said, table = shift_of(*(counts(tmp_path / f"few{n}", of) for n, of in enumerate(few)))
     assert (said.severity, said.values["routers"]) == ("note", 0)
     assert "Too few documents to tell whether a load differs by more than chance" in said.text
     assert "(3 documents, 8 are needed)" in said.text
     assert table[["load_shift_null", "load_shift_p"]].isna().all(axis=None)
-    some = rows(tasted(1, L, 3))[lambda t: t["document"] < S - 1]
-    said, table = shift_of(a, counts(tmp_path / "some", some))
-    assert (said.severity, said.values["routers"]) == ("good", 0)
-    assert "with this many tokens" in said.text
-    assert table["load_shift_p"].isna().all()
     assert shift_of(a, a)[0].text == "Each expert has the same share of the load in A and B."
+
+
+@pytest.mark.parametrize("moved", [0, 3])
+def test_documents_of_one_trace_alone_are_counted_and_not_judged(moved: int, tmp_path: Path):
+    """What is said of loads is as if neither trace had them."""
+    L, first, end = 12, 5, 35
+    ids_a, ids_b = tasted(0, L), tasted(1, L, moved)
+    a = counts(tmp_path / "a", rows(ids_a).query("document < @end"))
+    late = {"document": np.repeat(np.arange(first, S), EACH)}
+    b = decisions(tmp_path / "b", [of[first * EACH :] for of in ids_b], **late)
+    in_both = slice(first * EACH, end * EACH)
+    load_2LE = np.array(
+        [[np.bincount(of[in_both].ravel(), minlength=E) for of in x] for x in (ids_a, ids_b)]
+    )
+    shift_L = np.abs(np.diff(load_2LE, axis=0)[0]).sum(1) / 2 / load_2LE[0].sum(1)
+    for pair in ((a, b), (b, a)):
+        said, table = shift_of(*pair)
+        assert np.allclose(table["load_shift"], shift_L)
+        assert np.flatnonzero(table["load_shift_p"] < 0.01).tolist() == [1] * (moved > 0)
+        claim = f"load of 1 of {L} routers differs" if moved else "no load differs by more"
+        assert re.match(f"In the 30 documents that both have, (the )?{claim}", said.text)
+    made: Any = moe_inspect.compare(a, b)
+    (missing,) = (found for found in made.verdict() if found.kind == "missing_documents")
+    alone = "Only A has 5 of its 35 documents and only B has 5 of its 35 documents: "
+    assert missing.text.startswith(alone)
+    assert made.tables["agreement"]["documents"].unique() == 30
+    assert made.tables["load"]["assignments_a"].sum() == L * K * EACH * end
+    # of five nothing is told, and of the same documents none is missing
+    few = counts(tmp_path / "few", rows(ids_b).query("document < 5"))
+    said, _ = shift_of(a, few)
+    assert said.text.startswith("Too few documents to tell whether a load differs by more than")
+    assert "(5 documents, 8 are needed)" in said.text
+    same: Any = moe_inspect.compare(a, a)
+    assert "missing_documents" not in {found.kind for found in same.verdict()}
 
 
 def test_excerpts_begin_with_the_highest(tmp_path: Path):
@@ -277,13 +306,14 @@ def test_what_is_no_pair_of_documents_is_refused(tmp_path: Path):
     shorter.loc[shorter["document"] == 7, "count"] = 1
     for name, other, why in (
         ("domains", domains, "hold counts only, no decisions"),
-        ("shorter", counts(tmp_path / "s", shorter), "document 7 has 25 tokens in A, 2 in B"),
+        ("shorter", counts(tmp_path / "s", shorter), "ocument 7 has 25 tokens in A, 2 in B: not"),
     ):
         made: Any = moe_inspect.compare(a, other)
         assert re.search(why, made.why_not("agreement") or ""), name
         kinds = {found.kind: found for found in made.verdict()}
         assert "same_experts" not in kinds
-        assert "unknown whether both saw the same text" in kinds["counts_only"].text
+        said = "unknown whether both saw the same text" if name == "domains" else why
+        assert said in kinds["counts_only"].text
         refused = made.tables["refused"].set_index("table")["why"]
         assert why in refused["agreement"]
         assert "set_distance" not in str(made)

@@ -51,8 +51,8 @@ def trace_of(root: Path, shares: list[float], drops: bool = True) -> Trace:
     return write_trace(root, ids, E, document=np.arange(T) // 40, manifest=manifest)
 
 
-def of(trace: Trace, kind: str) -> Finding | None:
-    return next((f for f in report(trace).verdict() if f.kind == kind), None)
+def of(trace: Trace, kind: str, layers: list[int] | None = None) -> Finding | None:
+    return next((f for f in report(trace, layers=layers).verdict() if f.kind == kind), None)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,9 @@ def test_of_counts_domains_and_layers_with_unequal_sums_are_named(
         f"tell apart. Layers have unequal sums in {within} 360 (layer 1) to 400 (layer 0) "
         f"assignments, fewer than the most in layer{layers}."
     )
+    alone = of(open_trace(tmp_path / "t"), "empty_slots", layers=[1])
+    assert alone is not None
+    assert alone.text.endswith("tell apart.")
 
 
 def test_counts_hold_the_tokens_that_their_shards_state(tmp_path: Path) -> None:

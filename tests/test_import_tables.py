@@ -33,7 +33,7 @@ from tests.test_hostile import JSON, fresh, quick
 LOAD = {3: [5, 0, 2, 1], 7: [1, 1, 4, 2]}
 NESTED = {f"layer_{n}": {str(e): {"n": c} for e, c in enumerate(of)} for n, of in LOAD.items()}
 RECORDS = [
-    {"block": n, "id": str(e), "hits": c, "text": "law"}
+    {"block": n, "id": str(e), "hits": c, "text": "law", "unsaid": None}
     for n, of in LOAD.items()
     for e, c in enumerate(of)
 ]
@@ -137,6 +137,7 @@ def test_rows_that_do_not_fit_are_not_lost_behind_others(tmp_path: Path, put: Pu
         ("layer=block,expert=id,count=hits,position=id", "which have no position: decisions have"),
         ("layer=block,expert=text,count=hits", "row 0: text is 'law', not a whole number"),
         ("layer=block,expert=id,count=hits.n", "where n should be"),
+        ("layer=block,expert=id,count=unsaid", "row 0: unsaid is empty"),
         ("count={layer}_{layer}.{expert}", "{layer} stands twice in {layer}_{layer}"),
     ],
 )
@@ -293,8 +294,8 @@ def test_turns_are_documents_and_gaps_begin_sequences(tmp_path: Path):
 
 
 def test_unknown_weights_are_no_weights(tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"route.csv: weights are unknown in some rows"):
-        trace = imported([row(0, 1, j, j, weight=np.nan) for j in range(2)], tmp_path)
+    with pytest.warns(UserWarning, match=r"route.csv row 1: weight is unknown; 1 of 2 rows lack"):
+        trace = imported([row(0, 1, j, j, weight=(0.5, np.nan)[j]) for j in range(2)], tmp_path)
     assert not trace.has_weights
     assert trace.routers[0].slot_order == "unknown"
 
@@ -374,7 +375,9 @@ def test_decisions_are_read_in_every_form(form: str, tmp_path: Path):
 
 def test_experts_in_columns_and_a_trace_of_ours_read_as_a_table(tmp_path: Path):
     rows = "".join(
-        f"{n},{t},{t},{(t + n) % 8 if t else ''},.5,.25\n" for n in (1, 4) for t in range(6)
+        f"{n},{t},{t},{f'{(t + n) % 8},.5,.25' if t else '-1,.5,'}\n"
+        for n in (1, 4)
+        for t in range(6)
     )
     path = tmp_path / "e.csv"
     path.write_text("layer,position,expert_0,expert_1,weight_0,weight_1\n" + rows)
@@ -424,6 +427,11 @@ def test_rows_without_a_slot_take_those_of_their_decision_in_order(
         (["experts,document\n0,0,[1 2],a\n0,1,[1 2],"], "row 1: document is empty"),
         (["experts\n0,0,[1 2 3 4]"], "row 0: experts has 4 values, top-k is 2"),
         (["experts,top_k\n0,0,[1 2 3],3"], "has top_k 2 and 3, one of them by --top-k"),
+        (["expert\n0,0,1\n0,0,"], "row 1: expert is empty; write -1 where there is none$"),
+        (["expert_0,expert_1\n0,0,1,2\n0,1, ,5"], "row 1: expert_0 is empty; write -1"),
+        (["expert_0,expert_1\n0,0,1,2\n0,1,5,"], "row 1: expert_1 is empty; write -1"),
+        (["experts\n0,0,[1 2]\n0,1,[]"], "row 1: experts has 0 values, not 2, as the first row"),
+        (["experts\n0,0,[]"], "row 0: experts has 0 values$"),
         (["expert\n0,0,1\n0,1,2"], "no token has over 1 expert in a layer, and top-k is 2"),
         (["expert\n0,3,1\n0,3,2\n0,3,4"], "position 3 of the document has over 2 rows of one"),
         (["expert,slot\n0,0,1,0\n0,0,2,2"], "row 1: slot is 2, not of 0 to 1"),
@@ -438,6 +446,19 @@ def test_assignments_that_are_no_decisions(rows: list[str], why: str, tmp_path: 
     refused(tmp_path, why, "table", tmp_path, experts=8, top_k=2)
 
 
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_an_expert_that_is_null_is_no_empty_slot(form: str, tmp_path: Path):
+    path = tmp_path / f"d.{form}"
+    for second in (-1, None):
+        table = pd.DataFrame({"layer": 0, "position": range(2), "experts": [[2, 0], [1, second]]})
+        table.to_json(path, orient="records") if form == "json" else table.to_parquet(path)
+        if second:
+            trace, _ = taken(tmp_path, "table", path, experts=4)
+            assert experts(trace, 0) == [[2, 0], [1, -1]]
+    why = "row 1: experts is empty; write -1 where there is none$"
+    refused(tmp_path / "v", why, "table", path, experts=4)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_phase_that_is_none_is_named_also_in_the_first_row(at: int, tmp_path: Path):
     said = ["prefill", "decode", "decode"]
@@ -446,6 +467,19 @@ def test_a_phase_that_is_none_is_named_also_in_the_first_row(at: int, tmp_path: 
     (tmp_path / "d.csv").write_text("layer,position,experts,phase\n" + rows)
     why = f"row {at}: phase is 'later', not prefill or"
     refused(tmp_path, why, "table", tmp_path / "d.csv", experts=8)
+
+
+def test_a_preset_says_how_many_experts_a_token_uses(tmp_path: Path):
+    (tmp_path / "form.yaml").write_text("{top_k: 3, map: {layer: l, position: p, expert: e}}")
+    (tmp_path / "d.csv").write_text("l,p,e\n" + "".join(f"0,0,{e}\n" for e in range(3)))
+    how: dict[str, Any] = {"map": str(tmp_path / "form.yaml"), "experts": 4}
+    assert taken(tmp_path, "table", tmp_path / "d.csv", **how)[0].routers[0].top_k == 3
+    why = "has over 2 rows of one layer"
+    refused(tmp_path / "u", why, "table", tmp_path / "d.csv", top_k=2, **how)
+    (tmp_path / "form.yaml").write_text("{top_k: 3, map: {layer: l, position: p, experts: e}}")
+    (tmp_path / "d.csv").write_text("l,p,e\n0,0,[1 2]\n")
+    why = "row 0: e has 2 values, top-k is 3"
+    refused(tmp_path / "u", why, "table", tmp_path / "d.csv", **how)
 
 
 PRESET = """
@@ -530,7 +564,10 @@ def test_layers_without_counts_are_left_out_and_named(tmp_path: Path):
     pd.DataFrame(rows, columns=["layer", "expert", "count"]).to_csv(tmp_path / "c.csv", index=False)
     trace, said = taken(tmp_path, "counts", tmp_path / "c.csv", top_k=2)
     assert [r.layer for r in trace.routers] == [3, 4]
-    assert "layers 0-2 hold no assignments: dense layers, or not recorded" in said[0]
+    note = "layers 0-2 hold no assignments: dense layers, or not recorded"
+    assert note in said[0]
+    assert trace_report(trace).notes()[0] == note
+    assert ["note", note] in trace_report(trace).tables["summary"].to_numpy().tolist()
     assert int(trace.counts()["assignments"].sum()) == 20  # as the file has
 
 
@@ -538,6 +575,60 @@ def test_auto_says_what_a_file_looks_like(tmp_path: Path):
     (tmp_path / "x.json").write_text('{"sample_count": 3, "answers": {}}')
     why = 'looks like gpt-oss-fingerprints, but lacks "think_expert_analytics"'
     refused(tmp_path, why, "auto", tmp_path / "x.json")
+    (tmp_path / "README.md").write_text("Parquet of indices and scores")
+    with pytest.raises(MoeInspectError, match="cannot tell the format") as raised:
+        taken(tmp_path, "auto", tmp_path / "README.md")
+    assert "looks like" not in str(raised.value)
+
+
+def test_auto_refuses_a_folder_of_two_formats(tmp_path: Path):
+    for model in ("mistral", "olmoe"):
+        (tmp_path / f"{model}_expert_counts_law.json").write_text('{"0": {"0": 2, "1": 2}}')
+    (tmp_path / "LICENSE").write_text("as you like")
+    why = r"mixtral-counts \(mistral_\w+.json\) and olmoe-counts \(olmoe_\w+.json\): name the"
+    refused(tmp_path, why, "auto", tmp_path)
+    (tmp_path / "mistral_expert_counts_law.json").unlink()
+    assert taken(tmp_path, "auto", tmp_path)[0].routers[0].experts == 64
+
+
+def test_files_of_one_name_are_added_up_where_each_folder_is_given(tmp_path: Path):
+    folders = [tmp_path / "in" / name for name in ("base", "instruct")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        text = json.dumps({"expert_popularity": [[3, 1], [2, 2]]})
+        (folder / "expert_popularity_law.json").write_text(text)
+    why = "in/base and .*/in/instruct both have expert_popularity_law.json: give one of"
+    refused(tmp_path, why, "fiddler", tmp_path / "in")
+    trace, _ = taken(tmp_path, "fiddler", *folders, experts=2, top_k=1)
+    assert load_of(trace) == {0: [6, 2], 1: [4, 4]}
+
+
+@pytest.mark.parametrize("form", ["lines", "map", "decisions", "decisions of the whole"])
+def test_of_lines_of_json_the_line_is_named(form: str, tmp_path: Path):
+    path = tmp_path / "c.jsonl"
+    how: dict[str, Any] = {"experts": 4, "top_k": 2}
+    rows = [{"layer": 0, "expert": e, "count": 2} for e in (0, 1, 9)]
+    why = "expert is 9, not of 0 to 3"
+    if form == "map":
+        rows = [{"of": {"0": [2, 2]}}, {"of": {"0": [2, 2]}}, {"of": {"0": [1, 1, 1, 1, 1]}}]
+        how["map"], why = "count=of.{layer}.{expert}", "expert is 4, not of 0 to 3"
+    if form.startswith("decisions"):
+        last = 9 if form == "decisions" else 1
+        places = ((0, 1), (1, 1), (1, last))
+        rows = [{"layer": 0, "position": t, "experts": [0, e]} for t, e in places]
+        why = "experts is 9" if last == 9 else "layer is 0: position 1 of the document has two"
+    path.write_text("\n\n".join(map(json.dumps, rows)))  # blank lines are lines
+    refused(tmp_path, f"c.jsonl line 5: {why}", "table", path, **how)
+
+
+def test_beside_experts4bits_rows_are_losses_which_are_not_read(tmp_path: Path):
+    rows = [{"example_index": d, "routed": {"0": [[0, 8], [1, 8]]}} for d in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.rows.jsonl").write_text('{"example_index": 0, "loss": 0.5}\n')
+    assert set(taken(tmp_path, "experts4bit", tmp_path)[0].counts()["domain"]) == {"a"}
+    rows.append({"example_index": 2, "routed": {"0": [[64, 8]]}})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused(tmp_path / "u", "line 3: expert is 64, not of 0 to 63", "experts4bit", tmp_path)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -637,6 +728,13 @@ def test_counts_that_are_not_k_of_each_token_are_told(
             {},
             "'layer;expert;count', columns with ; between them: write ,",
         ),
+        (
+            "layer;position;experts\n0;0;[1, 2]",
+            {},
+            "'layer;position;experts', columns with ; between them: write ,",
+        ),
+        ("layer,expert,count,gate_sum\n0,0,2,1\n0,1,2,nan", {}, "row 1: gate_sum is nan"),
+        ("layer,expert,count\n0,0,2\n1,0,2", {"top_k": 5}, ": 5 of 4 experts is not possible"),
         ("Layer, Expert,Count\n0,0,2", {}, "--map 'layer=Layer,expert= Expert,count=Count'"),
         ("Layer,Position,Expert_0,Expert_1\n0,0,1,2", {}, "experts=Expert_*"),
     ],
@@ -650,7 +748,8 @@ def test_one_line_names_file_row_and_column_and_the_way_out(
     (tmp_path / "in/b.csv").write_text(text)
     where = tmp_path / "in/b.csv" if format == "auto" else tmp_path / "in"
     how = {"top_k": 2, "experts": 4, **how} if "top_k 1 and" not in why else {"experts": 4}
-    file = "" if "top_k 1 and" in why else "/b.csv"  # a layer is of all files
+    of_all = "top_k 1 and" in why or "possible" in why  # as a layer is
+    file = "" if of_all else "/b.csv"
     refused(tmp_path, f"in{file}.*{re.escape(why)}", format, where, **how)
 
 

@@ -108,6 +108,7 @@ CASES = {
     "sample": Case("", "even", "redrawn", None),
     "trace_warning": Case("", "lacking", "even", None),
     "missing_tokens": Case("", "shorter", "routes shifted", None),
+    "missing_documents": Case("note: Only A has 4 of its 40 documents", "other documents", "same experts", None),
     "missing_layers": Case("", "recorded otherwise", "same", None),
     "unchecked": Case("", "recorded otherwise", "same", None),
     "recorded": Case("", "recorded otherwise", "1% changed", None),

@@ -415,7 +415,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"documents": 31}, "has 30 documents, 31 were asked for"),
     ({"documents": 11, "by_domain": True}, "domain a of .* has 10 documents"),
     ({"share": 1.0, "rest": True}, "no document of .* is left"),
-    ({"documents": 2}, "holds counts only"),
+    ({"documents": 2}, "holds counts only, which cannot be sampled: trace without"),
 ]
 
 

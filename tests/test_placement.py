@@ -230,7 +230,7 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert set(made.tables["plan"]["policy"]) == {"round-robin"}
     assert made.tables["plan"]["expert"].tolist() == [0, 2, 1, 3]
     assert made.write_plan(tmp_path / "plan.json").startswith("round-robin,")
-    said = "Recommended: round-robin, the fastest on the judged part (save with -o FILE)."
+    said = "Recommended: round-robin, the fastest on the judged part."
     assert said in made.verdict
     assert any("round-robin has max/mean" in message for message in made.verdict)
     assert "Fitted" not in "".join(made.verdict)
@@ -246,6 +246,22 @@ def test_what_is_no_faster_is_not_recommended(tmp_path: Path) -> None:
     assert made.tables["policies"]["slowdown"].nunique() == 1, "control"
     less = "-o FILE saves local-search, which is less than 1% faster."
     assert f"Recommended: keep contiguous. {less}" in made.verdict
+
+
+def test_replicas_of_eplb_that_share_a_gpu_are_of_all_layers(tmp_path: Path) -> None:
+    """One in either layer; the other policies have none."""
+    loads = [[120, 219, 676, 1124, 3273, 4160, 255, 168], [6988, 13, 2747, 3, 47, 34, 22, 143]]
+    trace = write_counts(tmp_path / "t", [np.array([load]) for load in loads], 1)
+    policies = ["round-robin", "greedy", "eplb", "local-search"]
+    made = simulate_placement(trace, gpus=4, physical_experts=16, policies=policies)
+    many = "eplb places 2 replicas, over 2 layers, on a GPU that already has the same expert"
+    assert made.tables["placement"].query("policy == 'eplb'")["colocated"].tolist() == [1, 1]
+    assert [said for said in made.verdict if "replicas, " in said] == [
+        f"{many}; greedy 0, local-search 0."
+    ]
+    even = write_counts(tmp_path / "e", [np.full((1, 8), 900)], 1)
+    alone = simulate_placement(even, gpus=4, policies=["greedy", "eplb"])
+    assert "already has" not in " ".join(alone.verdict)
 
 
 def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) -> None:

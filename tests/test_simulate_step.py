@@ -184,7 +184,7 @@ def test_too_little_text_claims_nothing(tmp_path: Path, constants: Path):
     [
         ({"batch_tokens": [0]}, "steps of 0 tokens: give numbers from 1 to"),
         ({"gpus": 3}, "cannot split 8 experts over 3 GPUs"),
-        ({"gpu": "abacus"}, "0 kernels have gpu abacus"),
+        ({"gpu": "abacus"}, "no times of gpu abacus: there are h200"),
         ({"placement": "no plan"}, "is no plan for SGLang"),
         ({"placement": "too short"}, "layer 1 does not place its 8 experts"),
     ],
@@ -200,6 +200,15 @@ def test_wrong_settings_are_refused(
     trace = of_size(drawn(tmp_path / "t", Regime(documents=4, tokens=100), 0))
     with pytest.raises(MoeInspectError, match=said):
         trace.simulate.step(**{**KERNEL, "latency": constants, **options})
+
+
+def test_what_was_never_measured_is_told(tmp_path: Path):
+    trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0))
+    assert "Extrapolated" not in " ".join(trace.simulate.step(**KERNEL).verdict)
+    config = {**CONFIG, "hidden_size": 64}
+    edit_manifest(Path(str(trace.path)), model={"id": "synthetic", "config": config})
+    said = " ".join(moe_inspect.open_trace(str(trace.path)).simulate.step(**KERNEL).verdict)
+    assert "Extrapolated beyond all that was measured: hidden 64 (measured: 2,048 to" in said
 
 
 def test_experts_of_unknown_size_are_refused(tmp_path: Path, constants: Path):

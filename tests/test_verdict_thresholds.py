@@ -100,6 +100,13 @@ def deserted(expert: int, mean: int = 10_000, others: int = 10_000, **given: Any
     return stub(row(code + law), **given)
 
 
+def twice(few: list[int]) -> Any:
+    """Two domains, of three, in which the first experts have so many assignments."""
+    code, chat = np.array([*few, *[1_000] * 6]), np.array([3_000, 3_000, *[1_000] * 6])
+    given = {"domains": ("code", "law", "chat"), "by_domain": [[code * 50, code * 50, chat * 50]]}
+    return stub(row((2 * code + chat) * 50), counts_only=True, **given)
+
+
 def information(**columns: Any) -> dict[str, Any]:
     """A row of that table: 0.5 bits beyond a null of 0.1, whose 99th percentile is 0.12."""
     known = {"domain_mi_bits": 0.6, "domain_mi_null_bits": 0.1, "domain_mi_null_p99_bits": 0.12}
@@ -205,14 +212,14 @@ SPOKEN = {
     "two whole passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x the mean load on average (expected"),
     "larger passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (19, 0.5), 1: (152, 0.5)})), "(of 19 of 171 passes, the larger ones; expected by chance"),
     # pooling
-    "pooled hides": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.15), "The layer average (1.15x) looks fine and hides layer 0."),
+    "pooled hides": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.15), "The load summed over layers by expert number looks even (its busiest expert number gets 1.15x the mean) and hides layer 0."),
     "pooled shows half": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.1501), None),
-    "pooled hides up to uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2), "average (1.20x)"),
+    "pooled hides up to uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2), "gets 1.20x the mean)"),
     "pooled is uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2001), None),
     "nothing to hide": (balance.averaging_hides, stub(near(1.1999), row(EVEN), pooled=1.0), None),
     "no pooled figure": (balance.averaging_hides, stub(near(1.9)), None),
-    "pooled over some": (balance.averaging_hides, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "The average of the 2 layers selected (1.10x) looks fine"),
-    "pooled over routers": (balance.averaging_hides, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "The router average (1.10x)"),
+    "pooled over some": (balance.averaging_hides, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "The load summed over the 2 layers selected by expert number looks even"),
+    "pooled over routers": (balance.averaging_hides, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "The load summed over routers by expert number looks even"),
     # a domain that overloads
     "overloads": (experts.overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens; all domains'),
     "does not overload": (experts.overloading_domain, of_domains(1.1998, 1.01), None),
@@ -261,6 +268,8 @@ SPOKEN = {
     "deserts, how sure that is": (experts.unused_in_domain, deserted(990), "(beyond chance even if 1,000 tokens choose as one)"),
     "deserts too little": (experts.unused_in_domain, deserted(1_010), None),
     "deserts, of documents `domains` says more": (experts.unused_in_domain, deserted(990, counts_only=False), None),
+    "deserts, one expert twice": (experts.unused_in_domain, twice([10, 1_000]), " times as much."),
+    "deserts, two experts twice": (experts.unused_in_domain, twice([10, 20]), " times as much; so is 1 other expert in some domain."),
     "deserts, by its threshold": (experts.unused_in_domain, deserted(990, limits={"starved": 0.09}), None),
     "deserts, the others do not": (experts.unused_in_domain, deserted(50, others=2_500), " times as much."),
     "starved everywhere": (experts.unused_in_domain, deserted(50, others=1_800), None),

@@ -152,7 +152,7 @@ def test_policies_that_only_chance_sets_apart_are_not_said_to_differ(tmp_path: P
         made = simulate_placement(trace, fit_domains="a", policies=PLAIN, gpus=4)
         assert made.settings["recommended"] == "contiguous"
         assert (made.tables["policies"]["slower_p"] >= 0.01).all()
-        said = "than the fastest by 1% or beyond chance: contiguous, round-robin, eplb (save with"
+        said = "than the fastest by 1% or beyond chance: contiguous, round-robin, eplb."
         assert said in made.verdict[-2]
     assert made.tables["policies"]["slowdown"].nunique() > 1, "control"
     assert set(made.tables["plan"]["policy"]) == {"contiguous"}
@@ -167,7 +167,7 @@ def test_a_policy_that_is_faster_beyond_chance_is_recommended_of_documents_enoug
     made = simulate_placement(trace, fit_domains="a", policies=PLAIN[:2], gpus=4)
     slower_p, advice = made.tables["policies"]["slower_p"], made.verdict[-2]
     assert slower_p.isna().all() if few else slower_p.tolist() == [0.002, 1.0]
-    best = "Recommended: round-robin, the fastest on the judged part (save with -o FILE)."
+    best = "Recommended: round-robin, the fastest on the judged part."
     assert advice == ("-o FILE saves round-robin." if few else best)
     assert made.verdict[0].startswith("Too little data to advise: with fewer than 8 doc") == few
     assert any(

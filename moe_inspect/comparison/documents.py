@@ -22,7 +22,7 @@ from moe_inspect.comparison.result import LOAD_TABLES, OF_DECISIONS, SIDES, Row
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, capital, finding
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
@@ -58,19 +58,31 @@ class OfLoads(result.Paired):
         return sets_of_documents(self)
 
     @cached_property
-    def moved(self) -> list[np.ndarray]:
-        """How much more load each cluster of documents has in B, by pair of routers, if both traces
-        count the same documents; else none. By chance A and B could as well be exchanged in a
-        document. float64 [U, E], where a trace has no load NaN"""
+    def paired(self) -> list[np.ndarray]:
+        """The load of the documents that both traces have, by pair of routers; none where there
+        are none. Int [2, U, E], by cluster of documents if the traces have the same ones, else by
+        document."""
+        if self.why_not("agreement"):
+            return []
+        if any(self.sets.only):
+            return [np.stack(of) for of in self.sets.load_SE]
         a, b = (self.reports[side].counts for side in SIDES)
-        tokens_a_U, tokens_b_U = (_by_cluster(of, of.tokens_U) for of in (a, b))
-        same = not self.why_not("agreement") and np.array_equal(tokens_a_U, tokens_b_U)
+        tokens_U, tokens_b_U = (_by_cluster(of, of.tokens_U) for of in (a, b))
+        paired = list[np.ndarray]()
+        for r, other in self.pairs if np.array_equal(tokens_U, tokens_b_U) else ():
+            of_both = (a, a.of[r]), (b, b.of[other])
+            both = [_by_cluster(of, counts.assignments_UE) for of, counts in of_both]
+            paired.append(np.stack(both)[:, tokens_U > 0])
+        return paired
+
+    @cached_property
+    def moved(self) -> list[np.ndarray]:
+        """How much more load each of these has in B. By chance A and B could as well be exchanged
+        in a document. float64 [U, E], where a trace has no load NaN"""
         moved = list[np.ndarray]()
-        for r, other in self.pairs if same else ():
-            a_UE = _by_cluster(a, a.of[r].assignments_UE)
-            b_UE = _by_cluster(b, b.of[other].assignments_UE)
+        for a_UE, b_UE in self.paired:
             total_a, total_b = nan_for_zero(np.array([a_UE.sum(), b_UE.sum()]))
-            moved.append((b_UE - a_UE * (total_b / total_a))[tokens_a_U > 0])
+            moved.append(b_UE - a_UE * (total_b / total_a))
         return moved
 
 
@@ -78,11 +90,23 @@ class OfLoads(result.Paired):
 class DocumentSets:
     """apart_SL, other_SL: 1 − |A ∩ B| ÷ |A ∪ B| of the sets of experts that a document's tokens
     went to, and with another document in B; NaN where neither trace used an expert. domain_S: of
-    A."""
+    A. load_SE: of A and of B, by pair of routers. shared: how many documents both traces have, of
+    which S are compared; only: how many A alone has, and B."""
 
     apart_SL: np.ndarray
     other_SL: np.ndarray
     domain_S: np.ndarray
+    load_SE: list[tuple[np.ndarray, np.ndarray]]
+    shared: int
+    only: tuple[int, int]
+
+    @property
+    def compared(self) -> str:
+        """Of which documents something is said, where a trace has others; else nothing."""
+        S = len(self.domain_S)
+        part = f"{S:,} of " if self.shared > S else ""
+        where = f"In {part}the {plural(self.shared, 'document')} that both have, "
+        return where if any(self.only) else ""
 
     def mean(self, apart_SX: np.ndarray) -> tuple[float, float, float]:
         """Of some routers, and its 95 % interval over documents."""
@@ -97,22 +121,31 @@ def sets_of_documents(data: OfLoads) -> DocumentSets:
     if any(trace.counts_only and not trace.by_document for trace in data.traces):
         raise MoeInspectError(data.why)
     reports = data.reports.values()
+    tokens_a, tokens_b = (_tokens(of) for of in reports)
+    tokens = pd.concat([tokens_a, tokens_b], axis=1, join="inner", keys=SIDES).sort_index()
     a, b = (document_loads(of.trace, of.selection) for of in reports)
     document_S, of_a, of_b = np.intersect1d(a.document_S, b.document_S, return_indices=True)
     if not len(document_S):
         raise MoeInspectError("A and B have no document of the same number")
-    frames = (trace.documents().set_index("document")["tokens"] for trace in data.traces)
-    tokens_2S = np.array([tokens.loc[document_S].to_numpy() for tokens in frames])
-    if (differs_S := tokens_2S[0] != tokens_2S[1]).any():
-        s = int(differs_S.argmax())
-        said = f"{tokens_2S[0, s]:,} tokens in A, {tokens_2S[1, s]:,} in B"
-        raise MoeInspectError(f"document {document_S[s]} has {said}: not the same text")
-    used = [(a.load_SE[r][of_a] > 0, b.load_SE[other][of_b] > 0) for r, other in data.pairs]
+    if len(differ := tokens[tokens["a"] != tokens["b"]]):
+        said = f"{differ['a'].iloc[0]:,} tokens in A, {differ['b'].iloc[0]:,} in B"
+        raise MoeInspectError(f"document {differ.index[0]} has {said}: not the same text")
+    load_SE = [(a.load_SE[r][of_a], b.load_SE[other][of_b]) for r, other in data.pairs]
+    used = [(a_SE > 0, b_SE > 0) for a_SE, b_SE in load_SE]
     apart_SL = np.stack([_apart(*both) for both in used], axis=1)
     other_SL = np.stack([_apart(of_a, np.roll(of_b, 1, 0)) for of_a, of_b in used], axis=1)
     if len(document_S) < 2:
         other_SL = np.full(other_SL.shape, np.nan)
-    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a])
+    only = len(tokens_a) - len(tokens), len(tokens_b) - len(tokens)
+    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a], load_SE, len(tokens), only)
+
+
+def _tokens(made: Report) -> pd.Series:
+    """Of each document, by its number."""
+    documents = made.trace.documents()
+    if made.selection.domains:
+        documents = documents[documents["domain"].isin(made.selection.domains)]
+    return documents.set_index("document")["tokens"]
 
 
 def _by_cluster(counts: Counts, values_UX: np.ndarray) -> np.ndarray:
@@ -167,10 +200,29 @@ def counts_only(data: OfLoads) -> Iterator[Finding]:
     """That only the load is compared, and what that leaves open."""
     of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
     holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
-    compared = "only loads are compared"
-    same = "It is unknown whether both saw the same text; different text changes the load too."
-    if not data.why_not("agreement"):
-        compared = "loads and the experts of each document are compared"
-        same = "Documents have as many tokens in both."
+    compared = "loads and the experts of each document are compared"
+    same = "The documents that both have are equally long."
+    if why := data.why_not("agreement"):
+        compared = "only loads are compared"
+        why = "it is unknown whether both saw the same text" if why == data.why else why
+        same = f"{capital(why)}; different text changes the load too."
     text = f"{holds}: {compared}, not decisions. {same}"
     yield finding("counts_only", "note", text)
+
+
+def missing_documents(data: OfLoads) -> Iterator[Finding]:
+    """Documents that only one of the traces has."""
+    if data.why_not("agreement"):
+        return
+    sets = data.sets
+    said = [
+        f"only {name} has {n:,} of its {plural(n + sets.shared, 'document')}"
+        for name, n in zip("AB", sets.only, strict=True)
+        if n
+    ]
+    if said:
+        text = f"{capital(' and '.join(said))}: load_shift and agreement leave them out, load and "
+        text += "balance do not."
+        only_a, only_b = sets.only
+        values: Row = {"shared": sets.shared, "only_a": only_a, "only_b": only_b}
+        yield finding("missing_documents", "note", text, **values)

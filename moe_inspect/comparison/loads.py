@@ -45,6 +45,7 @@ from moe_inspect.reporting.verdict.findings import (
     Finding,
     Severity,
     beyond_documents,
+    capital,
     finding,
 )
 from moe_inspect.text import format_ratio, join_first, plural
@@ -102,6 +103,11 @@ class Loads(documents.OfLoads):
         """float64 [2, E]: the load of a router of A, and of the one of B that goes with it."""
         of = (self.of(side, "load", router)["assignments"] for side in SIDES)
         return np.stack([assignments.to_numpy(float) for assignments in of])
+
+    def judged_2E(self, router: int) -> np.ndarray:
+        """The same, of the documents that both have if these are known."""
+        n = [r for r, _ in self.pairs].index(router)
+        return self.paired[n].sum(1).astype(float) if self.paired else self.load_2E(router)
 
     def design_effect(self, router: int) -> float:
         """How much more than of independent tokens the load varies, if decisions tell it."""
@@ -250,7 +256,7 @@ def load_shift(data: Loads) -> pd.DataFrame:
     rows, unknown = list[Row](), np.full(len(data.pairs), np.nan)
     p_R = p_over_documents(data.moved, _moved_assignments) if data.moved else unknown
     for n, (r, _) in enumerate(data.pairs):
-        load_2E, k = data.load_2E(r), data.a.routers[r].top_k
+        load_2E, k = data.judged_2E(r), data.a.routers[r].top_k
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
         # null slots make no load
         (floor,), (jsd_floor,) = step_floors(share_E, load_2E.sum(1) / k, k, data.design_effect(r))
@@ -362,8 +368,9 @@ def shifted(data: Loads) -> Iterator[Finding]:
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
+    where = data.sets.compared if data.paired else ""
     if not rows["load_shift"].any():
-        text = "Each expert has the same share of the load in A and B."
+        text = capital(f"{where}each expert has the same share of the load in A and B.")
         yield finding("load_shift", "good", text, load_shift=0.0, routers=0)
         return
     limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
@@ -372,28 +379,26 @@ def shifted(data: Loads) -> Iterator[Finding]:
     row = (beyond if n else rows).nlargest(1, "load_shift").iloc[0]
     r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor", "load_shift_null"]]
     moved, floor, null = shifts
-    said = f"No load differs by more than {data.chance}"
-    if n:
-        of_all = f"{n} of {plural(len(rows), 'router')}"
-        said = f"The load of {of_all} differs by more than {data.chance}"
+    whose = f"the load of {n} of {plural(len(rows), 'router')} differs" if n else "no load differs"
+    said = f"{whose} by more than {data.chance}"
     most = f"at most {limit.loc[row.name]:.2%} with this many tokens"
     by_chance = f"by chance {floor:.2%} on average, {most}"
     if data.moved and np.isnan(null):
-        severity = "note"
-        said = "Too few documents to tell whether a load differs by more than chance"
+        severity, where = "note", ""
+        said = "too few documents to tell whether a load differs by more than chance"
         by_chance = f"{plural(len(data.moved[0]), 'document')}, {FEWEST_TO_JUDGE} are needed"
     elif data.moved:
         exchanged = "with A and B exchanged in a random half of the documents"
         by_chance = f"by chance {null:.2%}, {exchanged}; {floor:.2%} between other documents"
-    text = f"{said}: up to {moved:.2%} of it moves, in layer {data.label(r)} ({by_chance})."
+    text = f"{capital(where + said)}: up to {moved:.2%} of it moves, in layer "
+    text += f"{data.label(r)} ({by_chance})."
     values: Row = {"routers": n, **shifts}
     if n:
-        load = data.tables["load"]
-        load = load[load["router"] == r]
-        most = load.iloc[load["load_ratio_difference"].abs().argmax()]
-        a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
-        text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
-        values["expert"] = int(most["expert"])
+        ratio_2E = (load_2E := data.judged_2E(r)) / load_2E.mean(1, keepdims=True)
+        expert = int(np.abs(ratio_2E[1] - ratio_2E[0]).argmax())
+        a, b = map(format_ratio, ratio_2E[:, expert])
+        text += f" Expert {expert} changes most: {a}x the mean load in A, {b}x in B."
+        values["expert"] = expert
     yield finding("load_shift", severity, text, data.place(r), **values)
 
 
@@ -566,7 +571,7 @@ Loads.kind = result.Kind(
     main="load_shift",
     checks=(
         *(shifted, documents.same_experts, collapsed, by_step, said_of_balance),
-        *(documents.counts_only, warnings),
+        *(documents.counts_only, documents.missing_documents, warnings),
         *(result.missing_layers, result.not_compared),
     ),
     title="The load of two traces",

@@ -25,7 +25,7 @@ from moe_inspect.reporting.tables.registry import (
     table,
 )
 from moe_inspect.reporting.verdict.checks import verdict_table
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
 from moe_inspect.reporting.verdict.gate import gated
 from moe_inspect.text import layer_label, plural, storable
 from moe_inspect.trace.reader import Trace
@@ -104,7 +104,8 @@ class Comparison(Shown):
     def verdict(self) -> list[Finding]:
         """What the traces come to: whether it is the same routing, where it is not, and what to do,
         or what can be told instead. A Finding each, with a plain sentence in `text`."""
-        return [one for check in self.kind.checks for one in check(self)]
+        found = [one for check in self.kind.checks for one in check(self)]
+        return most_important_first(found)
 
     @property
     def said(self) -> list[Finding]:

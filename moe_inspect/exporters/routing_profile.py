@@ -65,6 +65,8 @@ def _profile(trace: Trace) -> Json:
     if counts.documents_unknown or len(counts.units) < unc.FEWEST_DOCUMENTS:
         few = f"{plural(len(counts.units), 'document')}: an interval needs {unc.FEWEST_DOCUMENTS}"
         why["intervals"] = "counts are not by document" if counts.documents_unknown else few
+    if counts.documents_unknown:
+        why["balanced_by_chance"] = "counts are not by document: that of independent tokens"
     layers = list[Json]()
     for r, router in enumerate(trace.routers):
         load_E, of_D = counts.load_E(r), counts.assignments_DE(r)
@@ -85,7 +87,11 @@ def _profile(trace: Trace) -> Json:
         layer |= {"ranks": ranks[r]} if r in ranks else {}
         if load_E.any():
             chance = _from_balanced(counts, r)
-            layer |= {"drift": _drift(counts, r), "balanced_by_chance": chance}
+            layer["balanced_by_chance"] = chance
+            if drift := _drift(counts, r):
+                layer["drift"] = drift
+            else:
+                why["drift"] = "of routers whose tokens are all in one window"
             layer["power_law"] = _laws(load_E, router.top_k, chance)
         layers.append(layer)
     return {
@@ -160,8 +166,10 @@ def _ranks(trace: Trace, why: dict[str, str]) -> dict[int, list[Json]]:
 
 def _drift(counts: Counts, r: int) -> Json:
     """By window: ½Σ|p − q| between its load and the whole, and what chance gives as many tokens of
-    documents like these."""
+    documents like these. Nothing of a single window, which is the whole."""
     _, first_W, tokens_W, load_WE = map(np.array, zip(*counts.windows(r), strict=True))
+    if len(tokens_W) < 2:
+        return {}
     whole_E, k = counts.load_E(r), counts.routers[r].top_k
     distance_W = win.step_total_variation(np.stack(np.broadcast_arrays(whole_E, load_WE)))[0]
     # a window is a part of what it is compared with

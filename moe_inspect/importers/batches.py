@@ -35,10 +35,8 @@ class Numbering:
     def domain(self, label: str) -> int:
         if label not in self._code:
             if len(self._code) >= MOST_DOMAINS:
-                raise MoeInspectError(
-                    f"over {MOST_DOMAINS:,} domains, {label[:40]!r} the last: does the field hold "
-                    "names of documents?"
-                )
+                why = f"{label[:40]!r} the last: does the field hold names of documents?"
+                raise MoeInspectError(f"over {MOST_DOMAINS:,} domains, {why}")
             self._code[label] = len(self._code)
             self.domains = tuple(self._code)
         return self._code[label]

@@ -98,10 +98,8 @@ class ImportContext:
 
     def json(self, path: Path) -> values.Json:
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise MoeInspectError(
-                f"{path} is one JSON value of {size:,} bytes, over {MOST_JSON_BYTES:,}: write one "
-                "object per line"
-            )
+            why = f"over {MOST_JSON_BYTES:,}: write one object per line"
+            raise MoeInspectError(f"{path} is one JSON value of {size:,} bytes, {why}")
         self.read(size)
         return values.parsed(path.read_bytes(), str(path))
 
@@ -125,10 +123,8 @@ class ImportContext:
             raise MoeInspectError(f"{where} holds no decisions")
         possible = layers[0] >= 0 and layers[-1] < 2**16 and len(layers) <= MOST_LAYERS
         if not possible or not 1 <= top_k <= experts <= MOST_EXPERTS:
-            raise MoeInspectError(
-                f"{where}: {top_k} of {experts} experts in layers {layers[0]}-{layers[-1]} is "
-                "not possible"
-            )
+            at = f" in layers {layers[0]}-{layers[-1]}" * (not possible)
+            raise MoeInspectError(f"{where}: {top_k} of {experts} experts{at} is not possible")
         if self.facts is None:
             return [Router(layer, "experts", f"layers.{layer}", experts, top_k) for layer in layers]
         for layer in layers:
@@ -215,20 +211,28 @@ def formats() -> dict[str, Format]:
 
 
 def sniff(sources: list[ImportSource]) -> str:
-    """The format of the first source, by its first file that any format recognises."""
-    path, near = sources[0].path, dict[str, list[str]]()
+    """The format of the files of the first source that any format recognises."""
+    path, near, found = sources[0].path, dict[str, list[str]](), dict[str, Path]()
     for file in _files(path)[:1000] if path.is_dir() else [path]:
         if not file.is_file():
             raise MoeInspectError(why_unread(file))
         head = _head(file)
         for name, format in formats().items():
             if format.sniff(file.name, head):
-                return name
+                found.setdefault(name, file)
+                break
+        suffix = (file.with_suffix("") if file.suffix in CODECS else file).suffix
         near |= {
             name: [mark for mark in preset.marks if mark.encode() not in head]
             for name, preset in PRESETS.items()
-            if 0 < sum(mark.encode() in head for mark in preset.marks) < len(preset.marks)
+            if suffix in [Path(one).suffix for one in preset.file.split("|")]
+            and 0 < sum(mark.encode() in head for mark in preset.marks) < len(preset.marks)
         }
+    if len(found) > 1:
+        which = " and ".join(f"{name} ({file.name})" for name, file in found.items())
+        raise MoeInspectError(f"{path} holds files of {which}: name the format in place of auto")
+    if found:
+        return next(iter(found))
     looks = "".join(f"; it looks like {n}, but lacks {', '.join(of)}" for n, of in near.items())
     raise MoeInspectError(
         f"cannot tell the format of {path}: name one of {', '.join(MODULES)}{looks}"

@@ -93,10 +93,8 @@ def _task(
             sizes.append(tokens)
             if tokens != sizes[0]:
                 n = next(n for n, (a, b) in enumerate(zip(tokens, sizes[0], strict=True)) if a != b)
-                raise MoeInspectError(
-                    f"{path} line {lines[n][0]} has {tokens[n]} tokens, that of {paths[0]} "
-                    f"{sizes[0][n]}"
-                )
+                why = f"that of {paths[0]} {sizes[0][n]}"
+                raise MoeInspectError(f"{path} line {lines[n][0]} has {tokens[n]} tokens, {why}")
         at = 0
         for (number, _), T in zip(first, sizes[0], strict=True):
             part, at = slice(at, at + T), at + T
@@ -131,10 +129,8 @@ def _parsed(
         n, m = ids.count(b"\t") + 1, weights.count(b"\t") + 1
         if not gap or n != m or n % k:
             said = f"{n} ids and {m if gap else 0} weights"
-            raise MoeInspectError(
-                f"{path} line {number} has {said}: not {k} per token of each, with two tabs "
-                "between them"
-            )
+            why = f"not {k} per token of each, with two tabs between them"
+            raise MoeInspectError(f"{path} line {number} has {said}: {why}")
         left.append(ids)
         right.append(weights)
         tokens.append(n // k)

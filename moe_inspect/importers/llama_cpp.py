@@ -145,10 +145,8 @@ def _load(made: Gguf, names: list[str]) -> np.ndarray:
         where = f"{made.path}: {name}.counts"
         count_E = made.floats(f"{name}.counts").reshape(-1)
         if len(count_E) == 1:
-            raise MoeInspectError(
-                f"{where} is one count for all experts: the file was converted from the old .dat "
-                "form, which has no counts of experts"
-            )
+            why = "the file was converted from the old .dat form, which has no counts of experts"
+            raise MoeInspectError(f"{where} is one count for all experts: {why}")
         with np.errstate(invalid="ignore"):
             wrong_E = ~((count_E >= 0) & (count_E <= MOST_COUNT) & (count_E == np.floor(count_E)))
         if not len(count_E) or wrong_E.any():

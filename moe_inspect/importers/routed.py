@@ -55,10 +55,8 @@ def decode_tensorrt(text: object, where: str, layers: Sequence[int], blocks: int
     routed_TLK = decode_vllm(text, where)
     T, L, K = routed_TLK.shape
     if len(layers) != L:
-        raise MoeInspectError(
-            f"{where} has {L} layers with experts, the model's config {len(layers)}: "
-            "is it the config of this model?"
-        )
+        why = f"the model's config {len(layers)}: is it the config of this model?"
+        raise MoeInspectError(f"{where} has {L} layers with experts, {why}")
     routed_TBK = np.full((T, blocks, K), -1, np.promote_types(routed_TLK.dtype, np.int8))
     routed_TBK[:, layers] = routed_TLK
     return routed_TBK
@@ -71,15 +69,11 @@ def decisions_of_npy(data: bytes | Path, where: str) -> np.ndarray:
     if len(shape) != 3 or 0 in shape[1:]:
         raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
     if npy.declared != npy.held:
-        raise MoeInspectError(
-            f"{where} declares {shape} of {npy.dtype}, {npy.declared:,} bytes, and holds "
-            f"{npy.held:,}"
-        )
+        why = f"{npy.declared:,} bytes, and holds {npy.held:,}"
+        raise MoeInspectError(f"{where} declares {shape} of {npy.dtype}, {why}")
     if shape[0] > MOST_TOKENS or npy.size > MOST_NPY_BYTES:
-        raise MoeInspectError(
-            f"{where} has {shape[0]:,} tokens in {npy.size:,} bytes, more than any response "
-            f"({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
-        )
+        why = f"more than any response ({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
+        raise MoeInspectError(f"{where} has {shape[0]:,} tokens in {npy.size:,} bytes, {why}")
     return npy.array()
 
 
@@ -87,10 +81,8 @@ def ids_of_npy_file(path: Path) -> np.ndarray:
     """A `.npy` file of token ids, integers [T]."""
     npy = Npy(path, str(path))
     if len(npy.shape) != 1 or npy.declared != npy.held:
-        raise MoeInspectError(
-            f"{path} is not a list of token ids: it declares {npy.shape} of {npy.dtype} and "
-            f"holds {npy.held:,} bytes"
-        )
+        why = f"it declares {npy.shape} of {npy.dtype} and holds {npy.held:,} bytes"
+        raise MoeInspectError(f"{path} is not a list of token ids: {why}")
     ids_T = npy.array()
     check_range(ids_T, str(path), NO_ID, 2**31 - 1)
     return ids_T
@@ -156,10 +148,8 @@ def select_routers(
     if T > MOST_TOKENS:
         raise MoeInspectError(f"{where} has {T:,} tokens, more than any response ({MOST_TOKENS:,})")
     if (widest := max(r.top_k for r in routers)) > K:
-        raise MoeInspectError(
-            f"{where} has {K} experts per token, the model's config {widest}: "
-            "is it the config of this model?"
-        )
+        why = f"the model's config {widest}: is it the config of this model?"
+        raise MoeInspectError(f"{where} has {K} experts per token, {why}")
     if len({(r.experts, r.top_k) for r in routers}) == 1:
         every_LTK = np.stack([routed_TBK[:, r.layer] for r in routers])
         with suppress(MoeInspectError):  # which the first wrong layer names, below
@@ -248,10 +238,8 @@ def identical_run(routed_TBK: np.ndarray) -> int:
 
 def _unbase64(text: object, where: str) -> bytes:
     if not isinstance(text, str):
-        raise MoeInspectError(
-            f"{where} is {type(text).__name__}, not the base64 of an array: did the server "
-            "return routed experts?"
-        )
+        why = "not the base64 of an array: did the server return routed experts?"
+        raise MoeInspectError(f"{where} is {type(text).__name__}, {why}")
     try:
         return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as error:

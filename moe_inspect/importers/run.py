@@ -52,7 +52,7 @@ def import_trace(
     """Imports files of another tool as a trace at `out`, and returns the trace.
 
     Args:
-        format: a name of `importers.MODULES`, or "auto": recognised by the first file.
+        format: a name of `importers.MODULES`, or "auto": recognised by the first source.
         sources: files and folders. "DOMAIN=PATH" labels the tokens of one.
         out: the directory to write, or its URL (`s3://bucket/trace`).
         model: a hub id, a directory, a config.json or "demo", for what the files leave out: number

@@ -365,16 +365,12 @@ def _pass_of(found: Record, shape: tuple[int, ...], routers: list[Router]) -> Pa
     if T == 0:
         return None
     if T > MOST_TOKENS or max(r.top_k for r in routers) > K:
-        raise MoeInspectError(
-            f"{where}: topk_ids_of_layer is {list(physical_BTK.shape)}, which does not fit this "
-            "model"
-        )
+        why = f"topk_ids_of_layer is {list(physical_BTK.shape)}, which does not fit this model"
+        raise MoeInspectError(f"{where}: {why}")
     mode = integer(record.get("forward_mode"), f"{where}: forward_mode", 1, 99)
     if mode not in (EXTEND, DECODE, MIXED, VERIFY):
-        raise MoeInspectError(
-            f"{where}: forward_mode is {mode} with {T} tokens: only extend, decode, mixed "
-            "and verify are known"
-        )
+        why = "only extend, decode, mixed and verify are known"
+        raise MoeInspectError(f"{where}: forward_mode is {mode} with {T} tokens: {why}")
     lengths = [1] * T
     if mode in (EXTEND, MIXED):
         lengths = _list(record, "extend_seq_lens", where, None).tolist()
@@ -410,10 +406,8 @@ def _requests(
             continue
         part = slice(start, end)
         if (np.diff(one.position[part]) != 1).any():
-            raise MoeInspectError(
-                f"{one.where}: positions of the {length} tokens from {start} on do not "
-                "follow each other"
-            )
+            why = f"positions of the {length} tokens from {start} on do not follow each other"
+            raise MoeInspectError(f"{one.where}: {why}")
         numbers.document(one.domain, one.where, length)
         yield numbers.decisions(
             [i[part] for i in ids],
@@ -462,10 +456,8 @@ def _mode(path: Path, content: Fields) -> str:
         return "stat"
     found = content.get("records")
     if not isinstance(found, list) or not all(isinstance(r, dict) for r in found):
-        raise MoeInspectError(
-            f"{path} has neither logical_count nor records: is it of the expert distribution "
-            "recorder?"
-        )
+        why = "is it of the expert distribution recorder?"
+        raise MoeInspectError(f"{path} has neither logical_count nor records: {why}")
     if not found:
         raise MoeInspectError(f"{path}: records is empty")
     return "per_token" if "topk_ids_of_layer" in found[0] else "per_pass"

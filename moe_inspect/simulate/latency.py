@@ -65,6 +65,9 @@ class Shape:
     gated: bool = True
 
 
+SHAPE = "hidden", "inter", "experts"
+
+
 @dataclass
 class KernelTime:
     """The constants of one kernel, and how wrong they were on shapes they were not fitted on."""
@@ -76,6 +79,8 @@ class KernelTime:
     dtype: str
     constants: dict[str, float]
     errors: dict[str, float | None] = field(default_factory=dict)
+    # the least and the most that were measured: of tokens of a step, and of the fields of a shape
+    measured: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -89,6 +94,16 @@ class KernelTime:
         computes, as after an all-to-all."""
         row = features(tokens_SE, shape, self.dtype, handed_S)
         return times(row, np.array([self.constants[name] for name in START]))
+
+    def extrapolated(self, shape: Shape, tokens: float) -> str:
+        """What lies beyond all that was measured, in words, "" where nothing does."""
+        asked = {"tokens": tokens, **{name: getattr(shape, name) for name in SHAPE}}
+        return ", ".join(
+            f"{name.replace('inter', 'intermediate size')} {asked[name]:,} (measured: {low:,} to "
+            f"{high:,})"
+            for name, (low, high) in self.measured.items()
+            if not low <= asked[name] <= high
+        )
 
     def doubt(self) -> str:
         """What to say beside every figure, "" where the kernel is as good as it should be."""
@@ -230,12 +245,20 @@ class LatencyModel:
 
     def kernel(self, **wanted: str) -> KernelTime:
         """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8")."""
-        found = [k for k in self.kernels if all(getattr(k, n) == v for n, v in wanted.items())]
-        if len(found) == 1:
-            return found[0]
-        what = ", ".join(f"{name} {value}" for name, value in wanted.items())
-        names = "; ".join(k.name for k in found or self.kernels)
-        raise MoeInspectError(f"{len(found)} kernels have {what}: choose one of {names}")
+        found = self.kernels
+        for name, value in wanted.items():
+            there = sorted({getattr(kernel, name) for kernel in found})
+            found = [kernel for kernel in found if getattr(kernel, name) == value]
+            if not found:
+                before = [f"{k} {v}" for k, v in wanted.items()][: [*wanted].index(name)]
+                of = f" of {', '.join(before)}" if before else ""
+                raise MoeInspectError(
+                    f"no times of {name} {value}{of}: there are {', '.join(there)}"
+                )
+        for name in ("gpu", "engine", "dtype", "kernel", "version"):
+            if len(there := sorted({getattr(kernel, name) for kernel in found})) > 1:
+                raise MoeInspectError(f"name one {name}: there are times of {', '.join(there)}")
+        return found[0]
 
 
 def check(where: str, constants: Mapping[str, Any]) -> None:

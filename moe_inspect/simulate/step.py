@@ -127,6 +127,9 @@ def simulate_step(
         "kernel": prices.kernel.name,
         "error": prices.error,
         "times": prices.said(G),
+        "extrapolated": sorted(
+            {prices.kernel.extrapolated(of, sizes[-1]) for of in shapes.values()}
+        ),
         "gpus": G,
         "nodes": nodes,
         "batch_tokens": sizes,
@@ -292,6 +295,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "Counts do not tell tokens apart: steps were drawn as if each token chose by the load "
             "of all, and have no intervals."
         )
+    if beyond := [text for text in settings["extrapolated"] if text]:
+        sentences.append(f"Extrapolated beyond all that was measured: {'; '.join(beyond)}.")
     return [*sentences, f"Simulated: {settings['times']}."]
 
 

@@ -288,6 +288,7 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "other experts": lambda root: by_document(root, 1),
     "other experts, 4 documents": lambda root: by_document(root, 1, 4),
     "same experts": lambda root: by_document(root, 0),
+    "other documents": lambda root: by_document(root, 1, lacking=4),
 }
 
 
@@ -312,10 +313,11 @@ def last_tokens(root: Path, documents: int) -> Any:
     return said(root, ids, other, documents=documents)
 
 
-def by_document(root: Path, moved: int, documents: int = 40) -> Any:
-    """Of every other document in B, the experts are `moved`."""
+def by_document(root: Path, moved: int, documents: int = 40, lacking: int = 0) -> Any:
+    """Of every other document in B, the experts are `moved`; the last ones are `lacking` there."""
     loads = [TWO_LOADS[d // 2 % 2] for d in range(documents)]
-    other = [np.roll(load, moved * (d % 2)).tolist() for d, load in enumerate(loads)]
+    kept = loads[: documents - lacking]
+    other = [np.roll(load, moved * (d % 2)).tolist() for d, load in enumerate(kept)]
     return [counts_by_document(root / name, of) for name, of in (("a", loads), ("b", other))]
 
 

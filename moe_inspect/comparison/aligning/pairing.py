@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import join_first, layer_label, ranges
+from moe_inspect.text import layer_label, plural, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
@@ -48,7 +48,13 @@ def _places(routers: Sequence[Router], shift: int) -> list[tuple[int, str, int]]
 
 
 def layers_named(labels: Sequence[str], most: int = 6) -> str:
-    return f"{'layer' if len(labels) == 1 else 'layers'} {join_first(labels, most)}"
+    """ "layers 0, 1, 2"; of more than `most`, "layers 1-6, 8-14 (13 layers)"."""
+    if len(labels) <= most:
+        return f"{'layer' if len(labels) == 1 else 'layers'} {', '.join(labels)}"
+    numbers = all(label.isdecimal() for label in labels)
+    runs = ranges(map(int, labels)).split(",") if numbers else labels
+    more = ", …" if len(runs) > most else ""
+    return f"layers {', '.join(runs[:most])}{more} ({plural(len(labels), 'layer')})"
 
 
 PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"

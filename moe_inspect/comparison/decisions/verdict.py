@@ -20,7 +20,7 @@ from moe_inspect.comparison.decisions.tables import recorded_otherwise
 from moe_inspect.comparison.result import Paired, Row, missing_layers
 from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
-from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
+from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import cut, join_first, plural
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
@@ -483,7 +483,8 @@ OF_ALIGNED: tuple[Check, ...] = (noise, growth, collapsed, below_chance, load, d
 
 
 def findings(data: Decisions) -> Iterator[Finding]:
-    """What every check finds, most important first."""
+    """What every check finds."""
     left_out = OF_ALIGNED if is_misaligned(data) else ()
-    found = [one for check in CHECKS if check not in left_out for one in check(data)]
-    yield from most_important_first(found)
+    for check in CHECKS:
+        if check not in left_out:
+            yield from check(data)

@@ -62,10 +62,8 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
         )
     E, top_k = context.known_experts(where), context.known_top_k(where)
     if E % n:
-        raise MoeInspectError(
-            f"{where} counts the {n} experts of its rank, and {E} in all is not a multiple of {n}: "
-            "how many experts does the model have?"
-        )
+        why = f"and {E} in all is not a multiple of {n}: how many experts does the model have?"
+        raise MoeInspectError(f"{where} counts the {n} experts of its rank, {why}")
     parallel = E // n  # ranks of expert parallelism
     distinct = _distinct(context, files, parallel)
     files = layers.located(context, distinct, empty, by_name=True, together=parallel)
@@ -168,10 +166,8 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
     spots = sorted({spot for of_iteration in lines.values() for spot in of_iteration})
     for iteration, of_iteration in lines.items():
         if missing := next((spot for spot in spots if spot not in of_iteration), None):
-            raise MoeInspectError(
-                f"{path}: iteration {iteration} has no line of layer {missing[2]}: is the file "
-                "whole?"
-            )
+            why = f"iteration {iteration} has no line of layer {missing[2]}: is the file whole?"
+            raise MoeInspectError(f"{path}: {why}")
     load = {
         i: np.stack([of_iteration[spot] for spot in spots]) for i, of_iteration in lines.items()
     }
@@ -186,10 +182,8 @@ def _distinct(context: ImportContext, files: list[RankCounts], parallel: int) ->
         mine = layers.by_rank(f for f in files if f.source.domain == run)
         for a, b in pairwise(mine):
             if b.rank != a.rank + 1:
-                raise MoeInspectError(
-                    f"{a.path} is of rank {a.rank}, the next file of rank {b.rank}: give the "
-                    "files of all ranks"
-                )
+                why = f"the next file of rank {b.rank}: give the files of all ranks"
+                raise MoeInspectError(f"{a.path} is of rank {a.rank}, {why}")
             if differ := a.load.keys() ^ b.load.keys():
                 raise MoeInspectError(
                     f"iteration {min(differ)} is in one of {a.path} and {b.path} alone: are both "

@@ -86,10 +86,8 @@ def megatron(context: ImportContext) -> Imported:
     stages, spots = len(columns[0]), sorted({spot for f in columns[0] for spot in f.spots})
     logits = "logit_offset" in call
     if odd := next((f for f in columns[0] if ("logit_offset" in f.first.fields) != logits), None):
-        raise MoeInspectError(
-            f"{odd.first.where} has {'no ' if logits else ''}logits, {where} "
-            f"has{'' if logits else ' none'}"
-        )
+        why = f"{where} has{'' if logits else ' none'}"
+        raise MoeInspectError(f"{odd.first.where} has {'no ' if logits else ''}logits, {why}")
     top_k = integer(call.get("topk"), f"{where}: topk", 1, MOST_EXPERTS)
     experts = logits_shape(where, call)[1] if logits else context.known_experts(where)
     routers = layers.routers_of(context, spots, experts, top_k, where)
@@ -223,10 +221,8 @@ def columns_of(files: list[File]) -> list[list[File]]:
                 f"{len(stage)} of {_listed(spots)}, as in {stages[spots].path}"
                 for spots, stage in ranks.items()
             )
-            raise MoeInspectError(
-                f"pipeline stages have different numbers of ranks: {counts}: give the files of "
-                "all ranks"
-            )
+            why = f"{counts}: give the files of all ranks"
+            raise MoeInspectError(f"pipeline stages have different numbers of ranks: {why}")
         for a, b in pairwise(stage[0] for stage in ranks.values()):
             if a.rank > b.rank:
                 raise MoeInspectError(
@@ -305,10 +301,8 @@ def _own(
         for spot, digest in digests.items():
             done[spot].add(digest)
         if staged and step[1] != file.rank:
-            raise MoeInspectError(
-                f"{here} in a file of rank {file.rank}: with pipeline stages it takes "
-                "one file per rank"
-            )
+            why = "with pipeline stages it takes one file per rank"
+            raise MoeInspectError(f"{here} in a file of rank {file.rank}: {why}")
         if list(calls) != file.spots:
             raise MoeInspectError(
                 f"{here} calls its routers in another order than the first pass: does it mix "
@@ -332,10 +326,8 @@ def joined_passes(
                 said.append(("no further pass", file.path))
         words, place = said[0]
         if other := next((one for one in said if one[0] != words), None):
-            raise MoeInspectError(
-                f"{place}: {words[:60]}, {other[1]}: {other[0][:60]}: are both files whole, and of "
-                "one run?"
-            )
+            why = f"{other[0][:60]}: are both files whole, and of one run?"
+            raise MoeInspectError(f"{place}: {words[:60]}, {other[1]}: {why}")
         yield {spot: call for calls in stages for spot, call in calls.items()}
 
 
@@ -379,10 +371,8 @@ def logits_of(where: str, call: Fields, T: int, E: int) -> np.ndarray:
     if not path.is_file():
         raise MoeInspectError(f"{where}: its logits are not there: no {path}")
     if size != 2 * T * E or offset + size > path.stat().st_size:
-        raise MoeInspectError(
-            f"{where}: logit_bytes is {size:,} at {offset:,}: [{T}, {E}] of bfloat16 is "
-            f"{2 * T * E:,}, {path} has {path.stat().st_size:,}"
-        )
+        why = f"[{T}, {E}] of bfloat16 is {2 * T * E:,}, {path} has {path.stat().st_size:,}"
+        raise MoeInspectError(f"{where}: logit_bytes is {size:,} at {offset:,}: {why}")
     bits = np.fromfile(path, "<u2", T * E, offset=offset)
     with np.errstate(over="ignore"):
         values_TE = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16).reshape(T, E)

@@ -78,10 +78,8 @@ def located(
     found, given = len({frozenset(f.spots) for f in files}), context.pipeline_stages
     if given is not None and (found > given or (found < given and not empty)):
         layers = join_first(_decoder(spot for f in files for spot in f.spots))
-        raise MoeInspectError(
-            f"--pipeline-stages is {given}, by their layers ({layers} from 0) the files are of "
-            f"{found}"
-        )
+        why = f"by their layers ({layers} from 0) the files are of {found}"
+        raise MoeInspectError(f"--pipeline-stages is {given}, {why}")
     return files
 
 
@@ -121,10 +119,8 @@ def _with_offsets(
             f"{context.facts.id} has experts in {join_first(stated or ())}: {hint}"
         )
     if stages > 1:
-        raise MoeInspectError(
-            f"--pipeline-stages {stages}: which layers each stage has takes the model's config: "
-            "give --model or --config"
-        )
+        why = "which layers each stage has takes the model's config: give --model or --config"
+        raise MoeInspectError(f"--pipeline-stages {stages}: {why}")
     ranks = max(len(_ranks(files, empty, run)) for run in {f.source.domain for f in files})
     if context.pipeline_stages is None and ranks > together:
         raise MoeInspectError(
@@ -224,10 +220,8 @@ def by_rank(files: Iterable[AnyFile]) -> list[AnyFile]:
     ordered = sorted(files, key=lambda f: f.rank)
     for a, b in pairwise(ordered):
         if a.rank == b.rank:
-            raise MoeInspectError(
-                f"{a.path} and {b.path} are both of rank {a.rank}, by which pipeline stages are "
-                "paired: import runs apart, or each as LABEL=FOLDER"
-            )
+            why = "by which pipeline stages are paired: import runs apart, or each as LABEL=FOLDER"
+            raise MoeInspectError(f"{a.path} and {b.path} are both of rank {a.rank}, {why}")
     return ordered
 
 

@@ -51,6 +51,7 @@ class Spool:
         self.context = context
         known = max(context.facts.experts.values(), default=0) if context.facts else 0
         self.experts = context.experts or known or preset.experts
+        self.top_k = context.top_k or preset.top_k
         self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (until it is garbage)
         self.dtype, self.rows = np.dtype([("ids", "<i4", (0,))]), 0
         self.layers: dict[Path, set[int]] = {}
@@ -58,6 +59,7 @@ class Spool:
         self.domains: list[str] = []
         self.stated: dict[str, set[int]] = {"experts": set(), "top_k": set()}
         self.weighted = self.ordered = True
+        self.unweighted, self.first_without = 0, ""  # how many rows, and what the first one lacks
         self.by_slot = self.has_weights = False
         self.texts: dict[int, str] = {}
         self.notes = [preset.note] * bool(preset.note)
@@ -74,7 +76,10 @@ class Spool:
     def error(self, row: int, name: str, why: str) -> MoeInspectError:
         """Of a row of the temporary file, by file and row."""
         first, chunk = next(one for one in reversed(self.first_row) if one[0] <= row)
-        return chunk.error(row - first, name, why)
+        self.file.seek(row * self.dtype.itemsize)
+        lines = np.fromfile(self.file, self.dtype, 1)["line"].tolist()
+        at = replace(chunk, first=chunk.first + row - first, lines=lines if any(lines) else [])
+        return at.error(0, name, why)
 
     def add(self, chunk: TableChunk) -> None:
         by_slot = "slot" in chunk or "expert" in chunk
@@ -89,17 +94,18 @@ class Spool:
         self._state(chunk)
         experts, top_k = (max(found, default=0) for found in self.stated.values())
         most, known = (experts or self.experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
-        self.by_slot, end = by_slot, "" if by_slot else "s"
-        ids_NK = chunk.lists(f"expert{end}", -1, most, known)
+        self.by_slot = by_slot
+        ids_NK = chunk.lists("expert" if by_slot else "experts", -1, most, known)
         K = ids_NK.shape[1]
         if not by_slot:
-            _check_lists(chunk, ids_NK, top_k or self.context.top_k)
+            _check_lists(chunk, ids_NK, top_k or self.top_k)
         if not known:
-            numbers = ("document", "position", "layer", "slot", "token_id", "decoded")
+            numbers = ("line", "document", "position", "layer", "slot", "token_id", "decoded")
             lists = [("ids", "<i4", (K,)), ("weights", "<f2", (K,))]
             self.dtype = np.dtype([(name, "<i4") for name in numbers] + lists)
         rows = np.zeros(len(chunk), self.dtype)
-        rows["layer"], rows["document"] = layer_N, self._documents(chunk, group)
+        rows["line"], rows["layer"] = chunk.lines or 0, layer_N
+        rows["document"] = self._documents(chunk, group)
         if "position" in chunk:
             rows["position"] = chunk.numbers("position", 0, MOST_NUMBER)
         else:  # how many rows of the same document and layer there are before each
@@ -108,7 +114,7 @@ class Spool:
             self._seen.update(of.tolist())
         rows["slot"] = -1  # the next of its decision
         if "slot" in chunk:
-            slots = top_k or self.context.known_top_k(chunk.path)
+            slots = top_k or self.top_k or self.context.known_top_k(chunk.path)
             rows["slot"] = chunk.numbers("slot", 0, slots - 1)
         if "dropped" in chunk:
             dropped_N = chunk.numbers("dropped", 0, MOST_NUMBER, empty=0) != 0
@@ -118,18 +124,27 @@ class Spool:
         rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
         if "phase" in chunk:
             rows["decoded"] = _decoded(chunk)
-        weights = np.full(ids_NK.shape, np.nan)
-        if f"weight{end}" in chunk:
-            self.has_weights = True
-            weights = chunk.lists(f"weight{end}", -MOST_WEIGHT, MOST_WEIGHT, K, real=True)
-        self.weighted &= not np.isnan(weights).any()
-        rows["weights"] = weights
+        rows["weights"] = self._weights(chunk, ids_NK)
         self.ordered &= "order" in chunk and bool(
             (np.diff(chunk.lists("order", -np.inf, np.inf, K, real=True)) <= 0).all()
         )
         rows.tofile(self.file)
-        self.first_row.append((self.rows, replace(chunk, table=chunk.table.schema.empty_table())))
+        empty = chunk.table.schema.empty_table()
+        self.first_row.append((self.rows, replace(chunk, table=empty, lines=[])))
         self.rows += len(rows)
+
+    def _weights(self, chunk: TableChunk, ids_NK: np.ndarray) -> np.ndarray:
+        weights, name = np.full(ids_NK.shape, np.nan), "weight" if self.by_slot else "weights"
+        if name in chunk:
+            self.has_weights = True
+            weights = chunk.lists(name, -MOST_WEIGHT, MOST_WEIGHT, ids_NK.shape[1], real=True)
+            weights = np.where(np.isnan(weights) & (ids_NK < 0), 0, weights)
+        if (lack_NK := np.isnan(weights)).any():
+            row, slot = divmod(int(lack_NK.argmax()), ids_NK.shape[1])
+            lacks = str(chunk.error(row, name, "is unknown", slot))
+            self.weighted, self.first_without = False, self.first_without or lacks
+            self.unweighted += int(lack_NK.any(1).sum())
+        return weights
 
     def _state(self, chunk: TableChunk) -> None:
         """Takes E and k where the rows say them."""
@@ -215,10 +230,12 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
         known = None if context.facts or context.experts else preset.experts
         experts = known or context.known_experts(where)
     if not top_k:
-        top_k = context.known_top_k(where) if spool.by_slot else spool.dtype["ids"].shape[0]
+        K = spool.dtype["ids"].shape[0]
+        top_k = (spool.top_k or context.known_top_k(where)) if spool.by_slot else K
     routers = context.routers_of(first, experts, top_k, where)
     if spool.has_weights and not spool.weighted:
-        context.warn(f"{where}: weights are unknown in some rows: imported without weights")
+        rows = f"{spool.unweighted:,} of {plural(spool.rows, 'row')} lack a weight"
+        context.warn(f"{spool.first_without}; {rows}: imported without weights")
     routers = [stated(router, known=spool.weighted or spool.ordered) for router in routers]
     placed, vocabulary = Placed(spool, where, routers), spool.vocabulary()
     placed.check(preset.last_layer_omits)

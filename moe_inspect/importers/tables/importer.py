@@ -97,7 +97,7 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
     every, some, code_of, documents = set[str](SUMS), set[str](), dict[str, int](), Documents()
     parts, path, rounded = list[pa.Table](), where, False  # the first: of sums
-    for chunk in chunks:
+    for chunk in _apart(chunks):
         columns, path = _columns(context, chunk, preset, code_of, documents), chunk.path
         rounded |= "share" in chunk
         every &= columns.keys()
@@ -153,6 +153,17 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     routers = [stated(router, known="first_choice" in every) for router in routers]
     checked = batches() if rounded else _doubted(batches(), routers, context, where)
     return Imported(routers, checked, weights, counts_only=True, notes=notes, extras=extras)
+
+
+def _apart(chunks: Iterator[TableChunk]) -> Iterator[TableChunk]:
+    """Refuses files of one name in two folders of a source: of two models, perhaps."""
+    folders: dict[object, Path] = {}
+    for chunk in chunks:
+        alike = chunk.source, chunk.path.name, *chunk.said.values()
+        if (other := folders.setdefault(alike, chunk.path.parent)) != chunk.path.parent:
+            why = f"both have {alike[1]}: give one of the folders, or each, to add them up"
+            raise MoeInspectError(f"{other} and {chunk.path.parent} {why}")
+        yield chunk
 
 
 def _doubted(
@@ -277,7 +288,8 @@ def _columns(
     }
     for name, given in (("experts", context.experts), ("top_k", context.top_k)):
         made[name] = _stated(chunk, name, given)
-    made["expert"] = chunk.numbers("expert", 0, (context.experts or MOST_EXPERTS) - 1)
+    experts = context.experts or (0 if context.facts or "experts" in chunk else preset.experts)
+    made["expert"] = chunk.numbers("expert", 0, (experts or MOST_EXPERTS) - 1)
     made["document"] = _numbered(chunk, made["domain"], documents)
     kinds = dict.fromkeys(KEYS, np.uint16) | {"document": np.int32}
     made = {name: made[name].astype(kind) for name, kind in kinds.items()}
@@ -310,10 +322,7 @@ def _stated(chunk: TableChunk, name: str, given: int | None) -> np.ndarray:
 
 def _score(chunk: TableChunk, name: str, least: float, count_N: np.ndarray) -> np.ndarray:
     """float64 [N], 0 where there is none of an expert that was never chosen."""
-    values_N = chunk.numbers(name, least, 2**53, np.nan, real=True)
-    if (missing_N := np.isnan(values_N) & (count_N > 0)).any():
-        raise chunk.error(int(missing_N.argmax()), name, "is empty")
-    return np.nan_to_num(values_N)
+    return np.nan_to_num(chunk.numbers(name, least, 2**53, np.nan, count_N > 0, real=True))
 
 
 def _numbered(chunk: TableChunk, domain_N: np.ndarray, documents: Documents) -> np.ndarray:

@@ -221,10 +221,9 @@ def _walk(
     passed: tuple[Json, ...] = (),
 ) -> Iterator[Found]:
     found = found or {}
-    if value is None:
-        return
     if not steps:
         yield found, passed, value
+    if not steps or value is None:
         return
     step, rest, beside = steps[0], steps[1:], (value, *passed)
     if isinstance(value, list) and isinstance(step, str):

@@ -43,7 +43,7 @@ BAD = (pa.ArrowException, UnicodeError, OverflowError, TypeError)  # of values n
 @dataclass(frozen=True)
 class TableChunk:
     """Rows of a file. table: by our columns, of any type; names: the file's; said: what the file's
-    name and head say; first: the number of the first row."""
+    name and head say; first: the number of the first row; lines: of each row, in lines of JSON."""
 
     path: Path
     source: ImportSource
@@ -52,6 +52,7 @@ class TableChunk:
     names: list[str]
     said: dict[str, str]
     first: int
+    lines: list[int]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -66,20 +67,32 @@ class TableChunk:
         with suppress(MoeInspectError):  # a map of JSON, whose rows have our names
             theirs = _located(self.names, self.preset, self.path)[0].get(name, [called])
             called = theirs[slot if len(theirs) > 1 else 0]
-        return MoeInspectError(f"{self.path} row {self.first + row}: {called} {why}")
+        called = name if called.isdigit() else called
+        place = f"line {self.lines[row]}" if self.lines else f"row {self.first + row}"
+        return MoeInspectError(f"{self.path} {place}: {called} {why}")
 
     def lacks(self, name: str) -> MoeInspectError:
         has = _listed(self.names, self.preset, self.path)
         return MoeInspectError(f"{self.path} has no column {name}: it has {has}")
 
     def numbers(
-        self, name: str, low: float, high: float, empty: float | None = None, *, real: bool = False
+        self,
+        name: str,
+        low: float,
+        high: float,
+        empty: float | None = None,
+        needed_N: np.ndarray | None = None,
+        *,
+        real: bool = False,
     ) -> np.ndarray:
-        """int64 or float64 [N] from `low` to `high`. empty: what no value is, where that may be."""
+        """int64 or float64 [N] from `low` to `high`. empty: what no value is, where that may be;
+        needed_N: where it may not."""
         column = self._cast(name, self.table[name], pa.float64() if real else pa.int64())
         missing_N = pc.is_null(column, nan_is_null=True).to_numpy()
-        if missing_N.any() and empty is None:
-            raise self.error(int(missing_N.argmax()), name, "is empty")
+        needed = needed_N if needed_N is not None else empty is None
+        if (wrong_N := missing_N & needed).any():
+            row = int(wrong_N.argmax())
+            raise self.error(row, name, _missing(column[row], low))
         values_N = column.fill_null(empty or 0).to_numpy()
         return self._within(name, values_N, low, high, ~missing_N)
 
@@ -98,29 +111,36 @@ class TableChunk:
     def lists(
         self, name: str, low: float, high: float, K: int = 0, *, real: bool = False
     ) -> np.ndarray:
-        """int64 or float64 [N, K] from `low` to `high`; where a list has no value, −1 or NaN. A
-        number is a list of one."""
+        """int64 or float64 [N, K] from `low` to `high`; a float that a list lacks is NaN. A number
+        is a list of one."""
         column = self.table[name].combine_chunks()
-        if _is_text(column.type):  # of JSON or Python, or numbers with spaces between them
+        # of JSON or Python, or numbers with spaces between them
+        if _is_text(column.type) and name not in ("expert", "weight"):
             for begin, end in ("[]", "()"):
                 opened, closed = (pc.count_substring(column, of) for of in (begin, end))
                 cut_N = pc.not_equal(opened, closed).fill_null(False)
                 if (row := cut_N.index(True).as_py()) >= 0:
                     text = column[row].as_py()[:40]
                     raise self.error(row, name, f"is {text!r}, a list cut short")
-            bare = pc.replace_substring_regex(column, r"^[\s(\[]+|[\s)\],]+$", "")
-            column = pc.split_pattern_regex(bare, r"[\s,]+")
+            # a comma at the end stays where no bracket closes: columns joined, the last one empty
+            edges = r"^[\s(\[]+|\s*,?[\s)\]]*[)\]]\s*$|\s+$"
+            bare = pc.replace_substring_regex(column, edges, "")
+            bare = pc.if_else(pc.equal(bare, ""), pa.scalar(None, bare.type), bare)
+            column = pc.split_pattern_regex(bare, r"\s*,\s*|\s+")
         if pa.types.is_fixed_size_list(column.type):
             column = column.cast(pa.list_(column.type.value_type))
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            return self.numbers(name, low, high, np.nan if real else -1, real=real)[:, None]
+            return self.numbers(name, low, high, np.nan if real else None, real=real)[:, None]
         length_N = pc.list_value_length(column).fill_null(0).to_numpy(False)
         K = K or int(length_N[0])
         if (wrong_N := (length_N != K) | (length_N == 0)).any():
             row = int(wrong_N.argmax())
-            values = plural(int(length_N[row]), "value")
-            raise self.error(row, name, f"has {values}, not {K}, as the first row")
+            first = f", not {K}, as the first row" * bool(K)
+            raise self.error(row, name, f"has {plural(int(length_N[row]), 'value')}{first}")
         flat = self._cast(name, column.flatten(), pa.float64() if real else pa.int64(), K)
+        if not real and flat.null_count:
+            n = flat.is_null().index(True).as_py()
+            raise self.error(n // K, name, _missing(flat[n], low), n % K)
         values_NK = flat.fill_null(np.nan if real else -1).to_numpy(False).reshape(-1, K)
         return self._within(name, values_NK, low, high, ~np.isnan(values_NK))
 
@@ -162,6 +182,11 @@ class TableChunk:
         raise self.error(0, name, f"is not of {kind}")
 
 
+def _missing(value: pa.Scalar, low: float) -> str:
+    hint = "; write -1 where there is none" * (low == -1)
+    return f"is {'nan' if value.is_valid else 'empty'}{hint}"
+
+
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -176,7 +201,7 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
             head, skipped = _head(file, preset)
             said, first = of_name | head, 0
             beside = preset.constants | {n: t for n, t in said.items() if n != "domain"}
-            for table, names in _tables(context, file, path, preset, skipped):
+            for table, names, lines in _tables(context, file, path, preset, skipped):
                 for name in table.column_names:  # what may be missing, and has no value
                     optional = preset.map.get(name, "").endswith("?")
                     if optional and table[name].null_count == len(table):
@@ -188,7 +213,7 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
                     value = pa.repeat(pa.scalar(beside[name], pa.string()), len(table))
                     table = table.append_column(name, value)
                 if len(table):
-                    yield TableChunk(path, source, table, preset, names, said, first)
+                    yield TableChunk(path, source, table, preset, names, said, first, lines)
                 first += len(table)
             if not first:
                 raise MoeInspectError(f"{path} holds no decisions or counts: it has no rows")
@@ -228,8 +253,9 @@ def _head(path: Path, preset: Preset) -> tuple[dict[str, str], int]:
 
 def _tables(
     context: ImportContext, file: Path, path: Path, preset: Preset, skipped: int
-) -> Iterator[tuple[pa.Table, list[str]]]:
-    """Tables with our columns, and the names of the file's. path: as the user gave it."""
+) -> Iterator[tuple[pa.Table, list[str], list[int]]]:
+    """Tables with our columns, the names of the file's, and the line of each row, in lines of JSON.
+    path: as the user gave it."""
     kind = file.suffix if file.suffix in KINDS else Path(preset.file.split("|")[0]).suffix
     try:
         if kind == ".parquet":
@@ -237,21 +263,24 @@ def _tables(
                 names = parquet.schema_arrow.names
                 places, wanted = _located(names, preset, path)
                 for batch in parquet.iter_batches(ROWS, columns=wanted, use_threads=False):
-                    yield _renamed(pa.table(batch), places), names
+                    yield _renamed(pa.table(batch), places), names, []
         elif kind in (".json", ".jsonl"):
             own = preset.map is OWN
-            every = chain.from_iterable(_json(context, file, None if own else preset.map))
-            while rows := list(islice(every, ROWS)):
+            found = _json(context, file, None if own else preset.map)
+            every = ((line, row) for line, rows in found for row in rows)
+            while part := list(islice(every, ROWS)):
+                lines, rows = [line for line, _ in part if line], [row for _, row in part]
                 names = [*dict.fromkeys(name for row in rows for name in row)]
                 table = pa.table({name: _array([row.get(name) for row in rows]) for name in names})
-                yield (_renamed(table, _located(names, preset, path)[0]) if own else table), names
+                table = _renamed(table, _located(names, preset, path)[0]) if own else table
+                yield table, names, lines
         else:
-            yield from _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped)
+            for table, names in _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped):
+                yield table, names, []
     except BAD as error:
         where, what = str(file), first_line(error)
-        if found := re.match(
-            r"CSV parse error: Row #(\d+): ", what
-        ):  # the header is a row of these
+        found = re.match(r"CSV parse error: Row #(\d+): ", what)
+        if found:  # the header is a row of these
             where, what = f"{file} row {int(found[1]) - skipped - 2}", what[found.end() :]
         raise MoeInspectError(f"{where}: {what}") from None
     if kind not in (".json", ".jsonl"):
@@ -261,6 +290,12 @@ def _tables(
 def _csv(
     file: Path, path: Path, preset: Preset, delimiter: str, skipped: int
 ) -> Iterator[tuple[pa.Table, list[str]]]:
+    with open(file, "rb") as opened:
+        first = [opened.readline(MOST_PREAMBLE) for _ in range(skipped + 1)][-1]
+    header = first.decode("utf-8", "replace").strip('\ufeff\r\n" ')
+    if delimiter not in header and not _located([header], preset, path)[1]:
+        yield pa.table({}), [header]  # other characters are between the columns, perhaps
+        return
     read = pyarrow.csv.ReadOptions(skip_rows=skipped, use_threads=False)  # errors name the row
     parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     # not a file of Python's: Arrow's thread, which reads ahead, would call Python while it exits,
@@ -329,38 +364,39 @@ def _renamed(table: pa.Table, places: dict[str, list[str]]) -> pa.Table:
     for name, theirs in places.items():
         made[name] = table[theirs[0]]
         if name in ("experts", "weights") and (len(theirs) > 1 or theirs[0][-1:].isdigit()):
-            nothing = "-1" if name == "experts" else "0"
             texts = (table[one].cast(pa.string()).fill_null("") for one in theirs)
-            stated = (pc.replace_substring_regex(text, r"^\s*$", nothing) for text in texts)
-            made[name] = pc.binary_join_element_wise(*stated, ",")
+            made[name] = pc.binary_join_element_wise(*texts, ",")
     renamed = pa.table(made)
     renamed.validate(full=True)
     return renamed
 
 
-def _json(context: ImportContext, path: Path, by_map: dict[str, str] | None) -> Iterator[Rows]:
-    """The rows of each line, or of the whole."""
+def _json(
+    context: ImportContext, path: Path, by_map: dict[str, str] | None
+) -> Iterator[tuple[int, Rows]]:
+    """The number and the rows of each line; or 0 and the rows of the whole."""
     if path.suffix == ".jsonl" or _has_lines(path):
         yield from context.prepared(path, partial(_of_line, by_map))
         return
     value = context.json(path)
     if by_map is not None:
-        yield mapped_rows(by_map, str(path), value)
+        yield 0, mapped_rows(by_map, str(path), value)
     elif isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        yield value
+        yield 0, value
     elif isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         if len({*map(len, value.values())}) > 1:
             raise MoeInspectError(f"{path} has columns of different lengths")
-        yield [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+        yield 0, [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     elif isinstance(value, dict):
-        yield [value]
+        yield 0, [value]
     else:
         why = "is not a list of objects with layer, expert and count"
         raise MoeInspectError(f"{path} {why}: {json.dumps(value)[:40]}")
 
 
-def _of_line(by_map: dict[str, str] | None, where: str, fields: Fields) -> Rows:
-    return [fields] if by_map is None else mapped_rows(by_map, where, fields)
+def _of_line(by_map: dict[str, str] | None, where: str, fields: Fields) -> tuple[int, Rows]:
+    rows = [fields] if by_map is None else mapped_rows(by_map, where, fields)
+    return int(where.rpartition(" ")[2]), rows
 
 
 def _has_lines(path: Path) -> bool:

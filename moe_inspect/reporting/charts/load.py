@@ -77,7 +77,7 @@ def balance(data: ReportData) -> Chart | str:
         batch = 1 + table["max_vio_batch"].to_numpy()
         marks.append(Points(x, batch, "busiest expert per batch, mean", "c2", "tick"))
     if (pooled := data.pooled_max_over_mean()) is not None:
-        marks.append(spec.Rule(pooled, f"averaged over layers: {pooled:.2f}×", "c3", "dash"))
+        marks.append(spec.Rule(pooled, f"of loads summed over layers: {pooled:.2f}×", "c3", "dash"))
     worst = int(np.nanargmax(value))
     label = layer_label(data.trace.routers, data.selection.routers[worst])
     layers, y = layer_axis(data, table["router"]), spec.log_axis("max ÷ mean load", value)

@@ -191,8 +191,9 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
         else Tile("experts without load", f"{dead:,}", f"{of}; {few}"),
     ]
     if pooled:
-        hides = "hides uneven layers" if "averaging_hides" in severity else ""
-        tiles.append(Tile("averaged over layers", f"{pooled:.2f}×", hides))
+        how = "by expert number"
+        how += "; hides uneven layers" if "averaging_hides" in severity else ""
+        tiles.append(Tile("of loads summed over layers", f"{pooled:.2f}×", how))
     return tiles
 
 

@@ -100,6 +100,8 @@ def _of_trace(data: ReportData) -> Iterator[str]:
     trace, counts, routers = data.trace, data.counts, data.selection.routers
     if trace.without_text:
         yield ROUTES_TELL
+    stated = mapping(trace.manifest.get("corpus")).get("notes")
+    yield from map(str, cast("list[object]", stated) if isinstance(stated, list) else [])
     if counts.counts_only:
         lacks = "intervals, batches, nulls" if counts.documents_unknown else "batches"
         yield (f"counts only: no {lacks} or token ids; {trace.more_than_counts} for those")

@@ -178,7 +178,7 @@ def _passes(data: ReportData, row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 
 def averaging_hides(data: ReportData) -> Finding | None:
-    """An uneven router that the load summed over all routers would not show."""
+    """An uneven router that the load summed over all routers by expert number would not show."""
     pooled, row = data.pooled_max_over_mean(), worst_of(data.loaded)
     if pooled is None or row is None:
         return None
@@ -186,6 +186,9 @@ def averaging_hides(data: ReportData) -> Finding | None:
         return None
     routers, n = data.trace.routers, len(data.selection.routers)
     of = "layer" if len({routers[r].layer for r in data.selection.routers}) == n else "router"
-    average = f"{of} average" if n == len(routers) else f"average of the {n} {of}s selected"
-    said = f"The {average} ({pooled:.2f}x) looks fine and hides {name_of(data, row)}."
+    over = f"{of}s" if n == len(routers) else f"the {n} {of}s selected"
+    said = (
+        f"The load summed over {over} by expert number looks even (its busiest expert number gets "
+        f"{pooled:.2f}x the mean) and hides {name_of(data, row)}."
+    )
     return note(said, row, pooled_max_over_mean=pooled, max_over_mean=row["max_over_mean"])

@@ -76,15 +76,17 @@ def _unequal_sums(data: ReportData) -> str:
     counts, rows = data.counts, data.loaded
     sum_LD = np.stack([counts.assignments_DE(int(row["router"])).sum(1) for row in rows])
     k_L1 = np.array([[row["top_k"]] for row in rows])
-    lack_LD = k_L1 * np.stack([counts.tokens_D_of(int(row["router"])) for row in rows]) - sum_LD
+    # of the tokens of the selected router that has the most
+    lack_LD = k_L1 * np.ceil(sum_LD / k_L1).max(0).astype(int) - sum_LD
     unequal = np.flatnonzero((lack_LD >= k_L1).any(0)).tolist()
     if not unequal:
         return ""
     d = max(unequal, key=lambda d: lack_LD[:, d].max())
-    fewest, most = lack_LD[:, d].argmax(), lack_LD[:, d].argmin()
+    fewest, most = int(lack_LD[:, d].argmax()), int(lack_LD[:, d].argmin())
     names = join_first([f'"{counts.domains[each]}"' for each in unequal])
     worst = f'; most in "{counts.domains[d]}", where' if len(unequal) > 1 else ":"
-    lacking = sorted({int(rows[n]["layer"]) for n in np.flatnonzero(lack_LD[:, d])})
+    less: list[int] = np.flatnonzero(lack_LD[:, d] > lack_LD[most, d]).tolist()
+    lacking = sorted({int(rows[n]["layer"]) for n in less})
     ends = [f"{sum_LD[n, d]:,} ({name_of(data, rows[n])})" for n in (fewest, most)]
     return (
         f" Layers have unequal sums in {names}{worst} {' to '.join(ends)} assignments, fewer than "

@@ -213,7 +213,8 @@ def unused_in_domain(data: ReportData) -> Finding | None:
     rows = rows[np.array([beyond_documents(below, floor) for below, floor in both], bool)]
     if not len(rows):
         return None
-    row, others = fnd.top_row(rows, -rows["ratio"]), len(rows) - 1
+    # several domains may leave one expert unused
+    row, others = fnd.top_row(rows, -rows["ratio"]), len(rows[keys].drop_duplicates()) - 1
     times = row["most"] / row["assignments"] if row["assignments"] else math.inf
     less = f"; the busiest expert gets {times:.1f} times as much" if times < math.inf else ""
     verb = "is" if others == 1 else "are"

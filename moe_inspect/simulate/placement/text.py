@@ -50,11 +50,15 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         if 1 - fastest / first[by] >= least:
             more = f"beyond chance (at best {fastest:.3g}{' ms' if by == 'ms' else 'x'})"
         sentences.append(f"No other policy is faster than {first['policy']} {more}.")
-    wasted = max((rows[name]["colocated"] for name in rows if name.startswith("eplb")), default=0)
-    if wasted and "local-search" in rows:
+    wasted = [(row["colocated"], name) for name, row in rows.items() if name not in UNFITTED]
+    eplbs = (one for one in wasted if one[1].startswith("eplb"))
+    most, eplb = max(eplbs, key=lambda one: one[0], default=(0, ""))
+    if most:
+        each = [f"{name} {n:,}" for n, name in wasted if not name.startswith("eplb")]
+        layers = plural(tables["placement"]["layer"].nunique(), "layer")
         sentences.append(
-            f"EPLB puts up to {plural(wasted, 'replica')} on a GPU that already has the same "
-            f"expert; local-search {rows['local-search']['colocated']:,}."
+            f"{eplb} places {plural(most, 'replica')}, over {layers}, on a GPU that already has "
+            f"the same expert{'; ' if each else ''}{', '.join(each)}."
         )
     if settings["times"]:
         sentences += priced(tables, rows, settings, _unseen(tables))
@@ -92,7 +96,7 @@ def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str
     if settings["too_few"]:
         return f"-o FILE saves {name}."
     if settings["minimize"] and name == "local-search":
-        return f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
+        return f"Recommended: {name}, chosen by --minimize."
     least = worth(settings["error"])
     if not _unseen(tables):
         if saved < least and name != first:
@@ -100,13 +104,13 @@ def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str
             return f"Recommended: keep {first}. {less}"
         return f"-o FILE saves {name}, the fastest on what it is fitted on."
     if not same:
-        return f"Recommended: {name}, the fastest on the judged part (save with -o FILE)."
+        return f"Recommended: {name}, the fastest on the judged part."
     of = tables["policies"]
     known = of.get("ms_p" if time_of(of) == "ms" else "slower_p")
     beyond = " or beyond chance" if known is not None and known.notna().any() else ""
     return (
         f"Recommended: {name}, the simplest (--help lists it first) of those that are no slower "
-        f"than the fastest by {least:.0%}{beyond}: {', '.join([name, *same])} (save with -o FILE)."
+        f"than the fastest by {least:.0%}{beyond}: {', '.join([name, *same])}."
     )
 
 

@@ -63,7 +63,7 @@ def sample(
         raise MoeInspectError(f"{out} is the trace to sample: choose another directory")
     opened = Trace(path)
     if opened.counts_only:
-        said = f"{path} holds counts only, no documents to sample: {opened.more_than_counts}"
+        said = f"{path} holds counts only, which cannot be sampled: {opened.more_than_counts}"
         raise MoeInspectError(said)
     found = shards.verified(opened, path)
     listed = opened.documents()
