@@ -60,6 +60,7 @@ USUAL: dict[str, list[Any]] = {
     "merge": ["t", "u", "-o", "new"],
     "sample": ["t", "-o", "new", "--documents", 3],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
+    "simulate step": ["t", "--gpu", "h200", "--engine", "vllm", "--dtype", "fp8", "--gpus", 2],
     "simulate capacity": ["t"],
     "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],
     "simulate decode": ["t"],

@@ -329,7 +329,7 @@ def decode(
 
     Examples:
     moe-inspect simulate decode runs/a --batch 1,8,32
-    moe-inspect simulate decode runs/a --batch 1,8 --draft 1,2,4,8 --acceptance 0.5,0.7,0.9"""
+    moe-inspect simulate decode runs/a --draft 1,2,4,8 --acceptance 0.7"""
     show.show(show.simulation("decode", trace, options, selection))
 
 
