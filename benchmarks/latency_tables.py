@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -212,10 +211,3 @@ def settle_by_load(counts_E: np.ndarray, n: int, target: int) -> None:
             counts_E[expert if counts_E[expert] else counts_E.argmax()] -= 1
             missing += 1
         at += 1
-
-
-def loads(rows: Iterable[dict]) -> list[Load]:
-    return [
-        load(r["engine"], r["kernel"], r["tokens"], r["experts"], r["top_k"], r["ep"], r["law"])
-        for r in rows
-    ]

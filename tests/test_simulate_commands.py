@@ -102,7 +102,7 @@ def test_bad_usage_exits_2_what_can_be_mended_1(cli_here: Cli, tmp_path: Path) -
         (2, TRACE, "decode --batch 1,x", "'--batch': Input should be a valid integer"),
         (2, TRACE, "capacity --group-tokens x", "is not a whole number, batch or sequence"),
         (2, TRACE, "decode --phase later", "'later' is not"),
-        (1, TRACE, "placement --gpus 3", "8 experts over 3 GPUs: use --physical-experts 9"),
+        (1, TRACE, "placement --gpus 3", "8 experts over 3 GPUs: use a divisor, or a plan of --p"),
         (1, TRACE, f"placement --physical-experts {4 * 10**10}", "experts: use at most 1,048,576"),
         (1, TRACE, "placement --fit-share 0", "give a share of the trace above 0 and at most 1"),
         (1, TRACE, "placement --fit-share 0.99999", "lower --fit-share"),

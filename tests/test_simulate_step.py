@@ -22,7 +22,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
 from tests.support.damage import edit_manifest
-from tests.support.synthetic import write_counts, write_trace
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_workloads import EVEN, PILED, written
 
 CONFIG = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 1024}
@@ -79,17 +79,18 @@ def test_steps_take_each_token_once_and_whole(tmp_path: Path):
 
 
 def test_generated_tokens_run_side_by_side(tmp_path: Path):
-    """A step of as many tokens as a block has sequences is one position of each."""
-    documents, length = 8, 12
-    ids = np.tile(np.arange(length, dtype=np.uint16) % 8, documents)[:, None]
+    """A step of as many tokens as a block has sequences is one position of each; of prompts, two
+    whole documents."""
+    documents, length = 64, 4  # eight documents in each of eight blocks
+    ids = np.tile(np.arange(length, dtype=np.uint16), documents)[:, None]
     document = np.repeat(np.arange(documents), length)
-    trace = write_trace(tmp_path / "t", [ids], 8, document=document, phases=("decode",))
-    (steps,) = draw_steps(trace, whole, [4], decoding=True)
-    for _, ids_KT, step_T in decisions_of(trace, [0], steps):
-        for s in np.unique(step_T):
-            assert len({*ids_KT[0, step_T == s].tolist()}) <= 4  # of one document, 4 positions
-    one = [s for s in range(len(steps.block_S)) if steps.block_S[s] == 0]
-    assert len(one) == 3  # 12 tokens of the one document of a block
+    trace = write_trace(tmp_path / "t", [ids], 8, document=document, batch_tokens=length)
+    for decoding, positions in ((True, 1), (False, length)):
+        (steps,) = draw_steps(trace, whole, [8], decoding)
+        parts = [(ids_KT[0], step_T) for _, ids_KT, step_T in decisions_of(trace, [0], steps)]
+        ids_T, step_T = map(np.concatenate, zip(*parts, strict=True))
+        assert len(steps.block_S) == 32
+        assert {len({*ids_T[step_T == s]}) for s in range(32)} == {positions}
 
 
 def test_loads_of_steps_equal_a_count_by_hand():
@@ -168,15 +169,46 @@ def test_a_planted_imbalance_is_priced(tmp_path: Path, constants: Path):
     assert made.tables["step_layers"].set_index("layer")["cost"].idxmax() == 1
 
 
-def test_too_little_text_claims_nothing(tmp_path: Path, constants: Path):
-    trace = drawn(tmp_path / "t", Regime(documents=2, domains=1, tokens=400), 0, Planted(4.0))
-    made = simulated(trace, constants, gpus=4, batch_tokens=[64, 4_096])
+@pytest.mark.parametrize("documents", [2, 6])
+def test_too_little_text_claims_nothing(tmp_path: Path, constants: Path, documents: int):
+    regime = Regime(documents=documents, domains=1, tokens=200 * documents)
+    trace = drawn(tmp_path / "t", regime, 0, Planted(4.0))
+    made = simulated(trace, constants, batch_tokens=[64, 4_096])
     assert made.verdict[0].startswith("Too little data to advise: with fewer than 8 documents")
-    assert "too few documents to tell" in made.verdict[1]
+    assert "too little text to tell" in made.verdict[1]
     assert not claims(made)
     assert "No step of 4,096 tokens: the trace has too few." in made.verdict
     with pytest.raises(MoeInspectError, match="has no step of 4,096 tokens"):
-        simulated(trace, constants, gpus=4, batch_tokens=[4_096])
+        simulated(trace, constants, batch_tokens=[4_096])
+
+
+def test_counts_of_an_even_load_claim_nothing(tmp_path: Path, constants: Path):
+    """A step of few tokens is uneven by chance."""
+    trace = write_counts(tmp_path / "t", [np.full((1, 8), 10_000)], 2, ["text"])
+    made = simulated(trace, constants, gpus=4, batch_tokens=[8, 16])
+    assert made.tables["step"]["cost"].min() > 0.1
+    assert not claims(made)
+
+
+def test_a_domain_need_not_have_every_phase(tmp_path: Path, constants: Path):
+    ids = uniform_ids(np.random.default_rng(0), 800, 8, 2)
+    document = np.repeat(np.arange(20), 40)
+    trace = write_trace(
+        tmp_path / "t",
+        [ids],
+        8,
+        document=document,
+        domain_of_document=["law", "code"],
+        batch_tokens=40,
+        phases=("prefill", "decode"),  # of law, and of code
+    )
+    table = simulated(trace, constants, batch_tokens=[16]).tables["step"]
+    assert [*zip(table["phase"], table["domain"], strict=True)] == [
+        ("prefill", ""),
+        ("prefill", "law"),
+        ("decode", ""),
+        ("decode", "code"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -223,16 +223,17 @@ class LatencyModel:
                 held = json.loads(read_small(path))
             kernels = [KernelTime(**entry) for entry in held["kernels"]]
             transfers = [TransferTime(**entry) for entry in held.get("transfers", ())]
+            for kernel in kernels:
+                known = {name: kernel.constants.get(name) for name in START}
+                check(f"{path}: {kernel.name}", known)
+            for way in transfers:
+                known = {"launch_ms": way.launch_ms, "ms_per_gb": way.ms_per_gb}
+                check(f"{path}: {way.gpu}/{way.kernel}", known)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoeInspectError(
                 f"{path} is no file of latency constants ({error}): write one with "
                 '"python -m benchmarks.latency_fit TABLE -o FILE"'
             ) from error
-        for kernel in kernels:
-            check(f"{path}: {kernel.name}", {name: kernel.constants.get(name) for name in START})
-        for way in transfers:
-            known = {"launch_ms": way.launch_ms, "ms_per_gb": way.ms_per_gb}
-            check(f"{path}: {way.gpu}/{way.kernel}", known)
         return cls(kernels, transfers, str(held.get("source", "")))
 
     def to_file(self, path: str | Path) -> None:

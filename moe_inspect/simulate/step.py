@@ -24,7 +24,7 @@ import pandas as pd
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.chance import ALPHA
-from moe_inspect.analysis.metrics.uncertainty import special, student_p
+from moe_inspect.analysis.metrics.uncertainty import student, student_p
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.simulate import result
@@ -128,7 +128,7 @@ def simulate_step(
         "error": prices.error,
         "times": prices.said(G),
         "extrapolated": sorted(
-            {prices.kernel.extrapolated(of, sizes[-1]) for of in shapes.values()}
+            {prices.kernel.extrapolated(of, sizes[-1]) for of in shapes.values()} - {""}
         ),
         "gpus": G,
         "nodes": nodes,
@@ -171,13 +171,17 @@ class Steps:
         """For each number of tokens a row of each layer, and one of all."""
         domain, selection = part
         for N, block_S, loads in self.sampled(selection, sizes):
+            if not loads:
+                continue
             costs = [Cost.of(self, r, N, block_S, of) for r, of in loads.items()]
             whole = reduce(operator.add, costs)
             key = {"phase": selection.phase, "domain": domain, "tokens": N}
-            yield key | {"layer": None, "router": None} | whole.row(N)
+            known = not self.trace.counts_only
+            yield key | {"layer": None, "router": None} | whole.row(N, known)
             if not domain:
                 for r, cost in zip(loads, costs, strict=True):
-                    yield key | {"layer": self.trace.routers[r].layer, "router": r} | cost.row(N)
+                    layer = self.trace.routers[r].layer
+                    yield key | {"layer": layer, "router": r} | cost.row(N, known)
 
     def sampled(
         self, selection: Selection, sizes: Sequence[int]
@@ -190,7 +194,7 @@ class Steps:
             for N in sizes:
                 yield (
                     N,
-                    np.zeros(COUNTED, int),
+                    np.arange(COUNTED),
                     {
                         r: from_load(
                             rng, load[r], N, trace.routers[r].top_k, COUNTED, self.plan[r], G
@@ -208,9 +212,11 @@ class Steps:
                 yield steps.tokens, steps.block_S, loads
 
     def chance(self, router: int, N: int) -> StepLoads:
-        of = self.trace.routers[router]
+        of, rng = self.trace.routers[router], np.random.default_rng([SEED, router])
+        if self.trace.counts_only:  # drawn as those of the trace
+            even_E, plan = np.ones(of.experts), self.plan[router]
+            return from_load(rng, even_E, N, of.top_k, DRAWS, plan, self.gpus)
         pool_KT = _pool(of.experts, of.top_k)
-        rng = np.random.default_rng([SEED, router])
         ids_KT = pool_KT[:, rng.integers(pool_KT.shape[1], size=DRAWS * N)]
         step_T = np.repeat(np.arange(DRAWS), N)
         return step_loads(ids_KT, step_T, DRAWS, self.plan[router], self.gpus)
@@ -246,7 +252,8 @@ class Cost:
             self.evenly + other.evenly,
         )
 
-    def row(self, N: int) -> dict[str, object]:
+    def row(self, N: int, documents_known: bool) -> dict[str, object]:
+        """`documents_known`: or there is no interval, and p is that of independent tokens."""
         ms_S, chance_D = self.found.total, self.by_chance.total
         ms, even, chance = (
             float(times.total.mean()) for times in (self.found, self.evenly, self.by_chance)
@@ -255,7 +262,7 @@ class Cost:
         ms_B, reach, p = np.bincount(of_S, ms_S) / steps_B, np.nan, np.nan
         if (B := len(ms_B)) >= FEWEST_BLOCKS:
             error = ms_B.std(ddof=1) / math.sqrt(B)
-            reach = special("stdtrit")(B - 1, 0.975) * error
+            reach = student(B) * error if documents_known else np.nan
             apart = abs(ms - chance) / math.hypot(error, chance_D.std(ddof=1) / math.sqrt(DRAWS))
             p = min(1.0, 2 * float(student_p(np.array(apart), B - 1)))
         return {
@@ -281,10 +288,11 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         sentences.append(_costs(row, settings, f" of {row['phase']}" if several else ""))
     largest = layers[layers["tokens"] == layers["tokens"].max()]
     worst = largest.loc[(largest["ms"] - largest["even_ms"]).idxmax()]
-    if _known(worst, settings):
+    if _known(worst, settings, len(sizes) * len(largest)):
+        of = f" of {worst['phase']}" if several else ""
         sentences.append(
             f"Layer {label_of[worst['router']]} costs most: {worst['ms']:.3g} ms instead of "
-            f"{worst['even_ms']:.3g} with {worst['tokens']:,} tokens."
+            f"{worst['even_ms']:.3g} with {worst['tokens']:,} tokens{of}."
         )
     if missing := sorted({*sizes} - {*table["tokens"]}):
         sentences.append(
@@ -295,7 +303,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "Counts do not tell tokens apart: steps were drawn as if each token chose by the load "
             "of all, and have no intervals."
         )
-    if beyond := [text for text in settings["extrapolated"] if text]:
+    if beyond := settings["extrapolated"]:
         sentences.append(f"Extrapolated beyond all that was measured: {'; '.join(beyond)}.")
     return [*sentences, f"Simulated: {settings['times']}."]
 
@@ -308,21 +316,23 @@ def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
     if not math.isnan(row["cost_low"]):
         interval = f", 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"
     facts = f"{cost:+.0%}{interval}; by chance {chance:+.0%}"
-    if _known(row, settings):
+    among = len(settings["batch_tokens"])
+    if _known(row, settings, among):
         word = "costs" if cost > 0 else "saves"
         return f"{said}: imbalance {word} {abs(row['ms'] - row['even_ms']):.2g} ms ({facts})."
-    if math.isnan(row["p"]) and not settings["counts_only"]:
-        return f"{said} ({facts}): too few documents to tell imbalance from chance."
-    if row["p"] * len(settings["batch_tokens"]) > ALPHA:
+    if settings["too_few"] or math.isnan(row["p"]):
+        return f"{said} ({facts}): too little text to tell imbalance from chance."
+    if row["p"] * among > ALPHA:
         return f"{said}: imbalance costs no more than chance ({facts})."
     return f"{said}: what imbalance costs is within the error of the times ({facts})."
 
 
-def _known(row: Any, settings: Settings) -> bool:
-    """Whether the cost is neither chance nor the error of the times."""
-    beyond = abs(math.log1p(row["cost"])) > (settings["error"] or 0)
-    told = settings["counts_only"] or row["p"] * len(settings["batch_tokens"]) <= ALPHA
-    return beyond and told and not settings["too_few"]
+def _known(row: Any, settings: Settings, among: int) -> bool:
+    """Whether the cost is neither chance nor the error of the times. `among`: the costs that this
+    one is picked from."""
+    beyond_chance = math.log((1 + row["cost"]) / (1 + row["cost_by_chance"]))
+    beyond = min(abs(math.log1p(row["cost"])), abs(beyond_chance)) > (settings["error"] or 0)
+    return beyond and row["p"] * among <= ALPHA and not settings["too_few"]
 
 
 def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:

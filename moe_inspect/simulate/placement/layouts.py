@@ -48,8 +48,8 @@ def layouts_of(
     if uneven := sorted(n for n in slots if n % gpus):
         kind = "experts" if physical is None else "physical experts"
         raise MoeInspectError(
-            f"cannot split {uneven[0]} {kind} over {gpus} GPUs: use --physical-experts "
-            f"{-(-max(slots) // gpus) * gpus}"
+            f"cannot split {uneven[0]} {kind} over {gpus} GPUs: use a divisor, or a plan of "
+            f"--physical-experts {-(-max(slots) // gpus) * gpus}"
         )
     if groups is None:
         known = text_config(trace).get("n_group")

@@ -16,7 +16,6 @@ from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.shards import routed
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -43,7 +42,7 @@ def draw_steps(
     trace: Trace, wanted: Wanted, sizes: Sequence[int], decoding: bool
 ) -> list[StepTokens]:
     """The steps of each size, none where fewer tokens are wanted. `decoding`: whether tokens are
-    ordered by position. MoeInspectError where no token is wanted."""
+    ordered by position."""
     lengths = list[np.ndarray]()  # documents of a shard and their tokens, [2, …]
     for shard in trace.shards:
         document_T = shard.tokens(["document"])["document"].to_numpy()[wanted(shard)]
@@ -51,9 +50,8 @@ def draw_steps(
     document_N, tokens_N = np.concatenate(lengths, axis=1)
     document_D, of_N = np.unique(document_N, return_inverse=True)
     tokens_D = np.bincount(of_N, tokens_N).astype(np.int64)
-    total = int(tokens_D.sum())
-    if not total:
-        raise MoeInspectError(f"{trace.path} has no tokens in this selection")
+    if not (total := int(tokens_D.sum())):
+        return []
     order_D = np.random.default_rng(SEED).permutation(len(document_D))
     steps = list[StepTokens]()
     for size in sizes:
