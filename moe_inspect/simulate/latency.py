@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError, reading, writing
+from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.files import read_small
+from moe_inspect.trace.output_dir import output_file
 
 SHIPPED = Path(__file__).with_suffix(".json")
 TILES = (1, 16, 32, 64, 128)
@@ -241,8 +242,8 @@ class LatencyModel:
         for name, entries in (("kernels", self.kernels), ("transfers", self.transfers)):
             lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
             parts.append(f'"{name}": [\n{lines}\n]')
-        with writing(path):
-            Path(path).write_text("{" + ",\n".join(parts) + "}\n")
+        with output_file(Path(path)) as draft:
+            draft.write_text("{" + ",\n".join(parts) + "}\n")
 
     def kernel(self, **wanted: str) -> KernelTime:
         """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8")."""
