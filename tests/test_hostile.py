@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import shutil
@@ -143,6 +144,8 @@ def test_nothing_is_unpickled_and_no_archive_unpacked(tmp_path: Path):
     [b"", b"\0" * 50, b"{}", b"[]", b"null\n", b'{"records": []}', b"[" * 100_000, b"9" * 5000],
 )
 def test_what_is_nothing_of_the_kind(format: str, content: bytes, tmp_path: Path):
+    if content.startswith(b"[["):
+        gc.collect()  # or it is done at the end of the recursion, where no finaliser has room
     for suffix in (".jsonl", ".json", ".csv", ".parquet", ".npy", ".pt", ".safetensors", ".txt"):
         (tmp_path / f"x{suffix}").write_bytes(content)
         refused(tmp_path, ".", format, tmp_path / f"x{suffix}", model="demo")
