@@ -65,8 +65,7 @@ class Answers:
     @property
     def simulate(self) -> Simulations:
         """The trace replayed under other assumptions: `.placement(gpus=8)`, `.capacity()`,
-        `.decode()`, `.cache()`, `.routing()`,
-        `.step(…)`."""
+        `.decode()`, `.cache()`, `.routing()`, `.step(gpu=…)`."""
         return Simulations(self)
 
 

@@ -34,9 +34,9 @@ def noise_floor(T: float, E: int, k: int, filled: float = 1.0) -> float:
 
 
 def _as_picked(E: int, k: int, filled: float) -> tuple[float, int]:
-    """Where slots are empty, each as likely: how many times as many tokens, that pick how many
-    experts each, have that noise. It goes with (1 − k/E) ÷ load, and with empty slots with
-    (1 − (1 + (k − 1) · filled)/E) ÷ load."""
+    """(times, k'): T tokens of which this share of slots is filled have the noise of `times` × T
+    tokens that pick k' experts and leave none empty. Its variance goes with (1 − k/E) ÷ load, and
+    with empty slots with (1 − (1 + (k − 1) · filled)/E) ÷ load."""
     if filled >= 1 or E == 1:
         return 1.0, k
     fewer = min(max(1, round(k * filled)), E - 1)

@@ -75,7 +75,7 @@ def simulate_placement(
     dtype: str | None = None,
     kernel: str | None = None,
     latency: str | Path | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     sweep: Sequence[int] | None = None,
     memory_gb: float | None = None,
     layers: str | int | Iterable[int | str] | None = None,

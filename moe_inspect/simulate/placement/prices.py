@@ -86,6 +86,7 @@ class PlanTimes:
         return float(np.minimum(max(math.comb(plans, 2), 1) * self.p(other), 1.0))  # NaN stays
 
 
+BATCH_TOKENS = 4096  # of a step, by default
 PRICED = ("kernel", "batch_tokens", "error", "times", "unpriced", "memory_gb", "ageing")  # settings
 
 
@@ -95,7 +96,7 @@ def pricing_of(
     dtype: str | None,
     kernel: str | None,
     latency: str | Path | None,
-    tokens: int,
+    tokens: int | None,
     sweep: Sequence[int] | None,
     memory_gb: float | None,
 ) -> Pricing | None:
@@ -103,12 +104,13 @@ def pricing_of(
     kernel that was not measured."""
     for is_wrong, said in (
         (
-            gpu is None and (engine or dtype or kernel or latency or sweep),
-            "--engine, --dtype, --kernel, --latency and --sweep are of measured times: give --gpu",
+            gpu is None and (engine or dtype or kernel or latency or sweep or tokens is not None),
+            "--engine, --dtype, --kernel, --latency, --batch-tokens and --sweep are of measured "
+            "times: give --gpu",
         ),
         (memory_gb is not None and not sweep, "--memory-gb is for --sweep"),
         (
-            not 1 <= tokens <= MOST_TOKENS,
+            tokens is not None and not 1 <= tokens <= MOST_TOKENS,
             f"steps of {tokens} tokens: give a number from 1 to {MOST_TOKENS:,}",
         ),
     ):
@@ -116,6 +118,7 @@ def pricing_of(
             raise MoeInspectError(said)
     if gpu is None:
         return None
+    tokens = BATCH_TOKENS if tokens is None else tokens
     return Pricing(prices_of(gpu, engine, dtype, kernel, latency), tokens, memory_gb)
 
 

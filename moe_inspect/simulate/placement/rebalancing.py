@@ -125,9 +125,9 @@ def _spanned(plans: PlacementPlans) -> int:
 
 
 def ageing(ms_VW: np.ndarray, gap: int) -> Ageing:
-    """Least squares of a plan's own part, a
-    window's own part and the time between the two; chance is that of windows in any order (Mantel's
-    test). Pairs no further apart than `gap`, which may have a document in common, are left out."""
+    """The time of each plan in each window is a part of the plan's, a part of the window's, and
+    `lost` × the windows between them (least squares). Chance: the windows in any order (Mantel's
+    test). Pairs up to `gap` apart, which may share a document, are left out."""
     W = len(ms_VW)
     v, w = np.indices(ms_VW.shape)
     age_VW = np.abs(v - w).astype(float)
