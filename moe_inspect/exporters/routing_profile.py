@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from functools import lru_cache
-from math import comb, inf, nan, pi, sqrt
+from math import inf, nan, pi, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.specialization import share_by_domain
-from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.payload import without_numpy
 from moe_inspect.reporting.tables.data import ReportData, records
@@ -27,7 +26,6 @@ from moe_inspect.reporting.tables.load import at_least_1, design_effect
 from moe_inspect.text import plural
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import PHASES
 
 Json = dict[str, Any]
 BATCHES = tuple(2**n for n in range(9))
@@ -110,9 +108,9 @@ def _profile(trace: Trace) -> Json:
 
 def _phases(trace: Trace, counts: Counts) -> dict[str, Counts]:
     """The counts of each phase of which there are tokens."""
-    from moe_inspect.simulate.shards import count_taken
+    from moe_inspect.simulate.shards import phases_of
 
-    there = [p for p in PHASES if any(by_shard(trace, None, count_taken, Selection((), phase=p)))]
+    there = phases_of(trace)
     if len(there) == 1:
         return {there[0]: counts}
     return {p: ReportData(trace, select(trace, phase=p)).counts for p in there}
@@ -126,8 +124,7 @@ def _locality(counts: Counts, r: int) -> dict[str, float]:
     pairs_D = counts.by_domain(windows_U3.sum(1)) / counts.routers[r].experts
     activation_DE = counts.assignments_DE(r) / np.maximum(counts.tokens_D_of(r), 1)[:, None]
     of = float(of_U.sum()) or np.nan
-    weights_RU = unc.resample_weights(counts.domain_of_unit_U)
-    low, high = unc.ratio_interval(both_U, of_U, weights_RU)
+    low, high = unc.ratio_interval(both_U, of_U, counts.weights_RU)
     by_chance = pairs_D @ (activation_DE**2).sum(1) / of
     return {"shared": both_U.sum() / of, "low": low, "high": high, "by_chance": by_chance}
 
@@ -148,6 +145,7 @@ def _distinct(trace: Trace, why: dict[str, str]) -> dict[int, list[Json]]:
 def _ranks(trace: Trace, why: dict[str, str]) -> dict[int, list[Json]]:
     """How many GPUs the experts of a token are on: G = 2, 4, … that hold as many each, in order."""
     from moe_inspect.simulate.placement.placement import simulate_placement
+    from moe_inspect.simulate.steps.prices import reached_by_chance
 
     sizes = {router.experts for router in trace.routers}
     many = [2**n for n in range(1, min(sizes).bit_length()) if 2**n < min(sizes)]
@@ -157,7 +155,7 @@ def _ranks(trace: Trace, why: dict[str, str]) -> dict[int, list[Json]]:
         table: Any = simulate_placement(trace, **how).tables["placement"]
         for r, reached in table.set_index("router")["ranks_per_token"].items():
             E, k = trace.routers[r].experts, trace.routers[r].top_k
-            random = gpus * (1 - comb(E - E // gpus, k) / comb(E, k))
+            random = gpus * reached_by_chance(E, k, gpus)
             found[r].append({"gpus": gpus, "ranks_per_token": reached, "uniform": random})
     if not found:
         why["ranks"] = "2, 4, 8, … GPUs cannot hold as many experts each, and several"

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.balance import UNEVEN
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.analysis.metrics.uncertainty import noise_floor
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt
 from moe_inspect.reporting.verdict.findings import FEW_DOCUMENTS, few_tokens
+from moe_inspect.simulate.shards import count_taken
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.shard import codes
@@ -156,6 +159,11 @@ def too_few(trace: Trace, selection: Selection) -> str:
     """Why what is selected is too little to judge, as reports do; "" where it is enough."""
     documents, wanted = set[int](), selection.domains
     known = not trace.counts_only or trace.by_document
+    tokens = trace.n_tokens
+    if trace.counts_only and wanted:
+        tokens = count_trace(trace, selection).tokens
+    elif wanted or selection.phase:
+        tokens = sum(by_shard(trace, None, count_taken, selection))
     for shard in trace.shards if known else ():
         table = shard.table("documents", ["document", "domain"])
         code_T, labels = codes(table["domain"])
@@ -163,12 +171,11 @@ def too_few(trace: Trace, selection: Selection) -> str:
         documents.update(table["document"].to_numpy()[within_T].tolist())
         if len(documents) >= FEWEST_TO_JUDGE:
             break
-    else:
-        if known:
-            return FEW_DOCUMENTS
+    if known and len(documents) < FEWEST_TO_JUDGE:
+        return FEW_DOCUMENTS
     sizes = {(trace.routers[r].experts, trace.routers[r].top_k) for r in selection.routers}
-    floor, E = max((noise_floor(trace.n_tokens, *of), of[0]) for of in sizes)
-    return few_tokens(trace.n_tokens, E, floor, UNEVEN)[0] if floor > UNEVEN else ""
+    floor, E = max((noise_floor(tokens, *of), of[0]) for of in sizes)
+    return few_tokens(tokens, E, floor, UNEVEN)[0] if floor > UNEVEN else ""
 
 
 def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Simulation]:

@@ -15,6 +15,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
 
 Read = TypeVar("Read")
@@ -64,13 +65,13 @@ def count_taken(shard: Shard, selection: Selection) -> int:
     return int(taken(shard, selection).sum())
 
 
-def phases_of(trace: Trace) -> set[str]:
-    """Those of its tokens."""
+def phases_of(trace: Trace) -> list[str]:
+    """Those of its tokens, in the order of PHASES."""
     found = set[str]()
     for shard in trace.shards:
         code_T, names = codes(shard.tokens(["phase"])["phase"])
         found |= {names[n] for n in np.unique(code_T)}
-    return found
+    return [phase for phase in PHASES if phase in found]
 
 
 @lru_cache

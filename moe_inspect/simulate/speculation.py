@@ -4,7 +4,7 @@ draft length."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
@@ -14,8 +14,6 @@ import pandas as pd
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Line, Panel
 from moe_inspect.simulate.result import Frame
 from moe_inspect.text import plural
-
-Cost = Callable[[Frame], float]  # of the rows of a step, one per router
 
 
 def weights_read(layers: Frame) -> float:
@@ -41,14 +39,14 @@ def break_even(draft: int, cost: float) -> float:
     return enough / 10**6 if enough < 10**6 else np.nan
 
 
-def table(rows: Frame, acceptances: Sequence[float], cost: Cost = weights_read) -> pd.DataFrame:
+def table(rows: Frame, acceptances: Sequence[float]) -> pd.DataFrame:
     """What drafts cost and yield, relative to steps without at the same positions. rows: per
     router, batch size and draft length `at`, one without and one with the draft."""
     made = list[dict[str, Any]]()
     for (batch, draft), both in rows.groupby(["batch", "at"]):
         plain, layers = both[both["draft"] == 0], both[both["draft"] == draft]
-        alone = cost(plain)
-        relative = cost(layers) / alone if alone > 0 else np.nan
+        alone = weights_read(plain)
+        relative = weights_read(layers) / alone if alone > 0 else np.nan
         means = layers[["distinct_experts", "independent", "from_marginals"]].mean(skipna=False)
         for acceptance in acceptances:
             gained = tokens_gained(acceptance, draft)

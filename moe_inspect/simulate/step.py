@@ -55,7 +55,6 @@ from moe_inspect.simulate.steps.sampling import (
 )
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, open_trace
-from moe_inspect.trace.schema import PHASES
 
 DRAWS = 8  # steps by chance
 POOL = 2**16  # tokens that they are drawn from
@@ -146,8 +145,8 @@ def _parts(trace: Trace, selection: Selection) -> list[tuple[str, Selection]]:
     is selected."""
     counts = count_trace(trace, selection)
     domains = counts.domains if 1 < len(counts.domains) <= MOST_DOMAINS else []
-    there = phases_of(trace) if not (trace.counts_only or selection.phase) else set[str]()
-    phases = [replace(selection, phase=phase) for phase in PHASES if phase in there] or [selection]
+    known = not (trace.counts_only or selection.phase)
+    phases = [replace(selection, phase=p) for p in phases_of(trace)] if known else [selection]
     return [
         (domain, of if not domain else replace(of, domains=frozenset({domain})))
         for of in phases
@@ -191,18 +190,12 @@ class Steps:
         if trace.counts_only:
             counts, rng = count_trace(trace, selection), np.random.default_rng(SEED)
             load = {r: counts.load_E(r) for r in selection.routers}
+            loaded = [(r, trace.routers[r].top_k) for r in selection.routers if load[r].any()]
             for N in sizes:
-                yield (
-                    N,
-                    np.arange(COUNTED),
-                    {
-                        r: from_load(
-                            rng, load[r], N, trace.routers[r].top_k, COUNTED, self.plan[r], G
-                        )
-                        for r in selection.routers
-                        if load[r].any()
-                    },
+                drawn = (
+                    (r, from_load(rng, load[r], N, k, COUNTED, self.plan[r], G)) for r, k in loaded
                 )
+                yield N, np.arange(COUNTED), dict(drawn)
             return
         routers = [r for r in selection.routers if trace.routers[r].sees(selection.phase or "")]
         wanted = partial(taken, selection=selection)
@@ -241,23 +234,21 @@ class Cost:
     @classmethod
     def of(cls, steps: Steps, r: int, N: int, block_S: np.ndarray, loads: StepLoads) -> Cost:
         chance, shape, P = steps.chance(r, N), steps.shapes[r], len(steps.plan[r])
-        spread = even(N, shape.top_k, chance.reached_SG.mean(), P, steps.gpus)
+        spread = even(N, shape, P, steps.gpus)
         return cls(block_S, *(steps.prices.of(x, shape, N) for x in (loads, chance, spread)))
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.block_S,
-            self.found + other.found,
-            self.by_chance + other.by_chance,
-            self.evenly + other.evenly,
-        )
+        times = zip(self.times, other.times, strict=True)
+        return Cost(self.block_S, *(one + another for one, another in times))
+
+    @property
+    def times(self) -> tuple[Times, Times, Times]:
+        return self.found, self.by_chance, self.evenly
 
     def row(self, N: int, documents_known: bool) -> dict[str, object]:
         """`documents_known`: or there is no interval, and p is that of independent tokens."""
         ms_S, chance_D = self.found.total, self.by_chance.total
-        ms, even, chance = (
-            float(times.total.mean()) for times in (self.found, self.evenly, self.by_chance)
-        )
+        ms, chance, even = (float(times.total.mean()) for times in self.times)
         _, of_S, steps_B = np.unique(self.block_S, return_inverse=True, return_counts=True)
         ms_B, reach, p = np.bincount(of_S, ms_S) / steps_B, np.nan, np.nan
         if (B := len(ms_B)) >= FEWEST_BLOCKS:

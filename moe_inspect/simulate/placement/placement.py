@@ -24,7 +24,7 @@ from moe_inspect.simulate.placement.forecast import local_search
 from moe_inspect.simulate.placement.layouts import layouts_of
 from moe_inspect.simulate.placement.plan import plan_table
 from moe_inspect.simulate.placement.policies import Layout
-from moe_inspect.simulate.placement.prices import PRICED, pricing_of
+from moe_inspect.simulate.placement.prices import PRICED, PlanTimes, pricing_of, traffic_of
 from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, worth
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of
@@ -159,9 +159,10 @@ def simulate_placement(
         slowdown = tables["policies"].set_index("policy")["slowdown"]
         tables["policies"]["slower_p"] = among.slower_p(plans, slowdown)
     priced: Settings = dict.fromkeys(PRICED)
+    times = dict[str, PlanTimes]()
     if pricing:
         judged = among.judged or among.fitted if among else [workload(trace, selection)]
-        priced = pricing.added(tables, plans, judging, judged, ONLINE)
+        priced, times = pricing.added(tables, plans, judging, judged, ONLINE)
         strongest = "local-search" if "local-search" in names else names[-1]
         sizes = {
             P: layouts_of(trace, selection, gpus, nodes, P, groups) for P in sorted(sweep or ())
@@ -174,9 +175,10 @@ def simulate_placement(
         if (tables["windows"]["part"] == "judged").any():
             best, *same = alike(tables["policies"], POLICIES, worth(priced["error"]))
     tables["plan"] = plan_table(plans, best)
-    if "traffic" in tables:
-        tables["traffic"] = tables["traffic"].query("policy == @best").reset_index(drop=True)
     layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
+    if pricing and judging:  # tokens are told apart
+        sent = traffic_of(times[best].sent_GG, layout.nodes)
+        tables["traffic"] = sent.assign(policy=best)[["policy", *sent]]
     settings: Settings = {
         "gpus": layout.gpus,
         "nodes": layout.nodes,

@@ -127,10 +127,8 @@ def _knee(sweep: Frame, settings: Settings) -> str:
     if settings["too_few"] or (fits["ms_p"].isna().any() and not settings["counts_only"]):
         return "How many slots are worth it is unknown: too little text."
     enough = fits[(1 - fits["ms"].min() / fits["ms"] < least) | (fits["ms_p"] >= ALPHA)]
-    (first, knee, most), fastest = (
-        (of.iloc[0] for of in (fits, enough, fits[::-1])),
-        fits["ms"].min(),
-    )
+    first, knee, most = fits.iloc[0], enough.iloc[0], fits.iloc[-1]
+    fastest = fits["ms"].min()
     said = f"{knee['physical_experts']} slots per layer are the knee: {_size(knee)}"
     if knee["physical_experts"] > first["physical_experts"]:
         said += f", instead of {_size(first)} with {first['physical_experts']}"

@@ -43,7 +43,6 @@ from moe_inspect.simulate.steps.sampling import (
     loads_of_steps,
 )
 from moe_inspect.trace.reader import Trace, address
-from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard
 
 
@@ -137,24 +136,21 @@ class Pricing:
         judging: Sequence[PlacementPlans],
         judged: Sequence[Workload],
         places: Mapping[str, Place],
-    ) -> Settings:
-        """Adds the times to the table `policies`, and the tables `traffic`, where tokens are told
-        apart, and `rebalancing`, of the first of `places` that there are plans of. The settings
-        PRICED."""
+    ) -> tuple[Settings, dict[str, PlanTimes]]:
+        """Adds the times to the table `policies`, and the table `rebalancing`, of the first of
+        `places` that there are plans of. The settings PRICED, and the times."""
         prices, N = self.prices, self.tokens
         times, unpriced = self.times(plans, judging, judged)
         layout = next(iter(plans.layouts.values()))
         columns = self.columns(times, layout.nodes)
         tables["policies"] = tables["policies"].merge(columns, "left", "policy")
-        if judging:
-            tables["traffic"] = self.traffic(times, layout.nodes)
         ageing = None
         if again := next((name for name in places if name in times), None):
             found = rebalancing(plans, again, places[again], prices, N)
             tables["rebalancing"], ageing = found.table, found.ageing
         said = prices.said(layout.gpus)
         of = prices.kernel.name, N, prices.error, said, unpriced, self.memory_gb, ageing
-        return dict(zip(PRICED, of, strict=True))
+        return dict(zip(PRICED, of, strict=True)), times
 
     def swept(
         self,
@@ -230,8 +226,7 @@ class Pricing:
         """Milliseconds of a layer whose slots have the same load, and whose tokens choose at
         random."""
         N, G, shape = self.tokens, layout.gpus, shape_of(trace, router)
-        reached = N * (1 - (1 - 1 / G) ** shape.top_k)
-        spread = even(N, shape.top_k, reached, layout.slots, G)
+        spread = even(N, shape, layout.slots, G)
         return float(self.prices.of(spread, shape, N).total.item())
 
     def columns(self, times: dict[str, PlanTimes], nodes: int) -> pd.DataFrame:
@@ -248,32 +243,29 @@ class Pricing:
                 rows[-1] |= _crossing(of.sent_GG, nodes)
         return pd.DataFrame(rows)
 
-    def traffic(self, times: dict[str, PlanTimes], nodes: int) -> pd.DataFrame:
-        """A row per policy and pair of GPUs."""
-        parts = list[pd.DataFrame]()
-        for name, of in times.items():
-            gpu_N, to_N = np.indices(of.sent_GG.shape).reshape(2, -1)
-            of_node = len(of.sent_GG) // nodes
-            columns = {
-                "policy": name,
-                "gpu_from": gpu_N,
-                "gpu_to": to_N,
-                "same_node": gpu_N // of_node == to_N // of_node,
-                "tokens_per_step": of.sent_GG.reshape(-1),
-            }
-            parts.append(pd.DataFrame(columns))
-        return pd.concat(parts, ignore_index=True)
+
+def traffic_of(sent_GG: np.ndarray, nodes: int) -> pd.DataFrame:
+    """A row per pair of GPUs."""
+    gpu_N, to_N = np.indices(sent_GG.shape).reshape(2, -1)
+    same_N = _same_node(len(sent_GG), nodes).reshape(-1)
+    columns = {"gpu_from": gpu_N, "gpu_to": to_N, "same_node": same_N}
+    return pd.DataFrame(columns | {"tokens_per_step": sent_GG.reshape(-1)})
 
 
 def _crossing(sent_GG: np.ndarray, nodes: int) -> dict[str, float]:
     """The shares of what GPUs send that go to another GPU of the node, and to another node."""
-    node_G = np.arange(len(sent_GG)) * nodes // len(sent_GG)
-    same_GG = node_G[:, None] == node_G
-    whole, within, own = sent_GG.sum(), sent_GG[same_GG].sum(), np.trace(sent_GG)
+    whole, own = sent_GG.sum(), np.trace(sent_GG)
+    within = sent_GG[_same_node(len(sent_GG), nodes)].sum()
     return {
         "intra_node": float((within - own) / whole),
         "inter_node": float(1 - within / whole),
     }
+
+
+def _same_node(G: int, nodes: int) -> np.ndarray:
+    """bool [G, G]"""
+    node_G = np.arange(G) * nodes // G
+    return node_G[:, None] == node_G
 
 
 def _judged(shard: Shard, plans: PlacementPlans, phase: str | None) -> np.ndarray:
@@ -291,8 +283,7 @@ def _drawn(judging: Sequence[PlacementPlans], policies: Sequence[str], N: int) -
     """Of each trace judged on, whose phases weigh as their tokens."""
     for of in judging:
         trace, G = of.trace, next(iter(of.layouts.values())).gpus
-        there = phases_of(trace) if not of.selection.phase else set[str]()
-        phases = [phase for phase in PHASES if phase in there] or [of.selection.phase]
+        phases = [of.selection.phase] if of.selection.phase else phases_of(trace)
         placed = [{r: of.of[r, name] for r in of.selection.routers} for name in policies]
         wanted = {phase: partial(_judged, plans=of, phase=phase) for phase in phases}
         tokens = {
@@ -328,7 +319,8 @@ def _by_counts(
         for r, (name, of) in product(routers, zip(policies, loads, strict=True)):
             drawn = (plans.trace.routers[r].top_k, S, plans.of[r, name], G)
             rng = np.random.default_rng([SEED, r])  # the same for equal plans
-            if load_BE[r].any(1).all():
-                of[r] = joined([from_load(rng, load_E, N, *drawn) for load_E in load_BE[r]])
+            if (whole_E := load_BE[r].sum(0)).any():  # a block without load has that of all
+                of_B = (load_E if load_E.any() else whole_E for load_E in load_BE[r])
+                of[r] = joined([from_load(rng, load_E, N, *drawn) for load_E in of_B])
         if loads[0]:
             yield one.name, 1.0, np.repeat(np.arange(blocks), S), loads

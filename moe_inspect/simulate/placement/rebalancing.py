@@ -132,14 +132,13 @@ def ageing(ms_VW: np.ndarray, gap: int) -> Ageing:
     v, w = np.indices(ms_VW.shape)
     age_VW = np.abs(v - w).astype(float)
     kept_VW = age_VW > gap
-    whole = np.where(kept_VW, ms_VW, 0.0)
     own = np.eye(W)
     basis = np.hstack([np.repeat(own, W, 0), np.tile(own, (W, 1))])[kept_VW.ravel()]
     age_N = age_VW[kept_VW]
     rest_N = age_N - basis @ np.linalg.lstsq(basis, age_N, rcond=None)[0]
     rest_VW = np.zeros(ms_VW.shape)
     rest_VW[kept_VW] = rest_N / (rest_N @ rest_N)
-    lost, rng, beyond = float((whole * rest_VW).sum()), np.random.default_rng(SEED), 1
+    lost, rng, beyond = float((ms_VW * rest_VW).sum()), np.random.default_rng(SEED), 1
     for _ in range(SHUFFLES):
         order_W = rng.permutation(W)
         beyond += float((ms_VW[np.ix_(order_W, order_W)] * rest_VW).sum()) >= lost

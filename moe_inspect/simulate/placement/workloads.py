@@ -181,7 +181,7 @@ def workloads_of(
         fitted, judged = _domains(trace, selection, fit_domains)
     elif fit_phase:
         first = select(trace, phase=fit_phase).phase  # refuses counts
-        phases = fit_phase, *sorted(phases_of(trace) - {first})
+        phases = fit_phase, *(p for p in phases_of(trace) if p != first)
         fitted, *judged = [workload(trace, replace(selection, phase=p), p) for p in phases]
         fitted = [fitted]
     else:

@@ -6,6 +6,7 @@ N tokens of a step, S steps, P physical slots, G GPUs, k experts of a token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -95,9 +96,15 @@ class Prices:
         return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1), *sent)
 
 
-def even(N: int, k: int, reached: float, P: int, G: int) -> StepLoads:
+def reached_by_chance(E: int, k: int, G: int) -> float:
+    """The share of tokens, each of k of E experts at random, that reach a GPU with E/G of them."""
+    return 1 - math.prod(max(1 - E / G / (E - n), 0) for n in range(k))
+
+
+def even(N: int, shape: Shape, P: int, G: int) -> StepLoads:
     """The assignments of N tokens, spread evenly over the slots as whole tokens: a step of few
-    tokens reads few experts then, too."""
+    tokens reads few experts then, too. They reach as many GPUs as by chance."""
+    k, reached = shape.top_k, N * reached_by_chance(shape.experts, shape.top_k, G)
     slots_P = np.full(P, N * k // P)
     slots_P[np.linspace(0, P, N * k % P, endpoint=False).astype(int)] += 1
     return StepLoads(slots_P[None], np.full((1, G), reached))

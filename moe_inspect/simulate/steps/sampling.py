@@ -91,6 +91,7 @@ def _numbered(
         index = np.flatnonzero(wanted(shard) & (block_D[at_T] >= 0))
         d = at_T[index]
         rows = np.full(len(index), number), index, block_D[d], rank_D[d]
+        sequence_T = sequence_T.astype(np.int64) + (shard.files.rank << 32)  # numbered by rank
         found.append(np.stack([*rows, sequence_T[index], position_T[index]]).astype(np.int64))
     shard_T, index_T, block_T, rank_T, sequence_T, position_T = np.concatenate(found, axis=1)
     if decoding:  # positions count from the end of the prompt
