@@ -236,11 +236,13 @@ def test_wrong_settings_are_refused(
 
 def test_what_was_never_measured_is_told(tmp_path: Path):
     trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0))
-    assert "Extrapolated" not in " ".join(trace.simulate.step(**KERNEL).verdict)
+    assert "extrapolated" not in " ".join(trace.simulate.step(**KERNEL).verdict)
     config = {**CONFIG, "hidden_size": 64}
     edit_manifest(Path(str(trace.path)), model={"id": "synthetic", "config": config})
-    said = " ".join(moe_inspect.open_trace(str(trace.path)).simulate.step(**KERNEL).verdict)
-    assert "Extrapolated beyond all that was measured: hidden 64 (measured: 2,048 to" in said
+    narrow = moe_inspect.open_trace(str(trace.path)).simulate
+    for made in (narrow.step(**KERNEL), narrow.placement(**KERNEL, gpus=4, batch_tokens=64)):
+        said = " ".join(made.verdict)
+        assert "extrapolated beyond all that was measured: hidden 64 (measured: 2,048 to" in said
 
 
 def test_experts_of_unknown_size_are_refused(tmp_path: Path, constants: Path):

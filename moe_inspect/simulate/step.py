@@ -125,10 +125,7 @@ def simulate_step(
     settings: Settings = {
         "kernel": prices.kernel.name,
         "error": prices.error,
-        "times": prices.said(G),
-        "extrapolated": sorted(
-            {prices.kernel.extrapolated(of, sizes[-1]) for of in shapes.values()} - {""}
-        ),
+        "times": prices.said(G, shapes.values(), sizes[-1]),
         "gpus": G,
         "nodes": nodes,
         "batch_tokens": sizes,
@@ -294,8 +291,6 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "Counts do not tell tokens apart: steps were drawn as if each token chose by the load "
             "of all, and have no intervals."
         )
-    if beyond := settings["extrapolated"]:
-        sentences.append(f"Extrapolated beyond all that was measured: {'; '.join(beyond)}.")
     return [*sentences, f"Simulated: {settings['times']}."]
 
 

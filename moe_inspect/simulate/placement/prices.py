@@ -148,7 +148,8 @@ class Pricing:
         if again := next((name for name in places if name in times), None):
             found = rebalancing(plans, again, places[again], prices, N)
             tables["rebalancing"], ageing = found.table, found.ageing
-        said = prices.said(layout.gpus)
+        shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
+        said = prices.said(layout.gpus, shapes, N)
         of = prices.kernel.name, N, prices.error, said, unpriced, self.memory_gb, ageing
         return dict(zip(PRICED, of, strict=True)), times
 

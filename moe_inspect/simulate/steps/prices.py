@@ -7,6 +7,7 @@ N tokens of a step, S steps, P physical slots, G GPUs, k experts of a token.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -66,17 +67,24 @@ class Prices:
         weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
         return weights * BYTES[self.kernel.dtype] / 1e9
 
-    def said(self, G: int) -> str:
-        """Whose times these are, and how wrong they may be."""
+    def said(self, G: int, shapes: Iterable[Shape], N: int) -> str:
+        """Whose times these are, how wrong they may be, and what of these layers, in steps of N
+        tokens, lies beyond all that was measured."""
         sent = G > 1 and any(kernel.startswith("deepep") for kernel in self.transfers)
         what = "experts alone, without transfers,"
         if sent:
             what = "experts, and DeepEP's transfers on one node,"
         err, doubt = self.error, self.kernel.doubt()
+        beyond = sorted({self.kernel.extrapolated(shape, N) for shape in shapes} - {""})
         return (
             f"times of {what} as measured of {self.kernel.name} ({self.source})"
             + (f", whose costs of imbalance err by {err:.0%} in the median" if err else "")
             + (f": {doubt}" if doubt else "")
+            + (
+                f"; extrapolated beyond all that was measured: {', '.join(beyond)}"
+                if beyond
+                else ""
+            )
         )
 
     def of(self, loads: StepLoads, shape: Shape, N: int) -> Times:
