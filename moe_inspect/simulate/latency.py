@@ -18,13 +18,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.files import read_small
 from moe_inspect.trace.output_dir import output_file
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SHIPPED = Path(__file__).with_suffix(".json")
 TILES = (1, 16, 32, 64, 128)
@@ -160,27 +163,6 @@ def times(features_SF: np.ndarray, constants_F: np.ndarray) -> np.ndarray:
     return cost_SF[:, :LINEAR].sum(1) + bound_S * (1 + least_S**power) ** (1 / power)
 
 
-def fit(
-    features_SF: np.ndarray, ms_S: np.ndarray, pairs_P2: np.ndarray, weight: float = 1.5
-) -> dict[str, float]:
-    """Constants whose times, and whose ratios of pairs of rows (imbalanced, balanced), are nearest
-    in logs. pairs_P2: int [pairs, 2], rows; weight: of a pair's error, against a row's 1."""
-    from scipy.optimize import least_squares
-
-    log_ms_S, (imbalanced_P, balanced_P) = np.log(ms_S), pairs_P2.T
-
-    def error(log_constants: np.ndarray) -> np.ndarray:
-        error_S = np.log(times(features_SF, np.exp(log_constants))) - log_ms_S
-        return np.r_[error_S, weight * (error_S[imbalanced_P] - error_S[balanced_P])]
-
-    # far below and above any constant of a GPU: a term that nothing needs ends at the bottom
-    start = np.log(list(START.values()))
-    found = least_squares(
-        error, start, bounds=(start - 12, start + 8), loss="soft_l1", f_scale=0.1, max_nfev=60
-    )
-    return dict(zip(START, map(float, np.exp(found.x)), strict=True))
-
-
 @dataclass
 class TransferTime:
     """Dispatch or combine: launch_ms + GB ÷ bandwidth. A copy is what crosses once: with per
@@ -218,7 +200,24 @@ class LatencyModel:
         self.source = source
 
     @classmethod
+    def fit(cls, table: str | Path | DataFrame) -> LatencyModel:
+        """From times of your own: a csv, or a DataFrame, whose rows are a load of one rank that was
+        timed. Columns: gpu, engine, version, kernel, dtype; hidden, inter (of the rank), top_k,
+        experts (of all ranks); tokens_per_expert (of the rank's experts, with blanks between); ms;
+        and perhaps handed (tokens that the rank is given, its own or not), ep and tp.
+
+        At least 100 rows of each kernel. With three shapes or more, errors are those of shapes that
+        were held out; costs of imbalance are learnt from loads with the same sum of tokens.
+        MoeInspectError for rows that are no such load, and fewer rows."""
+        from moe_inspect.simulate.latency_fit import measured, own_times
+
+        return cls([each.kernel_time() for each in measured(own_times(table))], (), str(table)[:80])
+
+    @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
+        """The constants that `to_file` wrote; of a .csv, those that `fit` finds."""
+        if Path(path).suffix == ".csv":
+            return cls.fit(path)
         try:
             with reading(path):
                 held = json.loads(read_small(path))
@@ -232,8 +231,8 @@ class LatencyModel:
                 check(f"{path}: {way.gpu}/{way.kernel}", known)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoeInspectError(
-                f"{path} is no file of latency constants ({error}): write one with "
-                '"python -m benchmarks.latency_fit TABLE -o FILE"'
+                f"{path} is no file of latency constants ({error}), as LatencyModel.to_file writes "
+                "it, and no .csv of measured times"
             ) from error
         return cls(kernels, transfers, str(held.get("source", "")))
 
