@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import moe_inspect
@@ -17,7 +18,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, TransferTime
 from moe_inspect.simulate.placement.rebalancing import Ageing, ageing
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.simulate.steps.sampling import decisions_of, draw_steps, step_loads
+from moe_inspect.simulate.sampling import decisions_of, draw_steps, step_loads
+from moe_inspect.simulate.step import turning_point
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
@@ -167,6 +169,40 @@ def test_a_planted_imbalance_is_priced(tmp_path: Path, constants: Path):
     row = made.tables["step"].query("domain == ''").iloc[0]
     assert row["cost_low"] > row["cost_by_chance"] > -0.01
     assert made.tables["step_layers"].set_index("layer")["cost"].idxmax() == 1
+
+
+def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path):
+    trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0, Planted(4.0)))
+    times = KERNEL | {"gpus": 4, "latency": constants}
+    made, plain = (moe_inspect.report(trace, layers="1", times=t) for t in (times, None))
+    costs = trace.simulate.step(layers="1", **times)
+    assert claims(costs)
+    found, load = (
+        next(one for one in of.verdict() if one.kind == "busiest_gpu") for of in (made, plain)
+    )
+    assert found.text == " ".join(costs.verdict)
+    assert "the busiest GPU of a layer would get" in load.text
+    assert "Simulated: step" in made.page()
+    assert "Simulated: step" not in plain.page()
+    with pytest.raises(MoeInspectError, match="give --gpu, one of h200"):
+        moe_inspect.report(trace, times=times | {"gpu": None})
+
+
+def test_saving_that_turns_to_cost_is_told_where_both_are_known():
+    known = {"p": 1e-9, "cost_by_chance": 0.0}
+    settings = {"error": 0.02, "too_few": False}
+
+    def turns(costs: list[float], **changes: Any) -> tuple[int, int] | None:
+        sizes = {"tokens": [8, 64, 512], "cost": costs}
+        return turning_point(pd.DataFrame(sizes).assign(**known | changes), settings)
+
+    assert turns([-0.3, -0.1, 0.5]) == (64, 512)
+    assert turns([-0.3, -0.01, 0.5]) == (8, 512)  # 1 % is within the error
+    assert turns([-0.3, 0.1, 0.5]) == (8, 64)
+    assert turns([0.5, 0.1, -0.3]) is None
+    assert turns([-0.3, -0.1, -0.2]) is None
+    assert turns([-0.3, -0.1, 0.5], p=0.5) is None
+    assert turns([-0.3, -0.1, 0.5], cost_by_chance=0.6) is None  # which costs more than that
 
 
 @pytest.mark.parametrize("documents", [2, 6])

@@ -40,6 +40,7 @@ def own_times(table: str | Path | pd.DataFrame) -> Any:
     if missing := [name for name in needed if name not in frame]:
         raise MoeInspectError(f"{where} has no column {', '.join(missing)}")
     frame, counts = frame.reset_index(drop=True), list[np.ndarray]()
+    frame[KERNEL] = frame[KERNEL].astype(str)
     for row, text in enumerate(frame["tokens_per_expert"]):
         try:
             counts.append(np.array(text.split() if isinstance(text, str) else text, float))

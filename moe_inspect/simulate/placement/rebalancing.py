@@ -16,9 +16,9 @@ import pandas as pd
 from moe_inspect.analysis.metrics.windows import FEWEST_WINDOWS
 from moe_inspect.simulate.placement.policies import Layout, contiguous, shares
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
+from moe_inspect.simulate.prices import Prices, shape_of
+from moe_inspect.simulate.sampling import SEED, expected
 from moe_inspect.simulate.shards import taken
-from moe_inspect.simulate.steps.prices import Prices, shape_of
-from moe_inspect.simulate.steps.sampling import SEED, expected
 
 SHUFFLES = 999
 LINK = "alltoall"  # the transfer whose bandwidth experts are moved at

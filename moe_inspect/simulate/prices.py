@@ -23,7 +23,7 @@ from moe_inspect.simulate.latency import (
     Shape,
     TransferTime,
 )
-from moe_inspect.simulate.steps.sampling import StepLoads
+from moe_inspect.simulate.sampling import StepLoads
 from moe_inspect.trace.reader import Trace
 
 LOW_LATENCY = 128  # tokens of a GPU up to which DeepEP's low-latency kernels transfer them

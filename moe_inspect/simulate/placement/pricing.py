@@ -22,16 +22,15 @@ from moe_inspect.simulate.placement.policies import Layout
 from moe_inspect.simulate.placement.rebalancing import Place, rebalancing
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
 from moe_inspect.simulate.placement.workloads import Workload
-from moe_inspect.simulate.result import Settings
-from moe_inspect.simulate.shards import phases_of, taken
-from moe_inspect.simulate.steps.prices import (
+from moe_inspect.simulate.prices import (
     MOST_TOKENS,
     Prices,
     even,
     prices_of,
     shape_of,
 )
-from moe_inspect.simulate.steps.sampling import (
+from moe_inspect.simulate.result import Settings
+from moe_inspect.simulate.sampling import (
     COUNTED,
     FEWEST_BLOCKS,
     MOST_BLOCKS,
@@ -42,6 +41,7 @@ from moe_inspect.simulate.steps.sampling import (
     joined,
     loads_of_steps,
 )
+from moe_inspect.simulate.shards import phases_of, taken
 from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.shard import Shard
 
