@@ -103,8 +103,8 @@ class KernelTime:
         """What lies beyond all that was measured, in words, "" where nothing does."""
         asked = {"tokens": tokens, **{name: getattr(shape, name) for name in SHAPE}}
         return ", ".join(
-            f"{name.replace('inter', 'intermediate size')} {asked[name]:,} (measured: {low:,} to "
-            f"{high:,})"
+            f"{name.replace('inter', 'intermediate size')} {asked[name]:,} (measured: "
+            f"{low:,.0f} to {high:,.0f})"
             for name, (low, high) in self.measured.items()
             if not low <= asked[name] <= high
         )
@@ -204,7 +204,8 @@ class LatencyModel:
         """From times of your own: a csv, or a DataFrame, whose rows are a load of one rank that was
         timed. Columns: gpu, engine, version, kernel, dtype; hidden, inter (of the rank), top_k,
         experts (of all ranks); tokens_per_expert (of the rank's experts, with blanks between); ms;
-        and perhaps handed (tokens that the rank is given, its own or not), ep and tp.
+        and perhaps handed (tokens that the rank is given, its own or not) and tp (ranks that share
+        an expert).
 
         At least 100 rows of each kernel. With three shapes or more, errors are those of shapes that
         were held out; costs of imbalance are learnt from loads with the same sum of tokens.
@@ -231,8 +232,9 @@ class LatencyModel:
                 check(f"{path}: {way.gpu}/{way.kernel}", known)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoeInspectError(
-                f"{path} is no file of latency constants ({error}), as LatencyModel.to_file writes "
-                "it, and no .csv of measured times"
+                f"{path} is no file of latency constants ({error}): give one that "
+                "LatencyModel.to_file wrote, a .csv of measured times, or fit a table with "
+                '"python -m benchmarks.latency_fit TABLE -o FILE"'
             ) from error
         return cls(kernels, transfers, str(held.get("source", "")))
 

@@ -34,8 +34,11 @@ def own_times(table: str | Path | pd.DataFrame) -> Any:
     where = "the table" if isinstance(table, pd.DataFrame) else str(table)
     frame: Any = table
     if not isinstance(table, pd.DataFrame):
-        with reading(table):
-            frame = pd.read_csv(table, dtype=dict.fromkeys(KERNEL, str))
+        try:
+            with reading(table):
+                frame = pd.read_csv(table, dtype=dict.fromkeys(KERNEL, str))
+        except ValueError as error:
+            raise MoeInspectError(f"cannot read {where}: {error}") from error
     needed = [*KERNEL, *OF_RANK, "tokens_per_expert", "ms"]
     if missing := [name for name in needed if name not in frame]:
         raise MoeInspectError(f"{where} has no column {', '.join(missing)}")
@@ -54,7 +57,8 @@ def own_times(table: str | Path | pd.DataFrame) -> Any:
             )
     busiest = pd.Series([of.max() for of in counts])
     rows = pd.Series([of.sum() for of in counts])
-    for name, value in (("ep", 1), ("tp", 1), ("handed", rows / frame["top_k"])):
+    ranks = frame["experts"] / [len(of) for of in counts]
+    for name, value in (("ep", ranks), ("tp", 1), ("handed", rows / frame["top_k"])):
         frame[name] = frame.get(name, value)
     frame["tokens"] = rows * frame["ep"] / frame["top_k"]
     alike = [frame[name] for name in [*KERNEL, *CONFIGURATION]]

@@ -24,7 +24,7 @@ import pandas as pd
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.chance import ALPHA
-from moe_inspect.analysis.metrics.uncertainty import student, student_p
+from moe_inspect.analysis.metrics.uncertainty import student
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import (
     Axis,
@@ -48,6 +48,7 @@ from moe_inspect.simulate.prices import (
     Prices,
     Times,
     even,
+    p_apart,
     prices_of,
     shape_of,
 )
@@ -265,8 +266,8 @@ class Cost:
         if (B := len(ms_B)) >= FEWEST_BLOCKS:
             error = ms_B.std(ddof=1) / math.sqrt(B)
             reach = student(B) * error if documents_known else np.nan
-            apart = abs(ms - chance) / math.hypot(error, chance_D.std(ddof=1) / math.sqrt(DRAWS))
-            p = min(1.0, 2 * float(student_p(np.array(apart), B - 1)))
+            error = math.hypot(error, chance_D.std(ddof=1) / math.sqrt(DRAWS))
+            p = p_apart(ms, chance, error, B)
         return {
             "steps": len(ms_S),
             "ms": ms,
@@ -318,7 +319,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
 def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
     """A cost is claimed where it is neither chance nor the error of the times."""
     cost, chance = row["cost"], row["cost_by_chance"]
-    said = f"A step of {row['tokens']:,} tokens{of} takes {row['ms']:.3g} ms"
+    said = f"A step of {plural(row['tokens'], 'token')}{of} takes {row['ms']:.3g} ms"
     interval = ""
     if not math.isnan(row["cost_low"]):
         interval = f", 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"

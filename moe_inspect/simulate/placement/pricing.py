@@ -16,7 +16,6 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.uncertainty import student_p
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement.policies import Layout
 from moe_inspect.simulate.placement.rebalancing import Place, rebalancing
@@ -26,6 +25,7 @@ from moe_inspect.simulate.prices import (
     MOST_TOKENS,
     Prices,
     even,
+    p_apart,
     prices_of,
     shape_of,
 )
@@ -75,10 +75,7 @@ class PlanTimes:
             w * float(of_B.std(ddof=1)) / math.sqrt(len(of_B))
             for w, of_B in zip(self.weights, apart, strict=True)
         )
-        by = abs(self.ms - other.ms)
-        if by <= 1e-9 * self.ms:
-            return 1.0
-        return 2 * float(student_p(np.array(by / max(error, 1e-300)), blocks - 1))
+        return p_apart(self.ms, other.ms, error, blocks)
 
     def corrected_p(self, other: PlanTimes, plans: int) -> float:
         """For the number of pairs of so many plans."""
