@@ -26,11 +26,15 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from benchmarks.latency_tables import DRAWS, GPU, TIMED_DRAWS, load, read
-from moe_inspect.simulate.latency import BYTES, LINEAR, START, LatencyModel, TransferTime
-from moe_inspect.simulate.latency_fit import (
+from moe_inspect.simulate.latency import (
+    BYTES,
     FEWEST_ROWS,
     KERNEL,
+    LINEAR,
+    START,
+    LatencyModel,
     Measured,
+    TransferTime,
     measured,
     own_times,
     summary,

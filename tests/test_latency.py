@@ -20,15 +20,16 @@ from benchmarks import latency_fit
 from benchmarks.latency_tables import DRAWS, balanced, load, power_law
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.latency import (
+    KERNEL,
     SHIPPED,
     START,
     KernelTime,
     LatencyModel,
     Shape,
     features,
+    fit,
     times,
 )
-from moe_inspect.simulate.latency_fit import KERNEL, fit
 from tests.test_real_data import REAL
 
 SHAPE = Shape(hidden=7168, inter=2048, top_k=8, experts=256)
