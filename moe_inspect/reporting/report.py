@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
@@ -38,7 +38,7 @@ def report(
     scheduler: object = None,
     progress: Callable[[int], None] | None = None,
     baseline: Trace | str | Path | None = None,
-    times: Mapping[str, object] | None = None,
+    times: Mapping[str, Any] | None = None,
 ) -> Report:
     """The report on a trace, or on a selection of it: layers "0-3,7", domains, phase "prefill",
     "decode", "encode" or "draft".
