@@ -143,7 +143,10 @@ class TimesOptions(Options):
     engine: str | None = times_option("Engine that they were measured in, e.g. vllm.", "NAME")
     dtype: str | None = times_option("Data type of the experts' weights, e.g. fp8.", "NAME")
     kernel: str | None = times_option("Kernel, where several were measured.", "NAME")
-    latency: Path | None = times_option("Constants of your own instead.", "FILE")
+    latency: Path | None = times_option(
+        "Times of your own instead: fitted constants (.json), or tokens per expert and ms (.csv).",
+        "FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

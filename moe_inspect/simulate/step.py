@@ -95,7 +95,8 @@ def simulate_step(
     `gpu`, `engine`, `dtype`, `kernel`: whose measured times, of those that the constants have.
     `gpus`: that share the experts; default up to 8. `batch_tokens`: tokens of a step, over all
     GPUs. `placement`: a plan for SGLang, as `simulate placement -o` writes it; by default experts
-    are in order. `latency`: a file of constants; by default the one that is part of moe-inspect.
+    are in order. `latency`: a file of constants, or a csv of `LatencyModel.fit`; by default the
+    constants that are part of moe-inspect.
     `layers`, `domains`, `phase`: what is selected; each phase of the trace is simulated by itself.
 
     Tables: step (a row per phase, domain and tokens), step_layers (a row per layer too). Times are

@@ -143,8 +143,8 @@ class Pricing:
         tables["policies"] = tables["policies"].merge(columns, "left", "policy")
         ageing = None
         if again := next((name for name in places if name in times), None):
-            found = rebalancing(plans, again, places[again], prices, N)
-            tables["rebalancing"], ageing = found.table, found.ageing
+            changes, ageing = rebalancing(plans, again, places[again], prices, N)
+            tables["rebalancing"] = changes
         shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
         said = prices.said(layout.gpus, shapes, N)
         of = prices.kernel.name, N, prices.error, said, unpriced, self.memory_gb, ageing
