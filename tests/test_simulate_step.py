@@ -190,7 +190,7 @@ def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path
 
 def test_saving_that_turns_to_cost_is_told_where_both_are_known():
     known = {"p": 1e-9, "cost_by_chance": 0.0}
-    settings = {"error": 0.02, "too_few": False}
+    settings = {"error": 0.02, "too_few": False, "batch_tokens": [8, 64, 512]}
 
     def turns(costs: list[float], **changes: Any) -> tuple[int, int] | None:
         sizes = {"tokens": [8, 64, 512], "cost": costs}

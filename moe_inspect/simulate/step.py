@@ -40,9 +40,8 @@ from moe_inspect.reporting.charts.spec import (
 )
 from moe_inspect.simulate import result
 from moe_inspect.simulate.latency import Shape
-from moe_inspect.simulate.placement.layouts import layouts_of
 from moe_inspect.simulate.placement.plan import read_plan
-from moe_inspect.simulate.placement.policies import contiguous
+from moe_inspect.simulate.placement.policies import contiguous, layouts_of
 from moe_inspect.simulate.prices import (
     MOST_TOKENS,
     Prices,
@@ -349,7 +348,8 @@ def _known(row: Any, settings: Settings, among: int) -> bool:
 def turning_point(rows: Frame, settings: Settings) -> tuple[int, int] | None:
     """The most tokens of a step of which imbalance is known to save time, and the fewest of which
     it is known to cost time; None where it does not do both, in this order. `rows`: of a phase."""
-    known = [row for row in rows.to_dict("records") if _known(row, settings, len(rows))]
+    among = len(settings["batch_tokens"])
+    known = [row for row in rows.to_dict("records") if _known(row, settings, among)]
     saves = max((row["tokens"] for row in known if row["cost"] < 0), default=None)
     costs = min((row["tokens"] for row in known if row["cost"] > 0), default=None)
     return (saves, costs) if saves and costs and saves < costs else None
@@ -359,12 +359,9 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
     """Of each phase: the time and the cost by tokens of a step, and what the time of each layer is
     made of."""
     table, layers = tables["step"], tables["step_layers"]
-    table, panels, several = (
-        table[table["domain"] == ""],
-        list[Panel](),
-        table["phase"].nunique() > 1,
-    )
-    for phase, mine in table.groupby("phase", sort=False, dropna=False):
+    several, panels = table["phase"].nunique() > 1, list[Panel]()
+    whole = table[table["domain"] == ""]
+    for phase, mine in whole.groupby("phase", sort=False, dropna=False):
         of = f" of {phase}" if several else ""
         panels += _by_tokens(mine, settings, of)
         largest = layers[layers["tokens"] == mine["tokens"].max()]
