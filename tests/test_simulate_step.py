@@ -226,6 +226,22 @@ def test_counts_of_an_even_load_claim_nothing(tmp_path: Path, constants: Path):
     assert not claims(made)
 
 
+def test_chance_of_a_plan_is_that_of_its_slots(tmp_path: Path, constants: Path):
+    """Experts with two replicas have twice the load, as the plan expects: chance is no busier."""
+    loads = [np.array([[2, 2, 2, 2, 1, 1, 1, 1]]) * 10_000]
+    path = tmp_path / "plan.json"
+    path.write_text('{"physical_to_logical_map": [[0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 6, 7]]}')
+    options: dict[str, Any] = {"gpus": 4, "batch_tokens": [4_096], "placement": path}
+    made = simulated(write_counts(tmp_path / "t", loads, 2, ["text"]), constants, **options)
+    row = made.tables["step"].iloc[0]
+    assert abs(row["cost"] - row["cost_by_chance"]) < 0.02
+    assert not claims(made)
+    even = [np.full((1, 8), 10_000)]  # which that plan does not expect
+    made = simulated(write_counts(tmp_path / "u", even, 2, ["text"]), constants, **options)
+    assert made.tables["step"]["cost"].item() == pytest.approx(1 / 4, abs=0.03)
+    assert claims(made)
+
+
 def test_a_domain_need_not_have_every_phase(tmp_path: Path, constants: Path):
     ids = uniform_ids(np.random.default_rng(0), 800, 8, 2)
     document = np.repeat(np.arange(20), 40)
