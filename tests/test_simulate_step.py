@@ -181,6 +181,9 @@ def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path
         next(one for one in of.verdict() if one.kind == "busiest_gpu") for of in (made, plain)
     )
     assert found.text == " ".join(costs.verdict)
+    critical = sum(one.severity == "critical" for one in plain.verdict())
+    assert made.verdict().index(found) == critical  # it was asked for
+    assert plain.verdict().index(load) > critical
     assert "the busiest GPU of a layer would get" in load.text
     assert "Simulated: step" in made.page()
     assert "Simulated: step" not in plain.page()
