@@ -1,15 +1,14 @@
 """`python -m benchmarks.latency_fit TABLE …`: fits the constants of the latency of MoE layers, and
 says how wrong they are on what they were not fitted on.
 
-    python -m benchmarks.latency_fit TABLE … [--json] [-o FILE] [--by]
+    python -m benchmarks.latency_fit TABLE … [--json] [-o own.json] [-o errors.csv]
 
 A table is a *moe_perf.parquet of ai-dynamo/aiconfigurator, one of its tables of DeepEP or NCCL, or
-a csv with the columns gpu, engine, version, kernel, dtype, hidden, inter (of the rank), top_k,
-experts (of all ranks), tokens_per_expert (of the rank, with blanks between) and ms, and perhaps ep
-and handed (tokens given to the rank). An error is |log(ours ÷ measured)|, of the cost of imbalance
-(a load's time ÷ that of the balanced load of the same tokens) and of the time.
+a csv of `LatencyModel.fit`. An error is |log(ours ÷ measured)|, of the cost of imbalance (a load's
+time ÷ that of the balanced load of the same tokens) and of the time. errors.csv has a row per
+kernel and way to predict, of all its rows, by number of ranks (ep), and by tokens of a step.
 
-S rows, D draws, F features, P pairs, G groups of rows that stay together.
+S rows, D draws, F features, P pairs.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,129 +25,41 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from benchmarks.latency_tables import DRAWS, GPU, TIMED_DRAWS, Load, load, read
+from benchmarks.latency_tables import DRAWS, GPU, TIMED_DRAWS, load, read
 from moe_inspect.simulate.latency import (
     BYTES,
+    FEWEST_ROWS,
+    KERNEL,
     LINEAR,
     START,
-    KernelTime,
     LatencyModel,
-    Shape,
+    Measured,
     TransferTime,
-    features,
-    fit,
-    times,
+    measured,
+    own_times,
+    summary,
 )
 
-KERNEL = ["gpu", "engine", "version", "kernel", "dtype"]
-SHAPE = ["hidden", "whole_inter", "experts", "top_k"]
-CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
 # TB/s of memory, dense TFLOP/s of bfloat16; fp8 twice, fp4 four times: the vendor's figures
 SPECS = {"h100": (3.35, 989), "h200": (4.8, 989), "b200": (7.7, 2250)}
 SOURCE = "fitted from tables of ai-dynamo/aiconfigurator (Apache-2.0)"
-FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
-HELD_OUT = "held-out shapes"
+HELD_OUT, UNKNOWN_DRAWS = "held-out shapes", "unknown draws alone"
 RANKS = 8  # of the tables of DeepEP: one node
 TOKENS = [0, 4, 32, 128, 512, 2048, np.inf]
 
 
-def read_csv(path: Path) -> Any:
-    """Of the loads of a shape and a sum of tokens, the most even one is the balanced one."""
-    frame: Any = pd.read_csv(path)
-    counts = [np.array(text.split(), float) for text in frame["tokens_per_expert"]]
-    busiest = pd.Series([x.max() for x in counts])
-    frame["rows"] = [x.sum() for x in counts]
-    for name, value in (("ep", 1), ("tp", 1), ("handed", frame["rows"] / frame["top_k"])):
-        frame[name] = frame.get(name, value)
-    frame["tokens"] = frame["rows"] * frame["ep"] / frame["top_k"]
-    alike = [*KERNEL, *CONFIGURATION]
-    least = busiest.groupby([frame[name] for name in alike]).transform("min")
-    frame["law"] = np.where(busiest == least, "balanced", "given")
-    frame["load"] = [
-        Load(x[None], np.array([n])) for x, n in zip(counts, frame["handed"], strict=True)
-    ]
-    return frame
-
-
 def read_parquet(path: Path) -> Any:
     frame: Any = pd.DataFrame(read(path))
-    frame["load"] = [
+    loads = [
         load(r.engine, r.kernel, r.tokens, r.experts, r.top_k, r.ep, r.law)
         for r in frame.itertuples()
     ]
-    return frame
-
-
-@dataclass
-class Measured:
-    """The rows of one kernel. features_SDF: a balanced load has one draw, DRAWS times."""
-
-    name: tuple[str, ...]
-    frame: Any  # a data frame
-    features_SDF: np.ndarray
-
-    @cached_property
-    def ms_S(self) -> np.ndarray:
-        return self.frame["ms"].to_numpy(float)
-
-    @cached_property
-    def shape_S(self) -> np.ndarray:
-        return self.frame[SHAPE].astype(str).agg(" ".join, axis=1).to_numpy()
-
-    @cached_property
-    def pairs_P2(self) -> np.ndarray:
-        return pairs(self.frame)
-
-    def range(self) -> dict[str, list[float]]:
-        names = ["tokens", "hidden", "inter", "experts"]
-        return {
-            name: [self.frame[name].min().item(), self.frame[name].max().item()] for name in names
-        }
-
-    def times(self, constants: dict[str, float]) -> np.ndarray:
-        """[rows], the mean over draws."""
-        return self.times_by_draw(constants).mean(1)
-
-    def times_by_draw(self, constants: dict[str, float]) -> np.ndarray:
-        row = self.features_SDF.reshape(-1, len(START))
-        ours = times(row, np.array([constants[name] for name in START]))
-        return ours.reshape(len(self.ms_S), -1)
-
-    def fitted(self, keep_S: np.ndarray, seed: int = 0) -> dict[str, float]:
-        """From the rows to keep, or a sample of their configurations."""
-        frame = self.frame[keep_S]
-        group_S = frame.groupby(CONFIGURATION, sort=True).ngroup().to_numpy()
-        many = int(group_S.max()) + 1
-        fewer = max(1, many * MOST_ROWS // len(frame))
-        if fewer < many:
-            kept = np.random.default_rng(seed).choice(many, fewer, replace=False)
-            keep_S = np.flatnonzero(keep_S)[np.isin(group_S, kept)]
-            frame = self.frame.iloc[keep_S]
-        return fit(self.features_SDF[keep_S].mean(1), self.ms_S[keep_S], pairs(frame))
-
-
-def pairs(frame: Any) -> np.ndarray:
-    """int [pairs, 2]: a row, and the row of the balanced load of its configuration."""
-    frame = frame.assign(at=np.arange(len(frame)))
-    even = frame["law"] == "balanced"
-    joined = frame[~even].merge(frame[even], on=CONFIGURATION, suffixes=("", "_even"))
-    return joined[["at", "at_even"]].to_numpy(int)
-
-
-def measured(paths: list[Path]) -> Iterator[Measured]:
-    frames = [read_csv(p) if p.suffix == ".csv" else read_parquet(p) for p in paths]
-    frame: Any = pd.concat(frames, ignore_index=True)
-    frame["whole_inter"] = frame["inter"] * frame["tp"]
-    for name, rows in frame.groupby(KERNEL, sort=True):
-        if len(rows) < FEWEST_ROWS:
-            print(f"left out: {'/'.join(name)}, {len(rows)} rows", file=sys.stderr)
-            continue
-        found = np.empty((len(rows), DRAWS, len(START)))
-        for at, r in enumerate(rows.itertuples()):
-            gated = "nongated" not in r.kernel
-            shape = Shape(r.hidden, r.inter, r.top_k, r.experts, gated)
-            found[at] = features(r.load.tokens_DE, shape, r.dtype, r.load.tokens_D)
-        yield Measured(tuple(map(str, name)), rows.reset_index(drop=True), found)
+    frame["load"] = [of.tokens_DE for of in loads]
+    frame["handed"] = [of.tokens_D for of in loads]
+    few = frame.groupby(KERNEL)["ms"].transform("size") < FEWEST_ROWS
+    for name, rows in frame[few].groupby(KERNEL):
+        print(f"left out: {'/'.join(name)}, {len(rows)} rows", file=sys.stderr)
+    return frame[~few]
 
 
 # --- dispatch and combine
@@ -205,55 +114,6 @@ def line(gb: Any, ms: Any) -> tuple[float, float, float]:
 # --- errors
 
 
-def errors(kernel: Measured, ours_S: np.ndarray) -> dict[str, float | int | None]:
-    """Of the rows that have a time of ours (NaN where they have none)."""
-    error_S = np.abs(np.log(ours_S / kernel.ms_S))
-    return summary(imbalance(kernel, ours_S), error_S[np.isfinite(error_S)])
-
-
-def imbalance(kernel: Measured, ours_S: np.ndarray) -> np.ndarray:
-    """Errors [pairs] of the cost of imbalance."""
-    log_P2 = np.log(ours_S / kernel.ms_S)[kernel.pairs_P2]
-    error_P = np.abs(log_P2[:, 0] - log_P2[:, 1])
-    return error_P[np.isfinite(error_P)]
-
-
-def summary(error_P: np.ndarray, error_S: np.ndarray) -> dict[str, float | int | None]:
-    return {
-        "pairs": len(error_P),
-        "imbalance_error_median": quantile(error_P, 0.5),
-        "imbalance_error_p90": quantile(error_P, 0.9),
-        "time_error_median": quantile(error_S, 0.5),
-    }
-
-
-def pooled(judged_by: dict[str, list[tuple[Measured, np.ndarray]]]) -> Iterator[dict]:
-    """A row per way to predict, over all kernels with held-out shapes."""
-    for by, kernels in judged_by.items():
-        if kernels:
-            error_P = np.concatenate([imbalance(*one) for one in kernels])
-            error_S = np.concatenate([np.abs(np.log(ours / k.ms_S)) for k, ours in kernels])
-            about = dict.fromkeys(KERNEL, "all") | {"by": by}
-            yield about | summary(error_P, error_S if by == HELD_OUT else error_S[:0])
-
-
-def quantile(error: np.ndarray, q: float) -> float | None:
-    return round(float(np.quantile(error, q)), 4) if len(error) else None
-
-
-def held_out_shapes(kernel: Measured) -> np.ndarray | None:
-    """Times of each row by constants that never saw its shape; None with fewer than 3 shapes."""
-    shapes = np.unique(kernel.shape_S)
-    if len(shapes) < 3:
-        return None
-    ours_S, shuffled = np.empty(len(kernel.ms_S)), np.random.default_rng(0).permutation(shapes)
-    for fold in range(min(FOLDS, len(shapes))):
-        held_S = np.isin(kernel.shape_S, shuffled[fold :: min(FOLDS, len(shapes))])
-        constants = kernel.fitted(~held_S, fold)
-        ours_S[held_S] = kernel.times(constants)[held_S]
-    return ours_S
-
-
 def carried(constants: dict[str, float], old: str, new: str) -> dict[str, float]:
     """To another GPU: what moves bytes by the ratio of bandwidths, what multiplies by that of
     FLOP/s, launches as they are."""
@@ -271,12 +131,6 @@ def carried(constants: dict[str, float], old: str, new: str) -> dict[str, float]
     return {name: value * scale[name] for name, value in constants.items()}
 
 
-def baselines(kernel: Measured) -> dict[str, np.ndarray]:
-    """Only their ratios mean anything: the rows that the rank computes, and one time for all."""
-    rows_S = kernel.features_SDF[..., LINEAR + 1].mean(1)
-    return {"load ratio": rows_S, "no effect": np.ones(len(rows_S))}
-
-
 def roofline(kernel: Measured) -> np.ndarray:
     """Times without a fit: the slower of the weights' bytes and the rows' FLOPs, as specified."""
     bandwidth, rate = SPECS.get(kernel.name[0], (np.nan, np.nan))
@@ -286,90 +140,121 @@ def roofline(kernel: Measured) -> np.ndarray:
     return np.maximum(weights_SD, row[..., LINEAR + 1] / rate / bits * 1e3).mean(1)
 
 
-def noise(kernel: Measured, constants: dict[str, float]) -> dict[str, float | None]:
-    """What the unknown draws alone make of the error: two halves of our draws against each other,
+def ways(kernel: Measured, kernels: list[Measured]) -> Iterator[tuple[str, np.ndarray]]:
+    """How the times of a kernel can be predicted: by what, and the times [rows]."""
+    if kernel.held_out_shapes is not None:
+        yield HELD_OUT, kernel.held_out_shapes
+    gpu, engine, _, name, dtype = kernel.name
+    for other in kernels:
+        other_gpu, other_engine, _, other_name, other_dtype = other.name
+        if (other_engine, other_name, other_dtype) == (engine, name, dtype) and other_gpu != gpu:
+            ours_S = kernel.times(carried(other.constants, other_gpu, gpu))
+            yield f"another GPU: {other_gpu}", ours_S
+        elif (other_gpu, other_dtype) == (gpu, dtype) and other_engine != engine:
+            yield f"another engine: {other_engine} {other_name}", kernel.times(other.constants)
+    # of these two only ratios mean anything: the rows that the rank computes, and one time for all
+    yield "load ratio", kernel.features_SDF[..., LINEAR + 1].mean(1)
+    yield "no effect", np.ones(len(kernel.ms_S))
+    yield "roofline, not fitted", roofline(kernel)
+
+
+def noise(kernel: Measured) -> np.ndarray:
+    """Errors [pairs] that the unknown draws alone make: two halves of our draws against each other,
     as TIMED_DRAWS unknown draws and DRAWS of ours would differ."""
-    ours_SD = kernel.times_by_draw(constants)[kernel.pairs_P2[:, 0]]
+    ours_SD = kernel.times_by_draw(kernel.constants)[kernel.pairs_P2[:, 0]]
     half = DRAWS // 2
     gap_P = np.abs(np.log(ours_SD[:, :half].mean(1) / ours_SD[:, half:].mean(1)))
-    gap_P *= np.sqrt((1 / TIMED_DRAWS + 1 / DRAWS) / (2 / half))
-    return {"median": quantile(gap_P, 0.5), "p90": quantile(gap_P, 0.9)}
+    return gap_P * np.sqrt((1 / TIMED_DRAWS + 1 / DRAWS) / (2 / half))
 
 
-def judged(kernel: Measured, fitted: dict[tuple[str, ...], dict[str, float]]) -> Iterator[dict]:
-    """A row per way to predict."""
-    about = dict(zip(KERNEL, kernel.name, strict=True))
-    gpu, engine, _, name, dtype = kernel.name
-    for by, ours_S in baselines(kernel).items():
-        yield about | {"by": by} | errors(kernel, ours_S) | {"time_error_median": None}
-    yield about | {"by": "roofline, not fitted"} | errors(kernel, roofline(kernel))
-    for other, constants in fitted.items():
-        if other[1] == engine and other[3:] == (name, dtype) and other[0] != gpu:
-            ours = kernel.times(carried(constants, other[0], gpu))
-            yield about | {"by": f"fitted on {other[0]}"} | errors(kernel, ours)
-        elif other[0] == gpu and other[4] == dtype and other[1] != engine:
-            ours = kernel.times(constants)
-            yield about | {"by": f"fitted on {other[1]} {other[3]}"} | errors(kernel, ours)
+def errors(kernel: Measured, kernels: list[Measured]) -> Any:
+    """A row per way to predict and pair, or row (`of`): its error, its ranks and its tokens."""
+    every = [
+        (by, of, rows, error)
+        for by, ours_S in ways(kernel, kernels)
+        for of, rows, error in (
+            ("pair", kernel.pairs_P2[:, 0], kernel.of_imbalance(ours_S)),
+            ("time", np.arange(len(ours_S)), kernel.of_times(ours_S)),
+        )
+        if of == "pair" or by not in ("load ratio", "no effect")
+    ]
+    if kernel.features_SDF.shape[1] > 1:
+        every.append((UNKNOWN_DRAWS, "pair", kernel.pairs_P2[:, 0], noise(kernel)))
+    edges = [str(x) for x in TOKENS[1:-1]] + ["more"]
+    tokens_S = np.array(edges)[np.searchsorted(TOKENS[1:-1], kernel.frame["tokens"])]
+    ep_S = kernel.frame["ep"].to_numpy().astype(str)
+    return pd.concat(
+        pd.DataFrame({"by": by, "of": of, "ep": ep_S[at], "tokens": tokens_S[at], "error": error_X})
+        for by, of, at, error_X in every
+    )
 
 
-def by_ep_and_tokens(kernel: Measured, ours_S: np.ndarray) -> Any:
-    log_S = np.log(ours_S / kernel.ms_S)
-    pair = kernel.pairs_P2
-    frame = kernel.frame.iloc[pair[:, 0]]
-    error: Any = pd.Series(np.abs(log_S[pair[:, 0]] - log_S[pair[:, 1]]), frame.index)
-    edges = [int(x) if np.isfinite(x) else ">" for x in TOKENS[1:]]
-    tokens = pd.cut(frame["tokens"], TOKENS, labels=[str(x) for x in edges])
-    groups = error.groupby([frame["ep"], tokens], observed=True)
-    return groups.agg(lambda e: f"{e.median():.3f} ({e.quantile(0.9):.2f})").unstack()
+def table_of(kernels: list[Measured]) -> Any:
+    """The errors of all kernels with held-out shapes together, and of each kernel; of all rows, by
+    ranks, and by tokens."""
+    each = {kernel.name: errors(kernel, kernels) for kernel in kernels}
+    known = [each[kernel.name] for kernel in kernels if kernel.held_out_shapes is not None]
+    if known:
+        whole: Any = pd.concat(known)
+        together = whole.assign(by=whole["by"].str.partition(":")[0])
+        each = {("all",) * len(KERNEL): together} | each
+    rows = list[dict[str, Any]]()
+    for name, of in each.items():
+        for cut in ([], ["ep"], ["tokens"]):
+            for key, mine in of.groupby(["by", *cut], sort=False):
+                row = dict(zip(KERNEL, name, strict=True)) | {
+                    "by": "",
+                    "ep": "all",
+                    "tokens": "all",
+                }
+                row |= dict(zip(["by", *cut], key, strict=True))
+                pair, time = (mine["error"][mine["of"] == x].to_numpy() for x in ("pair", "time"))
+                rows.append(row | summary(pair, time))
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("tables", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="a line per kernel")
-    parser.add_argument("--by", action="store_true", help="errors by ranks and tokens as well")
-    parser.add_argument("-o", "--output", type=Path, help="write the constants to this file")
+    parser.add_argument(
+        *("-o", "--output"),
+        action="append",
+        type=Path,
+        default=[],
+        help="write the constants to FILE.json, the errors to FILE.csv",
+    )
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     asked = parser.parse_args()
     moves = [p for p in asked.tables if "moe_perf" not in p.name and p.suffix != ".csv"]
     tables = [p for p in asked.tables if p not in moves]
-    kernels = [k for k in measured(tables) if asked.only in "/".join(k.name)] if tables else []
-    fitted = {k.name: k.fitted(np.ones(len(k.ms_S), bool)) for k in kernels}
-    table, entries = [], []
-    judged_by: dict[str, list[tuple[Measured, np.ndarray]]] = defaultdict(list)
-    for kernel in kernels:
-        about, constants = dict(zip(KERNEL, kernel.name, strict=True)), fitted[kernel.name]
-        ours_S = held_out_shapes(kernel)
-        if ours_S is not None:
-            for by, way_S in {HELD_OUT: ours_S, **baselines(kernel)}.items():
-                judged_by[by].append((kernel, way_S))
-        found = errors(kernel, np.full(len(kernel.ms_S), np.nan) if ours_S is None else ours_S)
-        if asked.json:
-            print(json.dumps({n: about[n] for n in KERNEL if n != "version"} | found), flush=True)
-        else:
-            table.append(about | {"by": HELD_OUT} | found)
-            draws = noise(kernel, constants)
-            table.append(
-                about
-                | {"by": "unknown draws alone", "pairs": found["pairs"]}
-                | {f"imbalance_error_{name}": value for name, value in draws.items()}
-            )
-            table += judged(kernel, fitted)
-            if asked.by and ours_S is not None and len(kernel.pairs_P2):
-                print("/".join(kernel.name), by_ep_and_tokens(kernel, ours_S).to_string(), sep="\n")
-        # a constant at the bottom of its range is a term that nothing needed
-        needed = {name: value > START[name] * 1e-5 for name, value in constants.items()}
-        rounded = {n: float(f"{v:.4g}") * needed[n] for n, v in constants.items()}
-        kept = {name: value for name, value in found.items() if name != "pairs"}
-        entries.append(KernelTime(**about, constants=rounded, errors=kept, measured=kernel.range()))
-    ways = [found for path in moves for found in transfers(path)]
-    for way, rows in ways if asked.json else ():
-        print(json.dumps(asdict(way) | {"rows": rows}))
-    if not asked.json:
-        print(pd.DataFrame([*table, *pooled(judged_by)]).to_string(index=False))
-        print(pd.DataFrame([asdict(way) | {"rows": n} for way, n in ways]).to_string(index=False))
-    if asked.output:
-        LatencyModel(entries, [way for way, _ in ways], SOURCE).to_file(asked.output)
+    frames = [own_times(p) if p.suffix == ".csv" else read_parquet(p) for p in tables]
+    kernels = [
+        k
+        for k in (measured(pd.concat(frames, ignore_index=True)) if frames else ())
+        if asked.only in "/".join(k.name)
+    ]
+    moved = [found for path in moves for found in transfers(path)]
+    if asked.json:
+        for k in kernels:
+            about = {n: v for n, v in zip(KERNEL, k.name, strict=True) if n != "version"}
+            print(json.dumps(about | k.errors(k.held_out_shapes)), flush=True)
+        for way, rows in moved:
+            print(json.dumps(asdict(way) | {"rows": rows}))
+    csvs = [path for path in asked.output if path.suffix == ".csv"]
+    if kernels and (csvs or not asked.json):
+        table = table_of(kernels)
+        for path in csvs:
+            table.to_csv(path, index=False)
+        if not asked.json:
+            whole = table[(table["ep"] == "all") & (table["tokens"] == "all")]
+            print(whole.drop(columns=["ep", "tokens"]).to_string(index=False))
+    if moved and not asked.json:
+        print(pd.DataFrame([asdict(way) | {"rows": n} for way, n in moved]).to_string(index=False))
+    for path in asked.output:
+        if path not in csvs:
+            entries, ways = [k.kernel_time() for k in kernels], [way for way, _ in moved]
+            LatencyModel(entries, ways, SOURCE).to_file(path)
 
 
 if __name__ == "__main__":

@@ -136,13 +136,13 @@ def cache() -> Rates:
 
 @benchmark
 def decode() -> Rates:
-    from moe_inspect.simulate.decode import Steps, simulate_decode
+    from moe_inspect.simulate.decode import DecodeSteps, simulate_decode
 
     position_T, before_T = np.arange(TOKENS) % 512, np.full(TOKENS, -1)
     for E, k in SHAPES:
         ids_KT = np.ascontiguousarray(zipf(TOKENS, E, k).T)
         sweep = partial(
-            lambda ids_KT, E: Steps(E, [1, 8, 32, 128]).add(ids_KT, position_T, before_T),
+            lambda ids_KT, E: DecodeSteps(E, [1, 8, 32, 128]).add(ids_KT, position_T, before_T),
             ids_KT,
             E,
         )

@@ -273,6 +273,7 @@ def test_both_drawers_know_every_mark():
     y = np.array([1.0, np.nan, 3.0, 2.0])
     marks = (
         spec.Band(x, x * 0, x, "band"),
+        spec.Bars(x, x, x + 1, "bars", "c4"),
         spec.Rule(1, "rule", dash="dash"),
         spec.Links(x, x, x + 1),
         Line(x, y, "line", "c1", "dot", True, y - 1, y + 1),
@@ -289,7 +290,7 @@ def test_both_drawers_know_every_mark():
     assert axes.get_ylim()[1] == 9
     assert sum(isinstance(found, LineCollection) for found in axes.collections) == 3
     page = [payload.panel_json(panel) for panel in chart.panels]
-    assert page[0]["marks"][3]["y"] == [1, None, 3, 2]
+    assert page[0]["marks"][4]["y"] == [1, None, 3, 2]
     script = html.asset("chart.js")
     assert all(f'"{kind.__name__.lower()}"' in script for kind in kinds - {Points})
     with pytest.raises(TypeError, match="no way to draw str"):

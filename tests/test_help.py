@@ -87,8 +87,8 @@ def test_help_lists_every_option_once_by_panel(monkeypatch: pytest.MonkeyPatch) 
         long = [next(name for name in p.opts if name.startswith("--")) for p in options]
         assert sorted(shown) == sorted([*long, "--help"]), name
     titles = [title for title, _ in sections_of(COMMANDS["report"], monkeypatch)]
-    said = " | Arguments | Selection | Output | Checks, exit code 3 | Options | Examples"
-    assert " | ".join(titles) == said
+    said = " | Arguments | Selection | Output | Times | GPUs | Checks, exit code 3 | Options"
+    assert " | ".join(titles) == f"{said} | Examples"
 
 
 def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

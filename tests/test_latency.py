@@ -20,6 +20,7 @@ from benchmarks import latency_fit
 from benchmarks.latency_tables import DRAWS, balanced, load, power_law
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.latency import (
+    KERNEL,
     SHIPPED,
     START,
     KernelTime,
@@ -173,9 +174,9 @@ def test_an_sglang_rank_computes_all_choices_of_the_tokens_that_reach_it() -> No
     assert load("vllm", "triton", 64, 256, 8, 64, "balanced").tokens_DE.sum() == (ids < 4).sum()
 
 
-def test_a_csv_of_ones_own_is_fitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def own() -> pd.DataFrame:
+    """Times of loads that are more and less even, of three shapes."""
     truth, rng, rows = KERNELS[0], np.random.default_rng(0), []
     for hidden, inter in ((2048, 768), (4096, 1024), (7168, 2048)):
         shape = Shape(hidden, inter, 4, 16)
@@ -188,20 +189,54 @@ def test_a_csv_of_ones_own_is_fitted(
                 ms = truth.predict(tokens[None], shape)[0]
                 text = " ".join(str(int(x)) for x in tokens)
                 rows.append(("x1", "mine", "1", "k", truth.dtype, hidden, inter, 4, 16, text, ms))
-    rows *= 2
-    names = [*latency_fit.KERNEL, "hidden", "inter", "top_k", "experts", "tokens_per_expert", "ms"]
-    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "own.csv", index=False)
-    out = tmp_path / "own.json"
-    monkeypatch.setattr(sys, "argv", ["fit", str(tmp_path / "own.csv"), "--json", "-o", str(out)])
+    names = [*KERNEL, "hidden", "inter", "top_k", "experts", "tokens_per_expert", "ms"]
+    return pd.DataFrame(rows * 2, columns=names)
+
+
+def test_times_of_ones_own_are_fitted(
+    own: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own.to_csv(tmp_path / "own.csv", index=False)
+    names = ["own.csv", "--json", "-o", "own.json", "-o", "errors.csv"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fit", *names])
     latency_fit.main()
     line = json.loads(capsys.readouterr().out)
     assert line["gpu"] == "x1"
     assert line["pairs"] > 50
     assert line["imbalance_error_median"] < 0.05
-    own = LatencyModel.from_file(out).kernel(gpu="x1")
+    found = LatencyModel.from_file("own.json").kernel(gpu="x1")
     tokens = np.array([[9, 9, 0, 50, 1, 1, 1, 3]])
-    ours, theirs = (x.predict(tokens, Shape(4096, 1024, 4, 16)) for x in (own, truth))
+    ours, theirs = (x.predict(tokens, Shape(4096, 1024, 4, 16)) for x in (found, KERNELS[0]))
     assert ours[0] == pytest.approx(theirs[0], rel=0.1)
+    assert LatencyModel.from_file("own.csv").kernels == [found]
+    errors = pd.read_csv("errors.csv").query("gpu == 'x1' and by == 'held-out shapes'")
+    whole, *parts = (
+        errors.query(f"ep {ep} 'all' and tokens {tokens} 'all'")
+        for ep, tokens in (("==", "=="), ("!=", "=="), ("==", "!="))
+    )
+    assert whole["imbalance_error_p90"].tolist() == [line["imbalance_error_p90"]]
+    for part in parts:
+        assert part["pairs"].sum() == line["pairs"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"ms": None}, "the table has no column ms"),
+        ({"ms": 0}, "the table: row 1 has the tokens .* of 0 ms: give those of each expert"),
+        ({"tokens_per_expert": "1 2 x"}, "row 1 has the tokens '1 2 x'"),
+        ({"tokens_per_expert": "0 0"}, "row 1 has the tokens '0 0'"),
+        ({"kernel": range(120)}, "the table has 1 rows of x1/mine/1/0/nvfp4: 100 are needed"),
+        ({"dtype": "fp3"}, "no size of a weight is known of fp3"),
+    ],
+)
+def test_no_times_are_refused(own: pd.DataFrame, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(MoeInspectError, match=said):
+        LatencyModel.fit(own.assign(**changed).dropna(axis="columns"))
 
 
 @pytest.mark.slow

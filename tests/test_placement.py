@@ -237,6 +237,7 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     asked = simulate_placement(trace, gpus=2, policies=policies[1:], minimize="ranks")
     assert set(asked.tables["plan"]["policy"]) == {"local-search"}
     assert any("local-search, chosen by --minimize" in message for message in asked.verdict)
+    assert "local-search brings that to 2.00x." in asked.verdict  # no claim of time
 
 
 def test_what_is_no_faster_is_not_recommended(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
-from moe_inspect.simulate.decode import Steps, before, independent, simulate_decode
+from moe_inspect.simulate.decode import DecodeSteps, before, independent, simulate_decode
 from tests.conftest import ROOT
 from tests.support.foreign import gguf_file
 from tests.support.synthetic import uniform_ids, write_trace
@@ -202,7 +202,7 @@ def test_steps_equal_a_brute_force_in_any_parts(seed: int, batch: int, parts: in
     sequence_T, position_T, T, k = sequence_T[kept_T], position_T[kept_T], int(kept_T.sum()), 2
     ids_KT = uniform_ids(rng, T, E, k).astype(np.int16).T.copy()
     ids_KT[rng.random((k, T)) < 0.1] = -1
-    of, part_T = Steps(E, [1, batch], [1, 3]), np.zeros(T, int)
+    of, part_T = DecodeSteps(E, [1, batch], [1, 3]), np.zeros(T, int)
     for n, part in enumerate(np.array_split(np.arange(T), parts)):
         part_T[part] = n
         before_T = before(sequence_T[part], position_T[part])

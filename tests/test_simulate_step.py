@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import moe_inspect
@@ -17,7 +18,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, TransferTime
 from moe_inspect.simulate.placement.rebalancing import Ageing, ageing
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.simulate.steps.sampling import decisions_of, draw_steps, step_loads
+from moe_inspect.simulate.sampling import decisions_of, draw_steps, step_loads
+from moe_inspect.simulate.step import turning_point
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
@@ -169,6 +171,43 @@ def test_a_planted_imbalance_is_priced(tmp_path: Path, constants: Path):
     assert made.tables["step_layers"].set_index("layer")["cost"].idxmax() == 1
 
 
+def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path):
+    trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0, Planted(4.0)))
+    times = KERNEL | {"gpus": 4, "latency": constants}
+    made, plain = (moe_inspect.report(trace, layers="1", times=t) for t in (times, None))
+    costs = trace.simulate.step(layers="1", **times)
+    assert claims(costs)
+    found, load = (
+        next(one for one in of.verdict() if one.kind == "busiest_gpu") for of in (made, plain)
+    )
+    assert found.text == " ".join(costs.verdict)
+    critical = sum(one.severity == "critical" for one in plain.verdict())
+    assert made.verdict().index(found) == critical  # it was asked for
+    assert plain.verdict().index(load) > critical
+    assert "the busiest GPU of a layer would get" in load.text
+    assert "Simulated: step" in made.page()
+    assert "Simulated: step" not in plain.page()
+    with pytest.raises(MoeInspectError, match="give --gpu, one of h200"):
+        moe_inspect.report(trace, times=times | {"gpu": None})
+
+
+def test_saving_that_turns_to_cost_is_told_where_both_are_known():
+    known = {"p": 1e-9, "cost_by_chance": 0.0}
+    settings = {"error": 0.02, "too_few": False, "batch_tokens": [8, 64, 512]}
+
+    def turns(costs: list[float], **changes: Any) -> tuple[int, int] | None:
+        sizes = {"tokens": [8, 64, 512], "cost": costs}
+        return turning_point(pd.DataFrame(sizes).assign(**known | changes), settings)
+
+    assert turns([-0.3, -0.1, 0.5]) == (64, 512)
+    assert turns([-0.3, -0.01, 0.5]) == (8, 512)  # 1 % is within the error
+    assert turns([-0.3, 0.1, 0.5]) == (8, 64)
+    assert turns([0.5, 0.1, -0.3]) is None
+    assert turns([-0.3, -0.1, -0.2]) is None
+    assert turns([-0.3, -0.1, 0.5], p=0.5) is None
+    assert turns([-0.3, -0.1, 0.5], cost_by_chance=0.6) is None  # which costs more than that
+
+
 @pytest.mark.parametrize("documents", [2, 6])
 def test_too_little_text_claims_nothing(tmp_path: Path, constants: Path, documents: int):
     regime = Regime(documents=documents, domains=1, tokens=200 * documents)
@@ -188,6 +227,22 @@ def test_counts_of_an_even_load_claim_nothing(tmp_path: Path, constants: Path):
     made = simulated(trace, constants, gpus=4, batch_tokens=[8, 16])
     assert made.tables["step"]["cost"].min() > 0.1
     assert not claims(made)
+
+
+def test_chance_of_a_plan_is_that_of_its_slots(tmp_path: Path, constants: Path):
+    """Experts with two replicas have twice the load, as the plan expects: chance is no busier."""
+    loads = [np.array([[2, 2, 2, 2, 1, 1, 1, 1]]) * 10_000]
+    path = tmp_path / "plan.json"
+    path.write_text('{"physical_to_logical_map": [[0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 6, 7]]}')
+    options: dict[str, Any] = {"gpus": 4, "batch_tokens": [4_096], "placement": path}
+    made = simulated(write_counts(tmp_path / "t", loads, 2, ["text"]), constants, **options)
+    row = made.tables["step"].iloc[0]
+    assert abs(row["cost"] - row["cost_by_chance"]) < 0.02
+    assert not claims(made)
+    even = [np.full((1, 8), 10_000)]  # which that plan does not expect
+    made = simulated(write_counts(tmp_path / "u", even, 2, ["text"]), constants, **options)
+    assert made.tables["step"]["cost"].item() == pytest.approx(1 / 4, abs=0.03)
+    assert claims(made)
 
 
 def test_a_domain_need_not_have_every_phase(tmp_path: Path, constants: Path):

@@ -30,6 +30,7 @@ from moe_inspect.cli.options import (
 )
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions, output_option, table_of, table_option
+from moe_inspect.cli.simulate import Gpus, TimesOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.text import plural, print_stderr
@@ -93,6 +94,8 @@ def report(
     weights: str | None = option(
         "With --table worth: compute AIMER from these weights, a directory or a hub id.", "MODEL"
     ),
+    times: TimesOptions,
+    gpus: Gpus = None,
     threshold: list[str] | None = gate_option(
         "A threshold of the verdict, e.g. uneven=0.3 (summary lists them).", "NAME=VALUE"
     ),
@@ -108,11 +111,13 @@ def report(
     """Report load balance and expert specialisation.
 
     Which layers and experts are out of balance, compared with chance, and what each expert
-    specialises in. Needs neither torch nor the model.
+    specialises in. Needs neither torch nor the model. With --gpu, also what imbalance costs in
+    milliseconds, as simulate step does.
 
     Examples:
     moe-inspect report runs/a
     moe-inspect report runs/a --html report.html
+    moe-inspect report runs/a --gpu h200 --engine vllm --dtype fp8 --gpus 32
     moe-inspect report runs/a --plots figs --only load --width 3.3in --format pdf
     moe-inspect report runs/a --table load --layers 0-3 --format csv -o load.csv
     moe-inspect report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0"""
@@ -150,9 +155,10 @@ def report(
         "thresholds": _thresholds(threshold or []),
         "scheduler": scheduler,
     }
+    priced = {k: v for k, v in (times.keywords() | {"gpus": gpus}).items() if v is not None}
     opened = open_trace(trace)
     with shown():
-        made = make(opened, **settings)
+        made = make(opened, times=priced, **settings)
         _count(made, table, show, gates)
         failed = _failed(made, gates, alarms, window)
         if made.warning:

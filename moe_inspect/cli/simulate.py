@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,10 @@ Engine = Literal["sglang", "tensorrt-llm", "vllm-ascend"]
 gpu_option, policy_option, plan_option, times_option = map(
     in_panel, ("GPUs", "Policy", "Plan", "Times")
 )
+Gpus = Annotated[
+    int | None, gpu_option("GPUs that share the experts. Default: up to 8.", "G", min=1)
+]
+Nodes = Annotated[int, gpu_option("Nodes that the GPUs are on.", "N", min=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +143,18 @@ class TimesOptions(Options):
     engine: str | None = times_option("Engine that they were measured in, e.g. vllm.", "NAME")
     dtype: str | None = times_option("Data type of the experts' weights, e.g. fp8.", "NAME")
     kernel: str | None = times_option("Kernel, where several were measured.", "NAME")
-    latency: Path | None = times_option("Constants of your own instead.", "FILE")
+    latency: Path | None = times_option(
+        "Times of your own instead: fitted constants (.json), or tokens per expert and ms (.csv).",
+        "FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementOptions(Options):
     panel = "Options"
 
-    gpus: int | None = gpu_option("GPUs that share the experts. Default: up to 8.", "G", min=1)
-    nodes: int = gpu_option("Nodes that the GPUs are on.", "N", min=1, default=1)
+    gpus: Gpus = None
+    nodes: Nodes = 1
     physical_experts: int | None = gpu_option(
         "Slots per layer, replicas included. Default: one per expert.", "P", min=1
     )
@@ -251,8 +258,8 @@ def placement(
 class StepOptions(Options):
     panel = "Options"
 
-    gpus: int | None = gpu_option("GPUs that share the experts. Default: up to 8.", "G", min=1)
-    nodes: int = gpu_option("Nodes that the GPUs are on.", "N", min=1, default=1)
+    gpus: Gpus = None
+    nodes: Nodes = 1
     batch_tokens: list[int] | None = option(
         "Tokens of a step, over all GPUs.", "TOKENS", show_default="64,512,4096"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
@@ -38,6 +38,7 @@ def report(
     scheduler: object = None,
     progress: Callable[[int], None] | None = None,
     baseline: Trace | str | Path | None = None,
+    times: Mapping[str, Any] | None = None,
 ) -> Report:
     """The report on a trace, or on a selection of it: layers "0-3,7", domains, phase "prefill",
     "decode", "encode" or "draft".
@@ -48,15 +49,17 @@ def report(
     {"uneven": 0.3}. `scheduler`: of a dask.distributed cluster, as `Trace.on` takes it.
     `progress` is called with the number of decisions read. `baseline`: a trace of an untrained or
     earlier model over the same or similar text; `specialization` and the verdict say what is beyond
-    it. Raises MoeInspectError where there is no such trace, layer, domain or threshold, and where
-    the baseline has other routers or domains."""
+    it. `times`: options of `trace.simulate.step`, {"gpu": "h200", "engine": "vllm", "dtype":
+    "fp8"}: the verdict and the page then say what imbalance costs in milliseconds. Raises
+    MoeInspectError where there is no such trace, layer, domain or threshold, where the baseline has
+    other routers or domains, and where `simulate.step` does."""
 
     opened, its = open_trace(trace, scheduler=scheduler), None
     selection = select(opened, layers, domains, phase)
     if baseline is not None:
         other = open_trace(baseline, scheduler=scheduler)
         its = Report(other, select(other, layers, domains, phase))
-    return Report(
+    made = Report(
         opened,
         selection,
         top=top,
@@ -66,6 +69,10 @@ def report(
         progress=progress,
         baseline=its,
     )
+    if times:
+        what = {"layers": layers, "domains": domains, "phase": phase}
+        made.costs = opened.simulate.step(**what, **times)
+    return made
 
 
 class Report(ReportData, Shown):
@@ -105,7 +112,7 @@ class Report(ReportData, Shown):
         default as many as a megabyte holds."""
         from moe_inspect.reporting.render.page import report_page
 
-        return report_page(self, more, text)
+        return report_page(self, [*([self.costs.section()] if self.costs else []), *more], text)
 
     def first_chart(self) -> Chart | str:
         return spec.chart_of(self, "load")

@@ -46,7 +46,7 @@ GROUPS = 64  # of steps, by which intervals are made
 SATURATED = 0.95  # this share of the experts counts as almost all of them
 
 
-class Steps:
+class DecodeSteps:
     """The unfinished steps of one router, and sums over the finished ones. The n-th steps of all
     positions, which are of about the same sequences, are in one group. Memory grows with the number
     of positions, experts, draft lengths and batch sizes, not with the number of tokens."""
@@ -182,11 +182,11 @@ def _steps(
     decoded: bool,
     sizes: Sequence[int],
     drafts: Sequence[int],
-) -> dict[int, Steps]:
+) -> dict[int, DecodeSteps]:
     """The steps of these routers after the whole trace. Positions of generated tokens count from
     the first selected token of the sequence, the end of its prompt. Tokens in a row are those of
     one shard."""
-    steps = {r: Steps(trace.routers[r].experts, sizes, drafts) for r in routers}
+    steps = {r: DecodeSteps(trace.routers[r].experts, sizes, drafts) for r in routers}
     first_of = dict[tuple[str, int, int], int]()  # (stack, rank, sequence) → its position
 
     def selected(shard: Shard, r: int, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -215,7 +215,7 @@ def _steps(
     return steps
 
 
-def _rows(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
+def _rows(trace: Trace, steps: dict[int, DecodeSteps], expert_mb: float | None) -> pd.DataFrame:
     """A row per router, batch size and draft length d of what a step of B (d + 1) tokens reads,
     after one of what a step without drafts reads at the same positions (`at` is d in both)."""
     rows, resampled = [], cache(lambda n: unc.resample_weights(np.zeros(n, np.int64)))
@@ -253,13 +253,13 @@ def _rows(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.
     return pd.DataFrame(rows)
 
 
-def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> pd.DataFrame:
+def _needed(trace: Trace, steps: dict[int, DecodeSteps], flops_per_byte: float) -> pd.DataFrame:
     """The batch size from which a step reads almost all experts, and the one from which it is
     compute-bound; both from the measured activations. Each weight costs 2 FLOPs per token, so an
     expert is compute-bound from flops_per_byte × (bytes per weight) / 2 tokens on."""
     intensity = flops_per_byte * weight_bytes(trace) / 2
 
-    def needed(r: int, of: Steps) -> tuple[int | None, ...]:
+    def needed(r: int, of: DecodeSteps) -> tuple[int | None, ...]:
         E, activation_E = int((of.load_E > 0).sum()), of.load_E / max(1, of.tokens)
         reads, k = partial(from_marginals, activation_E), of.load_E.sum() / max(1, of.tokens)
         all_from = _least(lambda B: reads(B) >= SATURATED * E) if E else None

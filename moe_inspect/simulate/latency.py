@@ -9,18 +9,25 @@ tokens of other ranks' experts, but still reads them and writes their zeros) and
 computes. Every term grows with the tokens and no constant is negative, so more tokens never take
 less time.
 
-S steps, E experts of the rank, F features, P pairs of rows.
+Constants are fitted to times that were measured (`LatencyModel.fit`). An error is
+|log(ours ÷ measured)|, of the time, and of the cost of imbalance: a load's time ÷ that of the
+balanced load of the same tokens; on shapes that were held out.
+
+S steps, or rows of a table of times; D draws of a row's load, E experts of the rank, F features, P
+pairs of rows.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.files import read_small
@@ -53,6 +60,11 @@ ACTIVATIONS = {
 RATE = {f"tile{tile}_ms_per_tflop": 0.3 for tile in TILES}
 START = LAUNCH | ACTIVATIONS | {"weights_ms_per_gb": 0.3} | RATE | {"overlap": 1.0}
 LINEAR = len(LAUNCH) + len(ACTIVATIONS)
+KERNEL = ["gpu", "engine", "version", "kernel", "dtype"]
+OF_RANK = ["hidden", "inter", "top_k", "experts"]
+WHOLE_SHAPE = ["hidden", "whole_inter", "experts", "top_k"]
+CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
+FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,8 @@ class KernelTime:
         """What lies beyond all that was measured, in words, "" where nothing does."""
         asked = {"tokens": tokens, **{name: getattr(shape, name) for name in SHAPE}}
         return ", ".join(
-            f"{name.replace('inter', 'intermediate size')} {asked[name]:,} (measured: {low:,} to "
-            f"{high:,})"
+            f"{name.replace('inter', 'intermediate size')} {asked[name]:,} (measured: "
+            f"{low:,.0f} to {high:,.0f})"
             for name, (low, high) in self.measured.items()
             if not low <= asked[name] <= high
         )
@@ -218,7 +230,23 @@ class LatencyModel:
         self.source = source
 
     @classmethod
+    def fit(cls, table: str | Path | pd.DataFrame) -> LatencyModel:
+        """From times of your own: a csv, or a DataFrame, whose rows are a load of one rank that was
+        timed. Columns: gpu, engine, version, kernel, dtype; hidden, inter (of the rank), top_k,
+        experts (of all ranks); tokens_per_expert (of the rank's experts, with blanks between); ms;
+        and perhaps handed (tokens that the rank is given, its own or not) and tp (ranks that share
+        an expert).
+
+        At least 100 rows of each kernel. With three shapes or more, errors are those of shapes that
+        were held out; costs of imbalance are learnt from loads with the same sum of tokens.
+        MoeInspectError for rows that are no such load, and fewer rows."""
+        return cls([each.kernel_time() for each in measured(own_times(table))], (), str(table)[:80])
+
+    @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
+        """The constants that `to_file` wrote; of a .csv, those that `fit` finds."""
+        if Path(path).suffix == ".csv":
+            return cls.fit(path)
         try:
             with reading(path):
                 held = json.loads(read_small(path))
@@ -232,7 +260,8 @@ class LatencyModel:
                 check(f"{path}: {way.gpu}/{way.kernel}", known)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoeInspectError(
-                f"{path} is no file of latency constants ({error}): write one with "
+                f"{path} is no file of latency constants ({error}): give one that "
+                "LatencyModel.to_file wrote, a .csv of measured times, or fit a table with "
                 '"python -m benchmarks.latency_fit TABLE -o FILE"'
             ) from error
         return cls(kernels, transfers, str(held.get("source", "")))
@@ -261,6 +290,170 @@ class LatencyModel:
             if len(there := sorted({getattr(kernel, name) for kernel in found})) > 1:
                 raise MoeInspectError(f"name one {name}: there are times of {', '.join(there)}")
         return found[0]
+
+
+def own_times(table: str | Path | pd.DataFrame) -> Any:
+    """Rows of `LatencyModel.fit`, as `measured` takes them. Of the loads of a shape and a sum of
+    tokens, the most even one is the balanced one."""
+    where = "the table" if isinstance(table, pd.DataFrame) else str(table)
+    frame: Any = table
+    if not isinstance(table, pd.DataFrame):
+        try:
+            with reading(table):
+                frame = pd.read_csv(table, dtype=dict.fromkeys(KERNEL, str))
+        except ValueError as error:
+            raise MoeInspectError(f"cannot read {where}: {error}") from error
+    needed = [*KERNEL, *OF_RANK, "tokens_per_expert", "ms"]
+    if missing := [name for name in needed if name not in frame]:
+        raise MoeInspectError(f"{where} has no column {', '.join(missing)}")
+    frame, counts = frame.reset_index(drop=True), list[np.ndarray]()
+    frame[KERNEL] = frame[KERNEL].astype(str)
+    for row, text in enumerate(frame["tokens_per_expert"]):
+        try:
+            counts.append(np.array(text.split() if isinstance(text, str) else text, float))
+        except (TypeError, ValueError):
+            counts.append(np.empty(0))
+        of, ms = counts[-1], frame["ms"][row]
+        if not (len(of) and np.isfinite(of).all() and (of >= 0).all() and of.any() and ms > 0):
+            raise MoeInspectError(
+                f"{where}: row {row + 1} has the tokens {text!r} of {ms} ms: give those of each "
+                "expert of the rank, with blanks between, and ms above 0"
+            )
+    busiest = pd.Series([of.max() for of in counts])
+    rows = pd.Series([of.sum() for of in counts])
+    ranks = frame["experts"] / [len(of) for of in counts]
+    for name, value in (("ep", ranks), ("tp", 1), ("handed", rows / frame["top_k"])):
+        frame[name] = frame.get(name, value)
+    frame["tokens"] = rows * frame["ep"] / frame["top_k"]
+    alike = [frame[name] for name in [*KERNEL, *CONFIGURATION]]
+    even = busiest == busiest.groupby(alike).transform("min")
+    frame["law"] = np.where(even, "balanced", "given")
+    frame["load"] = [of[None] for of in counts]
+    frame["handed"] = [np.array([float(n)]) for n in frame["handed"]]
+    few = frame.groupby(KERNEL).size()
+    if (few := few[few < FEWEST_ROWS]).any():
+        raise MoeInspectError(
+            f"{where} has {few.iloc[0]} rows of {'/'.join(few.index[0])}: {FEWEST_ROWS} are needed "
+            "to fit a kernel"
+        )
+    return frame
+
+
+@dataclass
+class Measured:
+    """The rows of one kernel."""
+
+    name: tuple[str, ...]
+    frame: Any  # a data frame
+    features_SDF: np.ndarray
+
+    @cached_property
+    def ms_S(self) -> np.ndarray:
+        return self.frame["ms"].to_numpy(float)
+
+    @cached_property
+    def shape_S(self) -> np.ndarray:
+        return self.frame[WHOLE_SHAPE].astype(str).agg(" ".join, axis=1).to_numpy()
+
+    @cached_property
+    def pairs_P2(self) -> np.ndarray:
+        return pairs(self.frame)
+
+    @cached_property
+    def constants(self) -> dict[str, float]:
+        return self.fitted(np.ones(len(self.ms_S), bool))
+
+    @cached_property
+    def held_out_shapes(self) -> np.ndarray | None:
+        """Times of each row by constants that never saw its shape; None with fewer than 3."""
+        shapes = np.unique(self.shape_S)
+        if len(shapes) < 3:
+            return None
+        ours_S, shuffled = np.empty(len(self.ms_S)), np.random.default_rng(0).permutation(shapes)
+        for fold in range(min(FOLDS, len(shapes))):
+            held_S = np.isin(self.shape_S, shuffled[fold :: min(FOLDS, len(shapes))])
+            ours_S[held_S] = self.times(self.fitted(~held_S, fold))[held_S]
+        return ours_S
+
+    def times(self, constants: dict[str, float]) -> np.ndarray:
+        """[rows], the mean over draws."""
+        return self.times_by_draw(constants).mean(1)
+
+    def times_by_draw(self, constants: dict[str, float]) -> np.ndarray:
+        row = self.features_SDF.reshape(-1, len(START))
+        ours = times(row, np.array([constants[name] for name in START]))
+        return ours.reshape(len(self.ms_S), -1)
+
+    def fitted(self, keep_S: np.ndarray, seed: int = 0) -> dict[str, float]:
+        """From the rows to keep, or a sample of their configurations."""
+        frame = self.frame[keep_S]
+        group_S = frame.groupby(CONFIGURATION, sort=True).ngroup().to_numpy()
+        many = int(group_S.max()) + 1
+        fewer = max(1, many * MOST_ROWS // len(frame))
+        if fewer < many:
+            kept = np.random.default_rng(seed).choice(many, fewer, replace=False)
+            keep_S = np.flatnonzero(keep_S)[np.isin(group_S, kept)]
+            frame = self.frame.iloc[keep_S]
+        return fit(self.features_SDF[keep_S].mean(1), self.ms_S[keep_S], pairs(frame))
+
+    def kernel_time(self) -> KernelTime:
+        # a constant at the bottom of its range is a term that nothing needed
+        needed = {name: value > START[name] * 1e-5 for name, value in self.constants.items()}
+        rounded = {n: float(f"{v:.4g}") * needed[n] for n, v in self.constants.items()}
+        errors = self.errors(self.held_out_shapes)
+        del errors["pairs"]
+        ends = self.frame[["tokens", *SHAPE]].agg(["min", "max"])
+        measured = {name: ends[name].tolist() for name in ends}
+        return KernelTime(*self.name, constants=rounded, errors=errors, measured=measured)
+
+    def errors(self, ours_S: np.ndarray | None) -> dict[str, float | int | None]:
+        """Of times of ours, where there are any."""
+        return summary(self.of_imbalance(ours_S), self.of_times(ours_S))
+
+    def of_times(self, ours_S: np.ndarray | None) -> np.ndarray:
+        """Errors [rows]."""
+        return np.empty(0) if ours_S is None else np.abs(np.log(ours_S / self.ms_S))
+
+    def of_imbalance(self, ours_S: np.ndarray | None) -> np.ndarray:
+        """Errors [pairs] of the cost of imbalance."""
+        if ours_S is None:
+            return np.empty(0)
+        log_P2 = np.log(ours_S / self.ms_S)[self.pairs_P2]
+        return np.abs(log_P2[:, 0] - log_P2[:, 1])
+
+
+def measured(frame: Any) -> Iterator[Measured]:
+    """Each kernel of the frame: columns KERNEL, CONFIGURATION, law, ms, and of the draws of a row
+    `load`, [D, E], and `handed`, [D]."""
+    frame["whole_inter"] = frame["inter"] * frame["tp"]
+    for name, rows in frame.groupby(KERNEL, sort=True):
+        draws = max(map(len, rows["load"]))  # a balanced load has one
+        found = np.empty((len(rows), draws, len(START)))
+        for at, r in enumerate(rows.itertuples()):
+            shape = Shape(r.hidden, r.inter, r.top_k, r.experts, "nongated" not in r.kernel)
+            found[at] = features(r.load, shape, r.dtype, r.handed)
+        yield Measured(tuple(map(str, name)), rows.reset_index(drop=True), found)
+
+
+def pairs(frame: Any) -> np.ndarray:
+    """int [pairs, 2]: a row, and the row of the balanced load of its configuration."""
+    frame = frame.assign(at=np.arange(len(frame)))
+    even = frame["law"] == "balanced"
+    joined = frame[~even].merge(frame[even], on=CONFIGURATION, suffixes=("", "_even"))
+    return joined[["at", "at_even"]].to_numpy(int)
+
+
+def summary(error_P: np.ndarray, error_S: np.ndarray) -> dict[str, float | int | None]:
+    return {
+        "pairs": len(error_P),
+        "imbalance_error_median": quantile(error_P, 0.5),
+        "imbalance_error_p90": quantile(error_P, 0.9),
+        "time_error_median": quantile(error_S, 0.5),
+    }
+
+
+def quantile(error: np.ndarray, q: float) -> float | None:
+    return round(float(np.quantile(error, q)), 4) if len(error) else None
 
 
 def check(where: str, constants: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial, reduce
 from pathlib import Path
@@ -24,25 +24,35 @@ import pandas as pd
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.chance import ALPHA
-from moe_inspect.analysis.metrics.uncertainty import student, student_p
+from moe_inspect.analysis.metrics.uncertainty import student
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
+from moe_inspect.reporting.charts.spec import (
+    Axis,
+    Band,
+    Bars,
+    Chart,
+    Line,
+    Mark,
+    Panel,
+    Points,
+    Rule,
+    known_interval,
+)
 from moe_inspect.simulate import result
 from moe_inspect.simulate.latency import Shape
-from moe_inspect.simulate.placement.layouts import layouts_of
 from moe_inspect.simulate.placement.plan import read_plan
-from moe_inspect.simulate.placement.policies import contiguous
-from moe_inspect.simulate.result import Labels, Settings, Tables
-from moe_inspect.simulate.shards import phases_of, taken
-from moe_inspect.simulate.steps.prices import (
+from moe_inspect.simulate.placement.policies import contiguous, layouts_of
+from moe_inspect.simulate.prices import (
     MOST_TOKENS,
     Prices,
     Times,
     even,
+    p_apart,
     prices_of,
     shape_of,
 )
-from moe_inspect.simulate.steps.sampling import (
+from moe_inspect.simulate.result import Frame, Labels, Settings, Tables
+from moe_inspect.simulate.sampling import (
     COUNTED,
     FEWEST_BLOCKS,
     SEED,
@@ -53,6 +63,7 @@ from moe_inspect.simulate.steps.sampling import (
     loads_of_steps,
     step_loads,
 )
+from moe_inspect.simulate.shards import phases_of, taken
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, open_trace
 
@@ -83,7 +94,8 @@ def simulate_step(
     `gpu`, `engine`, `dtype`, `kernel`: whose measured times, of those that the constants have.
     `gpus`: that share the experts; default up to 8. `batch_tokens`: tokens of a step, over all
     GPUs. `placement`: a plan for SGLang, as `simulate placement -o` writes it; by default experts
-    are in order. `latency`: a file of constants; by default the one that is part of moe-inspect.
+    are in order. `latency`: a file of constants, or a csv of `LatencyModel.fit`; by default the
+    constants that are part of moe-inspect.
     `layers`, `domains`, `phase`: what is selected; each phase of the trace is simulated by itself.
 
     Tables: step (a row per phase, domain and tokens), step_layers (a row per layer too). Times are
@@ -112,8 +124,8 @@ def simulate_step(
                 raise MoeInspectError(f"{placement}: layer {layer} does not place its {E} experts")
     G = next(iter(layouts.values())).gpus
     shapes = {r: shape_of(trace, r) for r in selection.routers}
-    steps = Steps(trace, prices, placed, shapes, G)
-    rows = [row for part in _parts(trace, selection) for row in steps.rows(part, sizes)]
+    placed_layers = PlacedLayers(trace, prices, placed, shapes, G)
+    rows = [row for part in _parts(trace, selection) for row in placed_layers.rows(part, sizes)]
     if not rows:
         raise MoeInspectError(f"{trace.path} has no step of {sizes[0]:,} tokens: give fewer")
     table = pd.DataFrame(rows)
@@ -152,8 +164,9 @@ def _parts(trace: Trace, selection: Selection) -> list[tuple[str, Selection]]:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """`plan`: the expert of each slot, by router; `shapes`: of its layer."""
+class PlacedLayers:
+    """The MoE layers under a plan. `plan`: the expert of each slot, by router; `shapes`: of
+    its layer."""
 
     trace: Trace
     prices: Prices
@@ -202,14 +215,14 @@ class Steps:
                 yield steps.tokens, steps.block_S, loads
 
     def chance(self, router: int, N: int) -> StepLoads:
-        of, rng = self.trace.routers[router], np.random.default_rng([SEED, router])
+        """Of tokens that choose among slots, so that no replica is busier than another expert."""
+        k, P, rng = self.trace.routers[router].top_k, len(self.plan[router]), np.random.default_rng
+        each_P = np.arange(P)
         if self.trace.counts_only:  # drawn as those of the trace
-            even_E, plan = np.ones(of.experts), self.plan[router]
-            return from_load(rng, even_E, N, of.top_k, DRAWS, plan, self.gpus)
-        pool_KT = _pool(of.experts, of.top_k)
-        ids_KT = pool_KT[:, rng.integers(pool_KT.shape[1], size=DRAWS * N)]
-        step_T = np.repeat(np.arange(DRAWS), N)
-        return step_loads(ids_KT, step_T, DRAWS, self.plan[router], self.gpus)
+            return from_load(rng([SEED, router]), np.ones(P), N, k, DRAWS, each_P, self.gpus)
+        pool_KT = _pool(P, k)
+        ids_KT = pool_KT[:, rng([SEED, router]).integers(pool_KT.shape[1], size=DRAWS * N)]
+        return step_loads(ids_KT, np.repeat(np.arange(DRAWS), N), DRAWS, each_P, self.gpus)
 
 
 @cache
@@ -229,10 +242,12 @@ class Cost:
     evenly: Times
 
     @classmethod
-    def of(cls, steps: Steps, r: int, N: int, block_S: np.ndarray, loads: StepLoads) -> Cost:
-        chance, shape, P = steps.chance(r, N), steps.shapes[r], len(steps.plan[r])
-        spread = even(N, shape, P, steps.gpus)
-        return cls(block_S, *(steps.prices.of(x, shape, N) for x in (loads, chance, spread)))
+    def of(
+        cls, placed: PlacedLayers, r: int, N: int, block_S: np.ndarray, loads: StepLoads
+    ) -> Cost:
+        chance, shape, P = placed.chance(r, N), placed.shapes[r], len(placed.plan[r])
+        spread = even(N, shape, P, placed.gpus)
+        return cls(block_S, *(placed.prices.of(x, shape, N) for x in (loads, chance, spread)))
 
     def __add__(self, other: Cost) -> Cost:
         times = zip(self.times, other.times, strict=True)
@@ -251,8 +266,8 @@ class Cost:
         if (B := len(ms_B)) >= FEWEST_BLOCKS:
             error = ms_B.std(ddof=1) / math.sqrt(B)
             reach = student(B) * error if documents_known else np.nan
-            apart = abs(ms - chance) / math.hypot(error, chance_D.std(ddof=1) / math.sqrt(DRAWS))
-            p = min(1.0, 2 * float(student_p(np.array(apart), B - 1)))
+            error = math.hypot(error, chance_D.std(ddof=1) / math.sqrt(DRAWS))
+            p = p_apart(ms, chance, error, B)
         return {
             "steps": len(ms_S),
             "ms": ms,
@@ -274,6 +289,13 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     whole, several = table[table["domain"] == ""], table["phase"].nunique() > 1
     for row in whole.sort_values("tokens", ascending=False).to_dict("records"):
         sentences.append(_costs(row, settings, f" of {row['phase']}" if several else ""))
+    for phase, mine in whole.groupby("phase", sort=False, dropna=False):
+        if turns := turning_point(mine, settings):
+            of = f" of {phase}" if several else ""
+            sentences.append(
+                f"Between {turns[0]:,} and {turns[1]:,} tokens of a step{of} imbalance turns from "
+                "saving time to costing it."
+            )
     largest = layers[layers["tokens"] == layers["tokens"].max()]
     worst = largest.loc[(largest["ms"] - largest["even_ms"]).idxmax()]
     if _known(worst, settings, len(sizes) * len(largest)):
@@ -297,52 +319,101 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
 def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
     """A cost is claimed where it is neither chance nor the error of the times."""
     cost, chance = row["cost"], row["cost_by_chance"]
-    said = f"A step of {row['tokens']:,} tokens{of} takes {row['ms']:.3g} ms"
+    said = f"A step of {plural(row['tokens'], 'token')}{of} takes {row['ms']:.3g} ms"
     interval = ""
     if not math.isnan(row["cost_low"]):
         interval = f", 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"
     facts = f"{cost:+.0%}{interval}; by chance {chance:+.0%}"
-    among = len(settings["batch_tokens"])
+    among, word = len(settings["batch_tokens"]), "costs" if cost > 0 else "saves"
     if _known(row, settings, among):
-        word = "costs" if cost > 0 else "saves"
         return f"{said}: imbalance {word} {abs(row['ms'] - row['even_ms']):.2g} ms ({facts})."
     if settings["too_few"] or math.isnan(row["p"]):
         return f"{said} ({facts}): too little text to tell imbalance from chance."
-    if row["p"] * among > ALPHA:
-        return f"{said}: imbalance costs no more than chance ({facts})."
-    return f"{said}: what imbalance costs is within the error of the times ({facts})."
+    if row["p"] * among > ALPHA or (cost > 0) != (cost > chance):
+        return f"{said}: imbalance {word} no more than chance ({facts})."
+    beyond = " beyond chance" if abs(math.log1p(cost)) > (settings["error"] or 0) else ""
+    return f"{said}: what imbalance {word}{beyond} is within the error of the times ({facts})."
 
 
 def _known(row: Any, settings: Settings, among: int) -> bool:
     """Whether the cost is neither chance nor the error of the times. `among`: the costs that this
     one is picked from."""
-    beyond_chance = math.log((1 + row["cost"]) / (1 + row["cost_by_chance"]))
-    beyond = min(abs(math.log1p(row["cost"])), abs(beyond_chance)) > (settings["error"] or 0)
-    return beyond and row["p"] * among <= ALPHA and not settings["too_few"]
+    cost = math.log1p(row["cost"])
+    beyond_chance = cost - math.log1p(row["cost_by_chance"])
+    beyond = min(abs(cost), abs(beyond_chance)) > (settings["error"] or 0)
+    alike = cost * beyond_chance > 0  # or it is less than what chance costs, or saves
+    return beyond and alike and row["p"] * among <= ALPHA and not settings["too_few"]
+
+
+def turning_point(rows: Frame, settings: Settings) -> tuple[int, int] | None:
+    """The most tokens of a step of which imbalance is known to save time, and the fewest of which
+    it is known to cost time; None where it does not do both, in this order. `rows`: of a phase."""
+    among = len(settings["batch_tokens"])
+    known = [row for row in rows.to_dict("records") if _known(row, settings, among)]
+    saves = max((row["tokens"] for row in known if row["cost"] < 0), default=None)
+    costs = min((row["tokens"] for row in known if row["cost"] > 0), default=None)
+    return (saves, costs) if saves and costs and saves < costs else None
 
 
 def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
-    """Milliseconds by tokens of a step, beside an even load and chance."""
-    table = tables["step"][tables["step"]["domain"] == ""]
-    panels = list[Panel]()
-    for phase, mine in table.groupby("phase", sort=False, dropna=False):
-        x = np.arange(len(mine), dtype=float)
-        low, high = (
-            (1 + mine[f"cost_{end}"]).to_numpy() * mine["even_ms"].to_numpy()
-            for end in ("low", "high")
-        )
-        marks = (
-            Line(x, mine["even_ms"].to_numpy(), "even load", "baseline", "dash"),
-            Line(x, mine["chance_ms"].to_numpy(), "by chance", "c3", "dot"),
-            Line(x, mine["ms"].to_numpy(), "the trace", "c1", "", True, low, high),
-        )
-        axis = Axis("tokens of a step, over all GPUs", tuple(f"{n:,}" for n in mine["tokens"]))
-        title = str(phase) if table["phase"].nunique() > 1 else ""
-        panels.append(Panel(marks, axis, Axis("ms of the MoE layers", low=0), title))
+    """Of each phase: the time and the cost by tokens of a step, and what the time of each layer is
+    made of."""
+    table, layers = tables["step"], tables["step_layers"]
+    several, panels = table["phase"].nunique() > 1, list[Panel]()
+    whole = table[table["domain"] == ""]
+    for phase, mine in whole.groupby("phase", sort=False, dropna=False):
+        of = f" of {phase}" if several else ""
+        panels += _by_tokens(mine, settings, of)
+        largest = layers[layers["tokens"] == mine["tokens"].max()]
+        same = largest["phase"] == phase if several else slice(None)
+        panels.append(_by_layer(largest[same], label_of, of))
     return Chart(
         "What imbalance costs",
-        f"Milliseconds of a step's experts on {plural(settings['gpus'], 'GPU')}",
+        f"Milliseconds of the MoE layers of a step on {plural(settings['gpus'], 'GPU')}",
         tuple(panels),
         text=result.SIMULATED + f"Times of {settings['kernel']}.",
         name="step",
     )
+
+
+def _by_tokens(rows: Frame, settings: Settings, of: str) -> Iterator[Panel]:
+    x, even = np.arange(len(rows), dtype=float), rows["even_ms"].to_numpy()
+    axis = Axis("tokens of a step, over all GPUs", tuple(f"{n:,}" for n in rows["tokens"]))
+    cost, chance, *ends = (
+        rows[name].to_numpy(float) for name in ("cost", "cost_by_chance", "cost_low", "cost_high")
+    )
+
+    def lines(scaled: Callable[[np.ndarray], np.ndarray]) -> tuple[Line, Line]:
+        low, high = known_interval(*map(scaled, ends))
+        return (
+            Line(x, scaled(chance), "by chance", "c3", "dot"),
+            Line(x, scaled(cost), "the trace", "c1", "", True, low, high),
+        )
+
+    marks = Line(x, even, "even load", "baseline", "dash"), *lines(lambda cost: (1 + cost) * even)
+    yield Panel(marks, axis, Axis("ms of the MoE layers", low=0), f"Time{of}")
+    turns, band = turning_point(rows, settings), list[Mark]()
+    if turns:
+        at = np.searchsorted(rows["tokens"], turns).astype(float)
+        most = 100 * np.nanmax([cost, *ends])
+        name = "imbalance turns from saving time to costing it"
+        band.append(Band(at, np.zeros(2), np.full(2, most), name))
+    marks = *band, Rule(0, "even load", "baseline", "dash"), *lines(lambda cost: 100 * cost)
+    yield Panel(marks, axis, Axis("% of the time of an even load"), f"Cost of imbalance{of}")
+
+
+def _by_layer(rows: Frame, label_of: Labels, of: str) -> Panel:
+    """Bars on each other."""
+    x, below, bars = np.arange(len(rows), dtype=float), np.zeros(len(rows)), list[Mark]()
+    for name, ms, colour in (
+        ("experts, mean GPU", rows["experts_ms"] - rows["waiting_ms"], "c1"),
+        ("waiting for the busiest GPU", rows["waiting_ms"], "c2"),
+        ("dispatch", rows["dispatch_ms"], "c5"),
+        ("combine", rows["combine_ms"], "c4"),
+    ):
+        if ms.any():
+            bars.append(Bars(x, below, below := below + ms.fillna(0).to_numpy(float), name, colour))
+    even = Points(x, rows["even_ms"].to_numpy(float), "all of it, of an even load", "c7", "tick")
+    layers = Axis("layer", tuple(label_of[r] for r in rows["router"]))
+    title = f"Each layer, with {rows['tokens'].iloc[0]:,} tokens{of}"
+    return Panel((*bars, even), layers, Axis("ms", low=0), title)

@@ -112,6 +112,7 @@ def stub(
     made = {"balance": balance, "load": load, "domains": spread, **tables}
     frames = {name: pd.DataFrame(of) for name, of in made.items()}
     return SimpleNamespace(
+        costs=None,
         tables=frames,
         rows_of=lambda name, r: frames[name][frames[name]["router"] == r],
         loaded=[one for one in balance if not np.isnan(one["max_vio"])],

@@ -123,6 +123,17 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A bar from low to high at each x. float [N]"""
+
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True)
 class Rule:
     """A horizontal line through the panel. Without a name it is not in the legend."""
 
@@ -223,7 +234,7 @@ class Heatmap:
     notes: np.ndarray | None = None
 
 
-Mark = Line | Points | Band | Rule | Links | Heatmap
+Mark = Line | Points | Band | Bars | Rule | Links | Heatmap
 
 
 @dataclass(frozen=True)

@@ -409,6 +409,8 @@ def draw_mark(mark: spec.Mark, axes: Axes) -> None:
             axes.plot(mark.x, mark.y, "_", ms=12 if few else 7, mew=1.6, **style)
         case spec.Band():
             axes.fill_between(mark.x, mark.low, mark.high, lw=0, **style)
+        case spec.Bars():
+            axes.bar(mark.x, mark.high - mark.low, 0.8, mark.low, lw=0, **style)
         case spec.Rule():
             axes.axhline(mark.y, lw=1.2 if mark.dash else 0.8, ls=DASHES[mark.dash], **style)
         case spec.Links():

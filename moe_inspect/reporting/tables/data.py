@@ -94,8 +94,10 @@ STATUS = {
 
 
 class ReportData:
-    """The arguments are those of `report`. Nothing is counted before it is asked for. `made`:
-    function → its result, see `once`."""
+    """The arguments are those of `report`. Nothing is counted before it is asked for. `costs`: the
+    Simulation of a step, where its times are known. `made`: function → its result, see `once`."""
+
+    costs: Any = None
 
     def __init__(
         self,

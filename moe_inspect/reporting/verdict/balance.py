@@ -105,6 +105,8 @@ def routers_without_load(data: ReportData) -> Finding | None:
 
 def busiest_gpu(data: ReportData) -> Finding | None:
     """What unevenness comes to on GPUs: a layer is done when its busiest GPU is."""
+    if data.costs is not None:
+        return note(" ".join(data.costs.said))
     worst = worst_of(data.loaded)
     if worst is None or not uneven(data, worst):
         return None

@@ -35,7 +35,7 @@ OF_ALL_RANKS: tuple[Check, ...] = (experts.dead_experts, balance.busiest_gpu)
 
 @once
 def findings(data: ReportData) -> list[Finding]:
-    """What every check finds, most important first."""
+    """What every check finds, most important first; before warnings a cost that was asked for."""
     found, partial = list[Finding](), False
     for group, check in ((group, check) for group, checks in CHECKS for check in checks):
         if (partial and check in OF_ALL_RANKS) or (one := check(data)) is None:
@@ -44,7 +44,9 @@ def findings(data: ReportData) -> list[Finding]:
         if check is data_checks.missing_ranks:
             # what `trace` itself wrote of a token is whole
             partial = data.trace.imported or data.counts.counts_only
-    return most_important_first(found)
+    asked = "busiest_gpu" if data.costs is not None else ""
+    in_order = most_important_first(found)
+    return sorted(in_order, key=lambda one: one.severity != "critical" and one.kind != asked)
 
 
 @table()

@@ -21,10 +21,9 @@ from moe_inspect.progress import tracked
 from moe_inspect.simulate.placement import policies as policy
 from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.forecast import local_search
-from moe_inspect.simulate.placement.layouts import layouts_of
 from moe_inspect.simulate.placement.plan import plan_table
-from moe_inspect.simulate.placement.policies import Layout
-from moe_inspect.simulate.placement.prices import PRICED, PlanTimes, pricing_of, traffic_of
+from moe_inspect.simulate.placement.policies import Layout, layouts_of
+from moe_inspect.simulate.placement.pricing import PRICED, PlanTimes, pricing_of, traffic_of
 from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, worth
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of

@@ -16,9 +16,9 @@ import pandas as pd
 from moe_inspect.analysis.metrics.windows import FEWEST_WINDOWS
 from moe_inspect.simulate.placement.policies import Layout, contiguous, shares
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
+from moe_inspect.simulate.prices import Prices, shape_of
+from moe_inspect.simulate.sampling import SEED, expected
 from moe_inspect.simulate.shards import taken
-from moe_inspect.simulate.steps.prices import Prices, shape_of
-from moe_inspect.simulate.steps.sampling import SEED, expected
 
 SHUFFLES = 999
 LINK = "alltoall"  # the transfer whose bandwidth experts are moved at
@@ -37,25 +37,17 @@ class Ageing:
     unknown: str = ""
 
 
-@dataclass(frozen=True)
-class Rebalancing:
-    """`table`: a row for the plan after experts in order, and one per window whose own plan follows
-    that of the window before."""
-
-    table: pd.DataFrame
-    ageing: Ageing
-
-
 def rebalancing(
     plans: PlacementPlans, policy: str, place: Place, prices: Prices, N: int
-) -> Rebalancing:
-    """Of this policy, for steps of N tokens. `plans`: on windows of time, or on workloads, which
-    have no order."""
+) -> tuple[pd.DataFrame, Ageing]:
+    """Of this policy, for steps of N tokens: a row for the plan after experts in order, and one per
+    window whose own plan follows that of the window before. `plans`: on windows of time, or on
+    workloads, which have no order."""
     in_order = {r: contiguous(plans.loads[r][0], plans.layouts[r]) for r in plans.selection.routers}
     planned = {r: plans.of[r, policy] for r in plans.selection.routers}
     first = {"window": None, "policy": policy, **moved(plans, in_order, planned, prices)}
     if plans.windows.names or plans.trace.counts_only:
-        return Rebalancing(pd.DataFrame([first]), Ageing(unknown="the loads have no order in time"))
+        return pd.DataFrame([first]), Ageing(unknown="the loads have no order in time")
     W, gap = len(plans.windows.edge_W) - 1, _spanned(plans)
     fitted = [
         {r: place(plans.loads[r][v], layout) for r, layout in plans.layouts.items()}
@@ -69,10 +61,10 @@ def rebalancing(
     ]
     table = pd.DataFrame([first, *rows]).astype({"window": "Int64"})
     if W < FEWEST_WINDOWS:
-        return Rebalancing(table, Ageing(unknown=f"it takes {FEWEST_WINDOWS} windows (--window)"))
+        return table, Ageing(unknown=f"it takes {FEWEST_WINDOWS} windows (--window)")
     if gap > W // 4:
-        return Rebalancing(table, Ageing(unknown="documents last longer than a window"))
-    return Rebalancing(table, ageing(ms_VW, gap))
+        return table, Ageing(unknown="documents last longer than a window")
+    return table, ageing(ms_VW, gap)
 
 
 def moved(

@@ -173,6 +173,11 @@ moe.plot = (element, make, options = {}) => {
         g.append(moe.s("polygon", { points: [...side(mark.high), ...side(mark.low).reverse()].join(" "), style: "fill: var(--band)" }));
         continue;
       }
+      if (mark.kind === "bars") {
+        const width = 0.8 * (x(1) - x(0));
+        mark.x.forEach((v, i) => g.append(moe.s("rect", { x: x(v) - width / 2, y: y(mark.high[i]), width, height: y(mark.low[i]) - y(mark.high[i]), style: `fill: var(--${mark.colour})` })));
+        continue;
+      }
       if (mark.kind === "rule") {
         g.append(moe.s("line", { x1: frame.left, x2: frame.right, y1: y(mark.y), y2: y(mark.y), class: `rule ${mark.dash}`, style: colour(mark) }));
         continue;
@@ -278,7 +283,7 @@ moe.plot = (element, make, options = {}) => {
   const swatch = (mark) => {
     const style = `stroke: var(--${mark.colour ?? "band"}); fill: var(--${mark.colour ?? "band"})`;
     const box = moe.s("svg", { width: 20, height: 10, "aria-hidden": "true" });
-    if (mark.kind === "band") box.append(moe.s("rect", { width: 20, height: 10, style }));
+    if (mark.kind === "band" || mark.kind === "bars") box.append(moe.s("rect", { width: 20, height: 10, style }));
     else if (mark.shape === "dot") box.append(moe.s("circle", { cx: 10, cy: 5, r: 4, style }));
     else box.append(moe.s("line", { x1: mark.shape === "tick" ? 5 : 0, x2: mark.shape === "tick" ? 15 : 20, y1: 5, y2: 5, class: mark.shape === "tick" ? "tick" : `line ${mark.dash}`, style }));
     return box;
@@ -311,6 +316,7 @@ moe.plot = (element, make, options = {}) => {
     const rowsOf = shown().filter((m) => m.x && m.name).map((m) => {
       const i = m.x.findIndex((v) => Math.round(v) === column);
       if (m.kind === "band") return i < 0 || m.high[i] === null ? null : `${m.name}: up to ${moe.digits(m.high[i])}`;
+      if (i >= 0 && m.kind === "bars") return `${m.name}: ${moe.digits(m.high[i] - m.low[i])}`;
       if (i < 0 || m.y[i] === null) return null;
       const ends = m.low && m.low[i] !== null ? ` (${moe.digits(m.low[i])} to ${moe.digits(m.high[i])})` : "";
       return `${m.name}: ${moe.digits(m.y[i])}${ends}`;

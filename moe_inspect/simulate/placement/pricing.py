@@ -16,22 +16,21 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.uncertainty import student_p
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement.policies import Layout
 from moe_inspect.simulate.placement.rebalancing import Place, rebalancing
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
 from moe_inspect.simulate.placement.workloads import Workload
-from moe_inspect.simulate.result import Settings
-from moe_inspect.simulate.shards import phases_of, taken
-from moe_inspect.simulate.steps.prices import (
+from moe_inspect.simulate.prices import (
     MOST_TOKENS,
     Prices,
     even,
+    p_apart,
     prices_of,
     shape_of,
 )
-from moe_inspect.simulate.steps.sampling import (
+from moe_inspect.simulate.result import Settings
+from moe_inspect.simulate.sampling import (
     COUNTED,
     FEWEST_BLOCKS,
     MOST_BLOCKS,
@@ -42,6 +41,7 @@ from moe_inspect.simulate.steps.sampling import (
     joined,
     loads_of_steps,
 )
+from moe_inspect.simulate.shards import phases_of, taken
 from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.shard import Shard
 
@@ -75,10 +75,7 @@ class PlanTimes:
             w * float(of_B.std(ddof=1)) / math.sqrt(len(of_B))
             for w, of_B in zip(self.weights, apart, strict=True)
         )
-        by = abs(self.ms - other.ms)
-        if by <= 1e-9 * self.ms:
-            return 1.0
-        return 2 * float(student_p(np.array(by / max(error, 1e-300)), blocks - 1))
+        return p_apart(self.ms, other.ms, error, blocks)
 
     def corrected_p(self, other: PlanTimes, plans: int) -> float:
         """For the number of pairs of so many plans."""
@@ -146,8 +143,8 @@ class Pricing:
         tables["policies"] = tables["policies"].merge(columns, "left", "policy")
         ageing = None
         if again := next((name for name in places if name in times), None):
-            found = rebalancing(plans, again, places[again], prices, N)
-            tables["rebalancing"], ageing = found.table, found.ageing
+            changes, ageing = rebalancing(plans, again, places[again], prices, N)
+            tables["rebalancing"] = changes
         shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
         said = prices.said(layout.gpus, shapes, N)
         of = prices.kernel.name, N, prices.error, said, unpriced, self.memory_gb, ageing

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_inspect.analysis.metrics.uncertainty import student_p
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_shape
 from moe_inspect.simulate.latency import (
@@ -23,7 +24,7 @@ from moe_inspect.simulate.latency import (
     Shape,
     TransferTime,
 )
-from moe_inspect.simulate.steps.sampling import StepLoads
+from moe_inspect.simulate.sampling import StepLoads
 from moe_inspect.trace.reader import Trace
 
 LOW_LATENCY = 128  # tokens of a GPU up to which DeepEP's low-latency kernels transfer them
@@ -102,6 +103,13 @@ class Prices:
                 ms_S = way.predict(copies_SG.max(1), shape.hidden * max(size, 1.0))
             sent.append(ms_S)
         return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1), *sent)
+
+
+def p_apart(ms: float, other_ms: float, error: float, blocks: int) -> float:
+    """That two times differ so much by chance; `error`: of their difference, by so many blocks."""
+    if (by := abs(ms - other_ms)) <= 1e-9 * ms:
+        return 1.0
+    return min(1.0, 2 * float(student_p(np.array(by / max(error, 1e-300)), blocks - 1)))
 
 
 def reached_by_chance(E: int, k: int, G: int) -> float:

@@ -1,1 +1,0 @@
-"""Steps of a trace, and what they cost."""
