@@ -57,14 +57,8 @@ def emit(table: Any, form: Format, output: Path | None, safe_csv: bool = False) 
     if form is Format.parquet and output is None and sys.stdout.isatty():
         raise MoeInspectError("parquet is binary: give -o FILE, or redirect it into a pipe")
     write = {Format.csv: partial(_csv, safe=safe_csv), Format.json: _json, Format.parquet: _parquet}
-    if output is None:
-        with to_stdout():
-            write[form](table, sys.stdout.buffer)
-        return
-    from moe_inspect.trace.output_dir import output_file
-
-    with output_file(output) as draft, open(draft, "wb") as file:
-        write[form](table, file)
+    with text_to(output) as file:
+        write[form](table, file.buffer)
 
 
 @contextlib.contextmanager

@@ -65,23 +65,13 @@ class GroupedCommand(TyperCommand):
                 _take_several(option)
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        _read_plainly(self.get_params(ctx))
-        return super().parse_args(ctx, args)
-
-    def make_parser(self, ctx: Context) -> Any:
         """Refuses a second --table: of other options that take one value the last one counts, but a
         second table reads as if both were asked for."""
-        parser = super().make_parser(ctx)
-        parse = parser.parse_args
-
-        def parse_args(args: list[str]) -> Any:
-            *parsed, given = parse(args=args)
-            if [option.name for option in given].count("table") > 1 and not ctx.resilient_parsing:
-                raise typer.BadParameter("--table is given twice: give one table")
-            return *parsed, given
-
-        parser.parse_args = parse_args
-        return parser
+        asked = [one for one in args if one.partition("=")[0] == "--table"]
+        if len(asked) > 1 and not ctx.resilient_parsing:
+            raise typer.BadParameter("--table is given twice: give one table")
+        _read_plainly(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Context) -> Any:
         """Refuses an output within a trace, and two in one place, before anything is computed for
@@ -109,7 +99,11 @@ class GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
                 rest = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                name = re.sub(r"<(?:list\[)?([^][<>]+)\]?>", _value, record[0]).rstrip()
+                name = re.sub(
+                    r"<(?:list\[)?([^][<>]+)\]?>",
+                    lambda found: VALUES.get(found[1], f"<{found[1]}>"),
+                    record[0],
+                ).rstrip()
                 rows.setdefault(_panel(parameter, rest), []).append((name, record[1]))
         rows["Options"] = rows.pop("Options")  # last: --help is among them
         _write_sections(formatter, rows)
@@ -138,10 +132,6 @@ class GroupOfCommands(TyperGroup):
         _write_examples(formatter, self.epilog)
 
 
-def _value(found: re.Match[str]) -> str:
-    return VALUES.get(found[1], f"<{found[1]}>")
-
-
 def _panel(of: Any, otherwise: str) -> str:
     return getattr(of, "rich_help_panel", None) or otherwise
 
@@ -149,15 +139,13 @@ def _panel(of: Any, otherwise: str) -> str:
 def _take_several(option: Any) -> None:
     """An option of several values takes them repeated or comma-separated, and says so."""
     option.help = f"{option.help} Repeated or comma-separated."
+    process = option.process_value
+
+    def split(ctx: Context, value: Any) -> Any:
+        return process(ctx, value and [part for text in value for part in separated(text)])
+
     if option.name not in DOMAINS:
-        option.process_value = partial(_split_and, option.process_value)
-
-
-def _split_and(process: Callable[..., Any], ctx: Context, value: Any) -> Any:
-    """["a,b", "c"] → ["a", "b", "c"]."""
-    if value is not None:
-        value = [part for text in value for part in separated(text)]
-    return process(ctx, value)
+        option.process_value = split
 
 
 def _read_plainly(options: Iterable[Any]) -> None:

@@ -390,37 +390,23 @@ CELLS = len(PHASES) * DECILES  # a phase and a position decile
 class RowsInShard:
     shard: Shard
     rows: np.ndarray
-    at: np.ndarray | None = None  # int64, which of the tokens; None for all, in order
-
-    @cached_property
-    def index(self) -> slice | np.ndarray:
-        """The rows, as a slice where they follow each other: then nothing is copied."""
-        rows = self.rows
-        if len(rows) and (np.diff(rows) == 1).all():
-            return slice(int(rows[0]), int(rows[-1]) + 1)
-        return rows
-
-    @cached_property
-    def highest(self) -> int:
-        return int(self.rows.max(initial=-1))
+    at: np.ndarray  # int64, which of the tokens
 
     def take(self, keep_T: np.ndarray) -> RowsInShard:
-        if self.at is None:
-            return RowsInShard(self.shard, self.rows[keep_T])
         kept = keep_T[self.at]
         return RowsInShard(self.shard, self.rows[kept], (np.cumsum(keep_T) - 1)[self.at[kept]])
 
     def read(self, columns_of: Callable[[Shard, int], Columns], router: int) -> Columns:
-        columns, part = columns_of(self.shard, router), self
+        columns, rows = columns_of(self.shard, router), self.rows
         seen = None if router == OF_TOKENS else self.shard.seen(router)
         if seen is not None:
-            part = RowsInShard(self.shard, (np.cumsum(seen) - 1)[self.rows])
-        if part.highest >= len(columns[0]):
+            rows = (np.cumsum(seen) - 1)[rows]
+        if (highest := int(rows.max(initial=-1))) >= len(columns[0]):
             raise MoeInspectError(
                 f"damaged trace: {self.shard.trace.path}: router {router} has {len(columns[0])} "
-                f"decisions in a shard with a token in row {part.highest}"
+                f"decisions in a shard with a token in row {highest}"
             )
-        return tuple(column[part.index] for column in columns)
+        return tuple(column[rows] for column in columns)
 
 
 @dataclass(frozen=True)
@@ -452,7 +438,7 @@ class AlignedRows:
     def take(self, keep_T: np.ndarray) -> AlignedRows:
         """Of these tokens only."""
         of_a, of_b = ([part.take(keep_T) for part in side] for side in self.sides)
-        of_b = [part for part in of_b if part.at is None or len(part.at)]
+        of_b = [part for part in of_b if len(part.at)]
         tokens = self.unit_T, self.cell_T, self.document_T, self.last_T
         return AlignedRows((of_a, of_b), *(values[keep_T] for values in tokens))
 
@@ -461,7 +447,7 @@ class AlignedRows:
         OF_TOKENS for columns of the tokens themselves."""
         parts = self.sides[side]
         found = [part.read(columns_of, router) for part in parts]
-        if parts[0].at is None:
+        if len(parts) == 1:
             return found[0]
         columns = [
             np.empty((len(self), *of_part[0].shape[1:]), np.result_type(*of_part))
@@ -498,14 +484,10 @@ def rows_of_shard(
     domain_of = np.array([domains.index(x) if x in domains else 0 for x in labels], np.int64)
     number_of = np.array([PHASES.index(x) if x in PHASES else 0 for x in phases], np.int64)
     decile_T = np.clip(DECILES * position_T // np.maximum(size_T, 1), 0, DECILES - 1)
-    others = np.unique(shard_b).tolist()
-    places = [np.flatnonzero(shard_b == n) for n in others]
-    of_b = [
-        RowsInShard(traces[1].shard(n), rows_b[at], at if len(others) > 1 else None)
-        for n, at in zip(others, places, strict=True)
-    ]
+    others = [(n, np.flatnonzero(shard_b == n)) for n in np.unique(shard_b).tolist()]
+    of_b = [RowsInShard(traces[1].shard(n), rows_b[at], at) for n, at in others]
     rows = AlignedRows(
-        ([RowsInShard(shard, rows_a)], of_b),
+        ([RowsInShard(shard, rows_a, np.arange(len(rows_a)))], of_b),
         domain_of[code_T] * CLUSTERS + document_T % CLUSTERS,
         number_of[phase_T] * DECILES + decile_T,
         document_T,

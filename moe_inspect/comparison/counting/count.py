@@ -116,16 +116,6 @@ class ComparisonCounts:
     zero_filled_a: int = 0
     zero_filled_b: int = 0
 
-    @classmethod
-    def zero(
-        cls, domains: tuple[str, ...], experts: dict[int, int], stacks: set[str]
-    ) -> ComparisonCounts:
-        """experts: router → number of experts."""
-        U = len(domains) * CLUSTERS
-        of = {r: PairRouterCounts.zero(E, U) for r, E in experts.items()}
-        decisions_UX = {stack: np.zeros((U, align.CELLS), np.int64) for stack in stacks}
-        return cls(domains, of, decisions_UX, np.zeros(len(experts) + 1, np.int64))
-
     def of_units(self, unit_V: np.ndarray) -> ComparisonCounts:
         """Of these units only, to be sent: what a shard has any of is a few of all."""
         of = {r: counts.of_units(unit_V) for r, counts in self.of.items()}
@@ -202,10 +192,11 @@ class Job:
         return "logits" in self.a.tables and "logits" in self.b.tables
 
     def zero(self) -> ComparisonCounts:
-        listed = {r: self.a.routers[r] for r, _ in self.routers}
-        experts = {r: router.experts for r, router in listed.items()}
+        listed, U = {r: self.a.routers[r] for r, _ in self.routers}, len(self.domains) * CLUSTERS
+        of = {r: PairRouterCounts.zero(router.experts, U) for r, router in listed.items()}
         stacks = {router.stack for router in listed.values()}
-        return ComparisonCounts.zero(self.domains, experts, stacks)
+        decisions_UX = {stack: np.zeros((U, align.CELLS), np.int64) for stack in stacks}
+        return ComparisonCounts(self.domains, of, decisions_UX, np.zeros(len(of) + 1, np.int64))
 
     def rows_by_stack(
         self, segments: align.Segments
@@ -351,8 +342,7 @@ def _count_router(
             counts.flip_margins[number] = margin_T[:0]
         return counts
 
-    at = kernels.unequal(slots_a, slots_b)
-    a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (slots_a, slots_b))
+    at, a_KN, b_KN = kernels.unequal(slots_a, slots_b)
     lost_KN, gained_KN, missing_N = kernels.sets(a_KN, b_KN, E)
     unit_N, cell_N = unit_T[at], rows.cell_T[at]
     counts.reordered_U += np.bincount(unit_N, minlength=V)

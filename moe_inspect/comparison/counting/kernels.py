@@ -12,12 +12,13 @@ Slots = tuple[np.ndarray, ...]  # K arrays [T], the number of experts where a sl
 BLOCK = 8192  # decisions whose pairs of slots are gone through at a time
 
 
-def unequal(a: Slots, b: Slots) -> np.ndarray:
-    """int64 [N]: the decisions of which any slot differs."""
+def unequal(a: Slots, b: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 [N]: the decisions of which any slot differs; their experts in A and in B, [K, N]."""
     differs_T = a[0] != b[0]
     for of_a_T, of_b_T in zip(a[1:], b[1:], strict=True):
         differs_T |= of_a_T != of_b_T
-    return np.flatnonzero(differs_T)
+    at = np.flatnonzero(differs_T)
+    return at, *(np.stack([slot_T[at] for slot_T in side]) for side in (a, b))
 
 
 def nowhere_in_both(a: Slots, b: Slots, E: int) -> np.ndarray:

@@ -85,8 +85,7 @@ def _differ(job: Job, rows: AlignedRows, routers: list[tuple[int, int]]) -> np.n
     differ_T = np.zeros(len(rows), bool)
     for pair in () if rows.alike else routers:
         slots_a, slots_b = rows.both(Shard.slots, pair)
-        at_N = kernels.unequal(slots_a, slots_b)
-        a_KN, b_KN = (np.stack([slot_T[at_N] for slot_T in side]) for side in (slots_a, slots_b))
+        at_N, a_KN, b_KN = kernels.unequal(slots_a, slots_b)
         _, _, missing_N = kernels.sets(a_KN, b_KN, job.a.routers[pair[0]].experts)
         differ_T[at_N[missing_N > 0]] = True
     return differ_T
