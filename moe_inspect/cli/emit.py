@@ -28,19 +28,18 @@ class Format(StrEnum):
 
 
 ENDINGS = {
+    **dict.fromkeys(("", ".txt", ".md"), Format.table),
     ".csv": Format.csv,
     ".json": Format.json,
     ".jsonl": Format.json,
     ".parquet": Format.parquet,
 }
-TEXT = ("", ".txt", ".md")
 ROWS = 10_000  # that are turned to text at once
 
 
 def format_of(output: Path | None) -> Format | None:
     """The format of a file by its ending: text for stdout and .txt; None for an unknown ending."""
-    ending = output.suffix.lower() if output else ""
-    return Format.table if ending in TEXT else ENDINGS.get(ending)
+    return ENDINGS.get(output.suffix.lower() if output else "")
 
 
 def emit(table: Any, form: Format, output: Path | None, safe_csv: bool = False) -> None:

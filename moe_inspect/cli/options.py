@@ -16,6 +16,7 @@ from typing import (
     Any,
     ClassVar,
     Literal,
+    TypeGuard,
     get_args,
     get_origin,
     get_type_hints,
@@ -69,6 +70,11 @@ def argument(help: str, metavar: str, *, default: Any = None, **settings: Any) -
     """The same for an argument."""
     declared = Argument(help=help, metavar=metavar, **settings)
     return field(default=default, metadata={"option": declared})
+
+
+def is_declared(value: Any) -> TypeGuard[Field[Any]]:
+    """Whether this is what `option` or `argument` gave."""
+    return isinstance(value, Field)
 
 
 def in_panel(title: str) -> Any:
@@ -144,12 +150,10 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         declared: Any = None
         if get_origin(annotation) is Annotated:
             annotation, declared = get_args(annotation)
-        if isinstance(default, Field):
+        if is_declared(default):
             declared, default = default, default.default
         if declared is not None:
-            if isinstance(declared, Field):
-                declared = declared.metadata["option"]
-            declared = copy(declared)
+            declared = copy(declared.metadata["option"] if is_declared(declared) else declared)
             if not isinstance(declared, ParameterInfo):  # a `capture.options.Setting`
                 facts = declared._asdict()
                 del facts["more"]

@@ -18,7 +18,8 @@ def unequal(a: Slots, b: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for of_a_T, of_b_T in zip(a[1:], b[1:], strict=True):
         differs_T |= of_a_T != of_b_T
     at = np.flatnonzero(differs_T)
-    return at, *(np.stack([slot_T[at] for slot_T in side]) for side in (a, b))
+    a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (a, b))
+    return at, a_KN, b_KN
 
 
 def nowhere_in_both(a: Slots, b: Slots, E: int) -> np.ndarray:
