@@ -121,12 +121,8 @@ def _json(table: Any, file: BinaryIO) -> None:
     names = [str(name) for name in table]
     columns = [_plain(name, table[name].tolist()) for name in table]
     for row in zip(*columns, strict=True):
-        file.write(
-            (
-                json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False)
-                + "\n"
-            ).encode()
-        )
+        cells = dict(zip(names, row, strict=True))
+        file.write(f"{json.dumps(cells, ensure_ascii=False, allow_nan=False)}\n".encode())
 
 
 def _plain(name: str, values: list[object]) -> list[object]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import EnumType
 from functools import partial
+from glob import escape, iglob
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
-MOST = 200  # folders looked into
+MOST = 200  # traces that are completed
 DOMAINS = {"domain", "fit_domains"}  # whose names may have commas: `select` splits them
 # what stands for a value that has no name of its own, by typer's name of its type
 VALUES = {
@@ -199,32 +201,12 @@ def _write_examples(formatter: HelpFormatter, examples: str | None) -> None:
 def traces(incomplete: str) -> list[str]:
     """Traces whose path begins so, also one folder further down; where there are none, the shell
     completes names of files."""
-    begun = incomplete.rpartition("/")[2]
-    start = incomplete[: len(incomplete) - len(begun)]
-    found = list[str]()
-    for entry in _folders(start or "."):
-        if not entry.name.startswith(begun):
-            continue
-        if _is_trace(entry.path):
-            found.append(start + entry.name)
-        else:
-            inside = (one for one in _folders(entry.path) if _is_trace(one.path))
-            found += [f"{start}{entry.name}/{one.name}" for one in inside]
+    found = dict[str, None]()
+    for place in (f"{escape(incomplete)}*", f"{escape(incomplete)}*/*"):
+        for manifest in islice(iglob(f"{place}/trace.json"), MOST):
+            if os.path.dirname(trace := os.path.dirname(manifest)) not in found:
+                found[trace] = None
     return sorted(found)
-
-
-def _folders(path: str) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
-            for entry, _ in zip(entries, range(MOST), strict=False):
-                if entry.is_dir():
-                    yield entry
-    except OSError:
-        return
-
-
-def _is_trace(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "trace.json"))
 
 
 def tables(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -217,8 +217,12 @@ def trace(
 
 def record(run: Callable[..., Trace], write: WriteOptions, counted: bool = False) -> None:
     """Shows how far `run` is, or the trace while it is written, and says what was recorded."""
+    from moe_inspect.trace.manifest import read_manifest
+    from moe_inspect.trace.schema import MANIFEST
+
     began, place = time.monotonic(), write.place
-    complete_before = write.resume and _is_complete(place)
+    there = write.resume and (place / MANIFEST).exists()
+    complete_before = there and read_manifest(place)["status"] == "complete"
     stop_cleanly()
     try:
         with WatchView(place) if write.watch and _is_first() else shown() as bar:
@@ -294,14 +298,6 @@ def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
 
 
-def _is_complete(place: Path | Remote) -> bool:
-    """Whether a complete trace is there."""
-    from moe_inspect.trace.manifest import read_manifest
-    from moe_inspect.trace.schema import MANIFEST
-
-    return (place / MANIFEST).exists() and read_manifest(place)["status"] == "complete"
-
-
 def _stored_bytes(place: Path | Remote) -> int:
     """Of all files of a trace."""
     if isinstance(place, Path):
@@ -315,11 +311,8 @@ def check_engine_options(
     """A URL and --engine belong together, and with either only the options that mean something
     there."""
     is_url = model.startswith(("http://", "https://"))
-    given = [
-        o
-        for o in context.params
-        if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"
-    ]
+    sources = {o: context.get_parameter_source(o) for o in context.params}
+    given = [o for o, source in sources.items() if source and source.name == "COMMANDLINE"]
     if is_url and engine is None:
         raise typer.BadParameter("a URL is traced with --engine vllm or --engine sglang")
     if engine is not None and not is_url:

@@ -19,7 +19,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.texts import BYTE
+from moe_inspect.trace.texts import bytes_of
 
 FEWEST = 8  # occurrences of a text that is judged
 MOST_TEXTS = 1_024  # the most frequent
@@ -202,12 +202,7 @@ class TokenBytes:
 
 def _bytes(text: str | None) -> bytes:
     """ "▁caf<0xC3><0xA9>" → b"caf\\xc3\\xa9" """
-    parts = BYTE.split("" if text is None else text.replace("▁", ""))
-    raw = b"".join(
-        bytes([int(part, 16)]) if i % 2 else "".join(part.split()).encode("utf-8", "replace")
-        for i, part in enumerate(parts)
-    )
-    return b"".join(raw.split())
+    return b"".join(bytes_of("".join((text or "").split())).split())
 
 
 def common_spans(trace_a: Trace, trace_b: Trace, selection: Selection) -> Spans:

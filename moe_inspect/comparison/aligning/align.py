@@ -16,6 +16,7 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError, vocabularies_apart
 from moe_inspect.errors import MoeInspectError
@@ -99,22 +100,12 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
     encoder_T = np.array([phase == PHASES[2] for phase in phases], bool)[phase_T]
     edges = run_edges(document_T, sequence_T, encoder_T, position_T - np.arange(len(position_T)))
     first = edges[:-1]
-    hash_T = _token_hash(id_T, position_T)
+    hash_T = mixed((id_T << 32) ^ position_T).view(np.int64)  # of which the sum is a sequence's
     early_T = np.where(position_T < PREFIX, hash_T, 0)
     keys = (column_T[first] for column_T in (document_T, sequence_T, encoder_T, position_T))
     hashes = (np.add.reduceat(x, first) if len(first) else first for x in (hash_T, early_T))
     part = np.stack([*keys, np.diff(edges), first, *hashes])
     return part, [labels[d] for d in np.unique(code_T)], bool((id_T >= 0).any())
-
-
-def _token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
-    """int64 [T], whose sum over a sequence is a hash of it (splitmix64)."""
-    x_T = (id_T.astype(np.uint64) << np.uint64(32)) ^ position_T.astype(np.uint64)
-    with np.errstate(over="ignore"):
-        x_T += np.uint64(0x9E3779B97F4A7C15)
-        x_T = (x_T ^ (x_T >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x_T = (x_T ^ (x_T >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x_T ^ (x_T >> np.uint64(31))).view(np.int64)
 
 
 def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

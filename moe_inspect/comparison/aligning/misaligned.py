@@ -250,17 +250,14 @@ def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
         return None
     routers, found, compared = zip(*moved, strict=True)
     value, before = mean(found), mean(compared)
+    layers = layers_named([layer_label(sample.traces[0].routers, r) for r in routers])
     text = (
-        f"Experts are numbered differently in {_layers(sample, routers)}: matched by shared "
+        f"Experts are numbered differently in {layers}: matched by shared "
         f"tokens, they agree (beyond chance {value:.1%}, {before:.1%} as compared). Physical ids "
         "or a permuted checkpoint cause this."
     )
     values = {"routers": [*routers], "agreement": value, "agreement_as_compared": before}
     return Misalignment("experts_renumbered", text, "", values)
-
-
-def _layers(sample: SampledRows, routers: Sequence[int]) -> str:
-    return layers_named([layer_label(sample.traces[0].routers, r) for r in routers])
 
 
 def _foreign(sample: SampledRows) -> Misalignment | None:
@@ -275,8 +272,9 @@ def _foreign(sample: SampledRows) -> Misalignment | None:
     if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
         return None
     value, others = (mean(own[pair] for pair in own if pair[0] in of) for of in (bad, good))
+    layers = layers_named([layer_label(a, r) for r in bad])
     text = (
-        f"In {_layers(sample, bad)}, B agrees with A only by chance (beyond chance {value:.1%}; "
+        f"In {layers}, B agrees with A only by chance (beyond chance {value:.1%}; "
         f"in other layers {others:.1%}): these routes belong to a router that A lacks, such as an "
         "MTP layer's, or were never recorded."
     )
