@@ -383,21 +383,29 @@ class RowsInShard:
     rows: np.ndarray
     at: np.ndarray  # int64, which of the tokens
 
+    @cached_property
+    def index(self) -> slice | np.ndarray:
+        """The rows, as a slice where they follow each other: then nothing is copied."""
+        rows = self.rows
+        if len(rows) and (np.diff(rows) == 1).all():
+            return slice(int(rows[0]), int(rows[-1]) + 1)
+        return rows
+
     def take(self, keep_T: np.ndarray) -> RowsInShard:
         kept = keep_T[self.at]
         return RowsInShard(self.shard, self.rows[kept], (np.cumsum(keep_T) - 1)[self.at[kept]])
 
     def read(self, columns_of: Callable[[Shard, int], Columns], router: int) -> Columns:
-        columns, rows = columns_of(self.shard, router), self.rows
+        columns, part = columns_of(self.shard, router), self
         seen = None if router == OF_TOKENS else self.shard.seen(router)
         if seen is not None:
-            rows = (np.cumsum(seen) - 1)[rows]
-        if (highest := int(rows.max(initial=-1))) >= len(columns[0]):
+            part = RowsInShard(self.shard, (np.cumsum(seen) - 1)[self.rows], self.at)
+        if (highest := int(part.rows.max(initial=-1))) >= len(columns[0]):
             raise MoeInspectError(
                 f"damaged trace: {self.shard.trace.path}: router {router} has {len(columns[0])} "
                 f"decisions in a shard with a token in row {highest}"
             )
-        return tuple(column[rows] for column in columns)
+        return tuple(column[part.index] for column in columns)
 
 
 @dataclass(frozen=True)
