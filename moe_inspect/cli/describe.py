@@ -3,7 +3,6 @@ weights say of its routers and experts; `moe-inspect doctor`: what this machine 
 
 from __future__ import annotations
 
-import gc
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -99,15 +98,11 @@ def describe(
     made = description.of_trace(model)
     if made is None:
         stated_config(model, revision)  # before torch is imported, whether there is such a model
-        gc.disable()  # imports leave nothing to collect, and to look for it takes a fifth of them
-        try:
-            need_torch()
-            quiet()
-            made = description.describe(
-                model, context=context, revision=revision, trust_remote_code=trust_remote_code
-            )
-        finally:
-            gc.enable()
+        need_torch()
+        quiet()
+        made = description.describe(
+            model, context=context, revision=revision, trust_remote_code=trust_remote_code
+        )
     training = made.training(train_tokens, gpu, mfu, gpu_hours) if train_tokens is not None else []
     if write.format is None and form is Format.table:
         with text_to(write.output) as file:
