@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import EnumType
 from functools import partial
-from glob import escape, iglob
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +200,8 @@ def _write_examples(formatter: HelpFormatter, examples: str | None) -> None:
 def traces(incomplete: str) -> list[str]:
     """Traces whose path begins so, also one folder further down; where there are none, the shell
     completes names of files."""
+    from glob import escape, iglob
+
     found = dict[str, None]()
     for place in (f"{escape(incomplete)}*", f"{escape(incomplete)}*/*"):
         for manifest in islice(iglob(f"{place}/trace.json"), MOST):
