@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 
 from moe_inspect.text import first_line, printable
@@ -42,18 +43,12 @@ def check_whole(name: str, value: object, least: int = 0) -> None:
 
 
 @contextmanager
-def reading(path: object) -> Generator[None, None, None]:
-    """An OSError in the block becomes a MoeInspectError: cannot read `path`."""
+def reading(path: object, doing: str = "read") -> Generator[None, None, None]:
+    """An OSError in the block becomes a MoeInspectError: cannot read (or `doing`) `path`."""
     try:
         yield
     except OSError as error:
-        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from error
+        raise MoeInspectError(f"cannot {doing} {path}: {first_line(error)}") from error
 
 
-@contextmanager
-def writing(path: object) -> Generator[None, None, None]:
-    """An OSError in the block becomes a MoeInspectError: cannot write `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from error
+writing = partial(reading, doing="write")

@@ -68,26 +68,22 @@ class Processes:
 
     def __init__(self, width: int):
         self.width = width
-        self._pool: ProcessPoolExecutor | None = None
+        # not forked: threads of this process may hold locks
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(width, context, _begin)
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def each(
         self, function: Callable[..., Result], shared: Given, tasks: Iterable[Given]
     ) -> Iterator[Result]:
-        if self._pool is None:
-            # not forked: threads of this process may hold locks
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.width, context, _begin)
-        pool = self._pool
         try:
             yield from in_order(
-                lambda task: pool.submit(function, *shared, *task), tasks, self.width + 1
+                lambda task: self._pool.submit(function, *shared, *task), tasks, self.width + 1
             )
         except BrokenProcessPool:
             raise MoeInspectError(

@@ -266,10 +266,9 @@ def test_the_loops_over_decisions(T: int, E: int, K: int) -> None:
     a_KT, b_KT = (ids_TK.T.astype(np.uint16) for ids_TK in (a_TK, b_TK))
     weights_a_KT, weights_b_KT = rng.random((2, K, T), np.float32)
     unit_T = np.sort(rng.integers(0, V, T))
-    at = kernels.unequal((*a_KT,), (*b_KT,))
-    lost_KN, gained_KN, missing_N = kernels.sets(a_KT[:, at], b_KT[:, at], E)
+    at, *asked = kernels.unequal((*a_KT,), (*b_KT,))
+    lost_KN, gained_KN, missing_N = kernels.sets(*asked, E)
     moved_VE, flips_EE = np.zeros((V, E), np.int64), np.zeros((E, E), np.int64)
-    asked = a_KT[:, at], b_KT[:, at]
     kernels.add_moves(*asked, lost_KN, gained_KN, unit_T[at], moved_VE, flips_EE)
     l1_T = kernels.weight_difference(*asked, E, at, (*weights_a_KT,), (*weights_b_KT,))
     moved, flips = Counter[tuple[int, int]](), Counter[tuple[int, int]]()

@@ -144,7 +144,7 @@ def test_one_table_is_asked_for(command: str) -> None:
     parser = COMMANDS[command].make_parser(typer.Context(COMMANDS[command]))
     assert parser.parse_args(args=["--table", "load"])[0]["table"] == "load"
     with pytest.raises(typer.BadParameter, match="--table is given twice: give one table"):
-        parser.parse_args(args=["--table", "load", "--table=balance"])
+        COMMANDS[command].make_context(command, ["--table", "load", "--table=balance"])
 
 
 def complete(*words: str) -> list[str]:

@@ -27,10 +27,10 @@ SIMULATIONS: Listed = {
 COMMANDS: Listed = {
     "Record": {
         "trace": "trace trace",
-        "serve-trace": "serve_trace serve_trace",
-        "import": "import_ import_",
-        "watch": "watch watch",
-        "doctor": "doctor doctor",
+        "serve-trace": "trace serve_trace",
+        "import": "convert import_",
+        "watch": "files watch",
+        "doctor": "describe doctor",
     },
     "Look": {
         "report": "report report",
@@ -45,7 +45,7 @@ COMMANDS: Listed = {
         "verify": "files verify",
         "merge": "files merge",
         "sample": "files sample",
-        "export": "export export",
+        "export": "convert export",
     },
 }
 
@@ -82,7 +82,7 @@ def _made(name: str, place: str | Listed, panel: str) -> Any:
         module_name, function_name = place.split()
         module = import_module(f"moe_inspect.cli.{module_name}")
         function: Callable[..., None] = getattr(module, function_name)
-        settings = {**SETTINGS, **getattr(module, "PARSING", {})}
+        settings = {**SETTINGS, **getattr(module, "PARSING", {}).get(name, {})}
         alone = typer.Typer(
             add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
         )
@@ -90,7 +90,7 @@ def _made(name: str, place: str | Listed, panel: str) -> Any:
             name, cls=GroupedCommand, context_settings=settings, **page(function.__doc__ or "")
         )(expanded(function))
         made = typer.main.get_command(alone)
-        made.formats = getattr(module, "FORMATS", {})
+        made.formats = getattr(module, "FORMATS", {}).get(name, {})
     made.rich_help_panel = panel
     return made
 

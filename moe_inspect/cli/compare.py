@@ -62,11 +62,6 @@ class PairOptions(Options):
         "Leave out tokens that one trace sends to expert 0 in every slot.", default=False
     )
 
-    @property
-    def given(self) -> list[str]:
-        """Names of those that are not left as they are."""
-        return [name for name, value in self.keywords().items() if value]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PairGates(GateOptions):
@@ -114,10 +109,10 @@ def compare(
     moe-inspect compare runs/bf16 runs/fp8 --table flips --format csv
     moe-inspect compare runs/step-1000 runs/step-2000 runs/step-3000
     moe-inspect compare runs/train runs/serve --fail-above set_mismatch=0.01"""
-    if others and pair.given:
+    of_two = [name for name, value in pair.keywords().items() if value]
+    if others and of_two:
         raise typer.BadParameter(
-            f"--{pair.given[0].replace('_', '-')} is for two traces, and there are "
-            f"{2 + len(others)}"
+            f"--{of_two[0].replace('_', '-')} is for two traces, and there are {2 + len(others)}"
         )
     from moe_inspect.comparison.compare import compare as compare_traces
     from moe_inspect.reporting.tables.registry import check_table

@@ -28,19 +28,18 @@ class Format(StrEnum):
 
 
 ENDINGS = {
+    **dict.fromkeys(("", ".txt", ".md"), Format.table),
     ".csv": Format.csv,
     ".json": Format.json,
     ".jsonl": Format.json,
     ".parquet": Format.parquet,
 }
-TEXT = ("", ".txt", ".md")
 ROWS = 10_000  # that are turned to text at once
 
 
 def format_of(output: Path | None) -> Format | None:
     """The format of a file by its ending: text for stdout and .txt; None for an unknown ending."""
-    ending = output.suffix.lower() if output else ""
-    return Format.table if ending in TEXT else ENDINGS.get(ending)
+    return ENDINGS.get(output.suffix.lower() if output else "")
 
 
 def emit(table: Any, form: Format, output: Path | None, safe_csv: bool = False) -> None:
@@ -57,14 +56,8 @@ def emit(table: Any, form: Format, output: Path | None, safe_csv: bool = False) 
     if form is Format.parquet and output is None and sys.stdout.isatty():
         raise MoeInspectError("parquet is binary: give -o FILE, or redirect it into a pipe")
     write = {Format.csv: partial(_csv, safe=safe_csv), Format.json: _json, Format.parquet: _parquet}
-    if output is None:
-        with to_stdout():
-            write[form](table, sys.stdout.buffer)
-        return
-    from moe_inspect.trace.output_dir import output_file
-
-    with output_file(output) as draft, open(draft, "wb") as file:
-        write[form](table, file)
+    with text_to(output) as file:
+        write[form](table, file.buffer)
 
 
 @contextlib.contextmanager
@@ -128,12 +121,8 @@ def _json(table: Any, file: BinaryIO) -> None:
     names = [str(name) for name in table]
     columns = [_plain(name, table[name].tolist()) for name in table]
     for row in zip(*columns, strict=True):
-        file.write(
-            (
-                json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False)
-                + "\n"
-            ).encode()
-        )
+        cells = dict(zip(names, row, strict=True))
+        file.write(f"{json.dumps(cells, ensure_ascii=False, allow_nan=False)}\n".encode())
 
 
 def _plain(name: str, values: list[object]) -> list[object]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import EnumType
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
-MOST = 200  # folders looked into
+MOST = 200  # traces that are completed
 DOMAINS = {"domain", "fit_domains"}  # whose names may have commas: `select` splits them
 # what stands for a value that has no name of its own, by typer's name of its type
 VALUES = {
@@ -65,23 +66,13 @@ class GroupedCommand(TyperCommand):
                 _take_several(option)
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        _read_plainly(self.get_params(ctx))
-        return super().parse_args(ctx, args)
-
-    def make_parser(self, ctx: Context) -> Any:
         """Refuses a second --table: of other options that take one value the last one counts, but a
         second table reads as if both were asked for."""
-        parser = super().make_parser(ctx)
-        parse = parser.parse_args
-
-        def parse_args(args: list[str]) -> Any:
-            *parsed, given = parse(args=args)
-            if [option.name for option in given].count("table") > 1 and not ctx.resilient_parsing:
-                raise typer.BadParameter("--table is given twice: give one table")
-            return *parsed, given
-
-        parser.parse_args = parse_args
-        return parser
+        asked = [one for one in args if one.partition("=")[0] == "--table"]
+        if len(asked) > 1 and not ctx.resilient_parsing:
+            raise typer.BadParameter("--table is given twice: give one table")
+        _read_plainly(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Context) -> Any:
         """Refuses an output within a trace, and two in one place, before anything is computed for
@@ -109,7 +100,11 @@ class GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
                 rest = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                name = re.sub(r"<(?:list\[)?([^][<>]+)\]?>", _value, record[0]).rstrip()
+                name = re.sub(
+                    r"<(?:list\[)?([^][<>]+)\]?>",
+                    lambda found: VALUES.get(found[1], f"<{found[1]}>"),
+                    record[0],
+                ).rstrip()
                 rows.setdefault(_panel(parameter, rest), []).append((name, record[1]))
         rows["Options"] = rows.pop("Options")  # last: --help is among them
         _write_sections(formatter, rows)
@@ -138,10 +133,6 @@ class GroupOfCommands(TyperGroup):
         _write_examples(formatter, self.epilog)
 
 
-def _value(found: re.Match[str]) -> str:
-    return VALUES.get(found[1], f"<{found[1]}>")
-
-
 def _panel(of: Any, otherwise: str) -> str:
     return getattr(of, "rich_help_panel", None) or otherwise
 
@@ -149,15 +140,13 @@ def _panel(of: Any, otherwise: str) -> str:
 def _take_several(option: Any) -> None:
     """An option of several values takes them repeated or comma-separated, and says so."""
     option.help = f"{option.help} Repeated or comma-separated."
+    process = option.process_value
+
+    def split(ctx: Context, value: Any) -> Any:
+        return process(ctx, value and [part for text in value for part in separated(text)])
+
     if option.name not in DOMAINS:
-        option.process_value = partial(_split_and, option.process_value)
-
-
-def _split_and(process: Callable[..., Any], ctx: Context, value: Any) -> Any:
-    """["a,b", "c"] → ["a", "b", "c"]."""
-    if value is not None:
-        value = [part for text in value for part in separated(text)]
-    return process(ctx, value)
+        option.process_value = split
 
 
 def _read_plainly(options: Iterable[Any]) -> None:
@@ -211,32 +200,14 @@ def _write_examples(formatter: HelpFormatter, examples: str | None) -> None:
 def traces(incomplete: str) -> list[str]:
     """Traces whose path begins so, also one folder further down; where there are none, the shell
     completes names of files."""
-    begun = incomplete.rpartition("/")[2]
-    start = incomplete[: len(incomplete) - len(begun)]
-    found = list[str]()
-    for entry in _folders(start or "."):
-        if not entry.name.startswith(begun):
-            continue
-        if _is_trace(entry.path):
-            found.append(start + entry.name)
-        else:
-            inside = (one for one in _folders(entry.path) if _is_trace(one.path))
-            found += [f"{start}{entry.name}/{one.name}" for one in inside]
+    from glob import escape, iglob
+
+    found = dict[str, None]()
+    for place in (f"{escape(incomplete)}*", f"{escape(incomplete)}*/*"):
+        for manifest in islice(iglob(f"{place}/trace.json"), MOST):
+            if os.path.dirname(trace := os.path.dirname(manifest)) not in found:
+                found[trace] = None
     return sorted(found)
-
-
-def _folders(path: str) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
-            for entry, _ in zip(entries, range(MOST), strict=False):
-                if entry.is_dir():
-                    yield entry
-    except OSError:
-        return
-
-
-def _is_trace(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "trace.json"))
 
 
 def tables(ctx: typer.Context, incomplete: str) -> list[str]:

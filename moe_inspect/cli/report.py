@@ -144,7 +144,11 @@ def report(
     table, form = show.chosen(TABLES, None)
     if table:
         check_table(table)
-    _check_charts(show.only or [])
+    if show.only:
+        from moe_inspect.reporting.charts.spec import check_chart
+
+        for chart in show.only:
+            check_chart(chart)
     gates, alarms = limits.gates(TABLES), _rules(rules)
     settings: dict[str, Any] = {
         **selection.keywords(),
@@ -198,14 +202,6 @@ def _failed(
         failed += [f"alarm: {alarm.text}" for alarm in alarms]
         failed += [f"help: {text}" for text in dict.fromkeys(a.help for a in alarms)]
     return failed
-
-
-def _check_charts(names: Sequence[str]) -> None:
-    if names:
-        from moe_inspect.reporting.charts.spec import check_chart
-
-        for name in names:
-            check_chart(name)
 
 
 def _checkpoint(model: str) -> Path:

@@ -1,16 +1,19 @@
-"""`moe-inspect trace`: record where a model sends every token of a corpus."""
+"""`moe-inspect trace`: record where a model sends every token of a corpus; `serve-trace`: the same
+of a serving engine, which it starts and stops."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +26,9 @@ from moe_inspect.capture.options import (
     RecordedFields,
     RequestFields,
     Resume,
+    Revision,
     Timeout,
+    TrustRemoteCode,
 )
 from moe_inspect.cli.capture import (
     ModelOptions,
@@ -41,8 +46,10 @@ from moe_inspect.cli.options import (
     in_panel,
     names,
     option,
+    seconds,
 )
 from moe_inspect.cli.progress import shown
+from moe_inspect.progress import phase
 from moe_inspect.text import plural, print_stderr
 from moe_inspect.trace.files.location import Remote, output_location
 
@@ -56,7 +63,8 @@ COMMIT_EVERY_S = 2.0  # unless --commit-every says otherwise
 WAIT_S = 30.0  # for the view to show the end
 
 SERVER = "Server, with --engine"
-record_option, engine_option = map(in_panel, ("Record", SERVER))
+record_option, engine_option, served_option = map(in_panel, ("Record", SERVER, "Engine"))
+PARSING = {"serve-trace": {"allow_interspersed_args": False}}  # what follows -- is the engine's
 EngineName = Literal["vllm", "sglang"]
 RecordedLayers = Annotated[
     list[str] | None, record_option("Record only these layers, e.g. 0-3,7.", "LAYERS")
@@ -209,8 +217,12 @@ def trace(
 
 def record(run: Callable[..., Trace], write: WriteOptions, counted: bool = False) -> None:
     """Shows how far `run` is, or the trace while it is written, and says what was recorded."""
+    from moe_inspect.trace.manifest import read_manifest
+    from moe_inspect.trace.schema import MANIFEST
+
     began, place = time.monotonic(), write.place
-    complete_before = write.resume and _is_complete(place)
+    there = write.resume and (place / MANIFEST).exists()
+    complete_before = there and read_manifest(place)["status"] == "complete"
     stop_cleanly()
     try:
         with WatchView(place) if write.watch and _is_first() else shown() as bar:
@@ -286,14 +298,6 @@ def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
 
 
-def _is_complete(place: Path | Remote) -> bool:
-    """Whether a complete trace is there."""
-    from moe_inspect.trace.manifest import read_manifest
-    from moe_inspect.trace.schema import MANIFEST
-
-    return (place / MANIFEST).exists() and read_manifest(place)["status"] == "complete"
-
-
 def _stored_bytes(place: Path | Remote) -> int:
     """Of all files of a trace."""
     if isinstance(place, Path):
@@ -307,11 +311,8 @@ def check_engine_options(
     """A URL and --engine belong together, and with either only the options that mean something
     there."""
     is_url = model.startswith(("http://", "https://"))
-    given = [
-        o
-        for o in context.params
-        if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"
-    ]
+    sources = {o: context.get_parameter_source(o) for o in context.params}
+    given = [o for o, source in sources.items() if source and source.name == "COMMANDLINE"]
     if is_url and engine is None:
         raise typer.BadParameter("a URL is traced with --engine vllm or --engine sglang")
     if engine is not None and not is_url:
@@ -363,3 +364,95 @@ def refuse_early(
         from moe_inspect.capture.server.client import check_server
 
         check_server(model, api_key)
+
+
+class ServedRequests(RequestOptions):
+    panel = "Engine"
+
+
+def serve_trace(
+    *,
+    command: list[str] | None = argument(
+        "The command that starts the engine, after two dashes: -- vllm serve MODEL …", "-- COMMAND"
+    ),
+    engine: EngineName | None = served_option("The serving engine (default: by its command)."),
+    model_config: str | None = served_option(
+        "Hub id or directory of the served model's config and tokenizer (default: the "
+        "model of the command).",
+        "MODEL",
+    ),
+    engine_log: Path | None = served_option(
+        "File to append the engine's output to (default: the trace's name plus "
+        ".engine.log, beside it; for a URL, in the current directory).",
+        "FILE",
+    ),
+    start_timeout: float = served_option(
+        "How long the engine may take to start (default: 1h).",
+        "TIME",
+        parser=seconds,
+        show_default=False,
+        default=3600.0,
+    ),
+    requests: ServedRequests,
+    text: TracedText,
+    layers: RecordedLayers = None,
+    write: WriteOptions,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Start a serving engine, trace the model in it, and stop it.
+
+    Examples:
+    moe-inspect serve-trace -o runs/a -- vllm serve allenai/OLMoE-1B-7B-0924
+    moe-inspect serve-trace -o runs/a -- sglang serve --model-path ./model --tp 2"""
+    from moe_inspect.api import trace_engine
+    from moe_inspect.capture.server.serve import read_command, serve_engine
+
+    if not command:
+        raise typer.BadParameter(
+            "give the command that starts the engine after --, like -- vllm serve MODEL"
+        )
+    write.check()
+    read = read_command(command, engine)
+    config = model_config or read.model
+    if config is None:
+        raise typer.BadParameter(
+            f"{shlex.join(command)[:80]} names no model: give --model-config MODEL"
+        )
+    # what the engine was told of its model holds for the config too
+    common: dict[str, Any] = {
+        **text.keywords(),
+        **write.keywords(),
+        "layers": ranges_of(layers),
+        "revision": revision or read.revision,
+        "trust_remote_code": trust_remote_code or read.trust_remote_code,
+        **requests.keywords(),
+        "api_key": requests.api_key or read.api_key,
+    }
+    refuse_early(write, None, common["revision"], config)
+    need_torch()  # while nothing waits for it
+    place = write.place
+    log = engine_log or Path(f"{place.name if isinstance(place, Remote) else place}.engine.log")
+    stop_cleanly()
+    print_stderr(f"starting {read.name} on port {read.port}; its log is {log}")
+    began, ready = time.monotonic(), False
+    try:
+        with ExitStack() as running:
+            with shown():
+                phase(f"{read.name} is starting")
+                key = common["api_key"]
+                engine_runs = serve_engine(
+                    read, api_key=key, log=log, start_timeout_s=start_timeout
+                )
+                served = running.enter_context(engine_runs)
+            ready = True
+            print_stderr(f"{served.name} answers after {time.monotonic() - began:.0f} s")
+            try:
+                run = partial(trace_engine, served.url, write.output, **common)
+                record(partial(run, engine=served.engine, model_config=config), write)
+            finally:
+                print_stderr(f"stopping {served.name}")
+    except KeyboardInterrupt:
+        if not ready:  # `record` says it itself
+            write.say_interrupted()
+        raise

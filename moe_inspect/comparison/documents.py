@@ -54,8 +54,28 @@ class OfLoads(result.Paired):
 
     @cached_property
     def sets(self) -> DocumentSets:
-        """The experts of each document."""
-        return sets_of_documents(self)
+        """The experts of the documents that both traces have, by number, DOCUMENTS of them at most.
+        MoeInspectError where documents are unknown, or are not the same."""
+        if any(trace.counts_only and not trace.by_document for trace in self.traces):
+            raise MoeInspectError(self.why)
+        reports = self.reports.values()
+        tokens_a, tokens_b = (_tokens(of) for of in reports)
+        tokens = pd.concat([tokens_a, tokens_b], axis=1, join="inner", keys=SIDES).sort_index()
+        a, b = (document_loads(of.trace, of.selection) for of in reports)
+        document_S, of_a, of_b = np.intersect1d(a.document_S, b.document_S, return_indices=True)
+        if not len(document_S):
+            raise MoeInspectError("A and B have no document of the same number")
+        if len(differ := tokens[tokens["a"] != tokens["b"]]):
+            said = f"{differ['a'].iloc[0]:,} tokens in A, {differ['b'].iloc[0]:,} in B"
+            raise MoeInspectError(f"document {differ.index[0]} has {said}: not the same text")
+        load_SE = [(a.load_SE[r][of_a], b.load_SE[other][of_b]) for r, other in self.pairs]
+        used = [(a_SE > 0, b_SE > 0) for a_SE, b_SE in load_SE]
+        apart_SL = np.stack([_apart(*both) for both in used], axis=1)
+        other_SL = np.stack([_apart(of_a, np.roll(of_b, 1, 0)) for of_a, of_b in used], axis=1)
+        if len(document_S) < 2:
+            other_SL = np.full(other_SL.shape, np.nan)
+        only = len(tokens_a) - len(tokens), len(tokens_b) - len(tokens)
+        return DocumentSets(apart_SL, other_SL, a.domain_S[of_a], load_SE, len(tokens), only)
 
     @cached_property
     def paired(self) -> list[np.ndarray]:
@@ -113,31 +133,6 @@ class DocumentSets:
         apart_S, known_S = np.nansum(apart_SX, axis=1), (~np.isnan(apart_SX)).sum(1)
         ends = unc.ratio_interval(apart_S, known_S, unc.resample_weights(self.domain_S))
         return tt.set_distance(float(apart_S.sum()), float(known_S.sum())), *ends
-
-
-def sets_of_documents(data: OfLoads) -> DocumentSets:
-    """Of those that both traces have, by number, DOCUMENTS of them at most. MoeInspectError where
-    documents are unknown, or are not the same."""
-    if any(trace.counts_only and not trace.by_document for trace in data.traces):
-        raise MoeInspectError(data.why)
-    reports = data.reports.values()
-    tokens_a, tokens_b = (_tokens(of) for of in reports)
-    tokens = pd.concat([tokens_a, tokens_b], axis=1, join="inner", keys=SIDES).sort_index()
-    a, b = (document_loads(of.trace, of.selection) for of in reports)
-    document_S, of_a, of_b = np.intersect1d(a.document_S, b.document_S, return_indices=True)
-    if not len(document_S):
-        raise MoeInspectError("A and B have no document of the same number")
-    if len(differ := tokens[tokens["a"] != tokens["b"]]):
-        said = f"{differ['a'].iloc[0]:,} tokens in A, {differ['b'].iloc[0]:,} in B"
-        raise MoeInspectError(f"document {differ.index[0]} has {said}: not the same text")
-    load_SE = [(a.load_SE[r][of_a], b.load_SE[other][of_b]) for r, other in data.pairs]
-    used = [(a_SE > 0, b_SE > 0) for a_SE, b_SE in load_SE]
-    apart_SL = np.stack([_apart(*both) for both in used], axis=1)
-    other_SL = np.stack([_apart(of_a, np.roll(of_b, 1, 0)) for of_a, of_b in used], axis=1)
-    if len(document_S) < 2:
-        other_SL = np.full(other_SL.shape, np.nan)
-    only = len(tokens_a) - len(tokens), len(tokens_b) - len(tokens)
-    return DocumentSets(apart_SL, other_SL, a.domain_S[of_a], load_SE, len(tokens), only)
 
 
 def _tokens(made: Report) -> pd.Series:

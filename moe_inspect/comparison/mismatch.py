@@ -42,8 +42,8 @@ def mismatch(ids_a: Any, ids_b: Any, *, mask: Any = None) -> dict[str, Any]:
     missing_L, size_L, moved_L = np.zeros((3, L), np.int64)
     for layer in range(L):
         slots_a, slots_b = (tuple(side[:, layer].T) for side in (a, b))
-        at = unequal(slots_a, slots_b)
-        missing_N = sets(a[at, layer].T, b[at, layer].T, E)[2]
+        at, a_KN, b_KN = unequal(slots_a, slots_b)
+        missing_N = sets(a_KN, b_KN, E)[2]
         other_TL[at, layer] = missing_N > 0
         missing_L[layer] = missing_N.sum()
         moved_L[layer] = len(at)

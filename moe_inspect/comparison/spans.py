@@ -13,15 +13,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.counting.select import Selection, selected_tokens
 from moe_inspect.analysis.metrics.specialization import token_mi_bits
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.schema import PHASES
-from moe_inspect.trace.shard import codes
-from moe_inspect.trace.texts import BYTE
+from moe_inspect.trace.texts import bytes_of
 
 FEWEST = 8  # occurrences of a text that is judged
 MOST_TEXTS = 1_024  # the most frequent
@@ -162,14 +160,9 @@ class TokenBytes:
     def shards(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Of each shard its number, document, sequence, position and id [4, T], and the rows."""
         names = ["document", "sequence", "position", "token_id"]
-        wanted, phase = self.selection.domains, self.selection.phase
         for number, shard in enumerate(self.trace.shards):
-            table = shard.tokens([*names, "phase", "domain"])
-            phase_T, phases = codes(table["phase"])
-            code_T, labels = codes(table["domain"])
-            read = [x != PHASES[2] and phase in (None, x) for x in phases]
-            among = [wanted is None or label in wanted for label in labels]
-            rows = np.flatnonzero(np.array(read, bool)[phase_T] & np.array(among, bool)[code_T])
+            rows = selected_tokens(shard, self.selection, "decoder").number_T
+            table = shard.tokens(names)
             part = np.stack([table[name].to_numpy()[rows].astype(np.int64) for name in names])
             if part[3].min(initial=0) < 0 or part[3].max(initial=0) >= len(self.words):
                 path = self.trace.path
@@ -209,12 +202,7 @@ class TokenBytes:
 
 def _bytes(text: str | None) -> bytes:
     """ "▁caf<0xC3><0xA9>" → b"caf\\xc3\\xa9" """
-    parts = BYTE.split("" if text is None else text.replace("▁", ""))
-    raw = b"".join(
-        bytes([int(part, 16)]) if i % 2 else "".join(part.split()).encode("utf-8", "replace")
-        for i, part in enumerate(parts)
-    )
-    return b"".join(raw.split())
+    return b"".join(bytes_of("".join((text or "").split())).split())
 
 
 def common_spans(trace_a: Trace, trace_b: Trace, selection: Selection) -> Spans:

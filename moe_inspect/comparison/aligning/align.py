@@ -16,6 +16,7 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError, vocabularies_apart
 from moe_inspect.errors import MoeInspectError
@@ -99,22 +100,12 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
     encoder_T = np.array([phase == PHASES[2] for phase in phases], bool)[phase_T]
     edges = run_edges(document_T, sequence_T, encoder_T, position_T - np.arange(len(position_T)))
     first = edges[:-1]
-    hash_T = _token_hash(id_T, position_T)
+    hash_T = mixed((id_T << 32) ^ position_T).view(np.int64)  # of which the sum is a sequence's
     early_T = np.where(position_T < PREFIX, hash_T, 0)
     keys = (column_T[first] for column_T in (document_T, sequence_T, encoder_T, position_T))
     hashes = (np.add.reduceat(x, first) if len(first) else first for x in (hash_T, early_T))
     part = np.stack([*keys, np.diff(edges), first, *hashes])
     return part, [labels[d] for d in np.unique(code_T)], bool((id_T >= 0).any())
-
-
-def _token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
-    """int64 [T], whose sum over a sequence is a hash of it (splitmix64)."""
-    x_T = (id_T.astype(np.uint64) << np.uint64(32)) ^ position_T.astype(np.uint64)
-    with np.errstate(over="ignore"):
-        x_T += np.uint64(0x9E3779B97F4A7C15)
-        x_T = (x_T ^ (x_T >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x_T = (x_T ^ (x_T >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x_T ^ (x_T >> np.uint64(31))).view(np.int64)
 
 
 def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -390,7 +381,7 @@ CELLS = len(PHASES) * DECILES  # a phase and a position decile
 class RowsInShard:
     shard: Shard
     rows: np.ndarray
-    at: np.ndarray | None = None  # int64, which of the tokens; None for all, in order
+    at: np.ndarray  # int64, which of the tokens
 
     @cached_property
     def index(self) -> slice | np.ndarray:
@@ -400,13 +391,7 @@ class RowsInShard:
             return slice(int(rows[0]), int(rows[-1]) + 1)
         return rows
 
-    @cached_property
-    def highest(self) -> int:
-        return int(self.rows.max(initial=-1))
-
     def take(self, keep_T: np.ndarray) -> RowsInShard:
-        if self.at is None:
-            return RowsInShard(self.shard, self.rows[keep_T])
         kept = keep_T[self.at]
         return RowsInShard(self.shard, self.rows[kept], (np.cumsum(keep_T) - 1)[self.at[kept]])
 
@@ -414,11 +399,11 @@ class RowsInShard:
         columns, part = columns_of(self.shard, router), self
         seen = None if router == OF_TOKENS else self.shard.seen(router)
         if seen is not None:
-            part = RowsInShard(self.shard, (np.cumsum(seen) - 1)[self.rows])
-        if part.highest >= len(columns[0]):
+            part = RowsInShard(self.shard, (np.cumsum(seen) - 1)[self.rows], self.at)
+        if (highest := int(part.rows.max(initial=-1))) >= len(columns[0]):
             raise MoeInspectError(
                 f"damaged trace: {self.shard.trace.path}: router {router} has {len(columns[0])} "
-                f"decisions in a shard with a token in row {part.highest}"
+                f"decisions in a shard with a token in row {highest}"
             )
         return tuple(column[part.index] for column in columns)
 
@@ -452,7 +437,7 @@ class AlignedRows:
     def take(self, keep_T: np.ndarray) -> AlignedRows:
         """Of these tokens only."""
         of_a, of_b = ([part.take(keep_T) for part in side] for side in self.sides)
-        of_b = [part for part in of_b if part.at is None or len(part.at)]
+        of_b = [part for part in of_b if len(part.at)]
         tokens = self.unit_T, self.cell_T, self.document_T, self.last_T
         return AlignedRows((of_a, of_b), *(values[keep_T] for values in tokens))
 
@@ -461,7 +446,7 @@ class AlignedRows:
         OF_TOKENS for columns of the tokens themselves."""
         parts = self.sides[side]
         found = [part.read(columns_of, router) for part in parts]
-        if parts[0].at is None:
+        if len(parts) == 1:
             return found[0]
         columns = [
             np.empty((len(self), *of_part[0].shape[1:]), np.result_type(*of_part))
@@ -498,14 +483,10 @@ def rows_of_shard(
     domain_of = np.array([domains.index(x) if x in domains else 0 for x in labels], np.int64)
     number_of = np.array([PHASES.index(x) if x in PHASES else 0 for x in phases], np.int64)
     decile_T = np.clip(DECILES * position_T // np.maximum(size_T, 1), 0, DECILES - 1)
-    others = np.unique(shard_b).tolist()
-    places = [np.flatnonzero(shard_b == n) for n in others]
-    of_b = [
-        RowsInShard(traces[1].shard(n), rows_b[at], at if len(others) > 1 else None)
-        for n, at in zip(others, places, strict=True)
-    ]
+    others = [(n, np.flatnonzero(shard_b == n)) for n in np.unique(shard_b).tolist()]
+    of_b = [RowsInShard(traces[1].shard(n), rows_b[at], at) for n, at in others]
     rows = AlignedRows(
-        ([RowsInShard(shard, rows_a)], of_b),
+        ([RowsInShard(shard, rows_a, np.arange(len(rows_a)))], of_b),
         domain_of[code_T] * CLUSTERS + document_T % CLUSTERS,
         number_of[phase_T] * DECILES + decile_T,
         document_T,

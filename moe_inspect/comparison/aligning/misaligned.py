@@ -54,10 +54,6 @@ class SampledRows:
     pairs: list[Pair]
     _chosen: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
-    @property
-    def document_T(self) -> np.ndarray:
-        return self.rows.document_T
-
     def chosen(self, side: int, router: int) -> np.ndarray:
         """bool [T, E]: the experts that a router of A (side 0) or of B (side 1) chose."""
         if (side, router) not in self._chosen:
@@ -171,7 +167,7 @@ def _evidence(value: float, before: float) -> str:
 
 def _routes_shifted(sample: SampledRows) -> Misalignment | None:
     """B's routes one or two tokens further on, in the same document."""
-    before, T, document_T = mean(sample.own.values()), len(sample.rows), sample.document_T
+    before, T, document_T = mean(sample.own.values()), len(sample.rows), sample.rows.document_T
 
     def shifted(shift: int) -> tuple[list[Chosen], np.ndarray]:
         t = np.arange(max(0, -shift), min(T, T - shift))
@@ -206,7 +202,7 @@ def _layers_moved(
         rest = [m for m in routers_b if m not in good and m != paired.get(r)]
         value, m = max(((agreement(*sample.both((r, m))), -m) for m in rest), default=(0.0, 0))
         if _better(value, before) and beyond_chance(
-            value, [sample.both((r, -m))], sample.document_T, tried
+            value, [sample.both((r, -m))], sample.rows.document_T, tried
         ):
             moved.append((r, -m, value, before))
     if not moved:
@@ -243,24 +239,21 @@ def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
         if before >= GOOD:
             continue
         both = matched(*sample.both(pair), fit_T)
-        value, document_T = agreement(*both), sample.document_T[~fit_T]
+        value, document_T = agreement(*both), sample.rows.document_T[~fit_T]
         if _better(value, before) and beyond_chance(value, [both], document_T, len(own)):
             moved.append((pair[0], value, before))
     if not moved:
         return None
     routers, found, compared = zip(*moved, strict=True)
     value, before = mean(found), mean(compared)
+    layers = layers_named([layer_label(sample.traces[0].routers, r) for r in routers])
     text = (
-        f"Experts are numbered differently in {_layers(sample, routers)}: matched by shared "
+        f"Experts are numbered differently in {layers}: matched by shared "
         f"tokens, they agree (beyond chance {value:.1%}, {before:.1%} as compared). Physical ids "
         "or a permuted checkpoint cause this."
     )
     values = {"routers": [*routers], "agreement": value, "agreement_as_compared": before}
     return Misalignment("experts_renumbered", text, "", values)
-
-
-def _layers(sample: SampledRows, routers: Sequence[int]) -> str:
-    return layers_named([layer_label(sample.traces[0].routers, r) for r in routers])
 
 
 def _foreign(sample: SampledRows) -> Misalignment | None:
@@ -269,14 +262,15 @@ def _foreign(sample: SampledRows) -> Misalignment | None:
     a, own, good = sample.traces[0].routers, sample.own, [r for r, _ in sample.good]
 
     def told(chosen_TE: np.ndarray) -> bool:
-        return beyond_chance(MATCH, [(chosen_TE, chosen_TE)], sample.document_T, len(own))
+        return beyond_chance(MATCH, [(chosen_TE, chosen_TE)], sample.rows.document_T, len(own))
 
     bad = [r for (r, _), value in own.items() if value < BY_CHANCE and told(sample.chosen(0, r))]
     if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
         return None
     value, others = (mean(own[pair] for pair in own if pair[0] in of) for of in (bad, good))
+    layers = layers_named([layer_label(a, r) for r in bad])
     text = (
-        f"In {_layers(sample, bad)}, B agrees with A only by chance (beyond chance {value:.1%}; "
+        f"In {layers}, B agrees with A only by chance (beyond chance {value:.1%}; "
         f"in other layers {others:.1%}): these routes belong to a router that A lacks, such as an "
         "MTP layer's, or were never recorded."
     )
@@ -295,7 +289,7 @@ def matched_overlaps(
     for pair in (pair for pair in pairs if pair in sample_of):
         sample = sample_of[pair]
         a_TE, b_TE = sample.both(pair)
-        document, at_T = np.unique(sample.document_T, return_inverse=True)
+        document, at_T = np.unique(sample.rows.document_T, return_inverse=True)
         fit_T = at_T % 2 == 0 if len(document) > 1 else np.arange(len(a_TE)) % 2 == 0
         shuffled_TE = np.random.default_rng([SEED, pair[0]]).permutation(b_TE)
         as_matched, by_chance = (
@@ -343,7 +337,7 @@ def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
         logical_TE, physical_TP = sorted(sample.both(pair), key=lambda x_TE: x_TE.shape[1])
         mapped.append((logical_TE[~fit_T], _mapped(logical_TE, physical_TP, fit_T)))
     value = mean(agreement(*both) for both in mapped)
-    if value < REPLICAS or not beyond_chance(value, mapped, sample.document_T[~fit_T]):
+    if value < REPLICAS or not beyond_chance(value, mapped, sample.rows.document_T[~fit_T]):
         return None
     of_a, of_b = (router.experts for router in sizes[0])
     found = {"physical": max(of_a, of_b), "logical": min(of_a, of_b), "agreement": value}

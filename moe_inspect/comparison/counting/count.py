@@ -1,5 +1,6 @@
-"""The pass over two aligned traces, shard by shard of A, and what it comes to: counts that merge by
-addition, in whole numbers, so that the order in which shards are done shows nowhere.
+"""The passes over two aligned traces, shard by shard of A, and what they come to: counts that merge
+by addition, in whole numbers, so that the order in which shards are done shows nowhere; and sums of
+what traces hold beside routes.
 
 T tokens of a shard that are compared, N of them with another decision, K slots, E experts, U units
 (clusters of a domain's documents), V units in the shard, X cells (phase × position decile), M
@@ -9,7 +10,6 @@ margin deciles.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -24,12 +24,15 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
 from moe_inspect.comparison.aligning import align
 from moe_inspect.comparison.counting import kernels
-from moe_inspect.comparison.counting.logits import Margins, decile_of, logit_margin, logit_shift
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 Made = TypeVar("Made")
+Sums = dict[str, np.ndarray]
+OfRouters = dict[tuple[int, str], np.ndarray]
+Key = TypeVar("Key")
+OF_LOSSES = ("tokens", "a", "b", "apart", "entropy_a", "entropy_b")
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
 GAMMA_FLOOR = 0.8
@@ -116,18 +119,8 @@ class ComparisonCounts:
     zero_filled_a: int = 0
     zero_filled_b: int = 0
 
-    @classmethod
-    def zero(
-        cls, domains: tuple[str, ...], experts: dict[int, int], stacks: set[str]
-    ) -> ComparisonCounts:
-        """experts: router → number of experts."""
-        U = len(domains) * CLUSTERS
-        of = {r: PairRouterCounts.zero(E, U) for r, E in experts.items()}
-        decisions_UX = {stack: np.zeros((U, align.CELLS), np.int64) for stack in stacks}
-        return cls(domains, of, decisions_UX, np.zeros(len(experts) + 1, np.int64))
-
     def of_units(self, unit_V: np.ndarray) -> ComparisonCounts:
-        """Of these units only, to be sent: what a shard has any of is a few of all."""
+        """Of these units only, to be kept or sent: what a shard has any of is a few of all."""
         of = {r: counts.of_units(unit_V) for r, counts in self.of.items()}
         decisions_UX = {stack: of_UX[unit_V] for stack, of_UX in self.decisions_UX.items()}
         return replace(self, of=of, decisions_UX=decisions_UX)
@@ -182,7 +175,9 @@ class Job:
     selection: Selection
     domains: tuple[str, ...]  # of A
     tokens: int  # how many
-    margins: Margins | None = None  # of A's decisions, None where none is known or asked for
+    margins: kernels.Margins | None = (
+        None  # of A's decisions, None where none is known or asked for
+    )
     load: bool = True  # whether A's load is counted
     # whether tokens with expert 0 in every slot of either trace are left out
     drop_zero_filled: bool = False
@@ -202,10 +197,11 @@ class Job:
         return "logits" in self.a.tables and "logits" in self.b.tables
 
     def zero(self) -> ComparisonCounts:
-        listed = {r: self.a.routers[r] for r, _ in self.routers}
-        experts = {r: router.experts for r, router in listed.items()}
+        listed, U = {r: self.a.routers[r] for r, _ in self.routers}, len(self.domains) * CLUSTERS
+        of = {r: PairRouterCounts.zero(router.experts, U) for r, router in listed.items()}
         stacks = {router.stack for router in listed.values()}
-        return ComparisonCounts.zero(self.domains, experts, stacks)
+        decisions_UX = {stack: np.zeros((U, align.CELLS), np.int64) for stack in stacks}
+        return ComparisonCounts(self.domains, of, decisions_UX, np.zeros(len(of) + 1, np.int64))
 
     def rows_by_stack(
         self, segments: align.Segments
@@ -250,35 +246,26 @@ def count_pair(
     """The counts of everything that is compared. `progress` is told of decisions done."""
     total, advance = job.zero(), phase("comparing", job.tokens, "tokens")
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    # threads add to the same counts: they are whole numbers, whose order shows nowhere
-    local = job.a.scheduler is None and job.b.scheduler is None
-    here = (total, threading.Lock()) if local else None
-    for numbers, (decisions, part) in by_runs(job, segments, _count, here, threads=threads):
-        if part is not None:
-            total.merge(*part)
+    for numbers, (decisions, part, unit_V) in by_runs(job, segments, _count, threads=threads):
+        total.merge(part, unit_V)
         advance(sum(segments.in_shard(number).tokens for number in numbers))
         if progress:
             progress(decisions)
     return total
 
 
-def _count(
-    job: Job, here: tuple[ComparisonCounts, threading.Lock] | None, shards: list[align.Segments]
-) -> tuple[int, tuple[ComparisonCounts, np.ndarray] | None]:
-    """The decisions compared; and their counts and units, where not added to those `here`."""
-    total, lock = here or (job.zero(), threading.Lock())
-    decisions = 0
+def _count(job: Job, shards: list[align.Segments]) -> tuple[int, ComparisonCounts, np.ndarray]:
+    """The decisions compared; their counts, and the units that these are of."""
+    total, decisions = job.zero(), 0
     for segments in shards:
         for stack, rows, routers in job.rows_by_stack(segments):
             decisions += len(rows) * len(routers)
             tokens, number = TokenSums(rows, job.logits), int(segments.shard_a[0])
             for pair in routers:
                 counts = _count_router(job, tokens, pair, number)
-                with lock:
-                    total.of[pair[0]].merge(counts, tokens.unit_V)
-            with lock:
-                tokens.add_to(total, stack, number, len(routers))
-    return decisions, None if here else (total.of_units(total.units), total.units)
+                total.of[pair[0]].merge(counts, tokens.unit_V)
+            tokens.add_to(total, stack, number, len(routers))
+    return decisions, total.of_units(total.units), total.units
 
 
 class TokenSums:
@@ -339,10 +326,10 @@ def _count_router(
     if counts.load_UE.sum() < len(unit_T) * len(slots_a):
         short_T = kernels.nowhere_in_both(slots_a, slots_b, E)
         kernels.add_cells(counts.short_UX, unit_T, rows.cell_T, short_T)
-    margin_T, decile_T = None, np.zeros(0, np.uint8)
+    margin_T, decile_T = None, np.zeros(0, np.int64)
     if job.margins is not None and r in job.margins.edges:
-        margin_T = logit_margin(rows.read(0, logits_of, r)[0], slots_a)
-        decile_T = decile_of(margin_T, job.margins.edges[r])
+        margin_T = kernels.logit_margin(rows.read(0, logits_of, r)[0], slots_a)
+        decile_T = np.searchsorted(job.margins.edges[r], margin_T)  # which tenth it is in
         at = np.flatnonzero(np.isfinite(margin_T))
         kernels.add_cells(counts.margin_UM, unit_T[at], decile_T[at])
     counts.before = tokens.differing
@@ -351,8 +338,7 @@ def _count_router(
             counts.flip_margins[number] = margin_T[:0]
         return counts
 
-    at = kernels.unequal(slots_a, slots_b)
-    a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (slots_a, slots_b))
+    at, a_KN, b_KN = kernels.unequal(slots_a, slots_b)
     lost_KN, gained_KN, missing_N = kernels.sets(a_KN, b_KN, E)
     unit_N, cell_N = unit_T[at], rows.cell_T[at]
     counts.reordered_U += np.bincount(unit_N, minlength=V)
@@ -367,7 +353,7 @@ def _count_router(
         counts.weights_differ = int(np.count_nonzero(l1_T))
     if tokens.shift_T is not None:
         (logits_a,), (logits_b,) = rows.both(logits_of, pair)
-        shift_T, kl_T = logit_shift(logits_a, logits_b, slots_a, job.a.routers[r].scoring)
+        shift_T, kl_T = kernels.logit_shift(logits_a, logits_b, slots_a, job.a.routers[r].scoring)
         tokens.shift_T += shift_T
         counts.kl = fixed(float(kl_T.sum()))
 
@@ -384,3 +370,115 @@ def _count_router(
         kernels.add_cells(counts.margin_mismatch_UM, unit_T[at], decile_T[at])
         counts.flip_margins[number] = margin_T[at[:: -(-len(at) // MOST_FLIPS) or 1]]
     return counts
+
+
+# --- passes of their own, as few ask for them: losses of tokens, and sizes of what experts return
+
+
+def loss_sums(job: Job, segments: align.Segments) -> Sums:
+    """Of the tokens whose loss both traces know, and whose next token both have: of OF_LOSSES their
+    number, Σ of their loss in A and in B, Σ |B's loss − A's|, and Σ of the entropy of their
+    prediction in A and in B. float64 [2, U] each: the tokens that choose the same experts at every
+    router compared, and the others. Nats."""
+    # the rows after which a sequence does not go on with a token that both have
+    broken = segments.broken
+    last = {number: broken.in_shard(number) for number in segments.shards}
+    ends = {number: of.row_a + of.length - 1 for number, of in last.items()}
+    return _summed(job, segments, _losses, ends)
+
+
+def output_sums(job: Job, segments: align.Segments) -> dict[int, Sums]:
+    """By router of A, of two traces with norms. load, norm, gated: of A and of B, float64 [2, U,
+    E]: assignments, Σ of the norms of outputs, Σ of gate weight × norm (NaN where a trace has no
+    weights). Of the assignments that both made, float64 [E]: both, how many; both_norm, Σ of A's
+    norms; both_change, Σ of |B's norm − A's|."""
+    made = dict[int, Sums]()
+    for (r, name), values in _summed(job, segments, _outputs).items():
+        made.setdefault(r, {})[name] = values
+    return made
+
+
+def _summed(
+    job: Job,
+    segments: align.Segments,
+    function: Callable[..., dict[Key, np.ndarray]],
+    *arguments: object,
+) -> dict[Key, np.ndarray]:
+    """What function(job, *arguments, shards) returns, added up over all shards."""
+    total = function(job, *arguments, [])
+    for _, part in by_runs(job, segments, function, *arguments):
+        for name, values in part.items():
+            total[name] += values
+    return total
+
+
+def _losses(job: Job, ends: dict[int, np.ndarray], shards: list[align.Segments]) -> Sums:
+    U = len(job.domains) * CLUSTERS
+    found: Sums = {name: np.zeros((2, U)) for name in OF_LOSSES}
+    for segments in shards:
+        for _, rows, routers in job.rows_by_stack(segments):
+            a, b = rows.both(_losses_of_tokens, (align.OF_TOKENS, align.OF_TOKENS))
+            going_on_T = ~np.isin(rows.row_T, ends[int(segments.shard_a[0])])
+            at = np.flatnonzero(np.isfinite(a[0]) & np.isfinite(b[0]) & going_on_T)
+            cell_T = (_differ(job, rows, routers) * U + rows.unit_T)[at]
+            (a_T, entropy_a_T), (b_T, entropy_b_T) = (
+                [of_T[at] for of_T in side] for side in (a, b)
+            )
+            of = (None, a_T, b_T, np.abs(b_T - a_T), entropy_a_T, entropy_b_T)
+            for name, values_T in zip(OF_LOSSES, of, strict=True):
+                found[name] += np.bincount(cell_T, values_T, 2 * U).reshape(2, U)
+    return found
+
+
+def _losses_of_tokens(shard: Shard, _: int) -> align.Columns:
+    table = shard.tokens(["loss_nats", "entropy_nats"])
+    return tuple(table[name].to_numpy().astype(np.float64) for name in table.column_names)
+
+
+def _differ(job: Job, rows: align.AlignedRows, routers: list[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: another set of experts at any of the routers."""
+    differ_T = np.zeros(len(rows), bool)
+    for pair in () if rows.alike else routers:
+        slots_a, slots_b = rows.both(Shard.slots, pair)
+        at_N, a_KN, b_KN = kernels.unequal(slots_a, slots_b)
+        _, _, missing_N = kernels.sets(a_KN, b_KN, job.a.routers[pair[0]].experts)
+        differ_T[at_N[missing_N > 0]] = True
+    return differ_T
+
+
+def _outputs(job: Job, shards: list[align.Segments]) -> OfRouters:
+    U, found = len(job.domains) * CLUSTERS, OfRouters()
+    for r, _ in job.routers:
+        E = job.a.routers[r].experts
+        found |= {(r, name): np.zeros((2, U, E)) for name in ("load", "norm", "gated")}
+        found |= {(r, name): np.zeros(E) for name in ("both", "both_norm", "both_change")}
+    for segments in shards:
+        for _, rows, routers in job.rows_by_stack(segments):
+            for pair in routers:
+                _add_outputs(job, rows, pair, found)
+    return found
+
+
+def _add_outputs(
+    job: Job, rows: align.AlignedRows, pair: tuple[int, int], found: OfRouters
+) -> None:
+    r, E = pair[0], job.a.routers[pair[0]].experts
+    ids = rows.both(Shard.slots, pair)
+    norms = rows.both(lambda shard, router: shard.slot_values(router, "norm"), pair)
+    for side, trace in enumerate((job.a, job.b)):
+        weights = rows.read(side, Shard.slot_weights, pair[side]) if trace.has_weights else None
+        for slot, (id_T, norm_T) in enumerate(zip(ids[side], norms[side], strict=True)):
+            gate_T = np.float64(np.nan) if weights is None else weights[slot].astype(np.float64)
+            gated_T = np.broadcast_to(gate_T * norm_T, norm_T.shape)
+            for name, values_T in (("load", None), ("norm", norm_T), ("gated", gated_T)):
+                sums_UE = found[r, name][side]
+                cell_T = rows.unit_T * (E + 1) + id_T
+                sums = np.bincount(cell_T, values_T, len(sums_UE) * (E + 1))
+                sums_UE += sums.reshape(-1, E + 1)[:, :E]
+    for id_a_T, norm_a_T in zip(ids[0], norms[0], strict=True):
+        for id_b_T, norm_b_T in zip(ids[1], norms[1], strict=True):
+            at = np.flatnonzero((id_a_T == id_b_T) & (id_a_T != E))
+            expert, before, now = id_a_T[at], norm_a_T[at], norm_b_T[at]
+            found[r, "both"] += np.bincount(expert, minlength=E)
+            found[r, "both_norm"] += np.bincount(expert, before, E)
+            found[r, "both_change"] += np.bincount(expert, np.abs(now - before), E)

@@ -16,10 +16,12 @@ from moe_inspect.comparison.counting.count import (
     ComparisonCounts,
     Job,
     PairRouterCounts,
+    Sums,
     count_pair,
+    loss_sums,
+    output_sums,
 )
-from moe_inspect.comparison.counting.logits import Margins, margins
-from moe_inspect.comparison.counting.values import Sums, loss_sums, output_sums
+from moe_inspect.comparison.counting.kernels import Margins, margins
 from moe_inspect.comparison.result import Paired, PairSettings
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
@@ -102,7 +104,7 @@ class Decisions(Paired):
         return misalignments(self.alignment, self.pairs, self.selection.routers)
 
     @cached_property
-    def _job(self) -> Job:
+    def job(self) -> Job:
         return Job(
             self.a,
             self.b,
@@ -118,12 +120,12 @@ class Decisions(Paired):
     @cached_property
     def outputs(self) -> dict[int, Sums]:
         """As `output_sums`, of two traces with the norms of outputs."""
-        return output_sums(self._job, self.alignment.segments)
+        return output_sums(self.job, self.alignment.segments)
 
     @cached_property
     def losses(self) -> Sums:
         """As `loss_sums`, of two traces with the losses of tokens."""
-        return loss_sums(self._job, self.alignment.segments)
+        return loss_sums(self.job, self.alignment.segments)
 
     def why_not(self, name: str) -> str | None:
         """Why these two traces cannot have a table, or a metric; None where they can."""
@@ -144,7 +146,7 @@ class Decisions(Paired):
     @cached_property
     def counts(self) -> ComparisonCounts:
         segments, threads = self.alignment.segments, self.options.threads
-        counts = count_pair(self._job, segments, threads, self._progress)
+        counts = count_pair(self.job, segments, threads, self._progress)
         if not counts.tokens:
             raise MoeInspectError(
                 f"{self.a.path} and {self.b.path} have no token in common that is selected: "

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.comparison import result
-from moe_inspect.comparison.aligning.align import DECILES, rows_of_shard
+from moe_inspect.comparison.aligning.align import DECILES
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.decisions.verdict import findings
 from moe_inspect.reporting.charts import spec
@@ -206,31 +206,26 @@ def _of_b(
     made: Decisions, shards: Sequence[int], tokens: drawing.DrawnTokens
 ) -> list[drawing.DrawnRoutes]:
     """B's routes of the tokens; none for those that are not compared."""
-    traces, listed, T = (made.a, made.b), made.a.routers, len(tokens.row_T)
-    found = [drawing.empty_routes(listed[r], T, made.weights_known) for r, _ in made.pairs]
+    listed, T = made.a.routers, len(tokens.row_T)
+    routes = {r: drawing.empty_routes(listed[r], T, made.weights_known) for r, _ in made.pairs}
     for s, number in enumerate(shards):
         mine = np.flatnonzero(tokens.shard_T == s)
         order = np.argsort(tokens.row_T[mine])
-        segments = made.alignment.segments.in_shard(number)
-        for stack in sorted({listed[r].stack for r, _ in made.pairs}):
-            domains = made.alignment.a.domains
-            rows = rows_of_shard(traces, segments, domains, stack, made.selection)
+        for _, rows, pairs in made.job.rows_by_stack(made.alignment.segments.in_shard(number)):
             rows = rows.take(np.isin(rows.row_T, tokens.row_T[mine]))
             if not len(rows):
                 continue
             at = mine[order[np.searchsorted(tokens.row_T[mine], rows.row_T, sorter=order)]]
-            for routes, (r, other) in zip(found, made.pairs, strict=True):
-                if listed[r].stack != stack:
-                    continue
+            for r, other in pairs:
                 slots = rows.read(1, Shard.slots, other)
-                for ids_T, slot in zip(routes.ids, slots, strict=False):
+                for ids_T, slot in zip(routes[r].ids, slots, strict=False):
                     nowhere = slot == listed[r].experts
                     ids_T[at] = np.where(nowhere, drawing.NOWHERE, slot.astype(np.int32))
-                if routes.weights is not None:
+                if (of_slots := routes[r].weights) is not None:
                     weights = rows.read(1, Shard.slot_weights, other)
-                    for weights_T, slot in zip(routes.weights, weights, strict=False):
+                    for weights_T, slot in zip(of_slots, weights, strict=False):
                         weights_T[at] = slot
-    return found
+    return [*routes.values()]
 
 
 Decisions.kind = result.Kind(

@@ -21,8 +21,7 @@ from moe_inspect.analysis.metrics.uncertainty import (
 )
 from moe_inspect.comparison.aligning.align import DECILES
 from moe_inspect.comparison.aligning.misaligned import matched_overlaps
-from moe_inspect.comparison.counting.count import UNIT
-from moe_inspect.comparison.counting.values import OF_LOSSES, Sums
+from moe_inspect.comparison.counting.count import OF_LOSSES, UNIT, Sums
 from moe_inspect.comparison.decisions.data import METRICS_OF, Decisions
 from moe_inspect.comparison.result import TABLES, Facts, Row, facts_table
 from moe_inspect.errors import MoeInspectError

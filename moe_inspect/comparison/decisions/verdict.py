@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
-from moe_inspect.analysis.metrics.uncertainty import log10_tail
+from moe_inspect.analysis.metrics.uncertainty import effective_documents, log10_tail
 from moe_inspect.comparison.counting.count import UNIT
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.decisions.tables import recorded_otherwise
@@ -193,11 +194,8 @@ def _close_share(data: Decisions) -> tuple[float, float]:
     """Share of the flips in the lowest tenth of A's margins, NaN where none is known; and how many
     documents with equally many flips would tell as much of that share."""
     mismatch_UM = np.sum([counts.margin_mismatch_UM for counts in data.every], axis=0)
-    flips_U = mismatch_UM.sum(1).astype(float)
-    total = flips_U.sum()
-    if not total:
-        return float("nan"), 0.0
-    return float(mismatch_UM[:, 0].sum() / total), float(total**2 / (flips_U**2).sum())
+    flips_U = mismatch_UM.sum(1)
+    return ratio(mismatch_UM[:, 0].sum(), flips_U.sum()), effective_documents(flips_U)
 
 
 def _flip_margin(data: Decisions) -> str:

@@ -1,32 +1,45 @@
-"""`moe-inspect import`: files of inference engines and training frameworks → a trace."""
+"""`moe-inspect import`: files of inference engines and training frameworks → a trace; `moe-inspect
+export`: a trace → the file of another tool."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import typer
 
+from moe_inspect import exporters, importers
 from moe_inspect.cli.capture import model_option
+from moe_inspect.cli.experts import By, run_option
 from moe_inspect.cli.options import (
     REQUIRED,
     CommitEvery,
     NewTrace,
     Overwrite,
+    TraceArgument,
     argument,
-    in_panel,
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.importers import MODULES
+from moe_inspect.cli.show import SafeCsv, output_option
 from moe_inspect.text import no_such, plural, print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.workers import Workers
 
-run_option = in_panel("Run")
+    ExportFormat = ExportBy = StrEnum
+else:
+    ExportFormat = StrEnum("ExportFormat", {name: name for name in exporters.MODULES})
+    # "token" is ESFT's own name of frequency
+    ExportBy = StrEnum("ExportBy", {by: by for by in (*get_args(By), "token") if by != "random"})
+
+FORMATS = {
+    "import": {name: reads.replace("`", "") for name, (_, reads) in importers.MODULES.items()},
+    "export": {name: writes for name, (_, writes) in exporters.MODULES.items()},
+}
 
 
 @contextmanager
@@ -44,13 +57,12 @@ def _workers(
         yield at
 
 
-FORMATS = {name: reads.replace("`", "") for name, (_, reads) in MODULES.items()}
-
-
 def import_(
     *,
     format: str = argument(
-        f"auto (recognise the files), or one of {', '.join(MODULES)}.", "FORMAT", default=REQUIRED
+        f"auto (recognise the files), or one of {', '.join(importers.MODULES)}.",
+        "FORMAT",
+        default=REQUIRED,
     ),
     sources: list[str] = argument(
         "Files or folders. DOMAIN=SRC labels the tokens of one.", "SRC...", default=REQUIRED
@@ -102,8 +114,8 @@ def import_(
     moe-inspect import counts loads.csv -o runs/loads --top-k 8"""
     from moe_inspect.importers.run import import_trace
 
-    if format not in (*MODULES, "auto"):
-        raise typer.BadParameter(no_such("format", format, [*MODULES, "auto"]))
+    if format not in (*importers.MODULES, "auto"):
+        raise typer.BadParameter(no_such("format", format, [*importers.MODULES, "auto"]))
     if model is not None and config is not None:
         raise typer.BadParameter("--model and --config exclude each other: give one")
 
@@ -132,3 +144,52 @@ def import_(
         f"imported {plural(trace.n_tokens, 'token')}, {plural(len(trace.routers), 'router')} into "
         f"{output}"
     )
+
+
+def export(
+    *,
+    trace: TraceArgument,
+    format: ExportFormat = output_option("What to write: see Formats.", "FORMAT", default=REQUIRED),
+    output: Path = output_option(
+        "File to write; for esft, a folder.", "PATH", flags=("-o", "--output"), default=REQUIRED
+    ),
+    top_p: float | None = option(
+        "esft: train the fewest experts per layer whose scores sum to this share. Default: 0.2."
+    ),
+    by: ExportBy | None = option(
+        "esft, pruning: the score of the experts, as in prune, or token. Default: frequency "
+        "(token) for esft, reap for pruning.",
+        "SCORE",
+        flags=("--by", "--score"),
+    ),
+    weights: str | None = option("With --by aimer: the model, a directory or a hub id.", "MODEL"),
+    losses: Path | None = option(
+        "With --by ablation: a table written by moe-inspect ablate; for esft, its table domains.",
+        "FILE",
+    ),
+    gpu_layers: int | None = option("llama-cpp: how many layers' experts fit on the GPU.", min=0),
+    keep: float | None = option(
+        "pruning: keep at least this share of the experts of each layer. Default: 0.75."
+    ),
+    safe_csv: SafeCsv = False,
+) -> None:
+    """Convert a trace to the format of another tool.
+
+    Examples:
+    moe-inspect export runs/a --format counts -o counts.csv
+    moe-inspect export runs/a --format sglang -o distribution.json"""
+    from moe_inspect.exporters.run import export_trace
+
+    made = export_trace(
+        trace,
+        format.value,
+        output,
+        top_p=top_p,
+        by=by and by.value,
+        weights=weights,
+        losses=losses,
+        gpu_layers=gpu_layers,
+        keep=keep,
+        safe_csv=safe_csv,
+    )
+    print_stderr(f"wrote {made}")
