@@ -26,7 +26,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts, window_of
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.megatron import layers
-from moe_inspect.importers.values import integer, integers
+from moe_inspect.importers.values import as_it_is, integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.writer import CountedBatches
 
@@ -142,7 +142,7 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
     lines: dict[int, dict[layers.Spot, np.ndarray]] = {}
     once: set[layers.Spot] = set()
     held: int | None = None
-    for where, fields in context.json_lines(path):
+    for where, fields in context.prepared(path, as_it_is):
         if "tpe" not in fields:
             raise MoeInspectError(f"{where} has no tpe, as the lines of tokens_per_expert have")
         iteration = integer(fields.get("iter"), f"{where}: iter")

@@ -19,7 +19,7 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import append, sync_directory, write_atomically
+from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import refuse_while_locked
@@ -28,7 +28,7 @@ from moe_inspect.trace.manifest import refuse_while_written, this_process, write
 from moe_inspect.trace.reader import MOST_TOKENS, Trace, shards_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import Verification, verify
-from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
+from moe_inspect.trace.writer.tables import vocabulary_bytes, write_shard
 
 MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
 NONE = np.zeros(0, np.int32)  # documents
@@ -95,14 +95,13 @@ class Target:
             return first_token + (place_T if kept is None else kept.place_T[place_T])
 
         bf16 = trace.manifest["capture"].get("weight_dtype") == "bfloat16"
-        lines: list[Json] = []
-        for table in trace.tables:
-            path, columns = f"{table}/part-{rank}-{number}.parquet", _columns(shard, table)
-            asked = shard, table, columns, {**change, "token": renumbered}, kept
+        columns = {table: _columns(shard, table) for table in trace.tables}
+        groups, change = dict[str, list[partial[pa.Table]]](), {**change, "token": renumbered}
+        for table, of_table in columns.items():
             of_routers = len(trace.routers) if table in ("routing", "logits") else 1
-            groups = [partial(self._renumbered, r, *asked) for r in range(of_routers)]
-            written = write_part(self.root / path, columns, groups, bf16)
-            lines.append({"table": table, "path": path, **written})
+            asked = shard, table, of_table, change, kept
+            groups[table] = [partial(self._renumbered, r, *asked) for r in range(of_routers)]
+        lines = write_shard(self.root, rank, number, columns, groups, bf16)
         rows = {line["table"]: line["rows"] for line in lines}
         span = {
             "shard": number,
@@ -112,8 +111,6 @@ class Target:
             "first_batch": None if files.first_batch is None else files.first_batch + batches,
             "last_batch": files.last_batch + batches,
         }
-        for table in trace.tables:
-            sync_directory(self.root / table)
         text = b"".join(checksums.sealed({**line, **span}) for line in lines)
         append(self.root / f"shards-{rank}.jsonl", text)
         self.tokens[rank] += tokens

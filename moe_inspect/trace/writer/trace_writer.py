@@ -18,7 +18,7 @@ from moe_inspect.errors import Damaged, MoeInspectError, writing
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import append, sync_directory, write_atomically
+from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, inside, output_location
 from moe_inspect.trace.files.lock import Lock, drafts_of, hold
@@ -38,7 +38,7 @@ from moe_inspect.trace.writer.batches import (
     RoutedBatch,
     summed,
 )
-from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
+from moe_inspect.trace.writer.tables import vocabulary_bytes, write_shard
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,6 @@ class TraceWriter:
         rank: int = 0,
         shard_tokens: int = SHARD_TOKENS,
         shard_seconds: float = SHARD_SECONDS,
-        queue_batches: int = QUEUE_BATCHES,
         commit_every: float | None = None,
         resume: ResumePoint | None = None,
         lock: Lock | None = None,
@@ -201,7 +200,7 @@ class TraceWriter:
         except BaseException:
             self._release()
             raise
-        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
+        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(QUEUE_BATCHES)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
         self._thread.start()
 
@@ -404,12 +403,9 @@ class TraceWriter:
         first and the last. `early`: how many of the pending batches it holds, which stay pending;
         0 for a shard that holds all of them."""
         listed = tables.documents_table(documents)
-        columns["documents"], groups = schema.DOCUMENTS, {"documents": [lambda: listed], **groups}
-        lines: list[Json] = []
-        for table in self.tables:
-            path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
-            written = write_part(self.root / path, columns[table], groups[table], bf16)
-            lines.append({"table": table, "path": path, **written})
+        columns = {"documents": schema.DOCUMENTS, **columns}
+        groups = {"documents": [lambda: listed], **groups}
+        lines = write_shard(self.root, self.rank, self.next_shard, columns, groups, bf16)
         rows = {line["table"]: line["rows"] for line in lines}
         made: int = rows["routing"] if decisions is None else decisions
         first_token = self.next_token + (self._early.tokens if early else 0)
@@ -425,8 +421,6 @@ class TraceWriter:
         if stated["last_token"] >= (self.rank + 1) * schema.RANK_STRIDE:
             said = f"over {schema.RANK_STRIDE:,} tokens, more than a trace can number"
             raise MoeInspectError(f"{said}: write several")
-        for table in self.tables:
-            sync_directory(self.root / table)
         self._lock.check()
         text = b"".join(checksums.sealed({**line, **stated}) for line in lines)
         if early:
