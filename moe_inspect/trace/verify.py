@@ -226,8 +226,7 @@ def _check_lines(trace: Trace) -> None:
         raise Damaged(schema.MANIFEST, said)
     stated = "vocabulary" in manifest or "digest" not in manifest
     if not stated and (trace.path / schema.VOCABULARY).exists():
-        said = "it was added later: trace.json states no vocabulary"
-        raise Damaged(schema.VOCABULARY, said)
+        raise Damaged(schema.VOCABULARY, "it was added later: trace.json states no vocabulary")
 
 
 def _check_files(shard: Shard) -> int:
@@ -240,8 +239,7 @@ def _check_files(shard: Shard) -> int:
             with reading(path), path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != stated:
-                said = f"sha256 is {found[:12]}…, its line says {stated[:12]}…"
-                raise Damaged(name, said)
+                raise Damaged(name, f"sha256 is {found[:12]}…, its line says {stated[:12]}…")
         shard.file(table)
     return sum(stated.sha256 is None for stated in shard.files.stated.values())
 

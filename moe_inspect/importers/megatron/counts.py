@@ -178,8 +178,7 @@ def _distinct(context: ImportContext, files: list[RankCounts], parallel: int) ->
     """By run and rank, without those that count what the rank before them does. Every run must have
     the files of all ranks."""
     kept: list[RankCounts] = []
-    for run in dict.fromkeys(f.source.domain for f in files):
-        mine = layers.by_rank(f for f in files if f.source.domain == run)
+    for mine in layers.runs(files):
         for a, b in pairwise(mine):
             if b.rank != a.rank + 1:
                 why = f"the next file of rank {b.rank}: give the files of all ranks"

@@ -209,8 +209,7 @@ def columns_of(files: list[File]) -> list[list[File]]:
     if len(stages) == 1:
         return [[file] for file in files]
     columns: list[list[File]] = []
-    for run in dict.fromkeys(f.source.domain for f in files):
-        mine = layers.by_rank(f for f in files if f.source.domain == run)
+    for mine in layers.runs(files):
         ranks = {
             spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)
         }

@@ -38,13 +38,14 @@ Changes = dict[str, Change]  # of columns
 
 @dataclass
 class Target:
-    """The trace that shards are copied to: what it holds so far. `words`: the length of its
-    vocabulary, if it has one. `tokens`, `shards`: of each rank. `batches`, `sequences`: one above
-    the highest number of a forward pass and of a sequence, over all ranks. `decisions`,
-    `assignments`: counted in what was copied."""
+    """The trace that shards are copied to: what it holds so far. It begins with its vocabulary, if
+    it has one, whose checksum is added to `manifest`, and says "recording". `tokens`, `shards`: of
+    each rank. `batches`, `sequences`: one above the highest number of a forward pass and of a
+    sequence, over all ranks. `decisions`, `assignments`: counted in what was copied."""
 
     root: Path
-    words: int | None
+    manifest: Json
+    vocabulary: pa.Table | None
     documents: int = 0
     batches: int = 0
     sequences: int = 0
@@ -53,6 +54,15 @@ class Target:
     tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     shards: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _sequences_before: int = 0  # of the traces before the one that is copied
+
+    def __post_init__(self) -> None:
+        if self.vocabulary is not None:
+            data = vocabulary_bytes(self.vocabulary)
+            write_atomically(self.root / schema.VOCABULARY, data)
+            self.manifest["vocabulary"] = checksums.stated(data)
+        write_manifest(self.root, {**self.manifest, "status": "recording"})
+        for table in self.manifest["tables"]:
+            (self.root / table).mkdir()
 
     def add(self, trace: Trace) -> None:
         """Copies a trace behind what is there, each rank behind the same rank."""
@@ -153,11 +163,9 @@ class Target:
         token_id, sequence = (
             int(tokens[name].to_numpy().max(initial=-1)) for name in ("token_id", "sequence")
         )
-        if self.words is not None and token_id >= self.words:
-            raise MoeInspectError(
-                f"{trace.path} has token id {token_id}, the vocabulary of the others "
-                f"{self.words:,} tokens"
-            )
+        if self.vocabulary is not None and token_id >= (words := len(self.vocabulary)):
+            what = f"token id {token_id}, the vocabulary of the others {words:,} tokens"
+            raise MoeInspectError(f"{trace.path} has {what}")
         self.sequences = max(self.sequences, self._sequences_before + sequence + 1)
         _check_number(trace, self.sequences, "sequences")
 
@@ -252,18 +260,6 @@ def verified(trace: Trace, path: Path | Remote) -> Verification:
     if not (found := verify(path)).ok:
         raise MoeInspectError(f"{found}")
     return found
-
-
-def begin(draft: Path, manifest: Json, vocabulary: pa.Table | None) -> None:
-    """Writes the vocabulary, a manifest that says "recording" and the folders of the tables. Adds
-    the checksum of the vocabulary to `manifest`."""
-    if vocabulary is not None:
-        data = vocabulary_bytes(vocabulary)
-        write_atomically(draft / schema.VOCABULARY, data)
-        manifest["vocabulary"] = checksums.stated(data)
-    write_manifest(draft, {**manifest, "status": "recording"})
-    for table in manifest["tables"]:
-        (draft / table).mkdir()
 
 
 def origin(trace: Trace, found: Verification) -> Json:
