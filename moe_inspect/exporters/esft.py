@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -73,12 +74,10 @@ def esft(
 def _esft_shard(shard: Shard, root: Path, folders: dict[str, Path]) -> None:
     tokens = shard.tokens(["sequence", "domain"])
     sequence_T, domain_T = tokens["sequence"].to_numpy(), tokens["domain"].to_pylist()
-    _, first, code_T = np.unique(sequence_T, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))  # in the order of their first tokens
-    order_T = np.argsort(rank[code_T], kind="stable")
-    size_S = np.bincount(rank[code_T], minlength=len(first))
-    folder_S = [_folder(domain_T[t], root, folders) for t in np.sort(first)]
+    code_T, _ = pd.factorize(sequence_T)  # in the order of their first tokens
+    _, first_S, size_S = np.unique(code_T, return_index=True, return_counts=True)
+    order_T = np.argsort(code_T, kind="stable")
+    folder_S = [_folder(domain_T[t], root, folders) for t in first_S]
     for folder in set(folder_S):
         (folder / "rank_0").mkdir(parents=True, exist_ok=True)
     for r, router in enumerate(shard.trace.routers):

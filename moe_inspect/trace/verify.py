@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import Damaged, MoeInspectError, reading
+from moe_inspect.later import pd
 from moe_inspect.text import plural, printable
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.files.location import Remote, inside
@@ -142,7 +143,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
     found.checked = [hashed, "no orphaned files", "tokens numbered without a gap"]
     words = len(trace.vocabulary_table) or None
     documents = Documents(trace)
-    found.documents = len(documents.number)
+    found.documents = len(documents.code_of)
     found.checked.append("documents declared once")
     positions = Positions(strict=not (stated or {}).get("dropped"))
     for shard in shards_of(trace, "checking rows", most=0):
@@ -277,34 +278,29 @@ def _codes(column: pa.ChunkedArray, known: dict[str, int]) -> np.ndarray:
 
 
 class Documents:
-    """The documents of all shards: number → domain. Damaged where one is declared twice."""
+    """The documents of all shards, with the codes of their domains. Damaged where one is declared
+    twice."""
 
     def __init__(self, trace: Trace):
         self.labels: dict[str, int] = {}
-        files, numbers, of_domains = list[str](), [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        found = list[tuple[FileRows, pd.Series]]()
         for shard in trace.joined(0):
             rows, table = _read(shard, "documents", ["document", "domain"])
             rows.refuse_nulls(table, ["domain"])
-            files.append(rows.file)
-            numbers.append(table["document"].to_numpy())
-            of_domains.append(_codes(table["domain"], self.labels))
-            rows.refuse(numbers[-1] < 0, "document is {}", numbers[-1])
-        number = np.concatenate(numbers)
-        order = np.argsort(number, kind="stable")
-        self.number, self.code = number[order], np.concatenate(of_domains)[order]
-        twice = np.zeros(len(number), bool)
-        twice[order[1:]] = self.number[1:] == self.number[:-1]
-        for file, (start, end) in zip(
-            files, pairwise(np.cumsum([*map(len, numbers)])), strict=True
-        ):
-            said = "document {} is declared a second time"
-            FileRows(file).refuse(twice[start:end], said, number[start:])
+            number_D = table["document"].to_numpy()
+            found.append((rows, pd.Series(_codes(table["domain"], self.labels), number_D)))
+            rows.refuse(number_D < 0, "document is {}", number_D)
+        self.code_of = pd.concat([pd.Series(dtype=np.int64), *(codes for _, codes in found)])
+        twice_D, end = self.code_of.index.duplicated(), 0
+        for rows, of_file in found:
+            start, end = end, end + len(of_file)
+            number_D, said = of_file.index.to_numpy(), "document {} is declared a second time"
+            rows.refuse(twice_D[start:end], said, number_D)
 
     def check(self, rows: FileRows, document_T: np.ndarray, code_T: np.ndarray) -> None:
-        at_T = np.searchsorted(self.number, document_T)
-        known_T = np.isin(document_T, self.number)
-        rows.refuse(~known_T, "document {} is not declared in any shard", document_T)
-        label, expected_T = np.array([*map(repr, self.labels)], object), self.code[at_T]
+        expected_T = self.code_of.reindex(document_T, fill_value=-1).to_numpy()
+        rows.refuse(expected_T < 0, "document {} is not declared in any shard", document_T)
+        label = np.array([*map(repr, self.labels)], object)
         said = "domain is {}, document {} is of {}"
         rows.refuse(expected_T != code_T, said, label[code_T], document_T, label[expected_T])
 
@@ -315,26 +311,19 @@ class Positions:
 
     def __init__(self, strict: bool):
         self.strict = strict
-        self.last: dict[int, int] = {}
+        self.last = pd.Series(dtype=np.int64)
 
     def check(
         self, rows: FileRows, sequence_T: np.ndarray, encoded_T: np.ndarray, position_T: np.ndarray
     ) -> None:
-        if not self.strict or not len(sequence_T):
-            return
         # what an encoder reads has positions of its own
-        key_T = sequence_T.astype(np.int64) * 2 + encoded_T
-        order_T = np.argsort(key_T, kind="stable")
-        sorted_T, at_T = key_T[order_T], position_T[order_T]
-        edges, expected_T = run_edges(sorted_T), np.roll(at_T, 1) + 1
-        for i in edges[:-1]:
-            expected_T[i] = self.last.get(int(sorted_T[i]), at_T[i] - 1) + 1
-        wrong_T = np.zeros(len(key_T), bool)
-        wrong_T[order_T] = at_T != expected_T
+        key_T = pd.Series(sequence_T.astype(np.int64) * 2 + encoded_T)
+        of_key = pd.Series(position_T).groupby(key_T)
+        before_T = of_key.shift().fillna(key_T.map(self.last))
+        wrong_T = (before_T.notna() & (before_T + 1 != position_T)).to_numpy()
         said = "position is {} in sequence {}, not the position before + 1"
-        rows.refuse(wrong_T, said, position_T, sequence_T)
-        ends = edges[1:] - 1
-        self.last = dict(zip(sorted_T[ends].tolist(), at_T[ends].tolist(), strict=True))
+        rows.refuse(wrong_T & self.strict, said, position_T, sequence_T)
+        self.last = of_key.last()
 
 
 def _check_tokens(

@@ -221,8 +221,8 @@ def runs(files: Sequence[AnyFile]) -> Iterator[list[AnyFile]]:
         for a, b in pairwise(mine):
             if a.rank == b.rank:
                 raise MoeInspectError(
-                    f"{a.path} and {b.path} are both of rank {a.rank}, by which pipeline stages are "
-                    "paired: import runs apart, or each as LABEL=FOLDER"
+                    f"{a.path} and {b.path} are both of rank {a.rank}, by which pipeline stages "
+                    "are paired: import runs apart, or each as LABEL=FOLDER"
                 )
         yield mine
 
