@@ -1,4 +1,4 @@
-"""Load by expert and domain, as CSV, JSON or Parquet; and the sums that others write as well.
+"""Load by expert and domain, as CSV, JSON or Parquet.
 
 E experts, D domains, U units of them.
 """
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import select
@@ -22,26 +23,7 @@ from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import SUMS
 
-# of one router: domain → column → [E]
-Sums = dict[str, dict[str, np.ndarray]]
 OPTIONAL = ("first_choice", *SUMS)
-
-
-def sums_by_domain(trace: Trace) -> list[Sums]:
-    """Of each router: domain → column → [E]. weight_sum is missing without weights, the other
-    OPTIONAL columns where the source did not say."""
-    counted, made = count_trace(trace, select(trace), BASE | {"worth"}), list[Sums]()
-    for of in counted.of.values():
-        by_unit = {"count": of.assignments_UE, "energy": of.energy_UE}
-        by_unit["saliency_sum"] = of.saliency_sum_UE
-        sums = {"first_choice": of.first_choice_DE, "weight_sum": of.weight_sum_DE}
-        sums |= {n: None if v is None else counted.by_domain(v) for n, v in by_unit.items()}
-        there = {name: of_DE for name, of_DE in sums.items() if of_DE is not None}
-        domains = enumerate(counted.domains)
-        made.append({domain: {n: of_DE[d] for n, of_DE in there.items()} for d, domain in domains})
-    return made
-
-
 INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
 KEYS = {"layer": INT32, "router": INT32, "domain": pa.string(), "expert": INT32}
 VALUES = {"count": INT64, "first_choice": INT64, **dict.fromkeys(SUMS, FLOAT64)}
@@ -53,15 +35,17 @@ def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
     if output.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
         raise MoeInspectError(f"-o {output}: counts are written as .csv, .json or .parquet")
     columns: dict[str, list[object]] = {name: [] for name in COUNTS.names}
-    for r, (router, of_domain) in enumerate(zip(trace.routers, sums_by_domain(trace), strict=True)):
+    counted = count_trace(trace, select(trace), BASE | {"worth"})
+    csv, D = output.suffix == ".csv", len(counted.domains)
+    labels = [safe_cell(domain) if safe_csv and csv else domain for domain in counted.domains]
+    for r, router in enumerate(trace.routers):
         E, fixed = router.experts, {"layer": router.layer, "router": r, "top_k": router.top_k}
-        for domain, sums in sorted(of_domain.items()):
-            label = safe_cell(domain) if safe_csv and output.suffix == ".csv" else domain
-            for name, value in (fixed | {"domain": label, "experts": E}).items():
-                columns[name] += [value] * E
-            columns["expert"] += range(E)
-            for name in VALUES:
-                columns[name] += sums[name].tolist() if name in sums else [None] * E
+        for name, value in (fixed | {"experts": E}).items():
+            columns[name] += [value] * D * E
+        columns["domain"] += [label for label in labels for _ in range(E)]
+        columns["expert"] += [*range(E)] * D
+        for name, sum_DE in _sums(counted, r).items():
+            columns[name] += [None] * D * E if sum_DE is None else sum_DE.reshape(-1).tolist()
     table = pa.table(columns, schema=COUNTS)
     table = table.drop_columns([n for n in OPTIONAL if table[n].null_count == len(table)])
     with draft_of(output) as draft, open(draft, "wb") as file:
@@ -72,3 +56,15 @@ def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
         else:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
             file.write("".join(lines).encode())
+
+
+def _sums(counted: Counts, r: int) -> dict[str, np.ndarray | None]:
+    """The VALUES of a router, [D, E]; None where the trace does not say."""
+    of = counted.of[r]
+    by_unit = {"energy": of.energy_UE, "saliency_sum": of.saliency_sum_UE}
+    return {
+        "count": counted.assignments_DE(r),
+        "first_choice": of.first_choice_DE,
+        "weight_sum": of.weight_sum_DE,
+        **{n: None if of_UE is None else counted.by_domain(of_UE) for n, of_UE in by_unit.items()},
+    }
