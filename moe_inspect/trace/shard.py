@@ -231,11 +231,9 @@ def check_counts(rows: FileRows, table: pa.Table, routers: Sequence[Router]) -> 
     router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
     said = f"router is {{}}, the manifest lists {len(routers)}"
     rows.refuse(router_N >= len(routers), said, router_N)
-    experts_N, said = (
-        np.array([r.experts for r in routers])[router_N],
-        "expert is {}, router {} has",
-    )
-    rows.refuse(expert_N >= experts_N, f"{said} {{}} experts", expert_N, router_N, experts_N)
+    experts_N = np.array([r.experts for r in routers])[router_N]
+    said = "expert is {}, router {} has {} experts"
+    rows.refuse(expert_N >= experts_N, said, expert_N, router_N, experts_N)
     for name in ("assignments", "first_choice"):
         count_N = table[name].fill_null(0).to_numpy()
         rows.refuse(count_N < 0, f"{name} is {{}}", count_N)
