@@ -121,11 +121,8 @@ class Shard:
         routed nowhere. Slots are contiguous in memory, as they are on disk. MoeInspectError for an
         id out of range."""
         slots, E = self.slots(router), self.trace.routers[router].experts
-        ids_KT = np.empty((len(slots), len(slots[0])), np.int16 if E < 2**15 else np.int32)
-        for ids_T, slot_T in zip(ids_KT, slots, strict=True):
-            ids_T[:] = slot_T
-            if slot_T.max(initial=0) == E:
-                ids_T[slot_T == E] = -1
+        ids_KT = np.stack(slots, dtype=np.int16 if E < 2**15 else np.int32)
+        ids_KT[ids_KT == E] = -1
         return ids_KT.T
 
     def slot_weights(self, router: int) -> tuple[np.ndarray, ...]:
