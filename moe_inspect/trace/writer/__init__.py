@@ -146,6 +146,7 @@ class TraceWriter:
         rank: int = 0,
         shard_tokens: int = SHARD_TOKENS,
         shard_seconds: float = SHARD_SECONDS,
+        queue_batches: int = QUEUE_BATCHES,
         commit_every: float | None = None,
         resume: ResumePoint | None = None,
         lock: Lock | None = None,
@@ -201,7 +202,7 @@ class TraceWriter:
         except BaseException:
             self._release()
             raise
-        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(QUEUE_BATCHES)
+        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
         self._thread.start()
 
