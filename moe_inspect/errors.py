@@ -26,14 +26,14 @@ class MoeInspectError(Exception):
 
 class Damaged(MoeInspectError):
     """A file of a trace is not as it was written. `file`: its path within the trace, where that is
-    not `where`."""
+    not `where`. `row`: the first row that is wrong, from 0, where it is one's."""
 
-    def __init__(self, where: object, what: str, file: str = ""):
+    def __init__(self, where: object, what: str, file: str = "", row: int | None = None):
         super().__init__(f"damaged trace: {where}: {what}")
-        self.where, self.file, self.what = where, file or str(where), what
+        self.where, self.file, self.what, self.row = where, file or str(where), what, row
 
-    def __reduce__(self) -> tuple[type[Damaged], tuple[object, str, str]]:
-        return Damaged, (self.where, self.what, self.file)
+    def __reduce__(self) -> tuple[type[Damaged], tuple[object, str, str, int | None]]:
+        return Damaged, (self.where, self.what, self.file, self.row)
 
 
 def check_whole(name: str, value: object, least: int = 0) -> None:

@@ -226,15 +226,14 @@ def test_a_part_that_was_interrupted_makes_the_whole_so(two: list[Path], tmp_pat
 
 def test_numbers_end_at_those_of_the_format(tmp_path: Path) -> None:
     trace = made(tmp_path / "a", 0)
-    for table in trace.tables:
-        (tmp_path / "m" / table).mkdir(parents=True)
     for what, held in (
         ("sequences", {"sequences": MOST_NUMBER - 3}),
         ("documents", {"documents": MOST_NUMBER - 8}),
         ("forward passes", {"batches": MOST_NUMBER - 8}),
     ):
+        (tmp_path / what).mkdir()
         with pytest.raises(MoeInspectError, match=f"numbers of {what} go beyond 2,147,483,647"):
-            Target(tmp_path / "m", None, **held).add(trace)
+            Target(tmp_path / what, trace.manifest, None, **held).add(trace)
 
 
 def refused(root: Path, says: str, *names: str) -> None:
@@ -337,9 +336,8 @@ def test_damage_is_refused_and_named(two: list[Path], tmp_path: Path) -> None:
 
 def test_what_was_copied_is_what_was_verified(tmp_path: Path) -> None:
     trace, found = made(tmp_path / "a", 0), verify(tmp_path / "a")
-    target = Target(tmp_path / "m", 50)
-    for table in trace.tables:
-        (tmp_path / "m" / table).mkdir(parents=True)
+    (tmp_path / "m").mkdir()
+    target = Target(tmp_path / "m", trace.manifest, None)
     target.add(trace)
     assert not [*target.differences([found])]
     target.assignments -= 1

@@ -1,12 +1,11 @@
-"""Load by expert and domain, as CSV, JSON or Parquet; and the sums that others write as well.
+"""Load by expert and domain, as CSV, JSON or Parquet.
 
-T tokens, K slots, E experts, D domains.
+E experts, D domains, U units of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,71 +13,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.router_counts import BASE
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import safe_cell
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import SUMS
-from moe_inspect.trace.shard import Shard
 
-# of one router: domain → column → [E]
-Sums = dict[str, dict[str, np.ndarray]]
 OPTIONAL = ("first_choice", *SUMS)
-
-
-def sums_by_domain(trace: Trace) -> list[Sums]:
-    """Of each router: domain → column → [E]. weight_sum is missing without weights, the other
-    OPTIONAL columns where the source did not say."""
-    made: list[Sums] = [{} for _ in trace.routers]
-    for shard in trace.shards:
-        for r, domain, sums in _counted(shard) if trace.counts_only else _summed(shard):
-            total = made[r].setdefault(domain, {})
-            for name, values_E in sums.items():
-                total[name] = total[name] + values_E if name in total else values_E
-    return made
-
-
-def _summed(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
-    domain_T = np.array(shard.tokens(["domain"])["domain"].to_pylist(), object)
-    labels, code_T = np.unique(domain_T.astype(str), return_inverse=True)
-    for r, router in enumerate(shard.trace.routers):
-        E, seen_T, ids_TK = router.experts, shard.seen(r), shard.ids(r).astype(np.int64)
-        cell_TK = (code_T if seen_T is None else code_T[seen_T])[:, None] * E + ids_TK
-        there_TK = ids_TK >= 0
-        parts: dict[str, tuple[np.ndarray, ...]] = {"count": (cell_TK[there_TK],)}
-        if router.first_choice_known:
-            parts["first_choice"] = (cell_TK[:, 0][there_TK[:, 0]],)
-        if shard.trace.has_weights:
-            parts["weight_sum"] = cell_TK[there_TK], shard.weights(r)[there_TK]
-        sums = {
-            name: np.bincount(*part, minlength=len(labels) * E).reshape(-1, E)
-            for name, part in parts.items()
-        }
-        for d, label in enumerate(labels):
-            yield r, str(label), {name: of_DE[d] for name, of_DE in sums.items()}
-
-
-def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
-    table = shard.counts()
-    router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
-    domain_N = np.array(table["domain"].to_pylist(), object)
-    columns = {"count": "assignments", **{name: name for name in OPTIONAL}}
-    there = {
-        name: table[column].to_numpy()
-        for name, column in columns.items()
-        if column in table.column_names and not table[column].null_count
-    }
-    for r, router in enumerate(shard.trace.routers):
-        for domain in dict.fromkeys(domain_N[router_N == r]):
-            rows, made = (router_N == r) & (domain_N == domain), dict[str, np.ndarray]()
-            for name, values_N in there.items():
-                if name != "first_choice" or router.first_choice_known:
-                    sum_E = np.bincount(expert_N[rows], values_N[rows], router.experts)
-                    whole = name in ("count", "first_choice")
-                    made[name] = sum_E.astype(np.int64) if whole else sum_E
-            yield r, domain, made
-
-
 INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
 KEYS = {"layer": INT32, "router": INT32, "domain": pa.string(), "expert": INT32}
 VALUES = {"count": INT64, "first_choice": INT64, **dict.fromkeys(SUMS, FLOAT64)}
@@ -90,15 +35,17 @@ def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
     if output.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
         raise MoeInspectError(f"-o {output}: counts are written as .csv, .json or .parquet")
     columns: dict[str, list[object]] = {name: [] for name in COUNTS.names}
-    for r, (router, of_domain) in enumerate(zip(trace.routers, sums_by_domain(trace), strict=True)):
+    counted = count_trace(trace, select(trace), BASE | {"worth"})
+    csv, D = output.suffix == ".csv", len(counted.domains)
+    labels = [safe_cell(domain) if safe_csv and csv else domain for domain in counted.domains]
+    for r, router in enumerate(trace.routers):
         E, fixed = router.experts, {"layer": router.layer, "router": r, "top_k": router.top_k}
-        for domain, sums in sorted(of_domain.items()):
-            label = safe_cell(domain) if safe_csv and output.suffix == ".csv" else domain
-            for name, value in (fixed | {"domain": label, "experts": E}).items():
-                columns[name] += [value] * E
-            columns["expert"] += range(E)
-            for name in VALUES:
-                columns[name] += sums[name].tolist() if name in sums else [None] * E
+        for name, value in (fixed | {"experts": E}).items():
+            columns[name] += [value] * D * E
+        columns["domain"] += [label for label in labels for _ in range(E)]
+        columns["expert"] += [*range(E)] * D
+        for name, sum_DE in _sums(counted, r).items():
+            columns[name] += [None] * D * E if sum_DE is None else sum_DE.reshape(-1).tolist()
     table = pa.table(columns, schema=COUNTS)
     table = table.drop_columns([n for n in OPTIONAL if table[n].null_count == len(table)])
     with draft_of(output) as draft, open(draft, "wb") as file:
@@ -109,3 +56,15 @@ def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
         else:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
             file.write("".join(lines).encode())
+
+
+def _sums(counted: Counts, r: int) -> dict[str, np.ndarray | None]:
+    """The VALUES of a router, [D, E]; None where the trace does not say."""
+    of = counted.of[r]
+    by_unit = {"energy": of.energy_UE, "saliency_sum": of.saliency_sum_UE}
+    return {
+        "count": counted.assignments_DE(r),
+        "first_choice": of.first_choice_DE,
+        "weight_sum": of.weight_sum_DE,
+        **{n: None if of_UE is None else counted.by_domain(of_UE) for n, of_UE in by_unit.items()},
+    }

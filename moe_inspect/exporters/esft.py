@@ -11,14 +11,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.scores import ALL, scores_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import need_decisions
-from moe_inspect.exporters.counts import sums_by_domain
 from moe_inspect.text import no_such
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.reader import Trace
@@ -60,9 +63,9 @@ def esft(
         folders: dict[str, Path] = {}
         for shard in trace.shards:
             _esft_shard(shard, draft, folders)
-        summed = sums_by_domain(trace)
+        counted = count_trace(trace, select(trace))
         for domain, folder in folders.items():
-            scores = _scores(trace, [of_domain[domain] for of_domain in summed])
+            scores = _scores(trace, counted, counted.domains.index(domain))
             name = f"{OF_ESFT.get(by, by)}_scores"
             if others is not None:
                 scores[name] = _by_layer(trace, others.of_domain(domain))
@@ -73,12 +76,10 @@ def esft(
 def _esft_shard(shard: Shard, root: Path, folders: dict[str, Path]) -> None:
     tokens = shard.tokens(["sequence", "domain"])
     sequence_T, domain_T = tokens["sequence"].to_numpy(), tokens["domain"].to_pylist()
-    _, first, code_T = np.unique(sequence_T, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))  # in the order of their first tokens
-    order_T = np.argsort(rank[code_T], kind="stable")
-    size_S = np.bincount(rank[code_T], minlength=len(first))
-    folder_S = [_folder(domain_T[t], root, folders) for t in np.sort(first)]
+    code_T, _ = pd.factorize(sequence_T)  # in the order of their first tokens
+    _, first_S, size_S = np.unique(code_T, return_index=True, return_counts=True)
+    order_T = np.argsort(code_T, kind="stable")
+    folder_S = [_folder(domain_T[t], root, folders) for t in first_S]
     for folder in set(folder_S):
         (folder / "rank_0").mkdir(parents=True, exist_ok=True)
     for r, router in enumerate(shard.trace.routers):
@@ -124,9 +125,11 @@ def _config(scores: Scores, top_p: float) -> dict[str, object]:
     return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
 
 
-def _scores(trace: Trace, sums: list[dict[str, np.ndarray]]) -> dict[str, Scores]:
-    """Share of the assignments; gate weight ÷ tokens. sums: of each router, in one domain."""
-    load_LE, weight_LE = ([of[name] for of in sums] for name in ("count", "weight_sum"))
+def _scores(trace: Trace, counted: Counts, d: int) -> dict[str, Scores]:
+    """Share of the assignments; gate weight ÷ tokens. d: the domain."""
+    load_LE = [counted.assignments_DE(r)[d] for r in counted.indices]
+    sums = (of.weight_sum_DE for of in counted.of.values())
+    weight_LE = [sum_DE[d] for sum_DE in sums if sum_DE is not None]
     tokens_L = [of_E.sum() / r.top_k for of_E, r in zip(load_LE, trace.routers, strict=True)]
     gate_LE = [of_E / tokens for of_E, tokens in zip(weight_LE, tokens_L, strict=True)]
     token_LE = [load_E / load_E.sum() for load_E in load_LE]

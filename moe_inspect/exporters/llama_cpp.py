@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import effective_experts
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.exporters.counts import sums_by_domain
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
@@ -24,12 +25,12 @@ def llama_cpp(trace: Trace, output: Path, gpu_layers: int | None = None) -> None
     if gpu_layers is None:
         raise MoeInspectError("--format llama-cpp needs --gpu-layers: how many layers' experts fit")
     used: dict[int, float] = {}
-    for router, of_domain in zip(trace.routers, sums_by_domain(trace), strict=True):
+    counts = count_trace(trace, select(trace))
+    for r, router in enumerate(trace.routers):
         if router.stack:
             raise MoeInspectError("llama.cpp has no encoder-decoders with experts")
-        load_E = np.array([sums["count"] for sums in of_domain.values()]).sum(0)
-        effective = float(np.nan_to_num(effective_experts(load_E[None])[0]))  # NaN without load
-        used[router.layer] = used.get(router.layer, 0.0) + effective
+        effective = effective_experts(counts.load_E(r)[None])[0]  # NaN without load
+        used[router.layer] = used.get(router.layer, 0.0) + float(np.nan_to_num(effective))
     if gpu_layers > len(used):
         raise MoeInspectError(f"--gpu-layers {gpu_layers}: {len(used)} layers have experts")
     spread_first = sorted(used, key=lambda layer: (-used[layer], layer))

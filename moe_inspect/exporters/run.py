@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
@@ -16,26 +15,18 @@ from moe_inspect.trace.manifest import refuse_within_trace
 from moe_inspect.trace.reader import Trace, open_trace
 
 
-@dataclass(frozen=True)
-class Exporter:
-    """`run(trace, output, **options)` writes the trace as `output`. `writes`: in words."""
-
-    writes: str
-    run: Callable[..., None]
-
-    @property
-    def options(self) -> list[str]:
-        """The names of its keyword arguments."""
-        return list(inspect.signature(self.run).parameters)[2:]
-
-
-def exporters() -> dict[str, Exporter]:
-    """All of MODULES, in their order."""
-    made = dict[str, Exporter]()
-    for name, (module, writes) in MODULES.items():
+def exporters() -> dict[str, Callable[..., None]]:
+    """The functions of MODULES, in their order: each takes a trace, the file to write and options
+    of its own."""
+    functions = dict[str, Callable[..., None]]()
+    for name, (module, _) in MODULES.items():
         loaded = importlib.import_module(f"moe_inspect.exporters.{module}")
-        made[name] = Exporter(writes, getattr(loaded, module))
-    return made
+        functions[name] = getattr(loaded, module)
+    return functions
+
+
+def options_of(exporter: Callable[..., None]) -> list[str]:
+    return list(inspect.signature(exporter).parameters)[2:]
 
 
 def export_trace(
@@ -92,8 +83,8 @@ def export_trace(
         "safe_csv": safe_csv or None,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    if wrong := [name for name in options if name not in known[format].options]:
-        takers = ", ".join(name for name, other in known.items() if wrong[0] in other.options)
+    if wrong := [name for name in options if name not in options_of(known[format])]:
+        takers = ", ".join(name for name, other in known.items() if wrong[0] in options_of(other))
         raise MoeInspectError(
             f"--{wrong[0].replace('_', '-')} is an option of the format {takers}, not of {format}"
         )
@@ -102,5 +93,5 @@ def export_trace(
     opened, output = open_trace(trace), Path(output)
     with writing(output):
         refuse_within_trace(output)
-        known[format].run(opened, output, **options)
+        known[format](opened, output, **options)
     return output

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.exporters.counts import sums_by_domain
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
@@ -30,8 +31,9 @@ def sglang(trace: Trace, output: Path) -> None:
             "this model differs"
         )
     load_LE = np.zeros((trace.blocks, sizes.pop()), np.int64)
-    for router, of_domain in zip(trace.routers, sums_by_domain(trace), strict=True):
-        load_LE[router.layer] = sum(sums["count"] for sums in of_domain.values())
+    counts = count_trace(trace, select(trace))
+    for r, router in enumerate(trace.routers):
+        load_LE[router.layer] = counts.load_E(r)
     with draft_of(output) as draft:
         if output.suffix == ".json":
             draft.write_text(json.dumps({"logical_count": load_LE.tolist()}) + "\n")

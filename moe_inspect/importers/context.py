@@ -18,7 +18,6 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line, why_unread
 from moe_inspect.importers import MODULES, values
 from moe_inspect.importers.tables.presets import PRESETS, Preset
-from moe_inspect.importers.values import Fields
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch
@@ -84,12 +83,6 @@ class ImportContext:
                 self.read(len(line))
                 if not line.isspace():
                     yield number, line
-
-    def json_lines(self, path: Path) -> Iterator[tuple[str, Fields]]:
-        """(file and line number, JSON object) of each line that is not blank."""
-        for number, line in self.lines(path):
-            where = f"{path} line {number}"
-            yield where, values.parsed_object(line.removesuffix(b"\n"), where)
 
     def prepared(self, path: Path, prepare: values.Prepare) -> Iterator[Any]:
         """prepare(file and line number, JSON object) of each line that is not blank, in order, by

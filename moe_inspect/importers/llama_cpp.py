@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -213,23 +214,14 @@ MBOLT = b"MBLT"
 HEADER = RECORD = 3  # integers of 4 bytes
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A record; at: its first id, in integers from the beginning."""
-
-    layer: int
-    k: int
-    tokens: int
-    at: int
+Call = tuple[int, np.ndarray]  # a record: its layer and ids [T, k]
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     path: Path
     source: ImportSource
     experts: int
-    words: np.ndarray
-    passes: list[list[_Call]]
+    passes: list[list[Call]]
 
 
 @importer(
@@ -241,8 +233,8 @@ def mbolt(context: ImportContext) -> Imported:
     files = [_read_mbolt(*found) for found in context.files(r".*\.bin", "route.bin")]
     first, passes = files[0], [calls for f in files for calls in f.passes]
     # a model that warms up runs with all of its experts
-    k = min(call.k for calls in passes for call in calls)
-    layers = [call.layer for call in max(passes, key=len)]
+    k = min(ids_TK.shape[1] for calls in passes for _, ids_TK in calls)
+    layers = [layer for layer, _ in max(passes, key=len)]
     if other := next((f for f in files if f.experts != first.experts), None):
         raise MoeInspectError(
             f"{other.path} is of {other.experts} experts, {first.path} of {first.experts}"
@@ -257,14 +249,14 @@ def _read_mbolt(path: Path, source: ImportSource) -> _File:
     size = path.stat().st_size
     if size < 4 * HEADER:
         raise MoeInspectError(f"{path} is no trace of mbolt: it has {size} bytes")
-    words = np.memmap(path, "<i4", "r", shape=(size // 4,))
+    words = np.asarray(np.memmap(path, "<i4", "r", shape=(size // 4,)))
     if words[:1].tobytes() != MBOLT or words[1] != 1:
         raise MoeInspectError(
             f"{path} is no trace of mbolt of version 1: it begins with {bytes(words[:2])!r}"
         )
     if not 1 <= (experts := int(words[2])) <= MOST_EXPERTS:
         raise MoeInspectError(f"{path} states {experts:,} experts")
-    passes: list[list[_Call]] = []
+    passes: list[list[Call]] = []
     at, before = HEADER, MOST_LAYERS
     while at + RECORD <= len(words):
         layer, k, tokens = (int(n) for n in words[at : at + RECORD])
@@ -274,13 +266,12 @@ def _read_mbolt(path: Path, source: ImportSource) -> _File:
             )
         if layer <= before:
             passes.append([])
-        passes[-1].append(_Call(layer, k, tokens, at + RECORD))
-        at, before = at + RECORD + k * tokens, layer
-    if at > len(words):  # killed while it wrote
-        passes[-1].pop()
+        start, at, before = at + RECORD, at + RECORD + k * tokens, layer
+        if at <= len(words):  # else it was killed while it wrote
+            passes[-1].append((layer, words[start:at].reshape(tokens, k)))
     if not any(passes):
         raise MoeInspectError(f"{path} holds no decisions")
-    return _File(path, source, experts, words, [calls for calls in passes if calls])
+    return _File(path, source, experts, [calls for calls in passes if calls])
 
 
 def _mbolt_batches(
@@ -288,47 +279,45 @@ def _mbolt_batches(
 ) -> Iterator[RoutedBatch]:
     numbers = Numbering()
     layers, k = [router.layer for router in routers], routers[0].top_k
-    for f in files:
-        context.read(f.path.stat().st_size)
-        label = f.source.domain or named(f.path)
-        warmed = [calls for calls in f.passes if {c.k for c in calls} == {f.experts} != {k}]
+    for path, source, experts, passes in files:
+        context.read(path.stat().st_size)
+        warmed = sum({of.shape[1] for _, of in calls} == {experts} != {k} for calls in passes)
         whole = [
-            calls
-            for calls in f.passes
-            if {c.k for c in calls} == {k} and [c.layer for c in calls] == layers
+            [ids_TK for _, ids_TK in calls]
+            for calls in passes
+            if {of.shape[1] for _, of in calls} == {k} and [layer for layer, _ in calls] == layers
         ]
-        rest = len(f.passes) - len(warmed) - len(whole)
-        for n, how in ((len(warmed), "with all experts (warm-up)"), (rest, "without all layers")):
+        rest = len(passes) - warmed - len(whole)
+        for n, how in ((warmed, "with all experts (warm-up)"), (rest, "without all layers")):
             if n:
-                context.warn(f"{f.path}: {n:,} pass{'es' * (n != 1)} {how} left out")
-        numbers.document(label, str(f.path), sum(calls[0].tokens for calls in whole))
-        unknown = 0
-        for calls in whole:
-            T, ids = calls[0].tokens, []
-            for call, router in zip(calls, routers, strict=True):
-                ids_TK, lost = _ids(f, call, T, is_last=call is calls[-1])
-                unknown += lost
-                ids.append(checked_ids(ids_TK, router, f"{f.path}, layer {call.layer}"))
-            yield numbers.decisions(ids, phase="decode" if T == 1 else "prefill")
+                context.warn(f"{path}: {n:,} pass{'es' * (n != 1)} {how} left out")
+        tokens, unknown = sum(len(ids[0]) for ids in whole), 0
+        numbers.document(source.domain or named(path), str(path), tokens)
+        for ids in whole:
+            unknown += _fill(ids, layers, path)
+            checked = [
+                checked_ids(ids_TK, router, f"{path}, layer {router.layer}")
+                for ids_TK, router in zip(ids, routers, strict=True)
+            ]
+            yield numbers.decisions(checked, phase="decode" if len(ids[0]) == 1 else "prefill")
         if unknown:
             context.warn(
-                f"{f.path}: {plural(unknown, 'decision')} of layer {layers[-1]} left out: only "
+                f"{path}: {plural(unknown, 'decision')} of layer {layers[-1]} left out: only "
                 "tokens whose output was asked for reach it, and the file does not say which"
             )
 
 
-def _ids(f: _File, call: _Call, T: int, is_last: bool) -> tuple[np.ndarray, int]:
-    """The ids [T, K] of a pass with T tokens, −1 where a token did not reach the layer; and how
-    many decisions have no known token. The last layer routes a prompt's last token alone."""
-    ids_TK = f.words[call.at : call.at + call.tokens * call.k].reshape(call.tokens, call.k)
-    if call.tokens == T:
-        return np.asarray(ids_TK), 0
-    if not is_last or call.tokens > T:
-        raise MoeInspectError(
-            f"{f.path}: layer {call.layer} has {call.tokens} tokens in a pass of {T}"
-        )
-    alone_TK = np.full((T, call.k), -1, np.int32)
-    if call.tokens > 1:
-        return alone_TK, call.tokens
-    alone_TK[-1] = ids_TK[0]
-    return alone_TK, 0
+def _fill(ids: list[np.ndarray], layers: list[int], path: Path) -> int:
+    """Puts −1 where a token of a pass did not reach the last layer, which routes a prompt's last
+    token alone. Returns how many decisions of it have no known token."""
+    T, last_TK = len(ids[0]), ids[-1]
+    for layer, n in zip(layers, map(len, ids), strict=True):
+        if n != T and (n > T or layer != layers[-1]):
+            raise MoeInspectError(f"{path}: layer {layer} has {n} tokens in a pass of {T}")
+    if len(last_TK) == T:
+        return 0
+    ids[-1] = np.full((T, last_TK.shape[1]), -1, np.int32)
+    if len(last_TK) > 1:
+        return len(last_TK)
+    ids[-1][-1] = last_TK[0]
+    return 0

@@ -88,16 +88,13 @@ def read_responses(context: ImportContext, decode: Decode) -> Imported:
             run = routed.identical_run(response.routed_TBK)
             left_out["alike"] += run if run >= WARM_UP else 0
             yield from _sequences(numbers, response, left_out, routers, blocks)
-        for what, said in (
-            ("forgotten", "{:,} tokens are left out: the engine had forgotten their routes (−1)"),
-            (
-                "alike",
-                "{:,} consecutive tokens were routed alike in every layer, "
-                f"{WARM_UP:,} or more at a time: warm-up rows?",
-            ),
-        ):
-            if left_out[what]:
-                context.warn(said.format(left_out[what]))
+        if n := left_out["forgotten"]:
+            context.warn(f"{n:,} tokens are left out: the engine had forgotten their routes (−1)")
+        if n := left_out["alike"]:
+            context.warn(
+                f"{n:,} consecutive tokens were routed alike in every layer, {WARM_UP:,} or more "
+                "at a time: warm-up rows?"
+            )
 
     passes = "a batch is the prompt of a response, or what was generated: the source does not say "
     return Imported(routers, batches(), notes=[passes + "the passes"])

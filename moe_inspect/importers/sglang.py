@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -227,27 +226,23 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
     """Counts of physical experts: one record per pass and rank, which holds that rank's share.
     Summed over ranks."""
     maps = logical_maps(context, files)
-    window_of = batches.window_of(
-        integer(r.get("forward_pass_id"), f"{where}: forward_pass_id", 0, 2**62)
-        for where, _, _, r in records(files)
-    )
+    window_of = batches.window_of(_pass_id(where, record) for where, _, _, record in records(files))
     path, source, _ = files[0]
     B, P = maps[path].shape
     E = int(maps[path].max()) + 1
     load_WBE = np.zeros((max(window_of.values()) + 1, B, E), np.int64)
     physical_BP = np.zeros((B, P), np.int64)
-    seen: set[tuple[int, bytes]] = set()
-    alike = 0
+    seen, alike = set[bytes](), 0
     for where, path, _, record in records(files):
         count_BP = array_of(record, "global_physical_count", where, (B, P), 0, batches.MOST_COUNT)
-        data = count_BP.tobytes() + str(record.get("gatherer_key")).encode()
-        key = record["forward_pass_id"], blake2b(data, digest_size=16).digest()
-        if count_BP.any() and key in seen:
+        number = record["forward_pass_id"]
+        digest = _digest(number, count_BP, str(record.get("gatherer_key")))
+        if count_BP.any() and digest in seen:
             alike += 1
             continue
-        seen.add(key)
+        seen.add(digest)
         physical_BP += count_BP
-        load_BE = load_WBE[window_of[record["forward_pass_id"]]]
+        load_BE = load_WBE[window_of[number]]
         np.add.at(load_BE, (np.broadcast_to(np.arange(B)[:, None], (B, P)), maps[path]), count_BP)
     if alike:
         context.warn(
@@ -302,26 +297,16 @@ def _routers_of_tokens(context: ImportContext, files: list[File], B: int, E: int
     raise MoeInspectError(f"{files[0][0]} holds no token")
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One record with tokens, checked: what one rank computed in one forward pass. `lengths`: how
-    many tokens of each request there are, in order."""
+class Pass(NamedTuple):
+    """What one rank computed in one forward pass. `number`: forward_pass_id and gatherer_key.
+    `lengths`: how many tokens of each request there are, in order."""
 
-    where: str
-    path: Path
-    domain: str
-    number: tuple[int, str]  # forward_pass_id and gatherer_key
+    number: tuple[int, str]
     mode: int
     token_id: np.ndarray
     position: np.ndarray
     physical_BTK: np.ndarray
     lengths: list[int]
-
-    def is_decoded(self, start: int, length: int) -> bool:
-        """Whether a request's tokens in this pass are one decoded token, not a prompt. A mixed pass
-        does not say which it is: a prompt of one token begins at position 0."""
-        mode = self.mode
-        return mode != EXTEND and length == 1 and (mode != MIXED or self.position[start] > 0)
 
 
 def _batches(
@@ -329,17 +314,15 @@ def _batches(
 ) -> Iterator[RoutedBatch]:
     numbers = batches.Numbering()
     batch_of: dict[tuple[int, str], int] = {}
-    seen: set[bytes] = set()
-    repeated = 0
+    seen, repeated = set[bytes](), 0
     bytes_of = {path: path.stat().st_size / len(content["records"]) for path, _, content in files}
     for found in records(files):
         where, path, _, _ = found
         context.read(int(bytes_of[path]))
         if (one := _pass_of(found, maps[path].shape, routers)) is None:
             continue
-        arrays = one.token_id, one.position, one.physical_BTK
-        data = b"%d " % one.number[0] + b"".join(array.tobytes() for array in arrays)
-        if (digest := blake2b(data, digest_size=16).digest()) in seen:
+        digest = _digest(one.number[0], one.token_id, one.position, one.physical_BTK)
+        if digest in seen:
             repeated += 1
             continue
         seen.add(digest)
@@ -349,7 +332,7 @@ def _batches(
             logical_TK = np.where(physical_TK >= 0, map_BP[router.layer][physical_TK], -1)
             ids.append(checked_ids(logical_TK, router, f"{where}, layer {router.layer}"))
         batch = batch_of.setdefault(one.number, len(batch_of))
-        yield from _requests(one, ids, batch, numbers)
+        yield from _requests(found, one, ids, batch, numbers)
     if repeated:
         context.warn(
             f"{repeated:,} passes were recorded by several ranks alike (tensor parallelism): each "
@@ -359,7 +342,7 @@ def _batches(
 
 def _pass_of(found: Record, shape: tuple[int, ...], routers: list[Router]) -> Pass | None:
     """The record, checked; None where it has no tokens. `shape`: that of the file's map [B, P]."""
-    (where, path, source, record), (B, P) = found, shape
+    (where, _, _, record), (B, P) = found, shape
     physical_BTK = array_of(record, "topk_ids_of_layer", where, (B, None, None), -1, P - 1)
     T, K = physical_BTK.shape[1:]
     if T == 0:
@@ -378,37 +361,31 @@ def _pass_of(found: Record, shape: tuple[int, ...], routers: list[Router]) -> Pa
         raise MoeInspectError(
             f"{where}: extend_seq_lens sums to {sum(lengths)}, the pass has {T} tokens"
         )
-    pass_id = integer(record.get("forward_pass_id"), f"{where}: forward_pass_id", 0, 2**62)
-    return Pass(
-        where,
-        path,
-        source.domain or "sglang",
-        (pass_id, str(record.get("gatherer_key"))),
-        mode,
-        _list(record, "input_ids", where, T),
-        _list(record, "positions", where, T),
-        physical_BTK,
-        lengths,
-    )
+    number = _pass_id(where, record), str(record.get("gatherer_key"))
+    ids_T, position_T = (_list(record, name, where, T) for name in ("input_ids", "positions"))
+    return Pass(number, mode, ids_T, position_T, physical_BTK, lengths)
 
 
 def _requests(
-    one: Pass, ids: list[np.ndarray], batch: int, numbers: batches.Numbering
+    found: Record, one: Pass, ids: list[np.ndarray], batch: int, numbers: batches.Numbering
 ) -> Iterator[RoutedBatch]:
-    """A batch per prompt of a pass, and one of all its decoded tokens."""
-    end, singles = 0, []
+    """A batch per prompt of a pass, and one of all its decoded tokens, which are those of requests
+    of one token. A mixed pass does not say what these are: a prompt of one token begins at
+    position 0."""
+    (where, path, source, _), end, singles = found, 0, []
+    domain = source.domain or "sglang"
     for length in one.lengths:
         start, end = end, end + length
         if length == 0:
             continue
-        if one.is_decoded(start, length):
+        if length == 1 and one.mode != EXTEND and (one.mode != MIXED or one.position[start] > 0):
             singles.append(start)
             continue
         part = slice(start, end)
         if (np.diff(one.position[part]) != 1).any():
             why = f"positions of the {length} tokens from {start} on do not follow each other"
-            raise MoeInspectError(f"{one.where}: {why}")
-        numbers.document(one.domain, one.where, length)
+            raise MoeInspectError(f"{where}: {why}")
+        numbers.document(domain, where, length)
         yield numbers.decisions(
             [i[part] for i in ids],
             position=one.position[part],
@@ -417,7 +394,7 @@ def _requests(
             batch=batch,
         )
     if singles:  # of a file all are one document
-        numbers.document(one.domain, f"{one.path}: decoded", 0, name=str(one.path))
+        numbers.document(domain, f"{path}: decoded", 0, name=str(path))
         yield numbers.decisions(
             [i[singles] for i in ids],
             position=one.position[singles],
@@ -425,6 +402,15 @@ def _requests(
             batch=batch,
             phase="decode",
         )
+
+
+def _pass_id(where: str, record: Fields) -> int:
+    return integer(record.get("forward_pass_id"), f"{where}: forward_pass_id", 0, 2**62)
+
+
+def _digest(number: int, *arrays: np.ndarray | str) -> bytes:
+    data = (a.encode() if isinstance(a, str) else a.tobytes() for a in arrays)
+    return blake2b(b"%d " % number + b"".join(data), digest_size=16).digest()
 
 
 def _list(record: Fields, name: str, where: str, length: int | None) -> np.ndarray:

@@ -176,6 +176,11 @@ def _together(lines: list[bytes]) -> list[Json] | None:
     return found if [*map(type, found)] == [dict] * len(lines) else None
 
 
+def as_it_is(where: str, fields: Fields) -> tuple[str, Fields]:
+    """For lines that need no preparation."""
+    return where, fields
+
+
 def at_work(workers: int | Workers) -> AbstractContextManager[Workers | None]:
     """So many processes of this machine, or the workers that are given; None: this process reads
     alone."""

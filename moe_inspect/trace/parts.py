@@ -4,7 +4,7 @@ memory is allocated by them. Anything wrong with a file raises a `Damaged` that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,3 +229,31 @@ def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
             raise Damaged(name, f"row {row}: token_id is {ids[row]}, not {row}")
         at = words.column_names.index("token")
         return words.set_column(at, "token", words["token"].cast(pa.string())).select(columns)
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Consecutive rows of a file, from row `start` on, that are checked."""
+
+    file: str
+    start: int = 0
+
+    def refuse(self, wrong_N: np.ndarray, what: str, *of_row: np.ndarray) -> None:
+        """Damaged at the first row that is wrong. `what`: with a {} for the value that each of
+        the arrays `of_row` has there."""
+        if wrong_N.any():
+            n = int(wrong_N.argmax())
+            said = what.format(*(values_N[n] for values_N in of_row))
+            raise Damaged(self.file, said, row=self.start + n)
+
+    def expect(self, column: str, found_N: np.ndarray, expected_N: np.ndarray) -> None:
+        self.refuse(found_N != expected_N, f"{column} is {{}}, not {{}}", found_N, expected_N)
+
+    def expect_size(self, column: str, values_N: np.ndarray, least: float = -np.inf) -> None:
+        wrong_N = ~(np.isfinite(values_N) & (values_N >= least))
+        self.refuse(wrong_N, f"{column} is {{}}", values_N)
+
+    def refuse_nulls(self, table: pa.Table, columns: Sequence[str]) -> None:
+        for column in columns:
+            if table[column].null_count:
+                self.refuse(table[column].is_null().to_numpy(), f"{column} is null")

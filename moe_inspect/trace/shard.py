@@ -17,8 +17,8 @@ from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace import parts, slot_order
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
-from moe_inspect.trace.parts import Stated
-from moe_inspect.trace.schema import MOST_TOKEN_IDS
+from moe_inspect.trace.parts import FileRows, Stated
+from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.shard_list import ShardFiles, are_replaced
 
 
@@ -70,27 +70,12 @@ class Shard:
     def counts(self) -> pa.Table:
         """The counts of this shard. MoeInspectError for an expert that its router does not have,
         for negative counts, and for a document that the shard does not list."""
-        table, routers = self.table("counts"), self.trace.routers
-        router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
-        experts_L = np.array([router.experts for router in routers])
-        if (router_N >= len(routers)).any():
-            said = f"router is {router_N.max()}, the manifest lists {len(routers)}"
-            raise self._damaged("counts", said)
-        if (wrong_N := expert_N >= experts_L[router_N]).any():
-            expert, router = expert_N[wrong_N][0], router_N[wrong_N][0]
-            said = f"expert is {expert}, router {router} has {experts_L[router]} experts"
-            raise self._damaged("counts", said)
-        for name in ("assignments", "first_choice"):
-            lowest = table[name].drop_null().to_numpy().min(initial=0)
-            if lowest < 0 or (name == "assignments" and table[name].null_count):
-                said = f"{name} is {lowest if lowest < 0 else 'null'}"
-                raise self._damaged("counts", said)
+        table, rows = self.table("counts"), FileRows(self.files.paths["counts"])
+        check_counts(rows, table, self.trace.routers)
         if self.trace.by_document:
-            document_N, listed = table["document"], self.table("documents", ["document"])
-            unknown_N = ~np.isin(document_N.to_numpy(), listed["document"].to_numpy())
-            if unknown_N.any():
-                said = f"document {document_N[int(unknown_N.argmax())]} is not one of its shard"
-                raise self._damaged("counts", said)
+            document_N, listed = table["document"].to_numpy(), self.table("documents", ["document"])
+            known_N = np.isin(document_N, listed["document"].to_numpy())
+            rows.refuse(~known_N, "document {} is not one of its shard", document_N)
         return table
 
     def _damaged(self, table: str, what: str) -> Damaged:
@@ -136,11 +121,8 @@ class Shard:
         routed nowhere. Slots are contiguous in memory, as they are on disk. MoeInspectError for an
         id out of range."""
         slots, E = self.slots(router), self.trace.routers[router].experts
-        ids_KT = np.empty((len(slots), len(slots[0])), np.int16 if E < 2**15 else np.int32)
-        for ids_T, slot_T in zip(ids_KT, slots, strict=True):
-            ids_T[:] = slot_T
-            if slot_T.max(initial=0) == E:
-                ids_T[slot_T == E] = -1
+        ids_KT = np.stack(slots, dtype=np.int16 if E < 2**15 else np.int32)
+        ids_KT[ids_KT == E] = -1
         return ids_KT.T
 
     def slot_weights(self, router: int) -> tuple[np.ndarray, ...]:
@@ -238,6 +220,21 @@ class JoinedShards(Shard):
         if asked not in self._read:
             self._read[asked] = [part.rows_by_router(name, columns) for part in self.parts]
         return _joined([tables[router] for tables in self._read[asked]])
+
+
+def check_counts(rows: FileRows, table: pa.Table, routers: Sequence[Router]) -> None:
+    """Damaged at the first row of a router or an expert that there is not, or of a count that is
+    negative or, but for first choices, unknown."""
+    router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
+    said = f"router is {{}}, the manifest lists {len(routers)}"
+    rows.refuse(router_N >= len(routers), said, router_N)
+    experts_N = np.array([r.experts for r in routers])[router_N]
+    said = "expert is {}, router {} has {} experts"
+    rows.refuse(expert_N >= experts_N, said, expert_N, router_N, experts_N)
+    for name in ("assignments", "first_choice"):
+        count_N = table[name].fill_null(0).to_numpy()
+        rows.refuse(count_N < 0, f"{name} is {{}}", count_N)
+    rows.refuse_nulls(table, ["assignments"])
 
 
 def _together(stated: Sequence[Stated]) -> Stated:

@@ -198,27 +198,27 @@ def _context(
 
 def _sequences(trace: Trace, hits: pd.DataFrame, routers: Sequence[int]) -> pd.DataFrame:
     """token, sequence, position, token_id of all tokens of the sequences of the hits, in order."""
-    listed, parts = trace.routers[routers[0]], list[pd.DataFrame]()
+    listed = trace.routers[routers[0]]
+    columns = ["token", "sequence", "position", "phase", "token_id"]
+    near = _tokens(trace, "sequence", hits["sequence"].to_numpy(), columns)
+    if listed.stack:  # an encoder and a decoder number their positions each from 0
+        near = near[[listed.sees(str(phase)) for phase in near["phase"]]]
+    return near.sort_values(["sequence", "position"], kind="stable")
+
+
+def _tokens(trace: Trace, name: str, wanted: np.ndarray, columns: list[str]) -> pd.DataFrame:
+    """The tokens whose column `name` is one of these."""
+    parts = []
     for shard in trace.shards:
-        sequence_T = shard.tokens(["sequence"])["sequence"].to_numpy()
-        rows = np.flatnonzero(np.isin(sequence_T, hits["sequence"].to_numpy()))
-        table = shard.tokens(["token", "sequence", "position", "phase", "token_id"])
-        near = table.take(pa.array(rows)).to_pandas()
-        if listed.stack:  # an encoder and a decoder number their positions each from 0
-            near = near[[listed.sees(str(phase)) for phase in near["phase"]]]
-        parts.append(near.drop(columns="phase"))
-    return pd.concat(parts).sort_values(["sequence", "position"], kind="stable")
+        table = shard.tokens(columns)
+        parts.append(table.filter(pa.array(np.isin(table[name].to_numpy(), wanted))).to_pandas())
+    return pd.concat(parts, ignore_index=True)
 
 
 def _of_document(trace: Trace, number: int) -> pd.DataFrame:
     """The tokens of a document in the order of its text."""
     _need_tokens(trace)
-    parts = []
-    for shard in trace.shards:
-        table = shard.tokens(PLACE)
-        rows = np.flatnonzero(table["document"].to_numpy() == number)
-        parts.append(table.take(pa.array(rows)).to_pandas())
-    tokens = pd.concat(parts, ignore_index=True)
+    tokens = _tokens(trace, "document", np.array([number]), PLACE)
     if not len(tokens):
         said = f"no document {number} in {trace.path}: it has {len(trace.documents()):,}, from 0 on"
         raise MoeInspectError(said)

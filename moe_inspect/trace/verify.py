@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import combinations, pairwise, permutations
@@ -18,27 +18,21 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import Damaged, MoeInspectError, reading
+from moe_inspect.later import pd
 from moe_inspect.text import plural, printable
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.files.lock import is_locked, refuse_while_locked, settle
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
+from moe_inspect.trace.parts import FileRows
 from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import Shard, check_counts, codes
 
 CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 STATE = {"complete": "is fine", "recording": "is still being written, and fine so far"}
 COUNTED = ("tokens", "decisions", "assignments")
-
-
-class Violation(Damaged):
-    """The first rule that is violated, and the row of the file where there is one."""
-
-    def __init__(self, file: str, row: int | None, what: str):
-        super().__init__(file, what)
-        self.row = row
 
 
 @dataclass(repr=False)
@@ -122,7 +116,7 @@ def verify(
             _verify(opened, found, progress)
         except Damaged as error:
             found.ok, found.violation, found.file = False, error.what, error.file
-            found.row = error.row if isinstance(error, Violation) else None
+            found.row = error.row
         except MoeInspectError as error:
             if opened is not None:
                 raise
@@ -149,7 +143,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
     found.checked = [hashed, "no orphaned files", "tokens numbered without a gap"]
     words = len(trace.vocabulary_table) or None
     documents = Documents(trace)
-    found.documents = len(documents.number)
+    found.documents = len(documents.code_of)
     found.checked.append("documents declared once")
     positions = Positions(strict=not (stated or {}).get("dropped"))
     for shard in shards_of(trace, "checking rows", most=0):
@@ -168,7 +162,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
         for name in ("tokens",) if trace.counts_only else ("tokens", "decisions"):
             if stated.get(name) != (value := getattr(found, name)):
                 said = f"counts.{name} is {stated.get(name)}, the shards have {value}"
-                raise Violation(schema.MANIFEST, None, said)
+                raise Damaged(schema.MANIFEST, said)
     found.checked += _rules_of_rows(trace, positions.strict)
 
 
@@ -225,16 +219,15 @@ def _check_lines(trace: Trace) -> None:
                 said = f"no {min(missing)}"
             if said:
                 name = f"shards-{files.rank}.jsonl"
-                raise Violation(name, None, f"the line of {entry['path']} has {said}")
+                raise Damaged(name, f"the line of {entry['path']} has {said}")
             checked = "crc32" in entry
     manifest = trace.manifest
     if "digest" not in manifest and (checked or "vocabulary" in manifest):
         said = "its digest was removed: lines of the same trace have checksums"
-        raise Violation(schema.MANIFEST, None, said)
+        raise Damaged(schema.MANIFEST, said)
     stated = "vocabulary" in manifest or "digest" not in manifest
     if not stated and (trace.path / schema.VOCABULARY).exists():
-        said = "it was added later: trace.json states no vocabulary"
-        raise Violation(schema.VOCABULARY, None, said)
+        raise Damaged(schema.VOCABULARY, "it was added later: trace.json states no vocabulary")
 
 
 def _check_files(shard: Shard) -> int:
@@ -242,13 +235,12 @@ def _check_files(shard: Shard) -> int:
     for table, name in shard.files.paths.items():
         path, stated = inside(shard.trace.path, name), shard.files.stated[table].sha256
         if not path.is_file():
-            raise Violation(name, None, "the file is missing")
+            raise Damaged(name, "the file is missing")
         if stated is not None:
             with reading(path), path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != stated:
-                said = f"sha256 is {found[:12]}…, its line says {stated[:12]}…"
-                raise Violation(name, None, said)
+                raise Damaged(name, f"sha256 is {found[:12]}…, its line says {stated[:12]}…")
         shard.file(table)
     return sum(stated.sha256 is None for stated in shard.files.stated.values())
 
@@ -265,39 +257,11 @@ def _check_orphans(trace: Trace, found: Verification) -> None:
                 continue
             if not (unfinished and OF_A_TABLE.fullmatch(file.name)):
                 said = "an orphan: no line of shards-*.jsonl names it (--resume deletes it)"
-                raise Violation(name, None, said)
+                raise Damaged(name, said)
             found.uncommitted.append(name)
 
 
 # --- rows: documents and tokens
-
-
-@dataclass(frozen=True)
-class FileRows:
-    """Consecutive rows of a file, from row `start` on, that are checked."""
-
-    file: str
-    start: int = 0
-
-    def refuse(self, wrong_N: np.ndarray, what: str, *of_row: np.ndarray) -> None:
-        """Violation at the first row that is wrong. `what`: with a {} for the value that each of
-        the arrays `of_row` has there."""
-        if wrong_N.any():
-            n = int(wrong_N.argmax())
-            said = what.format(*(values_N[n] for values_N in of_row))
-            raise Violation(self.file, self.start + n, said)
-
-    def expect(self, column: str, found_N: np.ndarray, expected_N: np.ndarray) -> None:
-        self.refuse(found_N != expected_N, f"{column} is {{}}, not {{}}", found_N, expected_N)
-
-    def expect_size(self, column: str, values_N: np.ndarray, least: float = -np.inf) -> None:
-        wrong_N = ~(np.isfinite(values_N) & (values_N >= least))
-        self.refuse(wrong_N, f"{column} is {{}}", values_N)
-
-    def refuse_nulls(self, table: pa.Table, columns: Sequence[str]) -> None:
-        for column in columns:
-            if table[column].null_count:
-                self.refuse(table[column].is_null().to_numpy(), f"{column} is null")
 
 
 def _read(shard: Shard, table: str, columns: list[str]) -> tuple[FileRows, pa.Table]:
@@ -314,34 +278,29 @@ def _codes(column: pa.ChunkedArray, known: dict[str, int]) -> np.ndarray:
 
 
 class Documents:
-    """The documents of all shards: number → domain. Violation where one is declared twice."""
+    """The documents of all shards, with the codes of their domains. Damaged where one is declared
+    twice."""
 
     def __init__(self, trace: Trace):
         self.labels: dict[str, int] = {}
-        files, numbers, of_domains = list[str](), [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        found = list[tuple[FileRows, pd.Series]]()
         for shard in trace.joined(0):
             rows, table = _read(shard, "documents", ["document", "domain"])
             rows.refuse_nulls(table, ["domain"])
-            files.append(rows.file)
-            numbers.append(table["document"].to_numpy())
-            of_domains.append(_codes(table["domain"], self.labels))
-            rows.refuse(numbers[-1] < 0, "document is {}", numbers[-1])
-        number = np.concatenate(numbers)
-        order = np.argsort(number, kind="stable")
-        self.number, self.code = number[order], np.concatenate(of_domains)[order]
-        twice = np.zeros(len(number), bool)
-        twice[order[1:]] = self.number[1:] == self.number[:-1]
-        for file, (start, end) in zip(
-            files, pairwise(np.cumsum([*map(len, numbers)])), strict=True
-        ):
-            said = "document {} is declared a second time"
-            FileRows(file).refuse(twice[start:end], said, number[start:])
+            number_D = table["document"].to_numpy()
+            found.append((rows, pd.Series(_codes(table["domain"], self.labels), number_D)))
+            rows.refuse(number_D < 0, "document is {}", number_D)
+        self.code_of = pd.concat([pd.Series(dtype=np.int64), *(codes for _, codes in found)])
+        twice_D, end = self.code_of.index.duplicated(), 0
+        for rows, of_file in found:
+            start, end = end, end + len(of_file)
+            number_D, said = of_file.index.to_numpy(), "document {} is declared a second time"
+            rows.refuse(twice_D[start:end], said, number_D)
 
     def check(self, rows: FileRows, document_T: np.ndarray, code_T: np.ndarray) -> None:
-        at_T = np.searchsorted(self.number, document_T)
-        known_T = np.isin(document_T, self.number)
-        rows.refuse(~known_T, "document {} is not declared in any shard", document_T)
-        label, expected_T = np.array([*map(repr, self.labels)], object), self.code[at_T]
+        expected_T = self.code_of.reindex(document_T, fill_value=-1).to_numpy()
+        rows.refuse(expected_T < 0, "document {} is not declared in any shard", document_T)
+        label = np.array([*map(repr, self.labels)], object)
         said = "domain is {}, document {} is of {}"
         rows.refuse(expected_T != code_T, said, label[code_T], document_T, label[expected_T])
 
@@ -352,26 +311,19 @@ class Positions:
 
     def __init__(self, strict: bool):
         self.strict = strict
-        self.last: dict[int, int] = {}
+        self.last = pd.Series(dtype=np.int64)
 
     def check(
         self, rows: FileRows, sequence_T: np.ndarray, encoded_T: np.ndarray, position_T: np.ndarray
     ) -> None:
-        if not self.strict or not len(sequence_T):
-            return
         # what an encoder reads has positions of its own
-        key_T = sequence_T.astype(np.int64) * 2 + encoded_T
-        order_T = np.argsort(key_T, kind="stable")
-        sorted_T, at_T = key_T[order_T], position_T[order_T]
-        edges, expected_T = run_edges(sorted_T), np.roll(at_T, 1) + 1
-        for i in edges[:-1]:
-            expected_T[i] = self.last.get(int(sorted_T[i]), at_T[i] - 1) + 1
-        wrong_T = np.zeros(len(key_T), bool)
-        wrong_T[order_T] = at_T != expected_T
+        key_T = pd.Series(sequence_T.astype(np.int64) * 2 + encoded_T)
+        of_key = pd.Series(position_T).groupby(key_T)
+        before_T = of_key.shift().fillna(key_T.map(self.last))
+        wrong_T = (before_T.notna() & (before_T + 1 != position_T)).to_numpy()
         said = "position is {} in sequence {}, not the position before + 1"
-        rows.refuse(wrong_T, said, position_T, sequence_T)
-        ends = edges[1:] - 1
-        self.last = dict(zip(sorted_T[ends].tolist(), at_T[ends].tolist(), strict=True))
+        rows.refuse(wrong_T & self.strict, said, position_T, sequence_T)
+        self.last = of_key.last()
 
 
 def _check_tokens(
@@ -479,7 +431,7 @@ def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:
         width, E = getattr(column.type, "list_size", 0), shard.trace.routers[r].experts
         if width < E or column.null_count:
             said = f"logits are {width} wide, router {r} has {E} experts"
-            raise Violation(rows.file, rows.start, said)
+            raise Damaged(rows.file, said, row=rows.start)
         values_NE = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)[:, :E]
         rows.refuse(np.isnan(values_NE).any(1), f"a router logit of router {r} is NaN")
 
@@ -501,8 +453,8 @@ def _parts_of_routers(
             _check_routers(rows, part, routers)
             token_N = shard.files.first_token + np.flatnonzero(sees_rP[r][phase_T])
             if done[r] + len(part) > len(token_N):
-                said = f"has more decisions than the {len(token_N)} tokens that reach it"
-                raise Violation(name, rows.start + len(token_N) - done[r], f"{named[r]} {said}")
+                said = f"{named[r]} has more decisions than the {len(token_N)} tokens that reach it"
+                raise Damaged(name, said, row=rows.start + len(token_N) - done[r])
             expected_N = token_N[done[r] : done[r] + len(part)]
             rows.expect("token", part["token"].to_numpy(), expected_N)
             done[r] += len(part)
@@ -510,8 +462,8 @@ def _parts_of_routers(
         before += len(group)
     for r, n in enumerate(done):
         if n != (tokens := int(sees_rP[r][phase_T].sum())):
-            said = f"has {n} decisions for the {tokens} tokens that reach it"
-            raise Violation(name, before, f"{named[r]} {said}")
+            said = f"{named[r]} has {n} decisions for the {tokens} tokens that reach it"
+            raise Damaged(name, said, row=before)
 
 
 def _check_routers(rows: FileRows, table: pa.Table, routers: list[schema.Router]) -> np.ndarray:
@@ -535,11 +487,11 @@ def _documents_counted(
     listed.refuse(tokens_P < 0, "tokens is {}", tokens_P)
     if (total := int(tokens_P.sum())) != shard.files.tokens:
         said = f"its documents have {total} tokens, the shard {shard.files.tokens}"
-        raise Violation(listed.file, None, said)
+        raise Damaged(listed.file, said)
     known_N = np.isin(document_N, number_P)
     rows.refuse(~known_N, "document {} is not one of its shard", document_N)
     if len(lacking := np.setdiff1d(number_P, document_N)):
-        raise Violation(rows.file, None, f"document {lacking[0]} has no counts")
+        raise Damaged(rows.file, f"document {lacking[0]} has no counts")
     order_P = np.argsort(number_P, kind="stable")
     return order_P[np.searchsorted(number_P[order_P], document_N)], tokens_P
 
@@ -555,16 +507,11 @@ def _check_counts(shard: Shard, documents: Documents, found: Verification) -> No
         part_N, tokens_P = _documents_counted(shard, rows, table["document"].to_numpy())
         P, of = len(tokens_P), "document"
     router_N, expert_N = _check_routers(rows, table, routers), table["expert"].to_numpy()
+    check_counts(rows, table, routers)
     load_N, first_N = (
         table[column].fill_null(0).to_numpy() for column in ("assignments", "first_choice")
     )
-    rows.refuse(load_N < 0, "assignments is {}", load_N)
-    rows.refuse(first_N < 0, "first_choice is {}", first_N)
-    rows.refuse_nulls(table, ["assignments"])
     rows.refuse(first_N > load_N, "first_choice is {} of {} assignments", first_N, load_N)
-    experts_N = np.array([router.experts for router in routers])[router_N]
-    said = "expert is {}, router {} has {} experts"
-    rows.refuse(expert_N >= experts_N, said, expert_N, router_N, experts_N)
     for r, router in enumerate(routers):
         of_router = np.flatnonzero(router_N == r)
         row = int(of_router[0]) if len(of_router) else 0
@@ -573,7 +520,7 @@ def _check_counts(shard: Shard, documents: Documents, found: Verification) -> No
         times_PE = times_PE[np.unique(part_N)]
         for p, e in np.argwhere(times_PE != 1)[:1]:
             said = f"router {r} lists expert {e} {times_PE[p, e]} times in one {of}"
-            raise Violation(rows.file, row, said)
+            raise Damaged(rows.file, said, row=row)
         if tokens_P is not None:
             total_P = np.zeros(P, np.int64)
             np.add.at(total_P, part_N[of_router], load_N[of_router])
@@ -584,7 +531,7 @@ def _check_counts(shard: Shard, documents: Documents, found: Verification) -> No
         most = tokens * router.top_k
         if total > most or firsts > tokens:
             said = f"router {r} has {total} assignments and {firsts} first choices of {tokens}"
-            raise Violation(rows.file, row, f"{said} tokens × {router.top_k}")
+            raise Damaged(rows.file, f"{said} tokens × {router.top_k}", row=row)
         found.assignments += total
         found.empty_slots += most - total
         found.decisions += tokens

@@ -184,7 +184,7 @@ def _count_counted(
     router_N, expert_N = numbers(table["router"]), numbers(table["expert"])
     code_N, domains = codes(table["domain"])
     names = ["assignments", *(["first_choice"] if table["first_choice"].null_count == 0 else [])]
-    names += [name for name in ("weight_sum", "saliency_sum") if name in trace.sums]
+    names += trace.sums
     values = {name: numbers(table[name]) for name in names}
     part.counts_only, part.documents_unknown = True, not trace.by_document
     part_N, number_X, size_X = code_N, np.zeros(len(domains), np.int64), None
@@ -232,8 +232,8 @@ def _count_counted(
             counts.first_choice_DE = _summed(of["first_choice"], domain_M, DE)
         if "weight_sum" in of:
             counts.weight_sum_DE = _summed(of["weight_sum"], domain_M, DE)
-        if "saliency_sum" in of:
-            counts.saliency_sum_UE = _summed(of["saliency_sum"], unit_M, UE)
+        for name in of.keys() & {"energy", "saliency_sum"}:
+            setattr(counts, f"{name}_UE", _summed(of[name], unit_M, UE))
         slots = part.tokens_of(r) * router.top_k
         counts.null_slots = slots - int(counts.assignments_UE.sum())
         if windows:

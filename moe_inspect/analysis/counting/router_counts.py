@@ -75,8 +75,8 @@ class RouterCounts:
     tokens choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of
     1[e chosen]/k, and of the gate weight; samples_D.
     gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
-    that norm; peak_E: the largest |value| of its outputs; saliency_sum_UE: Σ of what the source of
-    counts scores an assignment by. None where the trace has none.
+    that norm; peak_E: the largest |value| of its outputs; energy_UE, saliency_sum_UE: those of the
+    source of counts (`schema.SUMS`). None where the trace has none.
     weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second)
     of the k weights made to sum to 1, mass: their sum as it is.
     logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
@@ -103,6 +103,7 @@ class RouterCounts:
     srp: dict[int, np.ndarray] | None = None
     gated_norm_UE: np.ndarray | None = _count("worth", "UE", float)
     norm_UE: np.ndarray | None = _count("worth", "UE", float)
+    energy_UE: np.ndarray | None = _count("worth", "UE", float)
     saliency_sum_UE: np.ndarray | None = _count("worth", "UE", float)
     peak_E: np.ndarray | None = _count("worth", "E", np.float32, np.maximum)
     esft_token_DE: np.ndarray | None = _count("esft", "DE", float)

@@ -26,7 +26,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts, window_of
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.megatron import layers
-from moe_inspect.importers.values import integer, integers
+from moe_inspect.importers.values import as_it_is, integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.writer import CountedBatches
 
@@ -142,7 +142,7 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
     lines: dict[int, dict[layers.Spot, np.ndarray]] = {}
     once: set[layers.Spot] = set()
     held: int | None = None
-    for where, fields in context.json_lines(path):
+    for where, fields in context.prepared(path, as_it_is):
         if "tpe" not in fields:
             raise MoeInspectError(f"{where} has no tpe, as the lines of tokens_per_expert have")
         iteration = integer(fields.get("iter"), f"{where}: iter")
@@ -178,8 +178,7 @@ def _distinct(context: ImportContext, files: list[RankCounts], parallel: int) ->
     """By run and rank, without those that count what the rank before them does. Every run must have
     the files of all ranks."""
     kept: list[RankCounts] = []
-    for run in dict.fromkeys(f.source.domain for f in files):
-        mine = layers.by_rank(f for f in files if f.source.domain == run)
+    for mine in layers.runs(files):
         for a, b in pairwise(mine):
             if b.rank != a.rank + 1:
                 why = f"the next file of rank {b.rank}: give the files of all ranks"

@@ -60,9 +60,7 @@ def megatron(context: ImportContext) -> Imported:
     quiet = replace(context, read=lambda n: None, workers=None)
     found = context.files(r".*\.jsonl", ".jsonl of a router trace")
     # of each file that is not empty
-    counts = [
-        "tpe" in fields for path, _ in found for _, fields in islice(quiet.json_lines(path), 1)
-    ]
+    counts = [of for path, _ in found for of in islice(quiet.prepared(path, _is_counts), 1)]
     if any(counts):
         if not all(counts):
             raise MoeInspectError(
@@ -211,8 +209,7 @@ def columns_of(files: list[File]) -> list[list[File]]:
     if len(stages) == 1:
         return [[file] for file in files]
     columns: list[list[File]] = []
-    for run in dict.fromkeys(f.source.domain for f in files):
-        mine = layers.by_rank(f for f in files if f.source.domain == run)
+    for mine in layers.runs(files):
         ranks = {
             spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)
         }
@@ -253,6 +250,10 @@ def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
         calls[spot] = call
     if calls:
         yield calls
+
+
+def _is_counts(where: str, fields: Fields) -> bool:
+    return "tpe" in fields
 
 
 def _call(where: str, fields: Fields) -> tuple[tuple[int, int], Spot, Call]:

@@ -10,7 +10,7 @@ Ranks are numbered with pipeline stages outermost unless the run asked for `--us
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -152,9 +152,8 @@ def _joined(
 ) -> list[AnyFile]:
     """Files of stages that each number their layers from 0, by the order of their ranks."""
     located: list[AnyFile] = []
-    for run in dict.fromkeys(f.source.domain for f in files):
-        mine = by_rank(f for f in files if f.source.domain == run)
-        ranks = _ranks(mine, empty, run)
+    for mine in runs(files):
+        ranks = _ranks(mine, empty, mine[0].source.domain)
         if len(ranks) % stages:
             raise MoeInspectError(
                 f"{mine[0].path}: files of {len(ranks)} ranks do not make {stages} pipeline "
@@ -215,14 +214,17 @@ def _offsets(facts: ModelFacts, layers: list[list[int]], path: Path) -> list[int
     return offsets
 
 
-def by_rank(files: Iterable[AnyFile]) -> list[AnyFile]:
-    """The files of one run."""
-    ordered = sorted(files, key=lambda f: f.rank)
-    for a, b in pairwise(ordered):
-        if a.rank == b.rank:
-            why = "by which pipeline stages are paired: import runs apart, or each as LABEL=FOLDER"
-            raise MoeInspectError(f"{a.path} and {b.path} are both of rank {a.rank}, {why}")
-    return ordered
+def runs(files: Sequence[AnyFile]) -> Iterator[list[AnyFile]]:
+    """The files of each run, by rank."""
+    for run in dict.fromkeys(f.source.domain for f in files):
+        mine = sorted((f for f in files if f.source.domain == run), key=lambda f: f.rank)
+        for a, b in pairwise(mine):
+            if a.rank == b.rank:
+                raise MoeInspectError(
+                    f"{a.path} and {b.path} are both of rank {a.rank}, by which pipeline stages "
+                    "are paired: import runs apart, or each as LABEL=FOLDER"
+                )
+        yield mine
 
 
 def routers_of(

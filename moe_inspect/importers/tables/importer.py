@@ -296,10 +296,10 @@ def _columns(
     count_N = made["count"] = _count(chunk, preset)
     if "first_choice" in chunk:
         first_N = chunk.numbers("first_choice", 0, MOST_COUNT)
-        if (wrong := first_N > count_N).any():
-            row = int(wrong.argmax())
-            what = f"is {first_N[row]:,} of {count_N[row]:,} assignments"
-            raise chunk.error(row, "first_choice", what)
+        said = "is {:,} of {:,} assignments"
+        chunk.refuse(
+            first_N > count_N, "first_choice", lambda n: said.format(first_N[n], count_N[n])
+        )
         made["first_choice"] = first_N
     for name, of in schema.SUMS.items():
         if name in chunk:
@@ -314,9 +314,8 @@ def _stated(chunk: TableChunk, name: str, given: int | None) -> np.ndarray:
     if name not in chunk:
         return np.zeros(len(chunk), np.int64)
     stated_N = chunk.numbers(name, 0, MOST_EXPERTS)
-    if given and (odd_N := (stated_N > 0) & (stated_N != given)).any():
-        row = int(odd_N.argmax())
-        raise chunk.error(row, name, f"is {stated_N[row]}, --{name.replace('_', '-')} {given}")
+    odd_N, by = (stated_N > 0) & (stated_N != (given or stated_N)), f"--{name.replace('_', '-')}"
+    chunk.refuse(odd_N, name, lambda row: f"is {stated_N[row]}, {by} {given}")
     return stated_N
 
 

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +71,14 @@ class TableChunk:
         place = f"line {self.lines[row]}" if self.lines else f"row {self.first + row}"
         return MoeInspectError(f"{self.path} {place}: {called} {why}")
 
+    def refuse(self, wrong: np.ndarray, name: str, why: Callable[[int], str]) -> None:
+        """MoeInspectError at the first value that is wrong, bool [N] or [N, K]; `why` is given its
+        place among all of them."""
+        if wrong.any():
+            n = int(wrong.argmax())
+            row, slot = divmod(n, wrong.size // len(wrong))
+            raise self.error(row, name, why(n), slot)
+
     def lacks(self, name: str) -> MoeInspectError:
         has = _listed(self.names, self.preset, self.path)
         return MoeInspectError(f"{self.path} has no column {name}: it has {has}")
@@ -90,9 +98,7 @@ class TableChunk:
         column = self._cast(name, self.table[name], pa.float64() if real else pa.int64())
         missing_N = pc.is_null(column, nan_is_null=True).to_numpy()
         needed = needed_N if needed_N is not None else empty is None
-        if (wrong_N := missing_N & needed).any():
-            row = int(wrong_N.argmax())
-            raise self.error(row, name, _missing(column[row], low))
+        self.refuse(missing_N & needed, name, lambda row: _missing(column[row], low))
         values_N = column.fill_null(empty or 0).to_numpy()
         return self._within(name, values_N, low, high, ~missing_N)
 
@@ -113,15 +119,15 @@ class TableChunk:
     ) -> np.ndarray:
         """int64 or float64 [N, K] from `low` to `high`; a float that a list lacks is NaN. A number
         is a list of one."""
-        column = self.table[name].combine_chunks()
+        column = texts = self.table[name].combine_chunks()
         # of JSON or Python, or numbers with spaces between them
         if _is_text(column.type) and name not in ("expert", "weight"):
             for begin, end in ("[]", "()"):
                 opened, closed = (pc.count_substring(column, of) for of in (begin, end))
-                cut_N = pc.not_equal(opened, closed).fill_null(False)
-                if (row := cut_N.index(True).as_py()) >= 0:
-                    text = column[row].as_py()[:40]
-                    raise self.error(row, name, f"is {text!r}, a list cut short")
+                cut_N = pc.not_equal(opened, closed).fill_null(False).to_numpy(False)
+                self.refuse(
+                    cut_N, name, lambda n: f"is {texts[n].as_py()[:40]!r}, a list cut short"
+                )
             # a comma at the end stays where no bracket closes: columns joined, the last one empty
             edges = r"^[\s(\[]+|\s*,?[\s)\]]*[)\]]\s*$|\s+$"
             bare = pc.replace_substring_regex(column, edges, "")
@@ -133,14 +139,13 @@ class TableChunk:
             return self.numbers(name, low, high, np.nan if real else None, real=real)[:, None]
         length_N = pc.list_value_length(column).fill_null(0).to_numpy(False)
         K = K or int(length_N[0])
-        if (wrong_N := (length_N != K) | (length_N == 0)).any():
-            row = int(wrong_N.argmax())
-            first = f", not {K}, as the first row" * bool(K)
-            raise self.error(row, name, f"has {plural(int(length_N[row]), 'value')}{first}")
+        first = f", not {K}, as the first row" * bool(K)
+        wrong_N = (length_N != K) | (length_N == 0)
+        self.refuse(wrong_N, name, lambda n: f"has {plural(int(length_N[n]), 'value')}{first}")
         flat = self._cast(name, column.flatten(), pa.float64() if real else pa.int64(), K)
-        if not real and flat.null_count:
-            n = flat.is_null().index(True).as_py()
-            raise self.error(n // K, name, _missing(flat[n], low), n % K)
+        if not real:
+            null_NK = flat.is_null().to_numpy(False).reshape(-1, K)
+            self.refuse(null_NK, name, lambda n: _missing(flat[n], low))
         values_NK = flat.fill_null(np.nan if real else -1).to_numpy(False).reshape(-1, K)
         return self._within(name, values_NK, low, high, ~np.isnan(values_NK))
 
@@ -149,10 +154,7 @@ class TableChunk:
     ) -> np.ndarray:
         with np.errstate(invalid="ignore"):
             wrong = ~((values >= low) & (values <= high)) & known
-        if wrong.any():
-            place = divmod(int(wrong.argmax()), values.size // len(values))
-            why = f"is {values[wrong][0]}, not of {low} to {high:,}"
-            raise self.error(place[0], name, why, place[1])
+        self.refuse(wrong, name, lambda n: f"is {values.flat[n]}, not of {low} to {high:,}")
         return values
 
     def _cast(self, name: str, column: Column, kind: pa.DataType, each: int = 1) -> Column:

@@ -147,8 +147,7 @@ def merge(
     found = [shards.verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
     with whole_trace(place, overwrite, "nothing was merged") as (draft, _):
         manifest = _manifest(opened, found)
-        shards.begin(draft, manifest, vocabulary)
-        target = shards.Target(draft, None if vocabulary is None else len(vocabulary))
+        target = shards.Target(draft, manifest, vocabulary)
         for trace in opened:
             target.add(trace)
         for name, copied, checked in target.differences(found):

@@ -78,8 +78,7 @@ def sample(
     with whole_trace(place, overwrite, "no sample was taken") as (draft, _):
         manifest = _manifest(opened, len(chosen_D), stated, found)
         words = opened.vocabulary_table
-        shards.begin(draft, manifest, words if len(words) else None)
-        target = shards.Target(draft, None)
+        target = shards.Target(draft, manifest, words if len(words) else None)
         target.add_documents(opened, chosen_D)
         manifest["counts"] |= {"tokens": target.copied["tokens"], "decisions": target.decisions}
         write_manifest(draft, manifest)

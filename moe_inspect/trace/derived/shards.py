@@ -19,7 +19,7 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import append, sync_directory, write_atomically
+from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import refuse_while_locked
@@ -28,7 +28,7 @@ from moe_inspect.trace.manifest import refuse_while_written, this_process, write
 from moe_inspect.trace.reader import MOST_TOKENS, Trace, shards_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import Verification, verify
-from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
+from moe_inspect.trace.writer.tables import vocabulary_bytes, write_shard
 
 MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
 NONE = np.zeros(0, np.int32)  # documents
@@ -38,13 +38,14 @@ Changes = dict[str, Change]  # of columns
 
 @dataclass
 class Target:
-    """The trace that shards are copied to: what it holds so far. `words`: the length of its
-    vocabulary, if it has one. `tokens`, `shards`: of each rank. `batches`, `sequences`: one above
-    the highest number of a forward pass and of a sequence, over all ranks. `decisions`,
-    `assignments`: counted in what was copied."""
+    """The trace that shards are copied to: what it holds so far. It begins with its vocabulary, if
+    it has one, whose checksum is added to `manifest`, and says "recording". `tokens`, `shards`: of
+    each rank. `batches`, `sequences`: one above the highest number of a forward pass and of a
+    sequence, over all ranks. `decisions`, `assignments`: counted in what was copied."""
 
     root: Path
-    words: int | None
+    manifest: Json
+    vocabulary: pa.Table | None
     documents: int = 0
     batches: int = 0
     sequences: int = 0
@@ -53,6 +54,15 @@ class Target:
     tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     shards: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _sequences_before: int = 0  # of the traces before the one that is copied
+
+    def __post_init__(self) -> None:
+        if self.vocabulary is not None:
+            data = vocabulary_bytes(self.vocabulary)
+            write_atomically(self.root / schema.VOCABULARY, data)
+            self.manifest["vocabulary"] = checksums.stated(data)
+        write_manifest(self.root, {**self.manifest, "status": "recording"})
+        for table in self.manifest["tables"]:
+            (self.root / table).mkdir()
 
     def add(self, trace: Trace) -> None:
         """Copies a trace behind what is there, each rank behind the same rank."""
@@ -95,14 +105,13 @@ class Target:
             return first_token + (place_T if kept is None else kept.place_T[place_T])
 
         bf16 = trace.manifest["capture"].get("weight_dtype") == "bfloat16"
-        lines: list[Json] = []
-        for table in trace.tables:
-            path, columns = f"{table}/part-{rank}-{number}.parquet", _columns(shard, table)
-            asked = shard, table, columns, {**change, "token": renumbered}, kept
+        columns = {table: _columns(shard, table) for table in trace.tables}
+        groups, change = dict[str, list[partial[pa.Table]]](), {**change, "token": renumbered}
+        for table, of_table in columns.items():
             of_routers = len(trace.routers) if table in ("routing", "logits") else 1
-            groups = [partial(self._renumbered, r, *asked) for r in range(of_routers)]
-            written = write_part(self.root / path, columns, groups, bf16)
-            lines.append({"table": table, "path": path, **written})
+            asked = shard, table, of_table, change, kept
+            groups[table] = [partial(self._renumbered, r, *asked) for r in range(of_routers)]
+        lines = write_shard(self.root, rank, number, columns, groups, bf16)
         rows = {line["table"]: line["rows"] for line in lines}
         span = {
             "shard": number,
@@ -112,8 +121,6 @@ class Target:
             "first_batch": None if files.first_batch is None else files.first_batch + batches,
             "last_batch": files.last_batch + batches,
         }
-        for table in trace.tables:
-            sync_directory(self.root / table)
         text = b"".join(checksums.sealed({**line, **span}) for line in lines)
         append(self.root / f"shards-{rank}.jsonl", text)
         self.tokens[rank] += tokens
@@ -156,11 +163,9 @@ class Target:
         token_id, sequence = (
             int(tokens[name].to_numpy().max(initial=-1)) for name in ("token_id", "sequence")
         )
-        if self.words is not None and token_id >= self.words:
-            raise MoeInspectError(
-                f"{trace.path} has token id {token_id}, the vocabulary of the others "
-                f"{self.words:,} tokens"
-            )
+        if self.vocabulary is not None and token_id >= (words := len(self.vocabulary)):
+            what = f"token id {token_id}, the vocabulary of the others {words:,} tokens"
+            raise MoeInspectError(f"{trace.path} has {what}")
         self.sequences = max(self.sequences, self._sequences_before + sequence + 1)
         _check_number(trace, self.sequences, "sequences")
 
@@ -255,18 +260,6 @@ def verified(trace: Trace, path: Path | Remote) -> Verification:
     if not (found := verify(path)).ok:
         raise MoeInspectError(f"{found}")
     return found
-
-
-def begin(draft: Path, manifest: Json, vocabulary: pa.Table | None) -> None:
-    """Writes the vocabulary, a manifest that says "recording" and the folders of the tables. Adds
-    the checksum of the vocabulary to `manifest`."""
-    if vocabulary is not None:
-        data = vocabulary_bytes(vocabulary)
-        write_atomically(draft / schema.VOCABULARY, data)
-        manifest["vocabulary"] = checksums.stated(data)
-    write_manifest(draft, {**manifest, "status": "recording"})
-    for table in manifest["tables"]:
-        (draft / table).mkdir()
 
 
 def origin(trace: Trace, found: Verification) -> Json:

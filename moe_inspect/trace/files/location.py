@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedIOBase
 from pathlib import Path
@@ -25,7 +26,7 @@ BLOCK_BYTES = 2**23  # read at a time, of a file that is hashed
 def location(path: str | Path | Remote) -> Path | Remote:
     """A Path for a local directory, a Remote for a URL (`s3://bucket/trace`)."""
     if isinstance(path, str) and "://" in path:
-        return Remote(path)
+        return Remote(path.rstrip("/"))
     return path if isinstance(path, Remote) else Path(path)
 
 
@@ -38,12 +39,12 @@ def output_location(path: str | Path | Remote) -> Path | Remote:
     return where
 
 
+@dataclass(frozen=True)
 class Remote:
     """An object at a URL, or those whose names begin with it, with the methods of pathlib.Path
     that reading and writing a trace need. Whatever fails is an OSError."""
 
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
+    url: str
 
     @cached_property
     def _at(self) -> tuple[FileSystem, str]:
@@ -69,12 +70,6 @@ class Remote:
 
     def __str__(self) -> str:
         return self.url
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and self.url == other.url
-
-    def __hash__(self) -> int:
-        return hash(self.url)
 
     def __truediv__(self, name: str) -> Remote:
         return Remote(f"{self.url}/{name}")

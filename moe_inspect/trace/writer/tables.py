@@ -8,7 +8,7 @@ T tokens, K slots, E experts, D domains.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from moe_inspect.text import storable
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import draft_of
+from moe_inspect.trace.files.atomic import draft_of, sync_directory
 from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.header import TraceHeader
@@ -287,6 +287,26 @@ def write_part(
             footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
     stated = {"rows": rows, "bytes": sink.size, "footer_crc32": footer_crc32}
     return {**stated, "sha256": sink.digest.hexdigest()}
+
+
+def write_shard(
+    root: Path | Remote,
+    rank: int,
+    number: int,
+    columns: Mapping[str, pa.Schema],
+    groups: Mapping[str, Sequence[Callable[[], pa.Table]]],
+    bf16: bool,
+) -> list[Json]:
+    """Writes the tables of a shard, of each its columns and its row groups, as `write_part` does.
+    Returns what their lines state of each."""
+    lines = list[Json]()
+    for table, of_table in columns.items():
+        path = f"{table}/part-{rank}-{number}.parquet"
+        written = write_part(root / path, of_table, groups[table], bf16)
+        lines.append({"table": table, "path": path, **written})
+    for table in columns:
+        sync_directory(root / table)
+    return lines
 
 
 def vocabulary_bytes(vocabulary: pa.Table) -> bytes:
