@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.balance import load_ratio
+from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, layer_axis
 from moe_inspect.reporting.tables.data import ReportData, records
@@ -24,10 +24,7 @@ def load(data: ReportData) -> Chart | str:
         return "load: no router made an assignment"
     chosen = data.selection.routers
     routers = [data.trace.routers[r] for r in chosen]
-    ratio_LE = np.full((len(chosen), max(router.experts for router in routers)), np.nan)
-    for ratio_E, r in zip(ratio_LE, chosen, strict=True):
-        load_E = data.counts.load_E(r)
-        ratio_E[: len(load_E)] = load_ratio(load_E[None])[0]
+    ratio_LE = load_ratios([data.counts.load_E(r) for r in chosen])
     row, expert = np.unravel_index(np.nan_to_num(ratio_LE, nan=-1).argmax(), ratio_LE.shape)
     dead = int((ratio_LE == 0).sum())
     without = f"{plural(dead, 'expert')} without load" if dead else "every expert has load"

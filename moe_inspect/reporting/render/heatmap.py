@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +13,7 @@ from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.reporting.render.console import wrapped
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
+from moe_inspect.trace.runs import run_edges
 
 MOST_ROUTERS = 32  # on a terminal; beyond that the least balanced
 FILE_CELLS = 128  # characters of a row in a file
@@ -67,19 +69,26 @@ def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
         ruler = "".join(str(e).ljust(RULER) for e in range(0, widest, RULER * together))
     lines.append(Text("experts".ljust(indent) + ruler.rstrip(), style="dim"))
     for r in routers:
-        line = Text(label_of[r].ljust(indent))
-        if np.isnan(ratios[r]).all():
-            line.append("no load")
-        elif as_numbers:
-            for ratio in ratios[r].tolist():
-                line.append(load_number(ratio), style=style(ratio))
-        else:
-            steps: list[int] = ramp_of(extremes(ratios[r], together)).tolist()
-            for step in steps:
-                _, fancy, plain, colour = RAMP[step]
-                line.append(fancy if unicode else plain, style=colour)
-        lines.append(line)
+        drawn = cells(extremes(ratios[r], together), as_numbers, unicode)
+        lines.append(Text(label_of[r].ljust(indent)) + drawn)
     return lines
+
+
+def cells(ratio_C: np.ndarray, as_numbers: bool, unicode: bool) -> Text:
+    """The load ratios of a row of the map, NaN beyond its experts: as numbers, or a character
+    each."""
+    ratio_C, line = ratio_C[~np.isnan(ratio_C)], Text()
+    if not len(ratio_C):
+        return Text("no load", "dim")
+    if as_numbers:
+        for ratio in ratio_C.tolist():
+            line.append(load_number(ratio), style(ratio))
+        return line
+    step_C = ramp_of(ratio_C)
+    for first, end in pairwise(run_edges(step_C).tolist()):
+        _, fancy, plain, colour = RAMP[step_C[first]]
+        line.append((fancy if unicode else plain) * (end - first), colour)
+    return line
 
 
 def load_number(ratio: float) -> str:
