@@ -31,6 +31,7 @@ from moe_inspect.text import cut, layer_label, readable
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
+FORMAT = 1  # of what the index holds
 CELLS = 20_000  # experts of a trace whose load is in the index
 DOMAINS = 40  # of a trace, those with the most tokens
 EXPERTS = 5  # of a domain, over all layers

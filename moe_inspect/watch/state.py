@@ -1,7 +1,7 @@
 """What is shown of a trace while it is written: totals, the last window of tokens, alarms, and the
 text that made an expert busy.
 
-L routers, E experts of the widest, T tokens of a shard.
+L routers, T tokens of a shard.
 """
 
 from __future__ import annotations
