@@ -20,9 +20,9 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.files import mapped, read_small
-from moe_inspect.reporting.render.documents import Amount
 from moe_inspect.reporting.render.html import slug
 from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.render.texts import Amount
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.summary import mapping
 from moe_inspect.site.entry import FORMAT, LONGEST, Entry, entry_of, saturation

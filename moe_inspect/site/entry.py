@@ -20,8 +20,8 @@ import pandas as pd
 from moe_inspect.analysis.counting.token_ids import MIN_COUNT
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import tracked
-from moe_inspect.reporting.render.documents import shards_to_read
 from moe_inspect.reporting.render.payload import Json
+from moe_inspect.reporting.render.texts import shards_to_read
 from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.data import worst_of
 from moe_inspect.reporting.tables.summary import mapping

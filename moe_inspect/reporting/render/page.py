@@ -15,10 +15,9 @@ import pandas as pd
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.domains import UNIFORM
-from moe_inspect.reporting.render.documents import Amount
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.payload import Json, numbers, scale_json
-from moe_inspect.reporting.render.texts import text_section
+from moe_inspect.reporting.render.texts import Amount, text_section
 from moe_inspect.reporting.shown import python_call, python_of_table
 from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
 from moe_inspect.reporting.tables.load import chosen
