@@ -159,16 +159,21 @@ def _free_name(trace: Trace, taken: set[str]) -> str:
 
 def _compare(plan: Sequence[Planned]) -> None:
     """Fills in the saturation of the entries: of models of one shape, with the last of them."""
-    groups: dict[object, list[Planned]] = {}
+    groups: dict[object, list[tuple[Planned, Trace]]] = {}
     for one in plan:
         if one.trace is not None:
-            groups.setdefault(_shape(one.trace), []).append(one)
+            groups.setdefault(_shape(one.trace), []).append((one, one.trace))
     for group in groups.values():
-        last, others = group[-1], len(group) > 1
-        for one in group:
-            pair = [one.content, last.content, others]
+        last, last_trace = group[-1]
+        for one, trace in group:
+            pair, value, why = [one.content, last.content, len(group) > 1], None, ""
             if one.entry.get("pair") != pair:
-                one.entry |= {"pair": pair, **_saturation(one, last, others)}
+                if len(group) == 1:
+                    why = "no other trace has the same text and another checkpoint of this model"
+                elif one is not last:
+                    value, why = saturation(trace, last_trace)
+                one.entry |= {"pair": pair, "saturation": value, "saturation_with": None}
+                one.entry["no_saturation"] = readable(why)
             if one is not last and one.entry["saturation"] is not None:
                 one.entry["saturation_with"] = last.entry["name"]
 
@@ -180,18 +185,6 @@ def _shape(trace: Trace) -> tuple[object, ...]:
     routers = tuple((r.layer, r.experts, r.top_k) for r in trace.routers)
     stated = tuple(str(config.get(name)) for name in sizes)
     return routers, stated, trace.n_tokens, id(trace) if trace.counts_only else None
-
-
-def _saturation(one: Planned, last: Planned, others: bool) -> Entry:
-    """saturation, saturation_with, and why there is none."""
-    found, why = None, ""
-    if not others:
-        why = "no other trace has the same text and another checkpoint of this model"
-    elif one is not last and one.trace is not None and last.trace is not None:
-        found = saturation(one.trace, last.trace)
-    if isinstance(found, str):
-        found, why = None, readable(found)
-    return {"saturation": found, "saturation_with": None, "no_saturation": why}
 
 
 def content_of(trace: Trace) -> str:

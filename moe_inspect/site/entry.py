@@ -121,18 +121,18 @@ def _domains(made: Report) -> list[Json]:
     return found
 
 
-def saturation(a: Trace, b: Trace) -> float | str:
+def saturation(a: Trace, b: Trace) -> tuple[float | None, str]:
     """The mean over routers of the share of experts that trace `a` has as `b` does, for the same
-    tokens (0 to 1), or why it cannot be told."""
+    tokens (0 to 1); and why it cannot be told, where it is None."""
     from moe_inspect.comparison.compare import compare_checkpoints
 
     try:
         made = compare_checkpoints([a, b])
         if misaligned := made.comparisons[0].misaligned:
-            return misaligned[0].text
-        return float(made.tables["saturation"]["overlap"].mean())
+            return None, misaligned[0].text
+        return float(made.tables["saturation"]["overlap"].mean()), ""
     except MoeInspectError as error:
-        return str(error)
+        return None, str(error)
 
 
 TOKENS = 1_000  # token ids of a trace, the most frequent ones

@@ -300,7 +300,5 @@ def _pairs(table: pd.DataFrame, other: str, by_expert: ByExpert) -> Json:
 
 
 def _thousandths(share: pd.Series) -> list[int | None]:
-    share_N = share.to_numpy(float)
-    known_N, whole_N = ~np.isnan(share_N), np.empty(len(share), object)
-    whole_N[known_N] = np.rint(share_N[known_N] * 1000).astype(int).tolist()
-    return whole_N.tolist()
+    thousandths = np.rint(share.to_numpy(float) * 1000).tolist()
+    return [None if value != value else int(value) for value in thousandths]
