@@ -67,16 +67,15 @@ def load_picture(window: Window, routers: Sequence[Router]) -> Figure:
     """A heatmap as in a report, a row per router and a column per expert: load ÷ mean load in the
     window."""
     from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, load_scale
-    from moe_inspect.reporting.render.matplotlib import draw, letters
+    from moe_inspect.reporting.render.matplotlib import draw
 
     scale = load_scale(routers, "load ÷ mean load")
     layers = tuple(layer_label(routers, r) for r in range(len(routers)))
     panel = Panel(
         (Heatmap(load_ratios(window.load), scale),), Axis("expert"), Axis("layer", layers)
     )
-    with letters():
-        steps = f"Steps {window.first:,} to {window.last:,}"
-        return draw(Chart("Load of every expert", steps, (panel,)))
+    steps = f"Steps {window.first:,} to {window.last:,}"
+    return draw(Chart("Load of every expert", steps, (panel,)))
 
 
 def show_picture(figure: Figure, step: int, reporters: set[str], tensorboard: Any = None) -> None:
