@@ -163,12 +163,10 @@ def _balance(watched: Watched) -> tuple[spec.Mark, ...]:
     L = len(watched.routers)
     x, now = np.arange(L, dtype=float), 1 + watched.history[-1]
     chance = 1 + np.array([watched.chance(r) for r in range(L)])
-    edge = np.r_[-0.5, x, L - 0.5]
     alarmed = np.isin(np.arange(L), [alarm.router for alarm in watched.alarms])
     in_all = 1 + metric_R("max_vio", watched.total) if watched.total else x * np.nan
-    explained = np.nan_to_num(np.r_[chance[0], chance, chance[-1]], nan=1.0)
     return (
-        spec.Band(edge, edge * 0 + 1, explained, "explained by chance"),
+        spec.chance_band(np.nan_to_num(chance, nan=1.0), "explained by chance"),
         spec.Rule(1),
         spec.Points(x, in_all, "all tokens", "c2", "tick"),
         spec.Points(x, np.where(alarmed, np.nan, now), "last window", "c1"),

@@ -55,13 +55,8 @@ def balance(data: ReportData) -> Chart | str:
     if not table["max_vio"].notna().any():
         return "balance: no router made an assignment"
     x, value = np.arange(len(table), dtype=float), 1 + table["max_vio"].to_numpy()
-    floor = table["expected_by_chance"].to_numpy()
-    edge = np.r_[-0.5, x, len(x) - 0.5]
-    floors = np.r_[floor[0], floor, floor[-1]]
-    marks: list[spec.Mark] = [
-        spec.Band(edge, edge * 0 + 1, floors, "expected by chance"),
-        spec.Rule(1),
-    ]
+    floor_L = table["expected_by_chance"].to_numpy()
+    marks: list[spec.Mark] = [spec.chance_band(floor_L, "expected by chance"), spec.Rule(1)]
     low, high = spec.known_interval(table["max_over_mean_low"], table["max_over_mean_high"])
     name = f"busiest expert, all tokens{', with 95% interval' if low is not None else ''}"
     rows = records(table)
