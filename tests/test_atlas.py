@@ -20,8 +20,7 @@ from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import report
 from moe_inspect.site import entry
-from moe_inspect.site.build import atlas
-from moe_inspect.site.directory import DATA, UP
+from moe_inspect.site.build import DATA, UP, atlas
 from moe_inspect.site.index import index_page
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace, open_trace

@@ -21,13 +21,13 @@ from rich.console import Console
 from moe_inspect.alarms.alarms import CALM
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.heatmap import extremes
+from moe_inspect.reporting.render.heatmap import cells, extremes
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
-from moe_inspect.watch.terminal import Screen, cells, sparkline, status_line
+from moe_inspect.watch.terminal import Screen, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
@@ -364,8 +364,8 @@ def test_without_colour_and_without_unicode_it_can_be_read(
 
 def test_many_layers_and_experts_share_a_cell() -> None:
     ratio = np.array([1.0, 1.0, 1.0, 0.0, 1.0, 9.0, np.nan])
-    assert "".join(s.text for s in cells(extremes(ratio, 2), True)) == "▄×█"
-    assert "".join(s.text for s in cells(extremes(ratio * np.nan, 2), True)) == "no load"
+    assert cells(extremes(ratio, 2), False, True).plain == "▄×█"
+    assert cells(extremes(ratio * np.nan, 2), False, True).plain == "no load"
     of_layers = extremes(np.array([[1.0, 0.5], [3.0, 1.5], [1.0, 2.0]]).T, 2).T
     assert of_layers.tolist() == [[3.0, 0.5], [1.0, 2.0]]
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moe_inspect.alarms.rules import Rule
-    from moe_inspect.reporting.render.documents import Amount
     from moe_inspect.reporting.render.html import Section
+    from moe_inspect.reporting.render.texts import Amount
     from moe_inspect.reporting.report import Report
     from moe_inspect.reporting.verdict.gate import Gate
 

@@ -19,8 +19,8 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.render.documents import Amount
     from moe_inspect.reporting.render.html import Section
+    from moe_inspect.reporting.render.texts import Amount
 
 __all__ = ["TABLES", "Report", "check_table", "report"]  # whoever imports these has every table
 

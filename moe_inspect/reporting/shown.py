@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, TextIO, cast
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.later import pd
+from moe_inspect.progress import tracked
 from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.reporting.verdict.findings import Finding
@@ -109,7 +110,7 @@ class Shown(ABC):
         """A cell of a notebook: what it comes to, its first chart and the first rows of its first
         table; without scripts, so that it is seen before the notebook is trusted."""
         from moe_inspect.reporting.render.html import template
-        from moe_inspect.reporting.render.matplotlib import draw, letters, picture
+        from moe_inspect.reporting.render.matplotlib import draw, picture
 
         name, excerpt = next(iter(self.excerpts.items()))
         whole = self.tables[name]
@@ -120,8 +121,7 @@ class Shown(ABC):
             caption += f" (+ {left} more columns)"
         chart, png = self.first_chart(), b""
         if isinstance(chart, Chart):
-            with letters():
-                png = picture(draw(chart), "png", dpi=100)
+            png = picture(draw(chart), "png", dpi=100)
         return template("notebook.html").render(
             made=self,
             verdict=[one if isinstance(one, str) else one.text for one in self.said],
@@ -151,10 +151,9 @@ class Shown(ABC):
     def plot(self, name: str) -> Figure:
         """One chart ("load", "domains", …) as a figure of matplotlib. MoeInspectError where there
         is no such chart, naming those there are, or no data for it."""
-        from moe_inspect.reporting.render.matplotlib import draw, letters, picture
+        from moe_inspect.reporting.render.matplotlib import draw, picture
 
-        with letters():
-            figure = draw(self.chart_named(name))
+        figure = draw(self.chart_named(name))
         # so that a notebook shows it also where nothing has imported pyplot
         figure.__dict__["_repr_png_"] = partial(picture, figure, "png", dpi=100)
         return figure
@@ -179,10 +178,18 @@ class Shown(ABC):
         `width_inches`: of the pictures, for a column of a paper; type keeps its size. `formats`:
         of "png", "svg", "pdf"; text in an SVG or a PDF is text. Returns the files. MoeInspectError
         where there is no such chart, or they cannot be written."""
-        from moe_inspect.reporting.render.matplotlib import write_charts
+        from moe_inspect.reporting.render.matplotlib import WIDTH, draw, picture
+        from moe_inspect.trace.output_dir import output_file, output_folder
 
         charts = [self.chart_named(name) for name in only] if only else self.charts()[0]
-        return write_charts(charts, directory, width_inches, formats)
+        folder, written = output_folder(directory), list[Path]()
+        for chart in tracked(charts, "writing pictures", "pictures"):
+            figure = draw(chart, width_inches or WIDTH)
+            for path in (folder / f"{chart.name}.{form}" for form in formats or ("png", "svg")):
+                with output_file(path) as draft:
+                    draft.write_bytes(picture(figure, path.suffix[1:], chart.description))
+                written.append(path)
+        return written
 
 
 def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, object]) -> str:

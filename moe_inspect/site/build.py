@@ -1,10 +1,16 @@
-"""Makes the site of some traces, or brings it up to date."""
+"""Makes the site of some traces, or brings it up to date. Pages are written beside those that are
+there and renamed at the end, the index last: a run that is killed before leaves the old site as it
+was. The index holds what a later run reuses."""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count
@@ -12,16 +18,31 @@ from pathlib import Path
 
 import pandas as pd
 
-from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.documents import Amount
+from moe_inspect.errors import MoeInspectError, reading, writing
+from moe_inspect.files import mapped, read_small
+from moe_inspect.reporting.render.html import slug
 from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.render.texts import Amount
 from moe_inspect.reporting.report import report
-from moe_inspect.site.directory import FORMAT, UP, Directory
-from moe_inspect.site.entry import LONGEST, Entry, entry_of, saturation
+from moe_inspect.reporting.tables.summary import mapping
+from moe_inspect.site.entry import FORMAT, LONGEST, Entry, entry_of, saturation
 from moe_inspect.site.index import index_page, table_of
 from moe_inspect.text import cut, readable, storable
 from moe_inspect.trace import schema
+from moe_inspect.trace.files.atomic import draft_of, sync_directory
+from moe_inspect.trace.files.lock import drafts_of, hold
+from moe_inspect.trace.manifest import refuse_within_trace
 from moe_inspect.trace.reader import Trace, address, open_trace
+
+INDEX = "index.html"
+DATA = re.compile(r'<script type="text/plain" data-of="atlas">([\w+/=]+)</script>', re.ASCII)
+PAGE = re.compile(r"[a-z0-9-]+\.html")
+DRAFT = re.compile(drafts_of(PAGE.pattern))
+STATED = ("name", "page", "key", "address", "sha256")  # of an entry, whatever the version
+UP = (INDEX, "← Atlas")  # of every page
+PAGE_ABOVE = f'<a class="up" href="{INDEX}">'.encode()  # as page.html writes it
+LONGEST_FILE = 60  # characters of a page's name
+MOST_INDEX_BYTES = 2**30
 
 
 def atlas(
@@ -138,16 +159,21 @@ def _free_name(trace: Trace, taken: set[str]) -> str:
 
 def _compare(plan: Sequence[Planned]) -> None:
     """Fills in the saturation of the entries: of models of one shape, with the last of them."""
-    groups: dict[object, list[Planned]] = {}
+    groups: dict[object, list[tuple[Planned, Trace]]] = {}
     for one in plan:
         if one.trace is not None:
-            groups.setdefault(_shape(one.trace), []).append(one)
+            groups.setdefault(_shape(one.trace), []).append((one, one.trace))
     for group in groups.values():
-        last, others = group[-1], len(group) > 1
-        for one in group:
-            pair = [one.content, last.content, others]
+        last, last_trace = group[-1]
+        for one, trace in group:
+            pair, value, why = [one.content, last.content, len(group) > 1], None, ""
             if one.entry.get("pair") != pair:
-                one.entry |= {"pair": pair, **_saturation(one, last, others)}
+                if len(group) == 1:
+                    why = "no other trace has the same text and another checkpoint of this model"
+                elif one is not last:
+                    value, why = saturation(trace, last_trace)
+                one.entry |= {"pair": pair, "saturation": value, "saturation_with": None}
+                one.entry["no_saturation"] = readable(why)
             if one is not last and one.entry["saturation"] is not None:
                 one.entry["saturation_with"] = last.entry["name"]
 
@@ -161,18 +187,6 @@ def _shape(trace: Trace) -> tuple[object, ...]:
     return routers, stated, trace.n_tokens, id(trace) if trace.counts_only else None
 
 
-def _saturation(one: Planned, last: Planned, others: bool) -> Entry:
-    """saturation, saturation_with, and why there is none."""
-    found, why = None, ""
-    if not others:
-        why = "no other trace has the same text and another checkpoint of this model"
-    elif one is not last and one.trace is not None and last.trace is not None:
-        found = saturation(one.trace, last.trace)
-    if isinstance(found, str):
-        found, why = None, readable(found)
-    return {"saturation": found, "saturation_with": None, "no_saturation": why}
-
-
 def content_of(trace: Trace) -> str:
     """The hash of what a trace states: its manifest, and its lists of shards with their hashes."""
     lists = sorted(p.name for p in trace.path.iterdir() if p.name.startswith("shards-"))
@@ -183,3 +197,92 @@ def content_of(trace: Trace) -> str:
 def _key(content: str, text: Amount) -> str:
     """What a page is made from."""
     return json.dumps([content, text, FORMAT, version("moe-inspect")])
+
+
+class Directory(ExitStack):
+    """Locked while it is open. `before`: the entries of the index that is there. MoeInspectError
+    where something else is there."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root, self.taken = root, {INDEX}
+        if root.exists() and not root.is_dir():
+            raise MoeInspectError(f"{root} is a file: give a directory for the site")
+        refuse_within_trace(root)
+        self.callback(hold(root).release)
+        try:
+            with reading(root):
+                self.before = _entries(root / INDEX)
+                drafts = [path for path in root.iterdir() if DRAFT.fullmatch(path.name)]
+            with writing(root):
+                for path in drafts:  # of a run that was killed
+                    path.unlink()
+        except BaseException:
+            self.close()
+            raise
+        self.drafts = self.enter_context(ExitStack())
+        self.index = self.drafts.enter_context(draft_of(root / INDEX))  # renamed last
+
+    def free_page(self, name: str) -> str:
+        """The name of a page that no other has."""
+        begin = cut(slug(name, "trace"), LONGEST_FILE).strip("-…")
+        tries = (f"{begin}.html" if n == 1 else f"{begin}-{n}.html" for n in count(1))
+        page = next(one for one in tries if one not in self.taken and self._is_free(one))
+        self.taken.add(page)
+        return page
+
+    def _is_free(self, page: str) -> bool:
+        """Whether no file is there, or a page: of this site, or that a run left that was killed
+        between its pages and the index."""
+        path = self.root / page
+        with reading(path):
+            return not path.exists() or (path.is_file() and mapped(path).find(PAGE_ABOVE) >= 0)
+
+    def holds(self, page: str, sha256: str) -> bool:
+        """Whether the page is there as it was written."""
+        path = self.root / page
+        with reading(path):
+            return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+    def write(self, page: str, text: str) -> str:
+        """Returns its hash."""
+        with writing(self.root / page):
+            return _write(self.drafts.enter_context(draft_of(self.root / page)), text)
+
+    def commit(self, index: str, pages: set[str]) -> None:
+        """Makes the site what was written; then removes the pages that are no longer in it."""
+        with writing(self.root):
+            _write(self.index, index)
+            self.drafts.close()
+            for page in {entry["page"] for entry in self.before} - pages:
+                (self.root / page).unlink(missing_ok=True)
+            sync_directory(self.root)
+
+
+def _entries(index: Path) -> list[Entry]:
+    """Of the index that is there. Those of another version have no key."""
+    if not index.exists():
+        return []
+    try:
+        found = DATA.search(read_small(index, MOST_INDEX_BYTES).decode(errors="replace"))
+        held = json.loads(gzip.decompress(base64.b64decode(found[1]))) if found else {}
+        entries, same = held["entries"], held["format"] == FORMAT
+        if not all(map(_is_entry, entries)):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, OSError, EOFError, RecursionError):
+        raise MoeInspectError(
+            f"{index} does not belong to an atlas: give another directory, or move it away"
+        ) from None
+    return entries if same else [{**one, "key": ""} for one in entries]
+
+
+def _is_entry(entry: object) -> bool:
+    stated = mapping(entry)
+    page = stated.get("page")
+    known = all(isinstance(stated.get(name), str) for name in STATED)
+    return known and page != INDEX and PAGE.fullmatch(str(page)) is not None
+
+
+def _write(draft: Path, text: str) -> str:
+    draft.write_bytes(data := text.encode(errors="backslashreplace"))
+    return hashlib.sha256(data).hexdigest()

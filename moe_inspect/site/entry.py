@@ -20,8 +20,8 @@ import pandas as pd
 from moe_inspect.analysis.counting.token_ids import MIN_COUNT
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import tracked
-from moe_inspect.reporting.render.documents import shards_to_read
 from moe_inspect.reporting.render.payload import Json
+from moe_inspect.reporting.render.texts import shards_to_read
 from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.data import worst_of
 from moe_inspect.reporting.tables.summary import mapping
@@ -31,6 +31,7 @@ from moe_inspect.text import cut, layer_label, readable
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
+FORMAT = 1  # of what the index holds
 CELLS = 20_000  # experts of a trace whose load is in the index
 DOMAINS = 40  # of a trace, those with the most tokens
 EXPERTS = 5  # of a domain, over all layers
@@ -120,18 +121,18 @@ def _domains(made: Report) -> list[Json]:
     return found
 
 
-def saturation(a: Trace, b: Trace) -> float | str:
+def saturation(a: Trace, b: Trace) -> tuple[float | None, str]:
     """The mean over routers of the share of experts that trace `a` has as `b` does, for the same
-    tokens (0 to 1), or why it cannot be told."""
+    tokens (0 to 1); and why it cannot be told, where it is None."""
     from moe_inspect.comparison.compare import compare_checkpoints
 
     try:
         made = compare_checkpoints([a, b])
         if misaligned := made.comparisons[0].misaligned:
-            return misaligned[0].text
-        return float(made.tables["saturation"]["overlap"].mean())
+            return None, misaligned[0].text
+        return float(made.tables["saturation"]["overlap"].mean()), ""
     except MoeInspectError as error:
-        return str(error)
+        return None, str(error)
 
 
 TOKENS = 1_000  # token ids of a trace, the most frequent ones

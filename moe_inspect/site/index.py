@@ -13,8 +13,7 @@ import pandas as pd
 from moe_inspect.analysis.counting.token_ids import MIN_COUNT
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, definitions
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
-from moe_inspect.site.directory import FORMAT
-from moe_inspect.site.entry import CELLS, DOMAINS, EXPERTS, EXPERTS_OF_TOKEN, TOKENS, Entry
+from moe_inspect.site.entry import CELLS, DOMAINS, EXPERTS, EXPERTS_OF_TOKEN, FORMAT, TOKENS, Entry
 from moe_inspect.text import cut, join_first, plural
 
 DRAWN = 60  # traces in the chart of layers

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_inspect.alarms.alarms import Window, metric_R
 from moe_inspect.alarms.rules import BATCH, DRIFT
-from moe_inspect.analysis.metrics.balance import load_ratio
+from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.text import layer_label
 from moe_inspect.trace.schema import Router
 
@@ -67,17 +67,15 @@ def load_picture(window: Window, routers: Sequence[Router]) -> Figure:
     """A heatmap as in a report, a row per router and a column per expert: load ÷ mean load in the
     window."""
     from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, load_scale
-    from moe_inspect.reporting.render.matplotlib import draw, letters
+    from moe_inspect.reporting.render.matplotlib import draw
 
-    ratio_RE = np.full((len(routers), max(router.experts for router in routers)), np.nan)
-    for r, load_E in enumerate(window.load):
-        ratio_RE[r, : len(load_E)] = load_ratio(np.asarray(load_E)[None])[0]
     scale = load_scale(routers, "load ÷ mean load")
     layers = tuple(layer_label(routers, r) for r in range(len(routers)))
-    panel = Panel((Heatmap(ratio_RE, scale),), Axis("expert"), Axis("layer", layers))
-    with letters():
-        steps = f"Steps {window.first:,} to {window.last:,}"
-        return draw(Chart("Load of every expert", steps, (panel,)))
+    panel = Panel(
+        (Heatmap(load_ratios(window.load), scale),), Axis("expert"), Axis("layer", layers)
+    )
+    steps = f"Steps {window.first:,} to {window.last:,}"
+    return draw(Chart("Load of every expert", steps, (panel,)))
 
 
 def show_picture(figure: Figure, step: int, reporters: set[str], tensorboard: Any = None) -> None:

@@ -25,12 +25,13 @@ from jinja2 import Template
 from markupsafe import Markup
 
 from moe_inspect.alarms.alarms import metric_R
+from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.render.html import asset, palette_css, script_hash
 from moe_inspect.reporting.render.payload import panel_json, without_numpy
 from moe_inspect.text import first_line, print_stderr, readable
-from moe_inspect.watch.follow import COMPLETE, ENDED, RECORDING, WAITING
+from moe_inspect.watch.follow import COMPLETE, ENDED, RECORDING, WAITING, Piece
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def snapshot(session: WatchSession) -> str:
             },
             "dead": int(np.nansum(metric_R("dead_experts", window))),
             "experts": sum(router.experts for router in watched.routers),
-            "panels": [panel_json(panel) for panel in panels(watched)],
+            "panels": [panel_json(panel) for panel in panels(watched, window)],
             "text": text
             and {
                 "layer": watched.labels[text.router],
@@ -142,10 +143,10 @@ def snapshot(session: WatchSession) -> str:
     return json.dumps(shown, default=without_numpy, allow_nan=False)
 
 
-def panels(watched: Watched) -> list[spec.Panel]:
+def panels(watched: Watched, window: Piece) -> list[spec.Panel]:
     """The map of the last window, the balance of each layer in it and of all tokens, and how the
     balance has moved."""
-    layers, ratio_LE = spec.Axis("layer", tuple(watched.labels)), watched.ratios()
+    layers, ratio_LE = spec.Axis("layer", tuple(watched.labels)), load_ratios(window.load)
     scale = spec.load_scale(watched.routers, "load ÷ mean load")
     heatmap = spec.Heatmap(ratio_LE, scale, spec.cell_numbers(ratio_LE))
     ratio = spec.Axis("max ÷ mean load", low=1)
@@ -162,12 +163,10 @@ def _balance(watched: Watched) -> tuple[spec.Mark, ...]:
     L = len(watched.routers)
     x, now = np.arange(L, dtype=float), 1 + watched.history[-1]
     chance = 1 + np.array([watched.chance(r) for r in range(L)])
-    edge = np.r_[-0.5, x, L - 0.5]
     alarmed = np.isin(np.arange(L), [alarm.router for alarm in watched.alarms])
     in_all = 1 + metric_R("max_vio", watched.total) if watched.total else x * np.nan
-    explained = np.nan_to_num(np.r_[chance[0], chance, chance[-1]], nan=1.0)
     return (
-        spec.Band(edge, edge * 0 + 1, explained, "explained by chance"),
+        spec.chance_band(np.nan_to_num(chance, nan=1.0), "explained by chance"),
         spec.Rule(1),
         spec.Points(x, in_all, "all tokens", "c2", "tick"),
         spec.Points(x, np.where(alarmed, np.nan, now), "last window", "c1"),

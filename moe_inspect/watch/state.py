@@ -1,7 +1,7 @@
 """What is shown of a trace while it is written: totals, the last window of tokens, alarms, and the
 text that made an expert busy.
 
-L routers, E experts of the widest, T tokens of a shard.
+L routers, T tokens of a shard.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import pyarrow as pa
 from moe_inspect.alarms.alarms import Alarm, Alarms, drop_rate_R, metric_R
 from moe_inspect.alarms.of_trace import refuse_rules
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
-from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, layer_label, printable
 from moe_inspect.trace.header import TraceHeader
@@ -145,15 +144,6 @@ class Watched:
         # nothing has come for longer than it took before: the speed falls
         seconds = max(until - since, now - self._came[-2][0], 1e-3)
         return (self.tokens - tokens) / seconds, (self.decisions - decisions) / seconds
-
-    def ratios(self) -> np.ndarray:
-        """Load ÷ mean load of the window, float [L, E]; NaN beyond the experts of a router and
-        without load."""
-        load = self.window.load if self.window is not None else ()
-        ratio_LE = np.full((len(load), max(map(len, load), default=0)), np.nan)
-        for ratio_E, load_E in zip(ratio_LE, load, strict=True):
-            ratio_E[: len(load_E)] = load_ratio(load_E[None])[0]
-        return ratio_LE
 
     def chance(self, r: int) -> float:
         """The highest max_vio of the window that chance explains at router r."""

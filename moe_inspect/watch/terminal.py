@@ -9,30 +9,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.control import Control
-from rich.segment import Segment, Segments
-from rich.style import Style
+from rich.text import Text
 
+from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render import heatmap
 from moe_inspect.text import plural, printable
-from moe_inspect.trace.runs import run_edges
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Piece
 from moe_inspect.watch.state import HotText, WatchOptions, WatchSession
 
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = ".:-=+*#@"
-BOLD, DIM, BAD, HOT = (Style.parse(s) for s in ("bold", "dim", "red", "bold reverse"))
-NONE = Style.null()
-STEP_STYLES = [Style.parse(colour or "none") for *_, colour in heatmap.RAMP]
-
-Line = list[Segment]
+# joins lines that are cut at the width
+FITTING = Text("\n", no_wrap=True, overflow="ellipsis", end="")
 
 
 class Screen:
@@ -44,22 +40,16 @@ class Screen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         unicode = (console.encoding or "").lower().startswith("utf")
         height = options.height or console.height
-        lines = list(self._lines(options.max_width, height, unicode))[:height]
-        for n, line in enumerate(lines):
-            if n:
-                yield Segment.line()
-            yield from _fitted(line, options.max_width)
+        yield FITTING.join(islice(self._lines(options.max_width, height, unicode), height))
 
-    def head(self, width: int) -> Line:
+    def head(self, width: int) -> Text:
         """The first lines again, over the whole width: what the clock alone changes."""
-        found: Line = []
-        for line in self._head(width):
-            fitted = list(_fitted(line, width))
-            room = width - sum(cell_len(segment.text) for segment in fitted)
-            found += [*fitted, Segment(" " * room), Segment.line()]
-        return found
+        lines = list(self._head(width))
+        for line in lines:
+            line.truncate(width, overflow="ellipsis", pad=True)
+        return FITTING.join(lines)
 
-    def _lines(self, width: int, height: int, unicode: bool) -> Iterator[Line]:
+    def _lines(self, width: int, height: int, unicode: bool) -> Iterator[Text]:
         yield from self._head(width)
         window, text = self.watched.window, self.session.text
         if window is None:
@@ -73,32 +63,32 @@ class Screen:
         yield from self._map(window, width, max(1, height - fixed), unicode)
         yield from self._worst(window, worst[:rows_of_worst], width, unicode)
         now = f"  {len(alarms)} now" if alarms else "  none"
-        yield [Segment("alarms", BOLD), Segment(now, DIM)]
+        yield Text.assemble(("alarms", "bold"), (now, "dim"))
         shown = alarms if len(alarms) <= rows_of_alarms else alarms[: rows_of_alarms - 1]
         said = [printable(alarm.text) for alarm in shown]
         if len(shown) < len(alarms):
             said.append(f"and {plural(len(alarms) - len(shown), 'more alarm')}")
-        yield from ([Segment(f"• {text}", BAD)] for text in said)
+        yield from (Text(f"• {text}", "red") for text in said)
         if not alarms:
-            yield [Segment("")]
+            yield Text()
         yield from of_text
 
-    def _head(self, width: int) -> Iterator[Line]:
+    def _head(self, width: int) -> Iterator[Text]:
         watched = self.watched
         path, writer = printable(self.session.path), printable(self.session.follower.writer)
         said, look = {
-            WAITING: ("waiting for a trace", DIM),
-            RECORDING: (f"recording by {writer}", NONE),
-            COMPLETE: ("complete", Style.parse("green")),
-            INTERRUPTED: ("interrupted: closed before its end", BAD),
-            KILLED: (f"{writer} is gone: it was stopped before its end", BAD),
+            WAITING: ("waiting for a trace", "dim"),
+            RECORDING: (f"recording by {writer}", ""),
+            COMPLETE: ("complete", "green"),
+            INTERRUPTED: ("interrupted: closed before its end", "red"),
+            KILLED: (f"{writer} is gone: it was stopped before its end", "red"),
         }[watched.status]
         room = max(12, width - cell_len(f"watch   {said}"))
         path = path if cell_len(path) <= room else "…" + path[1 - room :]  # of a long path its end
-        yield [Segment(f"watch {path}  ", BOLD), Segment(said, look)]
+        yield Text.assemble((f"watch {path}  ", "bold"), (said, look))
         if not watched.tokens:
             what = watched.trouble or "no tokens yet" * (watched.status != WAITING)
-            yield [Segment(what, BAD if watched.trouble else NONE)]
+            yield Text(what, "red" if watched.trouble else "")
             return
         parts = [plural(watched.tokens, "token"), plural(watched.decisions, "decision")]
         rates = watched.rates()
@@ -108,11 +98,11 @@ class Screen:
             parts.append(f"{watched.left_tokens:,} to be counted")
         elif watched.status == RECORDING and watched.changed_s >= 2:
             parts.append(f"last {watched.changed_s:.0f} s ago")
-        line = [Segment(" · ".join(parts))]
-        yield [*line, Segment(f"  {watched.trouble}", BAD)] if watched.trouble else line
+        trouble = f"  {watched.trouble}" if watched.trouble else ""
+        yield Text.assemble(" · ".join(parts), (trouble, "red"))
 
-    def _map(self, window: Piece, width: int, height: int, unicode: bool) -> Iterator[Line]:
-        ratio_LE, names = self.watched.ratios(), self.watched.labels
+    def _map(self, window: Piece, width: int, height: int, unicode: bool) -> Iterator[Text]:
+        ratio_LE, names = load_ratios(window.load), self.watched.labels
         together = -(-len(names) // height)
         rows = [names[n : n + together] for n in range(0, len(names), together)]
         labels = [row[0] if len(row) == 1 else f"{row[0]}-{row[-1]}" for row in rows]
@@ -124,20 +114,19 @@ class Screen:
         joint = {"layers": together, "experts": per_cell}
         if shape := [f"{n} {what}" for what, n in joint.items() if n > 1]:
             title += f"; cells: most extreme of {' × '.join(shape)}"
-        yield [Segment(title, BOLD)]
+        yield Text(title, "bold")
         experts = " " * indent + "".join(f"{e:>{heatmap.NUMBER}}" for e in range(E))
-        yield [Segment(experts if as_numbers else heatmap.legend(unicode), DIM)]
+        yield Text(experts if as_numbers else heatmap.legend(unicode), "dim")
         ratio_RC = heatmap.extremes(heatmap.extremes(ratio_LE.T, together).T, per_cell)
         for label, ratio_C in zip(labels, ratio_RC, strict=True):
-            drawn = numbers(ratio_C) if as_numbers else cells(ratio_C, unicode)
-            yield [Segment(label.rjust(indent - 1) + " "), *drawn]
+            yield Text(label.rjust(indent - 1) + " ") + heatmap.cells(ratio_C, as_numbers, unicode)
 
-    def _worst(self, window: Piece, worst: list[int], width: int, unicode: bool) -> Iterator[Line]:
+    def _worst(self, window: Piece, worst: list[int], width: int, unicode: bool) -> Iterator[Text]:
         """The least balanced layers."""
         watched, bars = self.watched, BARS if unicode else PLAIN_BARS
         history_L = np.array(watched.history)
         what = "  busiest ÷ mean load (at most by chance)"
-        yield [Segment("least balanced layers", BOLD), Segment(what, DIM)]
+        yield Text.assemble(("least balanced layers", "bold"), (what, "dim"))
         for r in worst:
             load_E, vio, chance = window.load[r], history_L[-1, r], watched.chance(r)
             dead = int((load_E == 0).sum())
@@ -146,43 +135,20 @@ class Screen:
             said += f", {dead} dead  " if dead else "  "
             room = max(0, min(60, width - cell_len(said)))
             line = sparkline(history_L[-room:, r], chance, bars) if room else ""
-            yield [Segment(said, BAD if vio > chance and vio >= 0.2 else NONE), Segment(line)]
+            yield Text.assemble((said, "red" if vio > chance and vio >= 0.2 else ""), line)
 
-    def _text(self, text: HotText, width: int, most: int) -> list[Line]:
+    def _text(self, text: HotText, width: int, most: int) -> list[Text]:
         """A title, and the last lines of the text."""
         title = f"last text for expert {text.expert} of layer {self.watched.labels[text.router]}"
-        lines: list[Line] = [[]]
-        room = width
+        lines = [Text()]
         for word, hot in text.words:
-            if cell_len(word) > room:
-                lines.append([])
-                room = width
-            shown = f"[{word}]" if hot and not word.strip() else word
-            lines[-1].append(Segment(shown, HOT if hot else NONE))
-            room -= cell_len(shown)
-        return [
-            [Segment(title, BOLD), Segment("  (its tokens are marked)", DIM)],
-            *lines[-most:],
-        ]
-
-
-def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
-    """A row of the map, runs of equal cells as one."""
-    ratio_C = ratio_C[~np.isnan(ratio_C)]
-    step_C = heatmap.ramp_of(ratio_C)
-    characters = [fancy if unicode else plain for _, fancy, plain, _ in heatmap.RAMP]
-    return [
-        Segment(characters[step_C[a]] * (b - a), STEP_STYLES[step_C[a]])
-        for a, b in pairwise(run_edges(step_C).tolist())
-    ] or [Segment("no load", DIM)]
-
-
-def numbers(ratio_E: np.ndarray) -> Line:
-    """A row of the map as numbers, where there is room for them."""
-    return [
-        Segment(heatmap.load_number(ratio), Style.parse(heatmap.style(ratio) or "none"))
-        for ratio in ratio_E[~np.isnan(ratio_E)].tolist()
-    ] or [Segment("no load", DIM)]
+            if lines[-1].cell_len + cell_len(word) > width:
+                lines.append(Text())
+            lines[-1].append(
+                f"[{word}]" if hot and not word.strip() else word, "bold reverse" * hot
+            )
+        marked = "  (its tokens are marked)"
+        return [Text.assemble((title, "bold"), (marked, "dim")), *lines[-most:]]
 
 
 def sparkline(values: np.ndarray, at_least: float, bars: str) -> str:
@@ -193,19 +159,6 @@ def sparkline(values: np.ndarray, at_least: float, bars: str) -> str:
     return "".join(
         " " if math.isnan(v) else bars[int(n)] for v, n in zip(values, steps, strict=True)
     )
-
-
-def _fitted(line: Line, width: int) -> Iterator[Segment]:
-    """The line cut at the width, with … where something is missing."""
-    left = width
-    for n, segment in enumerate(line):
-        size = cell_len(segment.text)
-        more = any(later.text for later in line[n + 1 :])
-        if size > left or (size == left and more):
-            yield Segment(set_cell_size(segment.text, max(0, left - 1)) + "…", segment.style)
-            return
-        yield segment
-        left -= size
 
 
 def watch(
@@ -225,8 +178,9 @@ def watch(
                         console.control(Control.home())
                         whole.update(screen)
                 else:  # a hundredth of the work
-                    head = screen.head(console.width)
-                    console.print(Segments([Control.home().segment, *head]), end="")
+                    with console:
+                        console.control(Control.home())
+                        console.print(screen.head(console.width), soft_wrap=True)
         # left on the terminal, with a line for the prompt
         console.print(screen, height=max(2, console.height - 2))
         console.line()

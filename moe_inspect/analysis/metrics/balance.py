@@ -8,6 +8,8 @@ experts are renumbered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moe_inspect.analysis.metrics.registry import metric
@@ -122,6 +124,15 @@ def busiest_expert(load_LE: np.ndarray) -> np.ndarray:
 def load_ratio(load_LE: np.ndarray) -> np.ndarray:
     """Load of each expert ÷ mean load of its router. float64 [routers, experts]"""
     return load_LE / _mean(load_LE)[:, None]
+
+
+def load_ratios(loads: Sequence[np.ndarray]) -> np.ndarray:
+    """`load_ratio` of routers that may differ in size, load_E each: NaN beyond a router's experts.
+    float64 [routers, experts of the widest]"""
+    ratio_LE = np.full((len(loads), max(map(len, loads), default=0)), np.nan)
+    for ratio_E, load_E in zip(ratio_LE, loads, strict=True):
+        ratio_E[: len(load_E)] = load_ratio(np.asarray(load_E)[None])[0]
+    return ratio_LE
 
 
 def _mean(load_LE: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from moe_inspect.comparison.aligning.align import DECILES
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.decisions.verdict import findings
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.render import documents as drawing
 from moe_inspect.reporting.render import texts
 from moe_inspect.reporting.render.html import Section, Tile
 from moe_inspect.reporting.tables.registry import Excerpt
@@ -172,8 +171,8 @@ def text_section(made: Decisions) -> Section | str:
     worst = worst.assign(shown=np.minimum(worst["tokens"], longest))
     worst = worst[(worst["shown"].cumsum() <= budget) | (worst.index == 0)]
     documents, shown = (worst[name].to_numpy() for name in ("document", "shown"))
-    tokens = drawing.tokens_of_documents(shards, made.selection, documents, shown)
-    of_a, of_b = drawing.read_routes(trace, shards, routers, tokens), _of_b(made, numbers, tokens)
+    tokens = texts.tokens_of_documents(shards, made.selection, documents, shown)
+    of_a, of_b = texts.read_routes(trace, shards, routers, tokens), _of_b(made, numbers, tokens)
     drawn = texts.page_data(trace, routers, worst, tokens, of_a, len(tokens.row_T), of_b)
     differ = int((made.counts.document_rows()[:, 4] > 0).sum())
     text = (
@@ -203,11 +202,11 @@ def _worst_documents(made: Decisions) -> pd.DataFrame:
 
 
 def _of_b(
-    made: Decisions, shards: Sequence[int], tokens: drawing.DrawnTokens
-) -> list[drawing.DrawnRoutes]:
+    made: Decisions, shards: Sequence[int], tokens: texts.DrawnTokens
+) -> list[texts.DrawnRoutes]:
     """B's routes of the tokens; none for those that are not compared."""
     listed, T = made.a.routers, len(tokens.row_T)
-    routes = {r: drawing.empty_routes(listed[r], T, made.weights_known) for r, _ in made.pairs}
+    routes = {r: texts.empty_routes(listed[r], T, made.weights_known) for r, _ in made.pairs}
     for s, number in enumerate(shards):
         mine = np.flatnonzero(tokens.shard_T == s)
         order = np.argsort(tokens.row_T[mine])
@@ -220,7 +219,7 @@ def _of_b(
                 slots = rows.read(1, Shard.slots, other)
                 for ids_T, slot in zip(routes[r].ids, slots, strict=False):
                     nowhere = slot == listed[r].experts
-                    ids_T[at] = np.where(nowhere, drawing.NOWHERE, slot.astype(np.int32))
+                    ids_T[at] = np.where(nowhere, texts.NOWHERE, slot.astype(np.int32))
                 if (of_slots := routes[r].weights) is not None:
                     weights = rows.read(1, Shard.slot_weights, other)
                     for weights_T, slot in zip(of_slots, weights, strict=False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.balance import load_ratio
+from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, layer_axis
 from moe_inspect.reporting.tables.data import ReportData, records
@@ -24,10 +24,7 @@ def load(data: ReportData) -> Chart | str:
         return "load: no router made an assignment"
     chosen = data.selection.routers
     routers = [data.trace.routers[r] for r in chosen]
-    ratio_LE = np.full((len(chosen), max(router.experts for router in routers)), np.nan)
-    for ratio_E, r in zip(ratio_LE, chosen, strict=True):
-        load_E = data.counts.load_E(r)
-        ratio_E[: len(load_E)] = load_ratio(load_E[None])[0]
+    ratio_LE = load_ratios([data.counts.load_E(r) for r in chosen])
     row, expert = np.unravel_index(np.nan_to_num(ratio_LE, nan=-1).argmax(), ratio_LE.shape)
     dead = int((ratio_LE == 0).sum())
     without = f"{plural(dead, 'expert')} without load" if dead else "every expert has load"
@@ -58,13 +55,8 @@ def balance(data: ReportData) -> Chart | str:
     if not table["max_vio"].notna().any():
         return "balance: no router made an assignment"
     x, value = np.arange(len(table), dtype=float), 1 + table["max_vio"].to_numpy()
-    floor = table["expected_by_chance"].to_numpy()
-    edge = np.r_[-0.5, x, len(x) - 0.5]
-    floors = np.r_[floor[0], floor, floor[-1]]
-    marks: list[spec.Mark] = [
-        spec.Band(edge, edge * 0 + 1, floors, "expected by chance"),
-        spec.Rule(1),
-    ]
+    floor_L = table["expected_by_chance"].to_numpy()
+    marks: list[spec.Mark] = [spec.chance_band(floor_L, "expected by chance"), spec.Rule(1)]
     low, high = spec.known_interval(table["max_over_mean_low"], table["max_over_mean_high"])
     name = f"busiest expert, all tokens{', with 95% interval' if low is not None else ''}"
     rows = records(table)

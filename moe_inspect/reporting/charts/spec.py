@@ -384,6 +384,12 @@ def log_axis(title: str, values: np.ndarray) -> Axis:
     return Axis(title, low=1, log=float(np.nanmax(values)) > FAR)
 
 
+def chance_band(ratio_L: np.ndarray, name: str) -> Band:
+    """The area from 1 to the ratio that chance gives each layer, as wide as the panel."""
+    x = np.r_[-0.5, np.arange(len(ratio_L)), len(ratio_L) - 0.5]
+    return Band(x, np.ones(len(x)), np.r_[ratio_L[0], ratio_L, ratio_L[-1]], name)
+
+
 def look(i: int) -> tuple[str, Dash]:
     """Colour and dash of series i: after eight colours the dash changes."""
     return SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from moe_inspect.analysis.metrics.balance import load_ratio
+from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.reporting.render.console import wrapped
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
+from moe_inspect.trace.runs import run_edges
 
 MOST_ROUTERS = 32  # on a terminal; beyond that the least balanced
 FILE_CELLS = 128  # characters of a row in a file
@@ -41,22 +43,20 @@ def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
     as numbers if they fit, as characters otherwise. If even those do not fit, a character shows the
     most extreme of several neighbouring experts, and the title says so."""
     routers = data.selection.routers
-    ratios = {r: load_ratio(data.counts.load_E(r)[None])[0] for r in routers}
-    if len(routers) > most:
-        worst = sorted(routers, key=lambda r: -np.nan_to_num(ratios[r]).max())
-        routers = sorted(worst[:most])
-    widest = max(len(ratio_E) for ratio_E in ratios.values())
-    label_of = {r: f"layer {layer_label(data.trace.routers, r)}" for r in routers}
-    indent = max(len("experts"), *map(len, label_of.values())) + 2
+    ratio_LE = load_ratios([data.counts.load_E(r) for r in routers])
+    worst_L = np.argsort(-np.nan_to_num(ratio_LE).max(1), kind="stable")
+    shown, widest = sorted(worst_L[:most].tolist()), ratio_LE.shape[1]
+    labels = [f"layer {layer_label(data.trace.routers, routers[n])}" for n in shown]
+    indent = max(len("experts"), *map(len, labels)) + 2
     room = console.width - indent if console.is_terminal else FILE_CELLS
     as_numbers = widest * NUMBER <= room
     together = 1 if as_numbers else math.ceil(widest / room)
     unicode = (console.encoding or "").lower().startswith("utf")
-    several = len({data.trace.routers[r].layer for r in ratios}) < len(ratios)
+    several = len({data.trace.routers[r].layer for r in routers}) < len(routers)
     left_out = list[str]()
-    if len(routers) < len(ratios):
+    if len(shown) < len(routers):
         what = "routers" if several else "layers"
-        left_out.append(f"the {len(routers)} least balanced of {len(ratios)} {what}")
+        left_out.append(f"the {len(shown)} least balanced of {len(routers)} {what}")
     if together > 1:
         left_out.append(f"each character: most extreme of {together} experts")
     lines = [Text("load of each expert ÷ mean of its layer", style="bold")]
@@ -66,26 +66,29 @@ def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
     if not as_numbers:
         ruler = "".join(str(e).ljust(RULER) for e in range(0, widest, RULER * together))
     lines.append(Text("experts".ljust(indent) + ruler.rstrip(), style="dim"))
-    for r in routers:
-        line = Text(label_of[r].ljust(indent))
-        if np.isnan(ratios[r]).all():
-            line.append("no load")
-        elif as_numbers:
-            for ratio in ratios[r].tolist():
-                line.append(load_number(ratio), style=style(ratio))
-        else:
-            steps: list[int] = ramp_of(extremes(ratios[r], together)).tolist()
-            for step in steps:
-                _, fancy, plain, colour = RAMP[step]
-                line.append(fancy if unicode else plain, style=colour)
-        lines.append(line)
+    for label, ratio_C in zip(labels, extremes(ratio_LE[shown], together), strict=True):
+        lines.append(Text(label.ljust(indent)) + cells(ratio_C, as_numbers, unicode))
     return lines
 
 
-def load_number(ratio: float) -> str:
-    """A load ratio in NUMBER characters; 0 is exactly none."""
-    digits = 0 if ratio == 0 or ratio >= 99.5 else 1 if ratio >= 9.995 else 2
-    return f"{ratio:>{NUMBER}.{digits}f}"
+def cells(ratio_C: np.ndarray, as_numbers: bool, unicode: bool) -> Text:
+    """The load ratios of a row of the map, NaN beyond its experts: as numbers, or a character
+    each."""
+    ratio_C, line = ratio_C[~np.isnan(ratio_C)], Text()
+    if not len(ratio_C):
+        return Text("no load", "dim")
+    if as_numbers:
+        for ratio in ratio_C.tolist():
+            # 0 is exactly none
+            digits = 0 if ratio == 0 or ratio >= 99.5 else 1 if ratio >= 9.995 else 2
+            line.append(f"{ratio:>{NUMBER}.{digits}f}", style(ratio))
+        return line
+    inner = [high for high, *_ in RAMP[1:-1]]
+    step_C = np.where(ratio_C == 0, 0, 1 + np.searchsorted(inner, ratio_C, side="right"))
+    for first, end in pairwise(run_edges(step_C).tolist()):
+        _, fancy, plain, colour = RAMP[step_C[first]]
+        line.append((fancy if unicode else plain) * (end - first), colour)
+    return line
 
 
 def legend(unicode: bool) -> str:
@@ -108,12 +111,6 @@ def extremes(ratio_E: np.ndarray, together: int) -> np.ndarray:
     parts = ratio_E.reshape(*rows, -1, together)
     far = np.nan_to_num(np.abs(np.log(np.maximum(parts, 1e-9))), nan=-1.0).argmax(-1)
     return np.take_along_axis(parts, far[..., None], -1)[..., 0]
-
-
-def ramp_of(ratio: np.ndarray | float) -> np.ndarray:
-    """The index into RAMP of load ratios."""
-    inner = [high for high, *_ in RAMP[1:-1]]
-    return np.where(ratio == 0, 0, 1 + np.searchsorted(inner, ratio, side="right"))
 
 
 def style(ratio: float) -> str:

@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -38,6 +38,7 @@ SCRIPTS = [
     f"{of}.js" for of in ("chart", "card", "map", "tables", "find", "page", "routes", "text")
 ]
 STYLES = ("page.css", "text.css")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,10 @@ def chart_section(chart: Chart) -> Section:
 
 def page_html(page: Page) -> str:
     """The page as one string of HTML."""
-    names = _in_order(section.group for section in page.sections)
-    taken = {*IDS, *ADDED_IDS, *(f"group-{slug(name)}" for name in names)}
+    groups = _by_group(page.sections, lambda section: section.group)
+    taken = {*IDS, *ADDED_IDS, *(f"group-{slug(name)}" for name in groups)}
     lead = _placed(page.lead, taken) if page.lead else None
-    groups = {
-        name: [_placed(section, taken) for section in page.sections if section.group == name]
-        for name in names
-    }
+    groups = {name: [_placed(one, taken) for one in of] for name, of in groups.items()}
     in_order = [*([lead] if lead else []), *chain.from_iterable(groups.values())]
     advance = phase("writing page", len(in_order) + 1, "sections")
     tables, downloads, panels = Json(), Json(), list[Json]()
@@ -132,10 +130,7 @@ def page_html(page: Page) -> str:
         lead=lead,
         groups=groups,
         gravest=gravest,
-        others={
-            name: [one for one in others if _group_of(one) == name]
-            for name in _in_order(map(_group_of, others))
-        },
+        others=_by_group(others, lambda one: one.group if isinstance(one, Finding) else ""),
         policy=f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         palette=Markup(palette_css()),
@@ -145,10 +140,6 @@ def page_html(page: Page) -> str:
     )
     advance(1)
     return written
-
-
-def _group_of(said: Finding | str) -> str:
-    return said.group if isinstance(said, Finding) else ""
 
 
 def _placed(section: Section, taken: set[str]) -> Section:
@@ -166,10 +157,13 @@ def slug(text: str, otherwise: str = "section") -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or otherwise
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Each group once: those of GROUPS in their order, others as they come, "" last."""
-    known = {name: i for i, name in enumerate(GROUPS)}
-    return sorted(dict.fromkeys(names), key=lambda n: (not n, known.get(n, len(GROUPS))))
+def _by_group(those: Iterable[T], group_of: Callable[[T], str]) -> dict[str, list[T]]:
+    """Those of each group: the groups of GROUPS in their order, others as they come, "" last."""
+    found, known = dict[str, list[T]](), {name: i for i, name in enumerate(GROUPS)}
+    for one in those:
+        found.setdefault(group_of(one), []).append(one)
+    names = sorted(found, key=lambda name: (not name, known.get(name, len(GROUPS))))
+    return {name: found[name] for name in names}
 
 
 def write_page(path: str | Path, text: str) -> None:

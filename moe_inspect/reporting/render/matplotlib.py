@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -28,9 +27,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from moe_inspect.progress import tracked
 from moe_inspect.reporting.charts import spec
-from moe_inspect.trace.output_dir import output_file, output_folder
 
 SMALL = 8  # points: ticks, legends, numbers in cells
 DASHES = {"": "-", "dot": ":", "dash": "--"}
@@ -39,7 +36,6 @@ FEW = 12  # positions up to which dots are large
 Ticks = list[tuple[float, str]]
 DPI = 200
 WIDTH = 9.8  # of a picture, where no other is asked for
-FORMATS = ("png", "svg")
 BREADTH = 2.9  # least of a panel beside others
 EDGE, GAP = 0.12, 0.3  # around it, between panels
 BETWEEN = 0.2  # rows of panels
@@ -53,25 +49,18 @@ OTHER_FONTS = (
 )
 
 
-def write_charts(
-    charts: Sequence[spec.Chart],
-    directory: str | Path,
-    width: float | None = None,
-    formats: Sequence[str] | None = None,
-) -> list[Path]:
-    """Draws each chart, so many inches wide, as NAME.FORMAT: "png", "svg" or "pdf". Returns the
-    files."""
-    directory, written = output_folder(directory), list[Path]()
-    for chart in tracked(charts, "writing pictures", "pictures"):
-        with letters():
-            figure = draw(chart, width or WIDTH)
-            for path in (directory / f"{chart.name}.{format}" for format in formats or FORMATS):
-                with output_file(path) as draft:
-                    draft.write_bytes(picture(figure, path.suffix[1:], chart.description))
-                written.append(path)
-    return written
+@contextmanager
+def letters() -> Generator[None]:
+    """Within it, labels use every installed font that has their letters; a letter that no font has
+    is drawn as a box, without a warning."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    family = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed), "sans-serif"]
+    with matplotlib.rc_context({"font.family": family}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from (current )?font")
+        yield
 
 
+@letters()
 def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) -> bytes:
     """The bytes of a figure as a file of format "png", "svg" or "pdf"; the same figure gives the
     same bytes. Text of an SVG or a PDF stays text, which can be searched and edited."""
@@ -84,17 +73,6 @@ def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) 
     with matplotlib.rc_context(text):
         figure.savefig(file, format=format, dpi=dpi, metadata=metadata)
     return file.getvalue()
-
-
-@contextmanager
-def letters() -> Generator[None]:
-    """Within it, labels use every installed font that has their letters; a letter that no font has
-    is drawn as a box, without a warning."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    family = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed), "sans-serif"]
-    with matplotlib.rc_context({"font.family": family}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from (current )?font")
-        yield
 
 
 class ColourBar(NamedTuple):
@@ -126,6 +104,7 @@ class Placed(NamedTuple):
     bar: ColourBar | None = None
 
 
+@letters()
 def draw(chart: spec.Chart, width: float = WIDTH) -> Figure:
     """The figure of a chart, so many inches wide."""
     return _Sheet(chart, width).draw(chart)

@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.domains import UNIFORM
-from moe_inspect.reporting.render.documents import Amount
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.payload import Json, numbers, scale_json
-from moe_inspect.reporting.render.texts import text_section
+from moe_inspect.reporting.render.texts import Amount, text_section
 from moe_inspect.reporting.shown import python_call, python_of_table
 from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
 from moe_inspect.reporting.tables.load import chosen
@@ -211,7 +211,7 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
     `layers` are those from start[first[l] + e] to before start[first[l] + e + 1]."""
     if not data.loaded:
         return None, []
-    counts, chosen, load = data.counts, data.selection.routers, data.tables["load"]
+    counts, chosen = data.counts, data.selection.routers
     routers, domains = [data.trace.routers[r] for r in chosen], counts.domains
     first: np.ndarray = np.r_[0, np.cumsum([router.experts for router in routers])]
     tokens_DL = np.stack([counts.tokens_D_of(r) for r in chosen], axis=1)
@@ -221,7 +221,6 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
     )
     short = [left] if len(domains) > most else []
     kept: list[int] = sorted(np.argsort(-tokens_DL.max(1), kind="stable")[:most].tolist())
-    load_of = {r: load[load["router"] == r] for r in chosen}
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
 
@@ -238,8 +237,8 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
     loads = [counts.assignments_DE(r)[kept].tolist() for r in chosen] if several else []
     weights = None
     if data.trace.has_weights:
-        each = (load_of[r]["weight_sum"] / load_of[r]["assignments"] for r in chosen)
-        weights = [numbers(weight.to_numpy(float)) for weight in each]
+        each = (counts.weight_sum_E(r) / nan_for_zero(counts.load_E(r)) for r in chosen)
+        weights = [numbers(weight_E) for weight_E in each]
     drawn: Json = {
         "scale": scale_json(spec.load_scale(routers, "× the mean load")),
         "lift_scale": scale_json(spec.ratio_scale("× the mean over domains", len(kept), "domains")),
@@ -250,12 +249,10 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
         "first": first.tolist(),
         "domains": [readable(domains[d]) for d in kept],
         "uniform": UNIFORM,
-        "all": [load_of[r]["assignments"].tolist() for r in chosen],
+        "all": [counts.load_E(r).tolist() for r in chosen],
         "load": list(zip(*loads, strict=True)),
         "tokens": tokens_DL[kept].tolist(),
-        "choices": [
-            numbers(load_of[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen
-        ],
+        "choices": [numbers(counts.first_choice_E(r)) for r in chosen],
         "weights": weights,
         "telling": int(bits.argmax()) if bits.notna().any() else 0,
         "words": _words(data, entries, by_expert),
@@ -301,7 +298,5 @@ def _pairs(table: pd.DataFrame, other: str, by_expert: ByExpert) -> Json:
 
 
 def _thousandths(share: pd.Series) -> list[int | None]:
-    share_N = share.to_numpy(float)
-    known_N, whole_N = ~np.isnan(share_N), np.empty(len(share), object)
-    whole_N[known_N] = np.rint(share_N[known_N] * 1000).astype(int).tolist()
-    return whole_N.tolist()
+    thousandths = np.rint(share.to_numpy(float) * 1000).tolist()
+    return [None if value != value else int(value) for value in thousandths]

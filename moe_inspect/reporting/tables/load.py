@@ -105,8 +105,8 @@ def chosen(data: ReportData) -> list[Row]:
 
 def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
     """By router, how likely documents like these make any router's busiest expert as busy, and
-    any's least used one as little used, by chance: NaN where documents are unknown or too few."""
-    found = {r: {"busiest_p": math.nan, "least_used_p": math.nan} for r in counts.indices}
+    any's least used one as little used, by chance: none where documents are unknown or too few."""
+    found: dict[int, dict[str, float]] = {r: {} for r in counts.indices}
     if not counts.documents_tell:
         return found
     loads = {r: load_E for r in counts.indices if (load_E := counts.load_E(r)).any()}
@@ -283,12 +283,11 @@ def drift(data: ReportData) -> pd.DataFrame:
     return frame.astype({"trend_expert": "Int64"})
 
 
-def _trend(data: ReportData, router: int, load_WE: np.ndarray) -> dict[str, float | None]:
+def _trend(data: ReportData, router: int, load_WE: np.ndarray) -> dict[str, float]:
     counts = data.counts
     p_E = win.trend_p(load_WE, counts.of[router].assignments_UE, counts.domain_of_unit_U)
     if np.isnan(p_E).all() or not counts.documents_tell:
-        names = ("trend_first", "trend_last", "trend_p")
-        return {"trend_expert": None} | dict.fromkeys(names, math.nan)
+        return {}
     e = int(np.nanargmin(p_E))
     first, last = win.quarter_ratio(load_WE)[:, e].tolist()
     p = min(1.0, float(p_E[e]) * len(p_E) * len(data.selection.routers))

@@ -15,6 +15,7 @@ from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOC
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
+from moe_inspect.reporting.tables.load import at_least_1
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, beyond_documents, name_of, note, warning
 from moe_inspect.text import format_ratio, join_first, plural, verb_for
@@ -36,7 +37,7 @@ def dead_experts(data: ReportData) -> Finding | None:
         names.append(f"{name_of(data, row)}: {join_first(load.loc[of_router, 'expert'].tolist())}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
         effect = LONG_DOCUMENT if data.counts.documents_unknown else row["design_effect"]
-        independent = row["tokens"] / (max(effect, 1) if effect == effect else 1)
+        independent = row["tokens"] / at_least_1(effect)
         likely = max(likely, row["experts"] * (1 - picked) ** independent)
     n, tokens = sum(int(row["dead_experts"]) for row in dead), data.counts.tokens
     told = plural(tokens, "token")
