@@ -272,7 +272,8 @@ class Expected:
                 moved_XE = part_DBU.reshape(-1, U) @ residual_UE
                 moved_DBE = moved_XE.reshape(-1, len(signs_BU), E)
                 for common_E, moved_BE in zip(common_DE[at:], moved_DBE, strict=False):
-                    load_BE = common_E + moved_BE
+                    load_BE = moved_BE.astype(float)
+                    load_BE += common_E
                     yield np.maximum(load_BE, 0, out=load_BE), chance.ALL
 
         step = max(1, CHUNK_CELLS // E)
