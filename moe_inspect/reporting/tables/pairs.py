@@ -243,8 +243,8 @@ class PairEvidence:
 
     def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
-        (expert, other), effect = pairs, load.at_least_1(self.effect)
-        count, expected = self.count_EN[pairs], self.expected_EN[pairs]
+        effect = load.at_least_1(self.effect)
+        (expert, other), count, expected = pairs, self.count_EN[pairs], self.expected_EN[pairs]
         most = _most(count, self.load_E[expert], self.load_N[other])
         log10_p = unc.log10_tail(count / effect, expected / effect, most / effect)
         with np.errstate(divide="ignore", invalid="ignore"):
