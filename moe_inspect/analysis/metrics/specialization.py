@@ -264,17 +264,13 @@ class Expected:
         common_DE, weight_DU = _in_common(assignments_DE)[loaded_D], self.moved.weight_DU[loaded_D]
 
         def loads(signs_BU: np.ndarray) -> Iterator[tuple[np.ndarray, chance.Drawn]]:
-            together = max(1, CHUNK_CELLS // (len(signs_BU) * E))
-            signed_DBU = np.empty((together, *signs_BU.shape), np.float32)
-            for at in range(0, len(common_DE), together):
-                part_D1U = weight_DU[at : at + together, None]
-                part_DBU = np.multiply(signs_BU, part_D1U, out=signed_DBU[: len(part_D1U)])
-                moved_XE = part_DBU.reshape(-1, U) @ residual_UE
-                moved_DBE = moved_XE.reshape(-1, len(signs_BU), E)
-                for common_E, moved_BE in zip(common_DE[at:], moved_DBE, strict=False):
-                    load_BE = moved_BE.astype(float)
-                    load_BE += common_E
-                    yield np.maximum(load_BE, 0, out=load_BE), chance.ALL
+            signed_BU = np.empty_like(signs_BU)
+            moved_BE = np.empty((len(signs_BU), E), np.float32)
+            for common_E, weight_U in zip(common_DE, weight_DU, strict=True):
+                np.multiply(signs_BU, weight_U, out=signed_BU)
+                load_BE = np.matmul(signed_BU, residual_UE, out=moved_BE).astype(float)
+                load_BE += common_E
+                yield np.maximum(load_BE, 0, out=load_BE), chance.ALL
 
         step = max(1, CHUNK_CELLS // E)
         starts = range(0, len(every_BU), step)
