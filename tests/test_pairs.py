@@ -361,11 +361,12 @@ def test_the_number_of_pairs_is_that_of_the_trace(made: Report):
 def test_one_pair_in_so_many_is_chance():
     at = np.array([0]), np.array([0])
     for tested, supported in ((100, True), (130, False)):  # p is 0.000444
-        met = PairEvidence(np.array([[9]]), np.array([[2.0]]), np.array([[1_000]]), tested, 1.0)
+        thousand = [np.array([1_000])] * 2
+        met = PairEvidence(np.array([[9]]), np.array([[2.0]]), *thousand, tested, 1.0)
         found = met.evidence(at)
         p = 10 ** found["log10_p"][0]
         assert p == pytest.approx(2 * stats.binom.sf(8, 1_000, 0.002), rel=1e-6)
         assert bool(found["supported"][0]) == supported == (p * tested <= ALPHA)
     # of tokens that come in documents, three times the counts are worth as much
-    met = PairEvidence(np.array([[27]]), np.array([[6.0]]), np.array([[3_000]]), 100, 3.0)
+    met = PairEvidence(np.array([[27]]), np.array([[6.0]]), *[np.array([3_000])] * 2, 100, 3.0)
     np.testing.assert_allclose(met.evidence(at)["log10_p"], found["log10_p"], rtol=1e-9)

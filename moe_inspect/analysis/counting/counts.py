@@ -187,7 +187,7 @@ class Counts:
         assert load_WE is not None, "windows were not asked for"
         assert tokens_W is not None
         for w in np.flatnonzero(tokens_W).tolist():
-            yield w, int(self.first_token_W[w]), int(tokens_W[w]), load_WE[w]
+            yield w, int(self.first_token_W[w]), int(tokens_W[w]), load_WE[w].astype(np.int64)
 
 
 def merge(parts: Iterable[Counts]) -> Counts:

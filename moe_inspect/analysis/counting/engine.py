@@ -205,8 +205,8 @@ class RouterGroup:
         for r in self.routers:
             found = token_ids.by_token_id(self.tables.pop(r), self.request.top)
             self.counts.by_token_id[r] = found
-        for of in self.counts.of.values():  # experts × experts, of each router
-            of.narrow({"pairs", "transitions"})
+        for of in self.counts.of.values():  # the largest of what is kept of each router
+            of.narrow({"pairs", "transitions", "windows"})
         return self.counts
 
 

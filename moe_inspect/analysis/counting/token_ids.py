@@ -22,7 +22,7 @@ import numpy as np
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.kernels_numpy import Slots, Visits
-from moe_inspect.analysis.counting.router_counts import ByTokenId
+from moe_inspect.analysis.counting.router_counts import ByTokenId, narrowed
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, selected_tokens
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.chance import shuffled_p, shuffled_within
@@ -271,11 +271,11 @@ def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     return ByTokenId(
         columns,
         expected,
-        expert_N,
-        listed.ids_V[row_N],
-        any_VE[row_N, expert_N].astype(np.int64),
-        None if first_VE is None else first_VE[row_N, expert_N].astype(np.int64),
-        listed.occurrences_V[row_N],
+        narrowed(expert_N),
+        narrowed(listed.ids_V[row_N]),
+        narrowed(any_VE[row_N, expert_N]),
+        None if first_VE is None else narrowed(first_VE[row_N, expert_N]),
+        narrowed(listed.occurrences_V[row_N]),
     )
 
 

@@ -9,7 +9,7 @@ difference means anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ JSD_DRAWS, JSD_PAIRS = 20, 100_000  # by chance, at most: draws, and pairs of do
 CHUNK_CELLS = 2**16  # of pairs of domains, or of draws, taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
+TINY = np.finfo(float).tiny
 N_LOG2_N = np.arange(LOOKED_UP) * np.log2(np.maximum(np.arange(LOOKED_UP), 1))
 of_domains, of_router = partial(metric, "domains", axes="DE"), partial(metric, "specialization")
 
@@ -101,7 +102,7 @@ def _bits_of_draws(load_DPE: Iterable[tuple[np.ndarray, chance.Drawn]]) -> np.nd
 
 
 def _entropy_bits(share_BE: np.ndarray) -> np.ndarray:
-    terms_BE = np.maximum(share_BE, np.finfo(float).tiny)
+    terms_BE = np.maximum(share_BE, TINY)
     return -np.einsum("be,be->b", share_BE, np.log2(terms_BE, out=terms_BE))
 
 
@@ -208,11 +209,11 @@ class Moved:
     """How much the residual of a document (unit), beyond what its token ids explain, moves that of
     a domain at any router: by all of it where it is its own, less what it moves the shares of the
     token ids that the domain has; scaled up as a document is part of the shares that it is compared
-    with. tokens_XU: sparse."""
+    with. tokens_XU: sparse. member_DU: 1 where a unit is of the domain."""
 
     tokens_XU: Any
     weight_DU: np.ndarray
-    domain_U: np.ndarray
+    member_DU: np.ndarray
 
     @staticmethod
     def of(counts_XU: np.ndarray, domain_U: np.ndarray) -> Moved:
@@ -222,14 +223,14 @@ class Moved:
         tokens_X, tokens_U = tokens_XU.sum(1), tokens_XU.sum(0)
         part_UX = (tokens_XU / tokens_U).T  # of the tokens of a document, those of an id
         share_XU = (tokens_XU.T / tokens_X).T  # of the tokens of an id, those in a document
-        member_DU = np.eye(int(domain_U.max()) + 1)[domain_U].T  # 1 where a unit is of the domain
+        member_DU = np.eye(int(domain_U.max()) + 1)[domain_U].T
         itself_U = np.asarray(part_UX.multiply(share_XU.T).sum(1)).reshape(-1)
         share_XD = np.asarray(share_XU @ member_DU.T)
         # the mean over the tokens of a document of (1 or 0 − share of the domain)²
         weight_DU = member_DU * (1 - 2 * (part_UX @ share_XD).T) + (part_UX @ share_XD**2).T
         weight_DU = np.sqrt(np.maximum(weight_DU, 0)) * (2 * member_DU - 1)
         weight_DU /= np.sqrt(np.maximum(1 - itself_U, 1e-3))
-        return Moved(tokens_XU, weight_DU.astype(np.float32), domain_U)
+        return Moved(tokens_XU, weight_DU.astype(np.float32), member_DU)
 
 
 @dataclass(frozen=True)
@@ -249,33 +250,31 @@ class Expected:
 
     def by_domain(self) -> tuple[np.ndarray, np.ndarray]:
         """Assignments, and those expected. float64 [D, E] each"""
-        member_DU = np.eye(len(self.moved.weight_DU))[self.moved.domain_U].T
+        member_DU = self.moved.member_DU
         return member_DU @ self.assignments_UE, member_DU @ self.expected_UE
 
     def null(self) -> np.ndarray:
         """`domain_mi_given_token_bits` of documents whose residuals from what their token ids
         explain have random signs. float64 [B]"""
-        assignments_DE, _ = self.by_domain()
+        assignments_DE = self.moved.member_DU @ self.assignments_UE
         residual_UE = (self.assignments_UE - self.expected_UE).astype(np.float32)
-        every_BU = chance.signs_of(len(residual_UE), assignments_DE.size)
-        common_DE, weight_DU = _in_common(assignments_DE), self.moved.weight_DU
-        with_load = np.flatnonzero(assignments_DE.any(1)).tolist()
+        U, E = residual_UE.shape
+        every_BU = chance.signs_of(U, assignments_DE.size)
+        loaded_D = assignments_DE.any(1)
+        common_DE, weight_DU = _in_common(assignments_DE)[loaded_D], self.moved.weight_DU[loaded_D]
 
-        def bits(signs_BU: np.ndarray) -> np.ndarray:
+        def loads(signs_BU: np.ndarray) -> Iterator[tuple[np.ndarray, chance.Drawn]]:
             signed_BU = np.empty_like(signs_BU)
-            moved_BE = np.empty((len(signs_BU), residual_UE.shape[1]), np.float32)
-            load_BE = np.empty(moved_BE.shape)
+            moved_BE = np.empty((len(signs_BU), E), np.float32)
+            for common_E, weight_U in zip(common_DE, weight_DU, strict=True):
+                np.multiply(signs_BU, weight_U, out=signed_BU)
+                load_BE = np.matmul(signed_BU, residual_UE, out=moved_BE).astype(float)
+                load_BE += common_E
+                yield np.maximum(load_BE, 0, out=load_BE), chance.ALL
 
-            def loads(d: int) -> tuple[np.ndarray, chance.Drawn]:
-                np.multiply(signs_BU, weight_DU[d], out=signed_BU)
-                np.add(common_DE[d], np.matmul(signed_BU, residual_UE, out=moved_BE), out=load_BE)
-                return np.maximum(load_BE, 0, out=load_BE), chance.ALL
-
-            return _bits_of_draws(map(loads, with_load))
-
-        step = max(1, CHUNK_CELLS // residual_UE.shape[1])
+        step = max(1, CHUNK_CELLS // E)
         starts = range(0, len(every_BU), step)
-        return np.concatenate([bits(every_BU[at : at + step]) for at in starts])
+        return np.concatenate([_bits_of_draws(loads(every_BU[at : at + step])) for at in starts])
 
 
 def _n_log2_n(counts_XE: np.ndarray) -> np.ndarray:

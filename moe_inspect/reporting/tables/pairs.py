@@ -202,8 +202,8 @@ def locality(data: ReportData) -> pd.DataFrame:
 @dataclass(frozen=True)
 class PairEvidence:
     """How often each pair of experts is chosen together, and how often it would be by chance at
-    these loads. count_EN, expected_EN: the two numbers. most_EN: the most they could be. tested:
-    pairs of the whole trace. effect: the design effect.
+    these loads. count_EN, expected_EN: the two numbers. load_E, load_N: how often each expert could
+    be chosen with one other. tested: pairs of the whole trace. effect: the design effect.
 
     The evidence of a pair is the probability of a count at least as far from the expected one, by
     chance at these loads: a two-sided binomial tail, with one trial for each time that the rarer of
@@ -215,22 +215,28 @@ class PairEvidence:
 
     count_EN: np.ndarray
     expected_EN: np.ndarray
-    most_EN: np.ndarray
+    load_E: np.ndarray
+    load_N: np.ndarray
     tested: int
     effect: float
 
     def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
         """The `top` partners of each expert with the most evidence, among those it is ever chosen
         with; 0: all. Returns (expert, partner)."""
-        (E, N), order_EN = self.count_EN.shape, np.full(self.count_EN.shape, np.inf)
-        top, step = min(top or N, N), max(1, BLOCK // N)
-        for of in (slice(at, at + step) for at in range(0, E, step)):
+        E, N = self.count_EN.shape
+        top, step, found = min(top or N, N), max(1, BLOCK // N), list[tuple[np.ndarray, ...]]()
+        for at in range(0, E, step):
+            of = slice(at, at + step)
+            count_EN, expected_EN = self.count_EN[of], self.expected_EN[of]
+            most_EN = _most(count_EN, self.load_E[of, None], self.load_N)
             # the deviance orders pairs as their evidence does, and is faster to compute
-            counted = self.count_EN[of], self.expected_EN[of], self.most_EN[of]
-            order_EN[of] = np.where(counted[0] > 0, -unc.signed_deviance(*counted), np.inf)
-        last_E = np.partition(order_EN, top - 1, axis=1)[:, top - 1]
-        expert, other = np.nonzero((order_EN <= last_E[:, None]) & (order_EN < np.inf))
-        by_evidence = np.lexsort((order_EN[expert, other], expert))
+            order_EN = -unc.signed_deviance(count_EN, expected_EN, most_EN)
+            order_EN[count_EN <= 0] = np.inf
+            last_E = np.partition(order_EN, top - 1, axis=1)[:, top - 1]
+            expert, other = np.nonzero((order_EN <= last_E[:, None]) & (order_EN < np.inf))
+            found.append((at + expert, other, order_EN[expert, other]))
+        expert, other, order = map(np.concatenate, zip(*found, strict=True))
+        by_evidence = np.lexsort((order, expert))
         expert, other = expert[by_evidence], other[by_evidence]
         listed = np.arange(len(expert)) - np.searchsorted(expert, expert) < top  # of equals, some
         return expert[listed], other[listed]
@@ -238,13 +244,11 @@ class PairEvidence:
     def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
         effect = load.at_least_1(self.effect)
-        count, expected, most = (
-            values_EN[pairs] / effect
-            for values_EN in (self.count_EN, self.expected_EN, self.most_EN)
-        )
-        log10_p = unc.log10_tail(count, expected, most)
+        (expert, other), count, expected = pairs, self.count_EN[pairs], self.expected_EN[pairs]
+        most = _most(count, self.load_E[expert], self.load_N[other])
+        log10_p = unc.log10_tail(count / effect, expected / effect, most / effect)
         with np.errstate(divide="ignore", invalid="ignore"):
-            lift_sd = np.sqrt(np.maximum(self.effect, 1) / self.expected_EN[pairs])
+            lift_sd = np.sqrt(np.maximum(self.effect, 1) / expected)
         supported = log10_p <= np.log10(ALPHA / self.tested)
         return {"lift_sd": lift_sd, "log10_p": log10_p, "supported": supported}
 
@@ -264,15 +268,13 @@ def chosen_together(data: ReportData, r: int) -> PairEvidence:
     """Pairs of experts of one decision. With k = 1 there are none."""
     counts = data.decisions("coactivation")
     together_EE = _counted(counts.of[r].together_EE)
-    load_E = np.diagonal(together_EE)
+    load_E, expected_EE = np.diagonal(together_EE).copy(), pairs.together_by_chance(together_EE)
+    np.fill_diagonal(together_EE, 0)
     tested = sum(
         router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1
     )
-    count_EE = (together_EE - np.diag(load_E)) * (counts.routers[r].top_k > 1)
-    expected_EE, most_EE = pairs.together_by_chance(together_EE), _most(count_EE, load_E, load_E)
-    return PairEvidence(
-        count_EE, expected_EE, most_EE, max(tested, 1), load.design_effects(data)[r]
-    )
+    effect = load.design_effects(data)[r]
+    return PairEvidence(together_EE, expected_EE, load_E, load_E, max(tested, 1), effect)
 
 
 def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
@@ -290,13 +292,13 @@ def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
     # an expert that a token chooses is in as many of its pairs as the other router has choices
     loads = row_E / counts.routers[after].top_k, column_N / counts.routers[r].top_k
-    most_EN, effect = _most(next_EN, *loads), load.design_effects(data)[r]
-    return PairEvidence(next_EN, expected_EN, most_EN, max(tested, 1), effect)
+    effect = load.design_effects(data)[r]
+    return PairEvidence(next_EN, expected_EN, *loads, max(tested, 1), effect)
 
 
-def _most(count_EN: np.ndarray, load_E: np.ndarray, load_N: np.ndarray) -> np.ndarray:
+def _most(count: np.ndarray, load: np.ndarray, other_load: np.ndarray) -> np.ndarray:
     """How often two experts could be chosen together that were chosen so often each."""
-    return np.maximum(np.minimum.outer(load_E, load_N), np.maximum(count_EN, 1))
+    return np.maximum(np.minimum(load, other_load), np.maximum(count, 1))
 
 
 def _counted(values: np.ndarray | None) -> np.ndarray:

@@ -168,16 +168,18 @@ def token_ids(data: ReportData, most: int | None = None) -> AsColumns:
 
     def columns(r: int) -> load.Columns:
         of = by_token_id[r]
-        occurrences_N = np.maximum(of.occurrences_N, 1)
-        rank_N = np.arange(len(of.expert_N)) - np.searchsorted(of.expert_N, of.expert_N)
+        listed = of.expert_N, of.token_id_N, of.count_N, of.occurrences_N
+        expert_N, token_id_N, count_N, occurrences_N = (N.astype(np.int64) for N in listed)
+        often_N = np.maximum(occurrences_N, 1)
+        rank_N = np.arange(len(expert_N)) - np.searchsorted(expert_N, expert_N)
         found = {
-            "expert": of.expert_N,
-            "token_id": of.token_id_N,
-            "token": text_of.reindex(of.token_id_N).to_numpy(object),
-            "count": of.count_N,
-            "fraction": of.count_N / occurrences_N,
-            "first_choice_fraction": np.nan if of.first_N is None else of.first_N / occurrences_N,
-            "occurrences": of.occurrences_N,
+            "expert": expert_N,
+            "token_id": token_id_N,
+            "token": text_of.reindex(token_id_N).to_numpy(object),
+            "count": count_N,
+            "fraction": count_N / often_N,
+            "first_choice_fraction": np.nan if of.first_N is None else of.first_N / often_N,
+            "occurrences": occurrences_N,
         }
         kept = slice(None) if most is None else rank_N < most
         return {name: np.broadcast_to(N, rank_N.shape)[kept] for name, N in found.items()}
