@@ -51,7 +51,7 @@ def routing(model: Any, path: Path, batches: Any, **options: Any) -> tuple[pd.Da
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("family", sample(ON_INTERFACE, 3))
+@pytest.mark.parametrize("family", sample(ON_INTERFACE, 5))
 def test_through_the_kernels_a_model_computes_what_stock_does(
     family: str, implementation: str, on_triton: None, few: Few, tmp_path: Path
 ) -> None:

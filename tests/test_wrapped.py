@@ -173,7 +173,6 @@ def test_a_training_step_is_recorded_once(kind: str, one_rank: None, tmp_path: P
 compiled = partial(torch.compile, backend="eager")
 COMPILED: dict[str, tuple[Make, Callable[[Any], Any]]] = {
     "PEFT": (lambda m: compiled(lora(m)), lambda m: m(IDS, MASK)),
-    "a batch": (lambda m: compiled(step(m)), lambda m: m(INPUTS)),
     "inside DistributedDataParallel": (
         lambda m: nn.parallel.DistributedDataParallel(compiled(m)),
         lambda m: m(IDS, MASK),
