@@ -326,7 +326,8 @@ def around_a_step(model: Any) -> Any:
 
 
 OUTSIDE = [(from_outside, True), (from_outside, False), (around_a_step, False)]
-COMPILED = [(in_place, True), (layer_by_layer, True), (for_decoding, False), *sample(OUTSIDE, 2)]
+COMPILED = [(in_place, True), (layer_by_layer, True), (for_decoding, False)]
+COMPILED += OUTSIDE if WHOLE else OUTSIDE[-1:]
 
 
 @pytest.mark.slow
