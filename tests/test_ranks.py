@@ -70,7 +70,7 @@ def test_more_ranks_than_batches(tmp_path: Path) -> None:
 
 def test_killed_and_resumed_it_ends_with_the_same_rows(tmp_path: Path) -> None:
     slow, manifest = tmp_path / "long.txt", tmp_path / "t" / "trace.json"
-    slow.write_text("the quick brown fox jumps over the lazy dog and then some. " * 2000)
+    slow.write_text("the quick brown fox jumps over the lazy dog and then some. " * 4000)
     arguments = ("--batch-tokens", "500", "--data", f"a={slow}", "--max-length", "100")
     run = traced(tmp_path, 2, *arguments)
     waited(manifest.exists, most_s=120)
