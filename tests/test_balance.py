@@ -1,5 +1,4 @@
-"""Balance metrics: by hand, against published counts, and what must hold for every metric there
-is."""
+"""Balance metrics: by hand, and what must hold for every metric there is."""
 
 from __future__ import annotations
 
@@ -10,21 +9,6 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.registry import metrics_of
 
 METRICS = metrics_of("balance", {"load_LE"})
-
-# computed from the OLMoE authors' published counts of Mixtral-8x7B on C4, any of 2, 208,896 tokens
-# (layers 0, 7 and 15), and what they come to
-MIXTRAL = [
-    [56947, 49733, 50426, 49453, 52127, 57956, 42632, 58518],
-    [50706, 54716, 51313, 50515, 56215, 49525, 53315, 51487],
-    [47396, 58718, 55366, 32510, 55049, 57385, 57170, 54198],
-]
-PUBLISHED = {
-    "max_over_mean": ([1.121, 1.076, 1.124], 6e-4),
-    "min_over_max": ([0.816 / 1.121, 0.948 / 1.076, 0.623 / 1.124], 1e-3),
-    "cv": ([0.097, 0.041, 0.155], 6e-4),
-    "entropy": ([0.9977, 0.9996, 0.9936], 6e-5),
-    "gini": ([0.053, 0.023, 0.073], 6e-4),
-}
 
 
 def one(name: str, load: list[int]) -> float:
@@ -56,13 +40,6 @@ def test_by_hand_on_two_routers_of_four_experts():
     assert bal.max_vio(np.array([[12, 8, 10]])).tolist() == [0.2]  # exactly, though 1.2 − 1 is not
     assert bal.busiest_expert(load_LE).tolist() == [0, 0]
     assert bal.load_ratio(load_LE)[0].tolist() == [2, 1, 1, 0]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_values_of_published_mixtral_counts(name: str):
-    values, near = PUBLISHED[name]
-    assert np.sum(MIXTRAL, axis=1).tolist() == [208_896 * 2] * 3
-    assert METRICS[name].function(np.array(MIXTRAL)) == pytest.approx(values, abs=near)
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -170,7 +170,7 @@ def test_the_manifest_says_how_it_was_made(trace: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def long_corpus(tmp_path_factory: Any) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "long.jsonl", documents=2000, words=140)
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "long.jsonl", documents=1300, words=140)
 
 
 def start(model: Path, corpus: Path, out: Path) -> Ranks:

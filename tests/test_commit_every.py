@@ -27,6 +27,7 @@ from tests.test_trace import ROUTERS, a_batch, written
 
 AT_ONCE = 1e-9  # seconds: after every batch
 TOKENS = 20
+EVERY = 1 if WHOLE else 5  # of the steps to die at
 
 
 def some_batches(n: int = 7, group: int = 0) -> list[RoutedBatch]:
@@ -236,12 +237,12 @@ def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> Non
         found = verify(root)
         assert (found.ok, found.status, found.uncommitted) == (True, "complete", []), step
         assert content(root) == expected, step
-        step += 1 if WHOLE else 2
+        step += EVERY
     assert content(root) == expected
     # control: it died while early shards were there, and while replaced files were
     assert step > 60
-    assert early > 10
-    assert replaced > 10
+    assert early > 20 / EVERY
+    assert replaced > 20 / EVERY
 
 
 # --- counts

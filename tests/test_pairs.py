@@ -5,7 +5,6 @@ test_formulas."""
 
 from __future__ import annotations
 
-import io
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.pairs import coactivation, supported_lift
 from moe_inspect.reporting.render.page import map_data, report_page
-from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together, supported_pairs
 from moe_inspect.reporting.verdict.data_checks import in_runs
@@ -157,18 +155,6 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
     for domain, warm in (("a", True), ("b", False)):
         said = sentences(report(trace, domains=domain))
         assert any("identical rows" in sentence for sentence in said) == warm
-
-
-def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
-    ids = uniform_ids(np.random.default_rng(4), 900, 8, 2)
-    of = {"document": np.arange(900) // 300, "domain_of_document": ["\x1b[31mred\x07", "b", "c"]}
-    trace = write_trace(tmp_path / "t", [ids], 8, **of)
-    file = io.StringIO()
-    print_report(report(trace), file)
-    print_report(report(trace), file, full=True)
-    assert "\x1b" not in file.getvalue()
-    assert "\x07" not in file.getvalue()
-    assert "\\x1b[31mred" in file.getvalue()
 
 
 def test_gpus_whose_number_does_not_divide_that_of_the_experts():

@@ -133,7 +133,7 @@ def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
     blocks = [text for kind, text in steps("README.md") if kind == "python"]
     (tmp_path / "reader.py").write_text("\n".join([*blocks, "reveal_type(report)"]))
     (tmp_path / "mypy.ini").write_text(
-        "[mypy]\nstrict = true\n"
+        f"[mypy]\nstrict = true\ncache_dir = {ROOT / 'build/mypy'}\n"
         "[mypy-torch.*,transformers.*,triton.*]\n"
         "follow_imports = skip\nignore_missing_imports = true\n"
     )

@@ -1,4 +1,5 @@
-"""Real routing of real models against what their authors published, where it is there."""
+"""Real routing of real models against what their authors published, where it is there; and
+docs/reproduced.md, which `python -m benchmarks.published` writes of it."""
 
 from __future__ import annotations
 
@@ -14,16 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.published import documented, imported
+from benchmarks import published
+from benchmarks.published import FIGURES, Figure, documented, imported, page, row
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.verify import verify
+from tests.conftest import ROOT
 from tests.support.planted import sentences
 
-REAL = Path(__file__).parent.parent.parent / "shared" / "real"
+REAL = ROOT.parent / "shared" / "real"
 ESFT, FIDDLER = REAL / "esft_law", REAL / "fiddler_mixtral"
 needs_fiddler = pytest.mark.skipif(not FIDDLER.is_dir(), reason=f"no {FIDDLER}")
 
@@ -36,16 +39,21 @@ Real = Callable[[str], Trace]
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the folders of docs/data.md are, and what its commands import."""
+    path = tmp_path_factory.mktemp("real")
+    for folder in REAL.glob("*"):
+        (path / folder.name).symlink_to(folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def real(place: Path) -> Real:
     """From the name of a trace to what the command of docs/data.md imports."""
-    place = tmp_path_factory.mktemp("real")
 
     def trace(name: str) -> Trace:
-        folder = folder_of(name)
-        if not (REAL / folder).is_dir():
-            pytest.skip(f"no {REAL / folder}")
-        if not (place / folder).exists():
-            (place / folder).symlink_to(REAL / folder)
+        if not (place / folder_of(name)).is_dir():
+            pytest.skip(f"no {REAL / folder_of(name)}")
         with chdir(place):
             return open_trace(imported(name).absolute())
 
@@ -252,19 +260,13 @@ def test_olmoe_and_mixtral_have_the_tokens_and_layers_of_their_authors_script(re
         assert (sums == 208_896 * trace.routers[0].top_k).all()
 
 
-def test_olmoe_quantised_has_as_many_tokens_as_its_examples(real: Real):
+def test_olmoe_quantised_has_the_tokens_of_each_example(real: Real):
     trace = real("olmoe_bf16")
-    assert trace.n_tokens == 88_098
     assert (trace.counts().groupby("layer")["assignments"].sum() == 88_098 * 8).all()
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
-def test_olmoe_quantised_has_the_tokens_of_each_example(tmp_path: Path):
-    made = REAL / "olmoe_quantised/null1024_olmoe_nf4_resident"
-    trace = import_trace("experts4bit", [f"{made}.jsonl.gz"], tmp_path / "nf4")
-    stated = Path(f"{made}.rows.jsonl").read_text().splitlines()
-    tokens = [json.loads(line)["n_tokens"] for line in stated]
+    stated = REAL / "olmoe_quantised/null1024_olmoe_bf16_resident.rows.jsonl"
+    tokens = [json.loads(line)["n_tokens"] for line in stated.read_text().splitlines()]
     assert trace.documents()["tokens"].tolist() == tokens
+    assert trace.n_tokens == sum(tokens) == 88_098
 
 
 def test_deepseek_v2_lite_by_token_has_the_text_of_its_tokens(real: Real):
@@ -273,3 +275,41 @@ def test_deepseek_v2_lite_by_token_has_the_text_of_its_tokens(real: Real):
     assert shapes == [(layer, 64, 6) for layer in range(1, 27)]
     first = ["<｜begin▁of▁sentence｜>", "something", "▁to"]
     assert trace.vocabulary()["token"].tolist()[:3] == first
+
+
+# --- docs/reproduced.md
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
+def test_the_page_is_what_the_data_give(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what a machine's arithmetic changes: the model's own runs."""
+    monkeypatch.chdir(place)
+    imported("olmoe_bf16").with_name("null1024_olmoe_bf16").symlink_to("olmoe_bf16")
+    published.table.cache_clear()
+    written = page([figure for figure in FIGURES if figure.data], REAL)
+    lines = (ROOT / "docs/reproduced.md").read_text().splitlines()
+    recorded = [line for line in lines if "`trace demo " in line]
+    assert len(recorded) == 1
+    assert [*written.splitlines(), *recorded] == lines
+
+
+def test_figures_without_data_are_skipped_with_a_line(tmp_path: Path) -> None:
+    figures = [figure for figure in FIGURES if figure.data]
+    lines = page(figures, tmp_path).splitlines()[-len(figures) :]
+    for figure, line in zip(figures, lines, strict=True):
+        assert line.rstrip() == f"Skipped, as there is no {figure.data}: {figure.what}."
+
+
+def test_a_figure_that_differs_says_why() -> None:
+    def ours(how: str) -> list[float]:
+        return [0.0123, 1.256]
+
+    same = Figure("x", "us", "0.012, 1.26", "report a; report b --domain {domain}", ours)
+    end = "| the same | `report a`<br>`report b --domain NAME` |"
+    assert row(same) == f"| x | us | 0.012, 1.26 | 0.012, 1.26 {end}"
+    with pytest.raises(SystemExit, match=r"^y: 0.012, 1.26, not 0.013, 1.26: say why$"):
+        row(Figure("y", "us", "0.013, 1.26", "", ours))
+    assert "| rounding | `ours` of" in row(
+        Figure("y", "us", "0.013, 1.26", "", ours, why="rounding")
+    )

@@ -18,6 +18,7 @@ from moe_inspect.capture.hook.inputs.arguments import length_of, mask_of
 from moe_inspect.capture.hook.inputs.rows import CachedRows
 from moe_inspect.errors import MoeInspectError
 from tests.support.families import FAMILIES, NO_INTERFACE, build, handed_over, moe_layers
+from tests.support.sweep import sample
 from tests.support.zoo import recorded, token_batch
 
 LENGTHS = [9, 5, 12]
@@ -38,7 +39,7 @@ def slots(trace: moe_inspect.Trace, layer: int, prefix: str) -> np.ndarray:
 # change when an expert is disturbed: test_zoo
 
 
-@pytest.mark.parametrize(("family", "capture"), CASES)
+@pytest.mark.parametrize(("family", "capture"), sample(CASES, 4))
 def test_recorded_is_what_executed(family: str, capture: str, tmp_path: Path) -> None:
     model, inputs = build(family), token_batch(LENGTHS)
     if family in DISPATCHED:
@@ -59,7 +60,7 @@ def test_recorded_is_what_executed(family: str, capture: str, tmp_path: Path) ->
             assert (slots(trace, layer, name) == np.take_along_axis(executed, order, 1)).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sample(FAMILIES, 3))
 def test_logits_are_those_before_the_activation(family: str, tmp_path: Path) -> None:
     """Against the product of the router's weight with its input, at the linear layer's own call."""
     model, inputs = build(family), token_batch(LENGTHS)

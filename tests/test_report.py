@@ -18,7 +18,7 @@ from moe_inspect.reporting.verdict.checks import CHECKS
 from moe_inspect.reporting.verdict.findings import SEVERITIES
 from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT, Cli
-from tests.support.planted import K, T, planted, sentences, uniform
+from tests.support.planted import K, T, planted, sentences
 from tests.support.synthetic import uniform_ids, write_trace
 
 COLUMNS = {
@@ -101,15 +101,6 @@ def test_what_is_planted_is_said(planted_report: Report):
         "Judged on 6,000 tokens of 60 documents in 4 domains, 4 routers.",
     ):
         assert part in together
-
-
-def test_nothing_wrong_is_said_plainly(tmp_path: Path):
-    said = sentences(uniform(tmp_path / "t"))
-    assert said[0].startswith("Balance is good")
-    assert "which chance explains" in said[0]
-    assert any(s.startswith("No expert specialises by domain") for s in said)
-    assert any(s.startswith("The token id does not determine the expert") for s in said)
-    assert not any(word in " ".join(said) for word in ("dead", "overloads", "uneven", "hides"))
 
 
 @pytest.mark.parametrize(

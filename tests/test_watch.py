@@ -456,7 +456,7 @@ def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
 
         waited(is_shown)
         # it is drawn again and again, at the same place
-        for _ in range(20):
+        for _ in range(8):
             time.sleep(0.1)
             lines = screen()
             titles = [line for line in lines if line.startswith(("watch ", "alarms  "))]

@@ -413,7 +413,7 @@ def test_what_is_said_of_the_routers(family: str) -> None:
 ODD = {"jetmoe", "longcat_flash", "zaya", "doge", "nllb_moe", "switch_transformers"}
 
 
-@pytest.mark.parametrize("family", sorted({*sample(BUILT, 3), *ODD} & set(BUILT)))
+@pytest.mark.parametrize("family", sorted({*sample(BUILT, 6), *ODD} & set(BUILT)))
 def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
     """By its own trace, another's, none of an expert, one expert always."""
     model, inputs = made(family)

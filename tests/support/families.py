@@ -45,6 +45,14 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any
     return zoo.build(family, dtype, seed, spread=0.5, num_hidden_layers=2, **FAMILIES[family])
 
 
+def shallow(family: str) -> Any:
+    """Of one layer, for compilers."""
+    model = build(family)
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    return model
+
+
 def moe_layers(family: str) -> list[int]:
     return [1] if family in DENSE_FIRST else [0, 1]
 
