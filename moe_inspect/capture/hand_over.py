@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import DRAFT, CallInputs, Rows, joined, steps_at
+from moe_inspect.capture.hook.inputs.rows import DRAFT, CallInputs, Rows, joined
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
@@ -48,17 +47,16 @@ class Forward(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """Forward passes on the host: one, or several that are one stack's consecutive decode steps.
-    `rows` of each stack that ran, those of all passes."""
+    """A forward pass on the host. `rows`: of each stack that ran."""
 
-    forwards: list[Forward]
+    forward: Forward
     rows: list[Rows]
 
     def continues(self, before: Arrived) -> bool:
         """Whether the two can be one batch: whole passes of one stack, of one kind."""
         if len(self.rows) > 1 or len(before.rows) > 1:
             return False
-        (a,), (b,) = before.forwards[-1].passes, self.forwards[-1].passes
+        (a,), (b,) = before.forward.passes, self.forward.passes
         (x,), (y,) = before.rows, self.rows
         return (
             a.stack is b.stack
@@ -193,7 +191,7 @@ class HandOver:
                 return
             self._write(writer, batch)
             self._torn = False
-            for done in (done for arrived in batch for done in arrived.forwards[-1].passes):
+            for done in (done for forward, _ in batch for done in forward.passes):
                 done.rings.release(done.start + done.fed.T)
             if once:
                 return
@@ -208,38 +206,21 @@ class HandOver:
                 break
             self._torn = True
             batch.append(self._arrived)
-            for _ in self._arrived.forwards:
-                self._in_flight.popleft()
+            self._in_flight.popleft()
             self._arrived = None
         return batch
 
     def _read(self, wait: bool) -> Arrived | None:
-        """The first pass of the queue with its rows, or as many as are consecutive decode steps;
-        None where it has not arrived."""
+        """The first pass of the queue with its rows; None where it has not arrived."""
         first = self._in_flight[0]
         if not first.arrived(wait):
             return None
-        steps = steps_at(done.fed for done in self._whole_passes())
-        forwards = list(islice(self._in_flight, max(1, len(steps))))
-        for done in (done for forward in forwards for done in forward.passes):
+        for done in first.passes:
             if not done.rings.synchronous:
                 done.stack.check(done)
-        if len(steps) > 1:
-            rows = [self.inputs.rows_of_steps(steps)]
-        else:
-            rows = [self.inputs.rows(done.fed) for done in first.passes]
+        rows = [self.inputs.rows(done.fed) for done in first.passes]
         self.inputs.accept()
-        return Arrived(forwards, rows)
-
-    def _whole_passes(self) -> Iterator[StackPass]:
-        """The first passes of the queue that have arrived, up to one of another stack or of two, or
-        one whose decisions were dropped in part."""
-        for forward in self._in_flight:
-            done = forward.passes[0]
-            of_one = len(forward.passes) == 1 and done.stack is self._in_flight[0].passes[0].stack
-            if not of_one or done.kept < done.fed.T or not forward.arrived(wait=False):
-                return
-            yield done
+        return Arrived(first, rows)
 
     def _write(self, writer: TraceWriter, batch: list[Arrived]) -> None:
         parts: list[Rows] = []  # those that are in the rings
@@ -247,28 +228,24 @@ class HandOver:
         numbers: list[np.ndarray] = []  # of the forward pass that each token is of
         places: Places = {}
         encoded = 0
-        for forwards, of_stacks in batch:
-            for n, rows in enumerate(of_stacks):
-                passes = [forward.passes[n] for forward in forwards]
-                stack, there = passes[0].stack, first_rows(rows, sum(p.kept for p in passes))
+        for forward, of_stacks in batch:
+            for done, rows in zip(forward.passes, of_stacks, strict=True):
+                stack, there = done.stack, first_rows(rows, done.kept)
                 parts.append(there)
                 tokens = len(there.token_id)
                 writer.dropped += (len(rows.token_id) - tokens) * len(stack.routers)
-                places.setdefault(stack.name, (passes[0], []))[1].append(there.real)
+                places.setdefault(stack.name, (done, []))[1].append(there.real)
                 encoded += tokens if stack.name == "encoder" else 0
                 if self.options.token_loss:
-                    is_last = rows is of_stacks[-1]
-                    of_last = [f.losses for f in forwards if f.losses] if is_last else []
+                    of_last = forward.losses if rows is of_stacks[-1] else None
                     losses.append(losses_of(of_last, rows)[:, :tokens])
-                sizes = there.real.reshape(len(forwards), -1).sum(1)
-                numbers.append(np.repeat(np.array([f.number for f in forwards], np.int32), sizes))
+                numbers.append(np.full(tokens, forward.number, np.int32))
         fed = joined(parts)
         self.tokens += len(fed.token_id)
         loss = np.concatenate(losses, 1) if losses else ()
-        is_one = len(batch) == len(batch[0].forwards) == 1
         writer.write(
             RoutedBatch(
-                batch[-1].forwards[-1].number,
+                batch[-1].forward.number,
                 fed.token_id if self.options.text else np.full_like(fed.token_id, -1),
                 fed.document,
                 fed.sequence,
@@ -283,7 +260,7 @@ class HandOver:
                 phases=fed.phase_codes(),
                 group=batch[-1].rows[-1].group,
                 encoded=encoded,
-                batches=None if is_one else np.concatenate(numbers),
+                batches=np.concatenate(numbers) if len(batch) > 1 else None,
             )
         )
 
@@ -319,12 +296,12 @@ def first_rows(rows: Rows, kept: int) -> Rows:
     return replace(rows, real=rows.real[:kept], **of_tokens)
 
 
-def losses_of(passes: Sequence[PassLosses], rows: Rows) -> np.ndarray:
-    """The values of `schema.LOSS` of the tokens of these passes, float32 [X, tokens], NaN where
-    there is none; of no passes, an encoder's."""
-    if not passes:
+def losses_of(of_pass: PassLosses | None, rows: Rows) -> np.ndarray:
+    """The values of `schema.LOSS` of the tokens of a pass, float32 [X, tokens], NaN where there is
+    none; None: an encoder has none."""
+    if of_pass is None:
         return np.full((len(LOSS), len(rows.token_id)), np.nan, np.float32)
-    found = np.concatenate([of_pass.values() for of_pass in passes], 1)[:, rows.real]
+    found = of_pass.values()[:, rows.real]
     # what follows the last token before a rejected draft was not known when it was fed
     is_draft = rows.phase_codes() == DRAFT
     found[:, :-1][:, is_draft[1:] & ~is_draft[:-1]] = np.nan

@@ -261,7 +261,7 @@ class CountedPasses:
         parts: list[tuple[list[Waiting], list[Rows]]] = []
         for _, part in groupby(waiting, lambda w: (w.stack.name, w.choices is None)):
             passes = list(part)
-            rows = self.inputs.rows_of_all([one.fed for one in passes])
+            rows = [self.inputs.rows(one.fed) for one in passes]
             self.tokens += sum(len(r.token_id) for r in rows)
             parts.append((passes, rows))
         self.inputs.accept()
