@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,14 +28,17 @@ from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
 
 
-class Forward(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Forward:
     """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
-    before the decoder. `losses`: of the tokens of the last stack. `since`: when it was queued."""
+    before the decoder. `losses`: of the tokens of the last stack. `since`: when it was queued.
+    `rows`: of each stack that ran, once it is on the host."""
 
     number: int
     passes: list[StackPass]
     losses: PassLosses | None
     since: float
+    rows: list[Rows] = field(default_factory=list)
 
     def arrived(self, wait: bool) -> bool:
         if self.losses is not None and not self.losses.complete:
@@ -45,19 +47,11 @@ class Forward(NamedTuple):
             return False
         return all(p.rings.is_on_host(p.start + p.fed.T, wait) for p in self.passes)
 
-
-class Arrived(NamedTuple):
-    """A forward pass on the host. `rows`: of each stack that ran."""
-
-    forward: Forward
-    rows: list[Rows]
-
-    def continues(self, before: Arrived) -> bool:
+    def continues(self, before: Forward) -> bool:
         """Whether the two can be one batch: whole passes of one stack, of one kind."""
         if len(self.rows) > 1 or len(before.rows) > 1:
             return False
-        (a,), (b,) = before.forward.passes, self.forward.passes
-        (x,), (y,) = before.rows, self.rows
+        (a,), (b,), (x,), (y,) = before.passes, self.passes, before.rows, self.rows
         return (
             a.stack is b.stack
             and a.kept == a.fed.T
@@ -92,7 +86,6 @@ class HandOver:
         self.rings_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
-        self._arrived: Arrived | None = None  # the first of them, once its rows have been read
         self._torn = False  # passes have left the queue, and are not yet with the writer
 
     def feed(self, stack: Stack, fed: Rows | CallInputs) -> Rings:
@@ -136,7 +129,7 @@ class HandOver:
         # on a CPU, passes wait until a page is full, or the first of them has waited long
         first = self._in_flight[0]
         rings, waited_s = first.passes[0].rings, time.monotonic() - first.since
-        is_full = rings.head >= rings.end_of_page(first.passes[0].start)
+        is_full = rings.head // rings.P > first.passes[0].start // rings.P
         if not rings.synchronous or is_full or waited_s > self._hold_s:
             self.drain()
 
@@ -191,45 +184,45 @@ class HandOver:
                 return
             self._write(writer, batch)
             self._torn = False
-            for done in (done for forward, _ in batch for done in forward.passes):
+            for done in (done for forward in batch for done in forward.passes):
                 done.rings.release(done.start + done.fed.T)
             if once:
                 return
 
-    def _next_batch(self, wait: bool) -> list[Arrived]:
+    def _next_batch(self, wait: bool) -> list[Forward]:
         """The next passes that have arrived and can be one batch, taken off the queue. `wait`: for
         the first."""
-        batch: list[Arrived] = []
+        batch: list[Forward] = []
         while self._in_flight:
-            self._arrived = self._arrived or self._read(wait and not batch)
-            if self._arrived is None or (batch and not self._arrived.continues(batch[-1])):
+            first = self._in_flight[0]
+            if not self._read(first, wait and not batch):
+                break
+            if batch and not first.continues(batch[-1]):
                 break
             self._torn = True
-            batch.append(self._arrived)
-            self._in_flight.popleft()
-            self._arrived = None
+            batch.append(self._in_flight.popleft())
         return batch
 
-    def _read(self, wait: bool) -> Arrived | None:
-        """The first pass of the queue with its rows; None where it has not arrived."""
-        first = self._in_flight[0]
-        if not first.arrived(wait):
-            return None
-        for done in first.passes:
-            if not done.rings.synchronous:
-                done.stack.check(done)
-        rows = [self.inputs.rows(done.fed) for done in first.passes]
-        self.inputs.accept()
-        return Arrived(first, rows)
+    def _read(self, forward: Forward, wait: bool) -> bool:
+        """Reads the rows of the first pass of the queue, once; False where it has not arrived."""
+        if not forward.rows:
+            if not forward.arrived(wait):
+                return False
+            for done in forward.passes:
+                if not done.rings.synchronous:
+                    done.stack.check(done)
+            forward.rows = [self.inputs.rows(done.fed) for done in forward.passes]
+            self.inputs.accept()
+        return True
 
-    def _write(self, writer: TraceWriter, batch: list[Arrived]) -> None:
+    def _write(self, writer: TraceWriter, batch: list[Forward]) -> None:
         parts: list[Rows] = []  # those that are in the rings
         losses: list[np.ndarray] = []
         numbers: list[np.ndarray] = []  # of the forward pass that each token is of
         places: Places = {}
         encoded = 0
-        for forward, of_stacks in batch:
-            for done, rows in zip(forward.passes, of_stacks, strict=True):
+        for forward in batch:
+            for done, rows in zip(forward.passes, forward.rows, strict=True):
                 stack, there = done.stack, first_rows(rows, done.kept)
                 parts.append(there)
                 tokens = len(there.token_id)
@@ -237,7 +230,7 @@ class HandOver:
                 places.setdefault(stack.name, (done, []))[1].append(there.real)
                 encoded += tokens if stack.name == "encoder" else 0
                 if self.options.token_loss:
-                    of_last = forward.losses if rows is of_stacks[-1] else None
+                    of_last = forward.losses if rows is forward.rows[-1] else None
                     losses.append(losses_of(of_last, rows)[:, :tokens])
                 numbers.append(np.full(tokens, forward.number, np.int32))
         fed = joined(parts)
@@ -245,7 +238,7 @@ class HandOver:
         loss = np.concatenate(losses, 1) if losses else ()
         writer.write(
             RoutedBatch(
-                batch[-1].forward.number,
+                batch[-1].number,
                 fed.token_id if self.options.text else np.full_like(fed.token_id, -1),
                 fed.document,
                 fed.sequence,

@@ -19,11 +19,11 @@ from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
+from moe_inspect.capture.hook.experts import mode_of
 from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.stack import Sinks, Stack
-from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Planned, TraceOpener, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks

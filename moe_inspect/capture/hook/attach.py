@@ -20,10 +20,9 @@ from torch.nn import Module
 from moe_inspect.capture import eager
 from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
 from moe_inspect.capture.hook import stack
-from moe_inspect.capture.hook.experts import Takeover
+from moe_inspect.capture.hook.experts import Takeover, takes_implementation
 from moe_inspect.capture.hook.probes import Discovery, Probes, listen
 from moe_inspect.capture.hook.stack import Scope, Sinks
-from moe_inspect.capture.mode import takes_implementation
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import wrapped
 from moe_inspect.model.choices import called_with

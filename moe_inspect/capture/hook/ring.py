@@ -375,10 +375,6 @@ class Rings:
         self._rings[0].cursor.add_(T)
         return True
 
-    def end_of_page(self, position: int) -> int:
-        """Where the page ends that `position` is on."""
-        return (position // self.P + 1) * self.P
-
     def read_cursors(self) -> list[Tensor]:
         """The cursors of each ring on the host, int64 [lanes]: from a GPU once what was launched
         has run."""
