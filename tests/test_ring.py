@@ -39,8 +39,8 @@ P, ROWS, TWO = 16, 40, [(2, 8), (5, 300)]  # of a page, of the ring; K and E of 
 
 def made(module: ModuleType, of: list[tuple[int, int]], rows: int) -> Any:
     """Rings of routers on the CPU."""
-    routers = [(CPU, K, E) for K, E in of]
-    return module.Rings(routers, range(len(of)), torch.float16, (), rows, page_rows=P)
+    shape = module.PassShape([(CPU, K, E) for K, E in of], range(len(of)))
+    return module.Rings(shape, torch.float16, rows, page_rows=P)
 
 
 def follow(module: ModuleType, sizes: list[int], behind: int, drop: bool = False) -> None:
@@ -402,5 +402,6 @@ def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
         "a forward pass of 900,000 tokens with 24,576 recorded values each is too large to record: "
         r"pass at most [\d,]+ tokens per forward pass"
     )
+    shape = ring.PassShape([(CPU, 8, 512)] * 48, range(48), ("logits",))
     with pytest.raises(MoeInspectError, match=said):
-        ring.Rings([(CPU, 8, 512)] * 48, range(48), torch.float16, ("logits",), rows=900_000)
+        ring.Rings(shape, torch.float16, rows=900_000)

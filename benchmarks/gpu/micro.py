@@ -37,8 +37,8 @@ def a_choice(bench: Bench, T: int, E: int, K: int) -> tuple[Tensor, Tensor]:
 
 
 def dispatch_runs(bench: Bench, T: int, E: int, K: int) -> dict[str, list[Callable[[], Any]]]:
-    rings = ring.Rings([(torch.device(bench.device.type), K, E)], [0], torch.bfloat16, (), T)
-    tape = rings.tapes[""][0]
+    shape = ring.PassShape([(torch.device(bench.device.type), K, E)], [0])
+    tape = ring.Rings(shape, torch.bfloat16, T).tapes[""][0]
     tape.limit.fill_(2**62)  # nothing reads its pages
     sets = [a_choice(bench, T, E, K) for _ in range(min(4, bench.sizes.calls))]
     runs: dict[str, list[Callable[[], Any]]] = {

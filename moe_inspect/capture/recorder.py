@@ -264,7 +264,7 @@ class Recorder:
             of.fed = fed
             return
         rings = self._hand_over.feed(of, fed)
-        of.scope.to_tapes = rings.shape is None or self.attachment.in_compiled
+        of.scope.to_tapes = not rings.writes_whole or self.attachment.in_compiled
 
     def returned(self, stack: str, output: object) -> None:
         if not self._capturing:

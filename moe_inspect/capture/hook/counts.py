@@ -18,7 +18,7 @@ import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.hook.ring import PassShape, Whole
+from moe_inspect.capture.hook.ring import Whole
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
@@ -205,7 +205,6 @@ class CountedPasses:
         self.tokens, self._in_group = 0, False
         self._numbers: list[int] = []  # of the passes counted since the last write
         self._taken = monotonic()
-        self._shapes: dict[str, PassShape] = {}  # of each stack
         self._waiting: list[Waiting] = []
         self._waiting_rows = self._waiting_slots = 0
 
@@ -235,12 +234,10 @@ class CountedPasses:
             self._write_when_due()
 
     def _choices(self, stack: Stack) -> Whole:
-        if stack.name not in self._shapes:
-            self._shapes[stack.name] = PassShape(stack.shape, stack.sites_of_routers)
         assert stack.fed is not None
+        assert stack.shape is not None
         T = stack.fed.T
-        found = self._shapes[stack.name].whole(stack.calls, T)
-        if found is not None:
+        if (found := stack.shape.whole(stack.calls, T)) is not None:
             return found
         stack.check_calls(T)
         raise MoeInspectError(

@@ -68,14 +68,14 @@ class PassShape:
         extras: Sequence[str] = (),
         below: Sequence[int] | None = None,
     ):
-        ends = below or [E for *_, E in routers]
-        self.sites = list(sites)
+        self.routers, self.sites, self.kinds = routers, list(sites), ("", *extras)
+        self.below = below or [E for *_, E in routers]
         self.runs = [sites.count(n) for n in range(max(sites) + 1)]  # of each site in a pass
         self.groups: list[AlikeRouters] = []
-        for kind in ("", *extras):
+        for kind in self.kinds:
             alike = [
                 (device, EXTRAS[kind].width(K, E) if kind else K, end)
-                for (device, K, E), end in zip(routers, ends, strict=True)
+                for (device, K, E), end in zip(routers, self.below, strict=True)
             ]
             first = 0
             for (_, K, end), same in groupby(alike):
@@ -230,26 +230,21 @@ class Rings:
     """The ring buffers of a model, one per device, which all hold the same forward passes. On a
     CPU whole passes are written by `write`; elsewhere kernels write each call.
 
-    routers, sites   as of PassShape
-    weight_dtype     of the recorded gate weights: float16 or bfloat16
-    extras           what is recorded too, of `schema.EXTRAS`
-    rows             the largest forward pass that must fit
-    below            of each router: ids from this on are no expert's; None: E
-    page_rows        P, a power of two of at least 16; None: PAGE_ROWS
+    weight_dtype   of the recorded gate weights: float16 or bfloat16
+    rows           the largest forward pass that must fit
+    page_rows      P, a power of two of at least 16; None: PAGE_ROWS
 
     Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values."""
 
     def __init__(
         self,
-        routers: Sequence[tuple[torch.device, int, int]],
-        sites: Sequence[int],
+        shape: PassShape,
         weight_dtype: torch.dtype,
-        extras: Sequence[str],
         rows: int,
-        below: Sequence[int] | None = None,
         page_rows: int | None = None,
     ):
-        below, devices = below or [E for _, _, E in routers], dict.fromkeys(d for d, *_ in routers)
+        self.shape, self.kinds, (_, *extras) = shape, shape.kinds, shape.kinds
+        routers, devices = shape.routers, dict.fromkeys(d for d, *_ in shape.routers)
         self.P = page_rows or min(PAGE_ROWS.get(d.type, PAGE_ROWS["cpu"]) for d in devices)
         on_gpu = any(device.type == "cuda" for device in devices)
         passes = FORWARD_PASSES if on_gpu and "logits" not in extras else 1
@@ -261,20 +256,20 @@ class Rings:
             local = [r for r, (d, _, _) in enumerate(routers) if d == device]
             for place, r in enumerate(local):
                 self._of[r] = len(self._rings), place
-            of, sizes = [(*routers[r][1:], below[r]) for r in local], (rows, self.pages, self.P)
-            self._rings.append(Ring(device, of, weight_dtype, extras, *sizes))
-        self.kinds = ("", *extras)
+            of = [(*routers[r][1:], shape.below[r]) for r in local]
+            made = Ring(device, of, weight_dtype, extras, rows, self.pages, self.P)
+            self._rings.append(made)
         self.tapes = {
             kind: [self._rings[i].tapes[kind][n] for i, n in self._of] for kind in self.kinds
         }
         self._sides = [ring.side for ring in self._rings if ring.side is not None]
-        self.synchronous = not self._sides  # what the model has written can be read without waiting
-        self.shape: PassShape | None = None  # of what `write` writes
+        # what the model has written can be read without waiting
+        self.synchronous = not self._sides
         first = self._rings[0].cursor
-        if self.synchronous and first.is_cpu and not kernels.runs_triton(first):
-            self.shape = PassShape(routers, sites, extras, below)
+        self.writes_whole = self.synchronous and first.is_cpu and not kernels.runs_triton(first)
+        if self.writes_whole:
             with torch.inference_mode(False):  # a view made in it could not be written outside it
-                self._pages = list(map(self._pages_of, self.shape.groups))
+                self._pages = list(map(self._pages_of, shape.groups))
         self.head = 0  # the position at which the next forward pass begins
         self.copying = 0  # pages whose copy to the host has been started, since the beginning
         self.released = 0  # pages that may be written again, since the beginning
@@ -352,7 +347,7 @@ class Rings:
         """Writes the calls of a pass of T rows as `kernels.record` would have, call by call, if it
         is whole and there is room for it. Returns whether it did. (With torch alone: during
         decoding NumPy's code is not in the processor's caches.)"""
-        if self.shape is None or self.free_rows < T:
+        if not self.writes_whole or self.free_rows < T:
             return False
         if (whole := self.shape.whole(calls, T)) is None:
             return False
