@@ -172,7 +172,8 @@ class Recorder:
 
     def _enable(self, on: bool) -> None:
         for stack in self.stacks.values():
-            stack.enable(on)
+            if stack.rings is not None:
+                stack.rings.enable(on)
 
     # --- the caller describes the next passes
 

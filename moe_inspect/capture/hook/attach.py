@@ -1,5 +1,6 @@
 """Attaches a recorder to a model and detaches it: hooks around each forward pass, a sink per
-router, or our experts implementation (see `experts`). Handles models compiled by torch.compile.
+router, or our experts implementation (see `experts`). Compiled code runs eagerly while any recorder
+needs that; another thread, torch.func, torch.export and torch.jit.trace are refused.
 
 T tokens, K slots, E experts.
 """
@@ -12,13 +13,12 @@ from contextlib import ExitStack
 from functools import partial, wraps
 from threading import get_ident
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch._dynamo.utils import counters  # (torch.compiler.disable imports it anyhow)
 from torch.nn import Module
 
-from moe_inspect.capture import eager
-from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
 from moe_inspect.capture.hook import stack
 from moe_inspect.capture.hook.experts import Takeover, takes_implementation
 from moe_inspect.capture.hook.probes import Discovery, Probes, listen
@@ -33,6 +33,58 @@ if TYPE_CHECKING:
 
     from moe_inspect.capture.options import RecordOptions
     from moe_inspect.model.choices import Args, Choice, Kwargs
+
+
+# they call a model with stand-ins for its tensors → whether one of them calls it now
+TRANSFORMS: dict[str, Callable[[], bool]] = {
+    "torch.func": torch._C._are_functorch_transforms_active,
+    "torch.export": torch.compiler.is_exporting,
+    "torch.jit.trace": torch._C._is_tracing,
+}
+
+NOT_COMPILED = (
+    "to record it without a graph break, record what torch.compile returned; to export it, call "
+    "torch.export before or after the recording"
+)
+
+
+class Eager:
+    """Two recorders of one model begin and end a pass in the same order, where the contexts of
+    `torch.compiler.set_stance` would have to be nested: so there is one, held by both."""
+
+    _held_by: ClassVar[set[Eager]] = set()
+    _stance: ClassVar[ExitStack] = ExitStack()
+
+    def hold(self) -> None:
+        if not self._held_by:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._held_by.add(self)
+
+    def release(self) -> None:
+        if self in self._held_by:
+            self._held_by.remove(self)
+            if not self._held_by:
+                self._stance.close()
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has compiled anything in this process."""
+    return bool(counters["frames"])
+
+
+def not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`torch.compiler.disable`, which costs an eager call some 10 µs, for a method."""
+
+    def made_of(method: Callable[..., None]) -> Callable[..., None]:
+        disabled = torch.compiler.disable(method, reason=reason)
+
+        @wraps(method)
+        def run(*args: Any) -> None:
+            (disabled if torch.compiler.is_compiling() else method)(*args)
+
+        return run
+
+    return made_of
 
 
 class Attachment:
@@ -76,7 +128,7 @@ class Attachment:
     def __deepcopy__(self, memo: object) -> Attachment:
         return self  # what is copied is the model, and of the copy nothing is recorded
 
-    __reduce__ = eager.not_pickled
+    __reduce__ = stack.not_pickled
 
     def take_probes(self, add: Callable[[Site], Sinks] | None, options: RecordOptions) -> None:
         """`add`: see `Probes`. Specs that a caller gave (`routers`) take the place of probes."""
@@ -243,7 +295,7 @@ class Attachment:
             return
         if self.one_thread:
             running = self._thread if self._running is not None else None
-            self._thread = eager.check_caller(self.model, running)
+            self._thread = check_caller(self.model, running)
         if scope is self._whole or self._running is not self._whole:
             self._running, self._handled = scope, sys.exc_info()[1]
             self._experts.check()
@@ -295,3 +347,34 @@ class Attachment:
             self.discovery.close()
         for scope in self.scopes.values():
             scope.open = False
+
+
+# --- callers of the model
+
+
+def check_caller(model: Module, thread: int | None) -> int:
+    """The id of the thread that begins a forward pass. MoeInspectError where the pass cannot be
+    recorded. `thread`: id of the thread of the pass before, where that may still be running."""
+    name, here = type(model).__name__, get_ident()
+    if thread not in (None, here) and _runs(thread, model):
+        raise MoeInspectError(
+            f"another thread is running this {name}, and forward passes are recorded one at a "
+            "time: hold a lock around each call"
+        )
+    for transform, is_on in TRANSFORMS.items():
+        if is_on():
+            raise MoeInspectError(
+                f"{transform} cannot take a {name} that is being recorded: call it before or "
+                "after, or within recorder.paused()"
+            )
+    return here
+
+
+def _runs(thread: int, model: torch.nn.Module) -> bool:
+    """Whether a thread is in a call of a module of the model."""
+    frame, modules = sys._current_frames().get(thread), {id(m) for m in model.modules()}
+    while frame is not None:
+        if id(frame.f_locals.get("self")) in modules:
+            return True
+        frame = frame.f_back
+    return False

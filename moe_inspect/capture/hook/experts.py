@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _grouped_linear
 
-from moe_inspect.capture.eager import not_pickled
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import SIZES, Dispatch, Tape
-from moe_inspect.capture.hook.stack import Sink, Sinks
+from moe_inspect.capture.hook.stack import Sink, Sinks, not_pickled
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_expert_parallel, wants_expert_parallel
 

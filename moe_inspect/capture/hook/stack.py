@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from moe_inspect.model.choices import Args, Choice, Kwargs
 
 
+def not_pickled(self: object) -> NoReturn:
+    """`__reduce__` of what a recorder attaches to a model."""
+    raise MoeInspectError(
+        "a model cannot be pickled while it is being recorded, nor a copy that was made meanwhile: "
+        "save its state_dict(), or pickle it after the recording"
+    )
+
+
 class Records(Protocol):
     """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
     inputs and output, and the whole model's output (""); its end."""
@@ -287,11 +295,6 @@ class Stack:
     def calls_of(self, kind: str) -> list[OfSite]:
         """What was recorded of the calls of each site."""
         return by_site(self.calls[kind], len(self.sites))
-
-    def enable(self, on: bool) -> None:
-        """Whether the rings take what kernels write."""
-        if self.rings is not None:
-            self.rings.enable(on)
 
     def _take(self, kind: str, n: int, *values: Tensor) -> None:
         """One call of the router at site n."""
