@@ -255,19 +255,15 @@ class CountedPasses:
         """Counts the passes that wait."""
         waiting, self._waiting = self._waiting, []
         self._waiting_rows = self._waiting_slots = 0
-        parts: list[tuple[list[Waiting], list[Rows]]] = []
-        for _, part in groupby(waiting, lambda w: (w.stack.name, w.choices is None)):
-            passes = list(part)
-            rows = [self.inputs.rows(one.fed) for one in passes]
-            self.tokens += sum(len(r.token_id) for r in rows)
-            parts.append((passes, rows))
+        rows = [self.inputs.rows(one.fed) for one in waiting]
+        self.tokens += sum(len(r.token_id) for r in rows)
         self.inputs.accept()
-        for passes, rows in parts:
-            choices = [one.choices for one in passes if one.choices is not None]
-            if choices:
-                stack, domains = passes[0].stack, len(self.inputs.domains)
-                routers = range(stack.first_router, stack.first_router + len(stack.routers))
-                self.counts.count(routers, rows, choices, domains, passes[-1].number)
+        both = zip(waiting, rows, strict=True)
+        counted = [(one, one.choices, fed) for one, fed in both if one.choices is not None]
+        for stack, part in groupby(counted, lambda passed: passed[0].stack):
+            passes, choices, fed = zip(*part, strict=True)
+            routers = range(stack.first_router, stack.first_router + len(stack.routers))
+            self.counts.count(routers, fed, choices, len(self.inputs.domains), passes[-1].number)
 
     # --- commits
 
