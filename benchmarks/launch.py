@@ -40,7 +40,8 @@ def calls_by_hooks() -> dict[str, Callable[[], object]]:
     """What the hooks call: it also looks up the self-check's result, and whether torch.compile is
     tracing."""
     T, E, K, H = 8, 64, 8, 2048
-    tape = ring.Ring(torch.device("cpu"), [K], [E], torch.bfloat16, rows=T).tapes[""][0]
+    rings = ring.Rings(ring.PassShape([(torch.device("cpu"), K, E)], [0]), torch.bfloat16, T)
+    tape = rings.tapes[""][0]
     ids, weights = torch.randint(0, E, (T, K)), torch.rand(T, K).to(torch.bfloat16)
     y_SH = torch.rand(T * K, H).to(torch.bfloat16)
     kernels.runs_triton = lambda tensor: True

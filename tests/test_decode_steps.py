@@ -16,7 +16,7 @@ import torch
 import moe_inspect
 from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import counts as counted
-from moe_inspect.capture.hook.inputs import arguments, pass_inputs
+from moe_inspect.capture.hook.inputs import arguments
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.recorder import Recorder
@@ -138,8 +138,7 @@ def test_the_trace_is_that_of_steps_taken_one_by_one(
     found = recorded(scene, model, tmp_path / "together", B, counts_only=counts_only)
     put(Rings, write=lambda *_: False)
     put(counted, MOST_WAITING=1)
-    put(hand_over, HELD_SECONDS=-1.0, steps_at=lambda fed: [])
-    put(pass_inputs, steps_at=lambda fed: [])
+    put(hand_over, HELD_SECONDS=-1.0)
     assert_same(found, recorded(scene, model, tmp_path / "one", B, counts_only=counts_only))
 
 
@@ -261,15 +260,15 @@ def test_a_signal_handler_may_ask_for_the_number_of_tokens(
 
 def test_an_interrupt_leaves_what_was_counted(model: Any, put: Put, tmp_path: Path) -> None:
     put(counted, MOST_WAITING=8)
-    rows_of_all, called = PassInputs.rows_of_all, []
+    rows_of, called = PassInputs.rows, []
 
     def interrupted(self: PassInputs, fed: Any) -> Any:
         called.append(fed)
-        if len(called) == 3:
+        if len(called) == 2 * 8 + 1:
             raise KeyboardInterrupt
-        return rows_of_all(self, fed)
+        return rows_of(self, fed)
 
-    put(PassInputs, rows_of_all=interrupted)
+    put(PassInputs, rows=interrupted)
     recording = moe_inspect.record(model, tmp_path / "t", counts_only=True)
     with pytest.raises(KeyboardInterrupt), recording, torch.inference_mode():
         Text(model, 1).step(40)

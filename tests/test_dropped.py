@@ -19,7 +19,7 @@ from moe_inspect.alarms.of_trace import alarms_of
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.capture.hook.ring import Rings
+from moe_inspect.capture.hook.ring import PassShape, Rings
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.reporting.report import report
@@ -286,7 +286,7 @@ def test_an_id_beyond_the_experts_is_no_dropped_one() -> None:
 
 def test_each_router_has_its_own_ids() -> None:
     sizes = [(torch.device("cpu"), K, E)] * 2
-    rings = Rings(sizes, [0, 1], torch.float16, ("logits",), 16, below=[E, 2 * E])
+    rings = Rings(PassShape(sizes, [0, 1], ("logits",), [E, 2 * E]), torch.float16, 16)
     assert [tape.experts for tape in rings.tapes[""]] == [E, 2 * E]
     assert [tape.K for tape in rings.tapes["logits"]] == [E, E]
     assert [group.E for group in rings.shape.groups][:2] == [E, 2 * E]

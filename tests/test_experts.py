@@ -20,7 +20,7 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 
 import moe_inspect
 from moe_inspect.capture.hook import experts
-from moe_inspect.capture.mode import mode_of
+from moe_inspect.capture.hook.experts import mode_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.support.families import FAMILIES, NO_INTERFACE, build, shallow

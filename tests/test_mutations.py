@@ -59,10 +59,10 @@ RING = {
     "a page is released a page too early": ("self.released = position // self.P\n", "self.released = position // self.P + 1\n"),
     "off-by-one page on the host": ("tape.part(tensor, page % self.pages)", "tape.part(tensor, (page + 1) % self.pages)"),
     "rows shifted on the host": ("[row : row + n].numpy()", "[row + 1 : row + n + 1].numpy()"),
-    "the routers' parts overlap": ("self.P * sum(of[:r])", "self.P * sum(of[: r - 1])"),
-    "one page less than it says": ("return self.pages * self.P\n", "return (self.pages + 1) * self.P\n"),
-    "it fits all that there is": ("return self.capacity - self.P\n", "return self.capacity\n"),
-    "the limit stays": ("self.limit.fill_(self.end_of_room)", "pass"),
+    "the routers' parts overlap": ("P * sum(of[:r])", "P * sum(of[: r - 1])"),
+    "one page less than it says": ("return (self.released + self.pages) * self.P", "return (self.released + self.pages + 1) * self.P"),
+    "it fits all that there is": ("return (self.pages - 1) * self.P\n", "return self.pages * self.P\n"),
+    "the limit stays": ("ring.limit.fill_((self.released + self.pages) * self.P)", "pass"),
 }  # fmt: skip
 
 

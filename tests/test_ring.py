@@ -34,44 +34,48 @@ def decisions(start: int, T: int, K: int, experts: int) -> tuple[torch.Tensor, t
     return (position * 7 + slot) % experts, ((position % 97) / 128 + slot / 1024).float()
 
 
-P, ROWS, TWO = 16, 40, ([2, 5], [8, 300])  # of a page, of the ring; K and E of two routers
+P, ROWS, TWO = 16, 40, [(2, 8), (5, 300)]  # of a page, of the ring; K and E of two routers
+
+
+def made(module: ModuleType, of: list[tuple[int, int]], rows: int) -> Any:
+    """Rings of routers on the CPU."""
+    shape = module.PassShape([(CPU, K, E) for K, E in of], range(len(of)))
+    return module.Rings(shape, torch.float16, rows, page_rows=P)
 
 
 def follow(module: ModuleType, sizes: list[int], behind: int, drop: bool = False) -> None:
     """Writes passes of these sizes on two tapes, hands them over late, and compares."""
-    held = module.Ring(CPU, *TWO, torch.float16, rows=ROWS, page_rows=P)
+    held = made(module, TWO, ROWS)
     waiting: list[tuple[int, int, int]] = []
     lost = 0
 
     def hand_over() -> None:
         start, T, kept = waiting.pop(0)
-        for r, (K, E) in enumerate(zip(*TWO, strict=True)):
+        for r, (K, E) in enumerate(TWO):
             ids, weights = decisions(start, kept, K, E)
-            assert np.concatenate(held.rows("ids", r, start, kept)).tolist() == ids.tolist()
-            found = np.concatenate(held.rows("weights", r, start, kept))
-            assert found.tolist() == weights.half().tolist()
+            assert held.rows("ids", r, start, kept).tolist() == ids.tolist()
+            assert held.rows("weights", r, start, kept).tolist() == weights.half().tolist()
         held.release(start + T)
 
-    room = lambda: held.end_of_room - held.head  # noqa: E731
     for T in sizes:
-        while len(waiting) > behind or (waiting and not drop and room() < T):
+        while len(waiting) > behind or (waiting and not drop and held.free_rows < T):
             hand_over()
-        kept = min(T, max(0, room()))
+        kept = min(T, max(0, held.free_rows))
         assert drop or kept == T
-        for r, (K, E) in enumerate(zip(*TWO, strict=True)):
+        for r, (K, E) in enumerate(TWO):
             kernels.record_torch(held.tapes[""][r], *decisions(held.head, T, K, E))
         waiting.append((held.head, T, kept))
         lost += T - kept
         held.end(T)
-        assert held.read_cursors().tolist() == [held.head] * 2
+        assert held.read_cursors()[0].tolist() == [held.head] * 2
     while waiting:
         hand_over()
-    assert held.dropped.tolist() == [lost] * 2
+    assert held.dropped() == [lost] * 2
 
 
 def follow_the_largest(module: ModuleType) -> None:
     """Forward passes as large as the ring says that it can hold, wherever in a page they begin."""
-    fits = module.Ring(CPU, *TWO, torch.float16, rows=ROWS, page_rows=P).max_rows
+    fits = made(module, TWO, ROWS).max_rows
     assert fits >= ROWS
     for start in range(P):
         follow(module, [start, fits, fits], 0)
@@ -136,14 +140,13 @@ def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(
 
 def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
     """As when a graph is replayed and replayed: the kernel stops at the limit by itself."""
-    held = ring.Ring(CPU, [2], [8], torch.float16, rows=32, page_rows=16)
+    held = made(ring, [(2, 8)], 32)
     for n in range(10):
         kernels.record_torch(held.tapes[""][0], *decisions(n * 16, 16, 2, 8))
-    kept = held.capacity
-    found = np.concatenate(held.rows("ids", 0, 0, kept))
-    assert found.tolist() == decisions(0, kept, 2, 8)[0].tolist()
-    assert held.dropped.tolist() == [160 - kept]
-    assert held.cursor.tolist() == [160]
+    kept = held.free_rows
+    assert held.rows("ids", 0, 0, kept).tolist() == decisions(0, kept, 2, 8)[0].tolist()
+    assert held.dropped() == [160 - kept]
+    assert held.read_cursors()[0].tolist() == [160]
 
 
 # --- in a recording
@@ -399,5 +402,6 @@ def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
         "a forward pass of 900,000 tokens with 24,576 recorded values each is too large to record: "
         r"pass at most [\d,]+ tokens per forward pass"
     )
+    shape = ring.PassShape([(CPU, 8, 512)] * 48, range(48), ("logits",))
     with pytest.raises(MoeInspectError, match=said):
-        ring.Ring(CPU, [8] * 48, [512] * 48, torch.float16, ("logits",), rows=900_000)
+        ring.Rings(shape, torch.float16, rows=900_000)

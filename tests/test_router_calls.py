@@ -161,7 +161,7 @@ def test_ids_of_no_expert_are_nowhere() -> None:
     """Sentinels of other ranks, and anything that a byte cannot hold."""
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
-    rings = Rings([(CPU, 4, 8)] * 2, [0, 1], torch.float16, (), 16)
+    rings = Rings(PassShape([(CPU, 4, 8)] * 2, [0, 1]), torch.float16, 16)
     assert rings.write({"": [(0, (ids, weights)), (1, (ids, weights))]}, 2)
     for r in range(2):
         found = rings.rows("ids", r, 0, 2, None).tolist()

@@ -37,12 +37,10 @@ def a_choice(bench: Bench, T: int, E: int, K: int) -> tuple[Tensor, Tensor]:
 
 
 def dispatch_runs(bench: Bench, T: int, E: int, K: int) -> dict[str, list[Callable[[], Any]]]:
-    pages = ring.Ring(torch.device(bench.device.type), [K], [E], torch.bfloat16, rows=T)
-    pages.limit.fill_(2**62)  # nothing reads its pages
-    tape, sets = (
-        pages.tapes[""][0],
-        [a_choice(bench, T, E, K) for _ in range(min(4, bench.sizes.calls))],
-    )
+    shape = ring.PassShape([(torch.device(bench.device.type), K, E)], [0])
+    tape = ring.Rings(shape, torch.bfloat16, T).tapes[""][0]
+    tape.limit.fill_(2**62)  # nothing reads its pages
+    sets = [a_choice(bench, T, E, K) for _ in range(min(4, bench.sizes.calls))]
     runs: dict[str, list[Callable[[], Any]]] = {
         "stock": [functools.partial(stock_preparation, ids, w, E) for ids, w in sets]
     }

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import DRAFT, CallInputs, Rows, joined, steps_at
+from moe_inspect.capture.hook.inputs.rows import DRAFT, CallInputs, Rows, joined
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
@@ -30,14 +28,17 @@ from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
 
 
-class Forward(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Forward:
     """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
-    before the decoder. `losses`: of the tokens of the last stack. `since`: when it was queued."""
+    before the decoder. `losses`: of the tokens of the last stack. `since`: when it was queued.
+    `rows`: of each stack that ran, once it is on the host."""
 
     number: int
     passes: list[StackPass]
     losses: PassLosses | None
     since: float
+    rows: list[Rows] = field(default_factory=list)
 
     def arrived(self, wait: bool) -> bool:
         if self.losses is not None and not self.losses.complete:
@@ -46,20 +47,11 @@ class Forward(NamedTuple):
             return False
         return all(p.rings.is_on_host(p.start + p.fed.T, wait) for p in self.passes)
 
-
-class Arrived(NamedTuple):
-    """Forward passes on the host: one, or several that are one stack's consecutive decode steps.
-    `rows` of each stack that ran, those of all passes."""
-
-    forwards: list[Forward]
-    rows: list[Rows]
-
-    def continues(self, before: Arrived) -> bool:
+    def continues(self, before: Forward) -> bool:
         """Whether the two can be one batch: whole passes of one stack, of one kind."""
         if len(self.rows) > 1 or len(before.rows) > 1:
             return False
-        (a,), (b,) = before.forwards[-1].passes, self.forwards[-1].passes
-        (x,), (y,) = before.rows, self.rows
+        (a,), (b,), (x,), (y,) = before.passes, self.passes, before.rows, self.rows
         return (
             a.stack is b.stack
             and a.kept == a.fed.T
@@ -94,7 +86,6 @@ class HandOver:
         self.rings_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
-        self._arrived: Arrived | None = None  # the first of them, once its rows have been read
         self._torn = False  # passes have left the queue, and are not yet with the writer
 
     def feed(self, stack: Stack, fed: Rows | CallInputs) -> Rings:
@@ -138,7 +129,7 @@ class HandOver:
         # on a CPU, passes wait until a page is full, or the first of them has waited long
         first = self._in_flight[0]
         rings, waited_s = first.passes[0].rings, time.monotonic() - first.since
-        is_full = rings.head >= rings.end_of_page(first.passes[0].start)
+        is_full = rings.head // rings.P > first.passes[0].start // rings.P
         if not rings.synchronous or is_full or waited_s > self._hold_s:
             self.drain()
 
@@ -193,82 +184,61 @@ class HandOver:
                 return
             self._write(writer, batch)
             self._torn = False
-            for done in (done for arrived in batch for done in arrived.forwards[-1].passes):
+            for done in (done for forward in batch for done in forward.passes):
                 done.rings.release(done.start + done.fed.T)
             if once:
                 return
 
-    def _next_batch(self, wait: bool) -> list[Arrived]:
+    def _next_batch(self, wait: bool) -> list[Forward]:
         """The next passes that have arrived and can be one batch, taken off the queue. `wait`: for
         the first."""
-        batch: list[Arrived] = []
+        batch: list[Forward] = []
         while self._in_flight:
-            self._arrived = self._arrived or self._read(wait and not batch)
-            if self._arrived is None or (batch and not self._arrived.continues(batch[-1])):
+            first = self._in_flight[0]
+            if not self._read(first, wait and not batch):
+                break
+            if batch and not first.continues(batch[-1]):
                 break
             self._torn = True
-            batch.append(self._arrived)
-            for _ in self._arrived.forwards:
-                self._in_flight.popleft()
-            self._arrived = None
+            batch.append(self._in_flight.popleft())
         return batch
 
-    def _read(self, wait: bool) -> Arrived | None:
-        """The first pass of the queue with its rows, or as many as are consecutive decode steps;
-        None where it has not arrived."""
-        first = self._in_flight[0]
-        if not first.arrived(wait):
-            return None
-        steps = steps_at(done.fed for done in self._whole_passes())
-        forwards = list(islice(self._in_flight, max(1, len(steps))))
-        for done in (done for forward in forwards for done in forward.passes):
-            if not done.rings.synchronous:
-                done.stack.check(done)
-        if len(steps) > 1:
-            rows = [self.inputs.rows_of_steps(steps)]
-        else:
-            rows = [self.inputs.rows(done.fed) for done in first.passes]
-        self.inputs.accept()
-        return Arrived(forwards, rows)
+    def _read(self, forward: Forward, wait: bool) -> bool:
+        """Reads the rows of the first pass of the queue, once; False where it has not arrived."""
+        if not forward.rows:
+            if not forward.arrived(wait):
+                return False
+            for done in forward.passes:
+                if not done.rings.synchronous:
+                    done.stack.check(done)
+            forward.rows = [self.inputs.rows(done.fed) for done in forward.passes]
+            self.inputs.accept()
+        return True
 
-    def _whole_passes(self) -> Iterator[StackPass]:
-        """The first passes of the queue that have arrived, up to one of another stack or of two, or
-        one whose decisions were dropped in part."""
-        for forward in self._in_flight:
-            done = forward.passes[0]
-            of_one = len(forward.passes) == 1 and done.stack is self._in_flight[0].passes[0].stack
-            if not of_one or done.kept < done.fed.T or not forward.arrived(wait=False):
-                return
-            yield done
-
-    def _write(self, writer: TraceWriter, batch: list[Arrived]) -> None:
+    def _write(self, writer: TraceWriter, batch: list[Forward]) -> None:
         parts: list[Rows] = []  # those that are in the rings
         losses: list[np.ndarray] = []
         numbers: list[np.ndarray] = []  # of the forward pass that each token is of
         places: Places = {}
         encoded = 0
-        for forwards, of_stacks in batch:
-            for n, rows in enumerate(of_stacks):
-                passes = [forward.passes[n] for forward in forwards]
-                stack, there = passes[0].stack, first_rows(rows, sum(p.kept for p in passes))
+        for forward in batch:
+            for done, rows in zip(forward.passes, forward.rows, strict=True):
+                stack, there = done.stack, first_rows(rows, done.kept)
                 parts.append(there)
                 tokens = len(there.token_id)
                 writer.dropped += (len(rows.token_id) - tokens) * len(stack.routers)
-                places.setdefault(stack.name, (passes[0], []))[1].append(there.real)
+                places.setdefault(stack.name, (done, []))[1].append(there.real)
                 encoded += tokens if stack.name == "encoder" else 0
                 if self.options.token_loss:
-                    is_last = rows is of_stacks[-1]
-                    of_last = [f.losses for f in forwards if f.losses] if is_last else []
+                    of_last = forward.losses if rows is forward.rows[-1] else None
                     losses.append(losses_of(of_last, rows)[:, :tokens])
-                sizes = there.real.reshape(len(forwards), -1).sum(1)
-                numbers.append(np.repeat(np.array([f.number for f in forwards], np.int32), sizes))
+                numbers.append(np.full(tokens, forward.number, np.int32))
         fed = joined(parts)
         self.tokens += len(fed.token_id)
         loss = np.concatenate(losses, 1) if losses else ()
-        is_one = len(batch) == len(batch[0].forwards) == 1
         writer.write(
             RoutedBatch(
-                batch[-1].forwards[-1].number,
+                batch[-1].number,
                 fed.token_id if self.options.text else np.full_like(fed.token_id, -1),
                 fed.document,
                 fed.sequence,
@@ -283,7 +253,7 @@ class HandOver:
                 phases=fed.phase_codes(),
                 group=batch[-1].rows[-1].group,
                 encoded=encoded,
-                batches=None if is_one else np.concatenate(numbers),
+                batches=np.concatenate(numbers) if len(batch) > 1 else None,
             )
         )
 
@@ -319,12 +289,12 @@ def first_rows(rows: Rows, kept: int) -> Rows:
     return replace(rows, real=rows.real[:kept], **of_tokens)
 
 
-def losses_of(passes: Sequence[PassLosses], rows: Rows) -> np.ndarray:
-    """The values of `schema.LOSS` of the tokens of these passes, float32 [X, tokens], NaN where
-    there is none; of no passes, an encoder's."""
-    if not passes:
+def losses_of(of_pass: PassLosses | None, rows: Rows) -> np.ndarray:
+    """The values of `schema.LOSS` of the tokens of a pass, float32 [X, tokens], NaN where there is
+    none; None: an encoder has none."""
+    if of_pass is None:
         return np.full((len(LOSS), len(rows.token_id)), np.nan, np.float32)
-    found = np.concatenate([of_pass.values() for of_pass in passes], 1)[:, rows.real]
+    found = of_pass.values()[:, rows.real]
     # what follows the last token before a rejected draft was not known when it was fed
     is_draft = rows.phase_codes() == DRAFT
     found[:, :-1][:, is_draft[1:] & ~is_draft[:-1]] = np.nan

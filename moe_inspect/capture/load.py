@@ -10,10 +10,10 @@ import torch
 
 from moe_inspect.capture.corpus.tokenize import Tokenizer
 from moe_inspect.capture.options import TraceOptions
-from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import checked, named
 from moe_inspect.model.load import (
+    comparable,
     dequantizing,
     load_config,
     load_model,

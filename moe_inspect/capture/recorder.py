@@ -19,11 +19,11 @@ from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
+from moe_inspect.capture.hook.experts import mode_of
 from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.stack import Sinks, Stack
-from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Planned, TraceOpener, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
@@ -172,7 +172,8 @@ class Recorder:
 
     def _enable(self, on: bool) -> None:
         for stack in self.stacks.values():
-            stack.enable(on)
+            if stack.rings is not None:
+                stack.rings.enable(on)
 
     # --- the caller describes the next passes
 
@@ -264,7 +265,7 @@ class Recorder:
             of.fed = fed
             return
         rings = self._hand_over.feed(of, fed)
-        of.scope.to_tapes = rings.shape is None or self.attachment.in_compiled
+        of.scope.to_tapes = not rings.writes_whole or self.attachment.in_compiled
 
     def returned(self, stack: str, output: object) -> None:
         if not self._capturing:

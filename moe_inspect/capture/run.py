@@ -16,11 +16,10 @@ from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
 from moe_inspect.capture.feed import Batch, decode, encode_decode, end_ids, feed_own, prefill
 from moe_inspect.capture.load import Unloaded, unloaded
-from moe_inspect.capture.open_trace import Planned
+from moe_inspect.capture.open_trace import Planned, complete_now, may_resume, resume_from
 from moe_inspect.capture.options import RecordOptions, TraceOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
-from moe_inspect.capture.resume import complete_now, may_resume, resume_from
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, quantization_of
 from moe_inspect.trace.files.location import Remote

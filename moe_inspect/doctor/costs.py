@@ -20,9 +20,9 @@ from torch import Tensor
 
 from moe_inspect.capture.feed import cache_of, last_logits
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.ring import PAGE_ROWS, Ring
+from moe_inspect.capture.hook.experts import mode_of
+from moe_inspect.capture.hook.ring import PAGE_ROWS, PassShape, Rings
 from moe_inspect.capture.hook.selfcheck import Variant, device_name, summary, wrong_with
-from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.demo import CORPUS_DIR
@@ -280,7 +280,7 @@ def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Var
 def calls(device: torch.device) -> dict[str, Step]:
     """What the hooks call on a GPU, with a decode step's 8 tokens or, in several launches, 8192."""
     E, K, H = 64, 8, 2048
-    tape = Ring(device, [K], [E], torch.bfloat16, rows=8192).tapes[""][0]
+    tape = Rings(PassShape([(device, K, E)], [0]), torch.bfloat16, 8192).tapes[""][0]
 
     def choice(T: int) -> tuple[Tensor, Tensor]:
         ids = torch.randint(0, E, (T, K), device=device)

@@ -306,6 +306,11 @@ def weights_fingerprint(name: str, revision: str | None) -> str | None:
     return schema.fingerprint(parts)
 
 
+def comparable(config: object) -> Config:
+    """A model's config without the version of transformers that wrote it."""
+    return {k: v for k, v in config_record(config).items() if k != "transformers_version"}
+
+
 def config_record(config: Called) -> Config:
     """The config as plain JSON, without its path; its plain values, if not transformers'."""
     if hasattr(config, "to_json_string"):

@@ -1,5 +1,6 @@
 """Attaches a recorder to a model and detaches it: hooks around each forward pass, a sink per
-router, or our experts implementation (see `experts`). Handles models compiled by torch.compile.
+router, or our experts implementation (see `experts`). Compiled code runs eagerly while any recorder
+needs that; another thread, torch.func, torch.export and torch.jit.trace are refused.
 
 T tokens, K slots, E experts.
 """
@@ -12,18 +13,16 @@ from contextlib import ExitStack
 from functools import partial, wraps
 from threading import get_ident
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch._dynamo.utils import counters  # (torch.compiler.disable imports it anyhow)
 from torch.nn import Module
 
-from moe_inspect.capture import eager
-from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
 from moe_inspect.capture.hook import stack
-from moe_inspect.capture.hook.experts import Takeover
+from moe_inspect.capture.hook.experts import Takeover, takes_implementation
 from moe_inspect.capture.hook.probes import Discovery, Probes, listen
 from moe_inspect.capture.hook.stack import Scope, Sinks
-from moe_inspect.capture.mode import takes_implementation
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import wrapped
 from moe_inspect.model.choices import called_with
@@ -34,6 +33,58 @@ if TYPE_CHECKING:
 
     from moe_inspect.capture.options import RecordOptions
     from moe_inspect.model.choices import Args, Choice, Kwargs
+
+
+# they call a model with stand-ins for its tensors → whether one of them calls it now
+TRANSFORMS: dict[str, Callable[[], bool]] = {
+    "torch.func": torch._C._are_functorch_transforms_active,
+    "torch.export": torch.compiler.is_exporting,
+    "torch.jit.trace": torch._C._is_tracing,
+}
+
+NOT_COMPILED = (
+    "to record it without a graph break, record what torch.compile returned; to export it, call "
+    "torch.export before or after the recording"
+)
+
+
+class Eager:
+    """Two recorders of one model begin and end a pass in the same order, where the contexts of
+    `torch.compiler.set_stance` would have to be nested: so there is one, held by both."""
+
+    _held_by: ClassVar[set[Eager]] = set()
+    _stance: ClassVar[ExitStack] = ExitStack()
+
+    def hold(self) -> None:
+        if not self._held_by:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._held_by.add(self)
+
+    def release(self) -> None:
+        if self in self._held_by:
+            self._held_by.remove(self)
+            if not self._held_by:
+                self._stance.close()
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has compiled anything in this process."""
+    return bool(counters["frames"])
+
+
+def not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`torch.compiler.disable`, which costs an eager call some 10 µs, for a method."""
+
+    def made_of(method: Callable[..., None]) -> Callable[..., None]:
+        disabled = torch.compiler.disable(method, reason=reason)
+
+        @wraps(method)
+        def run(*args: Any) -> None:
+            (disabled if torch.compiler.is_compiling() else method)(*args)
+
+        return run
+
+    return made_of
 
 
 class Attachment:
@@ -57,11 +108,11 @@ class Attachment:
         is_known = bool(sites) and all(map(is_of_transformers, [model, *(s.module for s in sites)]))
         stacks = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
         self.scopes = {name: Scope(name, module, is_known) for name, module in stacks.items()}
-        self._in_model = False  # a call of the whole model is running
+        self._whole = self.scopes.get("") or Scope("", model, is_known)  # of all stacks
+        self._running: Scope | None = None  # the forward pass: of the model, or a stack by itself
         self._thread = 0  # in which the last forward pass began
         self.one_thread = True  # passes of several threads are refused
         self._handled: BaseException | None = None  # what was being handled when it began
-        self._alone: Scope | None = None  # or a call of this stack by itself
         self.kinds, self.sinks = ("", *extras), list[Sinks]()
         for site in sites:
             self.add(site)
@@ -77,7 +128,7 @@ class Attachment:
     def __deepcopy__(self, memo: object) -> Attachment:
         return self  # what is copied is the model, and of the copy nothing is recorded
 
-    __reduce__ = eager.not_pickled
+    __reduce__ = stack.not_pickled
 
     def take_probes(self, add: Callable[[Site], Sinks] | None, options: RecordOptions) -> None:
         """`add`: see `Probes`. Specs that a caller gave (`routers`) take the place of probes."""
@@ -134,17 +185,17 @@ class Attachment:
     def _bracket(self) -> None:
         """Marks where a forward pass begins and ends."""
         stacks = [scope for name, scope in self.scopes.items() if name]
+        hooked = list(stacks)
         if all(map(wrapped.is_compiled_wrapper, self.wrappers)):
-            self._keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-            # even if it raised: a later call of a stack, or of a probe, is not part of it
-            always = bool(stacks) or not self.sites
-            self._keep(self.model.register_forward_hook(self._after, always_call=always))
+            hooked.insert(0, self._whole)
         else:  # PEFT calls the model's forward, not the model
             self._replace(self.model, "forward", self._around_forward)
-        for scope in stacks:
-            before, after = partial(self._before_stack, scope), partial(self._after_stack, scope)
+        for scope in hooked:
+            before, after = partial(self._before, scope), partial(self._after, scope)
             self._keep(scope.module.register_forward_pre_hook(before, with_kwargs=True))
-            self._keep(scope.module.register_forward_hook(after))
+            # even if it raised: a later call of a stack, or of a probe, is not part of it
+            always = scope is self._whole and (bool(stacks) or not self.sites)
+            self._keep(scope.module.register_forward_hook(after, always_call=always))
         for n, module in enumerate([*self.wrappers, self.model]):
             around = partial(self._around, wrappers=self.wrappers[n:])
             if wrapped.is_compiled_wrapper(module):
@@ -203,9 +254,9 @@ class Attachment:
                 return call(*args, **kwargs)
             self._bracketed = True
             try:
-                self._begin(*given)
+                self._begin(self._whole, *given)
                 output = call(*args, **kwargs)
-                self._end(output)
+                self._end(self._whole, output)
             except BaseException:
                 self._shut()
                 raise
@@ -227,69 +278,52 @@ class Attachment:
 
         return MethodType(run, self.model)
 
-    def _before(self, module: Module, args: Args, kwargs: Kwargs) -> None:
-        if not self._bracketed and module is self.model:
-            self._begin(args, kwargs)
+    def _before(self, scope: Scope, module: Module, args: Args, kwargs: Kwargs) -> None:
+        if module is scope.module and not (scope is self._whole and self._bracketed):
+            self._begin(scope, args, kwargs)
 
-    def _after(self, module: Module, args: Args, output: object) -> None:
-        if not self._bracketed and module is self.model:
-            self._end(output)
+    def _after(self, scope: Scope, module: Module, args: Args, output: object) -> None:
+        if module is scope.module and not (scope is self._whole and self._bracketed):
+            self._end(scope, output)
 
     # A call compiled from outside (torch.compile(model) with record(model), a compiled training
     # step) has a graph break here; record(torch.compile(model)) has none.
     @not_compiled(NOT_COMPILED)
-    def _begin(self, args: Args, kwargs: Kwargs) -> None:
+    def _begin(self, scope: Scope, args: Args, kwargs: Kwargs) -> None:
+        """A call of the model or of a stack begins, and with the outer one the pass."""
         if self.paused or self.over:
             return
-        self._check_caller()
-        self._in_model, self._handled = True, sys.exc_info()[1]
-        self._experts.check()
-        self._begin_pass()
-        if "" in self.scopes:
-            self.records.feed("", args, kwargs)
-            self.scopes[""].start()
+        if self.one_thread:
+            running = self._thread if self._running is not None else None
+            self._thread = check_caller(self.model, running)
+        if scope is self._whole or self._running is not self._whole:
+            self._running, self._handled = scope, sys.exc_info()[1]
+            self._experts.check()
+            self._begin_pass()
+        if scope.stack in self.scopes:
+            self.records.feed(scope.stack, args, kwargs)
+            scope.start()
         if self.discovery is not None:
             self.discovery.begin()
 
     @not_compiled(NOT_COMPILED)
-    def _end(self, output: object) -> None:
+    def _end(self, scope: Scope, output: object) -> None:
         if self.paused or self.over or (self.one_thread and self._thread != get_ident()):
+            return
+        if scope is not self._whole and not scope.open:
             return
         if output is None and sys.exc_info()[1] is not self._handled:  # it raised
             self._shut()
             return
         if self.discovery is not None:
             self.discovery.end()
-        self._shut()
-        self.records.returned("", output)
-        self._end_pass()
-
-    @not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
-    def _before_stack(self, scope: Scope, module: Module, args: Args, kwargs: Kwargs) -> None:
-        if self.paused or self.over or module is not scope.module:
-            return
-        self._check_caller()
-        if not self._in_model:
-            self._alone = scope
-            self._experts.check()
-            self._begin_pass()
-        self.records.feed(scope.stack, args, kwargs)
-        scope.start()
-
-    @not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
-    def _after_stack(self, scope: Scope, module: Module, args: Args, output: object) -> None:
-        if self.paused or self.over or not scope.open or module is not scope.module:
-            return
+        is_over = scope is self._whole or scope is self._running
+        if is_over:
+            self._shut()
         scope.open = False
         self.records.returned(scope.stack, output)
-        if self._alone is scope:
-            self._shut()
+        if is_over:
             self._end_pass()
-
-    def _check_caller(self) -> None:
-        if self.one_thread:
-            running = self._in_model or self._alone is not None
-            self._thread = eager.check_caller(self.model, self._thread if running else None)
 
     def _begin_pass(self) -> None:
         if self.in_compiled:  # (the pass before it failed)
@@ -308,8 +342,39 @@ class Attachment:
         self.records.end()
 
     def _shut(self) -> None:
-        self._in_model, self._alone = False, None
+        self._running = None
         if self.discovery is not None:
             self.discovery.close()
         for scope in self.scopes.values():
             scope.open = False
+
+
+# --- callers of the model
+
+
+def check_caller(model: Module, thread: int | None) -> int:
+    """The id of the thread that begins a forward pass. MoeInspectError where the pass cannot be
+    recorded. `thread`: id of the thread of the pass before, where that may still be running."""
+    name, here = type(model).__name__, get_ident()
+    if thread not in (None, here) and _runs(thread, model):
+        raise MoeInspectError(
+            f"another thread is running this {name}, and forward passes are recorded one at a "
+            "time: hold a lock around each call"
+        )
+    for transform, is_on in TRANSFORMS.items():
+        if is_on():
+            raise MoeInspectError(
+                f"{transform} cannot take a {name} that is being recorded: call it before or "
+                "after, or within recorder.paused()"
+            )
+    return here
+
+
+def _runs(thread: int, model: torch.nn.Module) -> bool:
+    """Whether a thread is in a call of a module of the model."""
+    frame, modules = sys._current_frames().get(thread), {id(m) for m in model.modules()}
+    while frame is not None:
+        if id(frame.f_locals.get("self")) in modules:
+            return True
+        frame = frame.f_back
+    return False

@@ -18,7 +18,7 @@ import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.hook.ring import PassShape, Whole
+from moe_inspect.capture.hook.ring import Whole
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
@@ -205,7 +205,6 @@ class CountedPasses:
         self.tokens, self._in_group = 0, False
         self._numbers: list[int] = []  # of the passes counted since the last write
         self._taken = monotonic()
-        self._shapes: dict[str, PassShape] = {}  # of each stack
         self._waiting: list[Waiting] = []
         self._waiting_rows = self._waiting_slots = 0
 
@@ -235,12 +234,10 @@ class CountedPasses:
             self._write_when_due()
 
     def _choices(self, stack: Stack) -> Whole:
-        if stack.name not in self._shapes:
-            self._shapes[stack.name] = PassShape(stack.shape, stack.sites_of_routers)
         assert stack.fed is not None
+        assert stack.shape is not None
         T = stack.fed.T
-        found = self._shapes[stack.name].whole(stack.calls, T)
-        if found is not None:
+        if (found := stack.shape.whole(stack.calls, T)) is not None:
             return found
         stack.check_calls(T)
         raise MoeInspectError(
@@ -258,19 +255,15 @@ class CountedPasses:
         """Counts the passes that wait."""
         waiting, self._waiting = self._waiting, []
         self._waiting_rows = self._waiting_slots = 0
-        parts: list[tuple[list[Waiting], list[Rows]]] = []
-        for _, part in groupby(waiting, lambda w: (w.stack.name, w.choices is None)):
-            passes = list(part)
-            rows = self.inputs.rows_of_all([one.fed for one in passes])
-            self.tokens += sum(len(r.token_id) for r in rows)
-            parts.append((passes, rows))
+        rows = [self.inputs.rows(one.fed) for one in waiting]
+        self.tokens += sum(len(r.token_id) for r in rows)
         self.inputs.accept()
-        for passes, rows in parts:
-            choices = [one.choices for one in passes if one.choices is not None]
-            if choices:
-                stack, domains = passes[0].stack, len(self.inputs.domains)
-                routers = range(stack.first_router, stack.first_router + len(stack.routers))
-                self.counts.count(routers, rows, choices, domains, passes[-1].number)
+        both = zip(waiting, rows, strict=True)
+        counted = [(one, one.choices, fed) for one, fed in both if one.choices is not None]
+        for stack, part in groupby(counted, lambda passed: passed[0].stack):
+            passes, choices, fed = zip(*part, strict=True)
+            routers = range(stack.first_router, stack.first_router + len(stack.routers))
+            self.counts.count(routers, fed, choices, len(self.inputs.domains), passes[-1].number)
 
     # --- commits
 

@@ -68,14 +68,14 @@ class PassShape:
         extras: Sequence[str] = (),
         below: Sequence[int] | None = None,
     ):
-        ends = below or [E for *_, E in routers]
-        self.sites = list(sites)
+        self.routers, self.sites, self.kinds = routers, list(sites), ("", *extras)
+        self.below = below or [E for *_, E in routers]
         self.runs = [sites.count(n) for n in range(max(sites) + 1)]  # of each site in a pass
         self.groups: list[AlikeRouters] = []
-        for kind in ("", *extras):
+        for kind in self.kinds:
             alike = [
                 (device, EXTRAS[kind].width(K, E) if kind else K, end)
-                for (device, K, E), end in zip(routers, ends, strict=True)
+                for (device, K, E), end in zip(routers, self.below, strict=True)
             ]
             first = 0
             for (_, K, end), same in groupby(alike):
@@ -158,47 +158,36 @@ SIDE_STREAMS: dict[str, type[SideStream]] = {"cuda": SideStream}
 
 
 class Ring:
-    """Ring buffer of the routers of one device.
+    """The pages of the routers of one device, and on it the next position of each lane (`cursor`),
+    what was dropped, the limit, and whether anything is written.
 
-    slots, experts   K and E of each router
-    weight_dtype     of the recorded gate weights: float16 or bfloat16
-    extras           what is recorded too, of `schema.EXTRAS`
-    rows             the largest forward pass that must fit
-    page_rows        P, a power of two of at least 16; None: PAGE_ROWS
-    below            of each router: ids from this on are no expert's; None: E
-
-    Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values.
-
-    tapes            of each router, by what is written: choices (""), and each of the extras
+    routers   K and E of each, and what its ids are below: from this on they are no expert's
+    rows      the largest forward pass that must fit into so many `pages` of P rows
+    tapes     of each router, by what is written: choices (""), and each of the extras
     """
 
     def __init__(
         self,
         device: torch.device,
-        slots: Sequence[int],
-        experts: Sequence[int],
+        routers: Sequence[tuple[int, int, int]],
         weight_dtype: torch.dtype,
-        extras: Sequence[str] = (),
-        rows: int = 1,
-        page_rows: int | None = None,
-        below: Sequence[int] | None = None,
+        extras: Sequence[str],
+        rows: int,
+        pages: int,
+        P: int,
     ):
-        on_gpu, below = device.type == "cuda", list(below or experts)
-        self.P = page_rows or PAGE_ROWS.get(device.type, PAGE_ROWS["cpu"])
-        passes = FORWARD_PASSES if on_gpu and "logits" not in extras else 1
-        # one more, since a forward pass may begin at the end of a page
-        self.pages = passes * -(-rows // self.P) + 1
+        self.pages, self.R = pages, len(routers)
+        slots, experts, below = map(list[int], zip(*routers, strict=True))
         side_of = SIDE_STREAMS.get(device.type)
-        self.side = side_of(device, self.pages) if side_of is not None else None
+        self.side = side_of(device, pages) if side_of is not None else None
         # one value marks slots without an expert, so 256 experts need the wider type
         kinds = {"ids": torch.uint8 if max(below) < 256 else torch.int16, "weights": weight_dtype}
         kinds |= {kind: getattr(torch, EXTRAS[kind].dtype) for kind in extras}
-        widths = {"ids": list(slots), "weights": list(slots)}
+        widths = {"ids": slots, "weights": slots}
         widths |= {kind: list(map(EXTRAS[kind].width, slots, experts)) for kind in extras}
-        self.R = len(slots)
         lanes, widest = self.R * (1 + len(extras)), max(map(sum, widths.values()))
-        if self.capacity * widest >= 2**31:  # the kernels compute offsets in 32 bits
-            most = 2**31 // widest // self.P // 2 * self.P
+        if pages * P * widest >= 2**31:  # the kernels compute offsets in 32 bits
+            most = 2**31 // widest // P // 2 * P
             raise MoeInspectError(
                 f"a forward pass of {rows:,} tokens with {widest:,} recorded values each is too "
                 f"large to record: pass at most {most:,} tokens per forward pass"
@@ -206,14 +195,14 @@ class Ring:
         # a tensor made in inference mode could not be written outside it
         with torch.inference_mode(False):
             made = self._made = {
-                name: torch.empty(self.capacity * sum(w), dtype=kinds[name], device=device)
+                name: torch.empty(pages * P * sum(w), dtype=kinds[name], device=device)
                 for name, w in widths.items()
             }
             self.host = {name: self.side.pinned(t) if self.side else t for name, t in made.items()}
             self.cursor, self.dropped = (
                 torch.zeros(lanes, dtype=torch.int64, device=device) for _ in range(2)
             )
-            self.limit = torch.full((1,), self.capacity, dtype=torch.int64, device=device)
+            self.limit = torch.full((1,), pages * P, dtype=torch.int64, device=device)
             self.enabled = torch.ones(1, dtype=torch.int32, device=device)
         self.tapes: dict[str, list[Tape]] = {}
         state = self.cursor, self.dropped, self.limit, self.enabled
@@ -221,129 +210,69 @@ class Ring:
             values = kind or "weights"
             tensors, of = (made.get("ids") if not kind else None, made.get(values)), widths[values]
             for r in range(self.R):
-                places = {"base": self.P * sum(of[:r]), "page_values": self.P * sum(of)}
-                places |= {"P": self.P, "pages": self.pages}
+                places = {"base": P * sum(of[:r]), "page_values": P * sum(of)}
+                places |= {"P": P, "pages": pages}
                 tape = Tape(*tensors, *state, n * self.R + r, of[r], below[r], **places)
                 self.tapes.setdefault(kind, []).append(tape)
-        if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
-            for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
+        if device.type == "cuda":  # torch.compile's CUDA graphs then write there, without a copy
+            for tensor in (*made.values(), *state):
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        self.head = 0  # the position at which the next forward pass begins
-        self.copying = 0  # pages whose copy to the host has been started, since the beginning
-        self.released = 0  # pages that may be written again, since the beginning
 
-    @property
-    def capacity(self) -> int:
-        """Rows of all pages."""
-        return self.pages * self.P
-
-    @property
-    def max_rows(self) -> int:
-        """Rows of the largest forward pass that fits, wherever in a page it begins."""
-        return self.capacity - self.P
-
-    @property
-    def end_of_room(self) -> int:
-        """The position up to which rows can be written now."""
-        return (self.released + self.pages) * self.P
-
-    def read_cursors(self) -> Tensor:
-        """The cursors on the host, int64 [lanes]: from a GPU once what was launched has run."""
-        if self.side is None:
-            return self.cursor
-        return self.side.pinned(self.cursor).copy_(self.cursor, non_blocking=True)
-
-    def end(self, rows: int) -> None:
-        """A forward pass of `rows` rows has been launched: starts copying the pages it fills."""
-        self.head += rows
+    def copy(self, page: int) -> None:
+        """Starts the copy of a page to the host, where that cannot read it in place."""
         if self.side is not None:
-            self.side.pass_launched()
-            self._copy_pages(self.side, self.head // self.P)
-
-    def _copy_pages(self, side: SideStream, until: int) -> None:
-        """Starts the copy to the host of all pages before `until` that is not started yet."""
-        for page in range(self.copying, until):
-            n = page % self.pages
-            parts = [
-                (self.host[name].view(self.pages, -1)[n], t.view(self.pages, -1)[n])
-                for name, t in self._made.items()
-            ]
-            side.copy(n, parts)
-        self.copying = max(self.copying, until)
-
-    def is_on_host(self, position: int, wait: bool) -> bool:
-        """Whether all rows before `position` are on the host. With `wait`, waits until they are: a
-        page that is not full is copied now and again."""
-        last = (position - 1) // self.P
-        if self.side is None or position == 0:
-            return True
-        if last >= self.copying:
-            if not wait:
-                return False
-            self._copy_pages(self.side, last + 1)
-            self.copying = self.head // self.P
-        return self.side.is_copied(last % self.pages, wait)
-
-    def rows(self, kind: str, r: int, start: int, count: int) -> list[np.ndarray]:
-        """Rows [start, start + count) of router r on the host, a view per page: [n, K], of logits
-        [n, E]. `kind`: ids (uint8 or uint16, their maximum where a slot has no expert), weights or
-        one of the extras; bfloat16 values are given as their bits, uint16."""
-        tape, tensor = self.tapes.get(kind, self.tapes[""])[r], self.host[kind]
-        if tensor.dtype in (torch.int16, torch.bfloat16):
-            tensor = tensor.view(torch.uint16)
-        found: list[np.ndarray] = []
-        while count > 0 or not found:
-            page, row = divmod(start, self.P)
-            n = min(self.P - row, count)
-            found.append(tape.part(tensor, page % self.pages)[row : row + n].numpy())
-            start, count = start + n, count - n
-        return found
-
-    def release(self, position: int) -> None:
-        """Whole pages before `position` may be overwritten."""
-        if position // self.P > self.released:
-            self.released = position // self.P
-            self.limit.fill_(self.end_of_room)
+            both = ((self.host[name], made) for name, made in self._made.items())
+            pages = [(to.view(self.pages, -1), of.view(self.pages, -1)) for to, of in both]
+            self.side.copy(page, [(to[page], of[page]) for to, of in pages])
 
 
 class Rings:
-    """The ring buffers of a model, one per device, which all hold the same forward passes.
-    `routers`, `sites`: see `PassShape`; the rest is as for Ring, whose errors this raises too. On a
-    CPU whole passes are written by `write`; elsewhere kernels write each call."""
+    """The ring buffers of a model, one per device, which all hold the same forward passes. On a
+    CPU whole passes are written by `write`; elsewhere kernels write each call.
+
+    weight_dtype   of the recorded gate weights: float16 or bfloat16
+    rows           the largest forward pass that must fit
+    page_rows      P, a power of two of at least 16; None: PAGE_ROWS
+
+    Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values."""
 
     def __init__(
         self,
-        routers: Sequence[tuple[torch.device, int, int]],
-        sites: Sequence[int],
+        shape: PassShape,
         weight_dtype: torch.dtype,
-        extras: Sequence[str],
         rows: int,
-        below: Sequence[int] | None = None,
+        page_rows: int | None = None,
     ):
-        below = below or [E for _, _, E in routers]
+        self.shape, self.kinds, (_, *extras) = shape, shape.kinds, shape.kinds
+        routers, devices = shape.routers, dict.fromkeys(d for d, *_ in shape.routers)
+        self.P = page_rows or min(PAGE_ROWS.get(d.type, PAGE_ROWS["cpu"]) for d in devices)
+        on_gpu = any(device.type == "cuda" for device in devices)
+        passes = FORWARD_PASSES if on_gpu and "logits" not in extras else 1
+        # one more, since a forward pass may begin at the end of a page
+        self.pages = passes * -(-rows // self.P) + 1
         self._rings: list[Ring] = []
         self._of = [(0, 0)] * len(routers)  # the ring of each, and its place there
-        for device in dict.fromkeys(d for d, _, _ in routers):
+        for device in devices:
             local = [r for r, (d, _, _) in enumerate(routers) if d == device]
             for place, r in enumerate(local):
                 self._of[r] = len(self._rings), place
-            _, slots, experts = zip(*(routers[r] for r in local), strict=True)
-            ends = [below[r] for r in local]
-            self._rings.append(Ring(device, slots, experts, weight_dtype, extras, rows, below=ends))
-        self.kinds = ("", *extras)
+            of = [(*routers[r][1:], shape.below[r]) for r in local]
+            made = Ring(device, of, weight_dtype, extras, rows, self.pages, self.P)
+            self._rings.append(made)
         self.tapes = {
             kind: [self._rings[i].tapes[kind][n] for i, n in self._of] for kind in self.kinds
         }
+        self._sides = [ring.side for ring in self._rings if ring.side is not None]
         # what the model has written can be read without waiting
-        self.synchronous = all(ring.side is None for ring in self._rings)
-        self.shape: PassShape | None = None  # of what `write` writes
+        self.synchronous = not self._sides
         first = self._rings[0].cursor
-        if self.synchronous and first.is_cpu and not kernels.runs_triton(first):
-            self.shape = PassShape(routers, sites, extras, below)
+        self.writes_whole = self.synchronous and first.is_cpu and not kernels.runs_triton(first)
+        if self.writes_whole:
             with torch.inference_mode(False):  # a view made in it could not be written outside it
-                self._pages = list(map(self._pages_of, self.shape.groups))
-        self.head = 0  # the position at which the next forward pass begins, of each ring
-        self._end_of_room = min(ring.end_of_room for ring in self._rings)
+                self._pages = list(map(self._pages_of, shape.groups))
+        self.head = 0  # the position at which the next forward pass begins
+        self.copying = 0  # pages whose copy to the host has been started, since the beginning
+        self.released = 0  # pages that may be written again, since the beginning
 
     def _pages_of(self, group: AlikeRouters) -> list[list[Tensor]]:
         """The group's part of each page, [R, P, K]: of ids and weights, or of what else it is."""
@@ -357,12 +286,13 @@ class Rings:
 
     @property
     def max_rows(self) -> int:
-        return min(ring.max_rows for ring in self._rings)
+        """Rows of the largest forward pass that fits, wherever in a page it begins."""
+        return (self.pages - 1) * self.P
 
     @property
     def free_rows(self) -> int:
         """Rows that can be written now; negative after rows were dropped."""
-        return self._end_of_room - self.head
+        return (self.released + self.pages) * self.P - self.head
 
     def enable(self, on: bool) -> None:
         for ring in self._rings:
@@ -372,32 +302,52 @@ class Rings:
         """Undoes a forward pass that failed: the cursors go back to the end of the one before it,
         the counts of dropped rows to `dropped`."""
         for ring in self._rings:
-            ring.cursor.fill_(ring.head)
+            ring.cursor.fill_(self.head)
             ring.dropped.fill_(dropped)
 
     def synchronize(self) -> None:
-        for ring in self._rings:
-            if ring.side is not None:
-                ring.side.synchronize()
+        for side in self._sides:
+            side.synchronize()
 
     def end(self, rows: int) -> None:
+        """A forward pass of `rows` rows has been launched: starts copying the pages it fills."""
         self.head += rows
-        for ring in self._rings:
-            ring.end(rows)
+        for side in self._sides:
+            side.pass_launched()
+        self._copy_pages(self.head // self.P)
+
+    def _copy_pages(self, until: int) -> None:
+        """Starts the copy to the host of all pages before `until` that is not started yet."""
+        for page in range(self.copying, until):
+            for ring in self._rings:
+                ring.copy(page % self.pages)
+        self.copying = max(self.copying, until)
 
     def is_on_host(self, position: int, wait: bool) -> bool:
-        return all(ring.is_on_host(position, wait) for ring in self._rings)
+        """Whether all rows before `position` are on the host. With `wait`, waits until they are: a
+        page that is not full is copied now and again."""
+        last = (position - 1) // self.P
+        if self.synchronous or position == 0:
+            return True
+        if last >= self.copying:
+            if not wait:
+                return False
+            self._copy_pages(last + 1)
+            self.copying = self.head // self.P
+        return all(side.is_copied(last % self.pages, wait) for side in self._sides)
 
     def release(self, position: int) -> None:
-        for ring in self._rings:
-            ring.release(position)
-        self._end_of_room = min(ring.end_of_room for ring in self._rings)
+        """Whole pages before `position` may be overwritten."""
+        if position // self.P > self.released:
+            self.released = position // self.P
+            for ring in self._rings:
+                ring.limit.fill_((self.released + self.pages) * self.P)
 
     def write(self, calls: Calls, T: int) -> bool:
         """Writes the calls of a pass of T rows as `kernels.record` would have, call by call, if it
         is whole and there is room for it. Returns whether it did. (With torch alone: during
         decoding NumPy's code is not in the processor's caches.)"""
-        if self.shape is None or self.free_rows < T:
+        if not self.writes_whole or self.free_rows < T:
             return False
         if (whole := self.shape.whole(calls, T)) is None:
             return False
@@ -420,13 +370,15 @@ class Rings:
         self._rings[0].cursor.add_(T)
         return True
 
-    def end_of_page(self, position: int) -> int:
-        """Where the page ends that `position` is on; of several rings, the first that ends."""
-        return min((position // ring.P + 1) * ring.P for ring in self._rings)
-
     def read_cursors(self) -> list[Tensor]:
-        """The cursors of each ring, as `Ring.read_cursors` gives them."""
-        return [ring.read_cursors() for ring in self._rings]
+        """The cursors of each ring on the host, int64 [lanes]: from a GPU once what was launched
+        has run."""
+        return [
+            ring.side.pinned(ring.cursor).copy_(ring.cursor, non_blocking=True)
+            if ring.side is not None
+            else ring.cursor
+            for ring in self._rings
+        ]
 
     def rows_seen(self, cursors: list[Tensor], start: int) -> dict[str, list[int]]:
         """Rows of each router from position `start` to `cursors`, by what is recorded."""
@@ -442,11 +394,20 @@ class Rings:
         return [dropped[i][n] for i, n in self._of]
 
     def rows(
-        self, kind: str, r: int, start: int, count: int, keep: np.ndarray | None
+        self, kind: str, r: int, start: int, count: int, keep: np.ndarray | None = None
     ) -> np.ndarray:
         """A copy of router r's rows [start, start + count), or of those at the indices `keep`:
-        [rows, K], or [rows, E] for logits. Types: see `Ring.rows`."""
-        i, n = self._of[r]
-        parts = self._rings[i].rows(kind, n, start, count)
+        [rows, K], or [rows, E] for logits. `kind`: ids (uint8 or uint16, their maximum where a slot
+        has no expert), weights or one of the extras; bfloat16 values are given as their bits,
+        uint16."""
+        ring, parts = self._rings[self._of[r][0]], list[np.ndarray]()
+        tape, tensor = self.tapes.get(kind, self.tapes[""])[r], ring.host[kind]
+        if tensor.dtype in (torch.int16, torch.bfloat16):
+            tensor = tensor.view(torch.uint16)
+        while count > 0 or not parts:
+            page, row = divmod(start, self.P)
+            n = min(self.P - row, count)
+            parts.append(tape.part(tensor, page % self.pages)[row : row + n].numpy())
+            start, count = start + n, count - n
         values = np.concatenate(parts) if len(parts) > 1 or keep is None else parts[0]
         return values if keep is None else values[keep]

@@ -20,7 +20,7 @@ from torch.nn import Module
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.capture.hook.ring import Calls, OfSite, Rings, by_site
+from moe_inspect.capture.hook.ring import Calls, OfSite, PassShape, Rings, by_site
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.choices import called_with
 from moe_inspect.model.routers import Site, logits_among, stacks_in, top_k_of
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moe_inspect.model.choices import Args, Choice, Kwargs
+
+
+def not_pickled(self: object) -> NoReturn:
+    """`__reduce__` of what a recorder attaches to a model."""
+    raise MoeInspectError(
+        "a model cannot be pickled while it is being recorded, nor a copy that was made meanwhile: "
+        "save its state_dict(), or pickle it after the recording"
+    )
 
 
 class Records(Protocol):
@@ -248,7 +256,7 @@ class Stack:
         self.calls: Calls = {}
         self.copies = True
         self._copied: list[tuple[Tensor, Tensor]] = []  # in the first pass: a copy, and of what
-        self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
+        self.shape: PassShape | None = None  # of its passes, once it has run
         self.rings: Rings | None = None
         self.dropped_rows = 0
         self.replayed = False  # a CUDA graph holds its launches
@@ -268,9 +276,9 @@ class Stack:
 
     def devices(self) -> list[torch.device]:
         """The device of each router; until it has run, that of its experts."""
-        return [device for device, _, _ in self.shape] or [
-            next(site.module.parameters()).device for site in self.sites
-        ]
+        if self.shape is None:
+            return [next(site.module.parameters()).device for site in self.sites]
+        return [device for device, _, _ in self.shape.routers]
 
     def begin(self) -> None:
         """Begins a forward pass. If the previous one failed, its rows are overwritten."""
@@ -287,11 +295,6 @@ class Stack:
     def calls_of(self, kind: str) -> list[OfSite]:
         """What was recorded of the calls of each site."""
         return by_site(self.calls[kind], len(self.sites))
-
-    def enable(self, on: bool) -> None:
-        """Whether the rings take what kernels write."""
-        if self.rings is not None:
-            self.rings.enable(on)
 
     def _take(self, kind: str, n: int, *values: Tensor) -> None:
         """One call of the router at site n."""
@@ -323,10 +326,15 @@ class Stack:
             for site, t, calls in zip(self.sites, times, self.calls_of(""), strict=True)
             for time in range(t)
         ]
-        self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs]
         self.routers = [router_at(site, ids.shape[1], time) for site, time, (ids, _) in runs]
         ends = np.cumsum(times).tolist()
         self.routers_of = [list(range(end - t, end)) for end, t in zip(ends, times, strict=True)]
+        self.shape = PassShape(
+            [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs],
+            np.repeat(range(len(times)), times).tolist(),
+            self.kinds[1:],
+            [site.ids_below for site, *_ in runs],
+        )
         self.is_new = False
         for shown, told in zip(self.routers, declared if is_declared else (), strict=False):
             if shown != told or len(self.routers) != len(declared):
@@ -358,16 +366,10 @@ class Stack:
                         "trace without --logits"
                     )
 
-    @property
-    def sites_of_routers(self) -> list[int]:
-        """The index of each router's site."""
-        return [n for n, routers in enumerate(self.routers_of) for _ in routers]
-
     def make_rings(self, rows: int, weight_dtype: torch.dtype) -> Rings:
         """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
-        sites, (_, *extras) = self.sites_of_routers, self.kinds
-        below = [self.sites[n].ids_below for n in sites]
-        rings = self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
+        assert self.shape is not None
+        rings = self.rings = Rings(self.shape, weight_dtype, rows)
         rings.rewind(self.dropped_rows)
         for sinks, routers in zip(self.sinks, self.routers_of, strict=True):
             for kind, sink in sinks.items():

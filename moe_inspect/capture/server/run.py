@@ -19,14 +19,18 @@ import numpy as np
 
 from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
-from moe_inspect.capture.open_trace import process_facts
+from moe_inspect.capture.open_trace import (
+    complete_now,
+    may_resume,
+    process_facts,
+    resume_from,
+)
 from moe_inspect.capture.options import EngineOptions
-from moe_inspect.capture.resume import comparable, complete_now, may_resume, resume_from
 from moe_inspect.capture.server import protocols
 from moe_inspect.capture.server.client import Json, ask, client, split_url, wait_notifier
 from moe_inspect.capture.server.protocols import Request, RoutedAnswer, Served
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.load import commit_of, config_record, load_config, load_tokenizer
+from moe_inspect.model.load import commit_of, comparable, config_record, load_config, load_tokenizer
 from moe_inspect.model.vocabulary import tokenizer_fingerprint, vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import schema

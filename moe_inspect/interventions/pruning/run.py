@@ -21,7 +21,6 @@ from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.capture.corpus.plan import batches
 from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
-from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions import ablation
 from moe_inspect.interventions.ablation import HeldOut, Progress
@@ -29,7 +28,7 @@ from moe_inspect.interventions.pruning import checkpoint, measure
 from moe_inspect.interventions.pruning.measure import EVERYTHING, FREQUENCY, RANDOM, WHOLE, Drop
 from moe_inspect.interventions.rules import SHARED_OUT, beyond, how_dropped
 from moe_inspect.model.config import Config, groups_of
-from moe_inspect.model.load import checkpoint_dir, config_record
+from moe_inspect.model.load import checkpoint_dir, comparable, config_record
 from moe_inspect.model.routers import Site, block_of
 from moe_inspect.text import first_line, no_such
 from moe_inspect.trace.reader import Trace

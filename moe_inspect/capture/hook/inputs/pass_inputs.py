@@ -29,8 +29,6 @@ from moe_inspect.capture.hook.inputs.rows import (
     Rows,
     SequenceNumbers,
     check_labels,
-    joined,
-    steps_at,
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
@@ -311,47 +309,6 @@ class PassInputs:
             stack=call.stack,
             phases=None if is_one else phase,
         )
-
-    def rows_of_steps(self, steps: Sequence[CallInputs]) -> Rows:
-        """The rows of n passes that `steps_at` found, one after the other."""
-        first, n = steps[0], len(steps)
-        assert first.before is not None
-        state = first.before.state
-        assert state is not None
-        for call in steps:
-            call.wait()
-
-        def of_steps(tensors: list[Tensor | None], otherwise: np.ndarray) -> np.ndarray:
-            """[n, B], from one row for all or one per batch row."""
-            given = [t.reshape(-1) for t in tensors if t is not None]
-            found = torch.stack(given).numpy() if given else otherwise
-            return np.broadcast_to(found, (n, first.B))
-
-        lengths_N1 = np.array([[call.after.length] for call in steps])
-        real = of_steps([c.mask_BS for c in steps], np.ones((1, 1), bool)).astype(bool)
-        token = of_steps([c.token_BS for c in steps], np.full((1, 1), -1))
-        position = of_steps([c.position for c in steps], lengths_N1 - 1)
-        last = state.last_B + real.cumsum(0)
-        if (state.numbers_B3 < 0).any() or (last != position)[real].any():
-            return joined([self.rows(call) for call in steps])
-        for call, last_B in zip(steps, last, strict=True):
-            call.after.state = state._replace(last_B=last_B)
-        numbers = (np.broadcast_to(numbers_B, (n, first.B)) for numbers_B in state.numbers_B3.T)
-        token, position, document, sequence, domain = (
-            values[real].astype(np.int32) for values in (token, position, *numbers)
-        )
-        of_tokens = token, document, sequence, position, domain
-        return Rows(real.reshape(-1), *of_tokens, phase="decode", stack=first.stack)
-
-    def rows_of_all(self, fed: Sequence[Rows | CallInputs]) -> list[Rows]:
-        """The rows of passes in their order, those of consecutive decode steps as one."""
-        found: list[Rows] = []
-        at = 0
-        while at < len(fed):
-            steps = steps_at(fed[n] for n in range(at, len(fed)))
-            found.append(self.rows_of_steps(steps) if len(steps) > 1 else self.rows(fed[at]))
-            at += max(1, len(steps))
-        return found
 
 
 def _values(output: object) -> Collection[Any]:

@@ -7,7 +7,7 @@ B batch rows, S positions, T = B·S rows a router sees (padding included), N tok
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -177,31 +177,6 @@ class CallInputs:
         end = self.after.length
         given = np.arange(end - self.S, end) if self.position is None else self.position.numpy()
         return np.broadcast_to(given, (self.B, self.S))
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """Of its tensors."""
-        tensors = self.token_BS, self.mask_BS, self.position
-        return self.B, self.S, *(t.shape if t is not None else None for t in tensors)
-
-
-def steps_at(fed: Iterable[Rows | CallInputs]) -> list[CallInputs]:
-    """The first of these passes, as long as each feeds one token to each of the same sequences."""
-    found: list[CallInputs] = []
-    for call in fed:
-        if not isinstance(call, CallInputs) or call.S != 1 or call.stack == "encoder":
-            break
-        if call.order is not None or call.keys.of_tokens is not None or call.is_guess:
-            break
-        if not found:
-            before = call.before
-            state = before.state if before is not None and not before.taken else None
-            if state is None or len(state.last_B) != call.B or call.after.length < 2:
-                break
-        elif call.before is not found[-1].after or call.shape != found[0].shape:
-            break
-        found.append(call)
-    return found
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
