@@ -45,7 +45,8 @@ def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
     routers = data.selection.routers
     ratio_LE = load_ratios([data.counts.load_E(r) for r in routers])
     worst_L = np.argsort(-np.nan_to_num(ratio_LE).max(1), kind="stable")
-    shown, widest = sorted(worst_L[:most].tolist()), ratio_LE.shape[1]
+    shown: list[int] = sorted(worst_L[:most].tolist())
+    widest = ratio_LE.shape[1]
     labels = [f"layer {layer_label(data.trace.routers, routers[n])}" for n in shown]
     indent = max(len("experts"), *map(len, labels)) + 2
     room = console.width - indent if console.is_terminal else FILE_CELLS
