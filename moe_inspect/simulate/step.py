@@ -412,7 +412,9 @@ def _by_layer(rows: Frame, label_of: Labels, of: str) -> Panel:
         ("combine", rows["combine_ms"], "c4"),
     ):
         if ms.any():
-            bars.append(Bars(x, below, below := below + ms.fillna(0).to_numpy(float), name, colour))
+            top = below + ms.fillna(0).to_numpy(float)
+            bars.append(Bars(x, below, top, name, colour))
+            below = top
     even = Points(x, rows["even_ms"].to_numpy(float), "all of it, of an even load", "c7", "tick")
     layers = Axis("layer", tuple(label_of[r] for r in rows["router"]))
     title = f"Each layer, with {rows['tokens'].iloc[0]:,} tokens{of}"
