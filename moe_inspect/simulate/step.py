@@ -304,8 +304,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     if claimed and _known(worst, settings, len(sizes) * len(largest)):
         of = f" of {worst['phase']}" if several else ""
         sentences.append(
-            f"Layer {label_of[worst['router']]} costs most: {worst['ms']:.3g} ms instead of "
-            f"{worst['even_ms']:.3g} with {worst['tokens']:,} tokens{of}."
+            f"Layer {label_of[worst['router']]} costs most in these steps: {worst['ms']:.3g} ms "
+            f"instead of {worst['even_ms']:.3g} with {worst['tokens']:,} tokens{of}."
         )
     if missing := sorted({*sizes} - {*table["tokens"]}):
         sentences.append(
