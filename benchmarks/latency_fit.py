@@ -218,7 +218,8 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="a line per kernel")
     parser.add_argument(
-        *("-o", "--output"),
+        "-o",
+        "--output",
         action="append",
         type=Path,
         default=[],

@@ -51,4 +51,4 @@ def reading(path: object, doing: str = "read") -> Generator[None, None, None]:
         raise MoeInspectError(f"cannot {doing} {path}: {first_line(error)}") from error
 
 
-writing = partial(reading, doing="write")
+writing = partial(reading, doing="write")  # "cannot write …"

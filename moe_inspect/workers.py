@@ -68,11 +68,11 @@ class Processes:
 
     def __init__(self, width: int):
         self.width = width
-        # not forked: threads of this process may hold locks
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(width, context, _begin)
 
     def __enter__(self) -> Processes:
+        # not forked: threads of this process may hold locks
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self.width, context, _begin)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -160,7 +160,7 @@ def test_the_time_left_is_that_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> 
 
 LOADS = {
     "trace demo -o t": ("trace.need_torch", "starting"),
-    "doctor": ("doctor.quiet", "loading torch"),
+    "doctor": ("describe.quiet", "loading torch"),
 }
 
 

@@ -15,10 +15,11 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, TransferTime
+from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, Shape, TransferTime
 from moe_inspect.simulate.placement.rebalancing import Ageing, ageing
+from moe_inspect.simulate.prices import LOW_LATENCY, Prices
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.simulate.sampling import decisions_of, draw_steps, step_loads
+from moe_inspect.simulate.sampling import StepLoads, decisions_of, draw_steps, step_loads
 from moe_inspect.simulate.step import turning_point
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -187,8 +188,10 @@ def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path
     assert "the busiest GPU of a layer would get" in load.text
     assert "Simulated: step" in made.page()
     assert "Simulated: step" not in plain.page()
-    with pytest.raises(MoeInspectError, match="give --gpu, one of h200"):
-        moe_inspect.report(trace, times=times | {"gpu": None})
+    with pytest.raises(MoeInspectError, match="give --gpu, one of b200, h100, h200"):
+        moe_inspect.report(trace, times=times | {"gpu": None, "latency": None})
+    only = trace.simulate.step(layers="1", **times | {"gpu": None})  # of whom there are times
+    assert only.verdict == costs.verdict
 
 
 def test_saving_that_turns_to_cost_is_told_where_both_are_known():
@@ -289,6 +292,35 @@ def test_wrong_settings_are_refused(
         trace.simulate.step(**{**KERNEL, "latency": constants, **options})
 
 
+def test_times_of_unknown_error_claim_no_cost(tmp_path: Path, constants: Path):
+    trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0, Planted(4.0)))
+    assert claims(simulated(trace, constants, gpus=4))
+    model = LatencyModel.from_file(constants)
+    model.kernels[0].errors.clear()
+    model.to_file(tmp_path / "unknown.json")
+    made = simulated(trace, tmp_path / "unknown.json", gpus=4)
+    assert not claims(made)
+    said = " ".join(made.verdict)
+    assert "costs most" not in said
+    assert "as the error of these times is unknown, no cost is claimed" in said
+
+
+def test_a_token_more_than_low_latency_kernels_take_costs_no_less(constants: Path):
+    """They are used where they are faster than the others, which take any number of tokens."""
+    kernel, shape = LatencyModel.from_file(constants).kernels[0], Shape(4096, 1024, 2, 8)
+    most, loads = 4 * LOW_LATENCY, StepLoads(np.full((1, 8), 128.0), np.full((1, 4), 224.0))
+    for slower in ("low_latency", "normal"):
+        transfers = {
+            f"deepep_{kind}_{way}": TransferTime(
+                "h200", "deepep", "1", f"deepep_{kind}_{way}", "rank", 0, 1.0 + (kind == slower), 1
+            )
+            for kind in ("low_latency", "normal")
+            for way in ("dispatch", "combine")
+        }
+        within, beyond = (Prices(kernel, transfers).of(loads, shape, N) for N in (most, most + 1))
+        assert (beyond.total - within.total).item() == (0.0 if slower == "low_latency" else 2.0)
+
+
 def test_what_was_never_measured_is_told(tmp_path: Path):
     trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0))
     assert "extrapolated" not in " ".join(trace.simulate.step(**KERNEL).verdict)
@@ -337,6 +369,14 @@ def test_policies_are_compared_by_time(tmp_path: Path, constants: Path):
         r"instead of .* in order \(−\d+%; of the step −[34]\d%, ", said_of(made, "EPLB")
     )
     assert said_of(made, "EPLB").endswith("model error 1%): worth it.")
+    for slots in (8, 12):  # without replicas in order is what `step` says, with or without
+        priced = placed(trace, constants, fit_share=1.0, physical_experts=slots)
+        step = simulated(trace, constants, gpus=4, batch_tokens=[50]).tables["step"].iloc[0]
+        assert priced.settings["in_order"] == {"ms": step["ms"], "even_ms": step["even_ms"]}
+        ms = priced.tables["policies"].set_index("policy")["ms"]
+        assert (ms["contiguous"] == step["ms"]) == (slots == 8)
+        change = f"{ms['eplb'] / step['ms'] - 1:+.0%}".replace("-", "−")
+        assert f"of the step {change}, " in said_of(priced, "EPLB")
     unpriced = trace.simulate.placement(gpus=4, policies=["contiguous", "eplb"])
     assert not any("EPLB" in said for said in unpriced.verdict)
     assert "ms" not in unpriced.tables["policies"], "without a GPU nothing changes"
@@ -550,7 +590,7 @@ def test_ageing_is_the_slope_over_age_apart_from_good_plans_and_busy_windows():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"gpu": None}, "are of measured times: give --gpu"),
+        ({"gpu": None, "latency": None}, "are of measured times: give --gpu"),
         ({"memory_gb": 3.0}, "--memory-gb is for --sweep"),
         ({"batch_tokens": 0}, "steps of 0 tokens"),
         ({"sweep": [10]}, "cannot split 10 physical experts over 4 GPUs"),

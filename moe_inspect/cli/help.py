@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import EnumType
 from functools import partial
 from itertools import islice
@@ -68,7 +68,8 @@ class GroupedCommand(TyperCommand):
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Refuses a second --table: of other options that take one value the last one counts, but a
         second table reads as if both were asked for."""
-        asked = [one for one in args if one.partition("=")[0] == "--table"]
+        own = args[: args.index("--")] if "--" in args else args
+        asked = [one for one in own if one.partition("=")[0] == "--table"]
         if len(asked) > 1 and not ctx.resilient_parsing:
             raise typer.BadParameter("--table is given twice: give one table")
         _read_plainly(self.get_params(ctx))
@@ -200,14 +201,32 @@ def _write_examples(formatter: HelpFormatter, examples: str | None) -> None:
 def traces(incomplete: str) -> list[str]:
     """Traces whose path begins so, also one folder further down; where there are none, the shell
     completes names of files."""
-    from glob import escape, iglob
-
-    found = dict[str, None]()
-    for place in (f"{escape(incomplete)}*", f"{escape(incomplete)}*/*"):
-        for manifest in islice(iglob(f"{place}/trace.json"), MOST):
-            if os.path.dirname(trace := os.path.dirname(manifest)) not in found:
-                found[trace] = None
+    begun = incomplete.rpartition("/")[2]
+    start = incomplete[: len(incomplete) - len(begun)]
+    found = list[str]()
+    for entry in _folders(start or "."):
+        if not entry.name.startswith(begun):
+            continue
+        if _is_trace(entry.path):
+            found.append(start + entry.name)
+        else:
+            inside = (one for one in _folders(entry.path) if _is_trace(one.path))
+            found += [f"{start}{entry.name}/{one.name}" for one in inside]
     return sorted(found)
+
+
+def _folders(path: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            for entry in islice(entries, MOST):
+                if entry.is_dir():
+                    yield entry
+    except OSError:
+        return
+
+
+def _is_trace(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "trace.json"))
 
 
 def tables(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -63,23 +63,30 @@ class Prices:
         """By how much costs of imbalance err in the median; None where that was not measured."""
         return self.kernel.errors.get("imbalance_error_median")
 
+    @property
+    def time_error(self) -> float | None:
+        """By how much times err in the median."""
+        return self.kernel.errors.get("time_error_median")
+
     def expert_gb(self, shape: Shape) -> float:
         """10^9 bytes of an expert's weights, as the kernel reads them."""
         weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
         return weights * BYTES[self.kernel.dtype] / 1e9
 
-    def said(self, G: int, shapes: Iterable[Shape], N: int) -> str:
+    def said(self, G: int, nodes: int, shapes: Iterable[Shape], N: int) -> str:
         """Whose times these are, how wrong they may be, and what of these layers, in steps of N
         tokens, lies beyond all that was measured."""
         sent = G > 1 and any(kernel.startswith("deepep") for kernel in self.transfers)
         what = "experts alone, without transfers,"
         if sent:
-            what = "experts, and DeepEP's transfers on one node,"
-        err, doubt = self.error, self.kernel.doubt()
+            between = " (between nodes none were measured)" if nodes > 1 else ""
+            what = f"experts, and DeepEP's transfers on one node{between},"
+        err, time, doubt = self.error, self.time_error, self.kernel.doubt()
         beyond = sorted({self.kernel.extrapolated(shape, N) for shape in shapes} - {""})
         return (
             f"times of {what} as measured of {self.kernel.name} ({self.source})"
             + (f", whose costs of imbalance err by {err:.0%} in the median" if err else "")
+            + (f", and the times themselves by {time:.0%}" if err and time else "")
             + (f": {doubt}" if doubt else "")
             + (
                 f"; extrapolated beyond all that was measured: {', '.join(beyond)}"
@@ -93,16 +100,23 @@ class Prices:
         tokens_SGE = loads.slots_SP.reshape(S, G, P // G)
         handed = loads.reached_SG.reshape(-1)
         busy_SG = self.kernel.predict(tokens_SGE.reshape(S * G, -1), shape, handed).reshape(S, G)
-        kind = "low_latency" if N <= LOW_LATENCY * G else "normal"
-        sent = list[np.ndarray]()
-        for name, size in (("dispatch", BYTES[self.kernel.dtype]), ("combine", 2.0)):
-            way = self.transfers.get(f"deepep_{kind}_{name}")
-            ms_S = np.full(S, 0.0 if G == 1 else np.nan)
-            if way is not None and G > 1:
-                copies_SG = tokens_SGE.sum(2) if way.per == "choice" else loads.reached_SG
-                ms_S = way.predict(copies_SG.max(1), shape.hidden * max(size, 1.0))
-            sent.append(ms_S)
-        return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1), *sent)
+        ways = ["normal", *(["low_latency"] if N <= LOW_LATENCY * G else [])]
+        sent = [self._sent(way, loads.reached_SG, tokens_SGE.sum(2), shape.hidden) for way in ways]
+        faster = min(sent, key=lambda ms: np.nan_to_num(ms, nan=np.inf).sum())
+        return Times(busy_SG.max(1), busy_SG.max(1) - busy_SG.mean(1), *faster)
+
+    def _sent(
+        self, kind: str, reached_SG: np.ndarray, chosen_SG: np.ndarray, hidden: int
+    ) -> np.ndarray:
+        """Milliseconds [2, S] of dispatch and combine by DeepEP's kernels of this kind, NaN where
+        these were not measured."""
+        S, G = reached_SG.shape
+        ms = np.full((2, S), 0.0 if G == 1 else np.nan)
+        for n, (name, size) in enumerate((("dispatch", BYTES[self.kernel.dtype]), ("combine", 2))):
+            if G > 1 and (way := self.transfers.get(f"deepep_{kind}_{name}")):
+                copies_SG = chosen_SG if way.per == "choice" else reached_SG
+                ms[n] = way.predict(copies_SG.max(1), hidden * max(size, 1.0))
+        return ms
 
 
 def p_apart(ms: float, other_ms: float, error: float, blocks: int) -> float:
@@ -138,9 +152,10 @@ def prices_of(
     model = LatencyModel.from_file(latency or SHIPPED)
     named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
     wanted = {name: value for name, value in named.items() if value is not None}
-    if gpu is None:
-        known = ", ".join(dict.fromkeys(each.gpu for each in model.kernels))
-        raise MoeInspectError(f"times are of a GPU: give --gpu, one of {known}")
+    known = list(dict.fromkeys(each.gpu for each in model.kernels))
+    if gpu is None and len(known) != 1:
+        raise MoeInspectError(f"times are of a GPU: give --gpu, one of {', '.join(known)}")
+    gpu = gpu or known[0]
     # of those with several settings, the one with the most of the GPU, the last
     transfers = {way.kernel: way for way in model.transfers if way.gpu == gpu}
     return Prices(model.kernel(**wanted), transfers, model.source)

@@ -40,14 +40,8 @@ Settings = dict[str, Any]
 Labels = dict[int, str]  # router → its layer, as people read it
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
 FIRST_ROWS = Excerpt("the first rows", lambda frame, most: frame.head(most))
-HIDDEN = (
-    "moe_layers",
-    "too_few",
-    "times",
-    "error",
-    "ageing",
-    "counts_only",
-)  # settings that plan files and verdicts need
+# settings that plan files and verdicts need
+HIDDEN = "moe_layers", "too_few", "times", "error", "ageing", "counts_only", "in_order"
 
 
 @dataclass(frozen=True, repr=False)

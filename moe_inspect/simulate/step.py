@@ -137,7 +137,7 @@ def simulate_step(
     settings: Settings = {
         "kernel": prices.kernel.name,
         "error": prices.error,
-        "times": prices.said(G, shapes.values(), sizes[-1]),
+        "times": prices.said(G, nodes, shapes.values(), sizes[-1]),
         "gpus": G,
         "nodes": nodes,
         "batch_tokens": sizes,
@@ -298,11 +298,14 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             )
     largest = layers[layers["tokens"] == layers["tokens"].max()]
     worst = largest.loc[(largest["ms"] - largest["even_ms"]).idxmax()]
-    if _known(worst, settings, len(sizes) * len(largest)):
+    mine = whole["phase"].isna() | (whole["phase"] == worst["phase"])
+    of_all = whole[mine & (whole["tokens"] == worst["tokens"])].iloc[0]
+    claimed = len(largest) > 1 and _known(of_all, settings, len(sizes))
+    if claimed and _known(worst, settings, len(sizes) * len(largest)):
         of = f" of {worst['phase']}" if several else ""
         sentences.append(
-            f"Layer {label_of[worst['router']]} costs most: {worst['ms']:.3g} ms instead of "
-            f"{worst['even_ms']:.3g} with {worst['tokens']:,} tokens{of}."
+            f"Layer {label_of[worst['router']]} costs most in these steps: {worst['ms']:.3g} ms "
+            f"instead of {worst['even_ms']:.3g} with {worst['tokens']:,} tokens{of}."
         )
     if missing := sorted({*sizes} - {*table["tokens"]}):
         sentences.append(
@@ -319,7 +322,10 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
 def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
     """A cost is claimed where it is neither chance nor the error of the times."""
     cost, chance = row["cost"], row["cost_by_chance"]
-    said = f"A step of {plural(row['tokens'], 'token')}{of} takes {row['ms']:.3g} ms"
+    said = (
+        f"The MoE layers of a step of {plural(row['tokens'], 'token')}{of} take {row['ms']:.3g} ms "
+        f"on {plural(settings['gpus'], 'GPU')}"
+    )
     interval = ""
     if not math.isnan(row["cost_low"]):
         interval = f", 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"
@@ -329,18 +335,22 @@ def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
         return f"{said}: imbalance {word} {abs(row['ms'] - row['even_ms']):.2g} ms ({facts})."
     if settings["too_few"] or math.isnan(row["p"]):
         return f"{said} ({facts}): too little text to tell imbalance from chance."
+    if settings["error"] is None:
+        return f"{said} ({facts}): as the error of these times is unknown, no cost is claimed."
     if row["p"] * among > ALPHA or (cost > 0) != (cost > chance):
         return f"{said}: imbalance {word} no more than chance ({facts})."
-    beyond = " beyond chance" if abs(math.log1p(cost)) > (settings["error"] or 0) else ""
+    beyond = " beyond chance" if abs(math.log1p(cost)) > settings["error"] else ""
     return f"{said}: what imbalance {word}{beyond} is within the error of the times ({facts})."
 
 
 def _known(row: Any, settings: Settings, among: int) -> bool:
     """Whether the cost is neither chance nor the error of the times. `among`: the costs that this
     one is picked from."""
+    if settings["error"] is None:
+        return False
     cost = math.log1p(row["cost"])
     beyond_chance = cost - math.log1p(row["cost_by_chance"])
-    beyond = min(abs(cost), abs(beyond_chance)) > (settings["error"] or 0)
+    beyond = min(abs(cost), abs(beyond_chance)) > settings["error"]
     alike = cost * beyond_chance > 0  # or it is less than what chance costs, or saves
     return beyond and alike and row["p"] * among <= ALPHA and not settings["too_few"]
 
@@ -412,7 +422,9 @@ def _by_layer(rows: Frame, label_of: Labels, of: str) -> Panel:
         ("combine", rows["combine_ms"], "c4"),
     ):
         if ms.any():
-            bars.append(Bars(x, below, below := below + ms.fillna(0).to_numpy(float), name, colour))
+            top = below + ms.fillna(0).to_numpy(float)
+            bars.append(Bars(x, below, top, name, colour))
+            below = top
     even = Points(x, rows["even_ms"].to_numpy(float), "all of it, of an even load", "c7", "tick")
     layers = Axis("layer", tuple(label_of[r] for r in rows["router"]))
     title = f"Each layer, with {rows['tokens'].iloc[0]:,} tokens{of}"

@@ -44,7 +44,8 @@ TRANSFORMS: dict[str, Callable[[], bool]] = {
 
 NOT_COMPILED = (
     "to record it without a graph break, record what torch.compile returned; to export it, call "
-    "torch.export before or after the recording"
+    "torch.export before or after the recording; the stacks of an encoder-decoder are always told "
+    "apart outside compiled code"
 )
 
 

@@ -175,9 +175,8 @@ class Job:
     selection: Selection
     domains: tuple[str, ...]  # of A
     tokens: int  # how many
-    margins: kernels.Margins | None = (
-        None  # of A's decisions, None where none is known or asked for
-    )
+    # of A's decisions, None where none is known or asked for
+    margins: kernels.Margins | None = None
     load: bool = True  # whether A's load is counted
     # whether tokens with expert 0 in every slot of either trace are left out
     drop_zero_filled: bool = False

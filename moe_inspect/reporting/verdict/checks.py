@@ -9,7 +9,7 @@ from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, once
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
-from moe_inspect.reporting.verdict.findings import Finding, most_important_first
+from moe_inspect.reporting.verdict.findings import Finding, most_important_first, note
 
 Check = Callable[[ReportData], Finding | None]
 # in the order in which they are read, the most important first, each with the group of the page
@@ -38,7 +38,13 @@ def findings(data: ReportData) -> list[Finding]:
     """What every check finds, most important first; before warnings a cost that was asked for."""
     found, partial = list[Finding](), False
     for group, check in ((group, check) for group, checks in CHECKS for check in checks):
-        if (partial and check in OF_ALL_RANKS) or (one := check(data)) is None:
+        if not (partial and check in OF_ALL_RANKS):
+            one = check(data)
+        elif check is balance.busiest_gpu and data.costs is not None:
+            one = note("What imbalance costs is unknown: ranks are missing.")
+        else:
+            one = None
+        if one is None:
             continue
         found.append(replace(one, kind=one.kind or check.__name__, group=group))
         if check is data_checks.missing_ranks:

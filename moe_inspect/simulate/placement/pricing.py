@@ -83,7 +83,8 @@ class PlanTimes:
 
 
 BATCH_TOKENS = 4096  # of a step, by default
-PRICED = ("kernel", "batch_tokens", "error", "times", "unpriced", "memory_gb", "ageing")  # settings
+# settings
+PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "memory_gb", "ageing", "in_order"
 
 
 def pricing_of(
@@ -100,9 +101,9 @@ def pricing_of(
     kernel that was not measured."""
     for is_wrong, said in (
         (
-            gpu is None and (engine or dtype or kernel or latency or sweep or tokens is not None),
-            "--engine, --dtype, --kernel, --latency, --batch-tokens and --sweep are of measured "
-            "times: give --gpu",
+            not (gpu or latency) and (engine or dtype or kernel or sweep or tokens is not None),
+            "--engine, --dtype, --kernel, --batch-tokens and --sweep are of measured times: give "
+            "--gpu",
         ),
         (memory_gb is not None and not sweep, "--memory-gb is for --sweep"),
         (
@@ -112,7 +113,7 @@ def pricing_of(
     ):
         if is_wrong:
             raise MoeInspectError(said)
-    if gpu is None:
+    if gpu is None and latency is None:
         return None
     tokens = BATCH_TOKENS if tokens is None else tokens
     return Pricing(prices_of(gpu, engine, dtype, kernel, latency), tokens, memory_gb)
@@ -139,16 +140,36 @@ class Pricing:
         prices, N = self.prices, self.tokens
         times, unpriced = self.times(plans, judging, judged)
         layout = next(iter(plans.layouts.values()))
-        columns = self.columns(times, layout.nodes)
+        in_order = self.in_order(plans, judging, judged) or times.get("contiguous")
+        columns = self.columns(times, in_order, layout.nodes)
         tables["policies"] = tables["policies"].merge(columns, "left", "policy")
         ageing = None
         if again := next((name for name in places if name in times), None):
             changes, ageing = rebalancing(plans, again, places[again], prices, N)
             tables["rebalancing"] = changes
         shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
-        said = prices.said(layout.gpus, shapes, N)
-        of = prices.kernel.name, N, prices.error, said, unpriced, self.memory_gb, ageing
+        said = prices.said(layout.gpus, layout.nodes, shapes, N)
+        first = in_order and {"ms": in_order.ms, "even_ms": in_order.even}
+        of = prices.kernel.name, N, prices.error, said, unpriced, self.memory_gb, ageing, first
         return dict(zip(PRICED, of, strict=True)), times
+
+    def in_order(
+        self,
+        plans: PlacementPlans,
+        judging: Sequence[PlacementPlans],
+        judged: Sequence[Workload],
+    ) -> PlanTimes | None:
+        """Of experts in order, without replicas: what a server has before it places any. None where
+        the GPUs cannot share them evenly."""
+        experts = {r: plans.trace.routers[r].experts for r in plans.layouts}
+        if any(E % plans.layouts[r].gpus for r, E in experts.items()):
+            return None
+        of = {
+            "layouts": {r: replace(plans.layouts[r], slots=E) for r, E in experts.items()},
+            "of": {(r, "in order"): np.arange(E) for r, E in experts.items()},
+        }
+        alone = replace(plans, **of), [replace(one, **of) for one in judging]
+        return self.times(*alone, judged)[0]["in order"]
 
     def swept(
         self,
@@ -227,10 +248,12 @@ class Pricing:
         spread = even(N, shape, layout.slots, G)
         return float(self.prices.of(spread, shape, N).total.item())
 
-    def columns(self, times: dict[str, PlanTimes], nodes: int) -> pd.DataFrame:
+    def columns(
+        self, times: dict[str, PlanTimes], first: PlanTimes | None, nodes: int
+    ) -> pd.DataFrame:
         """For the table `policies`: a row per policy. The p-values are corrected for the number of
         pairs of policies."""
-        fastest, first = min(times.values(), key=lambda of: of.ms), times.get("contiguous")
+        fastest = min(times.values(), key=lambda of: of.ms)
         rows = list[dict[str, object]]()
         for name, of in times.items():
             p = {"ms_p": of.corrected_p(fastest, len(times))}

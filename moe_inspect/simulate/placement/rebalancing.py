@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,11 @@ def rebalancing(
     """Of this policy, for steps of N tokens: a row for the plan after experts in order, and one per
     window whose own plan follows that of the window before. `plans`: on windows of time, or on
     workloads, which have no order."""
-    in_order = {r: contiguous(plans.loads[r][0], plans.layouts[r]) for r in plans.selection.routers}
+    in_order = dict[int, np.ndarray]()
+    for r, layout in plans.layouts.items():
+        E = plans.trace.routers[r].experts
+        without = layout if E % layout.gpus else replace(layout, slots=E)  # replicas
+        in_order[r] = contiguous(plans.loads[r][0], without)
     planned = {r: plans.of[r, policy] for r in plans.selection.routers}
     first = {"window": None, "policy": policy, **moved(plans, in_order, planned, prices)}
     if plans.windows.names or plans.trace.counts_only:

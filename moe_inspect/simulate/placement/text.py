@@ -33,7 +33,9 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         f"worst layer {first['worst_max_over_mean']:.2f}x)."
     ]
     by = time_of(tables["policies"])
-    saved, least = 1 - best[by] / first[by], worth(settings["error"])
+    from_ms = settings["in_order"] or first
+    saved = 1 - best[by] / (from_ms if by == "ms" else first)[by]
+    least = worth(settings["error"])
     if best is not first and (saved >= least or settings["minimize"]):
         others = ", ".join(
             f"{name} {row['slowdown']:.2f}x"
@@ -209,8 +211,8 @@ def _priced(tables: Tables, rows: dict[str, Any], settings: Settings, unseen: bo
 
 
 def _eplb(rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
-    """Whether the faster EPLB is worth it, beside experts in order."""
-    eplbs, first = [rows[name] for name in rows if name.startswith("eplb")], rows.get("contiguous")
+    """Whether the faster EPLB is worth it, beside experts in order, without replicas."""
+    eplbs, first = [rows[name] for name in rows if name.startswith("eplb")], settings["in_order"]
     if not eplbs or not first:
         return []
     best, error = min(eplbs, key=lambda row: row["ms"]), settings["error"]
@@ -245,7 +247,7 @@ def _rebalanced(tables: Tables, rows: dict[str, Any], settings: Settings) -> lis
     """What a change of the plan costs, and how often it pays."""
     table, ageing, N = tables["rebalancing"], settings["ageing"], settings["batch_tokens"]
     start, again = table.iloc[0], table.iloc[1:].drop(columns="window").mean(numeric_only=True)
-    mine, first, error = rows[start["policy"]], rows.get("contiguous"), settings["error"]
+    mine, first, error = rows[start["policy"]], settings["in_order"], settings["error"]
     said = f"To rebalance from experts in order to {start['policy']}, {_sent(start)}"
     said += " at the bandwidth within a node" if start["move_ms"] > 0 else ""
     if first and start["move_ms"] > 0 and not _doubt(mine, first, settings):
@@ -299,7 +301,10 @@ def _knee(sweep: Frame, settings: Settings) -> str:
     enough = fits[(1 - fits["ms"].min() / fits["ms"] < least) | (fits["ms_p"] >= ALPHA)]
     first, knee, most = fits.iloc[0], enough.iloc[0], fits.iloc[-1]
     fastest = fits["ms"].min()
-    said = f"{knee['physical_experts']} slots per layer are the knee: {_size(knee)}"
+    said = (
+        f"{knee['physical_experts']} slots per layer are the knee of {knee['policy']}: "
+        f"{_size(knee)}"
+    )
     if knee["physical_experts"] > first["physical_experts"]:
         said += f", instead of {_size(first)} with {first['physical_experts']}"
     if knee["physical_experts"] == most["physical_experts"]:

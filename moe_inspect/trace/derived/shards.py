@@ -164,7 +164,7 @@ class Target:
             int(tokens[name].to_numpy().max(initial=-1)) for name in ("token_id", "sequence")
         )
         if self.vocabulary is not None and token_id >= (words := len(self.vocabulary)):
-            what = f"token id {token_id}, the vocabulary of the others {words:,} tokens"
+            what = f"token id {token_id}, beyond the {words:,} tokens of the vocabulary"
             raise MoeInspectError(f"{trace.path} has {what}")
         self.sequences = max(self.sequences, self._sequences_before + sequence + 1)
         _check_number(trace, self.sequences, "sequences")
