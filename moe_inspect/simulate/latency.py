@@ -171,7 +171,7 @@ def amounts(name: str, given: Any) -> np.ndarray:
     """float64, all from 0 and finite."""
     try:
         found = np.asarray(given, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise MoeInspectError(f"{name} is no array of numbers: {first_line(error)}") from error
     # a NaN is the least and the most
     if found.size and not (found.min() >= 0 and found.max() < np.inf):
@@ -282,8 +282,9 @@ class LatencyModel:
         and perhaps handed (tokens that the rank is given, its own or not) and tp (ranks that share
         an expert). A rank without a token is a load where `handed` is above 0.
 
-        At least 100 rows of each kernel that have tokens. With three shapes or more, errors are those of shapes that
-        were held out; costs of imbalance are learnt from loads with the same sum of tokens.
+        At least 100 rows of each kernel that have tokens. With three shapes or more, errors are
+        those of shapes that were held out; costs of imbalance are learnt from loads with the same
+        sum of tokens.
         MoeInspectError for rows that are no such load, and fewer rows."""
         source = "a table of your own" if isinstance(table, pd.DataFrame) else str(table)
         return cls([each.kernel_time() for each in measured(own_times(table))], (), source)
@@ -360,12 +361,14 @@ def own_times(table: str | Path | pd.DataFrame) -> Any:
     for name in KERNEL:
         frame[name] = given[name].astype(str)
         refuse_first(given[name].isna(), f"{name} is empty")
+    is_known = frame["dtype"].isin(list(BYTES))
+    refuse_first(~is_known, f"dtype is {{dtype}}, not one of {', '.join(BYTES)}")
     for name in (name for name in known if name not in [*KERNEL, "tokens_per_expert"]):
         frame[name] = [number(cell) for cell in given[name]]
         if name == "ms":
-            refuse_first(frame[name] <= 0, "ms is {ms}, not a number above 0, up to 10^9")
+            refuse_first(frame[name] < 1 / MOST, "ms is {ms}, not a number from 10^-9 to 10^9")
         elif name == "handed":
-            refuse_first(frame[name] < 0, "handed is {handed}, not a number from 0")
+            refuse_first(frame[name] < 0, "handed is {handed}, not a number from 0 to 10^9")
         else:
             is_bad = (frame[name] < 1) | (frame[name] % 1 > 0)
             refuse_first(is_bad, f"{name} is {{{name}}}, not a whole number from 1 to 10^9")
@@ -402,7 +405,7 @@ def own_times(table: str | Path | pd.DataFrame) -> Any:
     few = (rows > 0).groupby([frame[name] for name in KERNEL]).sum()
     if len(few := few[few < FEWEST_ROWS]):
         raise MoeInspectError(
-            f"{where} has {few.iloc[0]} rows of {'/'.join(few.index[0])} with tokens: "
+            f"{where} has {few.iloc[0]} rows of {shown('/'.join(few.index[0]))} with tokens: "
             f"{FEWEST_ROWS} are needed to fit a kernel"
         )
     return frame
@@ -448,7 +451,7 @@ def shown(cell: Any) -> str:
     said = " ".join((repr(cell) if isinstance(cell, str) else str(cell)).split())
     if said in ("nan", "None", "<NA>", "''", "[]"):
         return "empty"
-    return said if len(said) <= 60 else said[:59] + "…"
+    return said if len(said) <= 80 else said[:79] + "…"
 
 
 @dataclass
