@@ -125,7 +125,9 @@ class KernelTime:
 
     def doubt(self) -> str:
         """What to say beside every figure, "" where the kernel is as good as it should be."""
-        said = []
+        if not any(error is not None for error in self.errors.values()):
+            return "how far off they are is unknown"
+        said = list[str]()
         for key, most, what in (
             ("imbalance_error_median", 0.05, "half of the costs of imbalance err by"),
             ("imbalance_error_p90", 0.15, "one in ten costs of imbalance errs by"),
@@ -326,7 +328,7 @@ class LatencyModel:
         found = self.kernels
         for name, value in wanted.items():
             there = sorted({getattr(kernel, name) for kernel in found})
-            found = [kernel for kernel in found if getattr(kernel, name) == value]
+            found = [k for k in found if getattr(k, name).lower() == value.lower()]
             if not found:
                 before = [f"{k} {v}" for k, v in wanted.items()][: [*wanted].index(name)]
                 of = f" of {', '.join(before)}" if before else ""
