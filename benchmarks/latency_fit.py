@@ -250,6 +250,8 @@ def main() -> None:
         if not asked.json:
             whole = table[(table["ep"] == "all") & (table["tokens"] == "all")]
             print(whole.drop(columns=["ep", "tokens"]).to_string(index=False))
+            ours = table[(table["gpu"] == "all") & (table["by"] == HELD_OUT)]
+            print(ours.drop(columns=KERNEL).to_string(index=False))
     if moved and not asked.json:
         print(pd.DataFrame([asdict(way) | {"rows": n} for way, n in moved]).to_string(index=False))
     for path in asked.output:

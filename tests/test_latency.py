@@ -116,7 +116,7 @@ def test_shipped_constants_are_a_file_like_any(tmp_path: Path) -> None:
     assert (fp8.errors["imbalance_error_median"] or 1) < 0.05
     assert fp8.doubt() == ""
     assert "times err by more than 22%" in replace(fp8, errors={"time_error_median": 0.2}).doubt()
-    assert "unmeasured" in replace(fp8, errors={}).doubt()
+    assert replace(fp8, errors={}).doubt() == "how far off they are is unknown"
     with pytest.raises(MoeInspectError, match="name one gpu: there are times of b200"):
         shipped.kernel(engine="vllm")
 
@@ -223,20 +223,137 @@ def test_times_of_ones_own_are_fitted(
         assert part["pairs"].sum() == line["pairs"]
 
 
+COUNTS = "tokens_per_expert"
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"ms": None}, "the table has no column ms"),
-        ({"ms": 0}, "the table: row 1 has the tokens .* of 0 ms: give those of each expert"),
-        ({"tokens_per_expert": "1 2 x"}, "row 1 has the tokens '1 2 x'"),
-        ({"tokens_per_expert": "0 0"}, "row 1 has the tokens '0 0'"),
-        ({"kernel": range(120)}, "the table has 1 rows of x1/mine/1/0/nvfp4: 100 are needed"),
-        ({"dtype": "fp3"}, "no size of a weight is known of fp3"),
+        ({"kernel": range(120)}, "the table has 1 rows of 'x1/mine/1/0/nvfp4' with tokens: 100"),
+        ({"dtype": "fp3"}, "dtype is 'fp3', not one of bfloat16, fp8, "),
+        ({"gpu": None}, "gpu is empty"),
+        *(({name: ""}, f"{name} is empty") for name in (COUNTS, "ms", "hidden", "handed", "tp")),
+        *(({name: None}, f"{name} is empty") for name in (COUNTS, "ms", "inter", "handed", "tp")),
+        *(
+            ({name: bad}, f"{name} is '?{bad}'?, not ")
+            for name in (COUNTS, "ms", "hidden", "inter", "top_k", "experts", "handed", "tp")
+            for bad in ("fast", np.inf, -1, 2e9)
+        ),
+        ({"ms": 0}, "ms is '?0'?, not a number from 10"),
+        ({"tp": 1.5}, "tp is '?1.5'?, not a whole number"),
+        ({COUNTS: "1 2 x"}, "tokens_per_expert is '1 2 x', not the tokens of each expert"),
+        ({COUNTS: "64 " * 99 + "x"}, "tokens_per_expert is '64 [64 ]*…, not the tokens"),
+        ({COUNTS: "0 0"}, "the rank has no tokens: "),
+        ({COUNTS: 0, "handed": 0}, "the rank has no tokens: "),
+        ({COUNTS: "1 2 3"}, "experts, '?16'?, is no multiple of the number of counts"),
+        ({"top_k": 17}, "top_k is '?17'?, above experts, '?16'?"),
     ],
 )
-def test_no_times_are_refused(own: pd.DataFrame, changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(MoeInspectError, match=said):
-        LatencyModel.fit(own.assign(**changed).dropna(axis="columns"))
+@pytest.mark.parametrize("of", ["file", "frame"])
+def test_no_times_are_refused(
+    own: pd.DataFrame, tmp_path: Path, of: str, changed: dict[str, Any], said: str
+) -> None:
+    """In one line, which names the row, the second, unless it is the table that is wrong."""
+    table, where = own.astype(object), ""
+    for name, value in changed.items():
+        if isinstance(value, range):
+            table[name] = value
+        else:
+            default = {"handed": 99, "tp": 1}
+            cells = list(table.get(name, [default.get(name)] * len(table)))
+            table[name] = pd.Series([cells[0], value, *cells[2:]], dtype=object)
+            where = "row 2: "
+    given: Any = table
+    if of == "file":
+        given, where = tmp_path / "own.csv", where.replace("row 2", "line 4")
+        said = said.replace("the table", ".*own.csv")
+        header, *lines = table.to_csv(index=False).splitlines()
+        given.write_text("\n".join([header, lines[0], "", *lines[1:], "", ""]))
+    with pytest.raises(MoeInspectError, match=where + said) as error:
+        LatencyModel.fit(given)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "cannot read .*: No columns"),
+        ("gpu,engine\n", "has no column version, kernel, dtype, hidden"),
+        (",".join([*KERNEL, "hidden,inter,top_k,experts,tokens_per_expert,ms\n"]), "has no rows"),
+        ("gpu\n1,2\n3,4\n", "line 2 has more cells than the header"),
+        ("gpu\n1\n3,4\n", "cannot read .*: .*line 3"),
+        ("gpu\n\xff\n", "cannot read .*"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "own.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(MoeInspectError, match=f"own.csv.*{said}|{said}") as error:
+        LatencyModel.from_file(tmp_path / "own.csv")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("of", ["file", "frame"])
+def test_ranks_of_one_expert_and_of_no_tokens_are_fitted(
+    own: pd.DataFrame, tmp_path: Path, of: str
+) -> None:
+    """Every third rank is idle and was handed tokens all the same, every fifth has one expert."""
+    truth, rows = KERNELS[0], list[dict[str, Any]]()
+    for at, cells in enumerate(own.to_dict("records")):
+        row = {str(name): cell for name, cell in cells.items()}
+        shape = Shape(*(row[name] for name in ("hidden", "inter", "top_k", "experts")))
+        text = "0 0 0 0" if at % 3 == 0 else row[COUNTS]
+        counts = [64 + at] if at % 5 == 1 else [int(n) for n in text.split()]
+        ms = truth.predict(np.array([counts]), shape, handed := 500 + 10 * at)[0]
+        cell = counts[0] if len(counts) == 1 else text
+        rows.append(row | {COUNTS: cell, "handed": handed, "ms": ms})
+    table = pd.DataFrame(rows * 2)
+    given: Any = tmp_path / "own.csv" if of == "file" else table
+    table.to_csv(tmp_path / "own.csv", index=False)
+    model = LatencyModel.fit(given)
+    assert model.source == (str(given) if of == "file" else "a table of your own")
+    (found,) = model.kernels
+    assert found.measured["tokens"][0] > 0
+    assert (found.errors["time_error_median"] or 1) < 0.05
+    tokens_SE, shape = np.array([[0.0, 0], [100, 20]]), Shape(4096, 1024, 4, 16)
+    ours_S, theirs_S = (each.predict(tokens_SE, shape, 900) for each in (found, truth))
+    assert ours_S == pytest.approx(theirs_S, rel=0.1)
+    one_expert = table.assign(tokens_per_expert=64)  # ints, all of them
+    assert LatencyModel.fit(one_expert).kernels
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "handed", "said"),
+    [
+        ([[1, -1]], {}, None, "tokens_SE has a number that is below 0 or not finite"),
+        ([[1, np.nan]], {}, None, "tokens_SE has a number that is below 0 or not finite"),
+        ([[1, np.inf]], {}, None, "tokens_SE has a number that is below 0 or not finite"),
+        ([[1], [1, 2]], {}, None, "tokens_SE is no array of numbers: "),
+        ([[10**400]], {}, None, "tokens_SE is no array of numbers: "),
+        ([["many"]], {}, None, "tokens_SE is no array of numbers: "),
+        ([1, 2], {}, None, r"tokens_SE has 1 dimensions: give 2, \[steps, experts of the rank\]"),
+        ([[1]], {"hidden": 0}, None, "a shape whose hidden is 0: give a number from 1"),
+        ([[1]], {"inter": "x"}, None, "a shape whose inter is 'x'"),
+        ([[1]], {"top_k": np.nan}, None, "a shape whose top_k is nan"),
+        ([[1]], {"experts": 4}, None, "a shape whose top_k, 8, is above its experts, 4"),
+        ([[1], [2]], {}, [1, 2, 3], r"handed_S has the shape \(3,\) and tokens_SE has 2 steps"),
+        ([[1], [2]], {}, [[1], [2]], r"handed_S has the shape \(2, 1\)"),
+        ([[1]], {}, [-1], "handed_S has a number that is below 0 or not finite"),
+        ([[1]], {}, np.nan, "handed_S has a number that is below 0 or not finite"),
+    ],
+)
+def test_what_is_no_load_of_a_rank_is_refused(
+    tokens: Any, shape: dict[str, Any], handed: Any, said: str
+) -> None:
+    with pytest.raises(MoeInspectError, match=said) as error:
+        KERNELS[0].predict(tokens, replace(SHAPE, **shape), handed)
+    assert "\n" not in str(error.value)
+
+
+def test_one_number_of_tokens_handed_is_of_all_steps() -> None:
+    tokens_SE = np.array([[1, 2], [3, 4]])
+    one_S, each_S = (KERNELS[0].predict(tokens_SE, SHAPE, of) for of in (9, np.full(2, 9.0)))
+    assert one_S.tolist() == each_S.tolist()
 
 
 @pytest.mark.slow

@@ -20,16 +20,18 @@ pairs of rows.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.errors import MoeInspectError, first_line, reading
 from moe_inspect.files import read_small
 from moe_inspect.trace.output_dir import output_file
 
@@ -65,6 +67,7 @@ OF_RANK = ["hidden", "inter", "top_k", "experts"]
 WHOLE_SHAPE = ["hidden", "whole_inter", "experts", "top_k"]
 CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
 FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
+MOST = 1e9  # of any number in a table of one's own: of larger ones sums and products overflow
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,13 @@ class KernelTime:
         return f"{self.gpu}/{self.engine} {self.version}/{self.kernel}/{self.dtype}"
 
     def predict(
-        self, tokens_SE: np.ndarray, shape: Shape, handed_S: np.ndarray | None = None
+        self, tokens_SE: np.ndarray, shape: Shape, handed_S: np.ndarray | float | None = None
     ) -> np.ndarray:
         """Milliseconds [steps] of the layer. tokens_SE: float64 [steps, experts of the rank].
-        handed_S: tokens that the rank is given, its own or not; without it, no more than it
-        computes, as after an all-to-all."""
+        handed_S: tokens that the rank is given, its own or not, of each step or of all; without it,
+        no more than it computes, as after an all-to-all. MoeInspectError for what is no such load
+        or shape."""
+        tokens_SE, handed_S = checked(tokens_SE, shape, handed_S)
         row = features(tokens_SE, shape, self.dtype, handed_S)
         return times(row, np.array([self.constants[name] for name in START]))
 
@@ -120,7 +125,9 @@ class KernelTime:
 
     def doubt(self) -> str:
         """What to say beside every figure, "" where the kernel is as good as it should be."""
-        said = []
+        if not any(error is not None for error in self.errors.values()):
+            return "how far off they are is unknown"
+        said = list[str]()
         for key, most, what in (
             ("imbalance_error_median", 0.05, "half of the costs of imbalance err by"),
             ("imbalance_error_p90", 0.15, "one in ten costs of imbalance errs by"),
@@ -132,6 +139,46 @@ class KernelTime:
             elif error > most:
                 said.append(f"{what} more than {np.expm1(error):.0%}")
         return "; ".join(said)
+
+
+def checked(
+    tokens_SE: np.ndarray, shape: Shape, handed_S: np.ndarray | float | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """As float64, handed_S of each step. MoeInspectError for what is no load of a rank."""
+    for name in ("hidden", "inter", "top_k", "experts"):
+        value = getattr(shape, name)
+        if not (isinstance(value, Real) and 1 <= float(value) < math.inf):
+            raise MoeInspectError(f"a shape whose {name} is {value!r}: give a number from 1")
+    if shape.top_k > shape.experts:
+        raise MoeInspectError(
+            f"a shape whose top_k, {shape.top_k}, is above its experts, {shape.experts}"
+        )
+    tokens_SE = amounts("tokens_SE", tokens_SE)
+    if tokens_SE.ndim != 2:
+        raise MoeInspectError(
+            f"tokens_SE has {tokens_SE.ndim} dimensions: give 2, [steps, experts of the rank]"
+        )
+    if handed_S is None:
+        return tokens_SE, None
+    handed_S, steps = amounts("handed_S", handed_S), len(tokens_SE)
+    if handed_S.shape not in ((), (steps,)):
+        raise MoeInspectError(
+            f"handed_S has the shape {handed_S.shape} and tokens_SE has {steps:,} steps: give a "
+            "number for each step, or one for all"
+        )
+    return tokens_SE, np.broadcast_to(handed_S, steps)
+
+
+def amounts(name: str, given: Any) -> np.ndarray:
+    """float64, all from 0 and finite."""
+    try:
+        found = np.asarray(given, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MoeInspectError(f"{name} is no array of numbers: {first_line(error)}") from error
+    # a NaN is the least and the most
+    if found.size and not (found.min() >= 0 and found.max() < np.inf):
+        raise MoeInspectError(f"{name} has a number that is below 0 or not finite")
+    return found
 
 
 def features(
@@ -235,12 +282,14 @@ class LatencyModel:
         timed. Columns: gpu, engine, version, kernel, dtype; hidden, inter (of the rank), top_k,
         experts (of all ranks); tokens_per_expert (of the rank's experts, with blanks between); ms;
         and perhaps handed (tokens that the rank is given, its own or not) and tp (ranks that share
-        an expert).
+        an expert). A rank without a token is a load where `handed` is above 0.
 
-        At least 100 rows of each kernel. With three shapes or more, errors are those of shapes that
-        were held out; costs of imbalance are learnt from loads with the same sum of tokens.
+        At least 100 rows of each kernel that have tokens. With three shapes or more, errors are
+        those of shapes that were held out; costs of imbalance are learnt from loads with the same
+        sum of tokens.
         MoeInspectError for rows that are no such load, and fewer rows."""
-        return cls([each.kernel_time() for each in measured(own_times(table))], (), str(table)[:80])
+        source = "a table of your own" if isinstance(table, pd.DataFrame) else str(table)
+        return cls([each.kernel_time() for each in measured(own_times(table))], (), source)
 
     @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
@@ -279,7 +328,7 @@ class LatencyModel:
         found = self.kernels
         for name, value in wanted.items():
             there = sorted({getattr(kernel, name) for kernel in found})
-            found = [kernel for kernel in found if getattr(kernel, name) == value]
+            found = [k for k in found if getattr(k, name).lower() == value.lower()]
             if not found:
                 before = [f"{k} {v}" for k, v in wanted.items()][: [*wanted].index(name)]
                 of = f" of {', '.join(before)}" if before else ""
@@ -295,48 +344,116 @@ class LatencyModel:
 def own_times(table: str | Path | pd.DataFrame) -> Any:
     """Rows of `LatencyModel.fit`, as `measured` takes them. Of the loads of a shape and a sum of
     tokens, the most even one is the balanced one."""
-    where = "the table" if isinstance(table, pd.DataFrame) else str(table)
-    frame: Any = table
-    if not isinstance(table, pd.DataFrame):
-        try:
-            with reading(table):
-                frame = pd.read_csv(table, dtype=dict.fromkeys(KERNEL, str))
-        except ValueError as error:
-            raise MoeInspectError(f"cannot read {where}: {error}") from error
+    where, given, lines = opened(table)
     needed = [*KERNEL, *OF_RANK, "tokens_per_expert", "ms"]
-    if missing := [name for name in needed if name not in frame]:
+    if missing := [name for name in needed if name not in given]:
         raise MoeInspectError(f"{where} has no column {', '.join(missing)}")
-    frame, counts = frame.reset_index(drop=True), list[np.ndarray]()
-    frame[KERNEL] = frame[KERNEL].astype(str)
-    for row, text in enumerate(frame["tokens_per_expert"]):
-        try:
-            counts.append(np.array(text.split() if isinstance(text, str) else text, float))
-        except (TypeError, ValueError):
-            counts.append(np.empty(0))
-        of, ms = counts[-1], frame["ms"][row]
-        if not (len(of) and np.isfinite(of).all() and (of >= 0).all() and of.any() and ms > 0):
-            raise MoeInspectError(
-                f"{where}: row {row + 1} has the tokens {text!r} of {ms} ms: give those of each "
-                "expert of the rank, with blanks between, and ms above 0"
-            )
+    known = [*needed, *(name for name in ("handed", "tp") if name in given)]
+    if twice := [name for name in known if list(given.columns).count(name) > 1]:
+        raise MoeInspectError(f"{where} has two columns {twice[0]}")
+    if not len(given):
+        raise MoeInspectError(f"{where} has no rows")
+
+    def refuse_first(bad_S: Any, said: str) -> None:
+        if (bad := np.flatnonzero(bad_S)).size:
+            cells = {name: shown(given[name].iloc[bad[0]]) for name in known}
+            raise MoeInspectError(f"{where}: {lines[bad[0]]}: {said.format(**cells)}")
+
+    frame: Any = pd.DataFrame()
+    for name in KERNEL:
+        frame[name] = given[name].astype(str)
+        refuse_first(given[name].isna(), f"{name} is empty")
+    is_known = frame["dtype"].isin(list(BYTES))
+    refuse_first(~is_known, f"dtype is {{dtype}}, not one of {', '.join(BYTES)}")
+    for name in (name for name in known if name not in [*KERNEL, "tokens_per_expert"]):
+        frame[name] = [number(cell) for cell in given[name]]
+        if name == "ms":
+            refuse_first(frame[name] < 1 / MOST, "ms is {ms}, not a number from 10^-9 to 10^9")
+        elif name == "handed":
+            refuse_first(frame[name] < 0, "handed is {handed}, not a number from 0 to 10^9")
+        else:
+            is_bad = (frame[name] < 1) | (frame[name] % 1 > 0)
+            refuse_first(is_bad, f"{name} is {{{name}}}, not a whole number from 1 to 10^9")
+            frame[name] = frame[name].astype(int)
+    refuse_first(frame["top_k"] > frame["experts"], "top_k is {top_k}, above experts, {experts}")
+
+    counts = [counts_of(cell) for cell in given["tokens_per_expert"]]
+    refuse_first(
+        [not len(of) or of.min() < 0 for of in counts],
+        "tokens_per_expert is {tokens_per_expert}, not the tokens of each expert of the rank, "
+        "with blanks between",
+    )
+    many_S = np.array([len(of) for of in counts])
+    refuse_first(
+        frame["experts"] % many_S > 0,
+        "experts, {experts}, is no multiple of the number of counts in tokens_per_expert",
+    )
     busiest = pd.Series([of.max() for of in counts])
     rows = pd.Series([of.sum() for of in counts])
-    ranks = frame["experts"] / [len(of) for of in counts]
-    for name, value in (("ep", ranks), ("tp", 1), ("handed", rows / frame["top_k"])):
+    frame["ep"] = frame["experts"] // many_S
+    for name, value in (("tp", 1), ("handed", rows / frame["top_k"])):
         frame[name] = frame.get(name, value)
+    refuse_first(
+        (rows == 0) & (frame["handed"] == 0),
+        "the rank has no tokens: give a load with some, or in the column handed how many tokens "
+        "of other ranks it was handed",
+    )
     frame["tokens"] = rows * frame["ep"] / frame["top_k"]
     alike = [frame[name] for name in [*KERNEL, *CONFIGURATION]]
     even = busiest == busiest.groupby(alike).transform("min")
     frame["law"] = np.where(even, "balanced", "given")
     frame["load"] = [of[None] for of in counts]
-    frame["handed"] = [np.array([float(n)]) for n in frame["handed"]]
-    few = frame.groupby(KERNEL).size()
-    if (few := few[few < FEWEST_ROWS]).any():
+    frame["handed"] = [np.array([n]) for n in frame["handed"]]
+    few = (rows > 0).groupby([frame[name] for name in KERNEL]).sum()
+    if len(few := few[few < FEWEST_ROWS]):
         raise MoeInspectError(
-            f"{where} has {few.iloc[0]} rows of {'/'.join(few.index[0])}: {FEWEST_ROWS} are needed "
-            "to fit a kernel"
+            f"{where} has {few.iloc[0]} rows of {shown('/'.join(few.index[0]))} with tokens: "
+            f"{FEWEST_ROWS} are needed to fit a kernel"
         )
     return frame
+
+
+def opened(table: str | Path | pd.DataFrame) -> tuple[str, Any, list[str]]:
+    """What to call a table of times, the table, and what to call each of its rows. Cells of a file
+    are text, or NaN."""
+    if isinstance(table, pd.DataFrame):
+        names = [f"row {n + 1}" for n in range(len(table))]
+        return "the table", table.reset_index(drop=True), names
+    try:
+        with reading(table):
+            frame = pd.read_csv(
+                table, dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False
+            )
+    except ValueError as error:
+        raise MoeInspectError(f"cannot read {table}: {first_line(error)}") from error
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise MoeInspectError(f"{table}: line 2 has more cells than the header")
+    frame = frame.dropna(how="all")  # blank lines
+    names = [f"line {n + 2}" for n in frame.index]
+    return str(table), frame.reset_index(drop=True), names
+
+
+def number(cell: Any) -> float:
+    """−1 for what is no number up to MOST."""
+    try:
+        found = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return -1.0
+    return found if abs(found) <= MOST else -1.0
+
+
+def counts_of(cell: Any) -> np.ndarray:
+    """float64 [experts], perhaps a single one. `number` of each."""
+    parts = cell.split() if isinstance(cell, str | bytes) else cell if np.iterable(cell) else [cell]
+    return np.array([number(part) for part in parts])
+
+
+def shown(cell: Any) -> str:
+    """In a line that is not long."""
+    said = " ".join((repr(cell) if isinstance(cell, str) else str(cell)).split())
+    if said in ("nan", "None", "<NA>", "''", "[]"):
+        return "empty"
+    return said if len(said) <= 80 else said[:79] + "…"
 
 
 @dataclass
@@ -402,7 +519,8 @@ class Measured:
         rounded = {n: float(f"{v:.4g}") * needed[n] for n, v in self.constants.items()}
         errors = self.errors(self.held_out_shapes)
         del errors["pairs"]
-        ends = self.frame[["tokens", *SHAPE]].agg(["min", "max"])
+        with_tokens = self.frame[self.frame["tokens"] > 0]
+        ends = with_tokens[["tokens", *SHAPE]].agg(["min", "max"])
         measured = {name: ends[name].tolist() for name in ends}
         return KernelTime(*self.name, constants=rounded, errors=errors, measured=measured)
 

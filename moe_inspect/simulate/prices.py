@@ -155,10 +155,10 @@ def prices_of(
     known = list(dict.fromkeys(each.gpu for each in model.kernels))
     if gpu is None and len(known) != 1:
         raise MoeInspectError(f"times are of a GPU: give --gpu, one of {', '.join(known)}")
-    gpu = gpu or known[0]
+    found = model.kernel(**wanted)
     # of those with several settings, the one with the most of the GPU, the last
-    transfers = {way.kernel: way for way in model.transfers if way.gpu == gpu}
-    return Prices(model.kernel(**wanted), transfers, model.source)
+    transfers = {way.kernel: way for way in model.transfers if way.gpu == found.gpu}
+    return Prices(found, transfers, model.source)
 
 
 def shape_of(trace: Trace, router: int) -> Shape:

@@ -327,8 +327,9 @@ def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
         f"on {plural(settings['gpus'], 'GPU')}"
     )
     interval = ""
-    if not math.isnan(row["cost_low"]):
-        interval = f", 95% interval {row['cost_low']:.0%} to {row['cost_high']:.0%}"
+    low, high = (f"{row[end]:.0%}" for end in ("cost_low", "cost_high"))
+    if low != high:  # or there is none, or it is narrower than a percent
+        interval = f", 95% interval {low} to {high}"
     facts = f"{cost:+.0%}{interval}; by chance {chance:+.0%}"
     among, word = len(settings["batch_tokens"]), "costs" if cost > 0 else "saves"
     if _known(row, settings, among):
@@ -379,9 +380,10 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
         panels.append(_by_layer(largest[same], label_of, of))
     return Chart(
         "What imbalance costs",
-        f"Milliseconds of the MoE layers of a step on {plural(settings['gpus'], 'GPU')}",
+        f"Milliseconds of the MoE layers of a step on {plural(settings['gpus'], 'GPU')}, by times "
+        f"of {settings['kernel']}",
         tuple(panels),
-        text=result.SIMULATED + f"Times of {settings['kernel']}.",
+        text=result.SIMULATED,
         name="step",
     )
 
