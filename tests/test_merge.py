@@ -316,7 +316,7 @@ def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path)
     made(tmp_path / "b", 1, words=60)
     assert len(merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m").vocabulary()) == 60
     made(tmp_path / "c", 2, words=0, token_id=np.full(90, 70))
-    refused(tmp_path, "c has token id 70, the vocabulary of the others 50 tokens", "a", "c")
+    refused(tmp_path, "c has token id 70, beyond the 50 tokens of the vocabulary", "a", "c")
     words = pq.read_table(tmp_path / "b" / "vocabulary.parquet").to_pandas()
     words.loc[7, "token"] = "other"
     words.to_parquet(tmp_path / "b" / "vocabulary.parquet", index=False)
