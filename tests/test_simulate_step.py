@@ -194,6 +194,27 @@ def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path
     assert only.verdict == costs.verdict
 
 
+def test_a_report_that_lacks_ranks_claims_no_cost(tmp_path: Path, constants: Path):
+    half = np.array([[10_000, 30_000, 20_000, 20_000, 0, 0, 0, 0]])
+    for name, loads in (("whole", [half + 10_000] * 4), ("lacking", [half] * 4)):
+        trace = of_size(write_counts(tmp_path / name, loads, 2))
+        found = moe_inspect.report(trace, times=KERNEL | {"gpus": 4, "latency": constants})
+        [said] = [one.text for one in found.verdict() if one.kind == "busiest_gpu"]
+        unknown = "What imbalance costs is unknown: ranks are missing."
+        assert (said == unknown) == (name == "lacking")
+
+
+def test_steps_of_counts_do_not_depend_on_what_else_is_asked(tmp_path: Path, constants: Path):
+    loads = [np.array([[9_000, 1_000, 8_000, 2_000, 7_000, 3_000, 6_000, 4_000]])] * 4
+    trace = write_counts(tmp_path / "t", loads, 2)
+    alone, among = (
+        simulated(trace, constants, gpus=4, batch_tokens=sizes).tables["step_layers"]
+        for sizes in ([512], [64, 512])
+    )
+    among = among[among["tokens"] == 512].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone, among)
+
+
 def test_saving_that_turns_to_cost_is_told_where_both_are_known():
     known = {"p": 1e-9, "cost_by_chance": 0.0}
     settings = {"error": 0.02, "too_few": False, "batch_tokens": [8, 64, 512]}

@@ -198,14 +198,15 @@ class PlacedLayers:
         """The steps of each size: tokens, the block of each step, the loads by router."""
         trace, G = self.trace, self.gpus
         if trace.counts_only:
-            counts, rng = count_trace(trace, selection), np.random.default_rng(SEED)
-            load = {r: counts.load_E(r) for r in selection.routers}
-            loaded = [(r, trace.routers[r].top_k) for r in selection.routers if load[r].any()]
+            counts = count_trace(trace, selection)
             for N in sizes:
-                drawn = (
-                    (r, from_load(rng, load[r], N, k, COUNTED, self.plan[r], G)) for r, k in loaded
-                )
-                yield N, np.arange(COUNTED), dict(drawn)
+                loads = dict[int, StepLoads]()
+                for r in selection.routers:
+                    # of each size and layer, whatever else is asked for
+                    rng, k = np.random.default_rng([SEED, r]), trace.routers[r].top_k
+                    if (load_E := counts.load_E(r)).any():
+                        loads[r] = from_load(rng, load_E, N, k, COUNTED, self.plan[r], G)
+                yield N, np.arange(COUNTED), loads
             return
         routers = [r for r in selection.routers if trace.routers[r].sees(selection.phase or "")]
         wanted = partial(taken, selection=selection)
@@ -219,7 +220,7 @@ class PlacedLayers:
         k, P, rng = self.trace.routers[router].top_k, len(self.plan[router]), np.random.default_rng
         each_P = np.arange(P)
         if self.trace.counts_only:  # drawn as those of the trace
-            return from_load(rng([SEED, router]), np.ones(P), N, k, DRAWS, each_P, self.gpus)
+            return from_load(rng([SEED, router, 1]), np.ones(P), N, k, DRAWS, each_P, self.gpus)
         pool_KT = _pool(P, k)
         ids_KT = pool_KT[:, rng([SEED, router]).integers(pool_KT.shape[1], size=DRAWS * N)]
         return step_loads(ids_KT, np.repeat(np.arange(DRAWS), N), DRAWS, each_P, self.gpus)

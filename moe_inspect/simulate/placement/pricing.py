@@ -140,7 +140,7 @@ class Pricing:
         prices, N = self.prices, self.tokens
         times, unpriced = self.times(plans, judging, judged)
         layout = next(iter(plans.layouts.values()))
-        in_order = self.in_order(plans, judging, judged) or times.get("contiguous")
+        in_order = self.in_order(plans, judging, judged, times.get("contiguous"))
         columns = self.columns(times, in_order, layout.nodes)
         tables["policies"] = tables["policies"].merge(columns, "left", "policy")
         ageing = None
@@ -158,12 +158,16 @@ class Pricing:
         plans: PlacementPlans,
         judging: Sequence[PlacementPlans],
         judged: Sequence[Workload],
+        contiguous: PlanTimes | None,
     ) -> PlanTimes | None:
-        """Of experts in order, without replicas: what a server has before it places any. None where
-        the GPUs cannot share them evenly."""
+        """Of experts in order, without replicas: what a server has before it places any. Of
+        `contiguous`, which has replicas where there are slots for them, where the GPUs cannot share
+        experts evenly."""
         experts = {r: plans.trace.routers[r].experts for r in plans.layouts}
-        if any(E % plans.layouts[r].gpus for r, E in experts.items()):
-            return None
+        slots = {r: layout.slots for r, layout in plans.layouts.items()}
+        uneven = any(E % plans.layouts[r].gpus for r, E in experts.items())
+        if uneven or (contiguous and slots == experts):
+            return contiguous
         of = {
             "layouts": {r: replace(plans.layouts[r], slots=E) for r, E in experts.items()},
             "of": {(r, "in order"): np.arange(E) for r, E in experts.items()},
