@@ -104,10 +104,25 @@ def loads(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U,
     E], [D, E], [B, E], [W, E]"""
-    first_DE = load(token_rows.domain_T, slots[:1], token_rows.D, E)
-    units_UE = load(token_rows.unit_T, slots, token_rows.U, E)
-    batches_BE = load(token_rows.batch_T, slots, token_rows.B, E)
-    return units_UE, first_DE, batches_BE, load(token_rows.window_T, slots, token_rows.W, E)
+    of = token_rows
+    first_DE = load(of.domain_T, slots[:1], of.D, E)
+    tables = ((of.unit_T, of.U), (of.batch_T, of.B), (of.window_T, of.W))
+    at_G, tokens_G = of.start_G[:-1], np.diff(of.start_G)
+    if len(at_G) * E > len(slots) * len(of.unit_T):  # a table of the runs is longer than the slots
+        units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in tables)
+    else:
+        load_GE = load(np.repeat(np.arange(len(at_G)), tokens_G), slots, len(at_G), E)
+        units_UE, batches_BE, windows_WE = (_summed(row_T[at_G], load_GE, X) for row_T, X in tables)
+    return units_UE, first_DE, batches_BE, windows_WE
+
+
+def _summed(row_G: np.ndarray, load_GE: np.ndarray, X: int) -> np.ndarray:
+    """The sum of the loads that belong to each row. int64 [X, E]"""
+    by_G = np.argsort(row_G, kind="stable")
+    edges = run_edges(row_G[by_G])[:-1]
+    total_XE = np.zeros((X, load_GE.shape[1]), np.int64)
+    total_XE[row_G[by_G[edges]]] = np.add.reduceat(load_GE[by_G], edges)
+    return total_XE
 
 
 def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
