@@ -4,6 +4,7 @@ does; and what the terminal shows of it."""
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -22,10 +23,12 @@ from moe_inspect.alarms.alarms import CALM
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.heatmap import cells, extremes
+from moe_inspect.simulate.placement.plan import Plan
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
+from moe_inspect.watch.serve import Collector
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
@@ -287,6 +290,71 @@ def test_a_rule_on_drops_needs_a_trace_that_states_them(drops: bool, tmp_path: P
     with pytest.raises(MoeInspectError, match="does not state that its empty slots are drops"):
         watch_trace(path, options, console)
     watch_trace(path, WatchOptions(rules=[parse_rule("max_vio > 5")]), console)
+
+
+# --- a plan of placement
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Of four experts on two GPUs: 0 and 1, 2 and 3."""
+    path = tmp_path / "plan.json"
+    path.write_text('{"physical_to_logical_map": [[0, 1, 2, 3]]}')
+    return Plan(path, 2)
+
+
+def test_a_plan_that_no_longer_fits_the_traffic(header: TraceHeader, plan: Plan) -> None:
+    watched, said = Watched(1_000, plan=plan), []
+    fits, drifted = [[400, 100, 300, 200]] * 4, [[400, 300, 200, 100]] * 3
+    for n, load in enumerate([*fits, *drifted, *fits[:CALM]]):
+        watched.take(News("recording", [a_piece(load, n)], again=n == 0), header)
+        said.append(len(watched.alarms))
+        assert watched.gpu_load == pytest.approx([1.4 if load in drifted else 1])
+    assert said == [0] * 6 + [1] * CALM + [0]
+    (alarm,) = watched.raised
+    assert "gpu_max_over_mean up from 1 since pass 4, now 1.4" in alarm.text
+    assert "simulate placement" in alarm.help
+
+
+@pytest.mark.parametrize(("rule", "least", "most"), [("", 0, 1), (" even by chance", 15, 20)])
+def test_chance_is_no_drift_of_a_plan(
+    rule: str, least: int, most: int, header: TraceHeader, plan: Plan
+) -> None:
+    """Of 20 recordings of tokens that choose at random; and without the judgement of chance."""
+    rng, raised = np.random.default_rng(0), 0
+    for _ in range(20):
+        rules = [parse_rule(f"gpu_max_over_mean rising by 0.1{rule}")]
+        watched = Watched(60, rules, plan=plan)
+        for n in range(30):
+            load = rng.multinomial(60, [0.25] * 4).tolist()
+            watched.take(News("recording", [a_piece(load, n)], again=n == 0), header)
+        raised += bool(watched.raised)
+    assert least <= raised <= most
+
+
+def test_a_plan_of_other_experts_is_refused(header: TraceHeader, plan: Plan) -> None:
+    with pytest.raises(MoeInspectError, match="needs a plan: moe-inspect watch --plan"):
+        Watched(rules=[parse_rule("gpu_max_over_mean > 2")])
+    with pytest.raises(MoeInspectError, match="4 slots cannot be split over 3 GPUs"):
+        Watched(plan=Plan(plan.path, 3)).take(News("recording", []), header)
+    plan.path.write_text('{"physical_to_logical_map": [[0, 1, 2]]}')
+    with pytest.raises(MoeInspectError, match="layer 0 does not place its 4 experts"):
+        Watched(plan=plan).take(News("recording", []), header)
+
+
+def test_the_busiest_gpu_is_on_the_screen_and_for_prometheus(one_pass: Path, plan: Plan) -> None:
+    plan.path.write_text(json.dumps({"physical_to_logical_map": [[*range(E)]] * L}))
+    session = WatchSession(one_pass, WatchOptions(plan=plan))
+    session.update()
+    trace = open_trace(one_pass)
+    of_gpus = load_of(one_pass).reshape(len(trace.routers), 2, -1).sum(2)
+    ratio_L = of_gpus.max(1) / of_gpus.mean(1)
+    r = int(ratio_L.argmax())
+    layer = trace.routers[r].layer
+    assert f"busiest GPU {ratio_L[r]:.2f}x (layer {layer})" in "\n".join(shown(session, 120, 24))
+    families = {family.name: family for family in Collector(session.watched).collect()}
+    values = [sample.value for sample in families["moe_inspect_gpu_max_over_mean"].samples]
+    assert values == pytest.approx(ratio_L)
 
 
 # --- the terminal

@@ -80,7 +80,10 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(trace: Path) -> Iterator[Server]:
-    server = Server(trace, "--per-expert", "--allow-host", "moe.example")
+    plan = trace.with_name("plan.json")
+    plan.write_text(json.dumps({"physical_to_logical_map": [[*range(E)]] * L}))
+    placed = "--plan", str(plan), "--gpus", "2"
+    server = Server(trace, "--per-expert", "--allow-host", "moe.example", *placed)
     try:
         waited(lambda: server.state()["status"] == "complete")
         waited(lambda: server.state()["tokens"] == 2560)

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, OF_MODEL, Rule
+from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, GPU_LOAD, OF_MODEL, Rule
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
@@ -39,7 +39,7 @@ class Window:
     recent: Sequence[np.ndarray] = ()
 
 
-VALUES = (DROP_RATE, *OF_MODEL)  # metrics that a window states
+VALUES = (DROP_RATE, GPU_LOAD, *OF_MODEL)  # metrics that a window states
 
 
 def drop_rate_R(
@@ -49,6 +49,13 @@ def drop_rate_R(
     slots_R = tokens_R * np.array([router.top_k for router in routers])
     load_R = np.array([load_E.sum() for load_E in load])
     return np.where(slots_R > 0, 1 - load_R / np.maximum(slots_R, 1), np.nan)
+
+
+def gpu_load_R(load: Sequence[np.ndarray], placed: Sequence[np.ndarray]) -> np.ndarray:
+    """Load of each router's busiest GPU ÷ mean over GPUs, float [R]; NaN without load. `placed`: of
+    each router the share of each expert's load that each GPU gets, [E, G]."""
+    of_gpus = [load_E @ share_EG for load_E, share_EG in zip(load, placed, strict=True)]
+    return np.array([of.max() / of.mean() if of.any() else np.nan for of in of_gpus])
 
 
 def metric_R(metric: str, window: Window, before: Window | None = None) -> np.ndarray:
@@ -166,6 +173,10 @@ ADVICE: Mapping[str, str] = {
     "min_over_max": _DEAD,
     "drift": _DRIFT,
     "z_loss": _LOGITS,
+    GPU_LOAD: (
+        "The plan was made for other traffic: make one for this, by `moe-inspect simulate "
+        "placement`."
+    ),
     "drop_rate": (
         "Raise the capacity factor (arXiv:2101.03961), or balance the layer, whose dropped tokens "
         "skip the experts that they chose; dropless experts drop none (arXiv:2211.15841)."
@@ -249,12 +260,13 @@ class Alarms:
     row (or as many as the rule says, if more) that keep the rule. Windows without tokens at a
     router do not count. `effects`: the design effect of the documents on the load of each router,
     where it is known; else it is estimated from how much the load moves between windows, and for
-    the first two it is LONG_DOCUMENT."""
+    the first two it is LONG_DOCUMENT. `gpus`: of the plan of placement, if there is one."""
 
     routers: Sequence[Router]
     rules: Sequence[Rule]
     steps: str = "step"  # what first and last of a window number
     effects: Mapping[int, float] | None = None
+    gpus: int = 0
 
     def __post_init__(self) -> None:
         self._standings = [
@@ -310,6 +322,9 @@ class Alarms:
             # the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
             beyond = far(tail) * 0.756 / math.sqrt(max(E - 1, 1))
             return float(floor_W[0]) * (1 + beyond)
+        if metric == GPU_LOAD:  # as if each assignment chose its GPU
+            slots = float(window.load[r].sum())
+            return chance_limit("max_over_mean", slots, self.gpus, 1, above, effect, tail)
         if metric in (DRIFT, *VALUES):
             return math.nan
         load_SE = window.recent[r] if metric == BATCH else np.asarray(window.load[r])[None]

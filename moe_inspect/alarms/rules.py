@@ -25,6 +25,8 @@ BATCH = "max_vio_batch"
 # metrics of a router that its load does not tell: only where the model is at hand
 OF_MODEL = ("aux_loss", "z_loss", "bias_range")
 DROP_RATE = "drop_rate"  # share of the slots that capacity dropped: where that is known
+# load of the busiest GPU ÷ mean under a plan of placement: where one is given
+GPU_LOAD = "gpu_max_over_mean"
 # of experts that get too little: judged expert by expert, over the windows in which it gets that
 OF_EXPERTS = ("dead_experts", "starved_experts")
 SHARES = (DRIFT, DROP_RATE)
@@ -32,6 +34,7 @@ DRIFTED = 0.2  # share of the assignments that moved: the rule "drift"
 CHANGED = 0.05  # of "falling" and "rising" without a share
 
 DEFAULT_RULES = ("dead_experts > 0 for 3 windows", "max_over_mean > 2.5 for 5 windows")
+PLAN_RULE = f"{GPU_LOAD} rising by 0.1 for 3 windows"  # a default one where there is a plan
 
 # where the values of an alarm lie, and whether one does: above (or up from) a limit, or the best so
 # far by a share of it
@@ -105,7 +108,7 @@ class Rule:
 
 def known_metrics() -> tuple[str, ...]:
     """What a rule can be on."""
-    return (*metrics_of("balance", {"load_LE"}), DRIFT, DROP_RATE, BATCH, *OF_MODEL)
+    return (*metrics_of("balance", {"load_LE"}), DRIFT, DROP_RATE, BATCH, GPU_LOAD, *OF_MODEL)
 
 
 def _check_limit(metric: str, sign: str, value: float, text: str) -> None:

@@ -41,6 +41,11 @@ def watch(
     rules: Path | None = alarm_option(
         "Alarm rules, one per line, e.g. max_over_mean > 2 for 3 windows.", "FILE"
     ),
+    plan: Path | None = alarm_option(
+        "Plan of placement that the engine uses (SGLang's format): judge the load of its GPUs too.",
+        "FILE",
+    ),
+    gpus: int | None = alarm_option("GPUs of --plan.", "N", min=1),
     counts: bool = option("Show numbers only, no text of the corpus.", default=False),
     every: float = option("Polling interval.", "TIME", parser=seconds, default=1.0),
     serve: str | None = page_option(
@@ -64,17 +69,26 @@ def watch(
     Examples:
     moe-inspect watch runs/a
     moe-inspect watch runs/a --rules rules.txt
+    moe-inspect watch runs/a --plan plan.json --gpus 8
     moe-inspect watch runs/a --serve 8000"""
     from moe_inspect.alarms.rules import read_rules
     from moe_inspect.reporting.render.console import console_for
     from moe_inspect.watch.state import WatchOptions
     from moe_inspect.watch.terminal import watch as watch_trace
 
+    placed = None
+    if (plan is None) != (gpus is None):
+        raise typer.BadParameter("--plan and --gpus go together")
+    if plan is not None and gpus is not None:
+        from moe_inspect.simulate.placement.plan import Plan
+
+        placed = Plan(plan, gpus)
     options = WatchOptions(
         every_s=every,
         window_tokens=window,
         rules=None if rules is None else read_rules(rules),
         texts=not counts,
+        plan=placed,
     )
     if serve is not None:
         from moe_inspect.watch.serve import serve as serve_trace

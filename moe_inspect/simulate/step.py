@@ -40,7 +40,7 @@ from moe_inspect.reporting.charts.spec import (
 )
 from moe_inspect.simulate import result
 from moe_inspect.simulate.latency import Shape
-from moe_inspect.simulate.placement.plan import read_plan
+from moe_inspect.simulate.placement.plan import placed_by
 from moe_inspect.simulate.placement.policies import contiguous, layouts_of
 from moe_inspect.simulate.prices import (
     MOST_TOKENS,
@@ -112,16 +112,14 @@ def simulate_step(
         )
     prices = prices_of(gpu, engine, dtype, kernel, latency)
     selection = select(trace, layers, domains, phase)
-    plan = read_plan(placement) if placement is not None else None
-    physical = len(next(iter(plan.values()))) if plan else None
-    layouts, placed = layouts_of(trace, selection, gpus, nodes, physical, None), {}
+    placed, physical = dict[int, np.ndarray](), None
+    if placement is not None:
+        routers = [trace.routers[r] for r in selection.routers]
+        placed = dict(zip(selection.routers, placed_by(placement, routers), strict=True))
+        physical = len(next(iter(placed.values())))
+    layouts = layouts_of(trace, selection, gpus, nodes, physical, None)
     for r, layout in layouts.items():
-        layer, E = trace.routers[r].layer, trace.routers[r].experts
-        placed[r] = contiguous(np.empty(E), layout)
-        if plan is not None:
-            placed[r] = np.array(plan.get(layer, []), np.int64)
-            if {*placed[r].tolist()} != {*range(E)}:
-                raise MoeInspectError(f"{placement}: layer {layer} does not place its {E} experts")
+        placed.setdefault(r, contiguous(np.empty(trace.routers[r].experts), layout))
     G = next(iter(layouts.values())).gpus
     shapes = {r: shape_of(trace, r) for r in selection.routers}
     placed_layers = PlacedLayers(trace, prices, placed, shapes, G)

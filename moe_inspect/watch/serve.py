@@ -25,6 +25,7 @@ from jinja2 import Template
 from markupsafe import Markup
 
 from moe_inspect.alarms.alarms import metric_R
+from moe_inspect.alarms.rules import GPU_LOAD
 from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
@@ -381,6 +382,7 @@ OF_ROUTERS = {  # metric of the load → what Prometheus is told of it
     "starved_experts": "Experts with some load, but under a tenth of the mean, in the last window",
     "entropy": "Entropy of the load in the last window, as a ratio to ln E; 1 is even",
     "balancedness": "Mean / max load in the last window; 1 is even",
+    GPU_LOAD: "Load of the busiest GPU / mean in the last window, as --plan places the experts",
     "max_vio_chance": "The highest max_vio of the last window that chance explains",
 }
 LABELS = ["layer", "router"]
@@ -392,6 +394,15 @@ class Collector:
 
     def __init__(self, watched: Watched, per_expert: bool = False):
         self.watched, self.per_expert = watched, per_expert
+
+    def _values(self, metric: str, window: Piece) -> Sequence[float]:
+        """Of each router; of the load of GPUs none without a plan."""
+        watched = self.watched
+        if metric == "max_vio_chance":
+            return [watched.chance(r) for r in range(len(watched.labels))]
+        if metric == GPU_LOAD:
+            return [] if watched.gpu_load is None else watched.gpu_load.tolist()
+        return metric_R(metric, window).tolist()
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily as Counter
@@ -411,12 +422,8 @@ class Collector:
         yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", window.tokens)
         names = [[label, str(r)] for r, label in enumerate(watched.labels)]
         for metric, said in OF_ROUTERS.items():
-            if metric == "max_vio_chance":
-                values_L = [watched.chance(r) for r in range(len(names))]
-            else:
-                values_L = metric_R(metric, window).tolist()
             family = Gauge(f"moe_inspect_{metric}", said, labels=LABELS)
-            for name, value in zip(names, values_L, strict=True):
+            for name, value in zip(names, self._values(metric, window), strict=False):
                 if not math.isnan(value):
                     family.add_metric(name, float(value))
             yield family

@@ -11,13 +11,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from moe_inspect.alarms.alarms import Alarm, Alarms, drop_rate_R, metric_R
+from moe_inspect.alarms.alarms import Alarm, Alarms, drop_rate_R, gpu_load_R, metric_R
 from moe_inspect.alarms.of_trace import refuse_rules
-from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
+from moe_inspect.alarms.rules import (
+    DEFAULT_RULES,
+    DROP_RATE,
+    GPU_LOAD,
+    PLAN_RULE,
+    Rule,
+    parse_rule,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, layer_label, printable
 from moe_inspect.trace.header import TraceHeader
@@ -33,11 +41,21 @@ RATE_S = 60.0  # over which tokens per second are averaged
 MOST_RAISED = 100  # alarms that are remembered
 
 
+class Plan(Protocol):
+    """A plan of placement. `placed`: of each router the share of each expert's load that each GPU
+    gets, [E, G]."""
+
+    @property
+    def gpus(self) -> int: ...
+    def placed(self, routers: Sequence[Router]) -> list[np.ndarray]: ...
+
+
 class Watched:
     """Brought up to date by `take`. `window_tokens`: a window holds at least as many, once there
     are; `window` is the last one, which moves on with every shard. Alarms judge windows that do not
-    overlap: of a history of training its shards, which are windows of steps. MoeInspectError for a
-    rule on what no trace holds.
+    overlap: of a history of training its shards, which are windows of steps. `plan`: what places
+    the experts on GPUs. MoeInspectError for a rule on what no trace holds, and for a plan that is
+    not of its experts.
 
     window: None without tokens; `total`: the same of all tokens. history: max_vio of the window by
     router, float [L], after each shard. alarms: those that hold now; raised: all of them.
@@ -48,10 +66,13 @@ class Watched:
         window_tokens: int = WINDOW_TOKENS,
         rules: Sequence[Rule] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        plan: Plan | None = None,
     ):
-        self.window_tokens, self._clock = window_tokens, clock
-        self._rules = list(rules) if rules is not None else list(map(parse_rule, DEFAULT_RULES))
-        refuse_rules(self._rules)
+        self.window_tokens, self._clock, self.plan = window_tokens, clock, plan
+        usual = (*DEFAULT_RULES, PLAN_RULE) if plan is not None else DEFAULT_RULES
+        self._rules = list(rules) if rules is not None else list(map(parse_rule, usual))
+        self._placed = list[np.ndarray]()
+        refuse_rules(self._rules, plan=plan is not None)
         self.status, self.trouble, self.left_tokens = WAITING, "", 0
         self.header: TraceHeader | None = None
         self.routers: list[Router] = []
@@ -85,7 +106,7 @@ class Watched:
     def take(self, news: News, header: TraceHeader | None) -> bool:
         """Adds what a poll of the follower has found. Whether any tokens came, or the status is
         another. MoeInspectError for a rule on what this trace does not hold."""
-        refuse_rules(self._rules, header)
+        refuse_rules(self._rules, header, self.plan is not None)
         changed = news.again or bool(news.pieces) or news.status != self.status
         if news.again:
             self._begin()
@@ -93,6 +114,8 @@ class Watched:
         if header is not self.header:
             self.header, self.routers = header, [] if header is None else header.routers
             self.labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
+            if self.plan is not None:
+                self._placed = self.plan.placed(self.routers)
         if header is not None:
             for piece in news.pieces:
                 self._add(piece, header)
@@ -106,7 +129,8 @@ class Watched:
     def _add(self, piece: Piece, header: TraceHeader) -> None:
         if self._alarms is None:
             steps = "step" if header.is_history else "pass"
-            self._alarms = Alarms(self.routers, self._rules, steps)
+            gpus = self.plan.gpus if self.plan is not None else 0
+            self._alarms = Alarms(self.routers, self._rules, steps, gpus=gpus)
         self.tokens += piece.tokens
         self.decisions += piece.decisions
         self.total = piece if self.total is None else joined([self.total, piece])
@@ -125,9 +149,12 @@ class Watched:
         self._to_judge.append(piece)
         if header.is_history or sum(p.tokens for p in self._to_judge) >= self.window_tokens:
             window, self._to_judge = joined(self._to_judge), []
+            values = {}
             if header.drops:
-                rate_R = drop_rate_R(window.load, window.tokens_R, self.routers)
-                window = replace(window, values={DROP_RATE: rate_R})
+                values[DROP_RATE] = drop_rate_R(window.load, window.tokens_R, self.routers)
+            if self._placed:
+                values[GPU_LOAD] = gpu_load_R(window.load, self._placed)
+            window = replace(window, values=values)
             for alarm in self._alarms.see(window):
                 self.raised.append(alarm)
                 self._last_of[alarm.rule, alarm.router] = alarm
@@ -150,6 +177,14 @@ class Watched:
         if self.window is None or self._alarms is None:
             return float("nan")
         return self._alarms.chance("max_vio", r, self.window)
+
+    @property
+    def gpu_load(self) -> np.ndarray | None:
+        """Load of the busiest GPU ÷ mean in the window, under the plan, by router; None without
+        one."""
+        if self.window is None or not self._placed:
+            return None
+        return gpu_load_R(self.window.load, self._placed)
 
     def by_chance(self, r: int) -> str:
         """The highest load of an expert ÷ mean load that chance explains; "?" where it may be any,
@@ -208,13 +243,14 @@ EVERY_S = 1.0
 @dataclass(frozen=True)
 class WatchOptions:
     """`every_s`: between two looks at the trace. `window_tokens`: of the map and of a window that
-    rules judge; `rules`: None for the default ones. `texts`: show text of the tokens.
-    `of_process`: only the trace that this process writes."""
+    rules judge; `rules`: None for the default ones. `texts`: show text of the tokens. `plan`: what
+    places the experts on GPUs. `of_process`: only the trace that this process writes."""
 
     every_s: float = EVERY_S
     window_tokens: int = WINDOW_TOKENS
     rules: Sequence[Rule] | None = None
     texts: bool = True
+    plan: Plan | None = None
     of_process: int | None = None
 
 
@@ -224,7 +260,7 @@ class WatchSession:
     def __init__(self, path: str | Path, options: WatchOptions):
         self.path, self.options = str(path), options
         self.follower = Follower(path, options.of_process)
-        self.watched = Watched(options.window_tokens, options.rules)
+        self.watched = Watched(options.window_tokens, options.rules, plan=options.plan)
         self.text: HotText | None = None
 
     def update(self) -> bool:

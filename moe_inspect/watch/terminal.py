@@ -98,6 +98,9 @@ class Screen:
             parts.append(f"{watched.left_tokens:,} to be counted")
         elif watched.status == RECORDING and watched.changed_s >= 2:
             parts.append(f"last {watched.changed_s:.0f} s ago")
+        if (gpu_load_L := watched.gpu_load) is not None and not np.isnan(gpu_load_L).all():
+            r = int(np.nanargmax(gpu_load_L))
+            parts.append(f"busiest GPU {gpu_load_L[r]:.2f}x (layer {watched.labels[r]})")
         trouble = f"  {watched.trouble}" if watched.trouble else ""
         yield Text.assemble(" · ".join(parts), (trouble, "red"))
 

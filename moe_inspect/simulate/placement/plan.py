@@ -9,17 +9,19 @@ the MoE layers counted from 0 in the order of the model, the devices of each.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
+from moe_inspect.simulate.placement.policies import shares
 from moe_inspect.simulate.placement.windows import PlacementPlans
 from moe_inspect.trace.output_dir import output_file
+from moe_inspect.trace.schema import Router
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 Slots = dict[int, list[int]]  # the experts of each layer's slots
@@ -88,6 +90,35 @@ def read_plan(path: str | Path) -> dict[int, list[int]]:
             'layer by layer]}, as "simulate placement -o plan.json" writes it'
         )
     return dict(enumerate(rows))
+
+
+def placed_by(path: str | Path, routers: Iterable[Router]) -> list[np.ndarray]:
+    """The expert of each slot of each router, int64 [P], as a plan for SGLang places them.
+    MoeInspectError where it does not place each of its experts."""
+    plan, placed = read_plan(path), list[np.ndarray]()
+    for router in routers:
+        placed.append(np.array(plan.get(router.layer, []), np.int64))
+        if {*placed[-1].tolist()} != {*range(router.experts)}:
+            said = f"layer {router.layer} does not place its {router.experts} experts"
+            raise MoeInspectError(f"{path}: {said}")
+    return placed
+
+
+class Plan(NamedTuple):
+    """A plan for SGLang, and over how many GPUs it spreads its slots."""
+
+    path: Path
+    gpus: int
+
+    def placed(self, routers: Sequence[Router]) -> list[np.ndarray]:
+        """Of each router the share of each expert's load that each GPU gets: [E, G].
+        MoeInspectError where the plan is not of these routers and GPUs."""
+        placed = placed_by(self.path, routers)
+        if uneven := next((len(slots) for slots in placed if len(slots) % self.gpus), None):
+            said = f"its {uneven} slots cannot be split over {self.gpus} GPUs"
+            raise MoeInspectError(f"{self.path}: {said}")
+        both = zip(placed, routers, strict=True)
+        return [shares(expert_P, router.experts, self.gpus) for expert_P, router in both]
 
 
 def _every(layers: Iterable[int], slots: Slots, E: int) -> list[list[int]]:
