@@ -24,7 +24,6 @@ from moe_inspect.reporting.tables.registry import AsColumns, table
 LENGTHS = SRP_LENGTHS[1:]  # tokens of a segment
 BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
 ALPHA = 0.05  # probability that chance alone makes any pair of the trace supported (family-wise)
-BLOCK = 2**14  # pairs that are worked on at a time, which stay in a cache
 Listed = tuple[np.ndarray, np.ndarray]  # pairs: expert, partner
 REPEATED = ("first_choice", "any_choice")
 LOCALITY = (
@@ -53,15 +52,15 @@ def coactivation(data: ReportData) -> AsColumns:
 def _coactivation(
     data: ReportData, r: int, both: PairEvidence, listed: Listed
 ) -> dict[str, np.ndarray]:
-    together_EE, (expert, other) = _counted(data.counts.of[r].together_EE), listed
+    together_EE, (expert, other) = both.count_EN + np.diag(both.load_E), listed
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {
             "expert": expert,
             "other": other,
-            "together": together_EE[listed],
+            "together": both.count_EN[listed],
             "probability": pairs.coactivation(together_EE)[listed],
-            "lift": pairs.coactivation_lift(together_EE, both.expected_EN)[listed],
-            "chance": both.expected_EN[listed] / np.diagonal(together_EE)[expert],
+            "lift": pairs.coactivation_lift(both.count_EN, both.expected_EN)[listed],
+            "chance": both.expected_EN[listed] / both.load_E[expert],
         }
     return both.in_order(found, listed)
 
@@ -296,7 +295,7 @@ class PairEvidence:
         """The rows of some experts after the other: count, expected, and how often the two could be
         chosen together."""
         E, N = self.count_EN.shape
-        step = max(1, BLOCK // N)
+        step = max(1, pairs.BLOCK // N)
         for of in (slice(at, at + step) for at in range(0, E, step)):
             count_EN = self.count_EN[of]
             most_EN = _most(count_EN, self.load_E[of, None], self.load_N)
