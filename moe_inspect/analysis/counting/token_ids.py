@@ -190,9 +190,9 @@ def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: ModuleTyp
     """The rows of a shard's tokens in the tables of any router of a stack."""
     listed_T = plan.listed.rows(seen.token_id_T)
     judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
-    row_U = np.cumsum(plan.there_U, dtype=np.int32) - 1
-    unit_T = row_U.take(_units(seen, plan.domains, plan.clusters), mode="clip")
-    unit_T[plan.in_units.rows(seen.token_id_T) < 0] = -1
+    row_U = np.append(np.cumsum(plan.there_U) - 1, -1).astype(np.int32)  # the last: in no unit
+    in_unit_T = plan.in_units.rows(seen.token_id_T) >= 0
+    unit_T = row_U[np.where(in_unit_T, _units(seen, plan.domains, plan.clusters), -1)]
     # one order for all routers and for a whole decision: its k distinct experts stay together
     rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
     orders = [shuffled_within(seen.document_T, rng) for _ in range(plan.shuffles)]
