@@ -189,7 +189,6 @@ class Shown(ABC):
                 with output_file(path) as draft:
                     draft.write_bytes(picture(figure, path.suffix[1:], chart.description))
                 written.append(path)
-            figure.clear()  # whose parts refer to each other: it would stay in memory for long
         return written
 
 

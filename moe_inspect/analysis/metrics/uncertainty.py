@@ -7,7 +7,6 @@ documents. All seeds are fixed: the same trace gives the same report.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
