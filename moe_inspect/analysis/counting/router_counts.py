@@ -125,9 +125,12 @@ class RouterCounts:
     @classmethod
     def zero(cls, wants: frozenset[str], sizes: dict[str, int]) -> RouterCounts:
         """What the counts of shards are added to. `sizes`: of the axes E, W and, where there is a
-        next router, N; units and domains come with what is added."""
+        next router, N; units and domains come with what is added. What has neither is a single 0,
+        which `add` makes as large as what is added."""
         arrays: dict[str, Any] = {
-            name: np.zeros([sizes.get(axis, 0) for axis in axes], f.metadata["dtype"])
+            name: np.zeros(
+                [sizes.get(axis, 0) for axis in axes if axes[0] in "UD"], f.metadata["dtype"]
+            )
             for name, f in DECLARED.items()
             if (axes := f.metadata["axes"])
             and f.metadata["want"] in wants | BASE
@@ -143,7 +146,8 @@ class RouterCounts:
         if self.by_slot_EE is None:
             return None
         both_EE = np.add(self.by_slot_EE, self.by_slot_EE.T, dtype=np.int64)
-        return both_EE + np.diag(self.assignments_UE.sum(0))
+        both_EE[np.diag_indices_from(both_EE)] += self.assignments_UE.sum(0)
+        return both_EE
 
     def narrow(self, wants: Container[str]) -> None:
         """Holds what was counted for these in the narrowest types there are, to be kept, or sent
@@ -160,8 +164,10 @@ class RouterCounts:
                 setattr(self, name, None)
             elif axis in rows:
                 setattr(self, name, rows[axis](mine, theirs))
-            elif axis:
+            elif axis and mine.ndim:
                 f.metadata["merge"](mine, theirs, out=mine)
+            elif axis:
+                setattr(self, name, f.metadata["merge"](mine, theirs))
             else:
                 setattr(self, name, mine + theirs)
         for size, (n, vio) in other.batches.items():

@@ -110,7 +110,7 @@ class TokenIdPlan:
     @property
     def unit_sizes(self) -> np.ndarray:
         """Of the table by unit: rows of each of WIDTHS."""
-        return np.array([self.tokens_XU.shape[1], 0, 0]) * bool(self.tokens_XU.size)
+        return np.array([int(self.there_U.sum()), 0, 0])
 
     @cached_property
     def there_U(self) -> np.ndarray:
@@ -125,7 +125,7 @@ class TokenIdPlan:
     def bytes(self, E: int) -> int:
         """Of the tables of one router."""
         rows = 2 * (self.listed.sizes + self.shuffles * self.judged.sizes)
-        rows[0] += self.tokens_XU.shape[1]
+        rows[0] += self.unit_sizes[0]
         return int(rows @ [np.dtype(width).itemsize for width in WIDTHS]) * (E + 1)
 
 
@@ -190,8 +190,9 @@ def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: ModuleTyp
     """The rows of a shard's tokens in the tables of any router of a stack."""
     listed_T = plan.listed.rows(seen.token_id_T)
     judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
-    unit_T = _units(seen, plan.domains, plan.clusters).astype(np.int32)
-    unit_T[plan.in_units.rows(seen.token_id_T) < 0] = -1
+    row_U = np.append(np.cumsum(plan.there_U) - 1, -1).astype(np.int32)  # the last: in no unit
+    in_unit_T = plan.in_units.rows(seen.token_id_T) >= 0
+    unit_T = row_U[np.where(in_unit_T, _units(seen, plan.domains, plan.clusters), -1)]
     # one order for all routers and for a whole decision: its k distinct experts stay together
     rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
     orders = [shuffled_within(seen.document_T, rng) for _ in range(plan.shuffles)]
@@ -266,7 +267,7 @@ def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     expert_N, row_N = top_token_ids(any_VE, listed, top)
     expected = None
     if plan.tokens_XU.size:  # several domains, and ids frequent enough
-        load_UE, rows_X = tables.by_unit.any_XE[plan.there_U], listed.rows(plan.in_units.ids_V)
+        load_UE, rows_X = tables.by_unit.any_XE, listed.rows(plan.in_units.ids_V)
         expected = Expected.of(load_UE, any_VE[rows_X], plan.moved)
     return ByTokenId(
         columns,

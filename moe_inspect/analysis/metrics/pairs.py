@@ -19,6 +19,7 @@ from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import SEED
 
 ROUNDS = 200  # of fitting at most; a dozen are enough unless an expert is in nearly every decision
+BLOCK = 2**14  # pairs that are worked on at a time, which stay in a cache
 GRID = 2**12  # a power of 2, so that multiplying by it does not round
 NEARLY_ALL = 1 - 1e-6  # an expert in all decisions would have an infinite weight
 
@@ -50,10 +51,9 @@ def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
     slots are null, k is 1 + pairs ÷ assignments, rounded. [E, E], 0 on the diagonal."""
     observed_EE = _without_diagonal(together_EE, 0.0)
     row_E, load_E = observed_EE.sum(1), np.diagonal(together_EE).astype(float)
-    expected_EE = np.zeros_like(observed_EE)
     alive = np.flatnonzero(row_E)
     if not len(alive):
-        return expected_EE
+        return np.zeros_like(observed_EE)
     k = max(2, round(1 + row_E.sum() / load_E.sum()))
     pair_EE = _pairs_of_sets(load_E[alive] * k / load_E[alive].sum(), k)
     row_E = row_E[alive]
@@ -65,7 +65,11 @@ def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
         scale_E = scale_E * step_E
         if np.abs(step_E - 1).max() < 1e-9:
             break
-    expected_EE[np.ix_(alive, alive)] = np.outer(scale_E, scale_E) * pair_EE
+    pair_EE *= np.outer(scale_E, scale_E)
+    if len(alive) == len(load_E):
+        return pair_EE
+    expected_EE = np.zeros_like(observed_EE)
+    expected_EE[np.ix_(alive, alive)] = pair_EE
     return expected_EE
 
 
@@ -84,7 +88,7 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
         if np.abs(weight_E / before_E - 1).max() < 1e-9:
             break
     pair_EE = _without_each_pair(weight_E, k)
-    pair_EE *= np.outer(weight_E, weight_E)
+    pair_EE *= weight_E[:, None] * weight_E
     np.fill_diagonal(pair_EE, 0)
     return (pair_EE + pair_EE.T) / 2  # rounding must not tell a pair from its mirror image
 
@@ -112,11 +116,13 @@ def _without_each_pair(weight_E: np.ndarray, k: int) -> np.ndarray:
     """For each two experts: the sum, over all sets of k − 2 other experts, of the products of their
     weights; as `_without_each`. [E, E], without meaning on the diagonal"""
     without_JE, heavy = _without_each(weight_E, k)
-    without_EE = np.ones((len(weight_E), len(weight_E)))
+    without_EE, step = np.ones((len(weight_E), len(weight_E))), max(1, BLOCK // len(weight_E))
     with np.errstate(over="ignore", invalid="ignore"):
-        for sum_E in without_JE[1 : k - 1]:
-            without_EE *= -weight_E
-            without_EE += sum_E[:, None]
+        for of in (slice(at, at + step) for at in range(0, len(weight_E), step)):
+            rows_EE = without_EE[of]
+            for sum_E in without_JE[1 : k - 1, of]:
+                rows_EE *= -weight_E
+                rows_EE += sum_E[:, None]
     if not len(heavy):
         return without_EE
     without_EE[:, heavy] = without_EE[heavy].T
@@ -138,15 +144,15 @@ def _sums_of_products(weight_XE: np.ndarray, most: int) -> np.ndarray:
     all sets of j experts, of the products of their weights. They are the coefficients of
     Π(1 + w x), multiplied two by two: N polynomials are left. [X, most + 1]"""
     X, E = map(int, weight_XE.shape)
-    sums_XNJ = np.ones((X, 1 << (E - 1).bit_length(), 2))
-    sums_XNJ[:, :E, 1], sums_XNJ[:, E:, 1] = weight_XE, 0
-    while N := int(sums_XNJ.shape[1]) // 2:
-        even_XNJ, odd_XNJ, J = sums_XNJ[:, ::2], sums_XNJ[:, 1::2], int(sums_XNJ.shape[2])
-        sums_XNJ = np.zeros((X, N, min(2 * J - 1, most + 1)))
+    sums_XJN = np.ones((X, 2, 1 << (E - 1).bit_length()))
+    sums_XJN[:, 1, :E], sums_XJN[:, 1, E:] = weight_XE, 0
+    while N := int(sums_XJN.shape[2]) // 2:
+        even_XJN, odd_XJN, J = sums_XJN[..., ::2], sums_XJN[..., 1::2], int(sums_XJN.shape[1])
+        sums_XJN = np.zeros((X, min(2 * J - 1, most + 1), N))
         for j in range(min(J, most + 1)):
-            upper_XNJ = sums_XNJ[..., j : j + J]
-            upper_XNJ += even_XNJ[..., j, None] * odd_XNJ[..., : upper_XNJ.shape[2]]
-    return sums_XNJ[:, 0]
+            upper_XJN = sums_XJN[:, j : j + J]
+            upper_XJN += even_XJN[:, j, None] * odd_XJN[:, : upper_XJN.shape[1]]
+    return sums_XJN[..., 0]
 
 
 @probability("transitions", ideal="k / E", axes="EN", source="arXiv:2401.08383")

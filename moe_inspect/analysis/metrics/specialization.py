@@ -94,7 +94,8 @@ def _bits_of_draws(load_DPE: Iterable[tuple[np.ndarray, chance.Drawn]]) -> np.nd
     for load_PE, drawn_B in load_DPE:
         share_PE = np.divide(load_PE, nan_for_zero(load_PE.sum(-1, keepdims=True)), out=load_PE)
         within_B = within_B + _entropy_bits(share_PE)[drawn_B]
-        sum_BE = sum_BE + share_PE[drawn_B]
+        share_BE = share_PE[drawn_B]
+        sum_BE = np.add(sum_BE, share_BE, out=sum_BE if domains else None)
         domains += 1
     if not domains:
         return np.full(1, np.nan)
@@ -266,10 +267,10 @@ class Expected:
         def loads(signs_BU: np.ndarray) -> Iterator[tuple[np.ndarray, chance.Drawn]]:
             signed_BU = np.empty_like(signs_BU)
             moved_BE = np.empty((len(signs_BU), E), np.float32)
+            load_BE = np.empty(moved_BE.shape)
             for common_E, weight_U in zip(common_DE, weight_DU, strict=True):
                 np.multiply(signs_BU, weight_U, out=signed_BU)
-                load_BE = np.matmul(signed_BU, residual_UE, out=moved_BE).astype(float)
-                load_BE += common_E
+                np.add(np.matmul(signed_BU, residual_UE, out=moved_BE), common_E, out=load_BE)
                 yield np.maximum(load_BE, 0, out=load_BE), chance.ALL
 
         step = max(1, CHUNK_CELLS // E)

@@ -7,7 +7,6 @@ documents. All seeds are fixed: the same trace gives the same report.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -96,9 +95,9 @@ def noise_of(sizes: np.ndarray, E: int, k: int, filled: float = 1.0) -> np.ndarr
     sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
     if np.isnan(sizes).all() or k >= E:
         return np.stack([0 * sizes, 0 * sizes])
-    few, most = sizes[sizes <= FEW_TOKENS], float(np.nanmax(sizes))
-    powers = [2.0**n for n in range(int(math.log2(FEW_TOKENS)), math.ceil(math.log2(most)) + 1)]
-    grid: np.ndarray = np.unique(np.concatenate([np.floor(few), np.ceil(few), powers]))
+    few, more = sizes[sizes <= FEW_TOKENS], np.log2(sizes[sizes > FEW_TOKENS])
+    around = [np.floor(few), np.ceil(few), 2 ** np.floor(more), 2 ** np.ceil(more)]
+    grid: np.ndarray = np.unique(np.concatenate(around))
     found = np.array([noise(int(T), E, k) for T in grid])
     at, known = np.log(sizes), np.log(grid)
     means = np.exp(np.interp(at, known, np.log(found[:, 0])))

@@ -231,6 +231,7 @@ def _contexts(
     for route, E in zip(routes, sizes, strict=True):
         # the first `most` tokens that each expert was given, expert after expert
         K, expert_PK = len(route.ids), route.ids[:, order].T.reshape(-1)
+        expert_PK = expert_PK.astype(np.uint16)  # NOWHERE is the last; numpy sorts 16 bits by radix
         by_expert = np.argsort(expert_PK, kind="stable")
         start_E = np.searchsorted(expert_PK[by_expert], np.arange(E + 1))
         n_E = np.minimum(np.diff(start_E), most)

@@ -24,7 +24,7 @@ from moe_inspect.reporting.tables.registry import AsColumns, table
 LENGTHS = SRP_LENGTHS[1:]  # tokens of a segment
 BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
 ALPHA = 0.05  # probability that chance alone makes any pair of the trace supported (family-wise)
-BLOCK = 2**14  # pairs that are worked on at a time, which stay in a cache
+Listed = tuple[np.ndarray, np.ndarray]  # pairs: expert, partner
 REPEATED = ("first_choice", "any_choice")
 LOCALITY = (
     *(f"{name}_repetition{bound}" for name in REPEATED for bound in BOUNDS),
@@ -40,23 +40,29 @@ def coactivation(data: ReportData) -> AsColumns:
     of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
     the standard deviation of lift under chance, given the design effect of documents (lift_sd), and
     the evidence against chance (log10_p, supported: see PairEvidence)."""
-    counts = data.decisions("coactivation")
+    data.decisions("coactivation")
 
     def columns(r: int) -> load.Columns:
-        together_EE, both = _counted(counts.of[r].together_EE), chosen_together(data, r)
-        listed = expert, other = both.top(data.top)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = {
-                "expert": expert,
-                "other": other,
-                "together": together_EE[listed],
-                "probability": pairs.coactivation(together_EE)[listed],
-                "lift": pairs.coactivation_lift(together_EE, both.expected_EN)[listed],
-                "chance": both.expected_EN[listed] / np.diagonal(together_EE)[expert],
-            }
-        return both.in_order(found, listed)
+        both = chosen_together(data, r)
+        return _coactivation(data, r, both, both.top(data.top))
 
     return load.rows_per_router(data, columns)
+
+
+def _coactivation(
+    data: ReportData, r: int, both: PairEvidence, listed: Listed
+) -> dict[str, np.ndarray]:
+    together_EE, (expert, other) = both.count_EN + np.diag(both.load_E), listed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {
+            "expert": expert,
+            "other": other,
+            "together": both.count_EN[listed],
+            "probability": pairs.coactivation(together_EE)[listed],
+            "lift": pairs.coactivation_lift(both.count_EN, both.expected_EN)[listed],
+            "chance": both.expected_EN[listed] / both.load_E[expert],
+        }
+    return both.in_order(found, listed)
 
 
 @table("transitions")
@@ -66,23 +72,11 @@ def transitions(data: ReportData) -> pd.DataFrame:
     expert chosen here), over all pairs of slots; its ratio to the probability of next_expert
     (lift), the standard deviation of lift under chance, given the design effect of documents
     (lift_sd), and the evidence against chance (log10_p, supported: see PairEvidence)."""
-    counts = data.decisions("transitions")
+    data.decisions("transitions")
 
     def columns(r: int) -> load.Columns | None:
-        after, both = counts.next_router(r), chosen_next(data, r)
-        if after is None or both is None:
-            return None
-        listed = expert, other = both.top(data.top)
-        found = {
-            "next_layer": np.full(len(expert), counts.routers[after].layer),
-            "next_router": np.full(len(expert), after),
-            "expert": expert,
-            "next_expert": other,
-            "together": both.count_EN[listed],
-            "probability": pairs.transition(both.count_EN, counts.load_E(r))[listed],
-            "lift": pairs.transition_lift(both.count_EN)[listed],
-        }
-        return both.in_order(found, listed)
+        both = chosen_next(data, r)
+        return both and _transitions(data, r, both, both.top(data.top))
 
     frame = pd.DataFrame(load.rows_per_router(data, columns))
     if len(frame.columns):
@@ -94,17 +88,44 @@ def transitions(data: ReportData) -> pd.DataFrame:
     return pd.DataFrame(columns=[*kinds]).astype(kinds)
 
 
+def _transitions(
+    data: ReportData, r: int, both: PairEvidence, listed: Listed
+) -> dict[str, np.ndarray]:
+    counts, (expert, other) = data.counts, listed
+    after = counts.next_router(r)
+    assert after is not None, "router without a next one"
+    found = {
+        "next_layer": np.full(len(expert), counts.routers[after].layer),
+        "next_router": np.full(len(expert), after),
+        "expert": expert,
+        "next_expert": other,
+        "together": both.count_EN[listed],
+        "probability": pairs.transition(both.count_EN, counts.load_E(r))[listed],
+        "lift": pairs.transition_lift(both.count_EN)[listed],
+    }
+    return both.in_order(found, listed)
+
+
 def supported_pairs(data: ReportData, name: str) -> tuple[pd.DataFrame, int]:
-    """The supported rows of a table of pairs, and how many rows it has: the table is made router by
-    router, since all of it takes much memory."""
+    """The supported rows of a table of pairs, and how many rows it has: found router by router and
+    without the other rows, since all of the table takes much memory and time."""
     data.decisions(name)  # an error where there is no such table
+    pairs_of, columns_of = {
+        "coactivation": (chosen_together, _coactivation),
+        "transitions": (chosen_next, _transitions),
+    }[name]
+    listed = 0
+
+    def columns(r: int) -> load.Columns | None:
+        nonlocal listed
+        if (both := pairs_of(data, r)) is None:
+            return None
+        listed += both.listed(data.top)
+        return columns_of(data, r, both, both.supported(data.top))
+
     if (key := (supported_pairs, name)) not in data.made:
-        kept, listed = list[pd.DataFrame](), 0
-        for r in data.selection.routers:
-            rows = data.rows_of(name, r)
-            kept.append(rows[rows["supported"]])
-            listed += len(rows)
-        data.made[key] = pd.concat([rows for rows in kept if len(rows)] or kept[:1]), listed
+        frame = pd.DataFrame(load.rows_per_router(data, columns))
+        data.made[key] = frame if len(frame.columns) else data.tables[name], listed
     return data.made[key]
 
 
@@ -220,26 +241,65 @@ class PairEvidence:
     tested: int
     effect: float
 
-    def top(self, top: int) -> tuple[np.ndarray, np.ndarray]:
+    def top(self, top: int) -> Listed:
         """The `top` partners of each expert with the most evidence, among those it is ever chosen
         with; 0: all. Returns (expert, partner)."""
-        E, N = self.count_EN.shape
-        top, step, found = min(top or N, N), max(1, BLOCK // N), list[tuple[np.ndarray, ...]]()
-        for at in range(0, E, step):
-            of = slice(at, at + step)
-            count_EN, expected_EN = self.count_EN[of], self.expected_EN[of]
-            most_EN = _most(count_EN, self.load_E[of, None], self.load_N)
+        N, found = self.count_EN.shape[1], list[tuple[np.ndarray, ...]]()
+        top = min(top or N, N)
+        for of, count_EN, expected_EN, most_EN in self._blocks():
             # the deviance orders pairs as their evidence does, and is faster to compute
             order_EN = -unc.signed_deviance(count_EN, expected_EN, most_EN)
             order_EN[count_EN <= 0] = np.inf
             last_E = np.partition(order_EN, top - 1, axis=1)[:, top - 1]
             expert, other = np.nonzero((order_EN <= last_E[:, None]) & (order_EN < np.inf))
-            found.append((at + expert, other, order_EN[expert, other]))
-        expert, other, order = map(np.concatenate, zip(*found, strict=True))
-        by_evidence = np.lexsort((order, expert))
-        expert, other = expert[by_evidence], other[by_evidence]
-        listed = np.arange(len(expert)) - np.searchsorted(expert, expert) < top  # of equals, some
-        return expert[listed], other[listed]
+            found.append((of.start + expert, other, order_EN[expert, other]))
+        return _first(top, *map(np.concatenate, zip(*found, strict=True)))
+
+    def listed(self, top: int) -> int:
+        """How many pairs `top` gives."""
+        met_E = np.count_nonzero(self.count_EN > 0, axis=1)
+        return int(np.minimum(met_E, top or self.count_EN.shape[1]).sum())
+
+    def supported(self, top: int) -> Listed:
+        """The supported ones of the pairs that `top` gives, in the same order.
+
+        A binomial tail of n trials is at least exp(−deviance ÷ 2) ÷ √(8n), and the deviance ÷ 2 at
+        most the χ² of the count: where that is too small, no logarithm is taken. A pair that is
+        ranked before a supported one above chance has more evidence, so is not left out either; a
+        pair below chance is listed only where fewer than `top` are above."""
+        effect, N = load.at_least_1(self.effect), self.count_EN.shape[1]
+        trials = max(float(min(self.load_E.max(), self.load_N.max())), self.count_EN.max(), effect)
+        least = np.log(self.tested / ALPHA) - np.log(8 * trials / effect) / 2
+        found, top = list[tuple[np.ndarray, ...]](), min(top or N, N)
+        for of, count_EN, expected_EN, most_EN in self._blocks():
+            beyond_EN = count_EN - expected_EN
+            few_E = np.count_nonzero(beyond_EN > 0, axis=1) < top
+            np.maximum(beyond_EN, 0, out=beyond_EN)
+            beyond_EN *= beyond_EN
+            beyond_EN *= most_EN
+            most_EN -= expected_EN
+            most_EN *= expected_EN
+            most_EN *= max(least, 0) * effect
+            kept_EN = (beyond_EN > most_EN) | few_E[:, None]
+            expert, other = np.nonzero(kept_EN & (count_EN > 0))
+            found.append((of.start + expert, other))
+        expert, other = map(np.concatenate, zip(*found, strict=True))
+        pairs = expert, other
+        most = _most(self.count_EN[pairs], self.load_E[expert], self.load_N[other])
+        order = -unc.signed_deviance(self.count_EN[pairs], self.expected_EN[pairs], most)
+        expert, other = _first(top, expert, other, order)
+        supported = self.evidence((expert, other))["supported"]
+        return expert[supported], other[supported]
+
+    def _blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+        """The rows of some experts after the other: count, expected, and how often the two could be
+        chosen together."""
+        E, N = self.count_EN.shape
+        step = max(1, pairs.BLOCK // N)
+        for of in (slice(at, at + step) for at in range(0, E, step)):
+            count_EN = self.count_EN[of]
+            most_EN = _most(count_EN, self.load_E[of, None], self.load_N)
+            yield of, count_EN, self.expected_EN[of], most_EN.astype(float)
 
     def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
@@ -294,6 +354,14 @@ def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
     loads = row_E / counts.routers[after].top_k, column_N / counts.routers[r].top_k
     effect = load.design_effects(data)[r]
     return PairEvidence(next_EN, expected_EN, *loads, max(tested, 1), effect)
+
+
+def _first(top: int, expert: np.ndarray, other: np.ndarray, order: np.ndarray) -> Listed:
+    """Those of the `top` first in order of each expert, expert by expert."""
+    by_evidence = np.lexsort((order, expert))
+    expert, other = expert[by_evidence], other[by_evidence]
+    listed = np.arange(len(expert)) - np.searchsorted(expert, expert) < top  # of equals, some
+    return expert[listed], other[listed]
 
 
 def _most(count: np.ndarray, load: np.ndarray, other_load: np.ndarray) -> np.ndarray:
