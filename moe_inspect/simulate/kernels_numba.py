@@ -292,58 +292,121 @@ def _bits(word):
 
 
 @njit(nogil=True, cache=True)
-def _reach(row_E, x):  # type: ignore[no-untyped-def]
-    found = np.int32(0)  # half as wide as numba's own: twice as many at a time
-    for e in range(len(row_E)):
-        found = np.int32(found + np.int32(row_E[e] >= x))
-    return found
-
-
-@njit(nogil=True, cache=True)
-def _threshold(row_E, k, guess, step):  # type: ignore[no-untyped-def]
-    """A number that exactly k of the row's values reach, by bisection from a guess; where some are
-    equal, the k-th largest, which more do."""
-    kind, low, high = row_E.dtype.type, -np.inf, np.inf  # of which more, fewer than k reach
-    while True:
-        x = kind(guess)
-        found = _reach(row_E, x)
-        if found == k or np.isinf(x):
-            return x
-        low, high = (guess, high) if found > k else (low, guess)
-        if np.isinf(low) or np.isinf(high):
-            step = 2 * step + 1e-9 if step < 1e9 else np.inf
-            guess += step if found > k else -step
-        else:
-            guess = (low + high) / 2
-            if kind(guess) == kind(low) or kind(guess) == kind(high):
-                return kind(low)
-
-
-@njit(nogil=True, cache=True)
-def choose_largest(values_TE, drawn_N, k_N, add_E, room_E, guess_T, chosen_NE):  # type: ignore[no-untyped-def]
+def choose_largest(  # type: ignore[no-untyped-def]
+    values_TE, drawn_N, times_N, k_N, add_E, room_E, guess_T, off_2, chosen_NE, bits_E
+):
     """In turn, each of the tokens drawn takes the experts of its k largest values + add_E; ties go
-    to the lowest id. room_E: how many tokens each expert takes still; a full one's add_E is −inf.
-    guess_T: about the k-th largest; NaN: as of the token before. Becomes what was found."""
-    row_E, none, before, step = np.empty_like(add_E), add_E.dtype.type(-np.inf), 0.0, 0.0
+    to the lowest id. times_N: how often it takes them. room_E: how many tokens each expert takes
+    still; a full one's add_E is −inf. guess_T: about the k-th largest, less off_2[0], what guesses
+    are off on average; off_2[1]: how far the values there are apart. Both become what was found.
+    bits_E: integers as wide as the values, one more than there are experts."""
+    # as integers in the order of the floats, whose least and most vector instructions find; in one
+    # function, since numba counts references to the arrays of each call
+    row_E, key_E, E = bits_E.view(add_E.dtype), np.empty_like(bits_E), len(add_E)
+    kind, whole, zero = add_E.dtype.type, bits_E.dtype.type, np.int32(0)
+    lowest, highest = np.iinfo(bits_E.dtype).min, np.iinfo(bits_E.dtype).max
+    none, bottom, top, one = kind(-np.inf), whole(lowest), whole(highest), whole(1)
+    row_E[E] = none
+    nowhere = whole(lowest - bits_E[E])
+    limited = room_E.min() <= times_N.sum()
+    off = latest = off_2[0]
     for n in range(len(drawn_N)):
-        t, chosen_E = drawn_N[n], chosen_NE[n]
-        for e in range(len(row_E)):
+        t, k, times = drawn_N[n], k_N[n], np.int32(times_N[n])
+        for e in range(E):
             row_E[e] = values_TE[t, e] + add_E[e]
-        guess = before if np.isnan(guess_T[t]) else float(guess_T[t])
-        x = _threshold(row_E, k_N[n], guess, step)
-        if not np.isinf(x):
-            before, step, guess_T[t] = float(x), (step + abs(x - guess)) / 2, x
-        for e in range(len(row_E)):
-            chosen_E[e] = (row_E[e] >= x) & (row_E[e] > none)
-        left, e = _reach(row_E, x) - k_N[n], len(row_E)
-        while left > 0 and x > none:
+        for e in range(E):
+            bits = bits_E[e]
+            key_E[e] = bits if bits >= 0 else whole(lowest - bits)
+        # a number that k of them reach, between one that more reach and one that fewer do
+        low, high, more, fewer, step = -np.inf, np.inf, 0, 0, off_2[1]
+        first = guess = guess_T[t] + off
+        x, least, most, over, searching = bottom, bottom, top, 0, True
+        while searching:
+            row_E[E] = guess
+            bits = bits_E[E]
+            x = bits if bits >= 0 else whole(lowest - bits)
+            x = max(x, whole(least + one)) if over > 0 else min(x, most)
+            found, least, most = zero, top, bottom
+            for e in range(E):
+                key = key_E[e]
+                reached = key >= x
+                found = np.int32(found + np.int32(reached))
+                least = min(least, key if reached else top)
+                most = max(most, bottom if reached else key)
+            over = found - k
+            if over == 0:
+                searching = False
+            elif over == 1:
+                x, searching = whole(least + one), False
+            elif over == -1 or (over < 0 and most <= nowhere):
+                x, searching = most, False
+            else:
+                nearest = least if over > 0 else most
+                bits_E[E] = nearest if nearest >= 0 else whole(lowest - nearest)
+                if over > 0:
+                    low, more = float(row_E[E]), over
+                else:
+                    high, fewer = float(row_E[E]), over
+                if low == high:
+                    x, searching = nearest, False
+                elif np.isinf(low) or np.isinf(high):
+                    guess = (low if over > 0 else high) + step * over
+                    step = 2 * step + 1e-9
+                else:
+                    guess = low + (high - low) * more / (more - fewer)
+        x, found = max(x, whole(nowhere + one)), zero
+        for e in range(E):
+            reached = key_E[e] >= x
+            chosen_NE[n, e] = reached
+            found = np.int32(found + np.int32(reached))
+        if found < k and x > nowhere + 1:  # the next ones below are equal
+            x, found = whole(x - one), zero
+            for e in range(E):
+                reached = key_E[e] >= x
+                chosen_NE[n, e] = reached
+                found = np.int32(found + np.int32(reached))
+        e = E
+        while found > k:
             e -= 1
-            if row_E[e] == x:
-                chosen_E[e] = False
-                left -= 1
-        for e in range(len(row_E)):
-            room_E[e] -= chosen_E[e]
-            add_E[e] = add_E[e] if room_E[e] > 0 else none
+            if key_E[e] == x:
+                chosen_NE[n, e] = False
+                found -= 1
+        for e in range(E):
+            room_E[e] -= times if chosen_NE[n, e] else zero
+        if limited:
+            for e in range(E):
+                add_E[e] = add_E[e] if room_E[e] > 0 else none
+        off = latest  # not of the token before, which the processor may still be busy with
+        if x > nowhere + 1:
+            bits_E[E] = x if x >= 0 else whole(lowest - x)
+            latest += (row_E[E] - first) / 8
+            off_2[1] += (abs(row_E[E] - first) / 2 - off_2[1]) / 8
+            guess_T[t] = row_E[E] - latest
+    off_2[0] = latest
+
+
+@njit(nogil=True, cache=True)
+def fit_bias(scores_TE, k, start_R, drawn_N, times_N, rate_R, guess_T):  # type: ignore[no-untyped-def]
+    """The bias after rounds, each of which chooses for the tokens drawn for it (their numbers from
+    start_R on) and then takes a step."""
+    N, E = np.diff(start_R).max(), scores_TE.shape[1]
+    bias_E, room_E, off_2 = np.zeros(E, np.float32), np.empty(E, np.int32), np.zeros(2)
+    chosen_NE, k_N, bits_E = np.empty((N, E), np.bool_), np.full(N, k), np.empty(E + 1, np.int32)
+    for r in range(len(rate_R)):
+        room_E[:] = 2**31 - 1
+        of = slice(start_R[r], start_R[r + 1])
+        drawn = scores_TE, drawn_N[of], times_N[of], k_N
+        choose_largest(*drawn, bias_E, room_E, guess_T, off_2, chosen_NE, bits_E)
+        step_bias(bias_E, -room_E, rate_R[r])
+    return bias_E
+
+
+@njit(nogil=True, cache=True)
+def step_bias(bias_E, load_E, rate):  # type: ignore[no-untyped-def]
+    """Moves each bias by the sign of mean − load."""
+    mean = load_E.mean()
+    for e in range(len(bias_E)):
+        bias_E[e] += np.float32(rate * np.sign(mean - load_E[e]))
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})

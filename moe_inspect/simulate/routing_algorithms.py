@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -139,14 +139,15 @@ def largest(
     k: int | np.ndarray,
     add_E: float | np.ndarray = 0.0,
     room: int = 2**31 - 1,
-    guess: float | np.ndarray = np.nan,
+    guess: float | np.ndarray = 0.0,
 ) -> np.ndarray:
     """The k largest of values + add_E of each row; ties go to the lowest id. `room`: rows, in
     order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
-    T, E = values_TE.shape
-    made, every = np.empty((T, E), bool), np.arange(T)
-    of = np.broadcast_to(k, T), np.full(E, add_E, values_TE.dtype), np.full(E, room, np.int32)
-    kernels_numba.choose_largest(values_TE, every, *of, np.full(T, guess, values_TE.dtype), made)
+    (T, E), kind = values_TE.shape, values_TE.dtype
+    drawn, made = (np.arange(T), np.ones(T, np.int32)), np.empty((T, E), bool)
+    of = np.full(T, k), np.full(E, add_E, kind), np.full(E, room, np.int32)
+    found = np.full(T, guess, kind), np.zeros(2), made, np.empty(E + 1, f"i{kind.itemsize}")
+    kernels_numba.choose_largest(values_TE, *drawn, *of, *found)
     return made
 
 
@@ -202,24 +203,28 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
     return batch.top(batch.k, expert_capacity(value, T, batch.k, E))
 
 
+@lru_cache(maxsize=2)
+def _rounds(T: int) -> tuple[np.ndarray, ...]:
+    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, by number:
+    where they start, which tokens, how often each."""
+    rng, every = np.random.default_rng(SEED), np.ones(T, np.int32)
+    times_RT = [
+        np.bincount(rng.integers(T, size=BIAS_TOKENS), minlength=T) if T > BIAS_TOKENS else every
+        for _ in range(WARM_UP)
+    ]
+    drawn = [np.flatnonzero(times_T) for times_T in times_RT]
+    start_R = np.cumsum([0, *map(len, drawn)])
+    times_N = [times_T[of] for times_T, of in zip(times_RT, drawn, strict=True)]
+    return start_R, np.concatenate(drawn), np.concatenate(times_N, dtype=np.int32)
+
+
 def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
     T, E = sample.scores_TE.shape
-    rng, bias_E = np.random.default_rng(SEED), np.zeros(E, np.float32)
-    k_N, made_NE = np.full(BIAS_TOKENS, sample.k), np.empty((BIAS_TOKENS, E), bool)
-    guess_T = np.full(T, np.nan, np.float32)
-    for rate in np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP):
-        drawn = rng.integers(T, size=BIAS_TOKENS) if T > BIAS_TOKENS else np.arange(T)
-        room_E, drawn = np.zeros(E, np.int32) + BIAS_TOKENS + 1, np.sort(drawn)
-        of = drawn, k_N, bias_E.copy(), room_E, guess_T
-        kernels_numba.choose_largest(sample.scores_TE, *of, made_NE)
-        _step(bias_E, -room_E, float(rate))
+    of = sample.scores_TE, sample.k, *_rounds(T), np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
+    bias_E = kernels_numba.fit_bias(*of, np.zeros(T, np.float32))
     return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
-
-
-def _step(bias_E: np.ndarray, load_E: np.ndarray, rate: float) -> None:
-    bias_E += np.float32(rate) * np.sign(load_E.mean() - load_E).astype(np.float32)
 
 
 @algorithm(
@@ -234,7 +239,7 @@ def loss_free(batch: RouterScores, value: float, state: State) -> np.ndarray:
     chosen_TE = largest(batch.scores_TE, batch.k, state["bias_E"])
     state["load_E"] += chosen_TE.sum(0)
     if state["load_E"].sum() >= BIAS_TOKENS * batch.k:
-        _step(state["bias_E"], state["load_E"], BIAS_RATE)
+        kernels_numba.step_bias(state["bias_E"], state["load_E"], BIAS_RATE)
         state["load_E"][:] = 0
     return chosen_TE
 
