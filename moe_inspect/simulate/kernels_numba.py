@@ -425,6 +425,76 @@ def plan_sums(plan_TE: np.ndarray, weight_E: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
+def choose_reaching(values_TE, k_T, kth_T, chosen_TE):  # type: ignore[no-untyped-def]
+    """Each token takes the experts of its k largest values, of which kth_T is the least; ties go to
+    the lowest id."""
+    E = values_TE.shape[1]
+    for t in range(len(values_TE)):
+        x, found = kth_T[t], np.int32(0)
+        for e in range(E):
+            reached = values_TE[t, e] >= x
+            chosen_TE[t, e] = reached
+            found = np.int32(found + np.int32(reached))
+        e = E
+        while found > k_T[t]:
+            e -= 1
+            if values_TE[t, e] == x:
+                chosen_TE[t, e] = False
+                found -= 1
+
+
+@njit(nogil=True, cache=True)
+def transpose(values_TE, values_ET):  # type: ignore[no-untyped-def]
+    """In blocks that the first cache holds."""
+    T, E = values_TE.shape
+    for first in range(0, T, 16):
+        for e in range(E):
+            for t in range(first, min(first + 16, T)):
+                values_ET[e, t] = values_TE[t, e]
+
+
+@njit(nogil=True, cache=True)
+def choose_of_columns(values_TE, kth_E, room_E, chosen_TE):  # type: ignore[no-untyped-def]
+    """Each expert takes the tokens with values above kth_E and, of those with kth_E, the first for
+    which it has room."""
+    T, E = values_TE.shape
+    for t in range(T):
+        for e in range(E):
+            equal = (values_TE[t, e] == kth_E[e]) & (room_E[e] > 0)
+            chosen_TE[t, e] = (values_TE[t, e] > kth_E[e]) | equal
+            room_E[e] -= equal
+
+
+@njit(nogil=True, cache=True)
+def subtract_highest(values_TE):  # type: ignore[no-untyped-def]
+    """Makes each value how far it is below its row's highest."""
+    E = values_TE.shape[1]
+    for t in range(len(values_TE)):
+        highest = values_TE[t, 0]
+        for e in range(E):
+            highest = values_TE[t, e] if values_TE[t, e] > highest else highest
+        for e in range(E):
+            values_TE[t, e] -= highest
+
+
+@njit(nogil=True, cache=True)
+def fewest(sorted_TE, total_T, enough):  # type: ignore[no-untyped-def]
+    """How many of each row's values, from the last on, it takes to be `enough` of its total, or
+    all; and the share that the least of them is."""
+    T, E = sorted_TE.shape
+    k_T, kth_T = np.empty(T, np.int64), np.empty(T, sorted_TE.dtype)
+    for t in range(T):
+        k, share = 1, np.float32(sorted_TE[t, E - 1] / total_T[t])
+        found = float(share)
+        while k < E and found < enough:
+            k += 1
+            share = np.float32(sorted_TE[t, E - k] / total_T[t])
+            found += share
+        k_T[t], kth_T[t] = k, share
+    return k_T, kth_T
+
+
+@njit(nogil=True, cache=True)
 def tally(chosen_TE, share_TE, model_TE, load_E, mass_E):  # type: ignore[no-untyped-def]
     """Adds the choices of each expert, and their shares. Returns how many are the model's, and the
     tokens without any."""
