@@ -358,21 +358,22 @@ def choose_largest(  # type: ignore[no-untyped-def]
         for e in range(E):
             reached = key_E[e] >= x
             chosen_NE[n, e] = reached
+            room_E[e] -= times if reached else zero
             found = np.int32(found + np.int32(reached))
-        if found < k and x > nowhere + 1:  # the next ones below are equal
-            x, found = whole(x - one), zero
-            for e in range(E):
-                reached = key_E[e] >= x
-                chosen_NE[n, e] = reached
-                found = np.int32(found + np.int32(reached))
+        e = 0
+        while found < k and x > nowhere + 1:  # of those equal to the next below, the first
+            if key_E[e] == x - 1:
+                chosen_NE[n, e] = True
+                room_E[e] -= times
+                found += 1
+            e += 1
         e = E
         while found > k:
             e -= 1
             if key_E[e] == x:
                 chosen_NE[n, e] = False
+                room_E[e] += times
                 found -= 1
-        for e in range(E):
-            room_E[e] -= times if chosen_NE[n, e] else zero
         if limited:
             for e in range(E):
                 add_E[e] = add_E[e] if room_E[e] > 0 else none
