@@ -486,7 +486,7 @@ def fewest(sorted_TE, total_T, enough):  # type: ignore[no-untyped-def]
     k_T, kth_T = np.empty(T, np.int64), np.empty(T, sorted_TE.dtype)
     for t in range(T):
         k, share = 1, np.float32(sorted_TE[t, E - 1] / total_T[t])
-        found = float(share)
+        found = np.float64(share)
         while k < E and found < enough:
             k += 1
             share = np.float32(sorted_TE[t, E - k] / total_T[t])
