@@ -125,8 +125,9 @@ def test_expert_choice_gives_every_expert_the_same():
 
 def test_expert_choice_gives_ties_to_the_first_tokens():
     made = batch(np.random.default_rng(0).integers(0, 3, (200, 8)))
-    order_TE, expected = np.argsort(-made.scores_TE, axis=0, kind="stable"), np.zeros((200, 8), bool)
-    np.put_along_axis(expected, order_TE[:50], True, 0)
+    best_TE = np.argsort(-made.scores_TE, axis=0, kind="stable")[:50]
+    expected = np.zeros((200, 8), bool)
+    np.put_along_axis(expected, best_TE, True, 0)
     assert (choose(ALGORITHMS["expert choice"], made) == expected).all()
 
 

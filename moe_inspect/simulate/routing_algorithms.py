@@ -230,7 +230,7 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _rounds(T: int) -> tuple[np.ndarray, ...]:
+def _rounds(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, by number:
     where they start, which tokens, how often each."""
     rng, every = np.random.default_rng(SEED), np.ones(T, np.int32)
@@ -248,8 +248,9 @@ def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
     T, E = sample.scores_TE.shape
-    of = sample.scores_TE, sample.k, *_rounds(T), np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
-    bias_E = kernels_numba.fit_bias(*of, np.zeros(T, np.float32))
+    rate_R, guess_T = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP), np.zeros(T, np.float32)
+    of = *_rounds(T), rate_R, guess_T
+    bias_E = kernels_numba.fit_bias(sample.scores_TE, sample.k, *of)
     return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
 
 
