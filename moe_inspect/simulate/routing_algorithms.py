@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.simulate import kernels_numba
+from moe_inspect.simulate import routing_kernels as kernels
 from moe_inspect.simulate.shards import expert_capacity
 
 BIAS_RATE = 0.001  # step size of the bias updates (Wang et al. 2024)
@@ -44,7 +44,7 @@ class RouterScores:
     def below_TE(self) -> np.ndarray:
         """How far the logits are below each token's highest. float32"""
         below_TE = self.logits_TE.astype(np.float32)
-        kernels_numba.subtract_highest(below_TE)
+        kernels.subtract_highest(below_TE)
         return below_TE
 
     @cached_property
@@ -96,7 +96,7 @@ class RouterScores:
     def _tally(self, chosen_TE: np.ndarray) -> tuple[np.ndarray, float, int, int]:
         load_E, mass_E = np.zeros(chosen_TE.shape[1], np.int32), np.zeros(chosen_TE.shape[1])
         of = np.ascontiguousarray(chosen_TE), self.share_TE, self.model_TE
-        agreed, unrouted = kernels_numba.tally(*of, load_E, mass_E)
+        agreed, unrouted = kernels.tally(*of, load_E, mass_E)
         return load_E, float(mass_E.sum()), int(agreed), int(unrouted)
 
     def part(self, at: slice | np.ndarray, **changed: Any) -> RouterScores:
@@ -162,14 +162,14 @@ def largest(
     drawn, made = (np.arange(T), np.ones(T, np.int32)), np.empty((T, E), bool)
     of = np.full(T, k), np.full(E, add_E, kind), np.full(E, room, np.int32)
     found = np.full(T, guess, kind), np.zeros(2), made, np.empty(E + 1, f"i{kind.itemsize}")
-    kernels_numba.choose_largest(values_TE, *drawn, *of, *found)
+    kernels.choose_largest(values_TE, *drawn, *of, *found)
     return made
 
 
 def reaching(values_TE: np.ndarray, k_T: np.ndarray, kth_T: np.ndarray) -> np.ndarray:
     """The k largest of each row, where the k-th largest is known. Ties as above. bool [T, E]"""
     made = np.empty(values_TE.shape, bool)
-    kernels_numba.choose_reaching(values_TE, k_T, np.ascontiguousarray(kth_T), made)
+    kernels.choose_reaching(values_TE, k_T, np.ascontiguousarray(kth_T), made)
     return made
 
 
@@ -192,7 +192,7 @@ def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
 )
 def top_p(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
-    fewest = kernels_numba.fewest(batch.sorted_TE, batch.total_T1[:, 0], value - 1e-6)
+    fewest = kernels.fewest(batch.sorted_TE, batch.total_T1[:, 0], value - 1e-6)
     return reaching(batch.share_TE, *fewest)
 
 
@@ -207,11 +207,11 @@ def expert_choice(batch: RouterScores, value: float, state: State) -> np.ndarray
     T, E = batch.scores_TE.shape
     even = min(-(-T * batch.k // E), T)  # its assignments if load were even, rounded up
     scores_ET, chosen_TE = np.empty((E, T), batch.scores_TE.dtype), np.empty((T, E), bool)
-    kernels_numba.transpose(batch.scores_TE, scores_ET)
+    kernels.transpose(batch.scores_TE, scores_ET)
     scores_ET.partition(T - even, axis=1)
     kth_E = scores_ET[:, -even]
     room_E = even - np.count_nonzero(scores_ET[:, -even:] > kth_E[:, None], axis=1)
-    kernels_numba.choose_of_columns(batch.scores_TE, kth_E.copy(), room_E, chosen_TE)
+    kernels.choose_of_columns(batch.scores_TE, kth_E.copy(), room_E, chosen_TE)
     return chosen_TE
 
 
@@ -250,7 +250,7 @@ def _fitted_bias(sample: RouterScores) -> State:
     T, E = sample.scores_TE.shape
     rate_R, guess_T = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP), np.zeros(T, np.float32)
     of = *_rounds(T), rate_R, guess_T
-    bias_E = kernels_numba.fit_bias(sample.scores_TE, sample.k, *of)
+    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, *of)
     return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
 
 
@@ -266,7 +266,7 @@ def loss_free(batch: RouterScores, value: float, state: State) -> np.ndarray:
     chosen_TE = largest(batch.scores_TE, batch.k, state["bias_E"])
     state["load_E"] += chosen_TE.sum(0)
     if state["load_E"].sum() >= BIAS_TOKENS * batch.k:
-        kernels_numba.step_bias(state["bias_E"], state["load_E"], BIAS_RATE)
+        kernels.step_bias(state["bias_E"], state["load_E"], BIAS_RATE)
         state["load_E"][:] = 0
     return chosen_TE
 
@@ -287,7 +287,7 @@ def sinkhorn(batch: RouterScores, value: float, state: State) -> np.ndarray:
     np.exp(plan_TE, out=plan_TE)
     moved_E, even = -price_E.astype(np.float64), len(plan_TE) / plan_TE.shape[1]
     for _ in range(100):
-        sum_E = kernels_numba.plan_sums(plan_TE, np.exp(-moved_E))
+        sum_E = kernels.plan_sums(plan_TE, np.exp(-moved_E))
         before_E, moved_E = moved_E, np.log(np.maximum(sum_E / even, 1e-300))
         if np.abs(moved_E - before_E).max() < 1e-4:
             break
