@@ -97,6 +97,14 @@ def test_top_p_by_hand():
     assert found == [[1, 1], [2, 1], [3, 1], [4, 4]]
 
 
+def test_top_p_sums_in_double_precision():
+    made = batch(skewed(T=20, E=256), scoring="sigmoid")
+    sum_TE = np.cumsum(np.sort(made.share_TE, axis=1)[:, ::-1], axis=1, dtype=np.float64)
+    for t, sum_E in enumerate(sum_TE):
+        for p, k in ((sum_E[99] - 2e-9, 100), (sum_E[99] + 2e-9, 101)):
+            assert ALGORITHMS["top-p"].choose(made, p + 1e-6, {})[t].sum() == k
+
+
 @settings(max_examples=100, deadline=None)
 @given(*(st.integers(*ends) for ends in ((1, 40), (1, 6), (1, 3), (1, 12), (0, 2**32))))
 def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed: int):
@@ -113,6 +121,14 @@ def test_expert_choice_gives_every_expert_the_same():
     assert chosen_TE.sum(0).tolist() == [50] * 8
     worst_taken = np.where(chosen_TE, made.scores_TE, 1).min(0)
     assert (worst_taken >= np.where(chosen_TE, 0, made.scores_TE).max(0)).all()
+
+
+def test_expert_choice_gives_ties_to_the_first_tokens():
+    made = batch(np.random.default_rng(0).integers(0, 3, (200, 8)))
+    best_TE = np.argsort(-made.scores_TE, axis=0, kind="stable")[:50]
+    expected = np.zeros((200, 8), bool)
+    np.put_along_axis(expected, best_TE, True, 0)
+    assert (choose(ALGORITHMS["expert choice"], made) == expected).all()
 
 
 def test_sinkhorn_of_one_token_is_its_top_k():
@@ -139,6 +155,23 @@ def test_a_bias_moves_by_the_sign_of_the_load_error_after_as_many_tokens_as_a_st
     rate = routing_algorithms.BIAS_RATE
     assert state["bias_E"].tolist() == pytest.approx([-rate, -rate, rate, rate])
     assert not state["load_E"].any()
+
+
+@pytest.mark.parametrize(("T", "decimals"), [(203, 9), (203, 0), (50, 9)])  # 0: with ties
+def test_a_fitted_bias_is_that_of_plain_rounds(
+    T: int, decimals: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(routing_algorithms, "BIAS_TOKENS", 64)
+    made = batch(skewed(T=T, E=24).round(decimals))
+    rng, bias_E = np.random.default_rng(routing_algorithms.SEED), np.zeros(24, np.float32)
+    for rate in np.geomspace(0.05, 0.001, 300):
+        at_N = rng.integers(T, size=64) if T > 64 else np.arange(T)
+        best_NK = np.argsort(-(made.scores_TE[at_N] + bias_E), axis=1, kind="stable")[:, :2]
+        load_E = np.bincount(best_NK.ravel(), minlength=24)
+        bias_E += np.float32(rate) * np.sign(load_E.mean() - load_E).astype(np.float32)
+    prepare = ALGORITHMS["loss-free bias"].prepare
+    assert prepare
+    assert (prepare(made)["bias_E"] == bias_E).all()
 
 
 def test_a_bias_is_judged_on_documents_that_it_has_not_seen(tmp_path: Path):

@@ -44,6 +44,7 @@ class ShardTokens:
         self.batch_T, self.token_id_T, document_T = (c.to_numpy()[seen] for c in columns)
         self.half_T = half_of.reindex(document_T).to_numpy()
         self.edges = run_edges(self.batch_T).tolist()
+        self.blind_B = [dict[tuple[str, int, int], np.ndarray]() for _ in self.edges[1:]]
 
     def scored(self, shard: Shard, r: int, ids_KT: np.ndarray) -> algo.RouterScores:
         """With what a router computed for them, and what the model chose."""
@@ -155,15 +156,16 @@ def _runs_of(
             for run in found[r]:
                 if run.algorithm.prepare and not run.state and len(of_fit):
                     drawn = np.random.default_rng(algo.SEED).permutation(of_fit)[:SAMPLE]
-                    run.state = run.algorithm.prepare(every.part(np.sort(drawn), -1))
-            for first, last in pairwise(tokens.edges):
-                batch = every.part(slice(first, last), int(tokens.batch_T[first]))
+                    run.state = run.algorithm.prepare(every.part(np.sort(drawn)))
+            for (first, last), blind in zip(pairwise(tokens.edges), tokens.blind_B, strict=True):
+                number = int(tokens.batch_T[first])
+                batch = every.part(slice(first, last), number=number, blind=blind)
                 at_N = np.flatnonzero(tokens.half_T[first:last] == judged)
                 for run in found[r]:
                     if not (held_out and run.algorithm.prepare):
                         run.add(batch)
                     elif len(at_N):
-                        run.add(batch.part(at_N, batch.number))
+                        run.add(batch.part(at_N))
     return found
 
 
@@ -196,10 +198,15 @@ class Run:
         return self.algorithm.name + (f" {self.value:g}" if self.algorithm.setting else "")
 
     def add(self, batch: algo.RouterScores) -> None:
-        chosen_TE = self.algorithm.choose(batch, self.value, self.state)
+        blind = self.algorithm.name, len(self.load_E), batch.k
+        chosen_TE = batch.blind.get(blind)
+        if chosen_TE is None:
+            chosen_TE = self.algorithm.choose(batch, self.value, self.state)
+        if self.algorithm.blind:
+            batch.blind[blind] = chosen_TE
         load_E, mass, agreed, unrouted = batch.tally(chosen_TE)
         self.tokens += len(chosen_TE)
-        self.own += batch.own
+        self.own += batch.own[1]
         self.load_E += load_E
         self.mass += mass
         self.agreed += agreed

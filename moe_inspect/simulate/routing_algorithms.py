@@ -8,12 +8,13 @@ take them. T tokens of a batch, in order, E experts, k choices of the model's ow
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
-from moe_inspect.simulate import kernels_numba
+from moe_inspect.simulate import routing_kernels as kernels
 from moe_inspect.simulate.shards import expert_capacity
 
 BIAS_RATE = 0.001  # step size of the bias updates (Wang et al. 2024)
@@ -28,7 +29,8 @@ class RouterScores:
     """A batch of tokens, with what the model's router computed for them.
 
     model_TE: bool, the experts that the model chose. k: experts per token. scoring: the router's
-    activation. number: of the batch in the trace."""
+    activation. number: of the batch in the trace. blind: what algorithms without a router chose, by
+    their name, experts and choices: the same for all routers."""
 
     logits_TE: np.ndarray
     model_TE: np.ndarray
@@ -36,12 +38,14 @@ class RouterScores:
     k: int
     scoring: str
     number: int
+    blind: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def below_TE(self) -> np.ndarray:
         """How far the logits are below each token's highest. float32"""
-        logits_TE = self.logits_TE.astype(np.float32)
-        return np.subtract(logits_TE, logits_TE.max(1, keepdims=True), out=logits_TE)
+        below_TE = self.logits_TE.astype(np.float32)
+        kernels.subtract_highest(below_TE)
+        return below_TE
 
     @cached_property
     def scores_TE(self) -> np.ndarray:
@@ -52,27 +56,32 @@ class RouterScores:
         return np.divide(scores_TE, scores_TE.sum(1, keepdims=True), out=scores_TE)
 
     @cached_property
+    def total_T1(self) -> np.ndarray:
+        """The sum of each token's scores."""
+        return self.scores_TE.sum(1, keepdims=True)
+
+    @cached_property
     def share_TE(self) -> np.ndarray:
         """The scores, normalised so that each token's sum is 1."""
-        return self.scores_TE / self.scores_TE.sum(1, keepdims=True)
+        return self.scores_TE / self.total_T1
 
     @cached_property
     def sorted_TE(self) -> np.ndarray:
         """The scores of each token, ascending."""
         return np.sort(self.scores_TE, axis=1)
 
-    def top(self, k: int, room: int = 2**31 - 1) -> np.ndarray:
-        """The k highest scores of each token, of experts that have room."""
-        return largest(self.scores_TE, k, room=room, guess=self.sorted_TE[:, -k])
+    def top(self, k: int) -> np.ndarray:
+        """The k highest scores of each token."""
+        return reaching(self.scores_TE, np.full(len(self.scores_TE), k), self.sorted_TE[:, -k])
 
     @cached_property
     def own_TE(self) -> np.ndarray:
         return self.top(self.k)
 
     @cached_property
-    def own(self) -> float:
-        """The probability mass of the top k."""
-        return self.tally(self.own_TE)[1]
+    def own(self) -> tuple[np.ndarray, float, int, int]:
+        """The tally of the top k."""
+        return self._tally(self.own_TE)
 
     @cached_property
     def recorded(self) -> int:
@@ -82,14 +91,17 @@ class RouterScores:
     def tally(self, chosen_TE: np.ndarray) -> tuple[np.ndarray, float, int, int]:
         """Of what an algorithm chose: the load of each expert, int32 [E]; the probability mass; how
         many choices are the model's; tokens without any."""
+        return self.own if chosen_TE is self.own_TE else self._tally(chosen_TE)
+
+    def _tally(self, chosen_TE: np.ndarray) -> tuple[np.ndarray, float, int, int]:
         load_E, mass_E = np.zeros(chosen_TE.shape[1], np.int32), np.zeros(chosen_TE.shape[1])
         of = np.ascontiguousarray(chosen_TE), self.share_TE, self.model_TE
-        agreed, unrouted = kernels_numba.tally(*of, load_E, mass_E)
+        agreed, unrouted = kernels.tally(*of, load_E, mass_E)
         return load_E, float(mass_E.sum()), int(agreed), int(unrouted)
 
-    def part(self, at: slice | np.ndarray, number: int) -> RouterScores:
+    def part(self, at: slice | np.ndarray, **changed: Any) -> RouterScores:
         """Some of the tokens, with what is computed for them already."""
-        part, of = replace(self, number=number), vars(self).items()
+        part, of = replace(self, **changed), vars(self).items()
         vars(part).update({name: of_T[at] for name, of_T in of if isinstance(of_T, np.ndarray)})
         return part
 
@@ -104,6 +116,7 @@ class Algorithm:
 
     leaks: how the experts of a token depend on later tokens; "" where they do not.
     setting: the parameter that it is run with several values of, if any.
+    blind: it looks at token ids at most.
     prepare: computes the initial state of an algorithm that learns, from tokens sampled from the
     first shard."""
 
@@ -113,6 +126,7 @@ class Algorithm:
     use_when: str
     setting: str = ""
     prepare: Callable[[RouterScores], State] | None = None
+    blind: bool = False
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -124,11 +138,12 @@ def algorithm(
     leaks: str = "",
     setting: str = "",
     prepare: Callable[[RouterScores], State] | None = None,
+    blind: bool = False,
 ) -> Callable[[Choose], Choose]:
     """Registers a function of (batch, value of its setting, state)."""
 
     def register(function: Choose) -> Choose:
-        ALGORITHMS[name] = Algorithm(name, function, leaks, use_when, setting, prepare)
+        ALGORITHMS[name] = Algorithm(name, function, leaks, use_when, setting, prepare, blind)
         return function
 
     return register
@@ -139,14 +154,22 @@ def largest(
     k: int | np.ndarray,
     add_E: float | np.ndarray = 0.0,
     room: int = 2**31 - 1,
-    guess: float | np.ndarray = np.nan,
+    guess: float | np.ndarray = 0.0,
 ) -> np.ndarray:
     """The k largest of values + add_E of each row; ties go to the lowest id. `room`: rows, in
     order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
-    T, E = values_TE.shape
-    made, every = np.empty((T, E), bool), np.arange(T)
-    of = np.broadcast_to(k, T), np.full(E, add_E, values_TE.dtype), np.full(E, room, np.int32)
-    kernels_numba.choose_largest(values_TE, every, *of, np.full(T, guess, values_TE.dtype), made)
+    (T, E), kind = values_TE.shape, values_TE.dtype
+    drawn, made = (np.arange(T), np.ones(T, np.int32)), np.empty((T, E), bool)
+    of = np.full(T, k), np.full(E, add_E, kind), np.full(E, room, np.int32)
+    found = np.full(T, guess, kind), np.zeros(2), made, np.empty(E + 1, f"i{kind.itemsize}")
+    kernels.choose_largest(values_TE, *drawn, *of, *found)
+    return made
+
+
+def reaching(values_TE: np.ndarray, k_T: np.ndarray, kth_T: np.ndarray) -> np.ndarray:
+    """The k largest of each row, where the k-th largest is known. Ties as above. bool [T, E]"""
+    made = np.empty(values_TE.shape, bool)
+    kernels.choose_reaching(values_TE, k_T, np.ascontiguousarray(kth_T), made)
     return made
 
 
@@ -169,10 +192,8 @@ def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
 )
 def top_p(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
-    sorted_TE = batch.sorted_TE / batch.scores_TE.sum(1, keepdims=True)
-    below_TE = np.cumsum(sorted_TE[:, :0:-1], axis=1, dtype=np.float64) < value - 1e-6
-    k_T = 1 + np.count_nonzero(below_TE, axis=1)
-    return largest(batch.share_TE, k_T, guess=sorted_TE[np.arange(len(k_T)), -k_T])
+    fewest = kernels.fewest(batch.sorted_TE, batch.total_T1[:, 0], value - 1e-6)
+    return reaching(batch.share_TE, *fewest)
 
 
 @algorithm(
@@ -185,8 +206,13 @@ def expert_choice(batch: RouterScores, value: float, state: State) -> np.ndarray
     arXiv:2202.09368)."""
     T, E = batch.scores_TE.shape
     even = min(-(-T * batch.k // E), T)  # its assignments if load were even, rounded up
-    scores_ET = np.ascontiguousarray(batch.scores_TE.T)
-    return largest(scores_ET, even, guess=np.partition(scores_ET, -even, axis=1)[:, -even]).T
+    scores_ET, chosen_TE = np.empty((E, T), batch.scores_TE.dtype), np.empty((T, E), bool)
+    kernels.transpose(batch.scores_TE, scores_ET)
+    scores_ET.partition(T - even, axis=1)
+    kth_E = scores_ET[:, -even]
+    room_E = even - np.count_nonzero(scores_ET[:, -even:] > kth_E[:, None], axis=1)
+    kernels.choose_of_columns(batch.scores_TE, kth_E.copy(), room_E, chosen_TE)
+    return chosen_TE
 
 
 @algorithm(
@@ -199,27 +225,33 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
-    return batch.top(batch.k, expert_capacity(value, T, batch.k, E))
+    room = expert_capacity(value, T, batch.k, E)
+    return largest(batch.scores_TE, batch.k, room=room, guess=batch.sorted_TE[:, -batch.k])
+
+
+@lru_cache(maxsize=2)
+def _rounds(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, by number:
+    where they start, which tokens, how often each."""
+    rng, every = np.random.default_rng(SEED), np.ones(T, np.int32)
+    times_RT = [
+        np.bincount(rng.integers(T, size=BIAS_TOKENS), minlength=T) if T > BIAS_TOKENS else every
+        for _ in range(WARM_UP)
+    ]
+    drawn = [np.flatnonzero(times_T) for times_T in times_RT]
+    start_R = np.cumsum([0, *map(len, drawn)])
+    times_N = [times_T[of] for times_T, of in zip(times_RT, drawn, strict=True)]
+    return start_R, np.concatenate(drawn), np.concatenate(times_N, dtype=np.int32)
 
 
 def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
     T, E = sample.scores_TE.shape
-    rng, bias_E = np.random.default_rng(SEED), np.zeros(E, np.float32)
-    k_N, made_NE = np.full(BIAS_TOKENS, sample.k), np.empty((BIAS_TOKENS, E), bool)
-    guess_T = np.full(T, np.nan, np.float32)
-    for rate in np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP):
-        drawn = rng.integers(T, size=BIAS_TOKENS) if T > BIAS_TOKENS else np.arange(T)
-        room_E, drawn = np.zeros(E, np.int32) + BIAS_TOKENS + 1, np.sort(drawn)
-        of = drawn, k_N, bias_E.copy(), room_E, guess_T
-        kernels_numba.choose_largest(sample.scores_TE, *of, made_NE)
-        _step(bias_E, -room_E, float(rate))
+    rate_R, guess_T = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP), np.zeros(T, np.float32)
+    of = *_rounds(T), rate_R, guess_T
+    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, *of)
     return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
-
-
-def _step(bias_E: np.ndarray, load_E: np.ndarray, rate: float) -> None:
-    bias_E += np.float32(rate) * np.sign(load_E.mean() - load_E).astype(np.float32)
 
 
 @algorithm(
@@ -234,7 +266,7 @@ def loss_free(batch: RouterScores, value: float, state: State) -> np.ndarray:
     chosen_TE = largest(batch.scores_TE, batch.k, state["bias_E"])
     state["load_E"] += chosen_TE.sum(0)
     if state["load_E"].sum() >= BIAS_TOKENS * batch.k:
-        _step(state["bias_E"], state["load_E"], BIAS_RATE)
+        kernels.step_bias(state["bias_E"], state["load_E"], BIAS_RATE)
         state["load_E"][:] = 0
     return chosen_TE
 
@@ -255,14 +287,18 @@ def sinkhorn(batch: RouterScores, value: float, state: State) -> np.ndarray:
     np.exp(plan_TE, out=plan_TE)
     moved_E, even = -price_E.astype(np.float64), len(plan_TE) / plan_TE.shape[1]
     for _ in range(100):
-        sum_E = kernels_numba.plan_sums(plan_TE, np.exp(-moved_E))
+        sum_E = kernels.plan_sums(plan_TE, np.exp(-moved_E))
         before_E, moved_E = moved_E, np.log(np.maximum(sum_E / even, 1e-300))
         if np.abs(moved_E - before_E).max() < 1e-4:
             break
     return largest(batch.logits_TE.astype(np.float64), batch.k, -(price_E + moved_E))
 
 
-@algorithm("hash", "a baseline without a router: experts by token id alone, whatever the context")
+@algorithm(
+    "hash",
+    "a baseline without a router: experts by token id alone, whatever the context",
+    blind=True,
+)
 def hash_layer(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): those
     with the k highest hashes of (id, expert). A token without an id in the trace gets none."""
@@ -281,7 +317,7 @@ def hash_layer(batch: RouterScores, value: float, state: State) -> np.ndarray:
     return chosen_UE[id_of_T]
 
 
-@algorithm("random", "never: experts uniformly at random, a lower bound for the others")
+@algorithm("random", "never: experts uniformly at random, a lower bound for the others", blind=True)
 def random(batch: RouterScores, value: float, state: State) -> np.ndarray:
     drawn_TE = np.random.default_rng([SEED, batch.number]).random(batch.model_TE.shape)
     return largest(drawn_TE, batch.k)
