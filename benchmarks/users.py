@@ -334,7 +334,10 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, help="where traces are kept from run to run")
     asked = parser.parse_args()
     checkouts = {"ours": ROOT, **({"before": asked.against} if asked.against else {})}
-    facts = machine() | {"command": " ".join(["python -m benchmarks.users", *sys.argv[1:]])}
+    facts = machine() | {"command": f"python -m benchmarks.users --rounds {asked.rounds}"}
+    if asked.against:
+        asked_git = ["git", "-C", str(asked.against), "rev-parse", "--short", "HEAD"]
+        facts["before"] = subprocess.check_output(asked_git, text=True).strip()
     measured = written("users", facts)
     print(f"{'':<64}{'':<24}{'CPU s':>9}{'wall s':>9}{'MiB':>8}")
     with tempfile.TemporaryDirectory() as scratch:
