@@ -1,5 +1,6 @@
-"""Hands what was taken of an engine's steps to the process that writes, from a thread of the engine's
-process: all that came in a while at once, so that it seldom competes for the interpreter."""
+"""Hands what was taken of an engine's steps to the process that writes, from a thread of the
+engine's process: all that came in a while at once, so that it seldom competes for the
+interpreter."""
 
 from __future__ import annotations
 

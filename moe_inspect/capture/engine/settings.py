@@ -1,5 +1,5 @@
-"""What the environment asks of the plugin of a serving engine: every variable that it reads. Nothing
-heavy is imported, as every process of an engine asks whether there is anything to do."""
+"""What the environment asks of the plugin of a serving engine: every variable that it reads.
+Nothing heavy is imported, as every process of an engine asks whether there is anything to do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from moe_inspect.errors import MoeInspectError
 
 PREFIX = "MOE_INSPECT_"
+PATH = "/v1/moe_inspect"  # of the endpoint: below /v1 engines ask for their API key, if any
 SWITCH = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 
@@ -65,7 +66,7 @@ class Settings:
     metrics: bool = _setting(
         False,
         _switch,
-        "count the assignments of every layer and expert for the engine's /metrics, of all requests",
+        "count the assignments of each layer and expert, of all requests, for /metrics",
         "0",
     )
     logits: bool = _setting(False, _switch, "record router logits too", "0")
@@ -75,8 +76,8 @@ class Settings:
     queue_mb: float = _setting(
         256.0,
         _number(0.001, 1e6, "megabytes, above 0"),
-        "most memory of decisions that wait to be written; what comes while it is full is dropped and "
-        "counted, as the engine never waits",
+        "memory for decisions that wait to be written; what comes while it is full is dropped and "
+        "counted: the engine never waits",
         "256",
     )
     max_gb: float = _setting(
@@ -88,9 +89,7 @@ class Settings:
     keep: int = _setting(
         4, _whole, "traces that each engine keeps: the oldest is deleted first; 0 keeps all"
     )
-    start: bool = _setting(
-        True, _switch, "`off` waits for `moe-inspect engine URL on`", "on"
-    )
+    start: bool = _setting(True, _switch, "`off` waits for `moe-inspect engine URL on`", "on")
 
     @property
     def is_active(self) -> bool:

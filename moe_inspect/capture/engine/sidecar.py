@@ -1,5 +1,5 @@
-"""The process that writes what a serving engine routes: a trace, the next one when it has become too
-large, and counters for the engine's /metrics. It takes what a worker sends until that ends, in
+"""The process that writes what a serving engine routes: a trace, the next one when it has become
+too large, and counters for the engine's /metrics. It takes what a worker sends until that ends, in
 whatever way, and closes the trace.
 
 L routers, N tokens, K slots, E experts.
@@ -118,7 +118,7 @@ def write_all(raw: Sent) -> None:
 
 
 class Counters:
-    """For Prometheus, in the files of PROMETHEUS_MULTIPROC_DIR, which the engine's /metrics sums."""
+    """For Prometheus, in files of PROMETHEUS_MULTIPROC_DIR that the engine's /metrics sums."""
 
     def __init__(self, about: dict[str, Any]):
         self.about = about
@@ -130,7 +130,9 @@ class Counters:
             from prometheus_client import Counter
 
             labels = ["rank", "layer", "expert"]
-            counter = Counter("moe_inspect_expert_assignments", "Assignments of each expert", labels)
+            counter = Counter(
+                "moe_inspect_expert_assignments", "Assignments of each expert", labels
+            )
             rank, layers, E = self.about["rank"], self.about["layers"], self.about["experts"]
             self.series = [counter.labels(rank, n, e) for n in layers for e in range(E)]
         for n in np.flatnonzero(counts):
@@ -204,7 +206,7 @@ class Traces:
                 at = self.known[request] = Sequence(self.documents)
                 documents.append(Document(at.document, DOMAIN, request, prompt))
                 self.documents += 1
-            # its begin, behind a cached prefix or not; else it is computed again, or rows are missing
+            # its begin, behind a cached prefix or not; or it is computed again, or rows are missing
             if at.position != first:
                 at.number, self.sequences = self.sequences, self.sequences + 1
             at.position = first + rows
@@ -226,7 +228,7 @@ class Traces:
         token_N = np.concatenate([part.step.tokens[part.kept] for part in parts]).astype(np.int32)
         in_prompt_N = np.concatenate([part.in_prompt for part in parts])
         numbers = [part.step.number for part in parts]
-        dtype = np.uint8 if E < np.iinfo(np.uint8).max else np.uint16
+        dtype = np.uint8 if E <= 255 else np.uint16
         nowhere = np.iinfo(dtype).max
         return RoutedBatch(
             batch=numbers[-1],

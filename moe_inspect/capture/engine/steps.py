@@ -1,5 +1,5 @@
-"""What is kept of the steps of an engine, whichever it is: rows that the forward pass fills, what is
-taken of them behind it, and what is handed to the process that writes. The engine's thread never
+"""What is kept of the steps of an engine, whichever it is: rows that the forward pass fills, and
+what is taken of them behind it and handed to the process that writes. The engine's thread never
 waits here, and no fault of ours reaches it.
 
 L routers, T rows of the buffer, n tokens of a step, K slots, E experts.
@@ -12,7 +12,7 @@ import queue
 import time
 import zlib
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 def _copy_rows(rows: Tensor, values: Tensor) -> None:
     """More columns than a row has are fused shared experts, behind the routed ones; more rows than
     the buffer has are those of a profiling pass."""
-    n = min(len(values), len(rows))
-    rows[:n].copy_(values[:n, : rows.shape[1]])
+    n, width = (min(sizes) for sizes in zip(values.shape, rows.shape, strict=True))
+    rows[:n, :width].copy_(values[:n, :width])
 
 
 # for torch.compile, which else would trace into it
@@ -87,8 +87,11 @@ class Scheduled:
         edges = np.concatenate([[0], np.cumsum(sizes[wanted_R])])
         rows = np.flatnonzero(np.repeat(wanted_R, sizes))
         requests = [r for r, kept in zip(self.requests, wanted, strict=True) if kept]
-        of_requests = (of[wanted_R] for of in (self.prompts, self.drafts, self.ends))
-        return Scheduled(requests, edges, *of_requests, self.tokens, self.positions), rows
+        prompts, drafts, ends = (of[wanted_R] for of in (self.prompts, self.drafts, self.ends))
+        of = replace(
+            self, requests=requests, edges=edges, prompts=prompts, drafts=drafts, ends=ends
+        )
+        return of, rows
 
 
 @dataclass
@@ -174,7 +177,7 @@ class StepRecorder:
                 if self.settings.trace is not None and self.sample:
                     self._take(whose())
         except Exception as error:
-            self._stop(error)
+            self.stop(error)
         self.seconds += time.perf_counter() - began
 
     def after_sampling(self, sampled_R: Tensor | None) -> None:
@@ -187,7 +190,7 @@ class StepRecorder:
             step.sampled = sampled_R[chosen.to(sampled_R.device)].clone()
             self._release()
         except Exception as error:
-            self._stop(error)
+            self.stop(error)
 
     def _release(self) -> None:
         """Hands over the step that waited for its drafts to be judged."""
@@ -195,7 +198,7 @@ class StepRecorder:
             step, self._held = self._held[0], None
             self.queue.put(step)
 
-    def _stop(self, error: Exception) -> None:
+    def stop(self, error: Exception) -> None:
         """The engine goes on without us."""
         self.on, self._held = False, None
         self.error = f"{type(error).__name__}: {first_line(error)}"

@@ -4,6 +4,9 @@ and `Endpoint` are entry points, which vLLM calls.
 Read from vLLM 0.32.0. L routers, T rows, K slots, E experts.
 """
 
+# pyright: reportMissingImports=false
+# (vLLM is not installed where types are checked)
+
 from __future__ import annotations
 
 import logging
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.capture.engine.settings import Settings, is_asked
+from moe_inspect.capture.engine.settings import PATH, Settings, is_asked
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from moe_inspect.capture.engine.steps import Rows, Scheduled, StepRecorder
 
 log = logging.getLogger("vllm.moe_inspect")
-PATH = "/v1/moe_inspect"  # below /v1 vLLM asks for its API key, where it has one
 
 
 def register() -> None:
@@ -37,7 +39,7 @@ def register() -> None:
                 "moe-inspect: MOE_INSPECT_METRICS needs PROMETHEUS_MULTIPROC_DIR, an empty "
                 "directory: its counts are in no /metrics"
             )
-        _wrap_workers(settings)
+        _wrap_workers()
     except Exception as error:  # the engine goes on
         _tell(error)
 
@@ -50,57 +52,65 @@ def _tell(error: Exception) -> None:
         log.error("moe-inspect: nothing is recorded", exc_info=error)
 
 
-def _wrap_workers(settings: Settings) -> None:
+def _wrap_workers() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase as Wrapper
 
     if "moe_inspect" in vars(Wrapper):  # of this process already
         return
     execute_model, shutdown = Wrapper.execute_model, Wrapper.shutdown
 
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.distributed.parallel_state import get_tp_group
-
-        # a part of the key of torch.compile's cache: a graph compiled without us records nothing
-        if isinstance(self.vllm_config.additional_config, dict):
-            self.vllm_config.additional_config["moe_inspect"] = f"logits {settings.logits}"
-        loaded = self.worker.load_model(*args, **kwargs)
-        try:
-            if get_tp_group().is_first_rank:
-                self.moe_inspect_seam = Seam(self.worker.model_runner, self.vllm_config, settings)
-        except Exception as error:  # the engine goes on
-            self.moe_inspect_refused = str(error)
-            _tell(error)
-        return loaded
-
     def execute(self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         output = execute_model(self, scheduled, *args, **kwargs)
-        if (seam := vars(self).get("moe_inspect_seam")) is not None:
+        if (seam := _seam_of(self)) is not None:
             seam.after_step(scheduled)
         return output
 
-    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = self.worker.sample_tokens(*args, **kwargs)
-        if (seam := vars(self).get("moe_inspect_seam")) is not None:
-            seam.after_sampling()
-        return output
-
     def stop(self: Any) -> None:
-        if (seam := vars(self).get("moe_inspect_seam")) is not None:
+        if (seam := _seam_of(self)) is not None:
             seam.recorder.close()
         shutdown(self)
 
-    def moe_inspect(self: Any, what: str, value: str = "") -> Any:
-        """What `collective_rpc("moe_inspect", args=(what, value))` answers of each worker: None of
-        those that share another's routing."""
-        if (seam := vars(self).get("moe_inspect_seam")) is not None:
-            return seam.recorder.command(what, value)
-        refused = vars(self).get("moe_inspect_refused")
-        return None if refused is None else {"refused": f"nothing is recorded: {refused}"}
+    Wrapper.execute_model, Wrapper.shutdown = execute, stop
+    Wrapper.load_model, Wrapper.sample_tokens = _load_model, _sample_tokens
+    Wrapper.moe_inspect = _command
 
-    wrapped = (load_model, execute, sample_tokens, stop, moe_inspect)
-    names = ("load_model", "execute_model", "sample_tokens", "shutdown", "moe_inspect")
-    for name, function in zip(names, wrapped, strict=True):
-        setattr(Wrapper, name, function)
+
+def _seam_of(wrapper: Any) -> Seam | None:
+    return vars(wrapper).get("moe_inspect_seam")
+
+
+def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    settings, more = Settings.read(), wrapper.vllm_config.additional_config
+    if isinstance(more, dict):
+        # a part of the key of torch.compile's cache: a graph compiled without us records nothing
+        more["moe_inspect"] = f"logits {settings.logits}"
+    loaded = wrapper.worker.load_model(*args, **kwargs)
+    try:
+        if get_tp_group().is_first_rank:
+            runner, config = wrapper.worker.model_runner, wrapper.vllm_config
+            wrapper.moe_inspect_seam = Seam(runner, config, settings)
+    except Exception as error:  # the engine goes on
+        wrapper.moe_inspect_refused = str(error)
+        _tell(error)
+    return loaded
+
+
+def _sample_tokens(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    output = wrapper.worker.sample_tokens(*args, **kwargs)
+    if (seam := _seam_of(wrapper)) is not None:
+        seam.after_sampling()
+    return output
+
+
+def _command(wrapper: Any, what: str, value: str = "") -> Any:
+    """What `collective_rpc("moe_inspect", args=(what, value))` answers of each worker: None of
+    those that share another's routing."""
+    if (seam := _seam_of(wrapper)) is not None:
+        return seam.recorder.command(what, value)
+    refused = vars(wrapper).get("moe_inspect_refused")
+    return None if refused is None else {"refused": f"nothing is recorded: {refused}"}
 
 
 class Seam:
@@ -139,24 +149,31 @@ class Seam:
             self._watch_sampling()
 
     def after_step(self, scheduled: Any) -> None:
-        if self.speculates:
-            for new in scheduled.scheduled_new_reqs:
-                most = getattr(new.sampling_params, "max_tokens", None)
-                if most is not None and new.prompt_token_ids is not None:
-                    self.ends[new.req_id] = len(new.prompt_token_ids) + most - 1
-            for request in scheduled.finished_req_ids:
-                self.ends.pop(request, None)
-        self.sampled = None
-        tokens, ended = scheduled.total_num_scheduled_tokens, scheduled.finished_req_ids
+        try:
+            if self.speculates:
+                self._note_ends(scheduled)
+            self.sampled = None
+            tokens, ended = scheduled.total_num_scheduled_tokens, scheduled.finished_req_ids
+        except Exception as error:
+            self.recorder.stop(error)
+            return
         self.recorder.after_step(tokens, ended, lambda: self._whose(scheduled))
+
+    def _note_ends(self, scheduled: Any) -> None:
+        for new in scheduled.scheduled_new_reqs:
+            most = getattr(new.sampling_params, "max_tokens", None)
+            if most is not None and new.prompt_token_ids is not None:
+                self.ends[new.req_id] = len(new.prompt_token_ids) + most - 1
+        for request in scheduled.finished_req_ids:
+            self.ends.pop(request, None)
 
     def after_sampling(self) -> None:
         if self.speculates:
             self.recorder.after_sampling(self.sampled)
 
     def _whose(self, scheduled: Any) -> Scheduled:
-        """Tokens and positions are those on the device: with asynchronous scheduling the host's come
-        too late."""
+        """Tokens and positions are those on the device: with asynchronous scheduling the host's
+        come too late."""
         from moe_inspect.capture.engine.steps import Scheduled
 
         runner = self.runner
@@ -185,10 +202,13 @@ class Seam:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             output = sample(*args, **kwargs)
-            if isinstance(output, tuple):
-                self.sampled = output[1]
-            else:  # −1 stands for what was rejected
-                self.sampled = (output.sampled_token_ids >= 0).sum(1)
+            try:
+                if isinstance(output, tuple):
+                    self.sampled = output[1]
+                else:  # −1 stands for what was rejected
+                    self.sampled = (output.sampled_token_ids >= 0).sum(1)
+            except Exception as error:
+                self.recorder.stop(error)
             return output
 
         setattr(runner, name, watched)
@@ -225,6 +245,9 @@ def recordable_layers(model: Any, config: Any) -> list[Any]:
     shapes = {(m.moe_config.num_logical_experts, m.moe_config.experts_per_token) for m in layers}
     if len(shapes) > 1 or len({layer.layer_id for layer in layers}) < len(layers):
         raise MoeInspectError("its layers have several routers, or routers of several sizes")
+    ((_, K),) = shapes
+    if any(layer.router.top_k != K for layer in layers):
+        raise MoeInspectError(f"its routers do not choose the {K} experts that the config states")
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
@@ -296,7 +319,7 @@ class Endpoint:
 
 async def ask_engines(client: Any, what: str, value: str) -> list[Any]:
     """The answers of all workers of all engines, one after the other."""
-    core = getattr(client, "engine_core", None)
+    core: Any = getattr(client, "engine_core", None)
     if hasattr(core, "call_utility_all_async"):  # collective_rpc asks the first engine only
         given = "collective_rpc", "moe_inspect", None, (what, value), None
         found = await core.call_utility_all_async(*given)
