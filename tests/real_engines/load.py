@@ -1,6 +1,6 @@
-"""What is asked of a vLLM that runs the plugin: `python -m tests.real_engines.load SETTINGS`, a JSON object of
-model, answers (the file to write), engine (arguments of LLM) and generate. Prompts of many lengths, some of
-which begin alike."""
+"""What is asked of a vLLM that runs the plugin: `python -m tests.real_engines.load SETTINGS`, a
+JSON object of model, answers (the file to write), engine (arguments of LLM) and generate.
+Prompts of many lengths, some of which begin alike."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Sender(threading.Thread):
         self._counted_s = time.monotonic()
         self._counts: Any = recorder.counts.cpu().numpy() * 0 if recorder.settings.metrics else None
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, *map(os.path.abspath, filter(None, sys.path))],
+            [sys.executable, "-P", "-c", START, *map(os.path.abspath, sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **QUIET},

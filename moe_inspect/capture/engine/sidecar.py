@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moe_inspect.capture.engine.steps import Step
 
 LOOK_S = 2.0  # between two looks at the worker, and at the size of the trace
-COMMIT_S = 5.0
+COMMIT_S = 2.0  # a reader sees what is that old; a writer that is killed loses no more
 DOMAIN = "served"
 PREFILL, DECODE = (schema.PHASES.index(phase) for phase in ("prefill", "decode"))
 
