@@ -46,6 +46,14 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
             "mlp_only_layers": [0, 2],
         },
     ),
+    "Qwen3-MoE": (
+        "qwen3_moe",
+        {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
+    ),
+}
+# whose decisions in vLLM are not those in transformers from a text's second token on: compared with
+# what vLLM itself returns
+UNLIKE: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DeepSeek-V2": (
         "deepseek_v2",
         {
@@ -65,10 +73,6 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
             "topk_group": 1,
             "routed_scaling_factor": 1.0,
         },
-    ),
-    "Qwen3-MoE": (
-        "qwen3_moe",
-        {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
     ),
 }
 # of llama.cpp, which of a Qwen3-MoE always makes the weights of a token sum to 1
@@ -111,7 +115,7 @@ def save(name: str, directory: Path, tied: bool = True) -> Path:
     """The directory of a model. The bundled one has its output matrix twice where not `tied`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, settings = (MODELS | CONVERTED)[name]
+    family, settings = (MODELS | CONVERTED | UNLIKE)[name]
     if family is None and tied:
         return DEMO / "model"
     if family is None:

@@ -27,7 +27,7 @@ import pytest
 import moe_inspect
 from tests.conftest import ROOT
 from tests.real_engines.load import prompts
-from tests.real_engines.models import MODELS, save
+from tests.real_engines.models import MODELS, UNLIKE, save
 from tests.real_engines.server import BIN, ENGINES
 
 Property = Callable[[str, object], None]
@@ -185,26 +185,30 @@ def test_every_decision(
 ) -> None:
     """In chunks of 128 tokens, behind a prefix cache."""
     model = save(name, tmp_path / "model")
-    engine = {"enforce_eager": mode == "eager"}
-    if runner == "V2" and mode == "eager":
-        engine["enable_return_routed_experts"] = True
-    asked = generated(tmp_path, model, runner, engine=engine)
+    asked = generated(tmp_path, model, runner, engine={"enforce_eager": mode == "eager"})
     assert any(one.cached for one in asked), "nothing was cached"
     (path,) = traces_in(tmp_path)
     assert moe_inspect.open_trace(path).status == "complete"
     recorded(record_property, name, f"runner {runner}, {mode}", compared([path], asked, model))
-    if engine.get("enable_return_routed_experts"):
-        as_returned(path, asked)
 
 
-def as_returned(path: Path, asked: Sequence[Asked]) -> None:
-    got = decisions(moe_inspect.open_trace(path))
-    of_request = {one.request: one.routed for one in asked}
+@pytest.mark.parametrize("name", ["bundled Mixtral", "Qwen3-MoE, layers 0 and 2 dense", *UNLIKE])
+def test_what_the_engine_returns(name: str, tmp_path: Path, record_property: Property) -> None:
+    """By runner V2, for all tokens but those that vLLM returns nothing of."""
+    model = save(name, tmp_path / "model")
+    asked = generated(tmp_path, model, "V2", engine={"enable_return_routed_experts": True})
+    (path,) = traces_in(tmp_path)
+    got, equal = decisions(moe_inspect.open_trace(path)), 0
+    got["request"] = got.source.map(request_of)
+    check_rows(got, asked)
+    returned = {one.request: one.routed for one in asked}
     for row in got.itertuples():
-        routed = of_request[request_of(row.source)]
+        routed = returned[row.request]
         assert routed is not None
-        if row.position < len(routed):
-            assert tuple(sorted(routed[row.position][row.layer])) == row.experts
+        assert tuple(sorted(routed[row.position][row.layer])) == row.experts
+        equal += 1
+    numbers = equal // got.layer.nunique(), equal, len(got)
+    recorded(record_property, name, "as vLLM itself returns them", numbers)
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])

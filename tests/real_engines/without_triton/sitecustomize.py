@@ -1,5 +1,5 @@
-"""On PYTHONPATH, it hides Triton: vLLM's model runner V1 then runs on a CPU without the interpreter,
-which is slow, and refuses some of its kernels."""
+"""On PYTHONPATH, it hides Triton: vLLM's model runner V1 then runs on a CPU without Triton's
+interpreter, which is slow, and refuses some kernels."""
 
 import importlib.util
 import sys
