@@ -323,7 +323,8 @@ def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: P
         state = engine_state(url)
         assert counted(url) == state["decisions"] * K
     (path,) = traces_in(tmp_path)
-    trace = until(lambda: (t := moe_inspect.open_trace(path)).status == "complete" and t)
+    # (vLLM kills workers that do not end at once)
+    trace = until(lambda: (t := moe_inspect.open_trace(path)).status != "recording" and t)
     assert trace.n_tokens * L == state["decisions"]
     assert not any("unseen" in source for source in trace.documents().source)
     numbers = compared([path], asked, model)

@@ -29,7 +29,6 @@ QUIET = {
     "CUDA_VISIBLE_DEVICES": "",
     "HIP_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
-    "PYTHONUNBUFFERED": "1",
 }
 # It is no child of the worker's for long, as engines kill those. And it reads while it imports:
 # the first steps come before it is ready, and a worker that is killed may have no others

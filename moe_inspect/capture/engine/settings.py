@@ -87,7 +87,10 @@ class Settings:
         "4",
     )
     keep: int = _setting(
-        4, _whole, "traces that each engine keeps: the oldest is deleted first; 0 keeps all"
+        4,
+        _whole,
+        "closed traces that each engine keeps beside the one that it writes: the oldest is deleted "
+        "first; 0 keeps all",
     )
     start: bool = _setting(True, _switch, "`off` waits for `moe-inspect engine URL on`", "on")
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line, plural, print_stderr
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import is_running
 from moe_inspect.trace.output_dir import remove_trace
@@ -157,7 +157,8 @@ class Traces:
         self.dropped = 0  # decisions, of the traces before
         self.paths: list[Path] = []
         self.stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{about['rank']}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         # while the engine still starts
         self.manifest, self.routers, self.vocabulary = described(about)
         self.writer: TraceWriter | None = None
@@ -269,8 +270,12 @@ class Traces:
         self._begin()
         old = self.paths[: -self.keep] if self.keep else []
         for path in [path for path in old if path.exists()]:
-            remove_trace(path)
-            print_stderr(f"moe-inspect: {path} is deleted: {plural(self.keep, 'trace')} are kept")
+            try:
+                remove_trace(path)
+                said = f"{path} is deleted, as MOE_INSPECT_KEEP is {self.keep}"
+            except (OSError, MoeInspectError) as error:
+                said = f"{path} is not deleted: {first_line(error)}"
+            print_stderr(f"moe-inspect: {said}")
 
     def close(self, status: str) -> None:
         writer, self.writer = self.writer, None

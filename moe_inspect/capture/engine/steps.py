@@ -187,7 +187,8 @@ class StepRecorder:
         step, wanted = self._held
         try:
             chosen = torch.tensor([i for i, kept in enumerate(wanted) if kept])
-            step.sampled = sampled_R[chosen.to(sampled_R.device)].clone()
+            (step.sampled,), copied = self._to_host([sampled_R[chosen.to(sampled_R.device)]])
+            step.copied = copied or step.copied  # the later event, of the same stream
             self._release()
         except Exception as error:
             self.stop(error)

@@ -34,6 +34,8 @@ def register() -> None:
         return
     try:
         settings = Settings.read()
+        if not settings.is_active:
+            return
         if settings.metrics and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             log.warning(
                 "moe-inspect: MOE_INSPECT_METRICS needs PROMETHEUS_MULTIPROC_DIR, an empty "
@@ -300,6 +302,9 @@ class Endpoint:
 
     def attach_router(self, app: Any) -> None:
         from fastapi import Body
+
+        if not is_asked():  # workers have no such method
+            return
 
         async def answer(what: str, value: str = "") -> dict[str, Any]:
             return {"engines": await ask_engines(app.state.engine_client, what, value)}
