@@ -177,8 +177,8 @@ def recorded(record: Property, name: str, run: str, numbers: tuple[int, int, int
     record("plugin", f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |")
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("runner", ["V1", "V2"])
+# (V2, compiled, has kernels that Triton's interpreter refuses)
+@pytest.mark.parametrize(("runner", "mode"), [("V1", "eager"), ("V1", "compiled"), ("V2", "eager")])
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "Qwen3-MoE"])
 def test_every_decision(
     name: str, runner: str, mode: str, tmp_path: Path, record_property: Property
