@@ -78,6 +78,13 @@ def importers() -> str:
     )
 
 
+def engine_variables() -> str:
+    """A row per variable of the plugin of serving engines."""
+    from moe_inspect.capture.engine.settings import table
+
+    return table()
+
+
 def import_columns() -> str:
     """A row per column of ours that a table may have."""
     from moe_inspect.importers.tables.presets import COLUMNS
@@ -187,6 +194,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "metrics": metrics,
     "importers": importers,
+    "engine_variables": engine_variables,
     "import_columns": import_columns,
     "columns": columns,
     "latency_errors": latency_errors,

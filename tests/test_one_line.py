@@ -45,6 +45,8 @@ USUAL: dict[str, list[Any]] = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
     # (what it does is in test_serve_trace)
     "serve-trace": ["-o", "new", "--engine", "vllm", "--", "true", "serve", "demo"],
+    # (likewise, in test_engine_plugin: it needs a server)
+    "engine": ["http://127.0.0.1:9"],
     "report": ["t"],
     "compare": ["t", "t"],
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
@@ -67,7 +69,7 @@ USUAL: dict[str, list[Any]] = {
     "simulate cache": ["t"],
     "simulate routing": ["t"],
 }
-TRACING = ["trace", "serve-trace"]
+TRACING = ["trace", "serve-trace", "engine"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
 SILENT = ["trace", "import", "merge", "sample", "export", "atlas"]  # on stdout
 WRITE_ONCE = ["import", "merge", "sample"]  # but for --overwrite
@@ -357,7 +359,7 @@ def test_labels_and_names_steer_no_terminal(command: str, here: Path) -> None:
 # (watch waits for a trace that is not there)
 @pytest.mark.parametrize("command", [c for c in USUAL if c != "watch"])
 def test_errors_steer_no_terminal(command: str, here: Path) -> None:
-    place, read = HOSTILE + LATIN, ("t", "demo", "loads.csv")
+    place, read = HOSTILE + LATIN, ("t", "demo", "loads.csv", *USUAL["engine"])
     result = run(command, usual=[place if given in read else given for given in USUAL[command]])
     one_line(result, printable(place))
     assert result[1].removesuffix("\n").isprintable()

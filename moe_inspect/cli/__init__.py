@@ -28,6 +28,7 @@ COMMANDS: Listed = {
     "Record": {
         "trace": "trace trace",
         "serve-trace": "trace serve_trace",
+        "engine": "engine engine",
         "import": "convert import_",
         "watch": "files watch",
         "doctor": "describe doctor",

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from moe_inspect.capture.engine.installed import installed_engines
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError, writing
 from moe_inspect.progress import phase
 from moe_inspect.text import format_ratio, plural
@@ -116,6 +117,8 @@ def captures(missing: str | None) -> Iterator[Facts]:
         yield row("Triton kernels", not why, why or "they record on the GPU")
         yield needing("a model over several GPUs", "accelerate", "accelerate")
         yield needing("vLLM and SGLang servers", "httpx")
+        for engine in installed_engines():
+            yield row(f"inside {engine.engine}", engine.fits, engine.note)
     yield needing("text from hf://, s3://, …", "fsspec")
     yield row("reports and simulations", True, "of traces from anywhere; without torch")
 

@@ -192,6 +192,13 @@ def clear_trace(root: Path | Remote) -> None:
         raise MoeInspectError(f"cannot write {root}: {first_line(error)}") from None
 
 
+def remove_trace(root: Path) -> None:
+    """Removes the directory of a trace, its lock file too; nothing where it has other files."""
+    clear_trace(root)
+    (root / lock.LOCK).unlink(missing_ok=True)
+    root.rmdir()
+
+
 def _withdraw_manifest(root: Path | Remote) -> None:
     if isinstance(root, Remote):
         (root / OVERWRITTEN).write_bytes(b"")

@@ -16,7 +16,8 @@ from tests.real_engines.server import ENGINES
 
 # engine → what of it is compared
 COMPARED = dict.fromkeys(ENGINES, "decisions with the same experts") | {
-    "llama-cpp": "assignments to the same experts"
+    "llama-cpp": "assignments to the same experts",
+    "plugin": "decisions with the same experts",
 }
 
 

@@ -51,6 +51,30 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
     ),
 }
+# whose decisions in vLLM are not those in transformers from a text's second token on: compared with
+# what vLLM itself returns
+UNLIKE: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "DeepSeek-V2": (
+        "deepseek_v2",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 192,
+            "moe_intermediate_size": 96,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 64,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+        },
+    ),
+}
 # of llama.cpp, which of a Qwen3-MoE always makes the weights of a token sum to 1
 CONVERTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "Qwen3-MoE, normalised": ("qwen3_moe", {**MODELS["Qwen3-MoE"][1], "norm_topk_prob": True}),
@@ -91,7 +115,7 @@ def save(name: str, directory: Path, tied: bool = True) -> Path:
     """The directory of a model. The bundled one has its output matrix twice where not `tied`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, settings = (MODELS | CONVERTED)[name]
+    family, settings = (MODELS | CONVERTED | UNLIKE)[name]
     if family is None and tied:
         return DEMO / "model"
     if family is None:

@@ -84,18 +84,28 @@ def check_server(url: str, api_key: str | None) -> None:
 
 
 async def list_models(http: httpx.AsyncClient) -> Json | None:
-    """The response of /v1/models, without retries: on first contact a wrong address is more likely
-    than a busy server."""
+    """The response of /v1/models."""
+    return await ask_once(http, MODELS)
+
+
+async def ask_once(
+    http: httpx.AsyncClient,
+    path: str,
+    body: Json | None = None,
+    timeout_s: float = FIRST_CONTACT_S,
+) -> Json | None:
+    """As `ask`, without retries: on first contact a wrong address is more likely than a busy
+    server."""
     root = root_of(http)
     try:
-        async with asyncio.timeout(FIRST_CONTACT_S):
-            status, data = await _once(http, MODELS, None, MOST_BYTES)
+        async with asyncio.timeout(timeout_s):
+            status, data = await _once(http, path, body, MOST_BYTES)
     except (_Retry, TimeoutError) as error:
-        text = str(error) or f"no answer in {FIRST_CONTACT_S:g} s"
+        text = str(error) or f"no answer in {timeout_s:g} s"
         raise NotReady(
             f"no server is ready at {root}, {text}: check the address, and that the server is up"
         ) from None
-    return _json_object(root, MODELS, status, data)
+    return _json_object(root, path, status, data)
 
 
 def wait_notifier() -> Callable[[str, float], None]:

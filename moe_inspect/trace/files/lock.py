@@ -347,19 +347,28 @@ def process_start(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; with the pid it identifies a process
     uniquely. None without /proc."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return int(_stat(pid)[19])
     except (OSError, ValueError, IndexError):
         return None
 
 
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/<pid>/stat, from the state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def is_running(pid: int, start: int | None) -> bool:
-    """Whether the process with this pid runs that started at `start`; None: unknown."""
+    """Whether the process with this pid runs that started at `start`; None: unknown. One that has
+    ended may never be waited for, as in a container without an init process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass  # it exists, but belongs to another user
+    with suppress(OSError, IndexError):
+        if _stat(pid)[0] == "Z":
+            return False
     now = process_start(pid)
     # another process may have the pid now
     return start is None or now is None or start == now

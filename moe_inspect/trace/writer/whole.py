@@ -28,7 +28,13 @@ from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, OLD, Lock, followed, hold, left_of
 from moe_inspect.trace.manifest import manifest_bytes, read_manifest
-from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, clear_trace, contents
+from moe_inspect.trace.output_dir import (
+    OVERWRITTEN,
+    check_directory,
+    clear_trace,
+    contents,
+    remove_trace,
+)
 
 
 @contextlib.contextmanager
@@ -39,11 +45,11 @@ def whole_trace(out: Path | Remote, overwrite: bool, nothing: str) -> Generator[
     put = partial(_put, overwrite=overwrite)
     if isinstance(out, Remote):
         put = partial(upload, out=out, overwrite=overwrite)
-    with draft_folder_of(out, put, _remove) as (draft, lock), _told(out, nothing):
+    with draft_folder_of(out, put, remove_trace) as (draft, lock), _told(out, nothing):
         yield draft, lock
     for old in left_of(followed(out), OLD) if isinstance(out, Path) else ():
         try:
-            _remove(old)
+            remove_trace(old)
         except (OSError, MoeInspectError) as error:  # the next one tries again
             print_stderr(f"warning: the old trace stays at {old}: {first_line(error)}")
 
@@ -74,13 +80,6 @@ def _put(draft: Path, target: Path, overwrite: bool) -> None:
             os.rename(aside, target)
             lock.root = target
             raise
-
-
-def _remove(draft: Path) -> None:
-    """Removes the directory of a trace, its lock file too; nothing where it has other files."""
-    clear_trace(draft)
-    (draft / LOCK).unlink(missing_ok=True)
-    draft.rmdir()
 
 
 NUMBER = re.compile(r"(?<=-)\d+(?=\.parquet$)")  # of a part

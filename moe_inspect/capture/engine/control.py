@@ -1,0 +1,37 @@
+"""Asks the plugin of a running engine how it is, or tells it what to do, by its server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from moe_inspect.capture.engine.settings import PATH
+from moe_inspect.capture.server.client import ask_once, client
+from moe_inspect.errors import MoeInspectError
+
+TIMEOUT_S = 60.0  # workers answer between two steps
+
+
+def tell(url: str, command: str, value: str = "", api_key: str | None = None) -> list[Any]:
+    """How each engine behind the server is, one for each rank of data parallelism: plain JSON
+    objects. MoeInspectError where there is no plugin, or one of them refuses."""
+    return asyncio.run(_tell(url, command, value, api_key))
+
+
+async def _tell(url: str, command: str, value: str, api_key: str | None) -> list[Any]:
+    async with client(url, api_key, TIMEOUT_S, 1) as http:
+        body = {"command": command, "value": value} if command != "status" else None
+        answer = await ask_once(http, PATH, body, TIMEOUT_S)
+    if answer is None:
+        raise MoeInspectError(
+            f"{http.base_url} has no {PATH}: start the engine with MOE_INSPECT_TRACE=DIR and "
+            "VLLM_PLUGINS=moe_inspect, in an environment that has moe-inspect"
+        )
+    engines = answer.get("engines")
+    if not (isinstance(engines, list) and engines and all(isinstance(e, dict) for e in engines)):
+        raise MoeInspectError(
+            f"no engine behind {http.base_url} runs the plugin: was MOE_INSPECT_TRACE set?"
+        )
+    if refused := next((e["refused"] for e in engines if e.get("refused")), None):
+        raise MoeInspectError(str(refused))
+    return engines

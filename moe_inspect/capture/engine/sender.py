@@ -1,0 +1,134 @@
+"""Hands what was taken of an engine's steps to the process that writes, from a thread of the
+engine's process: all that came in a while at once, so that it seldom competes for the
+interpreter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from moe_inspect.text import first_line
+from moe_inspect.trace.files.lock import process_start
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.engine.steps import StepRecorder
+
+log = logging.getLogger(__name__)
+EVERY_S = 0.05
+COUNTS_EVERY_S = 1.0
+CLOSE_S = 5.0  # engines kill workers that take longer to stop
+# of an engine's memory none is the writer's, nor a GPU
+QUIET = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}
+# It is no child of the worker's for long, as engines kill those. And it reads while it imports:
+# the first steps come before it is ready, and a worker that is killed may have no others
+START = """
+import os, queue, sys, threading
+os.fork() and os._exit(0)
+os.setsid()
+sys.path[:] = sys.argv[1:]
+chunks = queue.Queue(1024)
+def read():
+    while chunk := os.read(0, 2**16):
+        chunks.put(chunk)
+    chunks.put(b"")
+threading.Thread(target=read, daemon=True).start()
+from moe_inspect.capture.engine.sidecar import run
+run(chunks)
+"""
+
+
+class Sender(threading.Thread):
+    """`about`: what the process that writes must know of the engine, its model and the settings."""
+
+    def __init__(self, recorder: StepRecorder, about: dict[str, Any]):
+        super().__init__(name="moe-inspect", daemon=True)
+        self.recorder, self.error = recorder, None
+        self._ending = threading.Event()
+        self._counted_s = time.monotonic()
+        self._counts: Any = recorder.counts.cpu().numpy() * 0 if recorder.settings.metrics else None
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", START, *map(os.path.abspath, sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **QUIET},
+        )
+        self._process.wait()  # the one that writes has parted from it
+        own = {"pid": os.getpid(), "process_start": process_start(os.getpid())}
+        self._send("about", {**about, **own})
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self._ending.wait(EVERY_S):
+                self._hand_over()
+            self._hand_over(last=True)
+            self._send("end", self.recorder.dropped)
+            self._close_pipes()
+        except Exception as error:  # the engine goes on
+            self._fail(error)
+
+    def close(self) -> None:
+        """Hands over what is queued, if that takes no longer than CLOSE_S."""
+        self._ending.set()
+        self.join(CLOSE_S)
+
+    def _hand_over(self, last: bool = False) -> None:
+        recorder = self.recorder
+        steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
+        if steps:
+            for step in steps:
+                step.arrive()
+            # waits for the one that writes; meanwhile the queue fills, and the engine drops
+            try:
+                self._send("steps", steps, recorder.dropped)
+            except OSError:
+                self._lose(steps)
+                raise
+            recorder.sent += sum(step.bytes for step in steps)
+        if self._counts is not None:
+            now = time.monotonic()
+            if last or now - self._counted_s > COUNTS_EVERY_S:
+                self._counted_s, counts = now, recorder.counts.cpu().numpy().copy()
+                if (counts != self._counts).any():
+                    self._send("counts", counts - self._counts)
+                    self._counts = counts
+
+    def _send(self, *message: Any) -> None:
+        pipe: Any = self._process.stdin
+        pickle.dump(message, pipe, protocol=5)
+        pipe.flush()
+
+    def _lose(self, steps: list[Any]) -> None:
+        self.recorder.sent += sum(step.bytes for step in steps)
+        routers = self.recorder.rows.shape[0]
+        self.recorder.lost += sum(len(step.tokens) * routers for step in steps)
+
+    def _fail(self, error: Exception) -> None:
+        said = self._close_pipes()
+        if not said:
+            said = f"the process that writes has ended ({type(error).__name__})"
+            said += "" if isinstance(error, OSError) else f": {first_line(error)}"
+        self.error = said
+        queue = self.recorder.queue
+        self._lose([queue.get() for _ in range(queue.qsize())])
+        log.error("moe-inspect: recording has stopped, the engine goes on: %s", said)
+
+    def _close_pipes(self) -> str:
+        """Returns what the process that writes had to say, if it ended by itself."""
+        process: Any = self._process
+        with suppress(OSError):
+            process.stdin.close()
+        if not self._ending.is_set():
+            return process.stdout.read().decode(errors="replace").strip()
+        return ""

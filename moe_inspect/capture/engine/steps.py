@@ -1,0 +1,316 @@
+"""What is kept of the steps of an engine, whichever it is: rows that the forward pass fills, and
+what is taken of them behind it and handed to the process that writes. The engine's thread never
+waits here, and no fault of ours reaches it.
+
+L routers, T rows of the buffer, n tokens of a step, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+import zlib
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_inspect.capture.engine.settings import Settings, share
+from moe_inspect.text import first_line
+
+log = logging.getLogger(__name__)
+
+
+# --- in the forward pass
+
+
+def _copy_rows(rows: Tensor, values: Tensor) -> None:
+    """More columns than a row has are fused shared experts, behind the routed ones; more rows than
+    the buffer has are those of a profiling pass."""
+    n, width = (min(sizes) for sizes in zip(values.shape, rows.shape, strict=True))
+    rows[:n, :width].copy_(values[:n, :width])
+
+
+# for torch.compile, which else would trace into it
+_copy_op = torch.library.custom_op("moe_inspect::copy_rows", _copy_rows, mutates_args=("rows",))
+_copy_op.register_fake(lambda rows, values: None)
+
+
+class Rows:
+    """A buffer whose address never changes, so that a CUDA graph replays the copies into it. What
+    lies behind a step's own rows is padding, or left of earlier steps."""
+
+    def __init__(self, shape: tuple[int, int, int], E: int, logits: bool, device: torch.device):
+        self.shape, self.E, self.device = shape, E, device
+        L, T, K = shape
+        self.ids = torch.zeros(L, T, K, dtype=torch.int16, device=device)
+        self.weights = torch.zeros(L, T, K, dtype=torch.float16, device=device)
+        self.logits = torch.zeros(L, T, E, dtype=torch.float16, device=device) if logits else None
+
+    def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
+        """A router's choice, of logical experts."""
+        copy = _copy_op if torch.compiler.is_compiling() else _copy_rows
+        copy(self.ids[router], ids_TK)
+        copy(self.weights[router], weights_TK)
+        if self.logits is not None:
+            copy(self.logits[router], logits_TE)
+
+
+# --- behind the forward pass
+
+
+@dataclass
+class Scheduled:
+    """Whose rows a step has. `edges`: int [requests + 1], where each request's begin. `prompts`:
+    tokens of each prompt; `drafts`: how many of each request's rows, its last ones, are
+    speculated; `ends`: the position at which each request ends at the latest. `tokens`,
+    `positions`: of the rows, [T] or longer, where the engine has them."""
+
+    requests: Sequence[str]
+    edges: np.ndarray
+    prompts: np.ndarray
+    drafts: np.ndarray
+    ends: np.ndarray
+    tokens: Tensor
+    positions: Tensor
+
+    def only(self, wanted: Sequence[bool]) -> tuple[Scheduled, Any]:
+        """Of some requests; and which rows these are."""
+        if all(wanted):
+            return self, slice(0, int(self.edges[-1]))
+        wanted_R = np.array(wanted, bool)
+        sizes = np.diff(self.edges)
+        edges = np.concatenate([[0], np.cumsum(sizes[wanted_R])])
+        rows = np.flatnonzero(np.repeat(wanted_R, sizes))
+        requests = [r for r, kept in zip(self.requests, wanted, strict=True) if kept]
+        prompts, drafts, ends = (of[wanted_R] for of in (self.prompts, self.drafts, self.ends))
+        of = replace(
+            self, requests=requests, edges=edges, prompts=prompts, drafts=drafts, ends=ends
+        )
+        return of, rows
+
+
+@dataclass
+class Step:
+    """A step as it is handed over. `ended`: requests that ended before it. `sampled`: how many
+    tokens each request was given behind it, where some of its rows are drafts: one more than were
+    accepted; None where that is unknown. Arrays of a GPU are on their way until `arrive`."""
+
+    number: int
+    requests: Sequence[str]
+    edges: np.ndarray
+    prompts: np.ndarray
+    drafts: np.ndarray
+    ends: np.ndarray
+    ended: set[str]
+    tokens: Any  # [n]
+    positions: Any  # [n]
+    ids: Any  # [L, n, K]
+    weights: Any  # [L, n, K]
+    logits: Any  # [L, n, E] or None
+    bytes: int
+    copied: Any = None  # an event
+    sampled: Any = None  # [requests]
+
+    def arrive(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+        for name in ("tokens", "positions", "ids", "weights", "logits", "sampled"):
+            if isinstance(value := getattr(self, name), Tensor):
+                setattr(self, name, value.cpu().numpy())
+
+
+class Link(Protocol):
+    """To the process that writes. `error`: why it has ended, if it has."""
+
+    error: str | None
+
+    def close(self) -> None: ...
+
+
+class StepRecorder:
+    """Of one engine, in its own thread. `start` starts the process that writes."""
+
+    def __init__(
+        self, rows: Rows, settings: Settings, start: Callable[[StepRecorder], Link], rank: int = 0
+    ):
+        L, _, K = rows.shape
+        self.rows, self.settings, self.rank, self.start = rows, settings, rank, start
+        self.on, self.sample, self.counting = settings.start, settings.sample, settings.metrics
+        self.room = int(settings.queue_mb * 1e6)
+        decision = K * (rows.ids.itemsize + rows.weights.itemsize)
+        self.bytes_per_row = L * (decision + (0 if rows.logits is None else 2 * rows.E))
+        self.counts = torch.zeros(L * rows.E, dtype=torch.int64, device=rows.device)
+        self._first = (torch.arange(L, device=rows.device) * rows.E).view(L, 1, 1)
+        self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
+        self.steps = self.recorded = self.dropped = 0  # steps, decisions, decisions
+        self.taken = 0  # bytes that were queued
+        # of these what has left the queue, and decisions that were lost on their way: the link's
+        self.sent = self.lost = 0
+        self.seconds = 0.0  # of the engine's thread
+        self.error: str | None = None
+        self._live: set[str] = set()  # requests that the process that writes knows of
+        self._ended: set[str] = set()  # of these, what it is to be told
+        self._held: tuple[Step, list[bool]] | None = None
+        gpu = rows.device.type != "cpu"
+        self._copies = torch.Stream(rows.device) if gpu else None
+        self.link = start(self)
+
+    def after_step(self, tokens: int, ended: Set[str], whose: Callable[[], Scheduled]) -> None:
+        """Takes what a forward pass over so many tokens has left in the rows. `ended`: requests
+        that ended before it. `whose` is only asked where something is recorded."""
+        began = time.perf_counter()
+        self.steps += 1
+        try:
+            self._release()
+            if self._live and ended:
+                self._ended |= ended & self._live
+                self._live -= ended
+            if self.on and tokens and self.link.error is None:
+                if self.counting:
+                    self._count(tokens)
+                if self.settings.trace is not None and self.sample:
+                    self._take(whose())
+        except Exception as error:
+            self.stop(error)
+        self.seconds += time.perf_counter() - began
+
+    def after_sampling(self, sampled_R: Tensor | None) -> None:
+        """Tells how many tokens each request of the last step was given."""
+        if self._held is None or sampled_R is None:
+            return
+        step, wanted = self._held
+        try:
+            chosen = torch.tensor([i for i, kept in enumerate(wanted) if kept])
+            (step.sampled,), copied = self._to_host([sampled_R[chosen.to(sampled_R.device)]])
+            step.copied = copied or step.copied  # the later event, of the same stream
+            self._release()
+        except Exception as error:
+            self.stop(error)
+
+    def _release(self) -> None:
+        """Hands over the step that waited for its drafts to be judged."""
+        if self._held is not None:
+            step, self._held = self._held[0], None
+            self.queue.put(step)
+
+    def stop(self, error: Exception) -> None:
+        """The engine goes on without us."""
+        self.on, self._held = False, None
+        self.error = f"{type(error).__name__}: {first_line(error)}"
+        log.exception("moe-inspect: recording has stopped")
+
+    def _count(self, n: int) -> None:
+        ids_LNK = self.rows.ids[:, :n].long()
+        there = (ids_LNK >= 0) & (ids_LNK < self.rows.E)  # others route nowhere
+        at = (ids_LNK.clamp(0, self.rows.E - 1) + self._first).view(-1)
+        self.counts.scatter_add_(0, at, there.view(-1).long())
+
+    def _take(self, of: Scheduled) -> None:
+        wanted = [self._is_sampled(request) for request in of.requests]
+        if not any(wanted):
+            return
+        of, rows = of.only(wanted)
+        L, n = self.rows.shape[0], int(of.edges[-1])
+        size = n * self.bytes_per_row
+        if self.taken - self.sent + size > self.room:
+            self.dropped += n * L
+            return
+        self.taken += size
+        self.recorded += n * L
+        if not isinstance(rows, slice):
+            rows = torch.from_numpy(rows).to(self.rows.device, non_blocking=True)
+        logits = self.rows.logits
+        arrays: list[Tensor | None] = [of.tokens[rows], of.positions[rows]]
+        arrays += [self.rows.ids[:, rows], self.rows.weights[:, rows]]
+        arrays.append(None if logits is None else logits[:, rows])
+        # a copy in the order of the model's stream: the next step overwrites the rows. Picked rows
+        # are one already
+        if isinstance(rows, slice):
+            arrays = [None if a is None else a.clone() for a in arrays]
+        arrays, copied = self._to_host(arrays)
+        ended, self._ended = self._ended, set()
+        self._live.update(of.requests)
+        step = Step(
+            *(self.steps, of.requests, of.edges, of.prompts, of.drafts, of.ends, ended),
+            *arrays,
+            bytes=size,
+            copied=copied,
+        )
+        if of.drafts.any():
+            self._held = step, wanted
+        else:
+            self.queue.put(step)
+
+    def _to_host(self, arrays: list[Tensor | None]) -> tuple[list[Tensor | None], Any]:
+        """Beside the model's work, on a stream of its own; and the event behind it."""
+        if self._copies is None:
+            return arrays, None
+        self._copies.wait_stream(torch.accelerator.current_stream())
+        with self._copies:
+            host = [None if a is None else a.to("cpu", non_blocking=True) for a in arrays]
+            copied = self._copies.record_event()
+        for array in arrays:
+            if array is not None:
+                array.record_stream(self._copies)
+        return host, copied
+
+    def _is_sampled(self, request: str) -> bool:
+        return self.sample >= 1 or zlib.crc32(request.encode()) < self.sample * 2**32
+
+    # --- from outside
+
+    def command(self, what: str, value: str = "") -> dict[str, Any]:
+        """Does one of on, off, sample SHARE, metrics on|off, status, and says how things are. What
+        cannot be done is said as `refused`."""
+        refused = self._do(what, value)
+        state = {
+            "rank": self.rank,
+            "on": self.on and self.link.error is None,
+            "sample": self.sample if self.settings.trace is not None else 0.0,
+            "metrics": self.counting,
+            "steps": self.steps,
+            "decisions": self.recorded,
+            "dropped": self.dropped + self.lost,
+            "queued_bytes": self.taken - self.sent,
+            "us_per_step": round(self.seconds / max(self.steps, 1) * 1e6, 1),
+            "error": self.error or self.link.error,
+        }
+        return {**state, "refused": refused} if refused else state
+
+    def _do(self, what: str, value: str) -> str | None:
+        if what == "on":
+            if self.link.error is not None:  # a new process, and a new trace
+                self._live, self._ended = set(), set()
+                self.link = self.start(self)
+            self.error, self.on = None, True
+        elif what == "off":
+            self.on = False
+        elif what == "sample":
+            if self.settings.trace is None:
+                return "MOE_INSPECT_TRACE was not set when the engine was started"
+            try:
+                self.sample = share(value)
+            except ValueError as error:
+                return f"sample is {value!r}, not {error}"
+        elif what == "metrics":
+            if not self.settings.metrics:
+                return "MOE_INSPECT_METRICS=1 was not set when the engine was started"
+            self.counting = value == "on"
+        elif what != "status":
+            return f"no command {what!r}"
+        return None
+
+    def close(self) -> None:
+        """Waits a few seconds at most for what is queued to be handed over."""
+        try:
+            self._release()
+            self.on = False
+            self.link.close()
+        except Exception:
+            log.exception("moe-inspect: the trace was not closed")

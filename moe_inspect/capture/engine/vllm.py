@@ -1,0 +1,333 @@
+"""The seam to vLLM: where its workers choose experts, run a step and are told to stop. `register`
+and `Endpoint` are entry points, which vLLM calls.
+
+Read from vLLM 0.32.0. L routers, T rows, K slots, E experts.
+"""
+
+# pyright: reportMissingImports=false
+# (vLLM is not installed where types are checked)
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.capture.engine.settings import PATH, Settings, is_asked
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_inspect.capture.engine.sender import Sender
+    from moe_inspect.capture.engine.steps import Rows, Scheduled, StepRecorder
+
+log = logging.getLogger("vllm.moe_inspect")
+
+
+def register() -> None:
+    """vLLM calls it in each of its processes, before there are workers."""
+    if not is_asked():
+        return
+    try:
+        settings = Settings.read()
+        if not settings.is_active:
+            return
+        if settings.metrics and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            log.warning(
+                "moe-inspect: MOE_INSPECT_METRICS needs PROMETHEUS_MULTIPROC_DIR, an empty "
+                "directory: its counts are in no /metrics"
+            )
+        _wrap_workers()
+    except Exception as error:  # the engine goes on
+        _tell(error)
+
+
+def _tell(error: Exception) -> None:
+    """Why nothing is recorded, in a line if the user can mend it."""
+    if isinstance(error, MoeInspectError):
+        log.error("moe-inspect: nothing is recorded: %s", error)
+    else:
+        log.error("moe-inspect: nothing is recorded", exc_info=error)
+
+
+def _wrap_workers() -> None:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase as Wrapper
+
+    if "moe_inspect" in vars(Wrapper):  # of this process already
+        return
+    execute_model, shutdown = Wrapper.execute_model, Wrapper.shutdown
+
+    def execute(self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        output = execute_model(self, scheduled, *args, **kwargs)
+        if (seam := _seam_of(self)) is not None:
+            seam.after_step(scheduled)
+        return output
+
+    def stop(self: Any) -> None:
+        if (seam := _seam_of(self)) is not None:
+            seam.recorder.close()
+        shutdown(self)
+
+    Wrapper.execute_model, Wrapper.shutdown = execute, stop
+    Wrapper.load_model, Wrapper.sample_tokens = _load_model, _sample_tokens
+    Wrapper.moe_inspect = _command
+
+
+def _seam_of(wrapper: Any) -> Seam | None:
+    return vars(wrapper).get("moe_inspect_seam")
+
+
+def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    settings, more = Settings.read(), wrapper.vllm_config.additional_config
+    if isinstance(more, dict):
+        # a part of the key of torch.compile's cache: a graph compiled without us records nothing
+        more["moe_inspect"] = f"logits {settings.logits}"
+    loaded = wrapper.worker.load_model(*args, **kwargs)
+    try:
+        if get_tp_group().is_first_rank:
+            runner, config = wrapper.worker.model_runner, wrapper.vllm_config
+            wrapper.moe_inspect_seam = Seam(runner, config, settings)
+    except Exception as error:  # the engine goes on
+        wrapper.moe_inspect_refused = str(error)
+        _tell(error)
+    return loaded
+
+
+def _sample_tokens(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    output = wrapper.worker.sample_tokens(*args, **kwargs)
+    if (seam := _seam_of(wrapper)) is not None:
+        seam.after_sampling()
+    return output
+
+
+def _command(wrapper: Any, what: str, value: str = "") -> Any:
+    """What `collective_rpc("moe_inspect", args=(what, value))` answers of each worker: None of
+    those that share another's routing."""
+    if (seam := _seam_of(wrapper)) is not None:
+        return seam.recorder.command(what, value)
+    refused = vars(wrapper).get("moe_inspect_refused")
+    return None if refused is None else {"refused": f"nothing is recorded: {refused}"}
+
+
+class Seam:
+    """Of one worker, whose model is loaded. `ends`: request → the position at which its answer ends
+    at the latest, where drafts are speculated."""
+
+    def __init__(self, runner: Any, config: Any, settings: Settings):
+        from moe_inspect.capture.engine.sender import Sender
+        from moe_inspect.capture.engine.steps import Rows, StepRecorder
+
+        layers = recordable_layers(runner.get_model(), config)
+        self.runner, moe = runner, layers[0].moe_config
+        # a CUDA graph may be captured for more tokens than are ever scheduled
+        sizes = config.compilation_config.cudagraph_capture_sizes or []
+        T = max([config.scheduler_config.max_num_batched_tokens, *sizes])
+        E, K = moe.num_logical_experts, moe.experts_per_token
+        rows = Rows((len(layers), T, K), E, settings.logits, runner.device)
+        for n, layer in enumerate(layers):
+            _watch(layer.router, rows, n)
+        about = _about(config, settings) | {
+            "layers": [layer.layer_id for layer in layers],
+            "paths": [layer.layer_name for layer in layers],
+            "experts": E,
+            "top_k": K,
+            "device": str(runner.device),
+        }
+
+        def start(recorder: StepRecorder) -> Sender:
+            return Sender(recorder, about)
+
+        self.recorder = StepRecorder(rows, settings, start, about["rank"])
+        self.speculates = config.speculative_config is not None
+        self.ends: dict[str, int] = {}
+        self.sampled: Tensor | None = None
+        if self.speculates:
+            self._watch_sampling()
+
+    def after_step(self, scheduled: Any) -> None:
+        try:
+            if self.speculates:
+                self._note_ends(scheduled)
+            self.sampled = None
+            tokens, ended = scheduled.total_num_scheduled_tokens, scheduled.finished_req_ids
+        except Exception as error:
+            self.recorder.stop(error)
+            return
+        self.recorder.after_step(tokens, ended, lambda: self._whose(scheduled))
+
+    def _note_ends(self, scheduled: Any) -> None:
+        for new in scheduled.scheduled_new_reqs:
+            most = getattr(new.sampling_params, "max_tokens", None)
+            if most is not None and new.prompt_token_ids is not None:
+                self.ends[new.req_id] = len(new.prompt_token_ids) + most - 1
+        for request in scheduled.finished_req_ids:
+            self.ends.pop(request, None)
+
+    def after_sampling(self) -> None:
+        if self.speculates:
+            self.recorder.after_sampling(self.sampled)
+
+    def _whose(self, scheduled: Any) -> Scheduled:
+        """Tokens and positions are those on the device: with asynchronous scheduling the host's
+        come too late."""
+        from moe_inspect.capture.engine.steps import Scheduled
+
+        runner = self.runner
+        if hasattr(runner, "req_states"):  # model runner V2
+            batch = runner.execute_model_state.input_batch
+            requests, tokens, positions = list(batch.req_ids), batch.input_ids, batch.positions
+            edges = np.array(batch.query_start_loc_np[: batch.num_reqs + 1])
+            prompts = np.array(runner.req_states.prompt_len.np[batch.idx_mapping_np])
+        else:
+            requests = list(runner.input_batch.req_ids)
+            tokens, positions = runner.input_ids.gpu, runner.positions
+            rows = [scheduled.num_scheduled_tokens[request] for request in requests]
+            edges = np.concatenate([[0], np.cumsum(rows)])
+            prompts = np.array([runner.requests[r].num_prompt_tokens for r in requests])
+        drafts, ends = np.zeros(len(requests), np.int64), np.full(len(requests), 2**31)
+        if speculated := scheduled.scheduled_spec_decode_tokens:
+            drafts[:] = [len(speculated.get(request, ())) for request in requests]
+            ends[:] = [self.ends.get(request, 2**31) for request in requests]
+        return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
+
+    def _watch_sampling(self) -> None:
+        """Keeps how many tokens each request of a step is given."""
+        runner = self.runner
+        name = "sample" if hasattr(runner, "req_states") else "_sample"
+        sample: Callable[..., Any] = getattr(runner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = sample(*args, **kwargs)
+            try:
+                if isinstance(output, tuple):
+                    self.sampled = output[1]
+                else:  # −1 stands for what was rejected
+                    self.sampled = (output.sampled_token_ids >= 0).sum(1)
+            except Exception as error:
+                self.recorder.stop(error)
+            return output
+
+        setattr(runner, name, watched)
+
+
+def recordable_layers(model: Any, config: Any) -> list[Any]:
+    """The MoE layers, by layer. MoeInspectError where a router does not see each token of this
+    worker once, or a kernel chooses the experts itself."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    layers = [m for m in model.modules() if isinstance(m, MoERunner)]
+    if not layers:
+        raise MoeInspectError(f"{type(model).__name__} has no MoE layer that vLLM's MoERunner runs")
+    hidden = {kernel_of(layer) for layer in layers if layer.is_monolithic}
+    hidden |= {type(m.router).__name__ for m in layers if not isinstance(m.router, BaseRouter)}
+    if hidden:
+        raise MoeInspectError(
+            f"{', '.join(sorted(hidden))} chooses the experts inside its kernel, where nobody sees "
+            "the weights: choose another with vLLM's --moe-backend"
+        )
+    parallel, moe = config.parallel_config, layers[0].moe_config
+    unseen = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "dual batch overlap": getattr(parallel, "use_ubatching", False),
+        "sequence parallelism": moe.is_sequence_parallel,
+        "prefill context parallelism": moe.pcp_size > 1,
+        "dispatch of all ranks' tokens before the router": any(
+            layer.do_naive_dispatch_combine for layer in layers
+        ),
+    }
+    if found := [name for name, there in unseen.items() if there]:
+        raise MoeInspectError(f"{', '.join(found)}: a router does not see each token once")
+    shapes = {(m.moe_config.num_logical_experts, m.moe_config.experts_per_token) for m in layers}
+    if len(shapes) > 1 or len({layer.layer_id for layer in layers}) < len(layers):
+        raise MoeInspectError("its layers have several routers, or routers of several sizes")
+    ((_, K),) = shapes
+    if any(layer.router.top_k != K for layer in layers):
+        raise MoeInspectError(f"its routers do not choose the {K} experts that the config states")
+    return sorted(layers, key=lambda layer: layer.layer_id)
+
+
+def kernel_of(layer: Any) -> str:
+    """The name of what runs a layer's experts."""
+    method = layer.routed_experts.quant_method
+    kernel = getattr(getattr(method, "moe_kernel", None), "impl", None)
+    return type(getattr(kernel, "fused_experts", None) or method).__name__
+
+
+def _watch(router: Any, rows: Rows, n: int) -> None:
+    """Keeps what a router chooses, before EPLB maps it to physical experts."""
+    compute: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
+
+    def watched(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
+        rows.keep(n, ids, weights, router_logits)
+        return weights, ids
+
+    router._compute_routing = watched
+
+
+def _about(config: Any, settings: Settings) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    model = config.model_config
+    return {
+        "engine": "vllm",
+        "version": version("vllm"),
+        "model": model.model,
+        "revision": model.revision,
+        "tokenizer": model.tokenizer,
+        "trust_remote_code": model.trust_remote_code,
+        "vocabulary": model.get_vocab_size(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rank": config.parallel_config.data_parallel_rank,
+        "logits": settings.logits,
+        "text": settings.text,
+        "traces": settings.trace and str(settings.trace),
+        "max_gb": settings.max_gb,
+        "keep": settings.keep,
+    }
+
+
+class Endpoint:
+    """GET and POST {"command", "value"} at PATH. vLLM adds it where VLLM_PLUGINS names us."""
+
+    name = "moe_inspect"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        from fastapi import Body
+
+        if not is_asked():  # workers have no such method
+            return
+
+        async def answer(what: str, value: str = "") -> dict[str, Any]:
+            return {"engines": await ask_engines(app.state.engine_client, what, value)}
+
+        async def status() -> dict[str, Any]:
+            return await answer("status")
+
+        async def command(command: str = Body(), value: str = Body("")) -> dict[str, Any]:
+            return await answer(command, value)
+
+        app.add_api_route(PATH, status, methods=["GET"])
+        app.add_api_route(PATH, command, methods=["POST"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        pass
+
+
+async def ask_engines(client: Any, what: str, value: str) -> list[Any]:
+    """The answers of all workers of all engines, one after the other."""
+    core: Any = getattr(client, "engine_core", None)
+    if hasattr(core, "call_utility_all_async"):  # collective_rpc asks the first engine only
+        given = "collective_rpc", "moe_inspect", None, (what, value), None
+        found = await core.call_utility_all_async(*given)
+    else:
+        found = [await client.collective_rpc("moe_inspect", args=(what, value))]
+    return [state for workers in found for state in workers if state is not None]

@@ -1,0 +1,377 @@
+"""The plugin inside a real vLLM, on a CPU, against the same requests in transformers: each decision
+of each token that the engine computed, by request and position."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+
+import moe_inspect
+from tests.conftest import ROOT
+from tests.real_engines.load import prompts
+from tests.real_engines.models import MODELS, UNLIKE, save
+from tests.real_engines.server import BIN, ENGINES
+
+Property = Callable[[str, object], None]
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="make test-vllm installs vLLM")
+# of two logits so close, sums in another order may exchange the experts
+NEAR = 1e-5
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 4,
+    "prompt_lookup_min": 1,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, what it was answered, how many of its tokens a cache had, and the routed experts
+    that the engine returned [tokens, blocks, K]. `left`: its client went away in its answer."""
+
+    request: str
+    prompt: list[int]
+    answer: list[int]
+    cached: int | None
+    routed: list[Any] | None = None
+    left: bool = False
+
+    @property
+    def fed(self) -> list[int]:
+        return self.prompt + self.answer[:-1]
+
+
+def environment(runner: str, **variables: object) -> dict[str, str]:
+    more = {f"MOE_INSPECT_{name.upper()}": str(value) for name, value in variables.items()}
+    hidden = {"PYTHONPATH": str(ROOT / "tests/real_engines/without_triton")}
+    return {
+        **os.environ,
+        **ENGINES["vllm"].environment,
+        **(hidden if runner == "V1" else {}),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2")),
+        "VLLM_MLA_DISABLE": "1",  # it has no kernel on a CPU
+        "HF_HUB_OFFLINE": "1",
+        **more,
+    }
+
+
+def generated(
+    place: Path,
+    model: Path,
+    runner: str,
+    generate: int = 16,
+    engine: Any = None,
+    **variables: object,
+) -> list[Asked]:
+    """The answers of an engine in a process of its own; its traces are in `place`/runs."""
+    asked = {"model": str(model), "answers": str(place / "answers"), "generate": generate}
+    asked["engine"] = {"enforce_eager": True, **(engine or {})}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.real_engines.load", json.dumps(asked)],
+        cwd=ROOT,
+        env=environment(runner, trace=place / "runs", **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [Asked(**json.loads(line)) for line in (place / "answers").read_text().splitlines()]
+
+
+def decisions(trace: moe_inspect.Trace) -> pd.DataFrame:
+    """A row per decision: source, position, layer, phase, token_id, its experts in ascending order
+    as `experts`, and `first`."""
+    tokens = trace.tokens().merge(trace.documents()[["document", "source"]], on="document")
+    routing = trace.routing()
+    slots = [name for name in routing if name.startswith("expert_")]
+    ids = routing[slots].to_numpy(np.int64)
+    found = routing[["token", "layer"]].assign(
+        experts=[*map(tuple, np.sort(ids, 1))], first=ids[:, 0]
+    )
+    return found.merge(tokens, on="token")
+
+
+def request_of(source: str) -> str:
+    """The request that a client knows, of vLLM's own name for it."""
+    return re.sub(r"-[0-9a-f]{8}$", "", source)
+
+
+def compared(traces: Sequence[Path], asked: Sequence[Asked], model: Path) -> tuple[int, int, int]:
+    """Asserts that the traces are those of these requests; (tokens, equal decisions, decisions)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for path in traces:
+        found = moe_inspect.verify(path)
+        assert found.ok, found
+    got = pd.concat([decisions(moe_inspect.open_trace(path)) for path in traces])
+    got["request"] = got.source.map(request_of)
+    assert set(got.request) <= {one.request for one in asked}, set(got.request)
+    left = got.request.map({one.request: len(one.fed) for one in asked if one.left})
+    got = got[~(got.position >= left)]
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    local_path = traces[0].parent.with_name("local")
+    with torch.no_grad(), moe_inspect.record(network, local_path, logits=True, overwrite=True):
+        for one in asked:
+            network(input_ids=torch.tensor([one.fed]))
+    trace = moe_inspect.open_trace(local_path)
+    local = decisions(trace).assign(request=lambda t: [asked[d].request for d in t.document])
+    local["logits"] = [*np.concatenate([logits_of(trace, r) for r in range(len(trace.routers))])]
+    both = got.merge(
+        local, on=["request", "position", "layer"], how="left", suffixes=("", "_local")
+    )
+    assert both.experts_local.notna().all(), "more was recorded than was fed"
+    assert (both.token_id == both.token_id_local).all()
+    same = both.experts == both.experts_local
+    for row in both[~same].itertuples():
+        apart = set(row.experts) ^ set(row.experts_local)
+        values = np.array(row.logits, np.float64)[[*apart]]
+        assert np.ptp(values) < NEAR, row
+    # the comparison can fail: with another token's experts, it does
+    assert (both.experts == both.experts_local.shift(1)).mean() < 0.9
+    check_rows(got, asked)
+    return len(got) // got.layer.nunique(), int(same.sum()), len(both)
+
+
+def logits_of(trace: moe_inspect.Trace, r: int) -> np.ndarray:
+    return np.concatenate([shard.logits(r) for shard in trace.shards])
+
+
+def check_rows(got: pd.DataFrame, asked: Sequence[Asked]) -> None:
+    """Every request has the rows that were fed and not cached, of the phases that they are."""
+    once = got.drop_duplicates(["request", "position"])
+    rows, first = once.groupby("request").size(), once.groupby("request").position.min()
+    for one in asked:
+        if one.cached is not None:
+            assert rows.get(one.request, 0) == len(one.fed) - one.cached, one.request
+            assert first[one.request] == one.cached
+    prompt = once.request.map({one.request: len(one.prompt) for one in asked})
+    assert ((once.phase == "decode") == (once.position >= prompt)).all()
+
+
+def traces_in(place: Path) -> list[Path]:
+    return sorted((place / "runs").iterdir())
+
+
+def recorded(record: Property, name: str, run: str, numbers: tuple[int, int, int]) -> None:
+    tokens, equal, total = numbers
+    engine = f"vLLM {version('vllm')}"
+    record("plugin", f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |")
+
+
+# (V2, compiled, has kernels that Triton's interpreter refuses)
+@pytest.mark.parametrize(("runner", "mode"), [("V1", "eager"), ("V1", "compiled"), ("V2", "eager")])
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "Qwen3-MoE"])
+def test_every_decision(
+    name: str, runner: str, mode: str, tmp_path: Path, record_property: Property
+) -> None:
+    """In chunks of 128 tokens, behind a prefix cache."""
+    model = save(name, tmp_path / "model")
+    asked = generated(tmp_path, model, runner, engine={"enforce_eager": mode == "eager"})
+    assert any(one.cached for one in asked), "nothing was cached"
+    (path,) = traces_in(tmp_path)
+    assert moe_inspect.open_trace(path).status == "complete"
+    recorded(record_property, name, f"runner {runner}, {mode}", compared([path], asked, model))
+
+
+@pytest.mark.parametrize("name", ["bundled Mixtral", "Qwen3-MoE, layers 0 and 2 dense", *UNLIKE])
+def test_what_the_engine_returns(name: str, tmp_path: Path, record_property: Property) -> None:
+    """By runner V2, for all tokens but those that vLLM returns nothing of."""
+    model = save(name, tmp_path / "model")
+    asked = generated(tmp_path, model, "V2", engine={"enable_return_routed_experts": True})
+    (path,) = traces_in(tmp_path)
+    got, equal = decisions(moe_inspect.open_trace(path)), 0
+    got["request"] = got.source.map(request_of)
+    check_rows(got, asked)
+    returned = {one.request: one.routed for one in asked}
+    for row in got.itertuples():
+        routed = returned[row.request]
+        assert routed is not None
+        assert tuple(sorted(routed[row.position][row.layer])) == row.experts
+        equal += 1
+    numbers = equal // got.layer.nunique(), equal, len(got)
+    recorded(record_property, name, "as vLLM itself returns them", numbers)
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_what_is_computed_again_is_a_sequence_of_its_own(
+    runner: str, tmp_path: Path, record_property: Property
+) -> None:
+    model = save("bundled Mixtral", tmp_path / "model")
+    asked = generated(tmp_path, model, runner, 150, {"num_gpu_blocks_override": 14})
+    (path,) = traces_in(tmp_path)
+    tokens = moe_inspect.open_trace(path).tokens()
+    assert tokens.duplicated(["document", "position"]).any(), "nothing was preempted"
+    numbers = compared([path], asked, model)
+    recorded(record_property, "bundled Mixtral", f"runner {runner}, preempted", numbers)
+
+
+def test_rejected_drafts_are_absent(tmp_path: Path, record_property: Property) -> None:
+    """By runner V1: V2's n-gram speculation has a kernel that Triton's interpreter refuses."""
+    model = save("bundled Mixtral", tmp_path / "model")
+    asked = generated(tmp_path, model, "V1", 60, {"speculative_config": NGRAM})
+    (path,) = traces_in(tmp_path)
+    numbers = compared([path], asked, model)
+    recorded(record_property, "bundled Mixtral", "runner V1, n-gram speculation", numbers)
+
+
+# --- a server
+
+
+@contextmanager
+def served(place: Path, **variables: object) -> Iterator[tuple[str, Path]]:
+    """The URL of a server with the plugin, and the directory of its model."""
+    model = save("bundled Mixtral", place / "model")
+    options = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "8"]
+    options += ["--max-num-batched-tokens", "128", "--enable-prompt-tokens-details"]
+    options += ["--gpu-memory-utilization", "0.2"]
+    (place / "prometheus").mkdir()
+    more = {"PROMETHEUS_MULTIPROC_DIR": str(place / "prometheus"), "VLLM_PLUGINS": "moe_inspect"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (environment("V2", trace=place / "runs", **variables) | more).items():
+            patch.setenv(name, value)
+        command = [str(BIN / "vllm"), "serve", str(model), *options]
+        with moe_inspect.serve_engine(command, log=place / "log") as engine:
+            yield engine.url, model
+
+
+async def answers(url: str, named: dict[str, list[int]], n: int = 1) -> list[Asked]:
+    """Requests by name, eight at once; each of its `n` answers is one."""
+    at_once = asyncio.Semaphore(8)
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+
+        async def ask(name: str, ids: list[int]) -> list[Asked]:
+            body = {"model": model, "prompt": ids, "max_tokens": 16, "n": n}
+            body |= {"temperature": int(n > 1), "ignore_eos": True, "return_token_ids": True}
+            async with at_once:
+                got = await http.post("/v1/completions", json=body, headers={"X-Request-Id": name})
+            got.raise_for_status()
+            found = got.json()
+            cached = (found["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+            return [
+                Asked(
+                    f"cmpl-{name}-0" if n == 1 else f"{i}_cmpl-{name}-0",
+                    ids,
+                    choice["token_ids"],
+                    cached if n == 1 else None,
+                )
+                for i, choice in enumerate(found["choices"])
+            ]
+
+        found = await asyncio.gather(*(ask(*one) for one in named.items()))
+    return [one for of_request in found for one in of_request]
+
+
+def engine_state(url: str, *command: str) -> dict[str, Any]:
+    run = [sys.executable, "-m", "moe_inspect", "engine", url, *command, "--format", "json"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def counted(url: str) -> int:
+    """The sum over layers and experts that /metrics states."""
+    text = httpx.get(f"{url}/metrics").text
+    found = re.findall(r"^moe_inspect_expert_assignments_total\{.*\} (\S+)$", text, re.M)
+    return int(sum(map(float, found)))
+
+
+def until(done: Callable[[], Any], seconds: float = 60.0) -> Any:
+    began = time.monotonic()
+    while not (found := done()):
+        assert time.monotonic() - began < seconds, "nothing happened"
+        time.sleep(0.1)
+    return found
+
+
+def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: Property) -> None:
+    """Off and on again; several answers to a request; one that its client leaves; /metrics; and
+    SIGTERM."""
+    named = {f"r{n}": ids for n, ids in enumerate(prompts())}
+    with served(tmp_path, metrics=1) as (url, model):
+        asked = asyncio.run(answers(url, named))
+        asked += asyncio.run(answers(url, {"several": named["r4"][::-1]}, n=2))
+        before = engine_state(url, "off")
+        assert (before["on"], before["error"], before["dropped"]) == (False, None, 0)
+        asyncio.run(answers(url, {"unseen": named["r5"]}))
+        assert engine_state(url, "on")["on"]
+        asked += asyncio.run(answers(url, {"seen": named["r7"][::-1]}))
+        left = named["r8"][::-1]
+        leave(url, "left", left)
+        asked.append(Asked("cmpl-left-0", left, [0], None, left=True))
+        L, K = 4, 2
+        until(lambda: counted(url) == engine_state(url)["decisions"] * K)
+        state = engine_state(url)
+        assert counted(url) == state["decisions"] * K
+    (path,) = traces_in(tmp_path)
+    # (vLLM kills workers that do not end at once)
+    trace = until(lambda: (t := moe_inspect.open_trace(path)).status != "recording" and t)
+    assert trace.n_tokens * L == state["decisions"]
+    assert not any("unseen" in source for source in trace.documents().source)
+    numbers = compared([path], asked, model)
+    recorded(record_property, "bundled Mixtral", "a server, off and on", numbers)
+
+
+def leave(url: str, name: str, ids: list[int]) -> None:
+    """A request whose client goes away after the first token."""
+    model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    body = {"model": model, "prompt": ids, "max_tokens": 200, "stream": True, "ignore_eos": True}
+    send = httpx.stream(
+        "POST", f"{url}/v1/completions", json=body, headers={"X-Request-Id": name}, timeout=60
+    )
+    with send as response:
+        next(response.iter_lines())
+
+
+def test_what_is_killed_does_not_stop_the_server(tmp_path: Path) -> None:
+    """The process that writes: the trace is valid, the engine serves on, and `on` begins another
+    trace. Then a worker: that trace is valid too."""
+    named = {f"r{n}": ids for n, ids in enumerate(prompts()[:6])}
+    with served(tmp_path) as (url, _):
+        asyncio.run(answers(url, named))
+        (first,) = until(lambda: (tmp_path / "runs").exists() and traces_in(tmp_path))
+        until(lambda: moe_inspect.open_trace(first).n_tokens)
+        os.kill(moe_inspect.open_trace(first).manifest["capture"]["pid"], signal.SIGKILL)
+        asyncio.run(answers(url, named))
+        error = until(lambda: engine_state(url)["error"])
+        assert error.startswith("the process that writes has ended")
+        asyncio.run(answers(url, named))
+        assert engine_state(url, "on")["error"] is None
+        asyncio.run(answers(url, {f"again-{name}": ids for name, ids in named.items()}))
+        _, second = until(lambda: len(traces_in(tmp_path)) == 2 and traces_in(tmp_path))
+        until(lambda: moe_inspect.open_trace(second).n_tokens)
+        (worker,) = [
+            int(status.parent.name)
+            for status in Path("/proc").glob("[0-9]*/cmdline")
+            if status.read_bytes().startswith(b"VLLM::Worker") and is_ours(status.parent, tmp_path)
+        ]
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: moe_inspect.open_trace(second).status != "recording")
+    for path in (first, second):
+        found = moe_inspect.verify(path)
+        assert found.ok
+        assert found.status == "interrupted"
+        assert found.tokens
+
+
+def is_ours(process: Path, place: Path) -> bool:
+    return f"MOE_INSPECT_TRACE={place}".encode() in (process / "environ").read_bytes()

@@ -1,0 +1,617 @@
+"""The plugin of serving engines, apart from any engine: a stand-in schedules requests and chooses
+experts. `make test-vllm` runs it inside a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from moe_inspect import Trace, merge, open_trace, verify
+from moe_inspect.capture.engine import sidecar
+from moe_inspect.capture.engine.control import tell
+from moe_inspect.capture.engine.sender import Sender
+from moe_inspect.capture.engine.settings import Settings, variable
+from moe_inspect.capture.engine.sidecar import Traces
+from moe_inspect.capture.engine.steps import Rows, Scheduled, Step, StepRecorder
+from moe_inspect.capture.engine.vllm import ask_engines
+from moe_inspect.demo import MODEL_DIR
+from moe_inspect.errors import MoeInspectError
+from tests.support.damage import disk_of
+
+L, E, K, T = 4, 8, 2, 64  # of the bundled model; T: rows of the buffer
+
+
+def about(settings: Settings, **changed: object) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "engine": "vllm",
+        "version": "0",
+        "model": str(MODEL_DIR),
+        "revision": None,
+        "tokenizer": str(MODEL_DIR),
+        "trust_remote_code": False,
+        "vocabulary": 3072,
+        "dtype": "float32",
+        "device": "cpu",
+        "rank": 0,
+        "layers": list(range(L)),
+        "paths": [f"model.layers.{n}.experts" for n in range(L)],
+        "experts": E,
+        "top_k": K,
+        "logits": settings.logits,
+        "text": settings.text,
+        "traces": settings.trace and str(settings.trace),
+        "max_gb": settings.max_gb,
+        "keep": settings.keep,
+    }
+    return facts | changed
+
+
+class Kept:
+    """In the place of the process that writes: keeps what it is handed, as that gets it."""
+
+    def __init__(self, recorder: StepRecorder):
+        self.recorder, self.error = recorder, None
+
+    def taken(self) -> list[Step]:
+        recorder = self.recorder
+        steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
+        for step in steps:
+            step.arrive()
+            recorder.sent += step.bytes
+        return steps
+
+    def close(self) -> None:
+        pass
+
+
+class Engine:
+    """Schedules requests as an engine does, and chooses experts at random. `expected`: (request,
+    position) → each time that it was computed, the experts of each layer in ascending order."""
+
+    def __init__(
+        self, settings: Settings, start: Callable[[StepRecorder], Any] = Kept, rank: int = 0
+    ):
+        self.rows = Rows((L, T, K), E, settings.logits, torch.device("cpu"))
+        self.recorder = StepRecorder(self.rows, settings, start, rank)
+        self.random = np.random.default_rng(rank)
+        self.expected: dict[tuple[str, int], list[list[tuple[int, ...]]]] = {}
+        self.assignments = np.zeros((L, E), np.int64)
+        self.prompts: dict[str, int] = {}
+
+    def step(
+        self,
+        *spans: tuple[str, int, int],
+        ended: tuple[str, ...] = (),
+        drafts: dict[str, tuple[int, int]] | None = None,
+        expect: bool = True,
+    ) -> None:
+        """`spans`: (request, first position, end) of each. `drafts`: request → (speculated,
+        accepted), of its last rows. Prompts have ten tokens unless `prompts` says otherwise."""
+        drafts, sizes = drafts or {}, [end - first for _, first, end in spans]
+        edges, n = np.concatenate([[0], np.cumsum(sizes)]).astype(int), sum(sizes)
+        for layer in range(L):
+            logits = torch.from_numpy(self.random.normal(size=(n + 3, E)).astype(np.float32))
+            weights, ids = logits.softmax(1).topk(K)
+            self.rows.keep(layer, ids.int(), weights, logits)  # three rows are padding
+            self.assignments[layer] += np.bincount(ids[:n].reshape(-1), minlength=E)
+        of = [np.sort(self.rows.ids[layer, :n].numpy(), 1) for layer in range(L)]
+        for i, (request, first, end) in enumerate(spans):
+            speculated, accepted = drafts.get(request, (0, 0))
+            for position in range(first, end - speculated + accepted if expect else first):
+                row = edges[i] + position - first
+                chosen = [tuple(map(int, of[layer][row])) for layer in range(L)]
+                self.expected.setdefault((request, position), []).append(chosen)
+        requests = [request for request, *_ in spans]
+        positions = np.concatenate([np.arange(a, b) for _, a, b in spans] or [np.zeros(0, int)])
+        scheduled = Scheduled(
+            requests,
+            edges,
+            np.array([self.prompts.get(request, 10) for request in requests]),
+            np.array([drafts.get(request, (0, 0))[0] for request in requests]),
+            np.full(len(requests), 2**31),
+            torch.from_numpy(positions * 7 % 3000),
+            torch.from_numpy(positions),
+        )
+        self.recorder.after_step(n, set(ended), lambda: scheduled)
+        if drafts:
+            sampled = [drafts.get(request, (0, 0))[1] + 1 for request in requests]
+            self.recorder.after_sampling(torch.tensor(sampled))
+
+    def serve(self, requests: int = 12, name: str = "r") -> None:
+        """Requests of many lengths, four at once."""
+        draw = random.Random(requests)
+        waiting, running = [f"{name}{n}" for n in range(requests)], dict[str, list[int]]()
+        ended: tuple[str, ...] = ()
+        while waiting or running:
+            while waiting and len(running) < 4:
+                request = waiting.pop(0)
+                self.prompts[request] = draw.randrange(1, 30)
+                cached = draw.choice((0, self.prompts[request] // 2))
+                running[request] = [cached, self.prompts[request] + draw.randrange(1, 8)]
+            spans = []
+            for request, at in running.items():
+                prompt = self.prompts[request]
+                end = min(at[0] + 12, prompt) if at[0] < prompt else at[0] + 1
+                spans.append((request, at[0], end))
+                at[0] = end
+            self.step(*spans, ended=ended)
+            ended = tuple(request for request, at in running.items() if at[0] >= at[1])
+            for request in ended:
+                del running[request]
+        self.step(ended=ended)
+
+
+def held(trace: Trace) -> dict[tuple[str, int], list[list[tuple[int, ...]]]]:
+    """As `Engine.expected`."""
+    source = trace.documents().set_index("document").source
+    tokens, routing = trace.tokens(), trace.routing().sort_values(["token", "layer"])
+    ids = np.sort(routing[[f"expert_{j}" for j in range(K)]].to_numpy(np.int64), 1)
+    ids_TLK = ids.reshape(len(tokens), -1, K)
+    found: dict[tuple[str, int], list[list[tuple[int, ...]]]] = {}
+    for document, position, of in zip(tokens.document, tokens.position, ids_TLK, strict=True):
+        key = source[document], int(position)
+        found.setdefault(key, []).append([tuple(map(int, row)) for row in of])
+    return found
+
+
+def written(engine: Engine, settings: Settings, **changed: object) -> list[Path]:
+    """What the engine's `Kept` has, written here by the code of the process that writes."""
+    traces = Traces(about(settings, **changed))
+    for step in engine.recorder.link.taken():  # type: ignore[attr-defined]
+        traces.write([step], engine.recorder.dropped)
+    traces.note_dropped(engine.recorder.dropped)
+    traces.close("complete")
+    return traces.paths
+
+
+def fine(path: Path, status: str = "complete") -> Trace:
+    found = verify(path)
+    assert found.ok, found
+    assert found.status == status
+    return open_trace(path)
+
+
+# --- settings
+
+
+def test_variables_are_read_by_one_module() -> None:
+    given = {"TRACE": "runs", "SAMPLE": "0.01", "METRICS": "1", "LOGITS": "on", "TEXT": "0"}
+    given |= {"QUEUE_MB": "1.5", "MAX_GB": "2", "KEEP": "0", "START": "off"}
+    read = Settings.read({f"MOE_INSPECT_{name}": value for name, value in given.items()})
+    expected = Settings(Path("runs").absolute(), 0.01, True, True, False, 1.5, 2.0, 0, False)
+    assert read == expected
+    assert {variable(f.name) for f in fields(Settings)} == {f"MOE_INSPECT_{name}" for name in given}
+    assert Settings.read({}) == Settings() == Settings.read({"MOE_INSPECT_TRACE": " "})
+    assert not Settings().is_active
+    assert Settings(metrics=True).is_active
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("SAMPLE", "2", "a share from 0 to 1"),
+        ("SAMPLE", "nan", "a share from 0 to 1"),
+        ("SAMPLE", "half", "a share from 0 to 1"),
+        ("METRICS", "yes!", "1 or 0, on or off"),
+        ("QUEUE_MB", "0", "megabytes, above 0"),
+        ("KEEP", "-1", "a whole number, 0 or more"),
+    ],
+)
+def test_a_value_that_is_none_is_named(name: str, value: str, expected: str) -> None:
+    with pytest.raises(MoeInspectError) as error:
+        Settings.read({f"MOE_INSPECT_{name}": value})
+    assert str(error.value) == f"MOE_INSPECT_{name} is {value!r}, not {expected}"
+
+
+def test_an_engine_without_the_variable_loads_nothing() -> None:
+    """Nor does it need vLLM, which would be imported where it is set."""
+    code = (
+        "import sys, numpy; from moe_inspect.capture.engine.vllm import register; register();"
+        "heavy = {'torch', 'pyarrow', 'pandas', 'httpx', 'vllm'};"
+        "print({m.split('.')[0] for m in sys.modules} & heavy)"
+    )
+    run = [sys.executable, "-c", code]
+    unset = {k: v for k, v in os.environ.items() if not k.startswith("MOE_INSPECT")}
+    assert subprocess.run(run, env=unset, capture_output=True, text=True).stdout == "set()\n"
+    said = subprocess.run(
+        run, env={**unset, "MOE_INSPECT_TRACE": "x"}, capture_output=True, text=True
+    )
+    assert said.returncode == 0, "the engine goes on"
+    assert "nothing is recorded" in said.stderr
+
+
+# --- what is taken of a step
+
+
+def test_a_mixed_step_is_one_batch_and_each_row_has_its_phase(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10), ("b", 4, 9))  # four tokens of b were in a cache
+    engine.step(("a", 10, 11), ("b", 9, 12))  # b's prompt ends in the middle
+    engine.step(("b", 12, 13), ended=("a",))
+    (path,) = written(engine, settings)
+    trace = fine(path)
+    assert held(trace) == engine.expected
+    tokens = trace.tokens()
+    by_batch = tokens.groupby("batch").phase.agg(list)
+    assert by_batch[2] == ["decode", "prefill", "decode", "decode"]
+    assert tokens.groupby("document").position.min().tolist() == [0, 4]
+    assert tokens.token_id.tolist() == (tokens.position * 7 % 3000).tolist()
+    assert trace.documents().tokens.tolist() == [10, 10]
+    assert trace.manifest["capture"]["mode"] == "engine"
+    assert trace.manifest["capture"]["rank"] == 0
+
+
+def test_what_is_computed_again_is_a_sequence_of_its_own(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    engine.step(("a", 10, 11))
+    engine.step(("b", 0, 10))  # a was preempted
+    engine.step(("a", 0, 12))
+    trace = fine(written(engine, settings)[0])
+    assert held(trace) == engine.expected
+    tokens = trace.tokens()
+    assert tokens.groupby("sequence").position.agg(["min", "max"]).to_numpy().tolist() == [
+        [0, 10],
+        [0, 9],
+        [0, 11],
+    ]
+    again = tokens[tokens.sequence == 2]
+    assert again.phase.tolist() == ["prefill"] * 10 + ["decode"] * 2
+
+
+def test_rejected_drafts_are_absent(tmp_path: Path) -> None:
+    """Also of the last step of a request, after which nothing tells how many were accepted."""
+    settings = Settings(tmp_path)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10), ("b", 0, 10))
+    engine.step(("a", 10, 14), ("b", 10, 11), drafts={"a": (3, 1)})
+    engine.step(("a", 12, 16), ("b", 11, 14), drafts={"a": (3, 0), "b": (2, 2)})
+    engine.step(ended=("a", "b"))
+    trace = fine(written(engine, settings)[0])
+    assert held(trace) == engine.expected
+    assert trace.tokens().groupby("document").position.max().tolist() == [12, 13]
+    assert trace.tokens().sequence.nunique() == 2
+
+
+def test_accepted_drafts_beyond_the_end_of_an_answer_are_absent(tmp_path: Path) -> None:
+    settings, step = Settings(tmp_path), None
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    engine.step(("a", 10, 14), drafts={"a": (3, 3)})
+    prompt, step = engine.recorder.link.taken()  # type: ignore[attr-defined]
+    step.ends[:] = 12
+    traces = Traces(about(settings))
+    traces.write([prompt, step], 0)
+    traces.close("complete")
+    assert fine(traces.paths[0]).tokens().position.max() == 11
+
+
+def test_a_request_is_sampled_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, sample=0.5, logits=True)
+    engine = Engine(settings)
+    engine.serve(40)
+    trace = fine(written(engine, settings)[0])
+    sources = set(trace.documents().source)
+    assert 8 < len(sources) < 32
+    assert held(trace) == {k: v for k, v in engine.expected.items() if k[0] in sources}
+    best = trace.logits(layer=0).logits.map(lambda of: int(np.argmax(of)))
+    first = trace.routing(layer=0).expert_0
+    assert (best.to_numpy() == first.to_numpy()).all()
+
+
+def test_without_text_no_token_is_named(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, text=False)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    trace = fine(written(engine, settings)[0])
+    assert (trace.tokens().token_id == -1).all()
+    assert len(trace.vocabulary_table) == 0
+    assert trace.manifest["capture"]["text"] is False
+
+
+def test_a_model_that_transformers_does_not_know_is_named_as_the_engine_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(tmp_path / "runs")
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    (path,) = written(engine, settings, model=str(tmp_path / "none"), tokenizer="none")
+    trace = fine(path)
+    assert [router.path for router in trace.routers][1] == "model.layers.1.experts"
+    assert held(trace) == engine.expected
+    said = capfd.readouterr().err
+    assert "routers are named as the engine does" in said
+    assert "the trace has no vocabulary" in said
+
+
+def test_counts_are_those_of_all_requests() -> None:
+    """Whatever is sampled; and none of padding, or while it is off."""
+    engine = Engine(Settings(Path("unused"), sample=0.0, metrics=True))
+    engine.serve()
+    counts = engine.recorder.counts.view(L, E).numpy()
+    assert (counts == engine.assignments).all()
+    assert counts.sum() > 0
+    engine.recorder.command("metrics", "off")
+    engine.step(("z", 0, 10))
+    engine.recorder.command("metrics", "on")
+    engine.recorder.command("off")
+    engine.step(("z", 10, 11))
+    assert (engine.recorder.counts.view(L, E).numpy() == counts).all()
+
+
+def test_what_there_is_no_room_for_is_dropped_and_counted(tmp_path: Path) -> None:
+    """And a sequence with a gap becomes two."""
+    settings = Settings(tmp_path, queue_mb=0.001)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    engine.step(("a", 10, 35), expect=False)  # beyond the room
+    assert engine.recorder.dropped == 25 * L
+    kept = engine.recorder.link.taken()  # type: ignore[attr-defined]
+    assert len(kept) == 1
+    engine.step(("a", 35, 36))
+    traces = Traces(about(settings))
+    traces.write(kept, 0)
+    traces.write(engine.recorder.link.taken(), engine.recorder.dropped)  # type: ignore[attr-defined]
+    traces.close("complete")
+    trace = fine(traces.paths[0])
+    assert trace.manifest["counts"]["dropped"] == 25 * L
+    assert held(trace) == engine.expected
+    assert trace.tokens().sequence.nunique() == 2
+
+
+def test_memory_is_bounded_and_the_engine_never_waits() -> None:
+    """Of a writer that takes nothing, and of one that takes everything, by what is live."""
+    stalled = Engine(Settings(Path("unused"), queue_mb=0.01))
+    following = Engine(Settings(Path("unused")))
+    for engine in (stalled, following):
+        engine.step(("long", 0, 2), expect=False)  # never ends
+    for n in range(3000):
+        for engine in (stalled, following):
+            ended = (f"r{n - 1}",) if n else ()
+            engine.step((f"r{n}", 0, 2), ended=ended, expect=False)
+        following.recorder.link.taken()  # type: ignore[attr-defined]
+    assert stalled.recorder.taken - stalled.recorder.sent <= 10_000
+    assert stalled.recorder.recorded + stalled.recorder.dropped == 3001 * 2 * L
+    assert stalled.recorder.dropped > 0
+    for engine in (stalled, following):
+        assert len(engine.recorder._live) <= 200
+        assert len(engine.recorder._ended) <= 200
+
+
+def test_a_fault_of_ours_stops_the_recording_and_not_the_engine(tmp_path: Path) -> None:
+    engine = Engine(Settings(tmp_path))
+    engine.step(("a", 0, 10))
+
+    def whose() -> Scheduled:
+        raise RuntimeError("no such attribute")
+
+    engine.recorder.after_step(3, set(), whose)
+    state = engine.recorder.command("status")
+    assert not state["on"]
+    assert state["error"] == "RuntimeError: no such attribute"
+    engine.step(("a", 10, 11))  # the engine goes on
+    assert engine.recorder.command("on")["error"] is None
+    engine.step(("a", 11, 12))
+    assert len(engine.recorder.link.taken()) == 2  # type: ignore[attr-defined]
+
+
+# --- traces, one after the other
+
+
+def test_a_trace_that_is_large_is_followed_by_the_next_and_the_oldest_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    settings = Settings(tmp_path, max_gb=1e-6, keep=2)
+    engine = Engine(settings)
+    for n in range(5):
+        engine.step(("a", 10 * n, 10 * n + 10), (f"b{n}", 0, 5))
+    paths = written(engine, settings)
+    there = sorted(tmp_path.iterdir())
+    assert len(paths) == 5
+    assert there == paths[-2:]
+    traces = [fine(path) for path in there]
+    assert [set(trace.documents().source) for trace in traces] == [{"a", "b3"}, {"a", "b4"}]
+    assert traces[1].tokens().position.min() == 0
+    assert held(traces[1]) == {k: v for k, v in engine.expected.items() if k in held(traces[1])}
+
+
+def test_ranks_are_merged(tmp_path: Path) -> None:
+    settings, expected, paths = Settings(tmp_path / "runs"), {}, []
+    for rank in (0, 1):
+        engine = Engine(settings, rank=rank)
+        engine.serve(6, name=f"rank{rank}-")
+        expected |= engine.expected
+        paths += written(engine, settings, rank=rank)
+    merged = merge(paths, tmp_path / "all")
+    assert fine(tmp_path / "all").status == "complete"
+    assert held(merged) == expected
+
+
+# --- the process that writes
+
+
+@contextmanager
+def recording(settings: Settings) -> Iterator[Engine]:
+    engine = Engine(settings, lambda recorder: Sender(recorder, about(settings)))
+    try:
+        yield engine
+    finally:
+        engine.recorder.close()
+
+
+def until(done: Callable[[], Any], seconds: float = 60.0) -> Any:
+    began = time.monotonic()
+    while not (found := done()):
+        assert time.monotonic() - began < seconds, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+def committed(folder: Path, tokens: int) -> Trace | None:
+    """The last trace in a folder, when it has so many tokens."""
+    for path in sorted(folder.iterdir() if folder.exists() else ())[-1:]:
+        if (path / "trace.json").exists() and (trace := open_trace(path)).n_tokens >= tokens:
+            return trace
+    return None
+
+
+def writer_of(folder: Path) -> int:
+    (path,) = sorted(folder.iterdir())[-1:]
+    return json.loads((path / "trace.json").read_text())["capture"]["pid"]
+
+
+def test_the_process_that_writes(tmp_path: Path) -> None:
+    with recording(Settings(tmp_path)) as engine:
+        engine.serve(30)
+        until(lambda: committed(tmp_path, 1))
+        assert writer_of(tmp_path) != os.getpid()
+    (path,) = tmp_path.iterdir()
+    until(lambda: open_trace(path).status == "complete")
+    assert held(fine(path)) == engine.expected
+
+
+def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path: Path) -> None:
+    with recording(Settings(tmp_path)) as engine:
+        engine.step(("a", 0, 10))
+        until(lambda: committed(tmp_path, 10))
+        os.kill(writer_of(tmp_path), signal.SIGKILL)
+        until(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
+        state = engine.recorder.command("status")
+        assert not state["on"]
+        assert state["error"].startswith("the process that writes has ended")
+        assert state["dropped"] > 0
+        (path,) = tmp_path.iterdir()
+        assert fine(path, "interrupted").n_tokens == 10
+        assert engine.recorder.command("on")["on"]
+        engine.step(("b", 0, 10))
+        again = until(lambda: len([*tmp_path.iterdir()]) == 2 and committed(tmp_path, 10))
+        assert set(again.documents().source) == {"b"}
+
+
+def test_a_full_disk_ends_the_recording_and_says_so(tmp_path: Path) -> None:
+    with disk_of(1500), recording(Settings(tmp_path)) as engine:
+        until(lambda: engine.step(("a", 0, 10)) or engine.recorder.link.error)
+        error = engine.recorder.command("status")["error"]
+    assert error.startswith("the trace cannot be written: ")
+    assert "File too large" in error
+
+
+def test_a_directory_that_is_gone_ends_the_recording(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    with recording(Settings(folder)) as engine:
+        engine.step(("a", 0, 10))
+        until(lambda: committed(folder, 10))
+        folder.rename(tmp_path / "elsewhere")
+        until(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
+        assert "No such file or directory" in engine.recorder.command("status")["error"]
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from tests.test_engine_plugin import Settings, recording
+with recording(Settings(Path(sys.argv[1]))) as engine:
+    engine.step(("a", 0, 10))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_worker_that_is_killed_leaves_a_trace_that_is_closed(tmp_path: Path) -> None:
+    """At once: what it had handed over is there."""
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    worker.kill()
+    worker.wait()
+    trace = until(lambda: (t := committed(tmp_path, 10)) and t.status != "recording" and t)
+    assert trace.status == "interrupted"
+    assert fine(Path(trace.path), "interrupted").n_tokens == 10
+
+
+# --- switched by the server
+
+
+class Fleet:
+    """The client of a server's engines, as vLLM has it."""
+
+    def __init__(self, engines: list[Engine]):
+        self.engine_core, self.engines = self, engines
+
+    async def call_utility_all_async(self, *call: Any) -> list[list[Any]]:
+        *named, _timeout, (what, value), _keywords = call
+        assert named == ["collective_rpc", "moe_inspect"]
+        return [[engine.recorder.command(what, value), None] for engine in self.engines]
+
+
+@contextmanager
+def served(fleet: Fleet) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"command": "status"})
+
+        def do_POST(self) -> None:
+            self.answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+        def answer(self, asked: dict[str, str]) -> None:
+            found = asyncio.run(ask_engines(fleet, asked["command"], asked.get("value", "")))
+            body = json.dumps({"engines": found}).encode()
+            self.send_response(200 if self.path == "/v1/moe_inspect" else 404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_all_engines_behind_a_server_are_switched(tmp_path: Path, cli: Any) -> None:
+    engines = [Engine(Settings(tmp_path), rank=rank) for rank in (0, 1)]
+    with served(Fleet(engines)) as url:
+        assert [state["rank"] for state in tell(url, "status")] == [0, 1]
+        shown = cli("engine", url, "off", "--format", "csv")
+        assert pd.read_csv(pd.io.common.StringIO(shown.stdout)).on.tolist() == [False, False]
+        for engine in engines:
+            engine.step(("a", 0, 10))
+            assert engine.recorder.recorded == 0
+        tell(url, "on")
+        assert [state["sample"] for state in tell(url, "sample", "0.25")] == [0.25, 0.25]
+        with pytest.raises(MoeInspectError, match="sample is '7', not a share from 0 to 1"):
+            tell(url, "sample", "7")
+        with pytest.raises(MoeInspectError, match="MOE_INSPECT_METRICS=1 was not set"):
+            tell(url, "metrics", "on")
+        for engine in engines:
+            engine.recorder.sample = 1.0
+            engine.step(("a", 10, 11))
+            assert engine.recorder.recorded == L
+        with pytest.raises(MoeInspectError, match="VLLM_PLUGINS=moe_inspect"):
+            tell(f"{url}/elsewhere", "status")
