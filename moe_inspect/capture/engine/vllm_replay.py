@@ -109,7 +109,7 @@ _routes_op = torch.library.custom_op("moe_inspect::replay", _routes, mutates_arg
 
 @_routes_op.register_fake
 def _(rows: Tensor, router: int, K: int) -> tuple[Tensor, Tensor]:
-    shape = len(rows), K
+    shape = rows.shape[0], K  # (`len` would make the size a constant)
     return rows.new_empty(shape, dtype=torch.int32), rows.new_empty(shape, dtype=torch.float32)
 
 
