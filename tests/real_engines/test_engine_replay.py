@@ -32,8 +32,7 @@ def replayed(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("runner", ["V1", "V2"])
+@pytest.mark.parametrize(("runner", "mode"), [("V1", "eager"), ("V1", "compiled"), ("V2", "eager")])
 def test_an_engine_routes_each_request_as_a_text_of_the_trace(
     runner: str, mode: str, replayed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
