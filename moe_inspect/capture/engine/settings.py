@@ -92,6 +92,13 @@ class Settings:
         "closed traces that each engine keeps beside the one that it writes: the oldest is deleted "
         "first; 0 keeps all",
     )
+    replay: Path | None = _setting(
+        None,
+        lambda text: Path(text).absolute(),
+        "directory of a trace whose routes vLLM's routing simulator replays, as its strategy "
+        "`moe_inspect`",
+        "none",
+    )
     start: bool = _setting(True, _switch, "`off` waits for `moe-inspect engine URL on`", "on")
 
     @property
@@ -119,7 +126,7 @@ def variable(name: str) -> str:
 
 def is_asked() -> bool:
     """Whether the environment asks for anything, which costs nothing to know."""
-    return bool(os.environ.get("MOE_INSPECT_TRACE") or os.environ.get("MOE_INSPECT_METRICS"))
+    return any(os.environ.get(PREFIX + name) for name in ("TRACE", "METRICS", "REPLAY"))
 
 
 def table() -> str:

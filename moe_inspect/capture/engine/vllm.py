@@ -34,7 +34,11 @@ def register() -> None:
         return
     try:
         settings = Settings.read()
-        if not settings.is_active:
+        if settings.replay is not None:
+            from moe_inspect.capture.engine.vllm_replay import register_strategy
+
+            register_strategy()
+        elif not settings.is_active:
             return
         if settings.metrics and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             log.warning(
@@ -87,11 +91,15 @@ def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     settings, more = Settings.read(), wrapper.vllm_config.additional_config
     if isinstance(more, dict):
         # a part of the key of torch.compile's cache: a graph compiled without us records nothing
-        more["moe_inspect"] = f"logits {settings.logits}"
+        more["moe_inspect"] = f"logits {settings.logits}, replays {settings.replay is not None}"
     loaded = wrapper.worker.load_model(*args, **kwargs)
+    runner, config = wrapper.worker.model_runner, wrapper.vllm_config
+    if settings.replay is not None:  # a benchmark of other routes would be wrong: this may raise
+        from moe_inspect.capture.engine.vllm_replay import replay
+
+        replay(runner, config, settings.replay)
     try:
-        if get_tp_group().is_first_rank:
-            runner, config = wrapper.worker.model_runner, wrapper.vllm_config
+        if settings.is_active and get_tp_group().is_first_rank:
             wrapper.moe_inspect_seam = Seam(runner, config, settings)
     except Exception as error:  # the engine goes on
         wrapper.moe_inspect_refused = str(error)
