@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_inspect.capture.engine.settings import PATH
+from moe_inspect.capture.engine.settings import KEY, PATH
 from moe_inspect.capture.server.client import ask_once, client
 from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    import httpx
 
 TIMEOUT_S = 60.0  # workers answer between two steps
 
@@ -22,12 +25,12 @@ async def _tell(url: str, command: str, value: str, api_key: str | None) -> list
     async with client(url, api_key, TIMEOUT_S, 1) as http:
         body = {"command": command, "value": value} if command != "status" else None
         answer = await ask_once(http, PATH, body, TIMEOUT_S)
-    if answer is None:
-        raise MoeInspectError(
-            f"{http.base_url} has no {PATH}: start the engine with MOE_INSPECT_TRACE=DIR and "
-            "VLLM_PLUGINS=moe_inspect, in an environment that has moe-inspect"
-        )
-    engines = answer.get("engines")
+        engines = answer.get("engines") if answer is not None else None
+        if answer is None and (engines := await _of_sglang(http, command, value)) is None:
+            raise MoeInspectError(
+                f"{http.base_url} has no {PATH}: start the engine with MOE_INSPECT_TRACE=DIR, and "
+                "vLLM with VLLM_PLUGINS=moe_inspect too, in an environment that has moe-inspect"
+            )
     if not (isinstance(engines, list) and engines and all(isinstance(e, dict) for e in engines)):
         raise MoeInspectError(
             f"no engine behind {http.base_url} runs the plugin: was MOE_INSPECT_TRACE set?"
@@ -35,3 +38,15 @@ async def _tell(url: str, command: str, value: str, api_key: str | None) -> list
     if refused := next((e["refused"] for e in engines if e.get("refused")), None):
         raise MoeInspectError(str(refused))
     return engines
+
+
+async def _of_sglang(http: httpx.AsyncClient, command: str, value: str) -> list[Any] | None:
+    """By the internal state that SGLang's server shows and takes; None where none is ours."""
+    if command != "status":
+        path, body = "/set_internal_state", {"server_args": {KEY: [command, value]}}
+        answer = await http.post(path, json=body)  # a list
+        if answer.status_code not in (200, 404):
+            raise MoeInspectError(f"{http.base_url}{path} refused: HTTP {answer.status_code}")
+    info = await ask_once(http, "/server_info", None, TIMEOUT_S)
+    states = (info or {}).get("internal_states") or []
+    return [state[KEY] for state in states if KEY in state] or None

@@ -13,6 +13,7 @@ from moe_inspect.errors import MoeInspectError
 
 PREFIX = "MOE_INSPECT_"
 PATH = "/v1/moe_inspect"  # of the endpoint: below /v1 engines ask for their API key, if any
+KEY = "moe_inspect"  # of the internal state that SGLang's server shows and takes
 SWITCH = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 

@@ -1,0 +1,270 @@
+"""The seam to SGLang: where its schedulers choose experts, run a batch and end requests. `register`
+is an entry point, which SGLang calls.
+
+Read from SGLang 0.5.23. L routers, T rows, K slots, E experts.
+"""
+
+# pyright: reportMissingImports=false
+# (SGLang is not installed where types are checked)
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.capture.engine.settings import KEY, Settings, is_asked
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_inspect.capture.engine.sender import Sender
+    from moe_inspect.capture.engine.steps import Scheduled, StepRecorder
+
+log = logging.getLogger("sglang.moe_inspect")
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # in a config
+
+
+def register() -> None:
+    """SGLang calls it in each of its processes."""
+    if not is_asked():
+        return
+    try:
+        if not Settings.read().is_active:
+            return
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        root = "sglang.srt"
+        state = f"{root}.managers.scheduler_components.internal_state"
+        around = {
+            f"{root}.model_executor.model_runner.ModelRunner.load_model": _load_model,
+            f"{root}.model_executor.model_runner.ModelRunner.forward": _forward,
+            f"{root}.layers.moe.topk._post_process_topk_ids": _choose,
+            f"{root}.managers.scheduler.Scheduler.run_batch": _run_batch,
+            f"{root}.managers.scheduler.Scheduler.process_batch_result": _process_result,
+            f"{state}.SchedulerInternalStateController.get_internal_state": _get_state,
+            f"{state}.SchedulerInternalStateController.set_internal_state": _set_state,
+        }
+        for target, hook in around.items():
+            HookRegistry.register(target, hook, HookType.AROUND)
+    except Exception as error:  # the engine goes on
+        _tell(error)
+
+
+def _tell(error: Exception) -> None:
+    """Why nothing is recorded, in a line if the user can mend it."""
+    if isinstance(error, MoeInspectError):
+        log.error("moe-inspect: nothing is recorded: %s", error)
+    else:
+        log.error("moe-inspect: nothing is recorded", exc_info=error)
+
+
+class Here:
+    """Of this process, which runs one scheduler: the seam, or why there is none. `said`: what the
+    last command was answered, which the state shows once."""
+
+    seam: Seam | None = None
+    refused = ""
+    said: dict[str, Any] | None = None
+
+
+def _load_model(load: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    loaded = load(runner, *args, **kwargs)
+    if runner.is_draft_worker:
+        return loaded
+    try:
+        from sglang.srt.runtime_context import get_parallel
+
+        if get_parallel().tp_rank == 0:  # the others of its group see the same tokens
+            Here.seam = Seam(runner, Settings.read())
+    except Exception as error:  # the engine goes on
+        Here.refused = str(error)
+        _tell(error)
+    return loaded
+
+
+def _choose(
+    post_process: Callable[..., Any],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    topk_config: Any,
+    router_logits: Tensor,
+    layer_id: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Before logical experts become physical ones, and padding and shared experts are marked."""
+    if Here.seam is not None and topk_config.allow_routed_experts_capture:
+        Here.seam.keep(layer_id, topk_ids, topk_weights, router_logits)
+    given = topk_ids, topk_weights, topk_config, router_logits, layer_id
+    return post_process(*given, *args, **kwargs)
+
+
+def _run_batch(run: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+    if Here.seam is not None:
+        Here.seam.note_prompts(batch.reqs)
+    return run(scheduler, batch, *args, **kw)
+
+
+def _forward(forward: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+    output = forward(runner, batch, *args, **kw)
+    if Here.seam is not None and not runner.is_draft_worker:
+        Here.seam.after_step(batch)
+    return output
+
+
+def _process_result(
+    process: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kw: Any
+) -> Any:
+    output = process(scheduler, batch, *args, **kw)
+    if Here.seam is not None:
+        Here.seam.note_ended(batch.reqs)
+    return output
+
+
+def _get_state(get: Callable[..., Any], controller: Any, request: Any) -> Any:
+    answer = get(controller, request)
+    said, Here.said = Here.said, None
+    answer.internal_state[KEY] = said or _command("status")
+    return answer
+
+
+def _set_state(set_state: Callable[..., Any], controller: Any, request: Any) -> Any:
+    if KEY not in request.server_args:
+        return set_state(controller, request)
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    Here.said = _command(*request.server_args[KEY])
+    return SetInternalStateReqOutput(updated="refused" not in Here.said)
+
+
+def _command(what: str, value: str = "") -> dict[str, Any]:
+    if Here.seam is None:
+        return {"refused": f"nothing is recorded: {Here.refused or 'another process does'}"}
+    return Here.seam.recorder.command(what, value)
+
+
+class Seam:
+    """Of one scheduler, whose model is loaded."""
+
+    def __init__(self, runner: Any, settings: Settings):
+        from moe_inspect.capture.engine.sender import Sender
+        from moe_inspect.capture.engine.steps import Rows, StepRecorder
+
+        server, config = runner.server_args, runner.model_config
+        routers = recordable_routers(runner.model, server)
+        self.layers = {layer: n for n, layer in enumerate(routers)}
+        self.unseen = set(self.layers)  # layers that have not chosen experts yet
+        (K,) = set(routers.values())
+        E = next((e for name in EXPERTS if (e := getattr(config.hf_text_config, name, None))), None)
+        if E is None:
+            raise MoeInspectError("its config does not state a number of experts")
+        chunk = server.chunked_prefill_size or -1
+        prefill = chunk if chunk > 0 else max(server.max_prefill_tokens, config.context_len)
+        self.T = prefill + max(server.max_running_requests or 0, 4096)
+        self.rows = Rows((len(routers), self.T, K), E, settings.logits, runner.device)
+        about = _about(server, config, settings) | {
+            "layers": list(routers),
+            "paths": [f"layers.{layer}" for layer in routers],
+            "experts": E,
+            "top_k": K,
+            "device": str(runner.device),
+        }
+
+        def start(recorder: StepRecorder) -> Sender:
+            return Sender(recorder, about)
+
+        self.recorder = StepRecorder(self.rows, settings, start, about["rank"])
+        self.prompts: dict[str, int] = {}  # of each request that is not over
+        self.ended: set[str] = set()
+
+    def keep(self, layer: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
+        """In the forward pass."""
+        if (n := self.layers.get(layer)) is not None:
+            self.unseen.discard(layer)
+            self.rows.keep(n, ids_TK, weights_TK, logits_TE)
+
+    def note_prompts(self, requests: list[Any]) -> None:
+        for request in requests:
+            self.prompts[request.rid] = len(request.origin_input_ids)
+
+    def note_ended(self, requests: list[Any]) -> None:
+        for request in requests:
+            if request.finished():
+                self.ended.add(request.rid)
+                self.prompts.pop(request.rid, None)
+
+    def after_step(self, batch: Any) -> None:
+        try:
+            n = 0 if batch.forward_mode.is_idle() else len(batch.input_ids)
+            if n and self.unseen:
+                layers = ", ".join(map(str, sorted(self.unseen)))
+                raise MoeInspectError(f"layers {layers} choose experts where nobody sees it")
+            if n > self.T:
+                self.recorder.dropped += n * len(self.layers)
+                return
+            ended, self.ended = self.ended, set()
+        except Exception as error:
+            self.recorder.stop(error)
+            return
+        self.recorder.after_step(n, ended, lambda: self._whose(batch))
+
+    def _whose(self, batch: Any) -> Scheduled:
+        from moe_inspect.capture.engine.steps import Scheduled
+
+        requests, extends = list(batch.rids), batch.forward_mode.is_extend()
+        rows = batch.extend_seq_lens_cpu if extends else [1] * len(requests)
+        edges = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+        # a request that has ended meanwhile was decoding
+        prompts = np.array([self.prompts.get(request, 0) for request in requests])
+        none = np.zeros(len(requests), np.int64)
+        ends = np.full(len(requests), 2**31)
+        tokens, positions = batch.input_ids, batch.positions
+        return Scheduled(requests, edges, prompts, none, ends, tokens, positions)
+
+
+def recordable_routers(model: Any, server: Any) -> dict[int, int]:
+    """Layer → K of each router, by layer. MoeInspectError where a router does not see each token of
+    this scheduler once, or what it chooses is not told."""
+    found = [m for m in model.modules() if type(m).__name__ == "TopK" and not m.is_draft]
+    if not found:
+        raise MoeInspectError(f"{type(model).__name__} has no MoE layer with SGLang's TopK")
+    unseen = {
+        "speculative decoding": server.speculative_algorithm is not None,
+        "pipeline parallelism": server.pp_size > 1,
+        "attention by data parallelism": server.enable_dp_attention,
+        "two-batch overlap": server.enable_two_batch_overlap,
+    }
+    if there := [name for name, is_there in unseen.items() if is_there]:
+        raise MoeInspectError(f"{', '.join(there)}: a router does not see each token once")
+    routers = {
+        topk.layer_id: topk.topk_config.top_k - topk.topk_config.num_shared_topk_slots
+        for topk in sorted(found, key=lambda topk: topk.layer_id)
+    }
+    if len(routers) < len(found) or len(set(routers.values())) > 1:
+        raise MoeInspectError("its layers have several routers, or routers of several sizes")
+    return routers
+
+
+def _about(server: Any, config: Any, settings: Settings) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "engine": "sglang",
+        "version": version("sglang"),
+        "model": server.model_path,
+        "revision": server.revision,
+        "tokenizer": server.tokenizer_path,
+        "trust_remote_code": server.trust_remote_code,
+        "vocabulary": config.vocab_size,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "rank": 0,
+        "logits": settings.logits,
+        "text": settings.text,
+        "traces": settings.trace and str(settings.trace),
+        "max_gb": settings.max_gb,
+        "keep": settings.keep,
+    }

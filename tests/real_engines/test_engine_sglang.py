@@ -1,0 +1,118 @@
+"""The plugin inside a real SGLang, on a CPU, against the same requests in transformers: each
+decision of each token that the engine computed, by request and position."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import moe_inspect
+from moe_inspect.capture.engine.control import tell
+from tests.real_engines.load import prompts
+from tests.real_engines.models import MODELS, save
+from tests.real_engines.server import BIN, ENGINES
+from tests.real_engines.test_engine_plugin import (
+    Asked,
+    Property,
+    check_rows,
+    compared,
+    decisions,
+    traces_in,
+)
+
+pytestmark = pytest.mark.skipif(
+    find_spec("sglang") is None, reason="make test-sglang installs SGLang"
+)
+OPTIONS = ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+OPTIONS += ["--max-total-tokens", "20000", "--chunked-prefill-size", "128", "--dtype", "float32"]
+OPTIONS += ["--max-running-requests", "8", "--disable-overlap-schedule"]
+
+
+@contextmanager
+def served(
+    place: Path, name: str, *options: str, **variables: object
+) -> Iterator[tuple[str, Path]]:
+    """The URL of a server with the plugin, and the directory of its model."""
+    model = save(name, place / "model", ENGINES["sglang"].tied)
+    more = {f"MOE_INSPECT_{key.upper()}": str(value) for key, value in variables.items()}
+    more |= {"MOE_INSPECT_TRACE": str(place / "runs"), **ENGINES["sglang"].environment}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in more.items():
+            patch.setenv(key, value)
+        patch.setenv("PATH", str(BIN), prepend=os.pathsep)
+        start = [sys.executable, "-m", "sglang.launch_server", "--device", "cpu"]
+        command = [*start, "--model-path", str(model), *OPTIONS, *options]
+        with moe_inspect.serve_engine(command, log=place / "log") as engine:
+            yield engine.url, model
+
+
+async def answers(url: str, named: dict[str, list[int]], generate: int = 16) -> list[Asked]:
+    """Requests by name, eight at once."""
+    at_once = asyncio.Semaphore(8)
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+
+        async def ask(name: str, prompt: list[int]) -> Asked:
+            sampling = {"max_new_tokens": generate, "temperature": 0, "ignore_eos": True}
+            body = {"input_ids": prompt, "rid": name, "sampling_params": sampling}
+            async with at_once:
+                answer: Any = (await http.post("/generate", json=body)).json()
+            return Asked(name, prompt, answer["output_ids"], answer["meta_info"]["cached_tokens"])
+
+        return list(await asyncio.gather(*(ask(n, p) for n, p in named.items())))
+
+
+def named(texts: Sequence[list[int]], prefix: str = "r") -> dict[str, list[int]]:
+    return {f"{prefix}{n}": text for n, text in enumerate(texts)}
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "Qwen3-MoE"])
+def test_every_decision(name: str, tmp_path: Path, record_property: Property) -> None:
+    """In chunks of 128 tokens, behind a radix cache, switched off and on in between."""
+    with served(tmp_path, name) as (url, model):
+        asked = asyncio.run(answers(url, named(prompts())))
+        (state,) = tell(url, "off")
+        assert not state["on"]
+        asyncio.run(answers(url, named(prompts()[:3], "off")))
+        (state,) = tell(url, "on")
+        assert state["on"]
+        asked += asyncio.run(answers(url, named(prompts()[3:5], "on")))
+        assert tell(url, "status")[0]["decisions"] > 0
+        with pytest.raises(moe_inspect.MoeInspectError, match="sample is '2', not a share"):
+            tell(url, "sample", "2")
+    assert any(one.cached for one in asked), "nothing was cached"
+    (path,) = traces_in(tmp_path)
+    tokens, equal, total = compared([path], asked, model)
+    engine = f"SGLang {version('sglang')}"
+    row = f"| {engine} | {name} | off and on | {tokens:,} | {equal:,} of {total:,} |"
+    record_property("plugin", row)
+
+
+def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None:
+    with served(tmp_path, "bundled Mixtral") as (url, _):
+
+        async def abort() -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+                sampling = {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True}
+                body = {"input_ids": prompts()[1], "rid": "long", "sampling_params": sampling}
+                running = asyncio.create_task(http.post("/generate", json=body))
+                await asyncio.sleep(1.0)
+                await http.post("/abort_request", json={"rid": "long"})
+                await running
+
+        asyncio.run(abort())
+        asked = asyncio.run(answers(url, named(prompts()[:2])))
+    (path,) = traces_in(tmp_path)
+    got = decisions(moe_inspect.open_trace(path))
+    got["request"] = got.source
+    assert (got.request == "long").any()
+    check_rows(got[got.request != "long"], asked)
