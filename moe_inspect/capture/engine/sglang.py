@@ -252,6 +252,8 @@ def recordable_routers(model: Any, server: Any) -> dict[int, int]:
 def _about(server: Any, config: Any, settings: Settings) -> dict[str, Any]:
     from importlib.metadata import version
 
+    from sglang.srt.runtime_context import get_parallel
+
     return {
         "engine": "sglang",
         "version": version("sglang"),
@@ -261,7 +263,7 @@ def _about(server: Any, config: Any, settings: Settings) -> dict[str, Any]:
         "trust_remote_code": server.trust_remote_code,
         "vocabulary": config.vocab_size,
         "dtype": str(config.dtype).removeprefix("torch."),
-        "rank": 0,
+        "rank": get_parallel().dp_rank or 0,
         "logits": settings.logits,
         "text": settings.text,
         "traces": settings.trace and str(settings.trace),
