@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 OPTIONS = ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
 OPTIONS += ["--max-total-tokens", "20000", "--chunked-prefill-size", "128", "--dtype", "float32"]
-OPTIONS += ["--max-running-requests", "8", "--disable-overlap-schedule"]
+OPTIONS += ["--max-running-requests", "8", "--disable-overlap-schedule", "--skip-server-warmup"]
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def test_every_decision(name: str, tmp_path: Path, record_property: Property) ->
         assert state["on"]
         asked += asyncio.run(answers(url, named(prompts()[3:5], "on")))
         assert tell(url, "status")[0]["decisions"] > 0
-        with pytest.raises(moe_inspect.MoeInspectError, match="sample is '2', not a share"):
+        with pytest.raises(moe_inspect.MoeInspectError, match=r"sample is .2\.0., not a share"):
             tell(url, "sample", "2")
     assert any(one.cached for one in asked), "nothing was cached"
     (path,) = traces_in(tmp_path)

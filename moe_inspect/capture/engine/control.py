@@ -43,7 +43,11 @@ async def _tell(url: str, command: str, value: str, api_key: str | None) -> list
 async def _of_sglang(http: httpx.AsyncClient, command: str, value: str) -> list[Any] | None:
     """By the internal state that SGLang's server shows and takes; None where none is ours."""
     if command != "status":
-        path, body = "/set_internal_state", {"server_args": {KEY: [command, value]}}
+        try:  # it takes numbers
+            number = float(value) if command == "sample" else float(value != "off")
+        except ValueError:
+            raise MoeInspectError(f"sample is {value!r}, not a share from 0 to 1") from None
+        path, body = "/set_internal_state", {"server_args": {f"{KEY}.{command}": number}}
         answer = await http.post(path, json=body)  # a list
         if answer.status_code not in (200, 404):
             raise MoeInspectError(f"{http.base_url}{path} refused: HTTP {answer.status_code}")

@@ -133,11 +133,14 @@ def _get_state(get: Callable[..., Any], controller: Any, request: Any) -> Any:
 
 
 def _set_state(set_state: Callable[..., Any], controller: Any, request: Any) -> Any:
-    if KEY not in request.server_args:
+    ((key, number), *_) = request.server_args.items()
+    owner, _, what = key.partition(".")
+    if owner != KEY:
         return set_state(controller, request)
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    Here.said = _command(*request.server_args[KEY])
+    value = str(number) if what == "sample" else "on" if number else "off"
+    Here.said = _command(what, value)
     return SetInternalStateReqOutput(updated="refused" not in Here.said)
 
 
@@ -151,6 +154,8 @@ class Seam:
     """Of one scheduler, whose model is loaded."""
 
     def __init__(self, runner: Any, settings: Settings):
+        import torch
+
         from moe_inspect.capture.engine.sender import Sender
         from moe_inspect.capture.engine.steps import Rows, StepRecorder
 
@@ -165,13 +170,14 @@ class Seam:
         chunk = server.chunked_prefill_size or -1
         prefill = chunk if chunk > 0 else max(server.max_prefill_tokens, config.context_len)
         self.T = prefill + max(server.max_running_requests or 0, 4096)
-        self.rows = Rows((len(routers), self.T, K), E, settings.logits, runner.device)
+        device = torch.device(runner.device)
+        self.rows = Rows((len(routers), self.T, K), E, settings.logits, device)
         about = _about(server, config, settings) | {
             "layers": list(routers),
             "paths": [f"layers.{layer}" for layer in routers],
             "experts": E,
             "top_k": K,
-            "device": str(runner.device),
+            "device": str(device),
         }
 
         def start(recorder: StepRecorder) -> Sender:
@@ -259,7 +265,7 @@ def _about(server: Any, config: Any, settings: Settings) -> dict[str, Any]:
         "version": version("sglang"),
         "model": server.model_path,
         "revision": server.revision,
-        "tokenizer": server.tokenizer_path,
+        "tokenizer": server.tokenizer_path or server.model_path,
         "trust_remote_code": server.trust_remote_code,
         "vocabulary": config.vocab_size,
         "dtype": str(config.dtype).removeprefix("torch."),
