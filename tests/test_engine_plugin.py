@@ -194,9 +194,10 @@ def fine(path: Path, status: str = "complete") -> Trace:
 
 def test_variables_are_read_by_one_module() -> None:
     given = {"TRACE": "runs", "SAMPLE": "0.01", "METRICS": "1", "LOGITS": "on", "TEXT": "0"}
-    given |= {"QUEUE_MB": "1.5", "MAX_GB": "2", "KEEP": "0", "START": "off"}
+    given |= {"QUEUE_MB": "1.5", "MAX_GB": "2", "KEEP": "0", "START": "off", "REPLAY": "runs"}
     read = Settings.read({f"MOE_INSPECT_{name}": value for name, value in given.items()})
-    expected = Settings(Path("runs").absolute(), 0.01, True, True, False, 1.5, 2.0, 0, False)
+    runs = Path("runs").absolute()
+    expected = Settings(runs, 0.01, True, True, False, 1.5, 2.0, 0, False, runs)
     assert read == expected
     assert {variable(f.name) for f in fields(Settings)} == {f"MOE_INSPECT_{name}" for name in given}
     assert Settings.read({}) == Settings() == Settings.read({"MOE_INSPECT_TRACE": " "})

@@ -93,6 +93,7 @@ class Settings:
         "closed traces that each engine keeps beside the one that it writes: the oldest is deleted "
         "first; 0 keeps all",
     )
+    start: bool = _setting(True, _switch, "`off` waits for `moe-inspect engine URL on`", "on")
     replay: Path | None = _setting(
         None,
         lambda text: Path(text).absolute(),
@@ -100,7 +101,6 @@ class Settings:
         "`moe_inspect`",
         "none",
     )
-    start: bool = _setting(True, _switch, "`off` waits for `moe-inspect engine URL on`", "on")
 
     @property
     def is_active(self) -> bool:
