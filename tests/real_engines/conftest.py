@@ -18,6 +18,7 @@ from tests.real_engines.server import ENGINES
 COMPARED = dict.fromkeys(ENGINES, "decisions with the same experts") | {
     "llama-cpp": "assignments to the same experts",
     "plugin": "decisions with the same experts",
+    "plugin-sglang": "decisions with the same experts",
 }
 
 

@@ -10,12 +10,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-# of vLLM, what the seam wraps: file → what it must hold
+# of each engine, what the seam wraps: file → what it must hold
 EXPERTS = "model_executor/layers/fused_moe"
-SEAM = {
-    "v1/worker/worker_base.py": ("class WorkerWrapperBase", "def execute_model("),
-    f"{EXPERTS}/runner/moe_runner.py": ("class MoERunner(", "def is_monolithic("),
-    f"{EXPERTS}/router/base_router.py": ("class BaseRouter(", "def _compute_routing("),
+STATE = "srt/managers/scheduler_components/internal_state.py"
+SEAMS = {
+    "vllm": {
+        "v1/worker/worker_base.py": ("class WorkerWrapperBase", "def execute_model("),
+        f"{EXPERTS}/runner/moe_runner.py": ("class MoERunner(", "def is_monolithic("),
+        f"{EXPERTS}/router/base_router.py": ("class BaseRouter(", "def _compute_routing("),
+    },
+    "sglang": {
+        "srt/plugins/hook_registry.py": ("class HookRegistry", "AROUND ="),
+        "srt/model_executor/model_runner.py": ("def load_model(", "def forward("),
+        "srt/layers/moe/topk.py": ("class TopK(", "def _post_process_topk_ids("),
+        "srt/managers/scheduler.py": ("def run_batch(", "def process_batch_result("),
+        STATE: ("class SchedulerInternalStateController", "def set_internal_state("),
+    },
 }
 HIDING = re.compile(r"^class (\w+)\([^)]*FusedMoEExpertsMonolithic\)", re.M)
 
@@ -29,29 +39,30 @@ class Installed(NamedTuple):
 
 
 def installed_engines() -> Iterator[Installed]:
-    """vLLM, installed or not, and SGLang where it is."""
-    root = _folder("vllm")
-    if root is None:
-        yield Installed("vLLM", False, "vllm is not installed")
-    else:
-        yield from _vllm(root)
-    if _folder("sglang") is not None:
-        name = f"SGLang {_version('sglang')}"
-        yield Installed(name, False, "the plugin does not record inside SGLang")
+    """vLLM, installed or not, and SGLang where it is. And of each kernel of vLLM that hides
+    routing, that nothing is recorded of layers it runs."""
+    for package, name, start in (
+        ("vllm", "vLLM", "MOE_INSPECT_TRACE=DIR vllm serve …"),
+        ("sglang", "SGLang", "MOE_INSPECT_TRACE=DIR python -m sglang.launch_server …"),
+    ):
+        root = _folder(package)
+        if root is None:
+            if package == "vllm":
+                yield Installed(name, False, "vllm is not installed")
+            continue
+        name = f"{name} {_version(package)}"
+        lacking = list(_lacking(root, SEAMS[package]))
+        yield Installed(name, not lacking, f"it has no {lacking[0]}" if lacking else start)
+        if not lacking:
+            for file in sorted((root / EXPERTS / "experts").glob("*.py")):
+                for kernel in HIDING.findall(_text(file)):
+                    yield Installed(name, False, f"with {kernel}, which hides its choice")
 
 
-def _vllm(root: Path) -> Iterator[Installed]:
-    """And of each of its kernels that hides routing, that nothing is recorded of layers it runs."""
-    name = f"vLLM {_version('vllm')}"
-    for file, needed in SEAM.items():
+def _lacking(root: Path, seam: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    for file, needed in seam.items():
         text = _text(root / file)
-        if lacking := [each for each in needed if each not in text]:
-            yield Installed(name, False, f"it has no {lacking[0].strip('(')}")
-            return
-    yield Installed(name, True, "MOE_INSPECT_TRACE=DIR vllm serve …")
-    for file in sorted((root / EXPERTS / "experts").glob("*.py")):
-        for kernel in HIDING.findall(_text(file)):
-            yield Installed(name, False, f"with {kernel}, which hides its choice")
+        yield from (each.strip("(= ") for each in needed if each not in text)
 
 
 def _folder(package: str) -> Path | None:

@@ -4,7 +4,9 @@ decision of each token that the engine computed, by request and position."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +21,9 @@ import pytest
 import moe_inspect
 from moe_inspect.capture.engine.control import tell
 from tests.real_engines.load import prompts
-from tests.real_engines.models import MODELS, save
+from tests.real_engines.models import MODELS, OTHERWISE, save
 from tests.real_engines.server import BIN, ENGINES
-from tests.real_engines.test_engine_plugin import (
+from tests.real_engines.test_inside_vllm import (
     Asked,
     Property,
     check_rows,
@@ -29,10 +31,12 @@ from tests.real_engines.test_engine_plugin import (
     decisions,
     traces_in,
 )
+from tests.support.watched import waited
 
 pytestmark = pytest.mark.skipif(
     find_spec("sglang") is None, reason="make test-sglang installs SGLang"
 )
+COUNTED = re.compile(r"^moe_inspect_expert_assignments_total{.*} (\S+)$", re.M)
 OPTIONS = ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
 OPTIONS += ["--max-total-tokens", "20000", "--chunked-prefill-size", "128", "--dtype", "float32"]
 OPTIONS += ["--max-running-requests", "8", "--disable-overlap-schedule", "--skip-server-warmup"]
@@ -71,14 +75,19 @@ async def answers(url: str, named: dict[str, list[int]], generate: int = 16) -> 
         return list(await asyncio.gather(*(ask(n, p) for n, p in named.items())))
 
 
+def counted(url: str) -> float:
+    """Assignments by the engine's /metrics."""
+    return sum(map(float, COUNTED.findall(httpx.get(f"{url}/metrics").text)))
+
+
 def named(texts: Sequence[list[int]], prefix: str = "r") -> dict[str, list[int]]:
     return {f"{prefix}{n}": text for n, text in enumerate(texts)}
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "Qwen3-MoE"])
+@pytest.mark.parametrize("name", [n for n in MODELS if ("sglang", n) not in OTHERWISE])
 def test_every_decision(name: str, tmp_path: Path, record_property: Property) -> None:
     """In chunks of 128 tokens, behind a radix cache, switched off and on in between."""
-    with served(tmp_path, name) as (url, model):
+    with served(tmp_path, name, "--enable-metrics", metrics=1) as (url, model):
         asked = asyncio.run(answers(url, named(prompts())))
         (state,) = tell(url, "off")
         assert not state["on"]
@@ -86,15 +95,18 @@ def test_every_decision(name: str, tmp_path: Path, record_property: Property) ->
         (state,) = tell(url, "on")
         assert state["on"]
         asked += asyncio.run(answers(url, named(prompts()[3:5], "on")))
-        assert tell(url, "status")[0]["decisions"] > 0
+        made = tell(url, "status")[0]["decisions"]
+        k = json.loads((model / "config.json").read_text())["num_experts_per_tok"]
+        waited(lambda: counted(url) == made * k > 0)
         with pytest.raises(moe_inspect.MoeInspectError, match=r"sample is .2\.0., not a share"):
             tell(url, "sample", "2")
     assert any(one.cached for one in asked), "nothing was cached"
     (path,) = traces_in(tmp_path)
+    assert moe_inspect.open_trace(path).n_decisions == made
     tokens, equal, total = compared([path], asked, model)
     engine = f"SGLang {version('sglang')}"
     row = f"| {engine} | {name} | off and on | {tokens:,} | {equal:,} of {total:,} |"
-    record_property("plugin", row)
+    record_property("plugin-sglang", row)
 
 
 def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import moe_inspect
 from moe_inspect.capture.engine.replay import Replay
 from moe_inspect.trace.shard import Shard
 from tests.real_engines.models import save
-from tests.real_engines.test_engine_plugin import generated, traces_in
+from tests.real_engines.test_inside_vllm import generated, traces_in
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="make test-vllm installs vLLM")
 
