@@ -338,8 +338,11 @@ def test_a_plan_of_other_experts_is_refused(header: TraceHeader, plan: Plan) -> 
     with pytest.raises(MoeInspectError, match="4 slots cannot be split over 3 GPUs"):
         Watched(plan=Plan(plan.path, 3)).take(News("recording", []), header)
     plan.path.write_text('{"physical_to_logical_map": [[0, 1, 2]]}')
-    with pytest.raises(MoeInspectError, match="layer 0 does not place its 4 experts"):
-        Watched(plan=plan).take(News("recording", []), header)
+    watched = Watched(plan=plan)
+    for _ in range(2):  # it stays refused
+        with pytest.raises(MoeInspectError, match="layer 0 does not place its 4 experts"):
+            watched.take(News("recording", [a_piece([10, 10, 10, 10])]), header)
+        assert not watched.tokens
 
 
 def test_the_busiest_gpu_is_on_the_screen_and_for_prometheus(one_pass: Path, plan: Plan) -> None:

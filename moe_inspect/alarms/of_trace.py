@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
-from moe_inspect.alarms.rules import BATCH, DROP_RATE, GPU_LOAD, OF_MODEL, Rule
+from moe_inspect.alarms.rules import BATCH, DROP_RATE, OF_MODEL, Rule, refuse_gpus
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import WINDOWS, count_trace
@@ -46,9 +46,9 @@ def alarms_of(
 def refuse_rules(rules: Sequence[Rule], of: TraceHeader | None = None, plan: bool = False) -> None:
     """MoeInspectError for a rule on what no trace holds, or that one `of` does not, and without a
     `plan` for one on GPUs."""
+    if not plan:
+        refuse_gpus(rules)
     for rule in rules:
-        if rule.metric == GPU_LOAD and not plan:
-            raise MoeInspectError(f"the rule {str(rule)!r} needs a plan: moe-inspect watch --plan")
         if rule.metric in (BATCH, *OF_MODEL):
             raise MoeInspectError(
                 f"the rule {str(rule)!r}: a trace does not hold {rule.metric}, only the monitor of "

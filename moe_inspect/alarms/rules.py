@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +159,13 @@ def parse_rule(text: str) -> Rule:
     layers = frozenset(parse_ranges(found["layers"])) if found["layers"] else None
     beyond_chance = not (found["chance"] or "").startswith("even")
     return Rule(metric, sign, value, windows, beyond_chance, layers)
+
+
+def refuse_gpus(rules: Sequence[Rule]) -> None:
+    """MoeInspectError for a rule on the load of GPUs, where there is no plan of placement."""
+    for rule in rules:
+        if rule.metric == GPU_LOAD:
+            raise MoeInspectError(f"the rule {str(rule)!r} needs a plan: moe-inspect watch --plan")
 
 
 def read_rules(path: str | Path) -> list[Rule]:

@@ -28,8 +28,9 @@ def engine(
 ) -> None:
     """Switch the recording inside a serving engine.
 
-    The engine was started with MOE_INSPECT_TRACE=DIR and VLLM_PLUGINS=moe_inspect. Prints how each
-    engine behind the server is then. After on, a writer that has ended is started again.
+    The engine was started with MOE_INSPECT_TRACE=DIR, a vLLM with VLLM_PLUGINS=moe_inspect too.
+    Prints the status of each engine behind the server. A writer that has ended is started again by
+    on.
 
     Examples:
     moe-inspect engine http://localhost:8000

@@ -80,8 +80,9 @@ def watch(
     if (plan is None) != (gpus is None):
         raise typer.BadParameter("--plan and --gpus go together")
     if plan is not None and gpus is not None:
-        from moe_inspect.simulate.placement.plan import Plan
+        from moe_inspect.simulate.placement.plan import Plan, read_plan
 
+        read_plan(plan)  # one that cannot be read is refused before there is a trace
         placed = Plan(plan, gpus)
     options = WatchOptions(
         every_s=every,

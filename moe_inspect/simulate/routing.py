@@ -50,11 +50,14 @@ class ShardTokens:
         """With what a router computed for them, and what the model chose."""
         router, logits_TE = shard.trace.routers[r], shard.logits(r)
         check_length(logits_TE, len(self.batch_T), r)
-        size_TE = logits_TE.view(np.uint16) & 0x7FFF  # without the sign
+        bits_TE = logits_TE.view(np.uint16)
+        size_TE = bits_TE & 0x7FFF  # without the sign
         highest = size_TE.max(initial=0)
-        if highest > INFINITE or (highest == INFINITE and (size_TE.min(1) == INFINITE).any()):
+        unknown = highest > INFINITE or (highest == INFINITE and (bits_TE == INFINITE).any())
+        if unknown or (highest == INFINITE and (size_TE.min(1) == INFINITE).any()):
             raise MoeInspectError(
-                f"{shard.trace.path}: router {r} has NaN logits, or tokens without any finite logit"
+                f"{shard.trace.path}: router {r} has logits that are NaN or +inf, or tokens "
+                "without any finite logit"
             )
         model_TE = np.zeros((len(self.batch_T), router.experts + 1), bool)
         model_TE[np.arange(len(model_TE)), ids_KT] = True  # an unused slot, −1: the last column

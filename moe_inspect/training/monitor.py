@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
-from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
+from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule, refuse_gpus
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.stack import Sinks
@@ -104,6 +104,7 @@ class RoutingMonitor:
         self.flush_steps = flush_steps or log_steps
         self.actions = actions_of(on_alarm)
         self.rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+        refuse_gpus(self.rules)
         self.resume_step, self.overwrite = resume_step, overwrite
         sites = recordable(self.model, routers, layers)
         # without sites, probes will show them

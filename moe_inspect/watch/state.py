@@ -107,6 +107,8 @@ class Watched:
         """Adds what a poll of the follower has found. Whether any tokens came, or the status is
         another. MoeInspectError for a rule on what this trace does not hold."""
         refuse_rules(self._rules, header, self.plan is not None)
+        if self.plan is not None and header is not None and header is not self.header:
+            self._placed = self.plan.placed(header.routers)
         changed = news.again or bool(news.pieces) or news.status != self.status
         if news.again:
             self._begin()
@@ -114,8 +116,6 @@ class Watched:
         if header is not self.header:
             self.header, self.routers = header, [] if header is None else header.routers
             self.labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
-            if self.plan is not None:
-                self._placed = self.plan.placed(self.routers)
         if header is not None:
             for piece in news.pieces:
                 self._add(piece, header)

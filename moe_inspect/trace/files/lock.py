@@ -366,7 +366,7 @@ def is_running(pid: int, start: int | None) -> bool:
         return False
     except PermissionError:
         pass  # it exists, but belongs to another user
-    with suppress(OSError, IndexError):
+    with suppress(OSError, ValueError, IndexError):
         if _stat(pid)[0] == "Z":
             return False
     now = process_start(pid)
