@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import pytest
 import torch
 
 from moe_inspect import Trace, merge, open_trace, verify
-from moe_inspect.capture.engine import sidecar
+from moe_inspect.capture.engine import sglang, sidecar
 from moe_inspect.capture.engine.control import tell
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings, variable
@@ -295,7 +296,7 @@ def test_rejected_drafts_are_absent(tmp_path: Path) -> None:
 
 
 def test_accepted_drafts_beyond_the_end_of_an_answer_are_absent(tmp_path: Path) -> None:
-    settings, step = Settings(tmp_path), None
+    settings = Settings(tmp_path)
     engine = Engine(settings)
     engine.step(("a", 0, 10))
     engine.step(("a", 10, 14), drafts={"a": (3, 3)})
@@ -358,6 +359,72 @@ def test_counts_are_those_of_all_requests() -> None:
     engine.recorder.command("off")
     engine.step(("z", 10, 11))
     assert (engine.recorder.counts.view(L, E).numpy() == counts).all()
+
+
+def test_a_writer_that_follows_another_counts_and_drops_from_there_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = list[tuple[Any, ...]]()
+    monkeypatch.setattr(Sender, "_begin", lambda self: None)
+    monkeypatch.setattr(Sender, "_send", lambda self, *message: sent.append(message))
+    engine = Engine(Settings(Path("unused"), metrics=True), lambda of: Sender(of, {}))
+    engine.step(("a", 0, 10))
+    engine.recorder.dropped = 7
+    engine.recorder.link.close()
+    engine.recorder.link.error = "it was killed"
+    assert engine.recorder.command("on")["on"]
+    engine.step(("a", 10, 11))
+    engine.recorder.dropped += 2
+    engine.recorder.link.close()
+    counts = [message[1] for message in sent if message[0] == "counts"]
+    assert len(counts) == 2
+    assert (sum(counts).reshape(L, E) == engine.assignments).all()
+    assert [message[1] for message in sent if message[0] == "end"] == [7, 2]
+
+
+def test_a_fault_of_ours_ends_the_recording_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what waited for its drafts to be judged is handed over: its room is free again."""
+    engine = Engine(Settings(Path("unused")))
+    engine.step(("a", 0, 10))
+    engine.step(("a", 10, 14), drafts={"a": (3, 1)})
+    of_another_shape = torch.zeros(3, 1, 2)
+    engine.recorder.keep(0, of_another_shape, of_another_shape, of_another_shape)
+    state = engine.recorder.command("status")
+    assert not state["on"]
+    assert "ValueError" in state["error"]
+    link: Any = engine.recorder.link
+    assert len(link.taken()) == 2
+    assert engine.recorder.command("status")["queued_bytes"] == 0
+    monkeypatch.setattr(engine.recorder, "start", lambda _: 1 / 0)
+    link.error = "it was killed"
+    assert "ZeroDivisionError" in engine.recorder.command("on")["refused"]
+
+
+def test_the_state_of_sglang_is_its_own_but_for_our_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(SimpleNamespace):
+        pass
+
+    struct = SimpleNamespace(SetInternalStateReqOutput=Answer)
+    monkeypatch.setitem(sys.modules, "sglang", ModuleType("sglang"))
+    for name in ("sglang.srt", "sglang.srt.managers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", struct)
+    engine = Engine(Settings(Path("unused")))
+    monkeypatch.setattr(sglang.Here, "seam", SimpleNamespace(recorder=engine.recorder))
+
+    def asked(**server_args: float) -> Any:
+        request = SimpleNamespace(server_args=server_args)
+        return sglang._set_state(lambda *_: "its own", None, request)
+
+    assert asked() == "its own"
+    assert asked(pp_max_micro_batch_size=8) == "its own"
+    assert asked(**{"moe_inspect.off": 1, "pp_max_micro_batch_size": 8}) == "its own"
+    assert engine.recorder.on
+    assert asked(**{"moe_inspect.off": 1}).updated
+    assert not engine.recorder.on
+    assert not asked(**{"moe_inspect.sample": 2}).updated
+    answer = sglang._get_state(lambda *_: SimpleNamespace(internal_state={}), None, None)
+    assert "not a share" in answer.internal_state["moe_inspect"]["refused"]
 
 
 def test_what_there_is_no_room_for_is_dropped_and_counted(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
-"""Asks the plugin of a running engine how it is, or tells it what to do, by its server."""
+"""Reads or switches the recording of a running engine, through its server."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe_inspect.capture.engine.settings import KEY, PATH
+import httpx
+
+from moe_inspect.capture.engine.settings import KEY, PATH, share
 from moe_inspect.capture.server.client import ask_once, client
 from moe_inspect.errors import MoeInspectError
-
-if TYPE_CHECKING:
-    import httpx
+from moe_inspect.text import first_line
 
 TIMEOUT_S = 60.0  # workers answer between two steps
 
@@ -44,11 +44,15 @@ async def _of_sglang(http: httpx.AsyncClient, command: str, value: str) -> list[
     """By the internal state that SGLang's server shows and takes; None where none is ours."""
     if command != "status":
         try:  # it takes numbers
-            number = float(value) if command == "sample" else float(value != "off")
-        except ValueError:
-            raise MoeInspectError(f"sample is {value!r}, not a share from 0 to 1") from None
+            number = share(value) if command == "sample" else float(value != "off")
+        except ValueError as error:
+            raise MoeInspectError(f"sample is {value!r}, not {error}") from None
         path, body = "/set_internal_state", {"server_args": {f"{KEY}.{command}": number}}
-        answer = await http.post(path, json=body)  # a list
+        try:
+            answer = await http.post(path, json=body)  # a list
+        except httpx.HTTPError as error:
+            said = first_line(error) or type(error).__name__
+            raise MoeInspectError(f"{http.base_url}{path}: {said}") from None
         if answer.status_code not in (200, 404):
             raise MoeInspectError(f"{http.base_url}{path} refused: HTTP {answer.status_code}")
     info = await ask_once(http, "/server_info", None, TIMEOUT_S)

@@ -54,9 +54,24 @@ class Sender(threading.Thread):
     def __init__(self, recorder: StepRecorder, about: dict[str, Any]):
         super().__init__(name="moe-inspect", daemon=True)
         self.recorder, self.error = recorder, None
-        self._ending = threading.Event()
+        self._about, self._ending = about, threading.Event()
         self._counted_s = time.monotonic()
-        self._counts: Any = recorder.counts.cpu().numpy() * 0 if recorder.settings.metrics else None
+        self._dropped = recorder.dropped  # before it: of another's traces
+        self._process: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._begin()
+            while not self._ending.wait(EVERY_S):
+                self._hand_over()
+            self._hand_over(last=True)
+            self._send("end", self.recorder.dropped - self._dropped)
+            self._close_pipes()
+        except Exception as error:  # the engine goes on
+            self._fail(error)
+
+    def _begin(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", START, *map(os.path.abspath, sys.path)],
             stdin=subprocess.PIPE,
@@ -65,18 +80,7 @@ class Sender(threading.Thread):
         )
         self._process.wait()  # the one that writes has parted from it
         own = {"pid": os.getpid(), "process_start": process_start(os.getpid())}
-        self._send("about", {**about, **own})
-        self.start()
-
-    def run(self) -> None:
-        try:
-            while not self._ending.wait(EVERY_S):
-                self._hand_over()
-            self._hand_over(last=True)
-            self._send("end", self.recorder.dropped)
-            self._close_pipes()
-        except Exception as error:  # the engine goes on
-            self._fail(error)
+        self._send("about", {**self._about, **own})
 
     def close(self) -> None:
         """Hands over what is queued, if that takes no longer than CLOSE_S."""
@@ -91,28 +95,31 @@ class Sender(threading.Thread):
                 step.arrive()
             # waits for the one that writes; meanwhile the queue fills, and the engine drops
             try:
-                self._send("steps", steps, recorder.dropped)
+                self._send("steps", steps, recorder.dropped - self._dropped)
             except OSError:
                 self._lose(steps)
                 raise
             recorder.sent += sum(step.bytes for step in steps)
-        if self._counts is not None:
+        if recorder.settings.metrics:
             now = time.monotonic()
             if last or now - self._counted_s > COUNTS_EVERY_S:
                 self._counted_s, counts = now, recorder.counts.cpu().numpy().copy()
-                if (counts != self._counts).any():
-                    self._send("counts", counts - self._counts)
-                    self._counts = counts
+                before = counts * 0 if recorder.counted is None else recorder.counted
+                if (counts != before).any():
+                    self._send("counts", counts - before)
+                    recorder.counted = counts
 
     def _send(self, *message: Any) -> None:
-        pipe: Any = self._process.stdin
+        pipe = self._process.stdin
         pickle.dump(message, pipe, protocol=5)
         pipe.flush()
 
     def _lose(self, steps: list[Any]) -> None:
         self.recorder.sent += sum(step.bytes for step in steps)
         routers = self.recorder.rows.shape[0]
-        self.recorder.lost += sum(len(step.tokens) * routers for step in steps)
+        lost = sum(len(step.tokens) * routers for step in steps)
+        self.recorder.lost += lost
+        self.recorder.recorded -= lost
 
     def _fail(self, error: Exception) -> None:
         said = self._close_pipes()
@@ -126,7 +133,9 @@ class Sender(threading.Thread):
 
     def _close_pipes(self) -> str:
         """Returns what the process that writes had to say, if it ended by itself."""
-        process: Any = self._process
+        process = self._process
+        if process is None:
+            return ""
         with suppress(OSError):
             process.stdin.close()
         if not self._ending.is_set():

@@ -33,7 +33,10 @@ def register() -> None:
     if not is_asked():
         return
     try:
-        if not Settings.read().is_active:
+        settings = Settings.read()
+        if settings.replay is not None:
+            log.warning("moe-inspect: MOE_INSPECT_REPLAY is for vLLM: nothing is replayed")
+        if not settings.is_active:
             return
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -133,15 +136,17 @@ def _get_state(get: Callable[..., Any], controller: Any, request: Any) -> Any:
 
 
 def _set_state(set_state: Callable[..., Any], controller: Any, request: Any) -> Any:
-    ((key, number), *_) = request.server_args.items()
-    owner, _, what = key.partition(".")
-    if owner != KEY:
+    asked = dict(request.server_args)
+    ours = {key: asked.pop(key) for key in list(asked) if key.startswith(f"{KEY}.")}
+    if not ours or asked:  # SGLang refuses a key of ours
         return set_state(controller, request)
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    value = str(number) if what == "sample" else "on" if number else "off"
-    Here.said = _command(what, value)
-    return SetInternalStateReqOutput(updated="refused" not in Here.said)
+    for key, number in ours.items():
+        what = key.partition(".")[2]
+        value = str(number) if what == "sample" else "on" if number else "off"
+        Here.said = _command(what, value)
+    return SetInternalStateReqOutput(updated="refused" not in (Here.said or {}))
 
 
 def _command(what: str, value: str = "") -> dict[str, Any]:
@@ -191,17 +196,23 @@ class Seam:
         """In the forward pass."""
         if (n := self.layers.get(layer)) is not None:
             self.unseen.discard(layer)
-            self.rows.keep(n, ids_TK, weights_TK, logits_TE)
+            self.recorder.keep(n, ids_TK, weights_TK, logits_TE)
 
     def note_prompts(self, requests: list[Any]) -> None:
-        for request in requests:
-            self.prompts[request.rid] = len(request.origin_input_ids)
+        try:
+            for request in requests:
+                self.prompts[request.rid] = len(request.origin_input_ids)
+        except Exception as error:
+            self.recorder.stop(error)
 
     def note_ended(self, requests: list[Any]) -> None:
-        for request in requests:
-            if request.finished():
-                self.ended.add(request.rid)
-                self.prompts.pop(request.rid, None)
+        try:
+            for request in requests:
+                if request.finished():
+                    self.ended.add(request.rid)
+                    self.prompts.pop(request.rid, None)
+        except Exception as error:
+            self.recorder.stop(error)
 
     def after_step(self, batch: Any) -> None:
         try:
@@ -210,8 +221,9 @@ class Seam:
                 layers = ", ".join(map(str, sorted(self.unseen)))
                 raise MoeInspectError(f"layers {layers} choose experts where nobody sees it")
             if n > self.T:
-                self.recorder.dropped += n * len(self.layers)
-                return
+                raise MoeInspectError(
+                    f"a forward pass of {n:,} tokens: there is room for {self.T:,}"
+                )
             ended, self.ended = self.ended, set()
         except Exception as error:
             self.recorder.stop(error)

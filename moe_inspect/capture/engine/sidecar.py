@@ -107,7 +107,12 @@ def write_all(raw: Sent) -> None:
             if kind == "steps" and traces is not None:
                 traces.write(*values)
             elif kind == "counts":
-                counters.add(*values)
+                try:
+                    counters.add(*values)
+                except Exception as error:  # the trace goes on
+                    if not counters.failed:
+                        print_stderr(f"moe-inspect: no counts in /metrics: {first_line(error)}")
+                    counters.failed = True
             elif kind == "end":
                 status = "complete"
                 if traces is not None:
@@ -121,7 +126,7 @@ class Counters:
     """For Prometheus, in files of PROMETHEUS_MULTIPROC_DIR that the engine's /metrics sums."""
 
     def __init__(self, about: dict[str, Any]):
-        self.about = about
+        self.about, self.failed = about, False
         self.series: list[Any] = []
 
     def add(self, counts: np.ndarray) -> None:

@@ -47,7 +47,7 @@ class Rows:
     def __init__(self, shape: tuple[int, int, int], E: int, logits: bool, device: torch.device):
         self.shape, self.E, self.device = shape, E, device
         L, T, K = shape
-        self.ids = torch.zeros(L, T, K, dtype=torch.int16, device=device)
+        self.ids = torch.full((L, T, K), -1, dtype=torch.int16, device=device)
         self.weights = torch.zeros(L, T, K, dtype=torch.float16, device=device)
         self.logits = torch.zeros(L, T, E, dtype=torch.float16, device=device) if logits else None
 
@@ -114,7 +114,8 @@ class Step:
     logits: Any  # [L, n, E] or None
     bytes: int
     copied: Any = None  # an event
-    sampled: Any = None  # [requests]
+    sampled: Any = None  # [requests of the engine's step, until `arrive`: those recorded]
+    wanted: Any = None  # which of them are recorded
 
     def arrive(self) -> None:
         if self.copied is not None:
@@ -123,6 +124,8 @@ class Step:
         for name in ("tokens", "positions", "ids", "weights", "logits", "sampled"):
             if isinstance(value := getattr(self, name), Tensor):
                 setattr(self, name, value.cpu().numpy())
+        if self.wanted is not None:
+            self.sampled, self.wanted = self.sampled[np.array(self.wanted)], None
 
 
 class Link(Protocol):
@@ -152,6 +155,7 @@ class StepRecorder:
         self.taken = 0  # bytes that were queued
         # of these what has left the queue, and decisions that were lost on their way: the link's
         self.sent = self.lost = 0
+        self.counted: np.ndarray | None = None  # of `counts`, what was handed over
         self.seconds = 0.0  # of the engine's thread
         self.error: str | None = None
         self._live: set[str] = set()  # requests that the process that writes knows of
@@ -160,6 +164,16 @@ class StepRecorder:
         gpu = rows.device.type != "cpu"
         self._copies = torch.Stream(rows.device) if gpu else None
         self.link = start(self)
+
+    def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
+        """In the forward pass: a router's choice."""
+        if torch.compiler.is_compiling():
+            self.rows.keep(router, ids_TK, weights_TK, logits_TE)
+        elif self.error is None:
+            try:
+                self.rows.keep(router, ids_TK, weights_TK, logits_TE)
+            except Exception as error:
+                self.stop(error)
 
     def after_step(self, tokens: int, ended: Set[str], whose: Callable[[], Scheduled]) -> None:
         """Takes what a forward pass over so many tokens has left in the rows. `ended`: requests
@@ -186,8 +200,8 @@ class StepRecorder:
             return
         step, wanted = self._held
         try:
-            chosen = torch.tensor([i for i, kept in enumerate(wanted) if kept])
-            (step.sampled,), copied = self._to_host([sampled_R[chosen.to(sampled_R.device)]])
+            (step.sampled,), copied = self._to_host([sampled_R.clone()])
+            step.wanted = wanted
             step.copied = copied or step.copied  # the later event, of the same stream
             self._release()
         except Exception as error:
@@ -201,7 +215,8 @@ class StepRecorder:
 
     def stop(self, error: Exception) -> None:
         """The engine goes on without us."""
-        self.on, self._held = False, None
+        self.on = False
+        self._release()
         self.error = f"{type(error).__name__}: {first_line(error)}"
         log.exception("moe-inspect: recording has stopped")
 
@@ -221,10 +236,10 @@ class StepRecorder:
         if self.taken - self.sent + size > self.room:
             self.dropped += n * L
             return
-        self.taken += size
-        self.recorded += n * L
         if not isinstance(rows, slice):
-            rows = torch.from_numpy(rows).to(self.rows.device, non_blocking=True)
+            picked = torch.from_numpy(rows)
+            picked = picked if self._copies is None else picked.pin_memory()
+            rows = picked.to(self.rows.device, non_blocking=True)
         logits = self.rows.logits
         arrays: list[Tensor | None] = [of.tokens[rows], of.positions[rows]]
         arrays += [self.rows.ids[:, rows], self.rows.weights[:, rows]]
@@ -242,6 +257,8 @@ class StepRecorder:
             bytes=size,
             copied=copied,
         )
+        self.taken += size
+        self.recorded += n * L
         if of.drafts.any():
             self._held = step, wanted
         else:
@@ -268,7 +285,10 @@ class StepRecorder:
     def command(self, what: str, value: str = "") -> dict[str, Any]:
         """Does one of on, off, sample SHARE, metrics on|off, status, and says how things are. What
         cannot be done is said as `refused`."""
-        refused = self._do(what, value)
+        try:
+            refused = self._do(what, value)
+        except Exception as error:
+            refused = f"{type(error).__name__}: {first_line(error)}"
         state = {
             "rank": self.rank,
             "on": self.on and self.link.error is None,

@@ -18,12 +18,13 @@ import numpy as np
 
 from moe_inspect.capture.engine.settings import PATH, Settings, is_asked
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_inspect.capture.engine.sender import Sender
-    from moe_inspect.capture.engine.steps import Rows, Scheduled, StepRecorder
+    from moe_inspect.capture.engine.steps import Scheduled, StepRecorder
 
 log = logging.getLogger("vllm.moe_inspect")
 
@@ -139,7 +140,7 @@ class Seam:
         E, K = moe.num_logical_experts, moe.experts_per_token
         rows = Rows((len(layers), T, K), E, settings.logits, runner.device)
         for n, layer in enumerate(layers):
-            _watch(layer.router, rows, n)
+            self._watch(layer.router, n)
         about = _about(config, settings) | {
             "layers": [layer.layer_id for layer in layers],
             "paths": [layer.layer_name for layer in layers],
@@ -203,6 +204,17 @@ class Seam:
             drafts[:] = [len(speculated.get(request, ())) for request in requests]
             ends[:] = [self.ends.get(request, 2**31) for request in requests]
         return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
+
+    def _watch(self, router: Any, n: int) -> None:
+        """Keeps what a router chooses, before EPLB maps it to physical experts."""
+        compute: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
+
+        def watched(hidden: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            weights, ids = compute(hidden, logits, *args, **kwargs)
+            self.recorder.keep(n, ids, weights, logits)
+            return weights, ids
+
+        router._compute_routing = watched
 
     def _watch_sampling(self) -> None:
         """Keeps how many tokens each request of a step is given."""
@@ -268,18 +280,6 @@ def kernel_of(layer: Any) -> str:
     return type(getattr(kernel, "fused_experts", None) or method).__name__
 
 
-def _watch(router: Any, rows: Rows, n: int) -> None:
-    """Keeps what a router chooses, before EPLB maps it to physical experts."""
-    compute: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
-
-    def watched(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
-        rows.keep(n, ids, weights, router_logits)
-        return weights, ids
-
-    router._compute_routing = watched
-
-
 def _about(config: Any, settings: Settings) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -315,7 +315,11 @@ class Endpoint:
             return
 
         async def answer(what: str, value: str = "") -> dict[str, Any]:
-            return {"engines": await ask_engines(app.state.engine_client, what, value)}
+            try:
+                return {"engines": await ask_engines(app.state.engine_client, what, value)}
+            except Exception as error:  # as where a variable is wrong: the log says which
+                refused = f"the engine does not run the plugin ({first_line(error)}): see its log"
+                return {"engines": [{"refused": refused}]}
 
         async def status() -> dict[str, Any]:
             return await answer("status")
