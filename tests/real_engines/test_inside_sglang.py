@@ -98,7 +98,7 @@ def test_every_decision(name: str, tmp_path: Path, record_property: Property) ->
         made = tell(url, "status")[0]["decisions"]
         k = json.loads((model / "config.json").read_text())["num_experts_per_tok"]
         waited(lambda: counted(url) == made * k > 0)
-        with pytest.raises(moe_inspect.MoeInspectError, match="sample is .2., not a share"):
+        with pytest.raises(moe_inspect.MoeInspectError, match=r"sample is .2., not a share"):
             tell(url, "sample", "2")
     assert any(one.cached for one in asked), "nothing was cached"
     (path,) = traces_in(tmp_path)

@@ -31,7 +31,8 @@ HIDING = re.compile(r"^class (\w+)\([^)]*FusedMoEExpertsMonolithic\)", re.M)
 
 
 class Installed(NamedTuple):
-    """`fits`: whether the plugin can record inside the engine; `note`: why not, or of what not."""
+    """`fits`: whether the plugin can record inside the engine; `note`: why not, or which kernel is
+    not recorded."""
 
     engine: str
     fits: bool

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 0.05
 COUNTS_EVERY_S = 1.0
 CLOSE_S = 5.0  # engines kill workers that take longer to stop
-# of an engine's memory none is the writer's, nor a GPU
+# the writer gets no GPU and one thread
 QUIET = {
     "CUDA_VISIBLE_DEVICES": "",
     "HIP_VISIBLE_DEVICES": "",

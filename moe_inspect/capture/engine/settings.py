@@ -108,7 +108,7 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """MoeInspectError for a value that is none. An empty variable is as if it were unset."""
+        """MoeInspectError for an invalid value. An empty variable is as if it were unset."""
         values = dict[str, Any]()
         for one in fields(cls):
             name = variable(one.name)

@@ -61,7 +61,7 @@ class Sent(io.RawIOBase):
 
 
 def messages(file: io.BufferedReader) -> Iterator[tuple[Any, ...]]:
-    """Until the end; a message that was cut off is none."""
+    """Until the end; a truncated message is ignored."""
     while True:
         try:
             yield pickle.load(file)
@@ -188,7 +188,7 @@ class Traces:
                     self._next()
 
     def note_dropped(self, dropped: int) -> None:
-        """In all, since the engine was started; those of earlier traces are theirs."""
+        """In all, since the writer began, minus those that its earlier traces state."""
         if self.writer is not None:
             self.writer.dropped = dropped - self.dropped
 
@@ -212,7 +212,7 @@ class Traces:
                 at = self.known[request] = Sequence(self.documents)
                 documents.append(Document(at.document, DOMAIN, request, prompt))
                 self.documents += 1
-            # its begin, behind a cached prefix or not; or it is computed again, or rows are missing
+            # a new sequence: the request begins, is computed again, or rows are missing
             if at.position != first:
                 at.number, self.sequences = self.sequences, self.sequences + 1
             at.position = first + rows
