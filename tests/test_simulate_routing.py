@@ -236,6 +236,17 @@ def test_scoring_is_the_routers_own():
     assert scores.tolist() == [[0.5] * 4]
 
 
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_logits_that_no_softmax_takes_are_refused(wrong: float, tmp_path: Path):
+    """−inf is a mask."""
+    logits_TE, document = skewed(T=50), np.repeat(np.arange(5), 10)
+    logits_TE[7, 3] = -np.inf
+    simulate_routing(with_logits(tmp_path / "masked", logits_TE, 2, document))
+    logits_TE[7, 4] = wrong
+    with pytest.raises(MoeInspectError, match="router 0 has logits that are NaN or"):
+        simulate_routing(with_logits(tmp_path / "t", logits_TE, 2, document))
+
+
 def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
     trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4)
     why = "has no logits, which simulate routing needs: trace with --logits"

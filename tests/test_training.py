@@ -213,6 +213,7 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ({"every": 0}, "every is 0"),
         ({"detail": "all"}, "no detail 'all'"),
         ({"rules": ["max_vio"]}, "has no limit"),
+        ({"rules": ["gpu_max_over_mean > 2"]}, "needs a plan"),
         ({"on_alarm": "shout"}, "no action 'shout'"),
     ):
         with pytest.raises(MoeInspectError, match=message):
