@@ -119,7 +119,7 @@ bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (ben
 	$(BIN)/python -m benchmarks.launch
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.report
-	$(BIN)/python -m benchmarks.report_command
+	$(BIN)/python -m benchmarks.users
 	$(BIN)/python -m benchmarks.simulate
 	$(BIN)/python -m benchmarks.mismatch
 	$(BIN)/python -m benchmarks.mismatch_speed

@@ -291,7 +291,7 @@ CASES = [
     Case("94 x 512", "report {a} --html {out}.html"),
     Case("94 x 512", "report {a} --plots {out}"),
     Case("1e6 tokens in a document", "report {a}", "read"),
-    Case("1e6 tokens in a document", "text {a} --document 0 --format csv"),
+    Case("1e6 tokens in a document", "text {a} --document 0"),
     Case("1e6 tokens in a document", "text {a} --layer 3 --expert 5"),
     Case("k = 1", "report {a}", "read"),
     Case("logits, norms, loss", "report {a}", "read"),
