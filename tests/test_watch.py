@@ -354,7 +354,9 @@ def test_the_busiest_gpu_is_on_the_screen_and_for_prometheus(one_pass: Path, pla
     ratio_L = of_gpus.max(1) / of_gpus.mean(1)
     r = int(ratio_L.argmax())
     layer = trace.routers[r].layer
-    assert f"busiest GPU {ratio_L[r]:.2f}x (layer {layer})" in "\n".join(shown(session, 120, 24))
+    said = f"busiest GPU {ratio_L[r]:.2f}x (layer {layer})"
+    assert said in "\n".join(shown(session, 120, 24))
+    assert said in status_line(session)
     families = {family.name: family for family in Collector(session.watched).collect()}
     values = [sample.value for sample in families["moe_inspect_gpu_max_over_mean"].samples]
     assert values == pytest.approx(ratio_L)

@@ -186,6 +186,15 @@ class Watched:
             return None
         return gpu_load_R(self.window.load, self._placed)
 
+    @property
+    def busiest_gpu(self) -> str:
+        """ "busiest GPU 1.31x (layer 3)", of the window under the plan; "" where there is none."""
+        load_L = self.gpu_load
+        if load_L is None or np.isnan(load_L).all():
+            return ""
+        r = int(np.nanargmax(load_L))
+        return f"busiest GPU {load_L[r]:.2f}x (layer {self.labels[r]})"
+
     def by_chance(self, r: int) -> str:
         """The highest load of an expert ÷ mean load that chance explains; "?" where it may be any,
         as nothing is known yet of how much the load moves from window to window."""
