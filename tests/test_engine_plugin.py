@@ -637,7 +637,9 @@ class Fleet:
 
 
 @contextmanager
-def served(fleet: Fleet) -> Iterator[str]:
+def served(routes: dict[str, Callable[[Any], Any]]) -> Iterator[str]:
+    """The URL of a server. `routes`: path → what it answers, of the body that it is sent."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.answer({"command": "status"})
@@ -645,10 +647,10 @@ def served(fleet: Fleet) -> Iterator[str]:
         def do_POST(self) -> None:
             self.answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
 
-        def answer(self, asked: dict[str, str]) -> None:
-            found = asyncio.run(ask_engines(fleet, asked["command"], asked.get("value", "")))
-            body = json.dumps({"engines": found}).encode()
-            self.send_response(200 if self.path == "/v1/moe_inspect" else 404)
+        def answer(self, asked: Any) -> None:
+            found = routes[self.path](asked) if self.path in routes else {}
+            body = json.dumps(found).encode()
+            self.send_response(200 if self.path in routes else 404)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -662,9 +664,45 @@ def served(fleet: Fleet) -> Iterator[str]:
         server.shutdown()
 
 
+def of_vllm(fleet: Fleet) -> dict[str, Callable[[Any], Any]]:
+    def answer(asked: dict[str, str]) -> dict[str, Any]:
+        found = asyncio.run(ask_engines(fleet, asked["command"], asked.get("value", "")))
+        return {"engines": found}
+
+    return {"/v1/moe_inspect": answer}
+
+
+def test_sglang_is_switched_by_the_state_of_its_server() -> None:
+    sent, states = list[Any](), [{"moe_inspect": {"on": False}}, {"moe_inspect": {"on": True}}]
+
+    def taken(body: Any) -> list[bool]:
+        sent.append(body["server_args"])
+        return [True]
+
+    shown = {"/set_internal_state": taken, "/server_info": lambda _: {"internal_states": states}}
+    with served(shown) as url:
+        assert tell(url, "sample", "0.25") == [{"on": False}, {"on": True}]
+        tell(url, "metrics", "off")
+        tell(url, "off")
+        assert sent == [
+            {"moe_inspect.sample": 0.25},
+            {"moe_inspect.metrics": 0.0},
+            {"moe_inspect.off": 1.0},
+        ]
+        for value in ("2", "nan", "a"):
+            with pytest.raises(MoeInspectError, match=f"sample is '{value}', not a share"):
+                tell(url, "sample", value)
+        states[0]["moe_inspect"] = {"refused": "nothing is recorded: no MoE layer"}
+        with pytest.raises(MoeInspectError, match="nothing is recorded: no MoE layer"):
+            tell(url, "status")
+        states[:] = [{"world_size": 1}]
+        with pytest.raises(MoeInspectError, match="has no /v1/moe_inspect"):
+            tell(url, "status")
+
+
 def test_all_engines_behind_a_server_are_switched(tmp_path: Path, cli: Any) -> None:
     engines = [Engine(Settings(tmp_path), rank=rank) for rank in (0, 1)]
-    with served(Fleet(engines)) as url:
+    with served(of_vllm(Fleet(engines))) as url:
         assert [state["rank"] for state in tell(url, "status")] == [0, 1]
         shown = cli("engine", url, "off", "--format", "csv")
         assert pd.read_csv(pd.io.common.StringIO(shown.stdout)).on.tolist() == [False, False]

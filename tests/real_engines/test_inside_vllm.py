@@ -291,7 +291,7 @@ def engine_state(url: str, *command: str) -> dict[str, Any]:
 def counted(url: str) -> int:
     """The sum over layers and experts that /metrics states."""
     text = httpx.get(f"{url}/metrics").text
-    found = re.findall(r"^moe_inspect_expert_assignments_total\{.*\} (\S+)$", text, re.M)
+    found = re.findall(r"^moe_inspect_engine_assignments_total\{.*\} (\S+)$", text, re.M)
     return int(sum(map(float, found)))
 
 

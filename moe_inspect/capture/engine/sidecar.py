@@ -136,7 +136,7 @@ class Counters:
 
             labels = ["rank", "layer", "expert"]
             counter = Counter(
-                "moe_inspect_expert_assignments", "Assignments of each expert", labels
+                "moe_inspect_engine_assignments", "Assignments of each expert", labels
             )
             rank, layers, E = self.about["rank"], self.about["layers"], self.about["experts"]
             self.series = [counter.labels(rank, n, e) for n in layers for e in range(E)]
