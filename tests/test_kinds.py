@@ -16,7 +16,15 @@ import pytest
 
 import moe_inspect
 from moe_inspect.alarms.alarms import Alarms, Window
-from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, OF_MODEL, known_metrics, parse_rule
+from moe_inspect.alarms.rules import (
+    BATCH,
+    DRIFT,
+    DROP_RATE,
+    GPU_LOAD,
+    OF_MODEL,
+    known_metrics,
+    parse_rule,
+)
 from moe_inspect.reporting.verdict.checks import CHECKS
 from moe_inspect.reporting.verdict.findings import Finding
 from tests.support.chance import REGIMES, monitored
@@ -193,7 +201,7 @@ def windows(of_E: list[int], tokens: int) -> list[Window]:
 
 
 def test_every_metric_of_a_rule_on_the_load_has_its_cases() -> None:
-    assert set(known_metrics()) - {DROP_RATE, *OF_MODEL} == set(ALARMS)
+    assert set(known_metrics()) - {DROP_RATE, GPU_LOAD, *OF_MODEL} == set(ALARMS)
     assert {BATCH, DRIFT} <= set(ALARMS)
 
 

@@ -88,6 +88,7 @@ ELSEWHERE = {
     "trace": "a recording, which goes on: the part tracing",
     "serve-trace": "the same",
     "ablate": "a table, as report's",
+    "engine": "the same, of a running server",
     "prune": "tests/test_prune_checkpoint.py",
 }
 WRITES = ("output", "html", "plots")

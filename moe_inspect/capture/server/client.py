@@ -92,11 +92,11 @@ async def ask_once(
     http: httpx.AsyncClient,
     path: str,
     body: Json | None = None,
-    timeout_s: float = FIRST_CONTACT_S,
+    timeout_s: float | None = None,
 ) -> Json | None:
     """As `ask`, without retries: on first contact a wrong address is more likely than a busy
-    server."""
-    root = root_of(http)
+    server. `timeout_s`: default FIRST_CONTACT_S."""
+    root, timeout_s = root_of(http), timeout_s or FIRST_CONTACT_S
     try:
         async with asyncio.timeout(timeout_s):
             status, data = await _once(http, path, body, MOST_BYTES)
