@@ -264,6 +264,10 @@ class Case:
     same: str = ""  # who else gives the answer, of BY_OTHERS
     other: str = ""  # {b}
 
+    @property
+    def label(self) -> str:
+        return f"{self.trace}: moe-inspect {self.arguments}"
+
 
 CASES = [
     *(
@@ -344,7 +348,7 @@ def main() -> None:
         kept = asked.kept or Path(scratch)
         kept.mkdir(parents=True, exist_ok=True)
         for case in CASES:
-            label = f"{case.trace}: moe-inspect {case.arguments}"
+            label = case.label
             if asked.case and not any(text in label for text in asked.case):
                 continue
             paths = dict[str, str]()
@@ -380,7 +384,8 @@ def main() -> None:
                     f"{least['wall_s']:>9.2f}{least['peak_memory_mib']:>8.0f}",
                     flush=True,
                 )
-            write_results("users", facts, measured)
+            labels = [case.label for case in CASES]
+            write_results("users", facts, {k: measured[k] for k in labels if k in measured})
 
 
 def make_of(root: str, name: str) -> dict[str, Any]:
