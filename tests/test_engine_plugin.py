@@ -36,6 +36,7 @@ from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from tests.support.damage import disk_of
+from tests.support.watched import waited
 
 L, E, K, T = 4, 8, 2, 64  # of the bundled model; T: rows of the buffer
 
@@ -528,14 +529,6 @@ def recording(settings: Settings) -> Iterator[Engine]:
         engine.recorder.close()
 
 
-def until(done: Callable[[], Any], seconds: float = 60.0) -> Any:
-    began = time.monotonic()
-    while not (found := done()):
-        assert time.monotonic() - began < seconds, "nothing happened"
-        time.sleep(0.02)
-    return found
-
-
 def committed(folder: Path, tokens: int) -> Trace | None:
     """The last trace in a folder, when it has so many tokens."""
     for path in sorted(folder.iterdir() if folder.exists() else ())[-1:]:
@@ -552,19 +545,19 @@ def writer_of(folder: Path) -> int:
 def test_the_process_that_writes(tmp_path: Path) -> None:
     with recording(Settings(tmp_path)) as engine:
         engine.serve(30)
-        until(lambda: committed(tmp_path, 1))
+        waited(lambda: committed(tmp_path, 1))
         assert writer_of(tmp_path) != os.getpid()
     (path,) = tmp_path.iterdir()
-    until(lambda: open_trace(path).status == "complete")
+    waited(lambda: open_trace(path).status == "complete")
     assert held(fine(path)) == engine.expected
 
 
 def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path: Path) -> None:
     with recording(Settings(tmp_path)) as engine:
         engine.step(("a", 0, 10))
-        until(lambda: committed(tmp_path, 10))
+        waited(lambda: committed(tmp_path, 10))
         os.kill(writer_of(tmp_path), signal.SIGKILL)
-        until(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
+        waited(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
         state = engine.recorder.command("status")
         assert not state["on"]
         assert state["error"].startswith("the process that writes has ended")
@@ -573,13 +566,13 @@ def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path
         assert fine(path, "interrupted").n_tokens == 10
         assert engine.recorder.command("on")["on"]
         engine.step(("b", 0, 10))
-        again = until(lambda: len([*tmp_path.iterdir()]) == 2 and committed(tmp_path, 10))
+        again = waited(lambda: len([*tmp_path.iterdir()]) == 2 and committed(tmp_path, 10))
         assert set(again.documents().source) == {"b"}
 
 
 def test_a_full_disk_ends_the_recording_and_says_so(tmp_path: Path) -> None:
     with disk_of(1500), recording(Settings(tmp_path)) as engine:
-        until(lambda: engine.step(("a", 0, 10)) or engine.recorder.link.error)
+        waited(lambda: engine.step(("a", 0, 10)) or engine.recorder.link.error)
         error = engine.recorder.command("status")["error"]
     assert error.startswith("the trace cannot be written: ")
     assert "File too large" in error
@@ -589,9 +582,9 @@ def test_a_directory_that_is_gone_ends_the_recording(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     with recording(Settings(folder)) as engine:
         engine.step(("a", 0, 10))
-        until(lambda: committed(folder, 10))
+        waited(lambda: committed(folder, 10))
         folder.rename(tmp_path / "elsewhere")
-        until(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
+        waited(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
         assert "No such file or directory" in engine.recorder.command("status")["error"]
 
 
@@ -616,7 +609,7 @@ def test_a_worker_that_is_killed_leaves_a_trace_that_is_closed(tmp_path: Path) -
     time.sleep(0.3)
     worker.kill()
     worker.wait()
-    trace = until(lambda: (t := committed(tmp_path, 10)) and t.status != "recording" and t)
+    trace = waited(lambda: (t := committed(tmp_path, 10)) and t.status != "recording" and t)
     assert trace.status == "interrupted"
     assert fine(Path(trace.path), "interrupted").n_tokens == 10
 

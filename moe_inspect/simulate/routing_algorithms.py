@@ -151,7 +151,7 @@ def algorithm(
 
 def largest(
     values_TE: np.ndarray,
-    k: int | np.ndarray,
+    k: int,
     add_E: float | np.ndarray = 0.0,
     room: int = 2**31 - 1,
     guess: float | np.ndarray = 0.0,
@@ -160,7 +160,7 @@ def largest(
     order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
     (T, E), kind = values_TE.shape, values_TE.dtype
     drawn, made = (np.arange(T), np.ones(T, np.int32)), np.empty((T, E), bool)
-    of = np.full(T, k), np.full(E, add_E, kind), np.full(E, room, np.int32)
+    of = k, np.full(E, add_E, kind), np.full(E, room, np.int32)
     found = np.full(T, guess, kind), np.zeros(2), made, np.empty(E + 1, f"i{kind.itemsize}")
     kernels.choose_largest(values_TE, *drawn, *of, *found)
     return made

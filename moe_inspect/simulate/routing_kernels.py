@@ -11,7 +11,7 @@ from numba import njit
 
 @njit(nogil=True, cache=True)
 def choose_largest(  # type: ignore[no-untyped-def]
-    values_TE, drawn_N, times_N, k_N, add_E, room_E, guess_T, off_2, chosen_NE, bits_E
+    values_TE, drawn_N, times_N, k, add_E, room_E, guess_T, off_2, chosen_NE, bits_E
 ):
     """In turn, each of the tokens drawn takes the experts of its k largest values + add_E; ties go
     to the lowest id. times_N: how often it takes them. room_E: how many tokens each expert takes
@@ -29,7 +29,7 @@ def choose_largest(  # type: ignore[no-untyped-def]
     limited = room_E.min() <= times_N.sum()
     off = latest = off_2[0]
     for n in range(len(drawn_N)):
-        t, k, times = drawn_N[n], k_N[n], np.int32(times_N[n])
+        t, times = drawn_N[n], np.int32(times_N[n])
         for e in range(E):
             row_E[e] = values_TE[t, e] + add_E[e]
         for e in range(E):
@@ -110,11 +110,11 @@ def fit_bias(scores_TE, k, start_R, drawn_N, times_N, rate_R, guess_T):  # type:
     start_R on) and then takes a step."""
     N, E = np.diff(start_R).max(), scores_TE.shape[1]
     bias_E, room_E, off_2 = np.zeros(E, np.float32), np.empty(E, np.int32), np.zeros(2)
-    chosen_NE, k_N, bits_E = np.empty((N, E), np.bool_), np.full(N, k), np.empty(E + 1, np.int32)
+    chosen_NE, bits_E = np.empty((N, E), np.bool_), np.empty(E + 1, np.int32)
     for r in range(len(rate_R)):
         room_E[:] = 2**31 - 1
         of = slice(start_R[r], start_R[r + 1])
-        drawn = scores_TE, drawn_N[of], times_N[of], k_N
+        drawn = scores_TE, drawn_N[of], times_N[of], k
         choose_largest(*drawn, bias_E, room_E, guess_T, off_2, chosen_NE, bits_E)
         step_bias(bias_E, -room_E, rate_R[r])
     return bias_E

@@ -396,12 +396,13 @@ class Collector:
         self.watched, self.per_expert = watched, per_expert
 
     def _values(self, metric: str, window: Piece) -> Sequence[float]:
-        """Of each router; of the load of GPUs none without a plan."""
+        """Of each router, NaN where there is none: of the load of GPUs without a plan."""
         watched = self.watched
         if metric == "max_vio_chance":
             return [watched.chance(r) for r in range(len(watched.labels))]
         if metric == GPU_LOAD:
-            return [] if watched.gpu_load is None else watched.gpu_load.tolist()
+            load_L = watched.gpu_load
+            return [math.nan] * len(watched.labels) if load_L is None else load_L.tolist()
         return metric_R(metric, window).tolist()
 
     def collect(self) -> Iterator[Metric]:
@@ -423,7 +424,7 @@ class Collector:
         names = [[label, str(r)] for r, label in enumerate(watched.labels)]
         for metric, said in OF_ROUTERS.items():
             family = Gauge(f"moe_inspect_{metric}", said, labels=LABELS)
-            for name, value in zip(names, self._values(metric, window), strict=False):
+            for name, value in zip(names, self._values(metric, window), strict=True):
                 if not math.isnan(value):
                     family.add_metric(name, float(value))
             yield family

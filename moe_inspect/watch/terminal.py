@@ -98,8 +98,8 @@ class Screen:
             parts.append(f"{watched.left_tokens:,} to be counted")
         elif watched.status == RECORDING and watched.changed_s >= 2:
             parts.append(f"last {watched.changed_s:.0f} s ago")
-        if watched.busiest_gpu:
-            parts.append(watched.busiest_gpu)
+        if gpu := watched.busiest_gpu:
+            parts.append(gpu)
         trouble = f"  {watched.trouble}" if watched.trouble else ""
         yield Text.assemble(" · ".join(parts), (trouble, "red"))
 
@@ -212,8 +212,8 @@ def status_line(session: WatchSession) -> str:
         chance = watched.by_chance(r)
         chance = "chance is not known yet" if chance == "?" else f"by chance at most {chance}"
         parts.append(f"busiest expert of layer {watched.labels[r]} {busiest} ({chance})")
-    if watched.busiest_gpu:
-        parts.append(watched.busiest_gpu)
+    if gpu := watched.busiest_gpu:
+        parts.append(gpu)
     alarms = [alarm.text for alarm in watched.alarms]
     parts.append(f"{plural(len(alarms), 'alarm')}: {' '.join(alarms)}" if alarms else "no alarm")
     return printable(", ".join(parts))

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from tests.conftest import ROOT
 from tests.real_engines.load import prompts
 from tests.real_engines.models import MODELS, UNLIKE, save
 from tests.real_engines.server import BIN, ENGINES
+from tests.support.watched import waited
 
 Property = Callable[[str, object], None]
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="make test-vllm installs vLLM")
@@ -295,14 +295,6 @@ def counted(url: str) -> int:
     return int(sum(map(float, found)))
 
 
-def until(done: Callable[[], Any], seconds: float = 60.0) -> Any:
-    began = time.monotonic()
-    while not (found := done()):
-        assert time.monotonic() - began < seconds, "nothing happened"
-        time.sleep(0.1)
-    return found
-
-
 def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: Property) -> None:
     """Off and on again; several answers to a request; one that its client leaves; /metrics; and
     SIGTERM."""
@@ -319,12 +311,12 @@ def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: P
         leave(url, "left", left)
         asked.append(Asked("cmpl-left-0", left, [0], None, left=True))
         L, K = 4, 2
-        until(lambda: counted(url) == engine_state(url)["decisions"] * K)
+        waited(lambda: counted(url) == engine_state(url)["decisions"] * K)
         state = engine_state(url)
         assert counted(url) == state["decisions"] * K
     (path,) = traces_in(tmp_path)
     # (vLLM kills workers that do not end at once)
-    trace = until(lambda: (t := moe_inspect.open_trace(path)).status != "recording" and t)
+    trace = waited(lambda: (t := moe_inspect.open_trace(path)).status != "recording" and t)
     assert trace.n_tokens * L == state["decisions"]
     assert not any("unseen" in source for source in trace.documents().source)
     numbers = compared([path], asked, model)
@@ -348,24 +340,24 @@ def test_what_is_killed_does_not_stop_the_server(tmp_path: Path) -> None:
     named = {f"r{n}": ids for n, ids in enumerate(prompts()[:6])}
     with served(tmp_path) as (url, _):
         asyncio.run(answers(url, named))
-        (first,) = until(lambda: (tmp_path / "runs").exists() and traces_in(tmp_path))
-        until(lambda: moe_inspect.open_trace(first).n_tokens)
+        (first,) = waited(lambda: (tmp_path / "runs").exists() and traces_in(tmp_path))
+        waited(lambda: moe_inspect.open_trace(first).n_tokens)
         os.kill(moe_inspect.open_trace(first).manifest["capture"]["pid"], signal.SIGKILL)
         asyncio.run(answers(url, named))
-        error = until(lambda: engine_state(url)["error"])
+        error = waited(lambda: engine_state(url)["error"])
         assert error.startswith("the process that writes has ended")
         asyncio.run(answers(url, named))
         assert engine_state(url, "on")["error"] is None
         asyncio.run(answers(url, {f"again-{name}": ids for name, ids in named.items()}))
-        _, second = until(lambda: len(traces_in(tmp_path)) == 2 and traces_in(tmp_path))
-        until(lambda: moe_inspect.open_trace(second).n_tokens)
+        _, second = waited(lambda: len(traces_in(tmp_path)) == 2 and traces_in(tmp_path))
+        waited(lambda: moe_inspect.open_trace(second).n_tokens)
         (worker,) = [
             int(status.parent.name)
             for status in Path("/proc").glob("[0-9]*/cmdline")
             if status.read_bytes().startswith(b"VLLM::Worker") and is_ours(status.parent, tmp_path)
         ]
         os.kill(worker, signal.SIGKILL)
-        until(lambda: moe_inspect.open_trace(second).status != "recording")
+        waited(lambda: moe_inspect.open_trace(second).status != "recording")
     for path in (first, second):
         found = moe_inspect.verify(path)
         assert found.ok

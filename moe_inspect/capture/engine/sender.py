@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from importlib.metadata import version
+from typing import Any
 
+from moe_inspect.capture.engine.settings import Settings
+from moe_inspect.capture.engine.steps import Rows, StepRecorder
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
-
-if TYPE_CHECKING:
-    from moe_inspect.capture.engine.steps import StepRecorder
 
 log = logging.getLogger(__name__)
 EVERY_S = 0.05
@@ -46,6 +47,24 @@ threading.Thread(target=read, daemon=True).start()
 from moe_inspect.capture.engine.sidecar import run
 run(chunks)
 """
+
+
+def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRecorder:
+    """A recorder, with a process that writes. `about`: what that must know of the engine, its model
+    and the layers."""
+    facts = {
+        **about,
+        "version": version(about["engine"]),
+        "experts": rows.E,
+        "top_k": rows.shape[2],
+        "device": str(rows.device),
+        "logits": settings.logits,
+        "text": settings.text,
+        "traces": settings.trace and str(settings.trace),
+        "max_gb": settings.max_gb,
+        "keep": settings.keep,
+    }
+    return StepRecorder(rows, settings, partial(Sender, about=facts), about["rank"])
 
 
 class Sender(threading.Thread):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from logging import Logger
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ class Settings:
 def variable(name: str) -> str:
     """Of a field, the variable."""
     return PREFIX + name.upper()
+
+
+def tell_why(log: Logger, error: Exception) -> None:
+    """Why nothing is recorded, in a line if the user can mend it."""
+    if isinstance(error, MoeInspectError):
+        log.error("moe-inspect: nothing is recorded: %s", error)
+    else:
+        log.error("moe-inspect: nothing is recorded", exc_info=error)
 
 
 def is_asked() -> bool:

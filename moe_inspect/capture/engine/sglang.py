@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.capture.engine.settings import KEY, Settings, is_asked
+from moe_inspect.capture.engine.settings import KEY, Settings, is_asked, tell_why
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_inspect.capture.engine.sender import Sender
-    from moe_inspect.capture.engine.steps import Scheduled, StepRecorder
+    from moe_inspect.capture.engine.steps import Scheduled
 
 log = logging.getLogger("sglang.moe_inspect")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # in a config
@@ -54,15 +53,7 @@ def register() -> None:
         for target, hook in around.items():
             HookRegistry.register(target, hook, HookType.AROUND)
     except Exception as error:  # the engine goes on
-        _tell(error)
-
-
-def _tell(error: Exception) -> None:
-    """Why nothing is recorded, in a line if the user can mend it."""
-    if isinstance(error, MoeInspectError):
-        log.error("moe-inspect: nothing is recorded: %s", error)
-    else:
-        log.error("moe-inspect: nothing is recorded", exc_info=error)
+        tell_why(log, error)
 
 
 class Here:
@@ -85,7 +76,7 @@ def _load_model(load: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
             Here.seam = Seam(runner, Settings.read())
     except Exception as error:  # the engine goes on
         Here.refused = str(error)
-        _tell(error)
+        tell_why(log, error)
     return loaded
 
 
@@ -161,8 +152,8 @@ class Seam:
     def __init__(self, runner: Any, settings: Settings):
         import torch
 
-        from moe_inspect.capture.engine.sender import Sender
-        from moe_inspect.capture.engine.steps import Rows, StepRecorder
+        from moe_inspect.capture.engine.sender import recorder_of
+        from moe_inspect.capture.engine.steps import Rows
 
         server, config = runner.server_args, runner.model_config
         routers = recordable_routers(runner.model, server)
@@ -175,20 +166,14 @@ class Seam:
         chunk = server.chunked_prefill_size or -1
         prefill = chunk if chunk > 0 else max(server.max_prefill_tokens, config.context_len)
         self.T = prefill + max(server.max_running_requests or 0, 4096)
-        device = torch.device(runner.device)
-        self.rows = Rows((len(routers), self.T, K), E, settings.logits, device)
-        about = _about(server, config, settings) | {
+        shape = len(routers), self.T, K
+        rows = Rows(shape, E, settings.logits, torch.device(runner.device))
+        about = _about(server, config) | {
             "layers": list(routers),
             "paths": [f"layers.{layer}" for layer in routers],
-            "experts": E,
-            "top_k": K,
-            "device": str(device),
         }
 
-        def start(recorder: StepRecorder) -> Sender:
-            return Sender(recorder, about)
-
-        self.recorder = StepRecorder(self.rows, settings, start, about["rank"])
+        self.recorder = recorder_of(rows, settings, about)
         self.prompts: dict[str, int] = {}  # of each request that is not over
         self.ended: set[str] = set()
 
@@ -267,14 +252,11 @@ def recordable_routers(model: Any, server: Any) -> dict[int, int]:
     return routers
 
 
-def _about(server: Any, config: Any, settings: Settings) -> dict[str, Any]:
-    from importlib.metadata import version
-
+def _about(server: Any, config: Any) -> dict[str, Any]:
     from sglang.srt.runtime_context import get_parallel
 
     return {
         "engine": "sglang",
-        "version": version("sglang"),
         "model": server.model_path,
         "revision": server.revision,
         "tokenizer": server.tokenizer_path or server.model_path,
@@ -282,9 +264,4 @@ def _about(server: Any, config: Any, settings: Settings) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "dtype": str(config.dtype).removeprefix("torch."),
         "rank": get_parallel().dp_rank or 0,
-        "logits": settings.logits,
-        "text": settings.text,
-        "traces": settings.trace and str(settings.trace),
-        "max_gb": settings.max_gb,
-        "keep": settings.keep,
     }

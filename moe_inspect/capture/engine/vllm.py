@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.capture.engine.settings import PATH, Settings, is_asked
+from moe_inspect.capture.engine.settings import PATH, Settings, is_asked, tell_why
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_inspect.capture.engine.sender import Sender
-    from moe_inspect.capture.engine.steps import Scheduled, StepRecorder
+    from moe_inspect.capture.engine.steps import Scheduled
 
 log = logging.getLogger("vllm.moe_inspect")
 
@@ -48,15 +47,7 @@ def register() -> None:
             )
         _wrap_workers()
     except Exception as error:  # the engine goes on
-        _tell(error)
-
-
-def _tell(error: Exception) -> None:
-    """Why nothing is recorded, in a line if the user can mend it."""
-    if isinstance(error, MoeInspectError):
-        log.error("moe-inspect: nothing is recorded: %s", error)
-    else:
-        log.error("moe-inspect: nothing is recorded", exc_info=error)
+        tell_why(log, error)
 
 
 def _wrap_workers() -> None:
@@ -104,7 +95,7 @@ def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
             wrapper.moe_inspect_seam = Seam(runner, config, settings)
     except Exception as error:  # the engine goes on
         wrapper.moe_inspect_refused = str(error)
-        _tell(error)
+        tell_why(log, error)
     return loaded
 
 
@@ -129,8 +120,8 @@ class Seam:
     at the latest, where drafts are speculated."""
 
     def __init__(self, runner: Any, config: Any, settings: Settings):
-        from moe_inspect.capture.engine.sender import Sender
-        from moe_inspect.capture.engine.steps import Rows, StepRecorder
+        from moe_inspect.capture.engine.sender import recorder_of
+        from moe_inspect.capture.engine.steps import Rows
 
         layers = recordable_layers(runner.get_model(), config)
         self.runner, moe = runner, layers[0].moe_config
@@ -141,18 +132,12 @@ class Seam:
         rows = Rows((len(layers), T, K), E, settings.logits, runner.device)
         for n, layer in enumerate(layers):
             self._watch(layer.router, n)
-        about = _about(config, settings) | {
+        about = _about(config) | {
             "layers": [layer.layer_id for layer in layers],
             "paths": [layer.layer_name for layer in layers],
-            "experts": E,
-            "top_k": K,
-            "device": str(runner.device),
         }
 
-        def start(recorder: StepRecorder) -> Sender:
-            return Sender(recorder, about)
-
-        self.recorder = StepRecorder(rows, settings, start, about["rank"])
+        self.recorder = recorder_of(rows, settings, about)
         self.speculates = config.speculative_config is not None
         self.ends: dict[str, int] = {}
         self.sampled: Tensor | None = None
@@ -280,13 +265,10 @@ def kernel_of(layer: Any) -> str:
     return type(getattr(kernel, "fused_experts", None) or method).__name__
 
 
-def _about(config: Any, settings: Settings) -> dict[str, Any]:
-    from importlib.metadata import version
-
+def _about(config: Any) -> dict[str, Any]:
     model = config.model_config
     return {
         "engine": "vllm",
-        "version": version("vllm"),
         "model": model.model,
         "revision": model.revision,
         "tokenizer": model.tokenizer,
@@ -294,11 +276,6 @@ def _about(config: Any, settings: Settings) -> dict[str, Any]:
         "vocabulary": model.get_vocab_size(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "rank": config.parallel_config.data_parallel_rank,
-        "logits": settings.logits,
-        "text": settings.text,
-        "traces": settings.trace and str(settings.trace),
-        "max_gb": settings.max_gb,
-        "keep": settings.keep,
     }
 
 
