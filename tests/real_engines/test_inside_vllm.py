@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -311,7 +312,12 @@ def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: P
         leave(url, "left", left)
         asked.append(Asked("cmpl-left-0", left, [0], None, left=True))
         L, K = 4, 2
-        waited(lambda: counted(url) == engine_state(url)["decisions"] * K)
+
+        def settled() -> bool:
+            time.sleep(5)  # the process that writes needs the processor too
+            return counted(url) == engine_state(url)["decisions"] * K
+
+        waited(settled)
         state = engine_state(url)
         assert counted(url) == state["decisions"] * K
     (path,) = traces_in(tmp_path)
