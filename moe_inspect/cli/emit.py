@@ -142,7 +142,10 @@ def _parquet(table: Any, file: BinaryIO) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from moe_inspect.reporting.tables.registry import as_frame
+
     buffer = io.BytesIO()  # a pipe has no position
-    whole = pa.Table.from_pandas(pd.DataFrame(table), preserve_index=False)
+    frame = table if isinstance(table, pd.DataFrame) else as_frame(table)
+    whole = pa.Table.from_pandas(frame, preserve_index=False)
     pq.write_table(whole, buffer, compression="zstd")
     file.write(buffer.getvalue())

@@ -18,7 +18,7 @@ from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, once, records
-from moe_inspect.reporting.tables.registry import AsColumns, table
+from moe_inspect.reporting.tables.registry import AsColumns, as_frame, table
 
 BALANCE = tuple(
     dict.fromkeys(
@@ -35,15 +35,19 @@ BALANCE = tuple(
 
 
 @table(by_router=BALANCE)
-def balance(data: ReportData) -> pd.DataFrame:
+def balance(data: ReportData) -> AsColumns:
     """One row per router: how even its load is, and what is expected by chance."""
-    return balance_of(data.counts, data.thresholds.starved, data.trace.drops)
+    return _balance(data.counts, data.thresholds.starved, data.trace.drops)
 
 
 def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False) -> pd.DataFrame:
     """The balance table of any counts, also those of a recording in progress. `starved`: load ratio
     below which an expert counts as starved. `drops`: whether slots that routed nowhere are
     dropped."""
+    return as_frame(_balance(counts, starved, drops))
+
+
+def _balance(counts: Counts, starved: float, drops: bool) -> AsColumns:
     p_values = _p_values(counts)
 
     def values(r: int) -> Row:
@@ -81,11 +85,13 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
             **p_values[r],
         }
 
-    columns = ("experts", "top_k", "tokens", "assignments", *BALANCE)
-    # whole numbers that may be missing
-    whole = ("dead_experts", "starved_experts", "busiest_expert", "busiest_expert_before_drops")
-    frame = row_per_router(counts, counts.indices, columns, values)
-    return frame.astype(dict.fromkeys(whole, "Int64"))
+    rows = [{"layer": counts.routers[r].layer, "router": r, **values(r)} for r in counts.indices]
+    names = ("layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE)
+    columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
+    for name in ("dead_experts", "starved_experts", "busiest_expert", "busiest_expert_before_drops"):
+        known = columns[name].astype(float)
+        columns[name] = np.ma.array(np.nan_to_num(known).astype(np.int64), mask=np.isnan(known))
+    return columns
 
 
 def floor_of(counts: Counts, r: int) -> float:

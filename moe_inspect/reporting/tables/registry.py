@@ -14,7 +14,8 @@ from moe_inspect.later import pd
 from moe_inspect.text import no_such
 
 ROWS = 10  # of a table in a text that is no screen
-AsColumns = Mapping[str, np.ndarray]  # a table that can be written before pandas is imported
+# a table that can be written before pandas is imported; whole numbers that may be missing are masked
+AsColumns = Mapping[str, np.ndarray]
 Maker = Callable[[Any], "pd.DataFrame | AsColumns"]  # from the data of a report or a comparison
 Made = TypeVar("Made", bound=Maker)
 
@@ -51,6 +52,15 @@ def check_table(name: str, tables: Mapping[str, Table] = TABLES) -> None:
         raise MoeInspectError(no_such("table", name, tables))
 
 
+def as_frame(columns: AsColumns) -> pd.DataFrame:
+    whole = {
+        name: pd.arrays.IntegerArray(of.filled(0), np.ma.getmaskarray(of))
+        for name, of in columns.items()
+        if isinstance(of, np.ma.MaskedArray)
+    }
+    return pd.DataFrame({**columns, **whole}, copy=False)
+
+
 class LazyTables(Mapping[str, "pd.DataFrame"]):
     """name → DataFrame of what `data` holds, made when first asked for."""
 
@@ -60,7 +70,7 @@ class LazyTables(Mapping[str, "pd.DataFrame"]):
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         if not isinstance(made := self.as_made(name), pd.DataFrame):
-            made = self._made[name] = pd.DataFrame(made, copy=False)
+            made = self._made[name] = as_frame(made)
         return made
 
     def as_made(self, name: str) -> pd.DataFrame | AsColumns:
