@@ -289,7 +289,7 @@ IMPORTED = {
     "report TRACE --table load --format parquet -o OUT": "pandas pyarrow.compute",
     "report TRACE --table load --top 3 -o OUT": "",
     "report TRACE --table load --threshold uneven=0.3": "",
-    "report TRACE --table balance": "pandas pyarrow.compute scipy",
+    "report TRACE --table balance": "scipy",
     "report TRACE --table load --html OUT": "pandas pyarrow.compute scipy regex",
     "text TRACE --document 0": "pandas pyarrow.compute regex",
     "": "",
