@@ -32,6 +32,7 @@ COMMANDS: Listed = {
         "import": "convert import_",
         "watch": "files watch",
         "doctor": "describe doctor",
+        "conformance": "conformance conformance",
     },
     "Look": {
         "report": "report report",

@@ -1,0 +1,376 @@
+"""Sends the cases to a server, and compares what it returns with the same model in transformers.
+
+T tokens that were fed, L routers, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from moe_inspect.capture.server.client import Json, ask_once, client, root_of
+from moe_inspect.capture.server.protocols import (
+    ENGINES,
+    FLAG,
+    EngineProtocol,
+    Request,
+    Served,
+    ask_about,
+    routers_of,
+    served_model,
+)
+from moe_inspect.conformance.cases import CASES, Ask, Draw
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.later import pd
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import first_line, no_such, plural
+
+TIMEOUT_S = 600.0
+LEAVES_AFTER_S = 0.3
+NEAR = 1e-5  # of two logits so close, sums in another order may exchange the experts
+STOP_AT = 5  # token of an answer
+MOST_WRONG = 0.1  # of decisions that a pattern of wrong ones need not explain
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a request. made: the tokens that were generated; routed_TLK: what the engine
+    returned for the tokens that were fed (the prompt and all generated ones but the last), as far
+    as it did; said: why there is none."""
+
+    case: str
+    ask: Ask
+    made: tuple[int, ...] = ()
+    routed_TLK: np.ndarray | None = field(default=None, repr=False)
+    said: str = ""
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        return self.ask.prompt + self.made[:-1]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers chooses for a sequence, in ascending order [T, L, K], and its logits, of
+    each router [T, E]."""
+
+    ids_TLK: np.ndarray
+    logits_LTE: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """A server judged. table: a row per case: requests, answers, tokens (fed), decisions, and of
+    these `equal`, `undecided` (differ by experts whose logits are closer than 1e-5, or after such
+    a decision of the same answer), `wrong` and `missing`; `refused`: requests without an answer.
+    findings: what is wrong, in words; none for a server that conforms."""
+
+    engine: str
+    version: str | None
+    table: pd.DataFrame
+    findings: Sequence[Finding]
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+
+def check(
+    url: str,
+    model: str | Path | None = None,
+    *,
+    engine: str | None = None,
+    cases: Sequence[str] | None = None,
+    api_key: str | None = None,
+    progress: Callable[[str], None] = lambda case: None,
+) -> Conformance:
+    """Compares the experts that a server returns with those of the same model in transformers, in
+    float32 on this machine's CPU.
+
+    model    the directory that the server serves; by default the one it names
+    engine   "vllm" or "sglang"; by default the server is asked
+    cases    names of CASES; by default all
+    progress is called with the name of each case that begins
+
+    Decisions are compared as sets of experts. MoeInspectError where no server answers, it returns
+    no experts, or its model cannot be loaded."""
+    for name in cases or ():
+        if name not in CASES:
+            raise MoeInspectError(no_such("case", name, CASES))
+    return asyncio.run(_check(url, model, engine, tuple(cases or CASES), api_key, progress))
+
+
+async def _check(
+    url: str,
+    model: str | Path | None,
+    engine: str | None,
+    cases: Sequence[str],
+    api_key: str | None,
+    progress: Callable[[str], None],
+) -> Conformance:
+    from moe_inspect.model.load import load_config, load_model
+
+    async with client(url, api_key, TIMEOUT_S, 64) as http:
+        if engine is None:
+            known = await ask_once(http, ENGINES["sglang"].about) is not None
+            engine = "sglang" if known else "vllm"
+        if engine not in ENGINES:
+            raise MoeInspectError(no_such("engine", engine, ENGINES))
+        protocol = ENGINES[engine]
+        name = str(model or await _named(http, protocol))
+        config = load_config(name)
+        about = await ask_about(http, protocol, config)
+        served = served_model(about["model"], config, routers_of(config)[1], None)
+        network = load_model(name, config, dtype="float32", device="cpu")
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
+        taken = min(positions, about["max_model_len"] or positions) - protocol.reserved(0)
+        answers = list[Answer]()
+        for case in cases:
+            progress(case)
+            for asks in CASES[case][1](Draw(served.vocabulary, taken)):
+                found = await asyncio.gather(
+                    *(_answers(http, protocol, served, case, ask) for ask in asks)
+                )
+                answers += [answer for of_ask in found for answer in of_ask]
+    if all(answer.routed_TLK is None for answer in answers):
+        raise MoeInspectError(f"{root_of(http)} answers no request: {answers[0].said}")
+    rows, findings = list[dict[str, Any]](), list[Finding]()
+    references = expected(network, {answer.fed for answer in answers if answer.made})
+    for case in cases:
+        row, said = judge(case, [a for a in answers if a.case == case], references)
+        rows.append(row)
+        findings += said
+    return Conformance(engine, about["version"], pd.DataFrame(rows), findings)
+
+
+async def _named(http: httpx.AsyncClient, protocol: EngineProtocol) -> str:
+    """The directory of the model by what the server says of it."""
+    about = await ask_once(http, protocol.about) or {}
+    cards = about.get("data")
+    card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
+    name = about.get("model_path") or card.get("root")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        raise MoeInspectError(
+            f"{root_of(http)} serves {name!r}, which is no directory here: give --model DIR"
+        )
+    return name
+
+
+async def _answers(
+    http: httpx.AsyncClient, protocol: EngineProtocol, served: Served, case: str, ask: Ask
+) -> list[Answer]:
+    """Of a request that is to stop early, both."""
+    if ask.leaves:
+        try:
+            await asyncio.wait_for(_sent(http, protocol, served, ask), LEAVES_AFTER_S)
+        except (TimeoutError, MoeInspectError):
+            pass
+        return []
+    found = await _once(http, protocol, served, case, ask)
+    if ask.own_stop and len(found[0].made) > STOP_AT:
+        found += await _once(http, protocol, served, case, ask, (found[0].made[STOP_AT - 1],))
+    return found
+
+
+async def _once(
+    http: httpx.AsyncClient,
+    protocol: EngineProtocol,
+    served: Served,
+    case: str,
+    ask: Ask,
+    stop: Sequence[int] = (),
+) -> list[Answer]:
+    """An Answer for each that was asked for."""
+    try:
+        data = await _sent(http, protocol, served, ask, stop)
+        return [_read(protocol, served, Answer(case, ask), answer) for answer in data]
+    except MoeInspectError as error:
+        return [Answer(case, ask, said=str(error))]
+
+
+async def _sent(
+    http: httpx.AsyncClient,
+    protocol: EngineProtocol,
+    served: Served,
+    ask: Ask,
+    stop: Sequence[int] = (),
+) -> list[Json]:
+    """The JSON of each answer. Nothing is retried: what a server refuses is a finding."""
+    salt = ask.salt or uuid.uuid4().hex
+    request = Request(np.array(ask.prompt, np.int32), ask.most, ask.temperature, 0, salt)
+    body = protocol.body(request, served)
+    sampling: Json = body.get("sampling_params", body)
+    sampling |= {"ignore_eos": True} if not stop else {"stop_token_ids": list(stop)}
+    sampling |= {"n": ask.answers} if ask.answers > 1 else {}
+    try:
+        response = await http.post(protocol.path, json=body)
+        data = response.json()
+    except (httpx.HTTPError, ValueError) as error:
+        said = first_line(error) or type(error).__name__
+        raise MoeInspectError(f"no answer: {said}") from None
+    if response.status_code != 200:
+        raise MoeInspectError(f"HTTP {response.status_code}: {str(data)[:200]}")
+    answers = data if isinstance(data, list) else [data]
+    if not all(isinstance(answer, dict) for answer in answers):
+        raise MoeInspectError(f"no answer: {str(data)[:200]}")
+    choices = data.get("choices") if isinstance(data, dict) else None
+    if isinstance(choices, list) and len(choices) > 1:  # of one prompt
+        answers = [{**data, "choices": [choice]} for choice in choices]
+    if len(answers) != ask.answers:
+        raise MoeInspectError(f"{plural(len(answers), 'answer')} where {ask.answers} were asked")
+    return answers
+
+
+def _read(protocol: EngineProtocol, served: Served, answer: Answer, data: Json) -> Answer:
+    reply = protocol.read(data, served)
+    made = reply.token_ids
+    if not isinstance(made, list) or not made:
+        raise MoeInspectError(f"no generated token ids: {str(made)[:80]}")
+    layers = [router.layer for router in served.routers]
+    if reply.routed_TBK.shape[1:] != (served.blocks, served.top_k):
+        raise MoeInspectError(
+            f"routed experts of shape {reply.routed_TBK.shape}, not [tokens, {served.blocks}, "
+            f"{served.top_k}]"
+        )
+    return replace(answer, made=tuple(made), routed_TLK=reply.routed_TBK[:, layers])
+
+
+def expected(network: Any, sequences: Iterable[tuple[int, ...]]) -> Mapping[Any, Reference]:
+    """What the model chooses for each sequence, fed at once."""
+    import torch
+
+    from moe_inspect.capture.options import RecordOptions
+    from moe_inspect.capture.recorder import Recorder
+    from moe_inspect.trace.reader import open_trace
+
+    fed = list(sequences)
+    with tempfile.TemporaryDirectory() as place:
+        with torch.no_grad(), Recorder(network, Path(place, "t"), RecordOptions(logits=True)):
+            for sequence in fed:
+                network(input_ids=torch.tensor([sequence], device=network.device))
+        trace = open_trace(Path(place, "t"))
+        routers = range(len(trace.routers))
+        ids_TLK = np.stack(
+            [np.concatenate([np.stack(s.slots(r)).T for s in trace.shards]) for r in routers], 1
+        )
+        logits_L = [np.concatenate([s.logits(r) for s in trace.shards]) for r in routers]
+    ends = np.cumsum([len(sequence) for sequence in fed])[:-1]
+    parts = [np.split(np.sort(ids_TLK, 2), ends), *(np.split(of, ends) for of in logits_L)]
+    return {s: Reference(ids, of) for s, ids, *of in zip(fed, *parts, strict=True)}
+
+
+def judge(
+    case: str, answers: Sequence[Answer], references: Mapping[Any, Reference]
+) -> tuple[dict[str, Any], list[Finding]]:
+    """A row of the table, and what is wrong."""
+    counts = dict.fromkeys(("decisions", "equal", "undecided", "wrong", "missing"), 0)
+    findings, wrong = list[Finding](), list[tuple[Answer, Reference, int, np.ndarray]]()
+    refused = [answer for answer in answers if answer.routed_TLK is None]
+    lengths = list[str]()
+    for answer in answers:
+        if answer.routed_TLK is None:
+            continue
+        of, got_TLK = references[answer.fed], np.sort(answer.routed_TLK.astype(np.int64), 2)
+        rows, (T, L, _) = len(got_TLK), of.ids_TLK.shape
+        at = _begin(got_TLK, of.ids_TLK)
+        got_TLK = got_TLK[: T - at]
+        same_TL = (got_TLK == of.ids_TLK[at : at + rows]).all(2)
+        open_TL = ~same_TL & _undecided(of, at, got_TLK)
+        wrong_TL = ~same_TL & ~open_TL
+        counts["decisions"] += T * L
+        counts["equal"] += int(same_TL.sum())
+        counts["undecided"] += int(open_TL.sum())
+        counts["wrong"] += int(wrong_TL.sum())
+        counts["missing"] += (T - len(got_TLK)) * L
+        if rows != T:
+            where = f", the first is that of token {at}" if at else ""
+            lengths.append(f"{rows} rows for {T} tokens that were fed{where}")
+        if wrong_TL.any():
+            wrong.append((answer, of, at, wrong_TL))
+    if refused:
+        text = f"{case}: {len(refused)} of {plural(len(answers), 'request')} got no answer that "
+        text += f"can be read: {refused[0].said}"
+        findings.append(finding("refused", "critical", text, requests=len(refused)))
+    if lengths:
+        text = f"{case}: {plural(len(lengths), 'answer')} of {len(answers)} with too few or too "
+        text += f"many rows: {lengths[0]}"
+        findings.append(finding("rows", "critical", text, answers=len(lengths)))
+    if wrong:
+        text = f"{case}: {counts['wrong']:,} of {counts['decisions']:,} decisions are wrong"
+        text += f" ({len(wrong)} of {plural(len(answers), 'answer')}). {_first(*wrong[0])}"
+        text += _pattern(wrong)
+        findings.append(finding("wrong", "critical", text, decisions=counts["wrong"]))
+    tokens = sum(len(a.fed) for a in answers if a.routed_TLK is not None)
+    row = {"case": case, "answers": len(answers), "tokens": tokens, **counts}
+    return {**row, "refused": len(refused)}, findings
+
+
+def _begin(got_TLK: np.ndarray, right_TLK: np.ndarray) -> int:
+    """The token of the first row: of an answer with too few rows the last ones may be there."""
+    late = len(right_TLK) - len(got_TLK)
+    if late <= 0:
+        return 0
+    first = (got_TLK == right_TLK[: len(got_TLK)]).all(2).mean() if len(got_TLK) else 1.0
+    last = (got_TLK == right_TLK[late:]).all(2).mean() if len(got_TLK) else 1.0
+    return late if last > first else 0
+
+
+def _undecided(of: Reference, at: int, got_TLK: np.ndarray) -> np.ndarray:
+    """Whether a decision may differ: by experts whose logits are close; and whatever follows such
+    a one, in later layers and tokens. bool [T, L]"""
+    T, L, _ = got_TLK.shape
+    found_TL = np.zeros((T, L), bool)
+    differ_TL = (got_TLK != of.ids_TLK[at : at + T]).any(2)
+    for token, layer in np.argwhere(differ_TL):
+        mine, right = set(got_TLK[token, layer]), set(of.ids_TLK[at + token, layer])
+        apart, logits_E = [*(mine ^ right)], of.logits_LTE[layer][at + token].astype(np.float64)
+        inside = len(mine) == len(right) and all(0 <= e < len(logits_E) for e in apart)
+        if inside and np.ptp(logits_E[apart]) < NEAR:
+            found_TL[token, layer:] = True
+            found_TL[token + 1 :] = True
+            break
+    return found_TL
+
+
+def _first(answer: Answer, of: Reference, at: int, wrong_TL: np.ndarray) -> str:
+    """Where the first wrong decision is."""
+    assert answer.routed_TLK is not None
+    token, router = (int(index) for index in np.argwhere(wrong_TL)[0])
+    position, P = at + token, len(answer.ask.prompt)
+    part = "of the prompt" if position < P else "of the answer"
+    got = sorted(map(int, answer.routed_TLK[token, router]))
+    right = [*map(int, of.ids_TLK[position, router])]
+    return (
+        f"First at position {position} ({part}, which begins at {P if position >= P else 0}), "
+        f"router {router}: experts {got}, not {right}."
+    )
+
+
+def _pattern(wrong: Sequence[tuple[Answer, Reference, int, np.ndarray]]) -> str:
+    """What nearly all wrong decisions are, if they are one thing."""
+    named: dict[str, list[np.ndarray]] = {}
+    for answer, of, at, wrong_TL in wrong:
+        assert answer.routed_TLK is not None
+        got_TLK = np.sort(answer.routed_TLK.astype(np.int64), 2)[: len(wrong_TL)]
+        right_TLK = of.ids_TLK[at : at + len(wrong_TL)]
+        filled_TL = (got_TLK == got_TLK[..., :1]).all(2)
+        parts = {"They name one expert in all slots.": filled_TL}
+        for by, token in ((1, "before"), (-1, "behind")):
+            same_TL = (got_TLK == np.roll(right_TLK, by, 0)).all(2)
+            parts[f"They are those of the token {token}."] = same_TL
+        for other in range(right_TLK.shape[1]):
+            same_TL = (got_TLK == right_TLK[:, [other]]).all(2)
+            parts[f"They are those of router {other}."] = same_TL
+        for name, same_TL in parts.items():
+            named.setdefault(name, []).append(same_TL[wrong_TL])
+    shares = {name: float(np.concatenate(of).mean()) for name, of in named.items()}
+    likely = max(shares, key=lambda name: shares[name])
+    return f" {likely}" if shares[likely] > 1 - MOST_WRONG else ""
