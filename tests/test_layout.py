@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "importers": {"model", "trace", "errors", "files", "text", "workers"},
     "capture": {"demo", "importers", "model", "trace", "errors", "files", "text"},
     "interventions": {"capture", "analysis", "model", "trace", "demo", "errors", "text"},
+    "conformance": {"capture", "model", "reporting", "trace", "errors", "later", "text"},
     "doctor": {"capture", "demo", "model", "trace", "errors", "progress", "text"},
     "analysis": {"trace", "errors", "files", "later", "progress", "text", "workers"},
     "alarms": {"analysis", "trace", "errors", "files", "text"},
@@ -96,7 +97,7 @@ def imports(name: str) -> tuple[tuple[str, bool], ...]:
 
 
 # the fronts of the package: they name every room, and import one when it is first asked
-FRONTS = ("", "__main__", "trace.answers")
+FRONTS = ("", "__main__", "conformance.__main__", "trace.answers")
 
 
 def graph(names: Iterable[str]) -> dict[str, set[str]]:

@@ -78,12 +78,20 @@ class Served:
 @contextmanager
 def serving(engine: str, name: str, place: Path) -> Iterator[Served]:
     """A server of the model, in float32, while the block runs. Its output is in `place`/log."""
-    start, model = ENGINES[engine], save(name, place / "model", ENGINES[engine].tied)
-    command = [*start.command, str(model), *start.options, "--dtype", "float32"]
+    model = save(name, place / "model", ENGINES[engine].tied)
+    with serving_at(engine, model, place) as url:
+        yield Served(engine, name, model, url)
+
+
+@contextmanager
+def serving_at(engine: str, model: Path, place: Path, *options: str) -> Iterator[str]:
+    """The URL of a server of a directory."""
+    start = ENGINES[engine]
+    command = [*start.command, str(model), *start.options, "--dtype", "float32", *options]
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in start.environment.items():
             patch.setenv(variable, value)
         # what it compiles with is looked for there
         patch.setenv("PATH", str(BIN), prepend=os.pathsep)
         with moe_inspect.serve_engine(command, log=place / "log") as served:
-            yield Served(engine, name, model, served.url)
+            yield served.url

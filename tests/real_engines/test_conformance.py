@@ -1,0 +1,38 @@
+"""The conformance of real engines, on a CPU: the routes that they return of each tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from moe_inspect.conformance.check import check
+from moe_inspect.conformance.models import MODELS, save
+from tests.real_engines.server import ENGINES, INSTALLED, serving_at
+
+# small chunks, and a cache in which not all requests fit
+OPTIONS = {
+    "vllm": (
+        *("--max-num-batched-tokens", "128", "--max-num-seqs", "8"),
+        *("--num-gpu-blocks-override", "14"),
+    ),
+    "sglang": ("--chunked-prefill-size", "128", "--max-running-requests", "8"),
+}
+
+
+@pytest.mark.parametrize("engine", INSTALLED)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_routes(
+    engine: str, name: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    model = save(name, tmp_path / name)
+    with serving_at(engine, model, tmp_path, *OPTIONS[engine]) as url:
+        found = check(url, model)
+    table = found.table
+    assert found.ok, f"{table}\n{found.findings}"
+    assert table.undecided.sum() <= table.decisions.sum() / 1000
+    numbers = f"{table.equal.sum():,} of {table.decisions.sum():,}"
+    row = f"| {ENGINES[engine].name} {version(engine)} | {name} | {MODELS[name][0]} |"
+    record_property(f"conformance-{engine}", f"{row} {table.tokens.sum():,} | {numbers} |")
