@@ -39,6 +39,7 @@ ENGINES = {
             "TRITON_INTERPRET": "1",  # its kernels, on a CPU
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_MLA_DISABLE": "1",  # it has no kernel on a CPU
         },
         tied=True,
     ),

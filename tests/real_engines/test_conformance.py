@@ -20,6 +20,10 @@ OPTIONS = {
     ),
     "sglang": ("--chunked-prefill-size", "128", "--max-running-requests", "8"),
 }
+# vLLM's rotary kernel for a CPU is wrong for queries of three dimensions, [tokens, heads, size],
+# which only this model gives it: with torch in its place every decision is right
+NO_ROTARY_KERNEL = ("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}')
+OF_MODEL = {("vllm", "deepseek-v2"): NO_ROTARY_KERNEL}
 
 
 @pytest.mark.parametrize("engine", INSTALLED)
@@ -28,7 +32,8 @@ def test_routes(
     engine: str, name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     model = save(name, tmp_path / name)
-    with serving_at(engine, model, tmp_path, *OPTIONS[engine]) as url:
+    options = (*OPTIONS[engine], *OF_MODEL.get((engine, name), ()))
+    with serving_at(engine, model, tmp_path, *options) as url:
         found = check(url, model)
     table = found.table
     assert found.ok, f"{table}\n{found.findings}"
