@@ -25,7 +25,7 @@ def mismatch(ids_a: Any, ids_b: Any, *, mask: Any = None) -> dict[str, Any]:
     differ in any layer), `order` (share of decisions with the same experts slot by slot); and by
     layer, as arrays [L], `set_mismatch_by_layer` and `overlap_by_layer`. NaN without tokens.
     MoeInspectError where the shapes differ."""
-    a, b = _array(ids_a), _array(ids_b)
+    a, b = (integers_of(ids, "ids").astype(np.int64) for ids in (ids_a, ids_b))
     if a.shape != b.shape or a.ndim != 3:
         raise MoeInspectError(
             f"ids have the shapes {a.shape} and {b.shape}: expected two of [tokens, layers, slots]"
@@ -65,8 +65,9 @@ def _host(values: Any) -> Any:
     return values.cpu() if hasattr(values, "cpu") else values
 
 
-def _array(values: Any) -> np.ndarray:
+def integers_of(values: Any, name: str) -> np.ndarray:
+    """Integers as NumPy has them, of anything that it reads."""
     array = np.asarray(_host(values))
     if array.dtype.kind not in "iu":
-        raise MoeInspectError(f"ids are {array.dtype}: expected integers")
-    return array.astype(np.int64)
+        raise MoeInspectError(f"{name} are {array.dtype}: expected integers")
+    return array

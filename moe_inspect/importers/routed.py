@@ -186,15 +186,19 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str) -> np.ndarray:
 
 def repeats(ids_TK: np.ndarray) -> np.ndarray:
     """bool [T]: whether a decision has an expert twice; slots of −1 are ignored."""
-    if ids_TK.shape[1] <= 12:  # pairs of columns beat sorting so few
-        twice_T = np.zeros(len(ids_TK), bool)
-        columns = [np.ascontiguousarray(ids_TK[:, j]) for j in range(ids_TK.shape[1])]
-        for first, second in combinations(columns, 2):
-            twice_T |= first == second
-        if not (twice_T.any() and ids_TK.dtype.kind == "i" and (ids_TK < 0).any()):
-            return twice_T
-    sorted_TK = np.sort(ids_TK, axis=1)
-    return ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] != -1)).any(1)
+    return repeated([np.ascontiguousarray(ids_TK[:, j]) for j in range(ids_TK.shape[1])])
+
+
+def repeated(slots: Sequence[np.ndarray]) -> np.ndarray:
+    """The same of an array per slot, of its shape."""
+    if len(slots) <= 12:  # pairs of columns beat sorting so few
+        twice = np.zeros(slots[0].shape, bool)
+        for first, second in combinations(slots, 2):
+            twice |= first == second
+        if not (twice.any() and slots[0].dtype.kind == "i" and any((x < 0).any() for x in slots)):
+            return twice
+    in_order = np.sort(np.stack(slots, axis=-1))
+    return ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] != -1)).any(-1)
 
 
 def dense_blocks(routed_TBK: np.ndarray) -> list[int]:

@@ -131,7 +131,7 @@ def missing_ranks(data: ReportData) -> Finding | None:
     if len({len(load_E) for load_E in load_of.values()}) != 1:
         return None
     dead_LE = np.array(list(load_of.values())) == 0
-    silent_R = _silent_ranks(dead_LE)
+    silent_R = silent_ranks(dead_LE)[0]
     # a router that has collapsed, or all of whose logits are equal, sends all tokens to k experts
     one_choice = all(
         (load_E > 0).sum() == data.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1
@@ -158,9 +158,9 @@ def missing_ranks(data: ReportData) -> Finding | None:
     return fnd.critical(said, ranks_seen=len(seen), ranks=ranks, experts=E)
 
 
-def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
+def silent_ranks(dead_LE: np.ndarray) -> tuple[np.ndarray, float]:
     """Which ranks have no expert with load, for the number of ranks that makes that least likely by
-    chance; none where chance can make it. bool [ranks]"""
+    chance, and how likely that is; none where chance can make it. bool [ranks]"""
     E, dead_L = dead_LE.shape[1], dead_LE.sum(1).tolist()
     likeliest, silent = CHANCE, np.zeros(0, bool)
     for ranks in (n for n in range(2, E + 1) if E % n == 0):
@@ -173,7 +173,7 @@ def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
         likely = 2 * ranks * math.prod(by_router)
         if likely < likeliest:
             likeliest, silent = likely, silent_R
-    return silent
+    return silent, likeliest
 
 
 def few_tokens(data: ReportData) -> Finding | None:

@@ -1,0 +1,222 @@
+"""What the text tells: two tokens with the same id choose more alike than others, and most alike at
+the right place. So a shift, and a layer that is another's, show without a reference.
+
+T tokens, N pairs of tokens with the same id, L layers, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from moe_inspect.analysis.metrics.uncertainty import SEED
+from moe_inspect.linting.recorded import LEVEL, Recorded, found
+from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.text import join_first, plural
+
+Pairs = tuple[np.ndarray, np.ndarray]  # int64 [N], twice
+NEAR = 8  # a shift by so many tokens is looked for in all pairs …
+FAR = 512  # … and by so many in FEW_PAIRS of FEW_LAYERS, whose best shift is then judged by all
+FEW_PAIRS, FEW_LAYERS = 256, 2
+BEFORE = 2  # so many earlier tokens with its id a token is paired with
+MOST_PAIRS, MOST_LAYERS = 2048, 16
+WINDOW = 400  # tokens of a sequence that are judged alone
+DRAFT = (-2, -1, 1, 2)  # shifts of one layer
+
+
+def same_id(id_T: np.ndarray, most: int) -> Pairs:
+    """Tokens with the same id, each with up to BEFORE earlier ones; spread over them if many."""
+    order = np.argsort(id_T, kind="stable")
+    order = order[np.searchsorted(id_T[order], 0) :]
+    of = id_T[order]
+    at = [np.flatnonzero(of[back:] == of[:-back]) for back in range(1, BEFORE + 1)]
+    a = np.concatenate([order[i] for i in at])
+    b = np.concatenate([order[i + back] for back, i in enumerate(at, 1)])
+    part = slice(None, None, -(-len(a) // most) or 1)
+    return a[part], b[part]
+
+
+def common(a_KNL: np.ndarray, b_KNL: np.ndarray) -> np.ndarray:
+    """The share of K experts that two decisions have in common. float [N, L]"""
+    both_NL = np.zeros(a_KNL.shape[1:], np.int16)
+    for a_NL in a_KNL:
+        for b_NL in b_KNL:
+            both_NL += a_NL == b_NL
+    return both_NL / len(a_KNL)
+
+
+def tail(gain_N: np.ndarray, tried: int) -> float:
+    """P-value of a mean gain above 0, the best of so many: where there is none, each gain is as
+    likely as its opposite, and Hoeffding's inequality bounds the sum of random signs."""
+    size = float((gain_N**2).sum())
+    if not size or (total := float(gain_N.sum())) <= 0:
+        return 1.0
+    return float(min(1.0, tried * np.exp(max(-(total**2) / size / 2, -600))))
+
+
+def gain(r: Recorded, pairs: Pairs, shift: int, layers: slice | list[int]) -> np.ndarray:
+    """By how much the pairs choose more alike so many tokens on. float [N', L'], of the pairs that
+    stay within their sequences."""
+    a, b = pairs
+    inside = (np.minimum(a, b) + shift >= 0) & (np.maximum(a, b) + shift < r.T)
+    a, b = a[inside], b[inside]
+    s_T = r.sequence_T
+    inside = (s_T[a + shift] == s_T[a]) & (s_T[b + shift] == s_T[b])
+    a, b = a[inside], b[inside]
+    slots = r.slots_KTL[:, :, layers]
+    moved = common(slots[:, a + shift], slots[:, b + shift])
+    return moved - common(slots[:, a], slots[:, b])
+
+
+def spread_over(L: int, most: int) -> list[int]:
+    return np.unique(np.linspace(0, L - 1, min(L, most)).astype(int)).tolist()
+
+
+def best_shift(r: Recorded, pairs: Pairs, far: int) -> tuple[float, int, int]:
+    """Its p-value, the shift, and how many pairs tell."""
+    layers = spread_over(r.L, MOST_LAYERS)
+    tried = [s for s in range(-NEAR, NEAR + 1) if s]
+    longest = int(np.diff(np.append(r.begin_S, r.T)).max())
+    beyond = [s for s in range(-far, far + 1) if NEAR < abs(s) < longest - 1]
+    number = len(tried) + len(beyond)
+    if beyond:
+        step = -(-len(pairs[0]) // FEW_PAIRS)
+        few, early = (pairs[0][::step], pairs[1][::step]), layers[:FEW_LAYERS]
+        tried.append(max(beyond, key=lambda s: -tail(gain(r, few, s, early).mean(1), 1)))
+    best = 1.0, 0, 0
+    for shift in tried:
+        gain_N = gain(r, pairs, shift, layers).mean(1)
+        best = min(best, (tail(gain_N, number), shift, len(gain_N)))
+    return best
+
+
+def part_of(r: Recorded, begin: int, end: int) -> Recorded:
+    which_T = np.zeros(r.T, bool)
+    which_T[begin:end] = True
+    return r.kept(which_T)
+
+
+def shifts(r: Recorded) -> Iterator[Finding]:
+    """Routes that belong to other tokens: of all, else of parts of sequences, else of a layer."""
+    pairs = same_id(r.token_id_T, MOST_PAIRS)
+    if not len(pairs[0]):
+        return
+    p, shift, n = best_shift(r, pairs, FAR)
+    if p < LEVEL:
+        yield _shifted(shift, "", p, n)
+        return
+    ends = np.append(r.begin_S[1:], r.T)
+    windows = [
+        (begin, min(begin + WINDOW, end))
+        for first, end in zip(r.begin_S.tolist(), ends.tolist(), strict=True)
+        for begin in range(first, max(end - WINDOW // 2, first + 1), WINDOW)
+    ]
+    found_at = list[tuple[int, int, float, int, int]]()
+    for begin, end in windows if len(windows) > 1 else ():
+        part = part_of(r, begin, end)
+        of = same_id(part.token_id_T, MOST_PAIRS)
+        if len(of[0]) >= 2 * NEAR:
+            p, shift, n = best_shift(part, of, 0)
+            if p * len(windows) < LEVEL:
+                found_at.append((begin, end, p * len(windows), shift, n))
+    if found_at:
+        begin, end, p, shift, n = found_at[0]
+        s = int(r.sequence_T[begin])
+        first = begin - int(r.begin_S[s])
+        where = f" in tokens {first}-{first + end - begin - 1} of sequence {s}"
+        if len(found_at) > 1:
+            where += f", and in {plural(len(found_at) - 1, 'other part')}"
+        yield _shifted(shift, where, max(one[2] for one in found_at), n)
+        return
+    yield from _layers_shifted(r, pairs)
+
+
+def _shifted(shift: int, where: str, p: float, n: int) -> Finding:
+    what = (
+        f"Tokens with the same id choose most alike {plural(abs(shift), 'row')} "
+        f"{'later' if shift > 0 else 'earlier'}{where}: row n{shift:+d} has the routes of token n "
+        f"({plural(n, 'pair')})."
+    )
+    return found("routes_shifted", what, p, shift=shift, pairs=n)
+
+
+def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
+    if r.L < 3:
+        return
+    p_L, shift_L = np.ones(r.L), np.zeros(r.L, int)
+    for shift in DRAFT:
+        gain_NL = gain(r, pairs, shift, slice(None))
+        for n in range(r.L):
+            if (p := tail(gain_NL[:, n], r.L * len(DRAFT))) < p_L[n]:
+                p_L[n], shift_L[n] = p, shift
+    at = np.flatnonzero(p_L < LEVEL)
+    # of many, the model may look further back than these shifts
+    if len(at) and 4 * len(at) <= r.L:
+        what = (
+            f"In {r.named(at)} tokens with the same id choose most alike "
+            f"{plural(abs(int(shift_L[at[0]])), 'row')} {'later' if shift_L[at[0]] > 0 else 'earlier'}"
+            ", in the other layers in their own."
+        )
+        layers = [int(r.layers[n]) for n in at]
+        yield found("layer_shifted", what, float(p_L[at].max()), layers=layers)
+
+
+def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
+    """Layers beside those of a right recording of the model: each token with an earlier one of its
+    id there. known: with the same layers."""
+    a, b = _across(r.token_id_T, known.token_id_T)
+    if len(a) < 2 * NEAR:
+        return
+    L = r.L
+    here_KNL, there_KNL = r.slots_KTL[:, a], known.slots_KTL[:, b]
+    common_LNM = np.stack(
+        [common(here_KNL[:, :, [n]].repeat(known.L, 2), there_KNL) for n in range(L)]
+    )
+    own_NL = np.stack([common_LNM[n, :, n] for n in range(L)], axis=1)
+    moved = dict[int, tuple[int, float]]()
+    for n in range(L):
+        m = int(common_LNM[n].mean(0).argmax())
+        p = tail(common_LNM[n, :, m] - own_NL[:, n], L * known.L)
+        if m != n and p < LEVEL:
+            moved[n] = m, p
+    if moved:
+        names = [
+            f"layer {r.layers[n]} is the known {known.layers[m]}" for n, (m, _) in moved.items()
+        ]
+        what = f"By what their tokens choose, {join_first(names, 4)}."
+        p = max(p for _, p in moved.values())
+        yield found("layers_moved", what, p, layers=[int(r.layers[n]) for n in moved])
+    # half of what tokens with the same id have in common in the known recording, beyond others
+    of_known = same_id(known.token_id_T, MOST_PAIRS)
+    rng = np.random.default_rng([SEED, len(a)])
+    other = rng.permutation(len(b))
+    by_chance_NL = common(here_KNL, there_KNL[:, other])
+    slots = known.slots_KTL
+    others = rng.permutation(len(of_known[1]))
+    by_id = common(slots[:, of_known[0]], slots[:, of_known[1]]).mean(0)
+    by_other = common(slots[:, of_known[0]], slots[:, of_known[1][others]]).mean(0)
+    lack_NL = (by_id - by_other) / 2 - (own_NL - by_chance_NL)
+    p_L = np.array([tail(lack_NL[:, n], L) for n in range(L)])
+    at = [n for n in np.flatnonzero(p_L < LEVEL).tolist() if n not in moved]
+    if at:
+        what = (
+            f"In {r.named(at)} tokens do not choose what tokens with the same id choose in the "
+            "known trace."
+        )
+        layers = [int(r.layers[n]) for n in at]
+        yield found("routes_of_another_router", what, float(p_L[at].max()), layers=layers)
+
+
+def _across(id_T: np.ndarray, known_T: np.ndarray) -> Pairs:
+    """Tokens, each with one of its id in the known recording."""
+    order = np.argsort(known_T, kind="stable")
+    sorted_T = known_T[order]
+    begin, end = (np.searchsorted(sorted_T, id_T, side) for side in ("left", "right"))
+    at = np.flatnonzero((end > begin) & (id_T >= 0))
+    at = at[:: -(-len(at) // (MOST_PAIRS // 4)) or 1]
+    # one after the other, where the id is there more than once
+    return at, order[begin[at] + np.arange(len(at)) % (end - begin)[at]]
+
+
+Text = Iterable[Finding]

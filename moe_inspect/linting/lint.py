@@ -1,0 +1,122 @@
+"""`moe_inspect.lint`: the checks of an array, a trace or the files of an engine.
+
+T tokens, L layers, K slots, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.comparison.mismatch import integers_of
+from moe_inspect.errors import MoeInspectError, check_whole
+from moe_inspect.linting import by_config, by_text, rows
+from moe_inspect.linting.recorded import Recorded, found
+from moe_inspect.reporting.verdict.findings import Finding, most_important_first
+from moe_inspect.text import plural
+
+Check = Callable[[Recorded], Iterator[tuple[Finding, np.ndarray]]]
+# each without what those before have found
+ROWS: tuple[Check, ...] = (
+    *(rows.filled, rows.out_of_range, rows.layers_filled, rows.twice, rows.repeated_rows),
+    *(rows.repeated_block, rows.layer_copied, rows.sorted_ids, rows.loads),
+)
+
+
+def lint(ids: Any, token_ids: Any = None, *, experts: int, lengths: Any = None) -> list[Finding]:
+    """What is wrong with routes, as far as they tell without a reference. For a training loop:
+
+        for finding in moe_inspect.lint(routed_experts, token_ids, experts=64, lengths=lengths):
+            raise RuntimeError(finding.text)
+
+    ids: integers [T, L, K], the experts of each token, layer and slot (NumPy, or anything that
+    NumPy reads; tensors of a GPU are copied), −1 where a slot routed nowhere; layers with experts
+    only. token_ids: integers [T], −1 where unknown; without them a shift, and rows at the wrong
+    text, cannot be told. experts: per layer. lengths: integers, the tokens of each sequence, one
+    after the other; by default one sequence.
+
+    Returns findings, the gravest first, as those of a report: `kind`, `severity`, `text`, and
+    `values` with `p` (0 where `certain`), `known` (published bugs that look like it) and `option`
+    (what mends it). None where nothing is wrong, or nothing can be told. MoeInspectError where
+    shapes or types are wrong."""
+    ids_TLK = integers_of(ids, "ids")
+    check_whole("experts", experts, 1)
+    if ids_TLK.ndim != 3:
+        raise MoeInspectError(
+            f"ids have the shape {ids_TLK.shape}: expected [tokens, layers, slots]"
+        )
+    T, L, K = ids_TLK.shape
+    token_id_T = np.full(T, -1)
+    known = None if token_ids is None else integers_of(token_ids, "token_ids").ravel()
+    length_S = np.array([T]) if lengths is None else integers_of(lengths, "lengths").ravel()
+    if (length_S < 0).any():
+        raise MoeInspectError(f"lengths has {length_S.min()}: a length is 0 or more")
+    said = list(_lengths(T, known, None if lengths is None else length_S))
+    if not said:
+        token_id_T = token_id_T if known is None else known
+    else:
+        length_S = np.array([T])
+    if not T * L * K:
+        return said
+    begin_S = (np.cumsum(length_S) - length_S)[length_S > 0]
+    recorded = Recorded(narrow(ids_TLK), int(experts), range(L), token_id_T, begin_S)
+    return most_important_first([*said, *findings(recorded)])
+
+
+def narrow(ids_TLK: np.ndarray) -> np.ndarray:
+    """[K, T, L], in as few bytes as hold all ids: every check is faster."""
+    low, high = int(ids_TLK.min()), int(ids_TLK.max())
+    fits = (np.dtype(name) for name in ("i1", "i2", "i4", "i8"))
+    dtype = next(d for d in fits if low >= np.iinfo(d).min and high <= np.iinfo(d).max)
+    return np.ascontiguousarray(np.moveaxis(ids_TLK, 2, 0), dtype=dtype)
+
+
+def _lengths(T: int, known: np.ndarray | None, length_S: np.ndarray | None) -> Iterator[Finding]:
+    for name, tokens, S in (
+        ("token ids", None if known is None else len(known), 1),
+        ("tokens by lengths", None if length_S is None else int(length_S.sum()), 0),
+    ):
+        if tokens is None or tokens == T:
+            continue
+        S = S if length_S is None else len(length_S)
+        yield wrong_lengths(T, tokens, name, S)
+        return
+
+
+def wrong_lengths(rows_of: int, tokens: int, name: str, S: int) -> Finding:
+    lack = tokens - rows_of
+    each = ""
+    if S and lack == S:
+        each = ", one for each sequence"
+    elif S > 1 and lack == S - 1:
+        each = ", one for each boundary of two sequences"
+    what = (
+        f"{plural(rows_of, 'row')} of routes for {tokens:,} {name}: {abs(lack):,} too "
+        f"{'few' if lack > 0 else 'many'}{each}."
+    )
+    return found("lengths", what, rows=rows_of, tokens=tokens)
+
+
+def findings(r: Recorded, known: Recorded | None = None) -> Iterator[Finding]:
+    """What every check finds. known: a right recording of the same layers."""
+    for check in ROWS:
+        left_T, left_L = np.zeros(r.T, bool), np.zeros(r.L, bool)
+        for one, which in check(r):
+            yield one
+            if len(which) and check in (rows.layers_filled, rows.layer_copied):
+                left_L |= which
+            elif len(which):
+                left_T |= which
+        if left_T.all() or left_L.all():
+            return
+        if known is not None:
+            known = known.without_layers(left_L)
+        r = r.kept(~left_T).without_layers(left_L)
+    yield from by_config.groups(r)
+    yield from by_config.weights(r)
+    shifted = [*by_text.shifts(r)]
+    yield from shifted
+    if known is not None and not shifted:
+        yield from by_text.habits(r, known)

@@ -1,0 +1,112 @@
+"""Routes as someone returned them, not checked yet, and what is found in them.
+
+T tokens, L layers, K slots, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.linting.kinds import KINDS
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import plural, ranges
+
+# Of all findings that are not certain, in one recording: 1 of 10,000 right ones may get any. Each
+# kind has an equal part, and divides it among the tests that it makes.
+LEVEL = 1e-4 / 12
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """slots_KTL: integers, an array [T, L] per slot, −1 where it routed nowhere. layers: the number
+    of each. token_id_T: −1 where unknown. begin_S: where each run of consecutive tokens begins.
+    weights_KTL: gate weights. by_weight: whether slot 0 is said to be the first choice; None where
+    nothing is said. config: the model's."""
+
+    slots_KTL: np.ndarray
+    experts: int
+    layers: Sequence[int]
+    token_id_T: np.ndarray
+    begin_S: np.ndarray
+    weights_KTL: np.ndarray | None = None
+    by_weight: bool | None = None
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def K(self) -> int:
+        return self.slots_KTL.shape[0]
+
+    @property
+    def T(self) -> int:
+        return self.slots_KTL.shape[1]
+
+    @property
+    def L(self) -> int:
+        return self.slots_KTL.shape[2]
+
+    @cached_property
+    def sequence_T(self) -> np.ndarray:
+        """The sequence of each token, from 0."""
+        size_S = np.diff(np.append(self.begin_S, self.T))
+        return np.repeat(np.arange(len(self.begin_S)), size_S)
+
+    def kept(self, which_T: np.ndarray) -> Recorded:
+        """Only these tokens. bool [T]"""
+        if which_T.all():
+            return self
+        of_T = self.sequence_T[which_T]
+        # what is left out parts a sequence
+        gap_T = np.diff(np.flatnonzero(which_T), prepend=-2) != 1
+        begin_S = np.flatnonzero(gap_T | (np.diff(of_T, prepend=-1) != 0))
+        weights = None if self.weights_KTL is None else self.weights_KTL[:, which_T]
+        return replace(
+            self,
+            slots_KTL=self.slots_KTL[:, which_T],
+            token_id_T=self.token_id_T[which_T],
+            begin_S=begin_S,
+            weights_KTL=weights,
+        )
+
+    def without_layers(self, left_L: np.ndarray) -> Recorded:
+        if not left_L.any():
+            return self
+        weights = None if self.weights_KTL is None else self.weights_KTL[..., ~left_L]
+        layers = [n for n, left in zip(self.layers, left_L, strict=True) if not left]
+        slots_KTL = np.ascontiguousarray(self.slots_KTL[..., ~left_L])
+        return replace(self, slots_KTL=slots_KTL, weights_KTL=weights, layers=layers)
+
+    def where(self, found_T: np.ndarray) -> str:
+        """ "37 of 400 tokens, the first in sequence 2 at token 5": bool [T]."""
+        n, first = int(found_T.sum()), int(found_T.argmax())
+        if n == self.T:
+            return f"all {plural(n, 'token')}"
+        s = int(self.sequence_T[first])
+        of = f" of sequence {s}" if len(self.begin_S) > 1 else ""
+        verb = "is" if n == 1 else "are"
+        many = f"{n:,} of {plural(self.T, 'token')}"
+        return (
+            f"{many}, of which the first {verb} token {first - int(self.begin_S[s])}{of}".replace(
+                ", of which the first is", ","
+            )
+        )
+
+    def named(self, layers: Sequence[int] | np.ndarray) -> str:
+        """ "layers 1-3": indices of layers."""
+        numbers = [self.layers[int(n)] for n in layers]
+        return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
+
+
+def found(kind: str, what: str, p: float = 0.0, **values: object) -> Finding:
+    """A finding: what was seen and where; how sure (p = 0: no router does that); which published
+    bug looks like it; what mends it."""
+    of = KINDS[kind]
+    sure = "Certain" if p == 0 else f"By chance: p < {max(p, 1e-99):.0e}"
+    known = f" Known: {', '.join(of.bugs)}." if of.bugs else ""
+    text = f"{what} {sure}. {of.means}{known} {of.mend}"
+    values |= {"p": p, "certain": p == 0, "known": list(of.bugs), "option": of.option or None}
+    return finding(kind, of.severity, text.strip(), **values)

@@ -1,0 +1,303 @@
+"""What no router does, or hardly ever by chance: checks of the rows alone, in the order in which
+they are made. What one has found is left out by those that follow.
+
+T tokens, N of them that are looked at, L layers, K slots, E experts, D distinct rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import comb, lgamma
+
+import numpy as np
+
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.importers.responses import WARM_UP
+from moe_inspect.importers.routed import repeated
+from moe_inspect.linting.recorded import LEVEL, Recorded, found
+from moe_inspect.reporting.verdict.data_checks import silent_ranks
+from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.text import plural
+
+FEW = 4096  # tokens on which loads are counted
+SHORT = 8  # tokens in a row from which rows that were there before are looked at
+EVEN_FROM = 16  # assignments per expert from which a load may be called too even
+Left = np.ndarray  # bool [T] or [L]: what a check has found, for the next to leave out
+NOTHING = np.zeros(0, bool)
+
+
+def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tuple[Finding, Left]]:
+    """Tokens whose slots are the same in every layer. at_N: which tokens; row_NK: their slots."""
+    in_all_T = np.zeros(r.T, bool)
+    in_all_T[at_N] = True
+    patterns, which_N, n_of = np.unique(row_NK, axis=0, return_inverse=True, return_counts=True)
+    which_N = which_N.reshape(-1)
+    for i in np.argsort(-n_of).tolist():
+        row_K, n = patterns[i], int(n_of[i])
+        constant, value = bool((row_K == row_K[0]).all()), int(row_K[0])
+        found_T = np.zeros(r.T, bool)
+        found_T[at_N[which_N == i]] = True
+        if constant and value == -1:
+            # where slots are empty elsewhere too, the model drops or skips
+            if not (r.slots_KTL[:, ~in_all_T] == -1).any():
+                what = f"No expert in any slot of any layer: {r.where(found_T)}."
+                yield found("not_recorded", what, tokens=n), found_T
+            continue
+        p, kind = 0.0, "zero_filled" if constant and value == 0 else "constant_filled"
+        if not constant or r.K == 1:
+            # as often as layers that choose without each other have it
+            other_L = (r.slots_KTL[:, ~in_all_T] == row_K[:, None, None]).all(0).sum(0)
+            share_L = (other_L + 1) / (r.T + r.experts)
+            p = float(min(r.T * np.exp(np.log(share_L).sum()), 1)) * len(patterns)
+        if p >= LEVEL or (p and 2 * n < len(at_N)):
+            continue
+        slots = f"expert {value} in every slot" if constant else f"experts {row_K.tolist()}"
+        ends = _where_in_sequences(r, found_T)
+        what = f"{slots.capitalize()} of every layer: {r.where(found_T)}{ends}."
+        yield found(kind, what, p, tokens=n, row=row_K.tolist()), found_T
+
+
+def _where_in_sequences(r: Recorded, found_T: np.ndarray) -> str:
+    if found_T.all():
+        return ""
+    first, last = found_T[r.begin_S].sum(), found_T[np.append(r.begin_S[1:], r.T) - 1].sum()
+    said = [
+        f"at the {end} of {plural(int(n), 'sequence')}"
+        for end, n in (("beginning", first), ("end", last))
+        if n
+    ]
+    return f", {' and '.join(said)}" if said else ""
+
+
+def filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """Memory that was set to a number, or padding."""
+    slots, K, L = r.slots_KTL, r.K, r.L
+    if L > 1:
+        at = np.flatnonzero((slots[:, :, 0] == slots[:, :, -1]).all(0))
+        at = at[(slots[:, at] == slots[:, at, :1]).all((0, 2))]
+    else:
+        at = (
+            np.flatnonzero((slots[1:, :, 0] == slots[:1, :, 0]).all(0))
+            if K > 1
+            else np.zeros(0, int)
+        )
+    if len(at):
+        yield from of_pattern(r, at, slots[:, at, 0].T)
+
+
+def out_of_range(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    slots, E = r.slots_KTL, r.experts
+    low, high = int(slots.min()), int(slots.max())
+    if low >= -1 and high < E:
+        return
+    bad_TL = ((slots < -1) | (slots >= E)).any(0)
+    ids, times = np.unique(slots[(slots < -1) | (slots >= E)], return_counts=True)
+    replicas = low >= -1 and high < 2 * E and high - E + 1 <= 2 * len(ids) and np.median(times) > 1
+    bad_T = bad_TL.any(1)
+    where = f"{r.where(bad_T)}, in {r.named(np.flatnonzero(bad_TL.any(0)))}"
+    values = {"assignments": int(times.sum()), "lowest": low, "highest": high}
+    what = (
+        f"Ids up to {high} of {E} experts"
+        if low >= -1
+        else f"Ids from {low} to {high}, of {E} experts"
+    )
+    yield (
+        found("physical_ids" if replicas else "out_of_range", f"{what}: {where}.", **values),
+        bad_T,
+    )
+
+
+def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """Layers whose slots all hold one number, or all the experts 0 … K−1."""
+    slots, K, E = r.slots_KTL, r.K, r.experts
+    first = slots[:, :8]
+    constant_L = (first == first[:1, :1]).all((0, 1)) if K > 1 else np.zeros(r.L, bool)
+    counted_L = (first == np.arange(K)[:, None, None]).all((0, 1)) & ~constant_L
+    for n in np.flatnonzero(constant_L | counted_L):
+        of = slots[:, :, n]
+        constant_L[n] &= bool((of == of[:1, :1]).all())
+        counted_L[n] &= bool((of == np.arange(K)[:, None]).all())
+    if constant_L.any():
+        named = r.named(np.flatnonzero(constant_L))
+        values = sorted({int(slots[0, 0, n]) for n in np.flatnonzero(constant_L)})
+        of = "no expert" if values == [-1] else f"expert {', '.join(map(str, values))}"
+        what = f"All tokens have {of} in every slot of {named}."
+        yield found("layers_filled", what, layers=_numbers(r, constant_L)), constant_L
+    # experts are numbered by chance: how often a layer that uses only K of them has these
+    p = r.L * float(np.exp(lgamma(E - K + 1) - lgamma(E + 1)))
+    if counted_L.any() and r.T >= SHORT and p < LEVEL:
+        named = r.named(np.flatnonzero(counted_L))
+        what = f"All tokens have experts 0 to {K - 1}, in this order, in {named}."
+        yield found("constant_filled", what, p, layers=_numbers(r, counted_L)), counted_L
+
+
+def _numbers(r: Recorded, which_L: np.ndarray) -> list[int]:
+    return [int(r.layers[n]) for n in np.flatnonzero(which_L)]
+
+
+def twice(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    if r.K < 2 or not (twice_TL := repeated([*r.slots_KTL])).any():
+        return
+    twice_T, n = twice_TL.any(1), int(twice_TL.sum())
+    where = f"{r.where(twice_T)}, in {r.named(np.flatnonzero(twice_TL.any(0)))}"
+    yield (
+        found("twice", f"An expert twice in {plural(n, 'decision')}: {where}.", decisions=n),
+        twice_T,
+    )
+
+
+def repeated_rows(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """Runs of the same row in every layer over tokens with other ids; of unknown ids, runs that no
+    text makes. By chance: how often the row of another id is the same elsewhere."""
+    slots, ids_T = r.slots_KTL, r.token_id_T
+    equal = (slots[:, 1:, -1] == slots[:, :-1, -1]).all(0)
+    at = np.flatnonzero(equal)
+    if not len(at):
+        return
+    equal[at] = (slots[:, at + 1] == slots[:, at]).all((0, 2))
+    known = bool((ids_T >= 0).any())
+    other = (ids_T[1:] != ids_T[:-1]) & (ids_T[1:] >= 0) if known else np.ones(r.T - 1, bool)
+    run = np.cumsum(~equal)  # the number of the run that each step belongs to
+    size_R = np.bincount(run, equal & other).astype(int)
+    longest = int(size_R.max(initial=0))
+    if longest < (SHORT if known else WARM_UP):
+        return
+    many = size_R >= longest / 2
+    others, steps = int(size_R[~many].sum()), int(other.sum() - size_R[many].sum())
+    share = (others + 1) / (steps + 2)
+    p = steps_p(share, longest, r.T)
+    # of few layers that send all tokens to the same experts, a collapse is as likely
+    if p >= LEVEL or (r.L < 4 and size_R[many].sum() > 0.9 * max(other.sum(), 1)):
+        return
+    found_T = np.zeros(r.T, bool)
+    of_run = equal & many[run]
+    found_T[1:] |= of_run
+    n = int(many.sum())
+    what = (
+        f"The same experts in every layer from token to token, up to {longest + 1:,} in a row: "
+        f"{r.where(found_T)}, in {plural(n, 'run')}."
+    )
+    yield found("repeated_rows", what, p, tokens=int(found_T.sum()), longest=longest + 1), found_T
+
+
+def steps_p(share: float, n: int, T: int) -> float:
+    """How likely n steps in a row are, each with this probability, somewhere among T."""
+    return float(min(1.0, max(T, 1) * np.exp(n * np.log(share)))) or 1e-300
+
+
+def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """A stretch of rows that was there before, where the text is another. Without token ids it
+    cannot be told from the same text again."""
+    slots, ids_T, T = r.slots_KTL, r.token_id_T, r.T
+    if T < 2 * SHORT or not (ids_T >= 0).any():
+        return
+    some = np.unique(np.linspace(0, r.L - 1, 4).astype(int))
+    key_T = np.zeros(T, np.uint64)
+    for n in some.tolist():
+        for k in range(r.K):
+            key_T = key_T * np.uint64(0x9E3779B97F4A7C15) + slots[k, :, n].astype(np.uint64)
+    order = np.argsort(key_T, kind="stable")
+    same = np.flatnonzero(key_T[order[1:]] == key_T[order[:-1]])
+    far_T = np.zeros(T, int)  # how far back the same row is
+    far_T[order[same + 1]] = order[same + 1] - order[same]
+    far_T[far_T == 1] = 0
+    at = np.flatnonzero(far_T)
+    at = at[(slots[:, at] == slots[:, at - far_T[at]]).all((0, 2))]
+    other_T, is_T = np.zeros(T, bool), np.zeros(T, bool)
+    is_T[at] = True
+    other_T[at] = (ids_T[at] != ids_T[at - far_T[at]]) & (ids_T[at] >= 0)
+    run = np.cumsum(~is_T | (np.diff(far_T, prepend=0) != 0))
+    size_R = np.bincount(run, other_T)
+    longest = int(size_R.max(initial=0))
+    if longest < SHORT:
+        return
+    many = size_R >= max(longest / 2, SHORT)
+    share = (int(other_T.sum() - size_R[many].sum()) + 1) / (int(T - size_R[many].sum()) + 2)
+    p = steps_p(share, longest, T)
+    if p >= LEVEL:
+        return
+    found_T = is_T & many[run]
+    first = int(found_T.argmax())
+    what = (
+        f"Up to {longest:,} tokens in a row have the experts that other tokens had before, in every "
+        f"layer: {r.where(found_T)}, the first as {int(far_T[first]):,} tokens before."
+    )
+    yield found("repeated_block", what, p, tokens=int(found_T.sum()), longest=longest), found_T
+
+
+def layer_copied(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """Layers with the same row at every token. By chance: as often as two tokens of the layer have
+    the same row, for as many tokens as there are different rows."""
+    seen, copies, worst = dict[bytes, int](), list[tuple[int, int]](), 0.0
+    slots = r.slots_KTL
+    for n in range(r.L):
+        of = seen.setdefault(slots[:, :64, n].tobytes(), n)
+        if of == n or not np.array_equal(slots[:, :, of], slots[:, :, n]):
+            continue
+        n_D = np.unique(slots[:, :, n], axis=1, return_counts=True)[1]
+        share = float(((n_D / r.T) ** 2).sum())
+        p = comb(r.L, 2) * float(np.exp(max(len(n_D) * np.log(share), -600)))
+        if p < LEVEL:
+            copies, worst = [*copies, (of, n)], max(worst, p)
+    if not copies:
+        return
+    said = [f"layer {r.layers[n]} equals layer {r.layers[of]}" for of, n in copies]
+    left_L = np.isin(np.arange(r.L), [n for _, n in copies])
+    what = f"At every token {', '.join(said)}."
+    yield found("layer_copied", what, worst, layers=_numbers(r, left_L)), left_L
+
+
+def sorted_ids(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """Decisions that all ascend. Experts are numbered by chance: decisions that share no expert
+    ascend by 1 ÷ K! each."""
+    slots, K = r.slots_KTL, r.K
+    if K < 2 or r.by_weight is False or not (slots[1:, :32] > slots[:-1, :32]).all():
+        return
+    if not (slots[1:] > slots[:-1]).all():
+        return
+    apart = 0
+    for n in range(r.L):
+        row_DK = np.unique(slots[:, :FEW, n].T, axis=0)
+        while len(row_DK):
+            apart += 1
+            row_DK = row_DK[~np.isin(row_DK, row_DK[0]).any(1)]
+    p = float(np.exp(max(-apart * lgamma(K + 1), -600)))
+    if p < LEVEL:
+        what = f"The {K} ids ascend in all {r.T * r.L:,} decisions."
+        yield found("sorted_ids", what, p), NOTHING
+
+
+def loads(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """Experts without load that fill ranks, and loads more even than by chance: tokens that choose
+    alike make a load less even, never more."""
+    E, K = r.experts, r.K
+    every = r.slots_KTL[:, :: -(-r.T // FEW) or 1]
+    load_LE = np.zeros((r.L, E), int)
+    for n in range(r.L):
+        of = every[:, :, n]
+        load_LE[n] = np.bincount(of[of >= 0].ravel(), minlength=E)
+    load_LE = load_LE[load_LE.any(1)]
+    if not len(load_LE):
+        return
+    few = all((of > 0).sum() <= K for of in load_LE)
+    silent_R, p = silent_ranks(load_LE == 0)
+    if silent_R.any() and p < LEVEL and not few:
+        n, ranks = int((~silent_R).sum()), len(silent_R)
+        seen = np.flatnonzero(load_LE.any(0))
+        what = (
+            f"No layer uses other experts than {seen[0]}-{seen[-1]} of {E}: {n} of {ranks} ranks."
+        )
+        yield found("missing_ranks", what, p, ranks_seen=n, ranks=ranks), NOTHING
+    mean_L1 = load_LE.mean(1, keepdims=True)
+    if K < E and (mean_L1 >= EVEN_FROM).all():
+        spread_L = ((load_LE - mean_L1) ** 2).sum(1) / (mean_L1[:, 0] * (1 - K / E)) * (E - 1) / E
+        p_L = unc.special("gammainc")((E - 1) / 2, spread_L / 2) * r.L
+        if (p_L < LEVEL).any():
+            even = np.flatnonzero(p_L < LEVEL)
+            n = int(p_L.argmin())
+            what = (
+                f"In {r.named(even)} the load is more even than independent choices: from "
+                f"{load_LE[n].min():,} to {load_LE[n].max():,} assignments per expert, of "
+                f"{mean_L1[n, 0]:,.0f} on average (layer {r.layers[n]})."
+            )
+            yield found("even_load", what, float(max(p_L.min(), 1e-300))), NOTHING
