@@ -6,7 +6,7 @@ T tokens, N pairs of tokens with the same id, L layers, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ FAR = 512  # … and by so many in FEW_PAIRS of FEW_LAYERS, whose best shift is 
 FEW_PAIRS, FEW_LAYERS = 256, 2
 BEFORE = 2  # so many earlier tokens with its id a token is paired with
 MOST_PAIRS, MOST_LAYERS = 2048, 16
+CELLS = 2**17  # pairs · shifts · layers that are compared at once
 WINDOW = 400  # tokens of a sequence that are judged alone
 DRAFT = (-2, -1, 1, 2)  # shifts of one layer
 
@@ -37,36 +38,39 @@ def same_id(id_T: np.ndarray, most: int) -> Pairs:
     return a[part], b[part]
 
 
-def common(a_KNL: np.ndarray, b_KNL: np.ndarray) -> np.ndarray:
-    """The share of K experts that two decisions have in common. float [N, L]"""
-    both_NL = np.zeros(a_KNL.shape[1:], np.int16)
-    for a_NL in a_KNL:
-        for b_NL in b_KNL:
-            both_NL += a_NL == b_NL
-    return both_NL / len(a_KNL)
+def common(a_KX: np.ndarray, b_KX: np.ndarray) -> np.ndarray:
+    """How many experts decisions have in common. int16 [X]"""
+    both_X = np.zeros(a_KX.shape[1:], np.int16)
+    for a_X in a_KX:
+        for b_X in b_KX:
+            both_X += a_X == b_X
+    return both_X
 
 
-def tail(gain_N: np.ndarray, tried: int) -> float:
-    """P-value of a mean gain above 0, the best of so many: where there is none, each gain is as
-    likely as its opposite, and Hoeffding's inequality bounds the sum of random signs."""
-    size = float((gain_N**2).sum())
-    if not size or (total := float(gain_N.sum())) <= 0:
-        return 1.0
-    return float(min(1.0, tried * np.exp(max(-(total**2) / size / 2, -600))))
+def tail(gain_NX: np.ndarray, tried: int) -> np.ndarray:
+    """P-values of sums over N above 0, the best of so many: where there is no gain, each is as
+    likely as its opposite, and Hoeffding's inequality bounds the sum of random signs. float64 [X]"""
+    total_X = np.maximum(gain_NX.sum(0, dtype=float), 0)
+    size_X = np.maximum((gain_NX.astype(float) ** 2).sum(0), 1e-9)
+    return np.minimum(1.0, tried * np.exp(np.maximum(-(total_X**2) / size_X / 2, -600)))
 
 
-def gain(r: Recorded, pairs: Pairs, shift: int, layers: slice | list[int]) -> np.ndarray:
-    """By how much the pairs choose more alike so many tokens on. float [N', L'], of the pairs that
-    stay within their sequences."""
-    a, b = pairs
-    inside = (np.minimum(a, b) + shift >= 0) & (np.maximum(a, b) + shift < r.T)
-    a, b = a[inside], b[inside]
-    s_T = r.sequence_T
-    inside = (s_T[a + shift] == s_T[a]) & (s_T[b + shift] == s_T[b])
-    a, b = a[inside], b[inside]
-    slots = r.slots_KTL[:, :, layers]
-    moved = common(slots[:, a + shift], slots[:, b + shift])
-    return moved - common(slots[:, a], slots[:, b])
+def gains(r: Recorded, pairs: Pairs, shifts: Sequence[int], layers: list[int]) -> np.ndarray:
+    """By how many experts more the pairs have in common so many tokens on, 0 where that is another
+    sequence. int16 [N, shifts, L]"""
+    slots, s_T, (a, b) = r.slots_KTL[:, :, layers], r.sequence_T, pairs
+    own_NL = common(slots[:, a], slots[:, b])
+    gain_NSL = np.zeros((len(a), len(shifts), len(layers)), np.int16)
+    at_once = max(1, CELLS // max(own_NL.size, 1))
+    for first in range(0, len(shifts), at_once):
+        part = slice(first, first + at_once)
+        a_NS, b_NS = (x[:, None] + np.array(shifts[part]) for x in pairs)
+        inside_NS = (np.minimum(a_NS, b_NS) >= 0) & (np.maximum(a_NS, b_NS) < r.T)
+        a_NS, b_NS = np.where(inside_NS, a_NS, 0), np.where(inside_NS, b_NS, 0)
+        inside_NS &= (s_T[a_NS] == s_T[a][:, None]) & (s_T[b_NS] == s_T[b][:, None])
+        moved = common(slots[:, a_NS], slots[:, b_NS]) - own_NL[:, None]
+        gain_NSL[:, part] = moved * inside_NS[..., None]
+    return gain_NSL
 
 
 def spread_over(L: int, most: int) -> list[int]:
@@ -82,13 +86,13 @@ def best_shift(r: Recorded, pairs: Pairs, far: int) -> tuple[float, int, int]:
     number = len(tried) + len(beyond)
     if beyond:
         step = -(-len(pairs[0]) // FEW_PAIRS)
-        few, early = (pairs[0][::step], pairs[1][::step]), layers[:FEW_LAYERS]
-        tried.append(max(beyond, key=lambda s: -tail(gain(r, few, s, early).mean(1), 1)))
-    best = 1.0, 0, 0
-    for shift in tried:
-        gain_N = gain(r, pairs, shift, layers).mean(1)
-        best = min(best, (tail(gain_N, number), shift, len(gain_N)))
-    return best
+        few = pairs[0][::step], pairs[1][::step]
+        scanned = gains(r, few, beyond, layers[:FEW_LAYERS]).sum(2)
+        tried.append(beyond[int(tail(scanned, 1).argmin())])
+    gain_NS = gains(r, pairs, tried, layers).sum(2)
+    p_S = tail(gain_NS, number)
+    i = int(p_S.argmin())
+    return float(p_S[i]), tried[i], int((gain_NS[:, i] != 0).sum())
 
 
 def part_of(r: Recorded, begin: int, end: int) -> Recorded:
@@ -144,12 +148,8 @@ def _shifted(shift: int, where: str, p: float, n: int) -> Finding:
 def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
     if r.L < 3:
         return
-    p_L, shift_L = np.ones(r.L), np.zeros(r.L, int)
-    for shift in DRAFT:
-        gain_NL = gain(r, pairs, shift, slice(None))
-        for n in range(r.L):
-            if (p := tail(gain_NL[:, n], r.L * len(DRAFT))) < p_L[n]:
-                p_L[n], shift_L[n] = p, shift
+    p_SL = tail(gains(r, pairs, DRAFT, [*range(r.L)]), r.L * len(DRAFT))
+    p_L, shift_L = p_SL.min(0), np.array(DRAFT)[p_SL.argmin(0)]
     at = np.flatnonzero(p_L < LEVEL)
     # of many, the model may look further back than these shifts
     if len(at) and 4 * len(at) <= r.L:
@@ -170,22 +170,18 @@ def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
         return
     L = r.L
     here_KNL, there_KNL = r.slots_KTL[:, a], known.slots_KTL[:, b]
-    common_LNM = np.stack(
-        [common(here_KNL[:, :, [n]].repeat(known.L, 2), there_KNL) for n in range(L)]
-    )
-    own_NL = np.stack([common_LNM[n, :, n] for n in range(L)], axis=1)
-    moved = dict[int, tuple[int, float]]()
-    for n in range(L):
-        m = int(common_LNM[n].mean(0).argmax())
-        p = tail(common_LNM[n, :, m] - own_NL[:, n], L * known.L)
-        if m != n and p < LEVEL:
-            moved[n] = m, p
+    # the layers of the known recording are turned past these
+    common_MNL = np.stack([common(here_KNL, np.roll(there_KNL, -m, 2)) for m in range(L)])
+    own_NL = common_MNL[0]
+    p_ML = tail((common_MNL - own_NL).swapaxes(0, 1), L * L)
+    by_L = common_MNL.mean(1).argmax(0)
+    moved = {n: (n + int(m)) % L for n, m in enumerate(by_L) if p_ML[m, n] < LEVEL}
     if moved:
         names = [
             f"layer {r.layers[n]} is the known {known.layers[m]}" for n, (m, _) in moved.items()
         ]
         what = f"By what their tokens choose, {join_first(names, 4)}."
-        p = max(p for _, p in moved.values())
+        p = max(float(p_ML[by_L[n], n]) for n in moved)
         yield found("layers_moved", what, p, layers=[int(r.layers[n]) for n in moved])
     # half of what tokens with the same id have in common in the known recording, beyond others
     of_known = same_id(known.token_id_T, MOST_PAIRS)
@@ -197,7 +193,7 @@ def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
     by_id = common(slots[:, of_known[0]], slots[:, of_known[1]]).mean(0)
     by_other = common(slots[:, of_known[0]], slots[:, of_known[1][others]]).mean(0)
     lack_NL = (by_id - by_other) / 2 - (own_NL - by_chance_NL)
-    p_L = np.array([tail(lack_NL[:, n], L) for n in range(L)])
+    p_L = tail(lack_NL, L)
     at = [n for n in np.flatnonzero(p_L < LEVEL).tolist() if n not in moved]
     if at:
         what = (
@@ -218,5 +214,3 @@ def _across(id_T: np.ndarray, known_T: np.ndarray) -> Pairs:
     # one after the other, where the id is there more than once
     return at, order[begin[at] + np.arange(len(at)) % (end - begin)[at]]
 
-
-Text = Iterable[Finding]

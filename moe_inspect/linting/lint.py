@@ -70,7 +70,7 @@ def narrow(ids_TLK: np.ndarray) -> np.ndarray:
     low, high = int(ids_TLK.min()), int(ids_TLK.max())
     fits = (np.dtype(name) for name in ("i1", "i2", "i4", "i8"))
     dtype = next(d for d in fits if low >= np.iinfo(d).min and high <= np.iinfo(d).max)
-    return np.ascontiguousarray(np.moveaxis(ids_TLK, 2, 0), dtype=dtype)
+    return np.ascontiguousarray(np.moveaxis(ids_TLK.astype(dtype), 2, 0))
 
 
 def _lengths(T: int, known: np.ndarray | None, length_S: np.ndarray | None) -> Iterator[Finding]:

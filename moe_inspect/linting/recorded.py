@@ -87,13 +87,9 @@ class Recorded:
             return f"all {plural(n, 'token')}"
         s = int(self.sequence_T[first])
         of = f" of sequence {s}" if len(self.begin_S) > 1 else ""
-        verb = "is" if n == 1 else "are"
+        at = f"token {first - int(self.begin_S[s])}{of}"
         many = f"{n:,} of {plural(self.T, 'token')}"
-        return (
-            f"{many}, of which the first {verb} token {first - int(self.begin_S[s])}{of}".replace(
-                ", of which the first is", ","
-            )
-        )
+        return f"{many}, {at}" if n == 1 else f"{many}, from {at} on"
 
     def named(self, layers: Sequence[int] | np.ndarray) -> str:
         """ "layers 1-3": indices of layers."""

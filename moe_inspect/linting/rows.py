@@ -19,7 +19,7 @@ from moe_inspect.reporting.verdict.data_checks import silent_ranks
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural
 
-FEW = 4096  # tokens on which loads are counted
+FEW = 2048  # tokens on which loads are counted
 SHORT = 8  # tokens in a row from which rows that were there before are looked at
 EVEN_FROM = 16  # assignments per expert from which a load may be called too even
 Left = np.ndarray  # bool [T] or [L]: what a check has found, for the next to leave out
