@@ -14,6 +14,7 @@ from .comparison.compare import compare as compare
 from .comparison.mismatch import mismatch as mismatch
 from .errors import MoeInspectError as MoeInspectError
 from .importers.run import import_trace as import_trace
+from .linting.lint import lint as lint
 from .model.custom.spec import RouterSpec as RouterSpec
 from .model.custom.spec import register_router as register_router
 from .model.describe import describe as describe

@@ -42,6 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reporting": {"analysis", "trace", "errors", "later", "progress", "text"},
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
+    "linting": {
+        *("comparison", "importers", "reporting", "analysis", "model", "trace", "errors", "text")
+    },
     "query": {"exporters", "reporting", "trace", "errors", "text"},
     "site": {"comparison", "reporting", "analysis", "trace", "errors", "files", "progress", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
@@ -56,6 +59,7 @@ LIGHT = {
     "alarms",
     "reporting",
     "comparison",
+    "linting",
     "query",
     "simulate",
     "site",

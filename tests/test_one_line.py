@@ -54,6 +54,7 @@ USUAL: dict[str, list[Any]] = {
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],
+    "lint": ["t"],
     "text": ["t", "--layer", 0, "--expert", 1],
     "atlas": ["t", "-o", "site", "--text", 0],
     "sql": ["t", "select * from routing"],

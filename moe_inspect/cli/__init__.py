@@ -45,6 +45,7 @@ COMMANDS: Listed = {
     "Try": {"ablate": "experts ablate", "prune": "experts prune", "simulate": SIMULATIONS},
     "Files": {
         "verify": "files verify",
+        "lint": "files lint",
         "merge": "files merge",
         "sample": "files sample",
         "export": "convert export",

@@ -17,6 +17,7 @@ from moe_inspect.cli.experts import By, run_option
 from moe_inspect.cli.options import (
     REQUIRED,
     CommitEvery,
+    FactsOptions,
     NewTrace,
     Overwrite,
     TraceArgument,
@@ -68,20 +69,7 @@ def import_(
         "Files or folders. DOMAIN=SRC labels the tokens of one.", "SRC...", default=REQUIRED
     ),
     output: NewTrace,
-    model: str | None = model_option(
-        "Hub id or directory of the model, for what the files lack: number of experts, "
-        "top-k, dense layers, vocabulary.",
-        "MODEL",
-    ),
-    config: Path | None = model_option(
-        "The same from a config.json, without transformers.", "FILE"
-    ),
-    experts: int | None = model_option(
-        "Experts per layer, where neither the files nor a config give it.", min=1
-    ),
-    top_k: int | None = model_option(
-        "Experts per token, where neither the files nor a config give it.", min=1
-    ),
+    facts: FactsOptions,
     pipeline_stages: int | None = model_option(
         "megatron: pipeline stages of a run whose files number layers from 0 in each "
         "stage. More than one needs --model or --config.",
@@ -116,8 +104,7 @@ def import_(
 
     if format not in (*importers.MODULES, "auto"):
         raise typer.BadParameter(no_such("format", format, [*importers.MODULES, "auto"]))
-    if model is not None and config is not None:
-        raise typer.BadParameter("--model and --config exclude each other: give one")
+    known = facts.keywords()
 
     def warn(line: str) -> None:
         print_stderr(line if line.startswith("recognised as") else f"warning: {line}")
@@ -129,9 +116,7 @@ def import_(
             format,
             sources,
             output,
-            model=model or config,
-            experts=experts,
-            top_k=top_k,
+            **known,
             pipeline_stages=pipeline_stages,
             map=",".join(map) if map else None,
             overwrite=overwrite,

@@ -209,6 +209,32 @@ class SelectionOptions(Options):
         return {"domains": given.pop("domain"), **given}
 
 
+@dataclass(frozen=True, kw_only=True)
+class FactsOptions(Options):
+    """What files of other tools leave out of the model."""
+
+    panel = "Model"
+
+    model: str | None = option(
+        "Hub id or directory of the model, for what the files lack: number of experts, "
+        "top-k, dense layers, vocabulary.",
+        "MODEL",
+    )
+    config: Path | None = option("The same from a config.json, without transformers.", "FILE")
+    experts: int | None = option(
+        "Experts per layer, where neither the files nor a config give it.", min=1
+    )
+    top_k: int | None = option(
+        "Experts per token, where neither the files nor a config give it.", min=1
+    )
+
+    def keywords(self) -> dict[str, Any]:
+        given = super().keywords()
+        if self.model is not None and self.config is not None:
+            raise typer.BadParameter("--model and --config exclude each other: give one")
+        return {**given, "model": given.pop("config") or self.model}
+
+
 def limit(help: str) -> Any:
     """An option that sets limits of metrics."""
     return gate_option(help, "METRIC=VALUE", autocompletion=metrics)

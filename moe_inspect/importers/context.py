@@ -44,7 +44,8 @@ class ImportContext:
     map: of tables whose form the user gives.
     warn: called with one line per warning.
     read: called with the number of bytes read since the last call.
-    workers: who parses lines of JSON; None: this process."""
+    workers: who parses lines of JSON; None: this process.
+    returned: called with each response of an engine as it came, which then is not imported."""
 
     sources: list[ImportSource]
     facts: ModelFacts | None = None
@@ -55,6 +56,7 @@ class ImportContext:
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
     workers: Workers | None = None
+    returned: Callable[[Any], None] | None = None
 
     def files(self, pattern: str, what: str) -> list[tuple[Path, ImportSource]]:
         """(file, source) of each file whose name matches, in the sources' folders and subfolders. A

@@ -77,6 +77,10 @@ def read_responses(context: ImportContext, decode: Decode) -> Imported:
     begins, its experts [T, B, K]; it can be pickled."""
     left_out = Counter[str]()
     arrived = _arriving(context, decode, left_out)
+    if context.returned is not None:
+        for response in arrived:
+            context.returned(response)
+        return Imported([], iter(()))
     first = next((r for r in arrived if len(r.routed_TBK)), None)
     if first is None:
         raise MoeInspectError(f"{context.sources[0].path} holds no routed token")
@@ -114,13 +118,15 @@ def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
 
 
 def _arriving(context: ImportContext, decode: Decode, left_out: Counter[str]) -> Iterator[Response]:
-    """Responses without padding. Warns at the end of how much was left out."""
+    """Responses without padding, unless they are looked at as they came. Warns at the end of how
+    much was left out."""
+    as_is = context.returned is not None
     for path, source in context.files(r".*\.(jsonl|npy)", ".jsonl of responses"):
         if path.suffix == ".npy":
             beside = path.name.endswith(".token_ids.npy")
             lines = iter([] if beside else [[_of_npy(context, path, source)]])
         else:
-            lines = context.prepared(path, partial(_of_line, decode, path, source))
+            lines = context.prepared(path, partial(_of_line, decode, path, source, as_is))
         for response in chain.from_iterable(lines):
             if response is None:
                 left_out["choices"] += 1
@@ -141,7 +147,7 @@ def _arriving(context: ImportContext, decode: Decode, left_out: Counter[str]) ->
 
 
 def _of_line(
-    decode: Decode, path: Path, source: ImportSource, where: str, written: Fields
+    decode: Decode, path: Path, source: ImportSource, as_is: bool, where: str, written: Fields
 ) -> list[Response | None]:
     """The responses of a line: those of a flat one, of each choice of an OpenAI-style response, or
     of each output of a result of an LLM API. SGLang's fields are in `meta_info`, or in `sglext`,
@@ -168,7 +174,7 @@ def _of_line(
         }
         fields |= {name: value for name, value in beside.items() if fields.get(name) is None}
         routed_TBK = decode(fields.get("routed_experts"), where=f"{where}: routed_experts")
-        listed.append(_response(where, fields, routed_TBK, path, source))
+        listed.append(_response(where, fields, routed_TBK, path, source, as_is))
     return listed
 
 
@@ -180,8 +186,10 @@ def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Respons
     beside, rows, ids_T = path.with_suffix(".token_ids.npy"), len(routed_TBK), None
     if beside.is_file():
         ids_T = routed.ids_of_npy_file(beside)
-        if len(ids_T) not in (rows, rows + 1):
+        if len(ids_T) not in (rows, rows + 1) and context.returned is None:
             raise MoeInspectError(f"{beside} has {len(ids_T)} token ids, {path} {rows} tokens")
+    if context.returned is not None:
+        return Response(str(path), "", None, routed_TBK, 0, 0, rows, ids_T)
     expected = rows if ids_T is not None and len(ids_T) > rows else None
     begin, end = _padding(routed_TBK, expected, str(path))
     part = slice(begin, rows - end)
@@ -191,11 +199,18 @@ def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Respons
 
 
 def _response(
-    where: str, fields: Fields, routed_TBK: np.ndarray, path: Path, source: ImportSource
+    where: str,
+    fields: Fields,
+    routed_TBK: np.ndarray,
+    path: Path,
+    source: ImportSource,
+    as_is: bool,
 ) -> Response:
     rows = len(routed_TBK)
     name = next((name for name in STARTS if fields.get(name) is not None), STARTS[0])
     start = integer(fields.get(name) or 0, f"{where}: {name}")
+    if as_is and fields.get("prompt_token_ids") is None:
+        return Response(where, "", None, routed_TBK, 0, start, rows, None)
     if fields.get("prompt_token_ids") is None:
         native = "meta_info" in fields and "choices" not in fields
         option = "return_prompt_token_ids" if native else "return_token_ids"
@@ -204,6 +219,8 @@ def _response(
     unstated = fields.get("token_ids") is None
     generated = integers([] if unstated else fields["token_ids"], f"{where}: token_ids")
     fed = np.concatenate([prompt, generated])[:-1]
+    if as_is:
+        return Response(where, "", None, routed_TBK, 0, start, len(prompt), fed)
     expected = len(fed) - start
     begin, end = _padding(routed_TBK, expected, where)
     kept = routed_TBK[begin : rows - end]

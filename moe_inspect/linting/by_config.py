@@ -52,7 +52,7 @@ def weights(r: Recorded) -> Iterator[Finding]:
             yield found("first_choice", what, share=float(wrong_L.max()))
     config = language_config(dict(r.config))
     stated, scale = config.get("norm_topk_prob"), config.get("routed_scaling_factor")
-    if not isinstance(stated, bool) or r.K == r.experts or r.K < 2:
+    if not isinstance(stated, bool) or r.experts == r.K or r.K < 2:
         return
     full_TL = (r.slots_KTL >= 0).all(0)
     sum_TL = w.sum(0)
@@ -68,7 +68,7 @@ def weights(r: Recorded) -> Iterator[Finding]:
         )
         yield found("weight_sums", what, sum=mean, normalised=True)
     # of many experts, K of them hardly ever have all of the probability
-    if not stated and r.K <= r.experts // 4 and share_L.min() > 1 - SHARE and r.T >= 64:
+    if not stated and r.experts // 4 >= r.K and share_L.min() > 1 - SHARE and r.T >= 64:
         what = (
             "The config says that weights are not normalised (norm_topk_prob), and they sum to "
             f"{mean:.3g} in all decisions."

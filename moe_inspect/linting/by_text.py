@@ -138,11 +138,14 @@ def shifts(r: Recorded) -> Iterator[Finding]:
 
 def _shifted(shift: int, where: str, p: float, n: int) -> Finding:
     what = (
-        f"Tokens with the same id choose most alike {plural(abs(shift), 'row')} "
-        f"{'later' if shift > 0 else 'earlier'}{where}: row n{shift:+d} has the routes of token n "
-        f"({plural(n, 'pair')})."
+        f"Tokens with the same id choose most alike {_rows_on(shift)}{where}: row n{shift:+d} has "
+        f"the routes of token n ({plural(n, 'pair')})."
     )
     return found("routes_shifted", what, p, shift=shift, pairs=n)
+
+
+def _rows_on(shift: int) -> str:
+    return f"{plural(abs(shift), 'row')} {'later' if shift > 0 else 'earlier'}"
 
 
 def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
@@ -153,10 +156,10 @@ def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
     at = np.flatnonzero(p_L < LEVEL)
     # of many, the model may look further back than these shifts
     if len(at) and 4 * len(at) <= r.L:
+        shift = int(shift_L[at[0]])
         what = (
-            f"In {r.named(at)} tokens with the same id choose most alike "
-            f"{plural(abs(int(shift_L[at[0]])), 'row')} {'later' if shift_L[at[0]] > 0 else 'earlier'}"
-            ", in the other layers in their own."
+            f"In {r.named(at)} tokens with the same id choose most alike {_rows_on(shift)}, in the "
+            "other layers in their own row."
         )
         layers = [int(r.layers[n]) for n in at]
         yield found("layer_shifted", what, float(p_L[at].max()), layers=layers)
@@ -213,4 +216,3 @@ def _across(id_T: np.ndarray, known_T: np.ndarray) -> Pairs:
     at = at[:: -(-len(at) // (MOST_PAIRS // 4)) or 1]
     # one after the other, where the id is there more than once
     return at, order[begin[at] + np.arange(len(at)) % (end - begin)[at]]
-

@@ -219,8 +219,8 @@ def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     found_T = is_T & many[run]
     first = int(found_T.argmax())
     what = (
-        f"Up to {longest:,} tokens in a row have the experts that other tokens had before, in every "
-        f"layer: {r.where(found_T)}, the first as {int(far_T[first]):,} tokens before."
+        f"Up to {longest:,} tokens in a row have the experts that other tokens had before, in "
+        f"every layer: {r.where(found_T)}, as {int(far_T[first]):,} tokens before."
     )
     yield found("repeated_block", what, p, tokens=int(found_T.sum()), longest=longest), found_T
 

@@ -14,6 +14,7 @@ Result = TypeVar("Result")
 if TYPE_CHECKING:
     from moe_inspect.comparison.compare import compare as _compare
     from moe_inspect.exporters.run import export_trace as _export
+    from moe_inspect.linting.sources import lint as _lint
     from moe_inspect.query import sql as _sql
     from moe_inspect.reporting.report import report as _report
     from moe_inspect.simulate import cache as _cache
@@ -47,6 +48,7 @@ class Answers:
 
     if TYPE_CHECKING:
         compare, export, report = of(_compare), of(_export), of(_report)
+        lint = of(_lint)
         document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
         tokens_of = of(_texts.tokens_of)
         sample, sql, verify = of(_sample), of(_sql), of(_verify)
@@ -54,6 +56,7 @@ class Answers:
         compare = TraceMethod("comparison.compare", "compare")
         document = TraceMethod("trace.texts", "document")
         export = TraceMethod("exporters.run", "export_trace")
+        lint = TraceMethod("linting.sources", "lint")
         report = TraceMethod("reporting.report", "report")
         requests = TraceMethod("trace.texts", "requests")
         sample = TraceMethod("trace.derived.sample", "sample")
