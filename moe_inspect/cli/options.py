@@ -232,7 +232,8 @@ class FactsOptions(Options):
         given = super().keywords()
         if self.model is not None and self.config is not None:
             raise typer.BadParameter("--model and --config exclude each other: give one")
-        return {**given, "model": given.pop("config") or self.model}
+        config = given.pop("config")
+        return given | {"model": self.model or config}
 
 
 def limit(help: str) -> Any:

@@ -49,7 +49,7 @@ def common(a_KX: np.ndarray, b_KX: np.ndarray) -> np.ndarray:
 
 def tail(gain_NX: np.ndarray, tried: int) -> np.ndarray:
     """P-values of sums over N above 0, the best of so many: where there is no gain, each is as
-    likely as its opposite, and Hoeffding's inequality bounds the sum of random signs. float64 [X]"""
+    likely as its opposite; Hoeffding's inequality bounds the sum of random signs. float64 [X]"""
     total_X = np.maximum(gain_NX.sum(0, dtype=float), 0)
     size_X = np.maximum((gain_NX.astype(float) ** 2).sum(0), 1e-9)
     return np.minimum(1.0, tried * np.exp(np.maximum(-(total_X**2) / size_X / 2, -600)))

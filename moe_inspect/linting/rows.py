@@ -20,6 +20,7 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural
 
 FEW = 2048  # tokens on which loads are counted
+MOST_RUN = 2**14  # tokens on which is judged how long routers go on to choose alike
 SHORT = 8  # tokens in a row from which rows that were there before are looked at
 EVEN_FROM = 16  # assignments per expert from which a load may be called too even
 Left = np.ndarray  # bool [T] or [L]: what a check has found, for the next to leave out
@@ -148,41 +149,24 @@ def twice(r: Recorded) -> Iterator[tuple[Finding, Left]]:
 
 def repeated_rows(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     """Runs of the same row in every layer over tokens with other ids; of unknown ids, runs that no
-    text makes. By chance: how often the row of another id is the same elsewhere."""
-    slots, ids_T = r.slots_KTL, r.token_id_T
-    equal = (slots[:, 1:, -1] == slots[:, :-1, -1]).all(0)
-    at = np.flatnonzero(equal)
-    if not len(at):
-        return
-    equal[at] = (slots[:, at + 1] == slots[:, at]).all((0, 2))
+    text makes."""
+    slots, ids_T, same_T = r.slots_KTL, r.token_id_T, np.zeros(r.T, bool)
+    at = 1 + np.flatnonzero((slots[:, 1:, -1] == slots[:, :-1, -1]).all(0))
+    same_T[at] = (slots[:, at] == slots[:, at - 1]).all((0, 2))
     known = bool((ids_T >= 0).any())
-    other = (ids_T[1:] != ids_T[:-1]) & (ids_T[1:] >= 0) if known else np.ones(r.T - 1, bool)
-    run = np.cumsum(~equal)  # the number of the run that each step belongs to
-    size_R = np.bincount(run, equal & other).astype(int)
-    longest = int(size_R.max(initial=0))
-    if longest < (SHORT if known else WARM_UP):
+    other_T = np.zeros(r.T, bool)
+    other_T[1:] = (ids_T[1:] != ids_T[:-1]) & (ids_T[1:] >= 0) if known else True
+    found_T, longest, p = _runs(r, same_T, other_T, ~same_T, 1)
+    # a few layers that send all tokens to the same experts may have collapsed
+    if p >= LEVEL or longest < (0 if known else WARM_UP):
         return
-    many = size_R >= longest / 2
-    others, steps = int(size_R[~many].sum()), int(other.sum() - size_R[many].sum())
-    share = (others + 1) / (steps + 2)
-    p = steps_p(share, longest, r.T)
-    # of few layers that send all tokens to the same experts, a collapse is as likely
-    if p >= LEVEL or (r.L < 4 and size_R[many].sum() > 0.9 * max(other.sum(), 1)):
+    if r.L < 4 and found_T.sum() > 0.9 * r.T:
         return
-    found_T = np.zeros(r.T, bool)
-    of_run = equal & many[run]
-    found_T[1:] |= of_run
-    n = int(many.sum())
     what = (
         f"The same experts in every layer from token to token, up to {longest + 1:,} in a row: "
-        f"{r.where(found_T)}, in {plural(n, 'run')}."
+        f"{r.where(found_T)}."
     )
     yield found("repeated_rows", what, p, tokens=int(found_T.sum()), longest=longest + 1), found_T
-
-
-def steps_p(share: float, n: int, T: int) -> float:
-    """How likely n steps in a row are, each with this probability, somewhere among T."""
-    return float(min(1.0, max(T, 1) * np.exp(n * np.log(share)))) or 1e-300
 
 
 def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -191,38 +175,56 @@ def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     slots, ids_T, T = r.slots_KTL, r.token_id_T, r.T
     if T < 2 * SHORT or not (ids_T >= 0).any():
         return
-    some = np.unique(np.linspace(0, r.L - 1, 4).astype(int))
     key_T = np.zeros(T, np.uint64)
-    for n in some.tolist():
+    for n in np.unique(np.linspace(0, r.L - 1, 4).astype(int)).tolist():
         for k in range(r.K):
             key_T = key_T * np.uint64(0x9E3779B97F4A7C15) + slots[k, :, n].astype(np.uint64)
     order = np.argsort(key_T, kind="stable")
-    same = np.flatnonzero(key_T[order[1:]] == key_T[order[:-1]])
-    far_T = np.zeros(T, int)  # how far back the same row is
-    far_T[order[same + 1]] = order[same + 1] - order[same]
-    far_T[far_T == 1] = 0
-    at = np.flatnonzero(far_T)
-    at = at[(slots[:, at] == slots[:, at - far_T[at]]).all((0, 2))]
-    other_T, is_T = np.zeros(T, bool), np.zeros(T, bool)
-    is_T[at] = True
-    other_T[at] = (ids_T[at] != ids_T[at - far_T[at]]) & (ids_T[at] >= 0)
-    run = np.cumsum(~is_T | (np.diff(far_T, prepend=0) != 0))
-    size_R = np.bincount(run, other_T)
+    again = np.flatnonzero(key_T[order[1:]] == key_T[order[:-1]])
+    back_T = np.zeros(T, int)  # how far back the same row is
+    back_T[order[again + 1]] = order[again + 1] - order[again]
+    at = np.flatnonzero(back_T > 1)
+    at = at[(slots[:, at] == slots[:, at - back_T[at]]).all((0, 2))]
+    same_T, other_T = np.zeros(T, bool), ids_T >= 0
+    same_T[at] = True
+    other_T[at] &= ids_T[at] != ids_T[at - back_T[at]]
+    new_T = ~same_T | (np.diff(back_T, prepend=0) != 0)
+    size_R = np.bincount(np.cumsum(new_T), same_T & other_T)
+    first = int((np.cumsum(new_T) == size_R.argmax()).argmax())
+    found_T, longest, p = _runs(r, same_T, other_T, new_T, max(int(back_T[first]), 1))
+    if p < LEVEL:
+        what = (
+            f"Up to {longest:,} tokens in a row have the experts that other tokens had before, in "
+            f"every layer: {r.where(found_T)}, as {int(back_T[first]):,} tokens before."
+        )
+        yield found("repeated_block", what, p, tokens=int(found_T.sum()), longest=longest), found_T
+
+
+def _runs(
+    r: Recorded, same_T: np.ndarray, other_T: np.ndarray, new_T: np.ndarray, back: int
+) -> tuple[np.ndarray, int, float]:
+    """The tokens of the longest runs that began at `new_T`; the most tokens of a run that are the
+    `same` and have another id, and how likely a run is so long by chance. A router that chooses
+    alike for a while goes on to do so: as often as it does outside of these runs, or where that is
+    hardly seen, as the layer that does least."""
+    run_T = np.cumsum(new_T)
+    size_R = np.bincount(run_T, same_T & other_T).astype(int)
     longest = int(size_R.max(initial=0))
     if longest < SHORT:
-        return
-    many = size_R >= max(longest / 2, SHORT)
-    share = (int(other_T.sum() - size_R[many].sum()) + 1) / (int(T - size_R[many].sum()) + 2)
-    p = steps_p(share, longest, T)
-    if p >= LEVEL:
-        return
-    found_T = is_T & many[run]
-    first = int(found_T.argmax())
-    what = (
-        f"Up to {longest:,} tokens in a row have the experts that other tokens had before, in "
-        f"every layer: {r.where(found_T)}, as {int(far_T[first]):,} tokens before."
-    )
-    yield found("repeated_block", what, p, tokens=int(found_T.sum()), longest=longest), found_T
+        return same_T, longest, 1.0
+    many_T = (size_R >= longest / 2)[run_T]
+    judged_T = other_T & ~many_T
+    often = ((same_T & judged_T).sum() + 1) / (judged_T.sum() + 2)
+    after_T = judged_T[1:] & (same_T & ~many_T)[:-1]
+    goes_on, n = int((after_T & same_T[1:]).sum()), int(after_T.sum())
+    part = slice(back, back + MOST_RUN)
+    alike_TL = (r.slots_KTL[:, part] == r.slots_KTL[:, : -back or None][:, :MOST_RUN]).all(0)
+    judged_T = judged_T[part][1:]
+    both_L = (alike_TL[1:] & alike_TL[:-1])[judged_T].sum(0)
+    least = ((both_L + 1) / (alike_TL[:-1][judged_T].sum(0) + 2)).min()
+    share = max(often, (goes_on + 2 * least) / (n + 2))
+    p = float(min(1.0, r.T * np.exp(longest * np.log(share))))
+    return same_T & many_T, longest, max(p, 1e-300)
 
 
 def layer_copied(r: Recorded) -> Iterator[tuple[Finding, Left]]:
