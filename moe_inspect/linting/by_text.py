@@ -89,10 +89,13 @@ def best_shift(r: Recorded, pairs: Pairs, far: int) -> tuple[float, int, int]:
         few = pairs[0][::step], pairs[1][::step]
         scanned = gains(r, few, beyond, layers[:FEW_LAYERS]).sum(2)
         tried.append(beyond[int(tail(scanned, 1).argmin())])
-    gain_NS = gains(r, pairs, tried, layers).sum(2)
-    p_S = tail(gain_NS, number)
-    i = int(p_S.argmin())
-    return float(p_S[i]), tried[i], int((gain_NS[:, i] != 0).sum())
+    gain_NSL = gains(r, pairs, tried, layers)
+    # early layers follow the text more, and are not always enough
+    upto = sorted({1, (len(layers) + 1) // 2, len(layers)})
+    gain_NSX = np.stack([gain_NSL[..., :n].sum(2) for n in upto], axis=2)
+    p_SX = tail(gain_NSX, number * len(upto))
+    i, x = np.unravel_index(p_SX.argmin(), p_SX.shape)
+    return float(p_SX[i, x]), tried[i], int((gain_NSX[:, i, x] != 0).sum())
 
 
 def part_of(r: Recorded, begin: int, end: int) -> Recorded:
