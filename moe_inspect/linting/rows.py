@@ -20,6 +20,7 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural
 
 FEW = 2048  # tokens on which loads are counted
+SEEN = 4  # times that a row was there before, and distances, that are looked at
 MOST_RUN = 2**14  # tokens on which is judged how long routers go on to choose alike
 SHORT = 8  # tokens in a row from which rows that were there before are looked at
 EVEN_FROM = 16  # assignments per expert from which a load may be called too even
@@ -41,7 +42,8 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
         if constant and value == -1:
             # where slots are empty elsewhere too, the model drops or skips
             if not (r.slots_KTL[:, ~in_all_T] == -1).any():
-                what = f"No expert in any slot of any layer: {r.where(found_T)}."
+                where = f"{r.where(found_T)}{_where_in_sequences(r, found_T)}"
+                what = f"No expert in any slot of any layer: {where}."
                 yield found("not_recorded", what, tokens=n), found_T
             continue
         p, kind = 0.0, "zero_filled" if constant and value == 0 else "constant_filled"
@@ -180,22 +182,28 @@ def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         for k in range(r.K):
             key_T = key_T * np.uint64(0x9E3779B97F4A7C15) + slots[k, :, n].astype(np.uint64)
     order = np.argsort(key_T, kind="stable")
-    again = np.flatnonzero(key_T[order[1:]] == key_T[order[:-1]])
-    back_T = np.zeros(T, int)  # how far back the same row is
-    back_T[order[again + 1]] = order[again + 1] - order[again]
-    at = np.flatnonzero(back_T > 1)
-    at = at[(slots[:, at] == slots[:, at - back_T[at]]).all((0, 2))]
-    same_T, other_T = np.zeros(T, bool), ids_T >= 0
-    same_T[at] = True
-    other_T[at] &= ids_T[at] != ids_T[at - back_T[at]]
-    new_T = ~same_T | (np.diff(back_T, prepend=0) != 0)
-    size_R = np.bincount(np.cumsum(new_T), same_T & other_T)
-    first = int((np.cumsum(new_T) == size_R.argmax()).argmax())
-    found_T, longest, p = _runs(r, same_T, other_T, new_T, max(int(back_T[first]), 1))
+    of, backs_N = key_T[order], [np.zeros(0, int)]
+    for n in range(1, SEEN + 1):  # how far back the same row is, at another id
+        again = np.flatnonzero(of[n:] == of[:-n])
+        later, before = order[again + n], order[again]
+        backs_N.append((later - before)[(ids_T[later] != ids_T[before]) & (ids_T[later] >= 0)])
+    times = np.bincount(np.concatenate(backs_N), minlength=2)
+    times[1] = 0
+    best = 1.0, 0, 0, NOTHING
+    for back in np.argsort(-times, kind="stable")[:SEEN].tolist():
+        if times[back] < SHORT:
+            break
+        same_T, other_T = np.zeros(T, bool), ids_T >= 0
+        at = back + np.flatnonzero(key_T[back:] == key_T[:-back])
+        same_T[at] = (slots[:, at] == slots[:, at - back]).all((0, 2))
+        other_T[back:] &= ids_T[back:] != ids_T[:-back]
+        found_T, longest, p = _runs(r, same_T, other_T, ~same_T, back)
+        best = min(best, (p * T, longest, back, found_T), key=lambda one: one[0])
+    p, longest, back, found_T = best
     if p < LEVEL:
         what = (
             f"Up to {longest:,} tokens in a row have the experts that other tokens had before, in "
-            f"every layer: {r.where(found_T)}, as {int(back_T[first]):,} tokens before."
+            f"every layer: {r.where(found_T)}, as {back:,} tokens before."
         )
         yield found("repeated_block", what, p, tokens=int(found_T.sum()), longest=longest), found_T
 
@@ -257,13 +265,18 @@ def sorted_ids(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         return
     if not (slots[1:] > slots[:-1]).all():
         return
-    apart = 0
+    log_p = 0.0
     for n in range(r.L):
-        row_DK = np.unique(slots[:, :FEW, n].T, axis=0)
+        of = slots[:, :FEW, n]
+        apart, row_DK = 0, np.unique(of.T, axis=0)
         while len(row_DK):
             apart += 1
             row_DK = row_DK[~np.isin(row_DK, row_DK[0]).any(1)]
-    p = float(np.exp(max(-apart * lgamma(K + 1), -600)))
+        # experts in a row of which each is together with the next have one order of all
+        next_E = np.isin(np.arange(-1, r.experts), of[:-1][of[1:] - of[:-1] == 1])
+        chains = np.diff(np.flatnonzero(~np.append(next_E, False)))
+        log_p -= max(apart * lgamma(K + 1), sum(lgamma(c + 1) for c in chains.tolist()))
+    p = float(np.exp(max(log_p, -600)))
     if p < LEVEL:
         what = f"The {K} ids ascend in all {r.T * r.L:,} decisions."
         yield found("sorted_ids", what, p), NOTHING

@@ -303,3 +303,151 @@ def said_of(a: Trace, b: Trace, **options: Any) -> tuple[set[str], int | None]:
     if made.kind.of == "decisions":
         return kinds, made.mismatched
     return kinds & MISALIGNED, None
+
+
+# --- what routes alone tell, without a second recording
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A published bug, or one like it: what `lint` must find, and nothing beside. change: of a
+    recording and a copy of its ids, what is returned. said: words of the finding. told: of
+    which recordings; others may have such rows by chance."""
+
+    kinds: Set[str]
+    change: Change
+    said: str = ""
+    told: Callable[[Recording], bool] = lambda a: True
+
+    def b(self, a: Recording, rng: Rng) -> Recording:
+        made = self.change(a, a.ids_LTK.copy(), rng)
+        return made if isinstance(made, Recording) else replace(a, ids_LTK=made)
+
+
+def linted(b: Recording) -> list[Any]:
+    """What `moe_inspect.lint` says of the array, with the lengths of its documents."""
+    lengths = np.diff(np.r_[0, np.flatnonzero(b.last_T) + 1])
+    return moe_inspect.lint(np.swapaxes(b.ids_LTK, 0, 1), b.token_id, experts=b.E, lengths=lengths)
+
+
+def longest(a: Recording) -> slice:
+    """The longest document of a recording."""
+    begin = np.flatnonzero(a.position == 0)
+    size = np.diff(np.r_[begin, a.T])
+    n = int(size.argmax())
+    return slice(int(begin[n]), int(begin[n] + size[n]))
+
+
+def first_half(a: Recording) -> np.ndarray:
+    return a.position < 8
+
+
+def retracted(a: Recording, ids: np.ndarray, rng: Rng) -> np.ndarray:
+    """The rows before the retraction are there twice, and the last ones pushed out."""
+    of, kept = longest(a), ids.copy()
+    n = (of.stop - of.start) // 2
+    kept[:, of.start + n : of.stop] = ids[:, of.start : of.stop - n]
+    return kept
+
+
+def another_sequence(a: Recording, ids: np.ndarray, rng: Rng) -> np.ndarray:
+    of, n = longest(a), 30
+    other = of.stop if of.stop + n <= a.T else of.start - n
+    ids[:, other : other + n] = ids[:, of.start : of.start + n]
+    return ids
+
+
+def stale(a: Recording, ids: np.ndarray, rng: Rng) -> np.ndarray:
+    of = longest(a)
+    ids[:, of.start + 5 : of.stop] = ids[:, [of.start + 4]]
+    return ids
+
+
+def a_layer(a: Recording, ids: np.ndarray, value: Any) -> np.ndarray:
+    ids[len(ids) // 2] = value
+    return ids
+
+
+def forced(a: Recording, ids: np.ndarray, rng: Rng) -> np.ndarray:
+    """Experts in turn."""
+    (L, T, K), E = ids.shape, a.E
+    turn_TK = (np.arange(T)[:, None] * K + np.arange(K)) % E
+    return np.stack([rng.permutation(E)[rng.permutation(turn_TK)] for _ in range(L)])
+
+
+def some(change: Callable[[np.ndarray], Any], share: float = 0.02) -> Change:
+    """Some tokens with other ids."""
+
+    def planted(a: Recording, ids: np.ndarray, rng: Rng) -> np.ndarray:
+        at = rng.random(a.T) < share
+        at[int(rng.integers(a.T))] = True
+        ids[:, at] = change(ids[:, at])
+        return ids
+
+    return planted
+
+
+BUGS: dict[str, Bug] = {
+    # certain
+    "all zero (tpu-inference #3583)": Bug({"zero_filled"}, lambda a, ids, rng: ids * 0, "all"),
+    "zero-filled prompts (vLLM #49184)": Bug(
+        {"zero_filled"},
+        lambda a, ids, rng: np.where((a.position < 8)[:, None], 0, ids),
+        "at the beginning of",
+    ),
+    "padding is expert 0 (SkyRL #1908, verl #7075)": Bug(
+        {"zero_filled"}, lambda a, ids, rng: np.where(a.last_T[:, None], 0, ids), "at the end of"
+    ),
+    "padding is experts 0 to k - 1": Bug(
+        {"constant_filled"},
+        lambda a, ids, rng: np.where(a.last_T[:, None], np.arange(ids.shape[2]), ids),
+        "at the end of",
+        told=lambda a: len(a.layers) > 4,
+    ),
+    "a lost token at each boundary (NeMo-RL #3208)": Bug(
+        {"lengths"}, lambda a, ids, rng: ids[:, ~a.last_T], "one for each sequence"
+    ),
+    "a lost token at the boundaries of sequences (prime-rl #1807)": Bug(
+        {"lengths"},
+        lambda a, ids, rng: ids[:, ~a.last_T | (np.arange(a.T) == a.T - 1)],
+        "one for each boundary",
+    ),
+    "rows of a retracted request kept (miles #3277)": Bug(
+        {"lengths"}, lambda a, ids, rng: np.concatenate([ids[:, :40], ids], 1), "40 too many"
+    ),
+    "a tail of −1": Bug(
+        {"not_recorded"},
+        lambda a, ids, rng: np.where((np.arange(a.T) > a.T - 30)[:, None], -1, ids),
+        "at the end of",
+    ),
+    "physical ids of replicas": Bug(
+        {"physical_ids"}, lambda a, ids, rng: replace(physical_ids(a, ids, rng), E=a.E)
+    ),
+    "memory that was never written": Bug({"out_of_range"}, some(lambda ids: ids + 40_000)),
+    "an expert twice": Bug({"twice"}, some(lambda ids: ids[..., [0, *range(ids.shape[2] - 1)]])),
+    "a dense layer": Bug({"layers_filled"}, lambda a, ids, rng: a_layer(a, ids, 0)),
+    # beyond any chance
+    "a layer never written, filled 0 to k - 1": Bug(
+        {"constant_filled"},
+        lambda a, ids, rng: a_layer(a, ids, np.arange(ids.shape[2])),
+        told=lambda a: a.E > 8,
+    ),
+    "a layer over another (vLLM #48622)": Bug(
+        {"layer_copied"}, lambda a, ids, rng: a_layer(a, ids, ids[0])
+    ),
+    "a retracted request (miles #3277)": Bug({"repeated_block"}, retracted),
+    "a sequence twice": Bug({"repeated_block"}, another_sequence),
+    "a stale buffer": Bug({"repeated_rows"}, stale),
+    "the order of slots lost": Bug({"sorted_ids"}, lambda a, ids, rng: np.sort(ids, 2)),
+    "one of two ranks": Bug({"missing_ranks", "twice"}, lambda a, ids, rng: ids % (a.E // 2)),
+    "forced to balance": Bug({"even_load"}, forced),
+    # by the text
+    "shifted by a token": Bug({"routes_shifted"}, lambda a, ids, rng: np.roll(ids, 1, 1), "n+1"),
+    "shifted back by two": Bug({"routes_shifted"}, lambda a, ids, rng: np.roll(ids, -2, 1), "n-2"),
+    "another span (vLLM #37094)": Bug(
+        {"routes_shifted"}, lambda a, ids, rng: np.roll(ids, 13, 1), "n+13"
+    ),
+    "a draft's layer over the target's (vLLM #48622)": Bug(
+        {"layer_shifted"}, lambda a, ids, rng: a_layer(a, ids, np.roll(ids[0], -1, 0))
+    ),
+}
