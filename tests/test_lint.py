@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
 from moe_inspect.linting.kinds import KINDS
 from tests.conftest import ROOT, Cli
+from tests.support.damage import restate
 from tests.support.misrecorded import BUGS, Recording, foreign, linted, longest, read, routed_text
 from tests.support.sweep import sample
 from tests.support.synthetic import uniform_ids, write_trace
@@ -73,3 +75,199 @@ def test_every_published_bug_is_found_and_nothing_beside_it(name: str) -> None:
         elif told and of.said not in found[0].text:
             wrong[bug] = found[0].text
     assert not wrong, "\n".join(f"{bug}: {said}" for bug, said in wrong.items())
+
+
+def test_shifts_are_told_from_200_tokens_on() -> None:
+    """At least 95 of 100, by how far."""
+    told, tried = 0, 0
+    for name in RECORDINGS:
+        a = recording(name)
+        for begin in sample(range(0, min(a.T, T) - 199, 200), 2):
+            part = a.take(slice(begin, begin + 200))
+            for shift in (1, -1, 2):
+                found = linted(replace(part, ids_LTK=np.roll(part.ids_LTK, shift, 1)))
+                kinds = [(one.kind, one.values.get("shift")) for one in found]
+                told, tried = told + (kinds == [("routes_shifted", shift)]), tried + 1
+    assert told >= 0.95 * tried
+
+
+def test_nothing_is_said_of_routes_that_the_text_does_not_tell() -> None:
+    """Routes of the document alone, and at random, at every shift of them."""
+    rng = np.random.default_rng(0)
+    for n in range(40):
+        a = routed_text(n, 500, 3, 8, 2)
+        stays_T = a.document if n % 2 else np.arange(a.T) // 7
+        ids_LTK = np.stack([uniform_ids(rng, a.T, 8, 2)[stays_T] for _ in range(3)]).astype(int)
+        free_LTK = np.stack([uniform_ids(rng, a.T, 8, 2) for _ in range(3)]).astype(int)
+        some_T = rng.random(a.T)[:, None] < 0.5
+        assert linted(replace(a, ids_LTK=np.where(some_T, ids_LTK, free_LTK))) == []
+        text = replace(a, token_id=np.arange(a.T))  # no token twice
+        assert linted(replace(text, ids_LTK=np.roll(a.ids_LTK, 1, 1))) == []
+
+
+def test_a_token_that_is_lost_within_a_sequence_shifts_what_follows() -> None:
+    a = recording("64 of 6")
+    one = Recording(
+        a.E, a.document * 0, np.arange(a.T), a.token_id, a.ids_LTK.copy(), None, a.layers, a.words
+    )
+    assert linted(one) == []
+    one.ids_LTK[:, 700:-1] = a.ids_LTK[:, 701:]
+    (found,) = linted(one)
+    assert (found.kind, found.values["shift"]) == ("routes_shifted", -1)
+    assert "in tokens 800-1199 of sequence 0" in found.text
+    of_one = replace(a, ids_LTK=a.ids_LTK.copy())
+    of = longest(a)  # of one sequence alone
+    assert of.stop - of.start > 150
+    of_one.ids_LTK[:, of] = np.roll(a.ids_LTK[:, of], 1, 1)
+    assert {found.kind for found in linted(of_one)} == {"routes_shifted"}
+
+
+def test_layers_beside_a_right_trace_of_the_model(tmp_path: Path) -> None:
+    """On another text: the same router on other tokens."""
+    whole = routed_text(5, 3_000, 8, 64, 6)
+    half = whole.document < whole.document[1_500]
+    right = whole.take(~half)
+    right = replace(right, document=right.document - right.document[0])
+    known, a = right.written(tmp_path / "right"), whole.take(half)
+
+    def said(name: str, ids_LTK: np.ndarray) -> list[tuple[str, Any]]:
+        made = replace(a, ids_LTK=ids_LTK).written(tmp_path / name)
+        return [(one.kind, one.values["layers"]) for one in made.lint(against=known)]
+
+    ids = a.ids_LTK
+    assert said("the same", ids) == []
+    assert said("swapped", ids[[0, 1, 5, 3, 4, 2, 6, 7]]) == [("layers_moved", [2, 5])]
+    other = foreign(a, np.random.default_rng(0))
+    assert said("drafted", np.stack([*ids[:6], other, ids[7]])) == [
+        ("routes_of_another_router", [6])
+    ]
+    few = whole.take(slice(0, 12)).written(tmp_path / "few")
+    assert few.lint(against=known) == []
+    with pytest.raises(moe_inspect.MoeInspectError, match="has other routers than .*few"):
+        few.lint(against=recording("8 of 2").written(tmp_path / "others"))
+
+
+def test_what_the_config_says_of_groups_and_weights(tmp_path: Path) -> None:
+    rng, T = np.random.default_rng(0), 400
+    # two of four groups of four
+    groups = np.argsort(rng.random((T, 4)), 1)[:, :2]
+    of = groups[:, [0, 0, 1]] * 4 + np.array([0, 1, 2])
+    weights = np.sort(rng.dirichlet([1, 1, 1], T), 1)[:, ::-1].astype(np.float32)
+    config = {"model_type": "deepseek_v3", "n_group": 4, "topk_group": 2}
+    config |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
+
+    def kinds(name: str, ids: np.ndarray, weights: np.ndarray, **more: Any) -> list[str]:
+        facts = {"manifest": {"model": {"id": "made", "config": config | more}}}
+        ids = [np.roll(ids, n, 0).astype(np.uint16) for n in (0, 1)]
+        made = write_trace(tmp_path / name, ids, 16, weights=[weights] * 2, **facts)
+        return [one.kind for one in made.lint()]
+
+    assert kinds("right", of, weights) == kinds("scaled", of, weights * 2.5) == []
+    assert kinds("grouped", of, weights, topk_group=1) == ["groups"]
+    assert kinds("permuted", rng.permutation(16)[of], weights) == ["groups"]
+    assert kinds("ungrouped", rng.permutation(16)[of], weights, n_group=1) == []
+    assert kinds("sums", of, weights * 0.8) == ["weight_sums"]
+    assert kinds("not said", of, weights * 0.8, norm_topk_prob=False) == []
+    (part,) = (tmp_path / "right" / "routing").iterdir()  # as another program may write it
+    table = pq.read_table(part)
+    names = {"weight_0": "weight_2", "weight_2": "weight_0"}
+    pq.write_table(table.rename_columns([names.get(c, c) for c in table.column_names]), part)
+    restate(tmp_path / "right", f"routing/{part.name}")
+    (found,) = moe_inspect.open_trace(tmp_path / "right").lint()
+    assert found.kind == "first_choice"
+    # a few are left to rounding
+    odd = of.copy()
+    odd[:2] = [0, 5, 10]
+    assert kinds("few", odd, weights) == []
+
+
+def test_empty_slots_are_no_mistake_where_tokens_are_dropped() -> None:
+    a = recording("8 of 2")
+    ids = a.ids_LTK.copy()
+    ids[:, np.random.default_rng(0).random(a.T) < 0.1, 1] = -1
+    ids[:, 100:110] = -1
+    assert linted(replace(a, ids_LTK=ids)) == []
+
+
+def test_ids_as_a_training_loop_has_them() -> None:
+    import torch
+
+    a = recording("64 of 6")
+    ids = torch.from_numpy(np.swapaxes(a.ids_LTK, 0, 1).copy())
+    tokens = torch.from_numpy(a.token_id)
+    assert moe_inspect.lint(ids, tokens, experts=64) == []
+    assert moe_inspect.lint(ids[:0], experts=64) == []
+    ids[7] = 0
+    (one,) = moe_inspect.lint(ids.to(torch.uint8), experts=64)
+    assert one.values["certain"] and one.values["option"] == "compare --drop-zero-filled"
+    assert one.values["known"] == list(KINDS["zero_filled"].bugs)
+    for wrong, said in (
+        (ids[:, 0], "ids have the shape"),
+        (ids.float(), "ids are float32"),
+    ):
+        with pytest.raises(moe_inspect.MoeInspectError, match=said):
+            moe_inspect.lint(wrong, experts=64)
+    with pytest.raises(moe_inspect.MoeInspectError, match="experts is 0"):
+        moe_inspect.lint(ids, experts=0)
+    with pytest.raises(moe_inspect.MoeInspectError, match="a length is 0 or more"):
+        moe_inspect.lint(ids, experts=64, lengths=[-1, 1_201])
+
+
+def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
+    right = ROOT / "sample_traces" / "balanced"
+    assert cli_here("lint", right).stdout == f"{right}: nothing in 9,254 tokens, 4 routers\n"
+    a = recording("balanced")
+    replace(a, ids_LTK=np.roll(a.ids_LTK, 1, 1), weights_LTK=None).written(tmp_path / "shifted")
+    done = cli_here("lint", "shifted", check=3)
+    assert "• Critical: Tokens with the same id choose most alike 1 row later" in done.stdout
+    assert "Known: vLLM #37094" in done.stdout
+    assert done.stdout.endswith("shifted: 1 finding in 1,200 tokens, 4 routers\n")
+    assert done.stderr == "failed: routes_shifted\n"
+    row = json.loads(cli_here("lint", "shifted", "--format", "json", check=3).stdout)
+    assert (row["kind"], row["values"]["shift"]) == ("routes_shifted", 1)
+    # a note is no failure
+    ids = np.swapaxes(np.sort(recording("64 of 6").ids_LTK, 2), 0, 1)
+    np.save(tmp_path / "sorted.npy", ids.astype(np.uint8))
+    assert "The 6 ids ascend" in cli_here("lint", "sorted.npy", "--experts", 64).stdout
+
+
+def test_responses_are_linted_as_they_came(cli_here: Cli, tmp_path: Path) -> None:
+    """What `import` leaves out, or refuses."""
+    from tests.support.foreign import npy
+
+    a, lines = recording("64 of 6"), list[str]()
+    begins = [*np.flatnonzero(a.position == 0), a.T]
+
+    def write(change: Callable[[np.ndarray], np.ndarray]) -> None:
+        rows = list[str]()
+        for begin, end in pairwise(begins):
+            ids = np.swapaxes(a.ids_LTK[:, begin:end], 0, 1).astype(np.uint16)
+            prompt, made = a.token_id[begin : begin + 4], a.token_id[begin + 4 : end]
+            row = {"prompt_token_ids": prompt.tolist(), "token_ids": [*made.tolist(), 0]}
+            rows.append(json.dumps(row | {"routed_experts": npy(change(ids))}))
+        (tmp_path / "r.jsonl").write_text("\n".join(rows))
+
+    def kinds() -> list[str]:
+        done = cli_here("lint", "r.jsonl", "--experts", 64, "--format", "json", check=None)
+        return [json.loads(line)["kind"] for line in done.stdout.splitlines()]
+
+    write(lambda ids: ids)
+    assert kinds() == lines
+    write(lambda ids: np.concatenate([ids, ids[:1] * 0]))  # padded to the tokens
+    assert kinds() == ["zero_filled"]
+    write(lambda ids: ids[1:])
+    assert kinds() == ["lengths", "routes_shifted"]
+    write(lambda ids: np.where(np.arange(len(ids))[:, None, None] < 4, 0, ids))
+    assert kinds() == ["zero_filled"]
+    write(lambda ids: np.where(ids == 3, 65_535, ids))
+    assert kinds() == ["out_of_range"]
+
+
+def test_the_page_has_every_kind() -> None:
+    page = (ROOT / "docs" / "lint.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert [kind for kind, *_ in listed] == [*KINDS]
+    for kind, sign, sure, bugs, _ in listed:
+        of = KINDS[kind]
+        assert (sign, sure) == (of.sign, "certain" if of.certain else "p-value"), kind
+        assert bugs == ", ".join(of.bugs), kind

@@ -20,7 +20,7 @@ NEAR = 8  # a shift by so many tokens is looked for in all pairs …
 FAR = 512  # … and by so many in FEW_PAIRS of FEW_LAYERS, whose best shift is then judged by all
 FEW_PAIRS, FEW_LAYERS = 256, 2
 BEFORE = 2  # so many earlier tokens with its id a token is paired with
-MOST_PAIRS, MOST_LAYERS = 2048, 16
+MOST_PAIRS, MOST_LAYERS = 1024, 12
 CELLS = 2**17  # pairs · shifts · layers that are compared at once
 WINDOW = 400  # tokens of a sequence that are judged alone
 DRAFT = (-2, -1, 1, 2)  # shifts of one layer
@@ -169,37 +169,35 @@ def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
 
 
 def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
-    """Layers beside those of a right recording of the model: each token with an earlier one of its
-    id there. known: with the same layers."""
+    """Layers beside those of a right recording of the model: what each token has in common with one
+    of its id there, beyond what it has with another. known: with the same layers."""
     a, b = _across(r.token_id_T, known.token_id_T)
-    if len(a) < 2 * NEAR:
-        return
-    L = r.L
-    here_KNL, there_KNL = r.slots_KTL[:, a], known.slots_KTL[:, b]
-    # the layers of the known recording are turned past these
-    common_MNL = np.stack([common(here_KNL, np.roll(there_KNL, -m, 2)) for m in range(L)])
-    own_NL = common_MNL[0]
-    p_ML = tail((common_MNL - own_NL).swapaxes(0, 1), L * L)
-    by_L = common_MNL.mean(1).argmax(0)
-    moved = {n: (n + int(m)) % L for n, m in enumerate(by_L) if p_ML[m, n] < LEVEL}
-    if moved:
-        names = [
-            f"layer {r.layers[n]} is the known {known.layers[m]}" for n, (m, _) in moved.items()
-        ]
-        what = f"By what their tokens choose, {join_first(names, 4)}."
-        p = max(float(p_ML[by_L[n], n]) for n in moved)
-        yield found("layers_moved", what, p, layers=[int(r.layers[n]) for n in moved])
-    # half of what tokens with the same id have in common in the known recording, beyond others
     of_known = same_id(known.token_id_T, MOST_PAIRS)
-    rng = np.random.default_rng([SEED, len(a)])
-    other = rng.permutation(len(b))
-    by_chance_NL = common(here_KNL, there_KNL[:, other])
-    slots = known.slots_KTL
-    others = rng.permutation(len(of_known[1]))
-    by_id = common(slots[:, of_known[0]], slots[:, of_known[1]]).mean(0)
-    by_other = common(slots[:, of_known[0]], slots[:, of_known[1][others]]).mean(0)
-    lack_NL = (by_id - by_other) / 2 - (own_NL - by_chance_NL)
-    p_L = tail(lack_NL, L)
+    if min(len(a), len(of_known[0])) < 2 * NEAR:
+        return
+    L, rng = r.L, np.random.default_rng([SEED, len(a)])
+
+    def excess(slots_KTL: np.ndarray, a: np.ndarray, b: np.ndarray, by: int) -> np.ndarray:
+        """Beside the known layer so many further, the first after the last. [N, L]"""
+        other = rng.permutation(b)
+        here, there = slots_KTL[:, a], np.roll(known.slots_KTL, -by, 2)
+        return common(here, there[:, b]) - common(here, there[:, other])
+
+    usual_L = excess(known.slots_KTL, *of_known, 0).mean(0)
+    excess_MNL = np.stack([excess(r.slots_KTL, a, b, by) for by in range(L)])
+    own_NL = excess_MNL[0]
+    p_ML = tail((excess_MNL - own_NL).swapaxes(0, 1), L * L)
+    moved = dict[int, int]()
+    for n, by in enumerate(excess_MNL.mean(1).argmax(0).tolist()):
+        m = (n + by) % L
+        if p_ML[by, n] < LEVEL and excess_MNL[by, :, n].mean() > usual_L[m] / 2:
+            moved[n] = m
+    if moved:
+        names = [f"layer {r.layers[n]} is the known {known.layers[m]}" for n, m in moved.items()]
+        what = f"By what their tokens choose, {join_first(names, 4)}."
+        p = max(float(p_ML[(m - n) % L, n]) for n, m in moved.items())
+        yield found("layers_moved", what, p, layers=[int(r.layers[n]) for n in moved])
+    p_L = tail(usual_L / 2 - own_NL, L)
     at = [n for n in np.flatnonzero(p_L < LEVEL).tolist() if n not in moved]
     if at:
         what = (

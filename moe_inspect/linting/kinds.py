@@ -1,203 +1,169 @@
 """The kinds of findings: what each means, which published bugs look like it, and what mends it.
-`docs/lint.md` has them as a table."""
+docs/lint.md has them as a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from moe_inspect.reporting.verdict.findings import Severity
-from moe_inspect.reporting.verdict.misrecorded import MENDS, NEVER_FED, OF_ANOTHER_ROUTER, REPLICAS
+from moe_inspect.reporting.verdict.misrecorded import (
+    DROP_LAST,
+    DROP_ZERO_FILLED,
+    LAYERS,
+    NEVER_FED,
+    OF_ANOTHER_ROUTER,
+    SHIFT_LAYERS,
+    SHIFT_ROUTES,
+)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`sign`: what is looked for, for the table. `certain`: whether no router can do that; else
-    there is a p-value. `means`: what has happened, a sentence. `option`: of compare or import;
-    `mend`: the sentence on what to do."""
+    """`sign`: what is looked for, for the table. `means`: what has happened. `mend`: what to do, a
+    sentence; `option`: of compare or import. `certain`: whether no router can do that, so that there
+    is no p-value. `bugs`: published ones that look like it."""
 
-    severity: Severity
     sign: str
-    certain: bool
     means: str
-    bugs: tuple[str, ...] = ()
+    mend: str = ""
     option: str = ""
-    advice: str = ""
-
-    @property
-    def mend(self) -> str:
-        if self.advice or not self.option:
-            return self.advice
-        return f"Mend: {self.option}."
+    bugs: tuple[str, ...] = ()
+    certain: bool = False
+    severity: Severity = "critical"
 
 
+LOST_TOKEN = ("NeMo-RL #3208", "prime-rl #1807")
+DRAFT = ("vLLM #48622",)
+RETRACTED = ("miles #3277",)
 KINDS: dict[str, Kind] = {
     "lengths": Kind(
-        "critical",
         "another number of rows than of tokens",
-        True,
-        "Routes that lack a token, or have one too many, belong to other tokens from there on.",
-        ("NeMo-RL #3208", "prime-rl #1807", "miles #3277"),
-        f"compare {MENDS['last_token']}",
-        f"If only the last token of each sequence is missing, which is never fed, compare "
-        f"{MENDS['last_token']}; else record again.",
+        "From a missing row on, routes are other tokens'.",
+        f"If only the last token of each sequence lacks, which is never fed: compare {DROP_LAST}.",
+        f"compare {DROP_LAST}",
+        (*LOST_TOKEN, *RETRACTED),
+        certain=True,
     ),
     "zero_filled": Kind(
-        "critical",
         "expert 0 in every slot of every layer",
-        True,
         f"These are {NEVER_FED}, filled with zeros.",
+        f"Leave them out: compare {DROP_ZERO_FILLED}.",
+        f"compare {DROP_ZERO_FILLED}",
         ("tpu-inference #3583", "vLLM #49184", "SkyRL #1908", "verl #7075"),
-        f"compare {MENDS['zero_filled']}",
+        certain=True,
     ),
     "constant_filled": Kind(
-        "critical",
-        "the same slots in every layer",
-        False,
-        "A buffer was filled and not written, or padded; or all logits of these routers are equal.",
-        ("SkyRL #1908", "verl #7075"),
+        "the same slots in every layer, or experts 0 to k − 1 in all of one",
+        "A buffer was filled and not written, or padded; or all logits of a router are equal.",
+        "Padding at the end of responses is left out by import.",
         "import",
-        "`import` leaves out padding at the end of responses.",
     ),
     "not_recorded": Kind(
-        "warning",
         "no expert in any slot of any layer",
-        True,
-        "The routes of these tokens were forgotten, or a tail was never written.",
-        ("vLLM #49184",),
+        "The routes of these tokens were forgotten, or the tail was never written.",
+        "Leave them out, as import does.",
         "import",
-        "`import` leaves them out.",
+        certain=True,
+        severity="warning",
     ),
     "layers_filled": Kind(
-        "critical",
         "one number in every slot of a layer",
-        True,
         "This is a dense layer, or one that was never written.",
-        (),
+        "Dense layers are left out by import --model.",
         "import --model",
-        "`import --model` leaves dense layers out.",
-    ),
-    "physical_ids": Kind(
-        "critical",
-        "ids from E on, few, each often",
-        True,
-        f"These may be {REPLICAS}, not logical experts.",
-        (),
-        "",
-        "Record logical ids: a plan of placement maps one to the other.",
+        certain=True,
     ),
     "out_of_range": Kind(
-        "critical",
         "ids that are no expert's",
-        True,
-        "Memory that was never written, or another model's `experts`.",
-        (),
-        "",
+        "Memory was never written, or the model has another number of experts.",
+        certain=True,
+    ),
+    "physical_ids": Kind(
+        "ids from E on, few, and each often",
+        "These may be physical ids of replicas, not experts.",
+        "Record logical ids: a plan of placement maps one to the other.",
+        certain=True,
     ),
     "twice": Kind(
-        "critical",
         "an expert twice in a decision",
-        True,
-        "No router chooses an expert twice: rows are not aligned to slots, or partly written.",
-        (),
-        "",
+        "No router chooses that: rows are not aligned to slots, or partly written.",
+        certain=True,
     ),
     "repeated_rows": Kind(
-        "critical",
-        "the same row again and again, whatever the token",
-        False,
-        "A buffer was read again that nobody wrote (stale), or a tail was never written.",
-        ("vLLM #49184",),
-        "",
+        "the same row from token to token",
+        "A buffer that nobody wrote was read again (stale), or a tail was never written.",
     ),
     "repeated_block": Kind(
-        "critical",
-        "a stretch of rows again, at other text",
-        False,
+        "a stretch of rows again, at another text",
         "A sequence is there twice, as after a retraction, or a buffer is stale.",
-        ("miles #3277",),
-        "",
+        bugs=RETRACTED,
     ),
     "layer_copied": Kind(
-        "critical",
         "a layer that equals another",
-        False,
         "One layer was written over another.",
-        ("vLLM #48622",),
-        "compare --layers",
-        "Leave it out: `compare --layers`.",
-    ),
-    "layer_shifted": Kind(
-        "critical",
-        "one layer belongs to the next token",
-        False,
-        "It holds the routes of a draft model's (MTP) layer, which reads the next token.",
-        ("vLLM #48622",),
-        "compare --layers",
-        "Leave it out: `compare --layers`.",
-    ),
-    "routes_shifted": Kind(
-        "critical",
-        "routes follow the text better some tokens on",
-        False,
-        "The routes belong to other tokens: another span, or a lost token at a boundary.",
-        ("vLLM #37094", "NeMo-RL #3208", "prime-rl #1807"),
-        f"compare {MENDS['routes_shifted']}",
-    ),
-    "layers_moved": Kind(
-        "critical",
-        "a layer has the habits of another one of the known trace",
-        False,
-        "Layers are in another order, or counted otherwise.",
-        ("vLLM #48622",),
-        f"compare {MENDS['layers_shifted']}",
-        f"If all are moved alike, `compare {MENDS['layers_shifted']}`.",
-    ),
-    "routes_of_another_router": Kind(
-        "critical",
-        "a layer has none of the habits of the known trace",
-        False,
-        f"Its routes belong to {OF_ANOTHER_ROUTER}; or experts are numbered differently.",
-        ("vLLM #48622",),
-        f"compare {MENDS['routes_of_another_router']}",
+        f"Leave it out: compare {LAYERS}.",
+        f"compare {LAYERS}",
+        DRAFT,
     ),
     "sorted_ids": Kind(
-        "note",
-        "ids ascend in every decision",
-        False,
+        "ids that ascend in every decision",
         "The order of the slots is lost: slot 0 is not the first choice.",
-    ),
-    "first_choice": Kind(
-        "critical",
-        "slot 0 has not the largest weight",
-        True,
-        "Ids and weights are in different orders, or the order of slots is not the stated one.",
-    ),
-    "weight_sums": Kind(
-        "warning",
-        "weights that do not sum as the config says",
-        True,
-        "The weights are others than those that the experts' outputs were multiplied by.",
-    ),
-    "groups": Kind(
-        "critical",
-        "more groups in a decision than the config allows",
-        True,
-        "The ids are not those of the config's experts: physical ids, a permutation, or another "
-        "model.",
+        severity="note",
     ),
     "missing_ranks": Kind(
-        "critical",
         "only the experts of some ranks",
-        False,
-        "These look like the routes to the experts of some ranks, or local ids.",
-        (),
+        "Ranks are missing, or these are local ids.",
+        "Record global ids, or give import the files of all ranks.",
         "import",
-        "Record global ids, or give `import` the files of all ranks.",
     ),
     "even_load": Kind(
-        "warning",
         "a load more even than chance allows",
-        False,
-        "Routing was simulated or forced to balance, as in a benchmark; or experts choose tokens.",
+        "Routing was simulated or forced to balance, as for a benchmark; or experts choose tokens.",
+        severity="warning",
+    ),
+    "groups": Kind(
+        "more groups in a decision than the config allows",
+        "The ids are not the config's: physical ids, a permutation, or another model.",
+        certain=True,
+    ),
+    "first_choice": Kind(
+        "slot 0 has not the largest weight",
+        "Ids and weights are in different orders, or the order of slots is not the stated one.",
+        certain=True,
+    ),
+    "weight_sums": Kind(
+        "weights that do not sum as the config says",
+        "Outputs of experts were multiplied by others, or the config is another model's.",
+        certain=True,
+        severity="warning",
+    ),
+    "routes_shifted": Kind(
+        "routes follow the text best some tokens on",
+        "The routes are other tokens': another span, or a token was lost at a boundary.",
+        f"Move them back: compare {SHIFT_ROUTES} N.",
+        f"compare {SHIFT_ROUTES}",
+        ("vLLM #37094", *LOST_TOKEN),
+    ),
+    "layer_shifted": Kind(
+        "one layer follows the text best some tokens on",
+        "A draft model's (MTP) layer, which reads the next token, was written over it.",
+        f"Leave it out: compare {LAYERS}.",
+        f"compare {LAYERS}",
+        DRAFT,
+    ),
+    "layers_moved": Kind(
+        "a layer chooses as another one of the known trace",
+        "Layers are in another order, or counted otherwise.",
+        f"If all are moved alike: compare {SHIFT_LAYERS} N.",
+        f"compare {SHIFT_LAYERS}",
+        DRAFT,
+    ),
+    "routes_of_another_router": Kind(
+        "a layer chooses as none of the known trace",
+        f"These routes belong to a router that the known trace lacks, {OF_ANOTHER_ROUTER}; or "
+        "experts are numbered differently.",
+        f"Leave it out: compare {LAYERS}.",
+        f"compare {LAYERS}",
+        DRAFT,
     ),
 }

@@ -101,10 +101,14 @@ def wrong_lengths(rows_of: int, tokens: int, name: str, S: int) -> Finding:
 
 def findings(r: Recorded, known: Recorded | None = None) -> Iterator[Finding]:
     """What every check finds. known: a right recording of the same layers."""
+    chosen = False  # whether tokens are left out for their experts
     for check in ROWS:
+        if chosen and check is rows.loads:
+            continue
         left_T, left_L = np.zeros(r.T, bool), np.zeros(r.L, bool)
         for one, which in check(r):
             yield one
+            chosen |= check in (rows.out_of_range, rows.twice)
             if len(which) and check in (rows.layers_filled, rows.layer_copied):
                 left_L |= which
             elif len(which):

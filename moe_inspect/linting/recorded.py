@@ -101,8 +101,8 @@ def found(kind: str, what: str, p: float = 0.0, **values: object) -> Finding:
     """A finding: what was seen and where; how sure (p = 0: no router does that); which published
     bug looks like it; what mends it."""
     of = KINDS[kind]
-    sure = "Certain" if p == 0 else f"By chance: p < {max(p, 1e-99):.0e}"
-    known = f" Known: {', '.join(of.bugs)}." if of.bugs else ""
-    text = f"{what} {sure}. {of.means}{known} {of.mend}"
+    sure = "Certain." if p == 0 else f"By chance: p < {max(p, 1e-99):.0e}."
+    known = f"Known: {', '.join(of.bugs)}." if of.bugs else ""
+    text = " ".join(part for part in (what, sure, of.means, known, of.mend) if part)
     values |= {"p": p, "certain": p == 0, "known": list(of.bugs), "option": of.option or None}
-    return finding(kind, of.severity, text.strip(), **values)
+    return finding(kind, of.severity, text, **values)

@@ -19,6 +19,12 @@ from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.comparison.aligning.align import AlignedRows, Alignment, align, rows_of_shard
 from moe_inspect.comparison.aligning.pairing import layers_named, same_places
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.verdict.misrecorded import (
+    LAYERS,
+    OF_ANOTHER_ROUTER,
+    SHIFT_LAYERS,
+    SHIFT_ROUTES,
+)
 from moe_inspect.text import join_first, layer_label, plural, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -185,7 +191,7 @@ def _routes_shifted(sample: SampledRows) -> Misalignment | None:
         f"routes of A's token n ({_evidence(value, before)})."
     )
     values = {"shift": shift, "agreement": value, "agreement_as_compared": before}
-    return Misalignment("routes_shifted", text, f"--shift-routes {shift}", values)
+    return Misalignment("routes_shifted", text, f"{SHIFT_ROUTES} {shift}", values)
 
 
 def _layers_moved(
@@ -221,7 +227,7 @@ def _layers_moved(
             f"Layers are numbered differently: B's layer n is A's n{step:+d} {evidence}. One may "
             "skip dense layers, or start again at each pipeline stage."
         )
-        option = f"--shift-layers {step}"
+        option = f"{SHIFT_LAYERS} {step}"
         return Misalignment("layers_shifted", text, option, values | {"shift": step})
     names = [f"A's {layer_label(a, r)} is B's {layer_label(b, m)}" for r, m, *_ in moved]
     said = f"{join_first(names, 4, ', ')} {evidence}."
@@ -271,12 +277,12 @@ def _foreign(sample: SampledRows) -> Misalignment | None:
     layers = layers_named([layer_label(a, r) for r in bad])
     text = (
         f"In {layers}, B agrees with A only by chance (beyond chance {value:.1%}; "
-        f"in other layers {others:.1%}): these routes belong to a router that A lacks, such as an "
-        "MTP layer's, or were never recorded."
+        f"in other layers {others:.1%}): these routes belong to a router that A lacks, "
+        f"{OF_ANOTHER_ROUTER}."
     )
     left = ranges({a[r].layer for r, _ in own if r not in bad})
     values = {"routers": bad, "agreement": value, "agreement_elsewhere": others}
-    return Misalignment("routes_of_another_router", text, f"--layers {left}", values)
+    return Misalignment("routes_of_another_router", text, f"{LAYERS} {left}", values)
 
 
 def matched_overlaps(

@@ -22,6 +22,7 @@ from moe_inspect.comparison.result import Paired, Row, missing_layers
 from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
 from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.misrecorded import DROP_LAST, DROP_ZERO_FILLED, NEVER_FED
 from moe_inspect.text import cut, join_first, plural
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
@@ -47,13 +48,13 @@ def misaligned(data: Decisions) -> Iterator[Finding]:
 def zero_filled(data: Decisions) -> Iterator[Finding]:
     """Tokens that one trace sends to expert 0 in every slot: not routing, but memory that was set
     to zero."""
-    option = "--drop-zero-filled"
+    option = DROP_ZERO_FILLED
     for name, n in (("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)):
         if n and _zeros_by_chance(data, name, n) < ALPHA:
             text = (
                 f"{plural(n, 'token')} of {name} {'has' if n == 1 else 'have'} expert 0 in every "
-                "slot of every router, but different experts in the other trace: tokens that were "
-                f"never fed, or padding, filled with zeros. Add {option}."
+                f"slot of every router, but different experts in the other trace: {NEVER_FED}, "
+                f"filled with zeros. Add {option}."
             )
             yield finding("zero_filled", "critical", text, tokens=n, trace=name, option=option)
 
@@ -84,10 +85,10 @@ def last_token(data: Decisions) -> Iterator[Finding]:
         text = (
             f"The last token of sequences has different experts in {there:.1%} of its decisions, "
             f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token. "
-            "Add --drop-last."
+            f"Add {DROP_LAST}."
         )
         shares: Row = {"mismatch_last": there, "mismatch_elsewhere": elsewhere}
-        yield finding("last_token", "critical", text, **shares, option="--drop-last")
+        yield finding("last_token", "critical", text, **shares, option=DROP_LAST)
 
 
 def same(data: Decisions) -> Iterator[Finding]:
