@@ -143,7 +143,7 @@ def test_layers_beside_a_right_trace_of_the_model(tmp_path: Path) -> None:
     ]
     few = whole.take(slice(0, 12)).written(tmp_path / "few")
     assert few.lint(against=known) == []
-    with pytest.raises(moe_inspect.MoeInspectError, match="has other routers than .*few"):
+    with pytest.raises(moe_inspect.MoeInspectError, match="has other routers than"):
         few.lint(against=recording("8 of 2").written(tmp_path / "others"))
 
 
@@ -199,7 +199,8 @@ def test_ids_as_a_training_loop_has_them() -> None:
     assert moe_inspect.lint(ids[:0], experts=64) == []
     ids[7] = 0
     (one,) = moe_inspect.lint(ids.to(torch.uint8), experts=64)
-    assert one.values["certain"] and one.values["option"] == "compare --drop-zero-filled"
+    assert one.values["certain"]
+    assert one.values["option"] == "compare --drop-zero-filled"
     assert one.values["known"] == list(KINDS["zero_filled"].bugs)
     for wrong, said in (
         (ids[:, 0], "ids have the shape"),

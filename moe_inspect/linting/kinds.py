@@ -19,8 +19,8 @@ from moe_inspect.reporting.verdict.misrecorded import (
 
 @dataclass(frozen=True)
 class Kind:
-    """`sign`: what is looked for, for the table. `means`: what has happened. `mend`: what to do, a
-    sentence; `option`: of compare or import. `certain`: whether no router can do that, so that there
+    """`sign`: what is looked for. `means`: what has happened. `mend`: what to do, a sentence;
+    `option`: of compare or import. `certain`: whether no router can do that, so that there
     is no p-value. `bugs`: published ones that look like it."""
 
     sign: str
