@@ -25,7 +25,7 @@ from moe_inspect.cli.options import (
 )
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import TableOptions
-from moe_inspect.text import join_first, plural, print_stderr
+from moe_inspect.text import join_first, plural, print_stderr, printable
 
 documents_option, alarm_option, page_option = map(in_panel, ("Documents", "Alarms", "Serve a page"))
 
@@ -169,7 +169,7 @@ def lint(
         said = f"{source}: {'nothing' if not made.found else plural(len(made.found), 'finding')} in"
         with text_to(write.output) as file:
             print_verdict(made.found, console_for(file))
-            print(f"{said} {looked}, {plural(made.routers, 'router')}", file=file)
+            print(printable(f"{said} {looked}, {plural(made.routers, 'router')}"), file=file)
     else:
         write.emit(verdict_table(made.found, values=form is Format.json))
     wrong = [one.kind for one in made.found if one.severity != "note"]
