@@ -153,13 +153,13 @@ def test_what_the_config_says_of_groups_and_weights(tmp_path: Path) -> None:
     groups = np.argsort(rng.random((T, 4)), 1)[:, :2]
     of = groups[:, [0, 0, 1]] * 4 + np.array([0, 1, 2])
     weights = np.sort(rng.dirichlet([1, 1, 1], T), 1)[:, ::-1].astype(np.float32)
-    config = {"model_type": "deepseek_v3", "n_group": 4, "topk_group": 2}
+    config: dict[str, Any] = {"model_type": "deepseek_v3", "n_group": 4, "topk_group": 2}
     config |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
 
     def kinds(name: str, ids: np.ndarray, weights: np.ndarray, **more: Any) -> list[str]:
-        facts = {"manifest": {"model": {"id": "made", "config": config | more}}}
-        ids = [np.roll(ids, n, 0).astype(np.uint16) for n in (0, 1)]
-        made = write_trace(tmp_path / name, ids, 16, weights=[weights] * 2, **facts)
+        facts: dict[str, Any] = {"manifest": {"model": {"id": "made", "config": config | more}}}
+        both = [np.roll(ids, n, 0).astype(np.uint16) for n in (0, 1)]
+        made = write_trace(tmp_path / name, both, 16, weights=[weights] * 2, **facts)
         return [one.kind for one in made.lint()]
 
     assert kinds("right", of, weights) == kinds("scaled", of, weights * 2.5) == []
@@ -179,6 +179,15 @@ def test_what_the_config_says_of_groups_and_weights(tmp_path: Path) -> None:
     odd = of.copy()
     odd[:2] = [0, 5, 10]
     assert kinds("few", odd, weights) == []
+
+
+def test_a_few_collapsed_layers_are_no_mistake() -> None:
+    """Nor are layers that choose alike for a while."""
+    a = recording("8 of 2")
+    stays_T = np.cumsum(np.random.default_rng(0).random(a.T) < 0.02)
+    one = replace(a, layers=[0, 1], ids_LTK=a.ids_LTK[:2] * 0 + [[[3, 1]], [[0, 2]]])
+    assert linted(one) == []
+    assert linted(replace(a, ids_LTK=a.ids_LTK[:, stays_T])) == []
 
 
 def test_empty_slots_are_no_mistake_where_tokens_are_dropped() -> None:

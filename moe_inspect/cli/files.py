@@ -164,12 +164,10 @@ def lint(
     with shown():
         made = lint_path(source, **facts.keywords(), against=against, warn=print_stderr)
     if form is Format.table:
-        part = f" of {made.of:,}" if made.of > made.tokens else ""
-        looked = f"the first {made.tokens:,}{part} tokens" if part else plural(made.tokens, "token")
-        said = f"{source}: {'nothing' if not made.found else plural(len(made.found), 'finding')} in"
+        many = plural(len(made.found), "finding") if made.found else "nothing"
         with text_to(write.output) as file:
             print_verdict(made.found, console_for(file))
-            print(printable(f"{said} {looked}, {plural(made.routers, 'router')}"), file=file)
+            print(printable(f"{source}: {many} in {made}"), file=file)
     else:
         write.emit(verdict_table(made.found, values=form is Format.json))
     wrong = [one.kind for one in made.found if one.severity != "note"]

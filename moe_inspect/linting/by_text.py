@@ -22,7 +22,7 @@ FEW_PAIRS, FEW_LAYERS = 256, 2
 BEFORE = 2  # so many earlier tokens with its id a token is paired with
 MOST_PAIRS, MOST_LAYERS = 1024, 12
 CELLS = 2**17  # pairs · shifts · layers that are compared at once
-WINDOW = 400  # tokens of a sequence that are judged alone
+WINDOW, MOST_WINDOWS = 400, 256  # tokens of a sequence that are judged alone
 DRAFT = (-2, -1, 1, 2)  # shifts of one layer
 
 
@@ -119,6 +119,7 @@ def shifts(r: Recorded) -> Iterator[Finding]:
         for first, end in zip(r.begin_S.tolist(), ends.tolist(), strict=True)
         for begin in range(first, max(end - WINDOW // 2, first + 1), WINDOW)
     ]
+    windows = windows[:: -(-len(windows) // MOST_WINDOWS) or 1]
     found_at = list[tuple[int, int, float, int, int]]()
     for begin, end in windows if len(windows) > 1 else ():
         part = part_of(r, begin, end)
@@ -164,8 +165,7 @@ def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
             f"In {r.named(at)} tokens with the same id choose most alike {_rows_on(shift)}, in the "
             "other layers in their own row."
         )
-        layers = [int(r.layers[n]) for n in at]
-        yield found("layer_shifted", what, float(p_L[at].max()), layers=layers)
+        yield found("layer_shifted", what, float(p_L[at].max()), layers=r.numbers(at))
 
 
 def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
@@ -196,16 +196,16 @@ def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
         names = [f"layer {r.layers[n]} is the known {known.layers[m]}" for n, m in moved.items()]
         what = f"By what their tokens choose, {join_first(names, 4)}."
         p = max(float(p_ML[(m - n) % L, n]) for n, m in moved.items())
-        yield found("layers_moved", what, p, layers=[int(r.layers[n]) for n in moved])
+        yield found("layers_moved", what, p, layers=r.numbers(np.array([*moved])))
     p_L = tail(usual_L / 2 - own_NL, L)
-    at = [n for n in np.flatnonzero(p_L < LEVEL).tolist() if n not in moved]
-    if at:
+    at = np.setdiff1d(np.flatnonzero(p_L < LEVEL), [*moved])
+    if len(at):
         what = (
             f"In {r.named(at)} tokens do not choose what tokens with the same id choose in the "
             "known trace."
         )
-        layers = [int(r.layers[n]) for n in at]
-        yield found("routes_of_another_router", what, float(p_L[at].max()), layers=layers)
+        p = float(p_L[at].max())
+        yield found("routes_of_another_router", what, p, layers=r.numbers(at))
 
 
 def _across(id_T: np.ndarray, known_T: np.ndarray) -> Pairs:

@@ -91,9 +91,14 @@ class Recorded:
         many = f"{n:,} of {plural(self.T, 'token')}"
         return f"{many}, {at}" if n == 1 else f"{many}, from {at} on"
 
-    def named(self, layers: Sequence[int] | np.ndarray) -> str:
-        """ "layers 1-3": indices of layers."""
-        numbers = [self.layers[int(n)] for n in layers]
+    def numbers(self, at: np.ndarray) -> list[int]:
+        """Of these layers. at: int [N], or bool [L]."""
+        of_L = np.array(self.layers)
+        return of_L[at].tolist()
+
+    def named(self, at: np.ndarray) -> str:
+        """ "layers 1-3" """
+        numbers = self.numbers(at)
         return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
@@ -105,4 +110,4 @@ def found(kind: str, what: str, p: float = 0.0, **values: object) -> Finding:
     known = f"Known: {', '.join(of.bugs)}." if of.bugs else ""
     text = " ".join(part for part in (what, sure, of.means, known, of.mend) if part)
     values |= {"p": p, "certain": p == 0, "known": list(of.bugs), "option": of.option or None}
-    return finding(kind, of.severity, text, **values)
+    return finding(kind, of.severity, text, None, **values)

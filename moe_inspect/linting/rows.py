@@ -93,11 +93,11 @@ def out_of_range(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     low, high = int(slots.min()), int(slots.max())
     if low >= -1 and high < E:
         return
-    bad_TL = ((slots < -1) | (slots >= E)).any(0)
+    bad_TL: np.ndarray = np.any((slots < -1) | (slots >= E), axis=0)
     ids, times = np.unique(slots[(slots < -1) | (slots >= E)], return_counts=True)
     replicas = low >= -1 and high < 2 * E and high - E + 1 <= 2 * len(ids) and np.median(times) > 1
-    bad_T = bad_TL.any(1)
-    where = f"{r.where(bad_T)}, in {r.named(np.flatnonzero(bad_TL.any(0)))}"
+    bad_T: np.ndarray = np.any(bad_TL, axis=1)
+    where = f"{r.where(bad_T)}, in {r.named(np.any(bad_TL, axis=0))}"
     values = {"assignments": int(times.sum()), "lowest": low, "highest": high}
     what = (
         f"Ids up to {high} of {E} experts"
@@ -121,28 +121,25 @@ def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         constant_L[n] &= bool((of == of[:1, :1]).all())
         counted_L[n] &= bool((of == np.arange(K)[:, None]).all())
     if constant_L.any():
-        named = r.named(np.flatnonzero(constant_L))
-        values = sorted({int(slots[0, 0, n]) for n in np.flatnonzero(constant_L)})
+        named = r.named(constant_L)
+        values = sorted({int(slots[0, 0, n]) for n in np.flatnonzero(constant_L).tolist()})
         of = "no expert" if values == [-1] else f"expert {', '.join(map(str, values))}"
         what = f"All tokens have {of} in every slot of {named}."
-        yield found("layers_filled", what, layers=_numbers(r, constant_L)), constant_L
+        yield found("layers_filled", what, layers=r.numbers(constant_L)), constant_L
     # experts are numbered by chance: how often a layer that uses only K of them has these
     p = r.L * float(np.exp(lgamma(E - K + 1) - lgamma(E + 1)))
     if counted_L.any() and r.T >= SHORT and p < LEVEL:
-        named = r.named(np.flatnonzero(counted_L))
+        named = r.named(counted_L)
         what = f"All tokens have experts 0 to {K - 1}, in this order, in {named}."
-        yield found("constant_filled", what, p, layers=_numbers(r, counted_L)), counted_L
-
-
-def _numbers(r: Recorded, which_L: np.ndarray) -> list[int]:
-    return [int(r.layers[n]) for n in np.flatnonzero(which_L)]
+        yield found("constant_filled", what, p, layers=r.numbers(counted_L)), counted_L
 
 
 def twice(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     if r.K < 2 or not (twice_TL := repeated([*r.slots_KTL])).any():
         return
-    twice_T, n = twice_TL.any(1), int(twice_TL.sum())
-    where = f"{r.where(twice_T)}, in {r.named(np.flatnonzero(twice_TL.any(0)))}"
+    twice_T: np.ndarray = np.any(twice_TL, axis=1)
+    n = int(twice_TL.sum())
+    where = f"{r.where(twice_T)}, in {r.named(np.any(twice_TL, axis=0))}"
     yield (
         found("twice", f"An expert twice in {plural(n, 'decision')}: {where}.", decisions=n),
         twice_T,
@@ -154,15 +151,12 @@ def repeated_rows(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     text makes."""
     slots, ids_T, same_T = r.slots_KTL, r.token_id_T, np.zeros(r.T, bool)
     at = 1 + np.flatnonzero((slots[:, 1:, -1] == slots[:, :-1, -1]).all(0))
-    same_T[at] = (slots[:, at] == slots[:, at - 1]).all((0, 2))
+    same_T[at] = _same(slots[:, at], slots[:, at - 1])
     known = bool((ids_T >= 0).any())
     other_T = np.zeros(r.T, bool)
     other_T[1:] = (ids_T[1:] != ids_T[:-1]) & (ids_T[1:] >= 0) if known else True
     found_T, longest, p = _runs(r, same_T, other_T, ~same_T, 1)
-    # a few layers that send all tokens to the same experts may have collapsed
     if p >= LEVEL or longest < (0 if known else WARM_UP):
-        return
-    if r.L < 4 and found_T.sum() > 0.9 * r.T:
         return
     what = (
         f"The same experts in every layer from token to token, up to {longest + 1:,} in a row: "
@@ -195,7 +189,7 @@ def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
             break
         same_T, other_T = np.zeros(T, bool), ids_T >= 0
         at = back + np.flatnonzero(key_T[back:] == key_T[:-back])
-        same_T[at] = (slots[:, at] == slots[:, at - back]).all((0, 2))
+        same_T[at] = _same(slots[:, at], slots[:, at - back])
         other_T[back:] &= ids_T[back:] != ids_T[:-back]
         found_T, longest, p = _runs(r, same_T, other_T, ~same_T, back)
         best = min(best, (p * T, longest, back, found_T), key=lambda one: one[0])
@@ -208,6 +202,12 @@ def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         yield found("repeated_block", what, p, tokens=int(found_T.sum()), longest=longest), found_T
 
 
+def _same(a_KNL: np.ndarray, b_KNL: np.ndarray) -> np.ndarray:
+    """Which decisions are the same in every layer, empty slots apart: tokens that a capacity drops
+    are alike. bool [N]"""
+    return ((a_KNL == b_KNL) & (a_KNL >= 0)).all((0, 2))
+
+
 def _runs(
     r: Recorded, same_T: np.ndarray, other_T: np.ndarray, new_T: np.ndarray, back: int
 ) -> tuple[np.ndarray, int, float]:
@@ -218,7 +218,8 @@ def _runs(
     run_T = np.cumsum(new_T)
     size_R = np.bincount(run_T, same_T & other_T).astype(int)
     longest = int(size_R.max(initial=0))
-    if longest < SHORT:
+    # a few layers that send nearly all tokens to the same experts may have collapsed
+    if longest < SHORT or (r.L < 4 and same_T.sum() > 0.9 * r.T):
         return same_T, longest, 1.0
     many_T = (size_R >= longest / 2)[run_T]
     judged_T = other_T & ~many_T
@@ -254,7 +255,7 @@ def layer_copied(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     said = [f"layer {r.layers[n]} equals layer {r.layers[of]}" for of, n in copies]
     left_L = np.isin(np.arange(r.L), [n for _, n in copies])
     what = f"At every token {', '.join(said)}."
-    yield found("layer_copied", what, worst, layers=_numbers(r, left_L)), left_L
+    yield found("layer_copied", what, worst, layers=r.numbers(left_L)), left_L
 
 
 def sorted_ids(r: Recorded) -> Iterator[tuple[Finding, Left]]:

@@ -22,6 +22,7 @@ from moe_inspect.linting.lint import findings, narrow, wrong_lengths
 from moe_inspect.linting.recorded import Recorded
 from moe_inspect.model.config import ModelFacts, read_facts
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
+from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, address, open_trace, shards_of
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import MANIFEST
@@ -34,40 +35,58 @@ Group = tuple[str, int, int]  # stack, experts, top-k: routers that are looked a
 
 @dataclass(frozen=True)
 class Linted:
-    """What was found in `tokens` of `of` tokens, and how many routers they have."""
+    """What was found in `tokens` of the `of` tokens, and how many routers they have. whole: whether
+    all that routers chose for was looked at: else the first tokens."""
 
     found: list[Finding]
     tokens: int
     of: int
     routers: int
+    whole: bool
+
+    def __str__(self) -> str:
+        """ "9,254 tokens, 4 routers" """
+        routers = plural(self.routers, "router")
+        if not self.whole:
+            return f"the first {self.tokens:,} of {plural(self.of, 'token')}, {routers}"
+        drafts = self.of - self.tokens
+        left_out = f" (without {plural(drafts, 'rejected draft')})" if drafts else ""
+        return f"{plural(self.tokens, 'token')}{left_out}, {routers}"
 
 
-def lint_trace(trace: Trace | str | Path, *, against: Against = None) -> Linted:
+def lint_trace(
+    trace: Trace | str | Path, *, against: Against = None, where: str | None = None
+) -> Linted:
     """Lints a trace: its first tokens, up to MOST_CELLS of tokens × routers × slots. against: a
-    right trace of the same model, on any text: are its layers in the same order?"""
+    right trace of the same model, on any text: are its layers in the same order? where: what the
+    trace was made of."""
     opened = open_trace(trace)
+    where = where or address(opened)
     if opened.counts_only:
-        raise MoeInspectError(f"{opened.path} holds counts only, no decisions to lint")
-    return _linted(recorded(opened), against, str(opened.path), opened.n_tokens)
+        raise MoeInspectError(f"{where} holds counts only, no decisions to lint")
+    return _linted(recorded(opened), against, where, opened.n_tokens)
 
 
 def _linted(
-    groups: Iterable[tuple[Group, Recorded]],
+    groups: Iterable[tuple[Group, Recorded, bool]],
     against: Against,
     where: str,
     of: int,
     found: Sequence[Finding] = (),
 ) -> Linted:
-    right = None if against is None else dict(recorded(open_trace(against)))
-    listed, tokens, routers = [*found], 0, 0
-    for group, r in groups:
+    right = None
+    if against is not None:
+        right = {group: r for group, r, _ in recorded(open_trace(against))}
+    listed, tokens, routers, all_whole = [*found], dict[str, int](), 0, True
+    for group, r, whole in groups:
         beside = None if right is None else right.get(group)
         if right is not None and (beside is None or beside.L != r.L):
             said = f"{address(against)} has other routers than {where}"
             raise MoeInspectError(f"{said}: lint against a trace of the same model")
         listed += findings(r, beside)
-        tokens, routers = max(tokens, r.T), routers + r.L
-    return Linted(most_important_first(listed), tokens, max(of, tokens), routers)
+        tokens[group[0]] = r.T  # of a stack, whose routers see the same
+        routers, all_whole = routers + r.L, all_whole and whole
+    return Linted(most_important_first(listed), sum(tokens.values()), of, routers, all_whole)
 
 
 def lint(trace: Trace, *, against: Against = None) -> list[Finding]:
@@ -76,22 +95,22 @@ def lint(trace: Trace, *, against: Against = None) -> list[Finding]:
     return lint_trace(trace, against=against).found
 
 
-def recorded(trace: Trace) -> Iterator[tuple[Group, Recorded]]:
-    """The first tokens in the order of their sequences, of each kind of routers."""
+def recorded(trace: Trace) -> Iterator[tuple[Group, Recorded, bool]]:
+    """Of each kind of routers, the first tokens in the order of their sequences, and whether that
+    is all."""
     groups = dict[Group, list[int]]()
     for n, router in enumerate(trace.routers):
         groups.setdefault((router.stack, router.experts, router.top_k), []).append(n)
-    cells = sum(router.top_k for router in trace.routers)
+    most = MOST_CELLS // sum(router.top_k for router in trace.routers)
     config = (trace.manifest.get("model") or {}).get("config")
     for group, routers in groups.items():
-        parts, tokens = list[tuple[np.ndarray, np.ndarray, np.ndarray | None]](), 0
+        parts, left = list[tuple[np.ndarray, np.ndarray, np.ndarray | None]](), most
         for shard in shards_of(trace, "linting"):
-            part = _part(trace, shard, routers, MOST_CELLS // cells - tokens)
+            part = _part(trace, shard, routers, left + 1)  # one more tells that there is more
             parts.append(part)
-            tokens += len(part[0][0])
-            if tokens >= MOST_CELLS // cells:
+            if (left := left - len(part[0][0])) < 0:
                 break
-        if not tokens:
+        if left == most:
             continue
         text = np.concatenate([part[0] for part in parts], axis=1)
         order = np.lexsort((text[1], text[0]))
@@ -113,6 +132,7 @@ def recorded(trace: Trace) -> Iterator[tuple[Group, Recorded]]:
                 all(router.first_choice_known for router in listed),
                 config if isinstance(config, dict) else {},
             ),
+            left >= 0,
         )
 
 
@@ -148,6 +168,8 @@ def lint_path(
     """Lints a trace, or a file or folder that can be imported. The other arguments are those of
     `import_trace`."""
     if not Path(path).exists() or (Path(path) / MANIFEST).exists():
+        if model or experts or top_k:
+            raise MoeInspectError(f"{path} is a trace, which says what its model is")
         return lint_trace(path, against=against)
     source = [ImportSource(Path(path), None)]
     came = list[Response]()
@@ -160,7 +182,7 @@ def lint_path(
     with TemporaryDirectory() as place:
         how: Mapping[str, Any] = {"model": model, "experts": experts, "top_k": top_k}
         made = import_trace(format, [path], Path(place) / "trace", **how, warn=warn)
-        return lint_trace(made, against=against)
+        return lint_trace(made, against=against, where=path)
 
 
 def _of_responses(
@@ -180,7 +202,11 @@ def _of_responses(
     begin_R = np.array([0, *end_R[: len(kept) - 1]])
     config = context.facts.config if context.facts else {}
     groups = [
-        (of, Recorded(narrow(routed_TBK[:, at]), of[1], at, id_T, begin_R, config=config))
+        (
+            of,
+            Recorded(narrow(routed_TBK[:, at]), of[1], at, id_T, begin_R, config=config),
+            len(kept) == len(came),
+        )
         for of, at in _routers(context.facts, B, K, context, path).items()
     ]
     return _linted(groups, against, path, int(end_R[-1]), [*_lengths(kept)])
