@@ -52,7 +52,7 @@ def tail(gain_NX: np.ndarray, tried: int) -> np.ndarray:
     likely as its opposite; Hoeffding's inequality bounds the sum of random signs. float64 [X]"""
     total_X = np.maximum(gain_NX.sum(0, dtype=float), 0)
     size_X = np.maximum((gain_NX.astype(float) ** 2).sum(0), 1e-9)
-    return np.minimum(1.0, tried * np.exp(np.maximum(-(total_X**2) / size_X / 2, -600)))
+    return np.minimum(1.0, tried * np.exp(-(total_X**2) / size_X / 2))
 
 
 def gains(r: Recorded, pairs: Pairs, shifts: Sequence[int], layers: list[int]) -> np.ndarray:

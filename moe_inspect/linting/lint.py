@@ -47,21 +47,20 @@ def lint(ids: Any, token_ids: Any = None, *, experts: int, lengths: Any = None) 
         raise MoeInspectError(
             f"ids have the shape {ids_TLK.shape}: expected [tokens, layers, slots]"
         )
-    T, L, K = ids_TLK.shape
-    token_id_T = np.full(T, -1)
+    T = len(ids_TLK)
     known = None if token_ids is None else integers_of(token_ids, "token_ids").ravel()
-    length_S = np.array([T]) if lengths is None else integers_of(lengths, "lengths").ravel()
-    if (length_S < 0).any():
+    length_S = None if lengths is None else integers_of(lengths, "lengths").ravel()
+    if length_S is not None and length_S.min(initial=0) < 0:
         raise MoeInspectError(f"lengths has {length_S.min()}: a length is 0 or more")
-    said = list(_lengths(T, known, None if lengths is None else length_S))
-    if not said:
-        token_id_T = token_id_T if known is None else known
-    else:
+    said = _lengths(T, known, length_S)
+    if said or known is None:  # rows and tokens do not belong together
+        known = np.full(T, -1)
+    if said or length_S is None:
         length_S = np.array([T])
-    if not T * L * K:
+    if not ids_TLK.size:
         return said
     begin_S = (np.cumsum(length_S) - length_S)[length_S > 0]
-    recorded = Recorded(narrow(ids_TLK), int(experts), range(L), token_id_T, begin_S)
+    recorded = Recorded(narrow(ids_TLK), int(experts), range(ids_TLK.shape[1]), known, begin_S)
     return most_important_first([*said, *findings(recorded)])
 
 
@@ -73,16 +72,14 @@ def narrow(ids_TLK: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(ids_TLK.astype(dtype), 2, 0))
 
 
-def _lengths(T: int, known: np.ndarray | None, length_S: np.ndarray | None) -> Iterator[Finding]:
-    for name, tokens, S in (
-        ("token ids", None if known is None else len(known), 1),
-        ("tokens by lengths", None if length_S is None else int(length_S.sum()), 0),
-    ):
-        if tokens is None or tokens == T:
-            continue
-        S = S if length_S is None else len(length_S)
-        yield wrong_lengths(T, tokens, name, S)
-        return
+def _lengths(T: int, known: np.ndarray | None, length_S: np.ndarray | None) -> list[Finding]:
+    """Whether there are as many rows as token ids, and as the lengths say."""
+    S = 1 if length_S is None else len(length_S)
+    if known is not None and len(known) != T:
+        return [wrong_lengths(T, len(known), "token ids", S)]
+    if length_S is not None and length_S.sum() != T:
+        return [wrong_lengths(T, int(length_S.sum()), "tokens by lengths", S)]
+    return []
 
 
 def wrong_lengths(rows_of: int, tokens: int, name: str, S: int) -> Finding:

@@ -19,6 +19,7 @@ from moe_inspect.text import plural, ranges
 # Of all findings that are not certain, in one recording: 1 of 10,000 right ones may get any. Each
 # kind has an equal part, and divides it among the tests that it makes.
 LEVEL = 1e-4 / 12
+LEAST = 1e-99  # p-values below are said to be below
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,15 @@ class Recorded:
         return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
-def found(kind: str, what: str, p: float = 0.0, **values: object) -> Finding:
-    """A finding: what was seen and where; how sure (p = 0: no router does that); which published
-    bug looks like it; what mends it."""
+def found(kind: str, what: str, p: float | None = None, **values: object) -> Finding:
+    """A finding: what was seen and where; how sure (without a p-value: no router does that); which
+    published bugs look like it; what mends it."""
     of = KINDS[kind]
-    sure = "Certain." if p == 0 else f"By chance: p < {max(p, 1e-99):.0e}."
+    sure = "Certain."
+    if p is not None:
+        sure = f"By chance: p = {p:.0e}." if p > LEAST else f"By chance: p < {LEAST:.0e}."
     known = f"Known: {', '.join(of.bugs)}." if of.bugs else ""
     text = " ".join(part for part in (what, sure, of.means, known, of.mend) if part)
-    values |= {"p": p, "certain": p == 0, "known": list(of.bugs), "option": of.option or None}
+    values |= {"p": 0.0 if p is None else max(p, LEAST), "certain": p is None}
+    values |= {"known": list(of.bugs), "option": of.option or None}
     return finding(kind, of.severity, text, None, **values)

@@ -46,14 +46,15 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
                 what = f"No expert in any slot of any layer: {where}."
                 yield found("not_recorded", what, tokens=n), found_T
             continue
-        p, kind = 0.0, "zero_filled" if constant and value == 0 else "constant_filled"
+        p, kind = None, "zero_filled" if constant and value == 0 else "constant_filled"
         if not constant or r.K == 1:
             # as often as layers that choose without each other have it
             other_L = (r.slots_KTL[:, ~in_all_T] == row_K[:, None, None]).all(0).sum(0)
             share_L = (other_L + 1) / (r.T + r.experts)
-            p = float(min(r.T * np.exp(np.log(share_L).sum()), 1)) * len(patterns)
-        if p >= LEVEL or (p and 2 * n < len(at_N)):
-            continue
+            p = float(r.T * np.exp(np.log(share_L).sum())) * len(patterns)
+            # layers that often have the same slots do not choose independently
+            if p >= LEVEL or 2 * n < len(at_N):
+                continue
         slots = f"expert {value} in every slot" if constant else f"experts {row_K.tolist()}"
         ends = _where_in_sequences(r, found_T)
         what = f"{slots.capitalize()} of every layer: {r.where(found_T)}{ends}."
@@ -79,11 +80,7 @@ def filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         at = np.flatnonzero((slots[:, :, 0] == slots[:, :, -1]).all(0))
         at = at[(slots[:, at] == slots[:, at, :1]).all((0, 2))]
     else:
-        at = (
-            np.flatnonzero((slots[1:, :, 0] == slots[:1, :, 0]).all(0))
-            if K > 1
-            else np.zeros(0, int)
-        )
+        at = np.flatnonzero((slots[:, :, 0] == slots[:1, :, 0]).all(0) & (K > 1))
     if len(at):
         yield from of_pattern(r, at, slots[:, at, 0].T)
 
@@ -99,15 +96,8 @@ def out_of_range(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     bad_T: np.ndarray = np.any(bad_TL, axis=1)
     where = f"{r.where(bad_T)}, in {r.named(np.any(bad_TL, axis=0))}"
     values = {"assignments": int(times.sum()), "lowest": low, "highest": high}
-    what = (
-        f"Ids up to {high} of {E} experts"
-        if low >= -1
-        else f"Ids from {low} to {high}, of {E} experts"
-    )
-    yield (
-        found("physical_ids" if replicas else "out_of_range", f"{what}: {where}.", **values),
-        bad_T,
-    )
+    what = f"Ids from {min(low, 0)} to {high} of {E} experts: {where}."
+    yield found("physical_ids" if replicas else "out_of_range", what, **values), bad_T
 
 
 def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -140,10 +130,8 @@ def twice(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     twice_T: np.ndarray = np.any(twice_TL, axis=1)
     n = int(twice_TL.sum())
     where = f"{r.where(twice_T)}, in {r.named(np.any(twice_TL, axis=0))}"
-    yield (
-        found("twice", f"An expert twice in {plural(n, 'decision')}: {where}.", decisions=n),
-        twice_T,
-    )
+    what = f"An expert twice in {plural(n, 'decision')}: {where}."
+    yield found("twice", what, decisions=n), twice_T
 
 
 def repeated_rows(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -155,7 +143,7 @@ def repeated_rows(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     known = bool((ids_T >= 0).any())
     other_T = np.zeros(r.T, bool)
     other_T[1:] = (ids_T[1:] != ids_T[:-1]) & (ids_T[1:] >= 0) if known else True
-    found_T, longest, p = _runs(r, same_T, other_T, ~same_T, 1)
+    found_T, longest, p = _runs(r, same_T, other_T, 1)
     if p >= LEVEL or longest < (0 if known else WARM_UP):
         return
     what = (
@@ -191,7 +179,7 @@ def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         at = back + np.flatnonzero(key_T[back:] == key_T[:-back])
         same_T[at] = _same(slots[:, at], slots[:, at - back])
         other_T[back:] &= ids_T[back:] != ids_T[:-back]
-        found_T, longest, p = _runs(r, same_T, other_T, ~same_T, back)
+        found_T, longest, p = _runs(r, same_T, other_T, back)
         best = min(best, (p * T, longest, back, found_T), key=lambda one: one[0])
     p, longest, back, found_T = best
     if p < LEVEL:
@@ -209,13 +197,13 @@ def _same(a_KNL: np.ndarray, b_KNL: np.ndarray) -> np.ndarray:
 
 
 def _runs(
-    r: Recorded, same_T: np.ndarray, other_T: np.ndarray, new_T: np.ndarray, back: int
+    r: Recorded, same_T: np.ndarray, other_T: np.ndarray, back: int
 ) -> tuple[np.ndarray, int, float]:
-    """The tokens of the longest runs that began at `new_T`; the most tokens of a run that are the
-    `same` and have another id, and how likely a run is so long by chance. A router that chooses
-    alike for a while goes on to do so: as often as it does outside of these runs, or where that is
-    hardly seen, as the layer that does least."""
-    run_T = np.cumsum(new_T)
+    """The tokens of the longest runs that have the `same` row as so many tokens back; the most
+    of a run with another id, and how likely that is by chance. A router that chooses alike for
+    a while goes on to do so: as often as it does outside of these runs, or where that is hardly
+    seen, as the layer that does least."""
+    run_T = np.cumsum(~same_T)
     size_R = np.bincount(run_T, same_T & other_T).astype(int)
     longest = int(size_R.max(initial=0))
     # a few layers that send nearly all tokens to the same experts may have collapsed
@@ -232,8 +220,7 @@ def _runs(
     both_L = (alike_TL[1:] & alike_TL[:-1])[judged_T].sum(0)
     least = ((both_L + 1) / (alike_TL[:-1][judged_T].sum(0) + 2)).min()
     share = max(often, (goes_on + 2 * least) / (n + 2))
-    p = float(min(1.0, r.T * np.exp(longest * np.log(share))))
-    return same_T & many_T, longest, max(p, 1e-300)
+    return same_T & many_T, longest, float(r.T * np.exp(longest * np.log(share)))
 
 
 def layer_copied(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -247,7 +234,7 @@ def layer_copied(r: Recorded) -> Iterator[tuple[Finding, Left]]:
             continue
         n_D = np.unique(slots[:, :, n], axis=1, return_counts=True)[1]
         share = float(((n_D / r.T) ** 2).sum())
-        p = comb(r.L, 2) * float(np.exp(max(len(n_D) * np.log(share), -600)))
+        p = comb(r.L, 2) * float(np.exp(len(n_D) * np.log(share)))
         if p < LEVEL:
             copies, worst = [*copies, (of, n)], max(worst, p)
     if not copies:
@@ -260,7 +247,8 @@ def layer_copied(r: Recorded) -> Iterator[tuple[Finding, Left]]:
 
 def sorted_ids(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     """Decisions that all ascend. Experts are numbered by chance: decisions that share no expert
-    ascend by 1 ÷ K! each."""
+    ascend by 1 ÷ K! each; and n experts in a row, of which each is together with the next
+    somewhere, have one order of n!."""
     slots, K = r.slots_KTL, r.K
     if K < 2 or r.by_weight is False or not (slots[1:, :32] > slots[:-1, :32]).all():
         return
@@ -273,11 +261,10 @@ def sorted_ids(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         while len(row_DK):
             apart += 1
             row_DK = row_DK[~np.isin(row_DK, row_DK[0]).any(1)]
-        # experts in a row of which each is together with the next have one order of all
         next_E = np.isin(np.arange(-1, r.experts), of[:-1][of[1:] - of[:-1] == 1])
         chains = np.diff(np.flatnonzero(~np.append(next_E, False)))
         log_p -= max(apart * lgamma(K + 1), sum(lgamma(c + 1) for c in chains.tolist()))
-    p = float(np.exp(max(log_p, -600)))
+    p = float(np.exp(log_p))
     if p < LEVEL:
         what = f"The {K} ids ascend in all {r.T * r.L:,} decisions."
         yield found("sorted_ids", what, p), NOTHING
@@ -316,4 +303,4 @@ def loads(r: Recorded) -> Iterator[tuple[Finding, Left]]:
                 f"{load_LE[n].min():,} to {load_LE[n].max():,} assignments per expert, of "
                 f"{mean_L1[n, 0]:,.0f} on average (layer {r.layers[n]})."
             )
-            yield found("even_load", what, float(max(p_L.min(), 1e-300))), NOTHING
+            yield found("even_load", what, float(p_L.min())), NOTHING
