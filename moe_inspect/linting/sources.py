@@ -112,7 +112,7 @@ def recorded(trace: Trace) -> Iterator[tuple[Group, Recorded, bool]]:
                 break
         if left == most:
             continue
-        text = np.concatenate([part[0] for part in parts], axis=1)
+        text = np.concatenate([part[0] for part in parts], axis=1)[:, :most]
         order = np.lexsort((text[1], text[0]))
         sequence_T, position_T, id_T = text[:, order]
         # what is not next to each other is not compared as if it were
