@@ -106,6 +106,20 @@ def test_nothing_is_said_of_routes_that_the_text_does_not_tell() -> None:
         assert linted(replace(a, ids_LTK=np.where(some_T, ids_LTK, free_LTK))) == []
         text = replace(a, token_id=np.arange(a.T))  # no token twice
         assert linted(replace(text, ids_LTK=np.roll(a.ids_LTK, 1, 1))) == []
+    # no token next to another, of sequences of one, or between those that are left out
+    a = recording("64 of 6")
+    ids = np.roll(np.swapaxes(a.ids_LTK, 0, 1), 2, 0)
+    assert moe_inspect.lint(ids, a.token_id, experts=64, lengths=[1] * a.T) == []
+    ids[::2] = 0
+    assert [one.kind for one in moe_inspect.lint(ids, a.token_id, experts=64)] == ["zero_filled"]
+
+
+def test_a_prompt_that_is_answered_twice_is_no_mistake() -> None:
+    a = recording("balanced")
+    of = longest(a)
+    b = a.take(np.r_[: a.T, of.start : of.stop])
+    b.document[a.T :] = b.document.max() + 1
+    assert linted(b) == []
 
 
 def test_a_token_that_is_lost_within_a_sequence_shifts_what_follows() -> None:
@@ -191,13 +205,21 @@ def test_a_few_collapsed_layers_are_no_mistake() -> None:
     one = replace(a, layers=[0, 1], ids_LTK=a.ids_LTK[:2] * 0 + [[[3, 1]], [[0, 2]]])
     assert linted(one) == []
     assert linted(replace(a, ids_LTK=a.ids_LTK[:, stays_T])) == []
+    for seed in range(20):
+        rng, at, rows = np.random.default_rng(seed), 0, list[np.ndarray]()
+        while at < a.T:  # seldom, but for long
+            rows.append(np.repeat(rng.integers(0, 8, (4, 1)), rng.geometric(0.1), 1))
+            rows.append(rng.integers(0, 8, (4, 40)))
+            at += rows[-2].shape[1] + 40
+        ids_LT = np.concatenate(rows, axis=1)[:, : a.T]
+        assert linted(replace(a, layers=range(4), ids_LTK=ids_LT[..., None])) == []
 
 
 def test_empty_slots_are_no_mistake_where_tokens_are_dropped() -> None:
     a = recording("8 of 2")
     ids = a.ids_LTK.copy()
     ids[:, np.random.default_rng(0).random(a.T) < 0.1, 1] = -1
-    ids[:, 100:110] = -1
+    ids[:, 100:200] = -1
     assert linted(replace(a, ids_LTK=ids)) == []
 
 

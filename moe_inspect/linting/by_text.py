@@ -189,9 +189,8 @@ def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
     p_ML = tail((excess_MNL - own_NL).swapaxes(0, 1), L * L)
     moved = dict[int, int]()
     for n, by in enumerate(excess_MNL.mean(1).argmax(0).tolist()):
-        m = (n + by) % L
-        if p_ML[by, n] < LEVEL and excess_MNL[by, :, n].mean() > usual_L[m] / 2:
-            moved[n] = m
+        if p_ML[by, n] < LEVEL:
+            moved[n] = (n + by) % L
     if moved:
         names = [f"layer {r.layers[n]} is the known {known.layers[m]}" for n, m in moved.items()]
         what = f"By what their tokens choose, {join_first(names, 4)}."
