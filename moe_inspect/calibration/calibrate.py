@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -130,7 +130,7 @@ def calibrate(
     trace: Trace | str | Path,
     *,
     min_tokens: int = MINIMUM,
-    choose: int | Literal["all"] | None = None,  # noqa: A002
+    choose: int | Literal["all"] | None = None,
     keep_mixture: float = 0.0,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
@@ -162,7 +162,7 @@ def calibrate(
     elif choose is not None and opened.counts_only and not opened.by_document:
         wrong = (
             f"{opened.path} holds counts that do not say of which document: none can be chosen; "
-            "trace with --counts-only document, or with decisions"
+            "trace with --counts-only --by-document, or with decisions"
         )
     elif not opened.n_tokens:
         wrong = f"{opened.path} holds no tokens yet: nothing is committed"
@@ -392,51 +392,54 @@ def amount(tokens: float) -> str:
 def _coverage_said(made: Calibration) -> list[str]:
     load_P, m = made.load_P, made.minimum
     P, under, none = len(load_P), int((load_P < m).sum()), int((load_P == 0).sum())
-    label = partial(layer_label, made.trace.routers)
     table = made.tables["coverage"]
     least = table.loc[table["tokens"].idxmin()]
-    where = f"expert {least['expert']} of layer {label(int(least['router']))}"
-    fewest = f"{where} has the fewest, {int(least['tokens']):,}"
+    label = layer_label(made.trace.routers, int(least["router"]))
     if under:
-        few = f"{under:,} of {P:,} experts have under {m:,} tokens, {none or 'none of them'} "
-        lines = [f"{few}{'none' if none else 'is without any'}; {fewest}."]
+        has = "have" if under > 1 else "has"
+        said = f"{under:,} of {P:,} experts {has} under {m:,} tokens, {none or 'none'}"
+        said += " none" if none else " is without any"
     else:
-        lines = [f"Each of {P:,} experts has at least {m:,} tokens; {fewest}."]
-    lines.append(_needed_said(made))
+        said = f"Each of {P:,} experts has at least {m:,} tokens"
+    fewest = f"; the fewest has expert {least['expert']} of layer {label}, {least['tokens']:,}."
+    lines = [said + fewest, *_needed_said(made)]
     if none and not made.counts.documents_unknown:
-        most = cov.most_unseen(max(made.counts.documents, 1))
+        documents = max(made.counts.documents, 1)
         lines.append(
-            f"No document is known to use {plural(none, 'expert')} at all: of texts like these "
-            f"{plural(made.counts.documents, 'document')}, at most {most:.1%} use any one of them "
-            "(at 95%), perhaps none, however many there are."
+            f"No amount of this text is known to reach {plural(none, 'expert')}: none of "
+            f"{plural(documents, 'document')} uses any of them, so that of texts like these at "
+            f"most {cov.most_unseen(documents):.2g} use a given one (a share, at 95%)."
         )
     return lines
 
 
-def _needed_said(made: Calibration) -> str:
-    """How much text it takes."""
-    rows = made.tables["tokens_needed"].set_index("share")
-    tokens, said = made.counts.tokens, list[str]()
-    for share, row in rows.iterrows():
+def _needed_said(made: Calibration) -> list[str]:
+    """How much text it takes, and why that has no interval."""
+    known, said = made.forecast is not None, list[str]()
+    for row in made.tables["tokens_needed"].to_dict("records"):
         middle, low, high = (row[f"tokens_needed{end}"] for end in ("", "_low", "_high"))
-        of = "all" if share == 1 else f"{share:.0%}"
-        if made.forecast is None:
-            value = amount(middle) if math.isfinite(middle) else "an unknown amount"
-            said.append(f"{value} {of}")
-        elif math.isfinite(middle):
-            said.append(f"{amount(middle)} ({amount(low)}-{amount(high)}) {of}")
+        of = "all" if row["share"] == 1 else f"{row['share']:.0%}"
+        if not math.isfinite(middle):
+            amounts = f"at least {amount(low)}" if known else "an unknown number of tokens"
         else:
-            said.append(f"at least {amount(low)} {of}")
-    line = f"Of {amount(tokens)} tokens. Of this mixture it takes, to cover the experts: "
-    line = f"{line}{', '.join(said)}."
-    if made.forecast is None:
-        why = "counts do not say of which document they are"
-        if not made.counts.documents_unknown:
-            why = f"{plural(len(made.counts.units), 'document')} are too few"
-            if len(made.counts.units) >= unc.FEWEST_DOCUMENTS:
-                why = "a layer has no load at all"
-        line = f"{line} At these rates, without an interval: {why}."
-    return line
+            amounts = amount(middle) + (f" ({amount(low)}-{amount(high)})" if known else "")
+        said.append(f"{amounts} for {of}")
+    lines = [
+        f"Tokens of this mixture that cover the experts: {', '.join(said)}; these are "
+        f"{amount(made.counts.tokens)}."
+    ]
+    if not known:
+        n = len(made.counts.units)
+        if made.counts.documents_unknown:
+            why = "counts do not say of which document they are"
+        elif n < unc.FEWEST_DOCUMENTS:
+            why = f"{plural(n, 'document')} are too few"
+        else:
+            why = "a router has no load at all"
+        lines.append(
+            f"How sure that is cannot be said, as {why}: it is what it takes at the rates seen."
+        )
+    return lines
 
 
 def _domains_said(made: Calibration) -> list[str]:
@@ -467,14 +470,12 @@ def _choice_said(made: Calibration) -> list[str]:
     many = f"{plural(int(mine['documents']), 'document')} ({amount(mine['tokens'])} tokens)"
     if of.wanted.budget is None:
         all_ = "every expert" if not few else f"all {P - few:,} of {P:,} experts that can have it"
-        least = (
-            ""
-            if bound.isna()["documents"]
-            else f"no choice takes under {bound['documents']:,.0f}; "
-        )
+        known = not math.isnan(bound["documents"])
+        least = f"no choice takes under {bound['documents']:,.0f}; " if known else ""
         line = f"{many} of {of.documents_in_all:,} give {all_} {m:,} tokens; {least}{beside}."
     else:
-        most = "" if bound.isna()["met"] else f"no choice gives more than {bound['met']:.1%}; "
+        known = not math.isnan(bound["met"])
+        most = f"no choice gives more than {bound['met']:.1%}; " if known else ""
         line = (
             f"{many} give the experts {mine['met']:.1%} of the {m:,} tokens each that this text "
             f"can give; {most}random documents of as many tokens give {drawn['met']:.1%}. They "

@@ -20,7 +20,8 @@ from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 
-KEPT = 2**25  # counts of candidates that are kept in memory, 8 bytes each
+KEPT = 2**24  # counts of candidates that are kept in memory, 8 bytes each
+MOST_AT_ONCE = 2**14  # documents whose worth is computed again together
 RANDOM = 20  # random choices
 PROGRAM, SECONDS = 1_024, 30.0  # documents and experts of the linear program, and its time
 Matrix = Any  # of scipy.sparse, which has no types
@@ -94,66 +95,86 @@ class Wanted:
     keep_mixture: float = 0.0
 
 
-def greedy(pool: Pool, wanted: Wanted, share_D: np.ndarray) -> list[int]:
-    """Rows of the pool in the order in which they are picked: each adds most towards the minimum of
-    all that are left, per document, or per token where the texts have a budget. What is left of a
+class Greedy:
+    """Picks documents of a pool, one after the other: each adds most towards the minimum of all
+    that are left, per document, or per token where the texts have a budget. What is left of a
     budget once all reach the minimum goes to twice the minimum, and so on. While a domain lacks
-    tokens of its share (share_D), the next document is one of it."""
-    load_P, minimum = pool.load_P, wanted.minimum
-    had_P, has_D, total = np.zeros_like(load_P), np.zeros(len(share_D)), 0
-    cost_S = np.maximum(pool.tokens_S, 1) if wanted.budget is not None else 0 * pool.tokens_S + 1
-    order, left_P = list[int](), np.minimum(load_P, minimum)
-    taken_S = np.zeros(len(cost_S), bool)
+    tokens of its share (share_D), the next document is one of it. `order`: the rows picked."""
 
-    def worth(s: int) -> float:
-        experts, tokens = pool.row(s)
-        return float(np.minimum(left_P[experts], tokens).sum() / cost_S[s])
+    def __init__(self, pool: Pool, wanted: Wanted, share_D: np.ndarray):
+        self.pool, self.wanted, self.share_D = pool, wanted, share_D
+        self.order, self.tokens, self.minimum = list[int](), 0, wanted.minimum
+        self.load_P = pool.load_P
+        self.had_P, self.has_D = np.zeros_like(self.load_P), np.zeros(len(share_D))
+        self.left_S = np.ones(len(pool.tokens_S), bool)
+        whole = np.ones(len(pool.tokens_S))
+        self.cost_S = whole if wanted.budget is None else np.maximum(pool.tokens_S, 1)
+        self._aim()
 
-    def queues() -> list[list[tuple[float, int, int]]]:
-        """Of each domain, (−worth when it was computed, row, how many were picked then)."""
-        found: list[list[tuple[float, int, int]]] = [[] for _ in share_D]
-        for s in np.flatnonzero(~taken_S).tolist():
-            found[pool.domain_S[s]].append((-worth(s), s, len(order)))
-        for queue in found:
-            heapq.heapify(queue)
-        return found
+    def _aim(self) -> None:
+        """Looks for documents that add towards the minimum. Of each domain a queue of (−worth when
+        it was computed, row, how many were picked then)."""
+        self.left_P = np.maximum(np.minimum(self.load_P, self.minimum) - self.had_P, 0)
+        self.queues: list[list[tuple[float, int, int]]] = []
+        for d in range(len(self.share_D)):
+            self.queues.append(
+                self._valued(np.flatnonzero(self.left_S & (self.pool.domain_S == d)))
+            )
+            heapq.heapify(self.queues[-1])
 
-    waiting = queues()
-    while True:
-        lacking_D = wanted.keep_mixture * share_D * total - has_D
-        lacks = [d for d in np.argsort(-lacking_D) if lacking_D[d] > 0 and waiting[d]]
-        of = [waiting[lacks[0]]] if lacks else [queue for queue in waiting if queue]
-        found = None
-        while of and found is None:
-            queue = min(of, key=lambda queue: queue[0])
+    def _valued(self, rows: np.ndarray) -> list[tuple[float, int, int]]:
+        """Entries of a queue, of what these rows are worth now."""
+        load_XP = self.pool.load_SP[rows]
+        adds = np.minimum(load_XP.data, self.left_P[load_XP.indices])
+        sums = np.append(0, np.cumsum(adds))[load_XP.indptr]
+        worth_X = np.diff(sums) / self.cost_S[rows]
+        then = [len(self.order)] * len(rows)
+        return list(zip((-worth_X).tolist(), rows.tolist(), then, strict=True))
+
+    def _best(self, queues: list[list[tuple[float, int, int]]]) -> tuple[int, float] | None:
+        """The row of these queues that is worth most, and how much; None where none fits."""
+        at_once = 1
+        while queues := [queue for queue in queues if queue]:
+            queue = min(queues, key=lambda queue: queue[0])
             value, s, then = queue[0]
-            if wanted.budget is not None and total + pool.tokens_S[s] > wanted.budget:
-                heapq.heappop(queue)  # nor will it fit later
-            elif then < len(order):
-                heapq.heapreplace(queue, (-worth(s), s, len(order)))
-            else:
-                found = -value, s
+            if then == len(self.order):
                 heapq.heappop(queue)
-            of = [queue for queue in of if queue]
-        if found is None:
-            if lacks:
-                continue
-            return order
-        value, s = found
-        if value == 0 and not lacks:
-            if wanted.budget is None or minimum >= load_P.max():
-                return order
-            minimum *= 2
-            left_P = np.maximum(np.minimum(load_P, minimum) - had_P, 0)
-            waiting = queues()
-            continue
-        experts, tokens = pool.row(s)
-        had_P[experts] += tokens
-        left_P[experts] = np.maximum(left_P[experts] - tokens, 0)
-        has_D[pool.domain_S[s]] += pool.tokens_S[s]
-        total += int(pool.tokens_S[s])
-        taken_S[s] = True
-        order.append(s)
+                return s, -value
+            old = list[int]()
+            while queue and len(old) < at_once and queue[0][2] < len(self.order):
+                s = heapq.heappop(queue)[1]
+                fits = self.wanted.budget is None or (
+                    self.tokens + self.pool.tokens_S[s] <= self.wanted.budget
+                )
+                old += [s] * bool(fits)  # what does not fit now will not later
+            for entry in self._valued(np.array(old, np.int64)):
+                heapq.heappush(queue, entry)
+            at_once = min(2 * at_once, MOST_AT_ONCE)
+        return None
+
+    def _pick(self, s: int) -> None:
+        experts, tokens = self.pool.row(s)
+        self.had_P[experts] += tokens
+        self.left_P[experts] = np.maximum(self.left_P[experts] - tokens, 0)
+        self.has_D[self.pool.domain_S[s]] += self.pool.tokens_S[s]
+        self.tokens += int(self.pool.tokens_S[s])
+        self.left_S[s] = False
+        self.order.append(s)
+
+    def run(self) -> list[int]:
+        """The rows, in the order in which they are picked."""
+        while True:
+            lacking_D = self.wanted.keep_mixture * self.share_D * self.tokens - self.has_D
+            d = int(np.where([*map(bool, self.queues)], lacking_D, 0).argmax())
+            lacks = lacking_D[d] > 0 and bool(self.queues[d])
+            found = self._best([self.queues[d]] if lacks else self.queues)
+            if found is not None and (found[1] > 0 or lacks):
+                self._pick(found[0])
+            elif found is not None and self.wanted.budget and self.minimum < self.load_P.max():
+                self.minimum *= 2
+                self._aim()
+            elif not lacks:
+                return self.order
 
 
 def without_needless(pool: Pool, order: list[int], minimum: int) -> list[int]:
@@ -297,7 +318,7 @@ def choose(trace: Trace, selection: Selection, wanted: Wanted) -> Choice:
         raise MoeInspectError(
             f"no document of {trace.path} has as few as {wanted.budget:,} tokens: choose more"
         )
-    order = greedy(pool, wanted, share_D)
+    order = Greedy(pool, wanted, share_D).run()
     if wanted.budget is None and not wanted.keep_mixture:
         order = without_needless(pool, order, wanted.minimum)
     chosen, priced = (
@@ -329,7 +350,7 @@ def _candidates(pool: Pool, wanted: Wanted) -> Pool:
     """Enough of them for twice the minimum, and twice the budget."""
     even_D, minimum = np.zeros(len(pool.domains)), 2 * wanted.minimum
     while True:
-        order = greedy(pool, Wanted(minimum=minimum), even_D)
+        order = Greedy(pool, Wanted(minimum=minimum), even_D).run()
         tokens = int(pool.tokens_S[order].sum())
         if tokens >= 2 * (wanted.budget or 0) or minimum > pool.load_P.max():
             return pool.rows(np.array(order, np.int64))

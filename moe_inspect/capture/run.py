@@ -44,7 +44,9 @@ def trace_model(
     """See `moe_inspect.trace_model`."""
     ranks = Ranks()
     if options.by_document and (options.resume or options.generate or ranks.world > 1):
-        why = "--resume" if options.resume else "--generate" if options.generate else "several ranks"
+        why = (
+            "--resume" if options.resume else "--generate" if options.generate else "several ranks"
+        )
         raise MoeInspectError(
             f"counts by document are of documents that one process feeds whole, without {why}: "
             "record the corpus in parts, and merge them"

@@ -18,6 +18,7 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 
 DRAWS = 200
 EXACT = 24.0  # shape of a Gamma from which Wilson and Hilferty's quantile is used
+LIKE_ALL = 8  # experts whose rates count as those of all routers, beside a router's own
 LEAST_SPREAD = 0.01  # variance of the rates of a router's experts ÷ their mean, at least
 
 
@@ -92,21 +93,27 @@ def forecast(
     length = float((tokens_U.astype(float) ** 2).sum() / tokens)  # of the document of a token
     rng = np.random.default_rng([unc.SEED, len(tokens_U), len(load_P)])
     error_RP, luck_RP = (_together(residual_UP, R, rng) for _ in range(2))
-    freedom = max(documents - len(np.unique(strata_U)), 1.0)
+    freedom = max(min(documents - len(np.unique(strata_U)), _directions(residual_UP)), 1.0)
     widened_R = freedom / rng.chisquare(freedom, R)
     needed_RP = np.empty((R, len(load_P)))
-    ratio_P, spread = load_P / mean_P, 1.0
+    router_P = np.repeat(np.arange(len(assignments)), [of_UE.shape[1] for of_UE in assignments])
+    size_L = np.bincount(router_P)
+    # variance of the rates of a router's experts ÷ their mean, drawn towards that of all routers
+    apart_P = (load_P / mean_P - 1) ** 2
+    apart_L = (np.bincount(router_P, apart_P) + LIKE_ALL * apart_P.mean()) / (size_L + LIKE_ALL)
+    known_L = rng.chisquare(size_L + LIKE_ALL - 1, (R, len(size_L))) / (size_L + LIKE_ALL - 1)
+    spread_P = np.ones(len(load_P))
     effect_P, more_P = np.ones(len(load_P)), np.maximum(minimum - load_P, 0)
     enough_P = load_P >= minimum
     for r in range(R):
         for _ in range(3):  # the error depends on the rate, and how far the rate is drawn on both
-            shape_P = 1 / spread + load_P / effect_P
-            scaled_P = shape_P / (1 / spread + mean_P / effect_P)
+            shape_P = 1 / spread_P + load_P / effect_P
+            scaled_P = shape_P / (1 / spread_P + mean_P / effect_P)
             true_P = scaled_P * mean_P / tokens
             effect_P = (np.maximum(1 - true_P, 0.1) + relative_P * true_P * length) * widened_R[r]
-            noise = (effect_P * scaled_P / mean_P).mean()
-            spread = max(float(((ratio_P - 1) ** 2).mean() - noise), LEAST_SPREAD)
-        shape_P, per_P = 1 / spread + load_P / effect_P, 1 / spread + mean_P / effect_P
+            noise_L = np.bincount(router_P, effect_P * scaled_P / mean_P) / size_L
+            spread_P = np.maximum(apart_L / known_L[r] - noise_L, LEAST_SPREAD)[router_P]
+        shape_P, per_P = 1 / spread_P + load_P / effect_P, 1 / spread_P + mean_P / effect_P
         drawn_P = gamma_quantile(shape_P, error_RP[r]) / per_P * mean_P / tokens
         missing_P = np.where(enough_P, float(minimum), more_P)
         waited_P = effect_P * gamma_quantile(missing_P / effect_P, luck_RP[r])
@@ -114,6 +121,13 @@ def forecast(
         takes_P = np.maximum(waited_P / np.maximum(drawn_P, 1e-300), missing_P)
         needed_RP[r] = np.where(enough_P, np.minimum(takes_P, tokens), tokens + takes_P)
     return Forecast(needed_RP, load_P > 0)
+
+
+def _directions(residual_UP: np.ndarray) -> float:
+    """In how many directions documents differ, about: of six topics five, however many documents
+    there are of each. (Σλ)² ÷ Σλ² of the eigenvalues of their covariance."""
+    common_UU = residual_UP @ residual_UP.T
+    return float(np.trace(common_UU) ** 2 / max((common_UU**2).sum(), 1e-300))
 
 
 def _together(residual_UP: np.ndarray, R: int, rng: np.random.Generator) -> np.ndarray:
