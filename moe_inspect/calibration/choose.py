@@ -117,10 +117,14 @@ class Greedy:
         self.left_P = np.maximum(np.minimum(self.load_P, self.minimum) - self.had_P, 0)
         self.queues: list[list[tuple[float, int, int]]] = []
         for d in range(len(self.share_D)):
-            self.queues.append(
-                self._valued(np.flatnonzero(self.left_S & (self.pool.domain_S == d)))
-            )
+            rows = np.flatnonzero(self.left_S & (self.pool.domain_S == d))
+            self.queues.append(self._valued(rows[self._fits(rows)]))
             heapq.heapify(self.queues[-1])
+
+    def _fits(self, rows: np.ndarray) -> np.ndarray:
+        """Whether the budget has room for each: what does not fit now will not later."""
+        room = np.inf if self.wanted.budget is None else self.wanted.budget - self.tokens
+        return self.pool.tokens_S[rows] <= room
 
     def _valued(self, rows: np.ndarray) -> list[tuple[float, int, int]]:
         """Entries of a queue, of what these rows are worth now."""
@@ -142,12 +146,9 @@ class Greedy:
                 return s, -value
             old = list[int]()
             while queue and len(old) < at_once and queue[0][2] < len(self.order):
-                s = heapq.heappop(queue)[1]
-                fits = self.wanted.budget is None or (
-                    self.tokens + self.pool.tokens_S[s] <= self.wanted.budget
-                )
-                old += [s] * bool(fits)  # what does not fit now will not later
-            for entry in self._valued(np.array(old, np.int64)):
+                old.append(heapq.heappop(queue)[1])
+            rows = np.array(old, np.int64)
+            for entry in self._valued(rows[self._fits(rows)]):
                 heapq.heappush(queue, entry)
             at_once = min(2 * at_once, MOST_AT_ONCE)
         return None
