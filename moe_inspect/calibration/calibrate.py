@@ -27,7 +27,9 @@ from moe_inspect.calibration.choose import Choice, Wanted, choose
 from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.reporting.charts.spec import Axis, Band, Chart, Line, Mark, Panel, Points, Rule
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
+from moe_inspect.reporting.tables.data import records
 from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, highest_rows, table
+from moe_inspect.reporting.verdict.findings import top_row
 from moe_inspect.text import layer_label, plural
 from moe_inspect.trace.reader import Trace, open_trace
 
@@ -54,7 +56,7 @@ class Calibration(Shown):
     python: str = ""
 
     @cached_property
-    def tables(self) -> LazyTables:
+    def tables(self) -> Mapping[str, pd.DataFrame]:  # pyright: ignore[reportIncompatibleVariableOverride]
         with_choice = self.choice is not None
         known = {name: of for name, of in TABLES.items() if with_choice or name not in CHOICES}
         return LazyTables(self, known)
@@ -393,7 +395,7 @@ def _coverage_said(made: Calibration) -> list[str]:
     load_P, m = made.load_P, made.minimum
     P, under, none = len(load_P), int((load_P < m).sum()), int((load_P == 0).sum())
     table = made.tables["coverage"]
-    least = table.loc[table["tokens"].idxmin()]
+    least = top_row(table, -table["tokens"])
     label = layer_label(made.trace.routers, int(least["router"]))
     if under:
         has = "have" if under > 1 else "has"
@@ -416,7 +418,7 @@ def _coverage_said(made: Calibration) -> list[str]:
 def _needed_said(made: Calibration) -> list[str]:
     """How much text it takes, and why that has no interval."""
     known, said = made.forecast is not None, list[str]()
-    for row in made.tables["tokens_needed"].to_dict("records"):
+    for row in records(made.tables["tokens_needed"]):
         middle, low, high = (row[f"tokens_needed{end}"] for end in ("", "_low", "_high"))
         of = "all" if row["share"] == 1 else f"{row['share']:.0%}"
         if not math.isfinite(middle):
@@ -443,15 +445,14 @@ def _needed_said(made: Calibration) -> list[str]:
 
 
 def _domains_said(made: Calibration) -> list[str]:
-    table = made.tables["coverage_by_domain"].iloc[:-1]
-    if len(table) < 2:
+    *rows, together = records(made.tables["coverage_by_domain"])
+    worst, best = (of(rows, key=lambda row: row["coverage"]) for of in (min, max))
+    if worst["coverage"] == best["coverage"]:  # of one domain, or of several alike
         return []
-    worst, best = (table.loc[of] for of in (table["coverage"].idxmin(), table["coverage"].idxmax()))
-    together = made.tables["coverage_by_domain"].iloc[-1]
     return [
         f'Of single domains, "{best["domain"]}" ({amount(best["tokens"])} tokens) covers the most '
         f'experts, {best["coverage"]:.1%}, "{worst["domain"]}" ({amount(worst["tokens"])}) the '
-        f"fewest, {worst['coverage']:.1%}; all {len(table)} together "
+        f"fewest, {worst['coverage']:.1%}; all {len(rows)} together "
         f"({amount(together['tokens'])}) {together['coverage']:.1%}."
     ]
 
@@ -459,8 +460,7 @@ def _domains_said(made: Calibration) -> list[str]:
 def _choice_said(made: Calibration) -> list[str]:
     if (of := made.choice) is None:
         return []
-    rows = made.tables["choice"].set_index("texts")
-    mine, drawn, bound = rows.loc["chosen"], rows.loc["random"], rows.loc["bound"]
+    mine, drawn, bound, _ = records(made.tables["choice"])
     m, P = made.minimum, len(of.load_P)
     few = int((of.load_P < m).sum())
     beside = (

@@ -44,8 +44,8 @@ class Pool:
         return np.asarray(self.load_SP.sum(0, dtype=np.int64)).ravel()
 
     def rows(self, of: np.ndarray) -> Pool:
-        parts = (x[of] for x in (self.document_S, self.tokens_S, self.domain_S, self.load_SP))
-        return Pool(*parts, self.domains)
+        document_S, tokens_S, domain_S = self.document_S[of], self.tokens_S[of], self.domain_S[of]
+        return Pool(document_S, tokens_S, domain_S, self.load_SP[of], self.domains)
 
     def row(self, s: int) -> tuple[np.ndarray, np.ndarray]:
         """The experts that a document uses, and its tokens of each."""
