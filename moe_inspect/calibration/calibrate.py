@@ -125,7 +125,9 @@ class Calibration(Shown):
         counts has no tokens."""
         from moe_inspect.calibration.texts import write_texts
 
-        return write_texts(self, Path(path), tokens, data)
+        if self.choice is None:
+            raise MoeInspectError("no documents were chosen: give --choose N, or all")
+        return write_texts(self.trace, self.choice.chosen, Path(path), tokens, data)
 
 
 def calibrate(

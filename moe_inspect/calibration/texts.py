@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from moe_inspect.calibration.choose import Pool
 from moe_inspect.capture.corpus import documents
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.output_dir import output_file
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.texts import text as text_of
 
-if TYPE_CHECKING:
-    from moe_inspect.calibration.calibrate import Calibration
-
 PLAIN = ".txt"
 
 
-def write_texts(made: Calibration, path: Path, tokens: bool, data: Sequence[str]) -> int:
+def write_texts(trace: Trace, chosen: Pool, path: Path, tokens: bool, data: Sequence[str]) -> int:
     """See `Calibration.write_texts`."""
-    if made.choice is None:
-        raise MoeInspectError("no documents were chosen: give --choose N, or all")
-    rows = made.tables["chosen"][["document", "domain"]].to_dict("records")
-    numbers = [int(row["document"]) for row in rows]
     if path.suffix == PLAIN and tokens:
         raise MoeInspectError(f"{path} is plain text, which holds no token ids: name it .jsonl")
-    if tokens:
-        field, of = "input_ids", _ids(made.trace, numbers)
-    else:
-        domain_of = {int(row["document"]): str(row["domain"]) for row in rows}
-        field, of = "text", _texts(made.trace, domain_of, data)
+    domains = [chosen.domains[d] for d in chosen.domain_S]
+    domain_of = dict(zip(chosen.document_S.tolist(), domains, strict=True))
+    field = "input_ids" if tokens else "text"
+    of = _ids(trace, [*domain_of]) if tokens else _texts(trace, domain_of, data)
     with output_file(path) as draft, open(draft, "w", encoding="utf-8") as file:
-        for row, number in zip(rows, numbers, strict=True):
+        for number, domain in domain_of.items():
             if path.suffix == PLAIN:
                 file.write(f"{of[number]}\n\n")
             else:
-                line = {"document": number, "domain": row["domain"], field: of[number]}
+                line = {"document": number, "domain": domain, field: of[number]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return len(rows)
+    return len(domain_of)
 
 
 def _texts(trace: Trace, domain_of: dict[int, str], data: Sequence[str]) -> dict[int, Any]:
@@ -89,18 +83,12 @@ def _sources(
             place = str(documents.CORPUS_DIR / inside) if bundled else each["path"]
             found += documents.find_sources([place])[:1]
     if [of.sha256 for of in found] != [each["sha256"] for each in stated]:
-        raise MoeInspectError(
-            f"the files that {trace.path} was recorded of have changed"
-            + (", or --data names others" if data else ": give theirs with --data")
-        )
-    return (
-        [documents.Source(**each) for each in stated]
-        if not data
-        else [
-            documents.Source(of.path, each["domain"], each["fixed"], of.bytes, of.sha256)
-            for of, each in zip(found, stated, strict=True)
-        ]
-    )
+        where = ", or --data names others" if data else ": give theirs with --data"
+        raise MoeInspectError(f"the files that {trace.path} was recorded of have changed{where}")
+    return [
+        replace(documents.Source(**each), **({"path": of.path} if data else {}))
+        for of, each in zip(found, stated, strict=True)
+    ]
 
 
 def _ids(trace: Trace, numbers: Sequence[int]) -> dict[int, list[int]]:
