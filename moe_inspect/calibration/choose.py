@@ -22,6 +22,7 @@ from moe_inspect.trace.reader import Trace
 
 KEPT = 2**24  # counts of candidates that are kept in memory, 8 bytes each
 MOST_AT_ONCE = 2**14  # documents whose worth is computed again together
+SLACK = 0.02  # how much less than the best a document may add that is picked
 RANDOM = 20  # random choices
 PROGRAM, SECONDS = 1_024, 30.0  # documents and experts of the linear program, and its time
 Matrix = Any  # of scipy.sparse, which has no types
@@ -136,7 +137,8 @@ class Greedy:
         return list(zip((-worth_X).tolist(), rows.tolist(), then, strict=True))
 
     def _best(self, queues: list[list[tuple[float, int, int]]]) -> tuple[int, float] | None:
-        """The row of these queues that is worth most, and how much; None where none fits."""
+        """The row of these queues that is worth most, to within SLACK, and how much; None where
+        none fits. What was computed before others were picked is an upper bound."""
         at_once = 1
         while queues := [queue for queue in queues if queue]:
             queue = min(queues, key=lambda queue: queue[0])
@@ -148,8 +150,14 @@ class Greedy:
             while queue and len(old) < at_once and queue[0][2] < len(self.order):
                 old.append(heapq.heappop(queue)[1])
             rows = np.array(old, np.int64)
-            for entry in self._valued(rows[self._fits(rows)]):
-                heapq.heappush(queue, entry)
+            entries = self._valued(rows[self._fits(rows)])
+            best = min(entries, default=(1.0, -1, 0))
+            near = best[0] <= (1 - SLACK) * value
+            for entry in entries:
+                if not near or entry is not best:
+                    heapq.heappush(queue, entry)
+            if near:
+                return best[1], -best[0]
             at_once = min(2 * at_once, MOST_AT_ONCE)
         return None
 

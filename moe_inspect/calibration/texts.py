@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from moe_inspect.calibration.choose import Pool
 from moe_inspect.capture.corpus import documents
+from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.output_dir import output_file
 from moe_inspect.trace.reader import Trace
@@ -116,7 +117,7 @@ RECIPES = {
 # llm-compressor
 from datasets import load_dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {model!r}
@@ -149,8 +150,8 @@ import json
 from gptqmodel import GPTQModel, QuantizeConfig
 
 texts = [json.loads(line)["text"] for line in open({path!r}, encoding="utf-8")]
-# a `moe=` of the config that overrides or bypasses the routing sends tokens to experts that the
-# router does not choose: coverage and these counts then do not hold
+# moe=MoEConfig(routing=ExpertsRoutingOverride(…)) or ExpertsRoutingBypass() would send tokens to
+# experts that the router does not choose: these counts then do not hold
 config = QuantizeConfig(bits=4, group_size=128)
 model = GPTQModel.load({model!r}, config)
 model.quantize(texts, batch_size=1)
@@ -178,9 +179,8 @@ def calibrate(model):
             model(**ids.to(model.device))
 
 
-# for many MoE families Model Optimizer itself sends calibration tokens to more experts than the
-# router chooses (moe_calib_experts_ratio in its examples): coverage then does not follow these
-# counts
+# moe_calib_experts_ratio, which some versions set themselves, sends each token to that share of
+# the experts while it calibrates: these counts then do not hold
 model = mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
 export_hf_checkpoint(model, export_dir="quantised")
 """,
@@ -204,5 +204,6 @@ def recipe(trace: Trace, tool: str, path: Path) -> str:
         raise MoeInspectError(f"-o {path}: {tool} reads {what}")
     plan = (trace.manifest.get("corpus") or {}).get("plan") or {}
     model = (trace.manifest.get("model") or {}).get("id") or "MODEL"
+    model = MODEL_DIR if model == "demo" else model
     length = plan.get("max_length") or 2048
     return RECIPES[tool].format(model=str(model), path=str(path), length=length)
