@@ -128,7 +128,7 @@ texts = texts.map(
     lambda row: tokenizer(row["text"], truncation=True, max_length={length}),
     remove_columns=texts.column_names,
 )
-# ignore the router as well as lm_head: what the router's layer is called depends on the model
+# W4A16 is of groups of 128 weights. ignore names the router, whose layer may be called otherwise
 recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head", "re:.*gate$"])
 oneshot(
     model=model,
