@@ -259,7 +259,7 @@ def test_of_few_documents_or_none_no_interval_is_given(tmp_path: Path):
     made = calibrate(counts, min_tokens=6)
     said = " ".join(made.said)
     assert "counts do not say of which document" in said
-    assert "an unknown number of tokens for all" in said
+    assert "all of them an unknown number; this text has 12" in said
     assert "No amount" not in said  # no documents, so no rule of three
     with pytest.raises(MoeInspectError, match="do not say of which document: none can be chosen"):
         calibrate(counts, choose="all")

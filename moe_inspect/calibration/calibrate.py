@@ -37,6 +37,10 @@ MINIMUM = 512  # tokens of an expert
 SHARES = (0.95, 0.99, 1.0)  # of the experts
 POINTS = 48  # of the chart
 CHOICES = ("chosen", "choice")
+# columns of `coverage`, the most informative first
+SHOWN = ("layer", "router", "expert", "tokens", "tokens_low", "tokens_high", "tokens_needed")
+SHOWN += ("tokens_needed_low", "tokens_needed_high", "main_domain", "main_domain_share")
+SHOWN += ("weighted_tokens", "norm_spread", "enough")
 TABLES: dict[str, Table] = {}
 registered = partial(table, tables=TABLES)
 
@@ -88,7 +92,7 @@ class Calibration(Shown):
     @property
     def excerpts(self) -> Mapping[str, Excerpt]:
         found = {
-            "coverage": Excerpt("those with the fewest tokens", _fewest),
+            "coverage": Excerpt("those with the fewest tokens", _fewest, SHOWN),
             "tokens_needed": Excerpt("all", lambda frame, most: frame.head(most)),
         }
         if self.choice is not None:
@@ -422,16 +426,15 @@ def _needed_said(made: Calibration) -> list[str]:
     known, said = made.forecast is not None, list[str]()
     for row in records(made.tables["tokens_needed"]):
         middle, low, high = (row[f"tokens_needed{end}"] for end in ("", "_low", "_high"))
-        of = "all" if row["share"] == 1 else f"{row['share']:.0%}"
-        if not math.isfinite(middle):
-            amounts = f"at least {amount(low)}" if known else "an unknown number of tokens"
-        else:
+        if math.isfinite(middle):
             amounts = amount(middle) + (f" ({amount(low)}-{amount(high)})" if known else "")
-        said.append(f"{amounts} for {of}")
-    lines = [
-        f"Tokens of this mixture that cover the experts: {', '.join(said)}; these are "
-        f"{amount(made.counts.tokens)}."
-    ]
+        else:
+            amounts = f"at least {amount(low)}" if known else "an unknown number"
+        of = "all of them" if row["share"] == 1 else f"{row['share']:.0%}"
+        first = "" if said else "of the experts takes, in tokens of this mixture, "
+        said.append(f"{of} {first}{amounts}")
+    has = amount(made.counts.tokens)
+    lines = [f"To cover {', '.join(said)}; this text has {has}."]
     if not known:
         n = len(made.counts.units)
         if made.counts.documents_unknown:
