@@ -317,7 +317,12 @@ def bound_of(pool: cho.Pool, wanted: cho.Wanted, picked: list[int]) -> float:
     return priced.bound(wanted, need_P, profit)
 
 
-def test_the_fewest_documents_are_within_their_bounds():
+@pytest.mark.parametrize("program", [cho.PROGRAM, 3])
+def test_the_fewest_documents_are_within_their_bounds(
+    program: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the linear program is of three documents and three experts."""
+    monkeypatch.setattr(cho, "PROGRAM", program)
     rng, exact = np.random.default_rng(0), 0
     for _ in range(150):
         S, P, m = rng.integers(3, 10), rng.integers(1, 8), int(rng.integers(1, 9))
@@ -334,7 +339,11 @@ def test_the_fewest_documents_are_within_their_bounds():
     assert exact > 120
 
 
-def test_the_best_of_so_many_tokens_is_within_its_bound():
+@pytest.mark.parametrize("program", [cho.PROGRAM, 3])
+def test_the_best_of_so_many_tokens_is_within_its_bound(
+    program: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cho, "PROGRAM", program)
     rng, shares = np.random.default_rng(1), list[float]()
     for _ in range(150):
         S, P, m = rng.integers(3, 10), rng.integers(1, 8), int(rng.integers(1, 9))

@@ -101,8 +101,7 @@ class Calibration(Shown):
         return found
 
     def charts(self) -> tuple[list[Chart], list[str]]:
-        drawn = chart(self)
-        return ([], [drawn]) if isinstance(drawn, str) else ([drawn], [])
+        return [chart(self)], []
 
     def page(self) -> str:
         from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
@@ -492,7 +491,7 @@ def _choice_said(made: Calibration) -> list[str]:
 # --- as a picture
 
 
-def chart(made: Calibration) -> Chart | str:
+def chart(made: Calibration) -> Chart:
     """The share of the experts that have the minimum, against the tokens of text."""
     tokens, rows = made.counts.tokens, made.tables["tokens_needed"]
     ends = rows[["tokens_needed", "tokens_needed_low", "tokens_needed_high"]].to_numpy(float)

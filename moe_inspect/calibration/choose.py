@@ -265,8 +265,6 @@ def prices(
     dual = np.maximum(-found.ineqlin.marginals, 0)
     expert_P = np.zeros(len(need_P))
     expert_P[scarce] = dual[:Q] if wanted.budget is None else np.minimum(dual[:Q], 1)
-    if wanted.budget is not None:  # of experts that the program left out nothing is known
-        expert_P[np.setdiff1d(np.flatnonzero(need_P), scarce)] = 0
     domain_D = dual[Q : Q + D] if wanted.keep_mixture else np.zeros(D)
     token = 0.0 if wanted.budget is None else float(dual[-1])
     return Prices(expert_P, float(wanted.budget is None), token, domain_D)

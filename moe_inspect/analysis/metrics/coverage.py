@@ -31,7 +31,8 @@ class Forecast:
     needed_RP: np.ndarray
     seen_P: np.ndarray
 
-    def ends(self, values_R: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def ends(values_R: np.ndarray) -> np.ndarray:
         """The 2.5th, 50th and 97.5th percentile."""
         return np.quantile(values_R, [0.025, 0.5, 0.975], axis=0, method="inverted_cdf")
 
