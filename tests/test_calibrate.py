@@ -528,6 +528,7 @@ def test_the_command(demo: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["--tokens"],
         ["--choose", "0"],
         ["--choose", "all", "-o", "c.txt", "--for", "llm-compressor"],
+        ["--choose", "all", "-o", "c.csv"],
         ["--keep-mixture", "0.5"],
         ["--table", "chosen"],
     ):

@@ -24,6 +24,8 @@ PLAIN = ".txt"
 
 def write_texts(trace: Trace, chosen: Pool, path: Path, tokens: bool, data: Sequence[str]) -> int:
     """See `Calibration.write_texts`."""
+    if path.suffix not in (PLAIN, ".jsonl"):
+        raise MoeInspectError(f"-o {path}: texts are written as .jsonl or .txt")
     if path.suffix == PLAIN and tokens:
         raise MoeInspectError(f"{path} is plain text, which holds no token ids: name it .jsonl")
     domains = [chosen.domains[d] for d in chosen.domain_S]
