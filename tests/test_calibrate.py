@@ -533,3 +533,14 @@ def test_the_command(demo: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["--table", "chosen"],
     ):
         assert ran(*wrong)[0] in (1, 2), wrong
+
+
+def test_a_report_has_it_as_a_section_of_its_page(demo: Trace, tmp_path: Path):
+    out = tmp_path / "r.html"
+    code, _ = run("report", usual=[demo.path, "--html", out, "--simulate", "coverage"])
+    text = out.read_text()
+    assert code == 0
+    assert "Each of 32 experts has at least 512 tokens" in text
+    assert "min_tokens=512" in text
+    calibrate(demo).to_html(tmp_path / "c.html")
+    assert "coverage_by_domain" in (tmp_path / "c.html").read_text()

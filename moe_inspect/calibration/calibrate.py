@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,9 @@ from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, hi
 from moe_inspect.reporting.verdict.findings import top_row
 from moe_inspect.text import layer_label, plural
 from moe_inspect.trace.reader import Trace, open_trace
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.render.html import Section
 
 MINIMUM = 512  # tokens of an expert
 SHARES = (0.95, 0.99, 1.0)  # of the experts
@@ -113,6 +116,16 @@ class Calibration(Shown):
         assumed = f"minimum: {self.minimum:,} tokens per expert"
         return page_html(
             Page(f"moe-inspect {self.title}", assumed, verdict=self.said, sections=sections)
+        )
+
+    def section(self) -> Section:
+        """A section for the page of a report: what it says, its picture and its main table."""
+        from moe_inspect.reporting.render.html import Section
+
+        code = python_of_table(self.python, "coverage")
+        said = " ".join(self.said)
+        return Section(
+            "Coverage", said, chart(self), table=self.tables["coverage"], group="", python=code
         )
 
     def write_texts(
