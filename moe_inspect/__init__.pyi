@@ -7,6 +7,8 @@ from .api import prune as prune
 from .api import record as record
 from .api import trace_engine as trace_engine
 from .api import trace_model as trace_model
+from .calibration.calibrate import Calibration as Calibration
+from .calibration.calibrate import calibrate as calibrate
 from .capture.hook.probes import probe as probe
 from .capture.server.serve import serve_engine as serve_engine
 from .comparison.compare import Comparison as Comparison

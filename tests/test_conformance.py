@@ -40,9 +40,10 @@ class OfModel(Server):
         self.right = cache(lambda fed: expected(self.network, [fed])[fed].ids_TLK)
 
     def about(self, path: str) -> dict[str, Any] | None:
-        vllm = {"/v1/models": {"data": [{"id": "served", "root": str(self.model)}]}}
+        vllm: dict[str, Any] = {"/v1/models": {"data": [{"id": "served", "root": str(self.model)}]}}
         vllm["/version"] = {"version": "0.33.0"}
-        sglang = {"/model_info": {"model_path": str(self.model), "model_type": "qwen3_moe"}}
+        about = {"model_path": str(self.model), "model_type": "qwen3_moe"}
+        sglang: dict[str, Any] = {"/model_info": about}
         sglang |= {"/v1/models": vllm["/v1/models"], "/server_info": {"version": "0.5.23"}}
         return (vllm if self.engine == "vllm" else sglang).get(path)
 
@@ -94,9 +95,12 @@ def url(server: OfModel) -> Iterator[str]:
 
 def test_a_server_that_is_right(server: OfModel, url: str) -> None:
     found = check(url, cases=QUICK)
-    assert found.ok and found.engine == server.engine and found.version in ("0.33.0", "0.5.23")
+    assert found.ok
+    assert found.engine == server.engine
+    assert found.version in ("0.33.0", "0.5.23")
     table = found.table.set_index("case")
-    assert (table.equal == table.decisions).all() and (table.decisions == 3 * table.tokens).all()
+    assert (table.equal == table.decisions).all()
+    assert (table.decisions == 3 * table.tokens).all()
     # rows are those of fed tokens: the last of 16 that were generated is none
     assert table.tokens["answers"] == 3 * (9 + 15 + 70 + 15)
     assert table.answers.to_dict() == {"prefill": 6, "prefix": 4, "answers": 6, "stop": 6}
@@ -147,7 +151,8 @@ def test_what_is_wrong_is_named(
     finally:
         server.spoil = lambda routed, _: routed
     (finding,) = found.findings
-    assert finding.kind == kind and said in finding.text, finding.text
+    assert finding.kind == kind
+    assert said in finding.text
     (row,) = found.table.to_dict("records")
     assert row["equal"] + row["undecided"] + row["wrong"] + row["missing"] == row["decisions"]
     assert row["wrong" if kind == "wrong" else "missing"] > 0
@@ -158,13 +163,15 @@ def test_who_goes_away_and_who_is_refused(server: OfModel, url: str) -> None:
     server.requests.clear()
     found = check(url, cases=["abort"])
     server.delay_s = lambda n: 0.0
-    assert found.ok and list(found.table.answers) == [5]
+    assert found.ok
+    assert list(found.table.answers) == [5]
     assert len(server.requests) == 11
     server.behave = lambda n, *_: (500, {}, b'{"error": "lost"}') if n == 13 else None
     found = check(url, cases=["prefill"])
     server.behave = lambda *_: None
     (finding,) = found.findings
-    assert finding.kind == "refused" and "HTTP 500: {'error': 'lost'}" in finding.text
+    assert finding.kind == "refused"
+    assert "HTTP 500: {'error': 'lost'}" in finding.text
     assert list(found.table.refused) == [1]
 
 
@@ -187,7 +194,8 @@ def test_decisions_that_cannot_be_told() -> None:
     assert near([0, 1, 1 + 1e-6, 2], [1, 3])["undecided"] == 4
     assert near([0, 1, 1.1, 2], [1, 3])["wrong"] == 4
     row = near([0, 1, 1.1, 2], [2, 3])
-    assert row["equal"] == 1 and row["wrong"] == 3
+    assert row["equal"] == 1
+    assert row["wrong"] == 3
 
 
 def test_prompts_fit_and_differ() -> None:
@@ -196,7 +204,8 @@ def test_prompts_fit_and_differ() -> None:
         for name, (_, asked) in CASES.items():
             for asks in asked(Draw(V, longest)):
                 for ask in asks:
-                    assert 0 < len(ask.prompt) and len(ask.prompt) + ask.most <= longest, name
+                    assert ask.prompt, name
+                    assert len(ask.prompt) + ask.most <= longest, name
                     assert all(0 <= token < V for token in ask.prompt)
 
 

@@ -49,6 +49,7 @@ USUAL: dict[str, list[Any]] = {
     "engine": ["http://127.0.0.1:9"],
     "report": ["t"],
     "compare": ["t", "t"],
+    "calibrate": ["t"],
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
     "prune": ["demo", "--trace", BALANCED, "--dry-run", "--by", "gate", "--max-tokens", 60],
     "describe": ["demo"],

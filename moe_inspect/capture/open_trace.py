@@ -96,6 +96,7 @@ class TraceOpener:
             dropped_experts=drops and not options.counts_only,
             token_loss=options.token_loss,
             counts_only=options.counts_only,
+            by_document=options.by_document,
             vocabulary=vocabulary,
             rank=ranks.rank,
             resume=planned.resume,

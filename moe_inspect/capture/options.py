@@ -191,6 +191,11 @@ class RecordedFields:
         "Record counts by layer, domain and expert instead of decisions.",
         more="The `balance()` of a recorder returns the balance table at any time.",
     )
+    by_document: bool = setting(
+        False,
+        "With --counts-only: counts of each document instead of each domain, to choose texts from.",
+        more="A document is fed whole, and nothing is generated from it.",
+    )
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -315,6 +320,15 @@ class RecordOptions(RecordedFields, WrittenFields):
             kind = "output norms or peaks" if self.extras else "token losses"
             kind = "logits" if self.logits else kind
             raise MoeInspectError(f"counts_only keeps no {kind}: drop one of the two")
+        if self.by_document and not (self.counts_only and writes):
+            raise MoeInspectError(
+                "by_document is how counts are written: give a path and counts_only=True with it"
+            )
+        if self.by_document and (self.every != 1 or self.flush_steps is not None):
+            raise MoeInspectError(
+                "by_document counts every pass, and commits whole documents: leave out every and "
+                "flush_steps"
+            )
         if self.discover and (self.routers is not None or self.extras):
             raise MoeInspectError(
                 "discover=True finds routers itself, and records neither logits nor outputs"
@@ -361,6 +375,7 @@ class RecordedKeywords(TypedDict, total=False):
     output_peaks: bool
     token_loss: bool
     counts_only: bool
+    by_document: bool
     capture: Literal["auto", "dispatch", "tap"]
     layers: Sequence[int] | None
     overwrite: bool

@@ -319,7 +319,8 @@ class Recorder:
         self._hand_over.writer = self._opener.open(self.routers, weight_dtype)
         if self.options.counts_only:
             devices = [d for stack in self.stacks.values() for d in stack.devices()]
-            counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
+            of = weight_dtype, self.options.weights, self.options.by_document
+            counts = DeviceCounts(self.routers, devices, *of)
             self._counted = CountedPasses(
                 counts, self.inputs, self.options, self._planned.shard_tokens, self.writer
             )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or None)
 Batches = Iterable[tuple[list[TokenSequence], list[Document]]]
 # (a plan of before these options says nothing of them)
-LATER = (*(e.option for e in EXTRAS.values() if e.option != "logits"), "token_loss")
+LATER = (*(e.option for e in EXTRAS.values() if e.option != "logits"), "token_loss", "by_document")
 
 
 def trace_model(
@@ -43,9 +43,19 @@ def trace_model(
 ) -> Trace:
     """See `moe_inspect.trace_model`."""
     ranks = Ranks()
+    if options.by_document and (options.resume or options.generate or ranks.world > 1):
+        why = (
+            "--resume" if options.resume else "--generate" if options.generate else "several ranks"
+        )
+        raise MoeInspectError(
+            f"counts by document are of documents that one process feeds whole, without {why}: "
+            "record the corpus in parts, and merge them"
+        )
     resume = ranks.agree("resume", lambda: may_resume(output_dir, options))
     sources = find_sources(options.data, leave_out=output_dir)
     found = unloaded(model, options)
+    if options.by_document and found.is_encoder_decoder:
+        raise MoeInspectError("counts by document are not known of a model with an encoder")
     length = longest_sequence(options.max_length, found.config, options.generate)
     plan = Plan(sources, options, length, encoded=found.is_encoder_decoder)
     record = {

@@ -41,6 +41,7 @@ COMMANDS: Listed = {
         "sql": "text sql",
         "compare": "compare compare",
         "describe": "describe describe",
+        "calibrate": "calibrate calibrate",
     },
     "Try": {"ablate": "experts ablate", "prune": "experts prune", "simulate": SIMULATIONS},
     "Files": {

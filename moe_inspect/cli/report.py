@@ -54,6 +54,7 @@ class Simulated(StrEnum):
     decode = "decode"
     cache = "cache"
     routing = "routing"
+    coverage = "coverage"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ def report(
     ),
     show: ReportOptions,
     simulate: list[Simulated] | None = output_option(
-        "With --html: add a section with this simulation at its defaults."
+        "With --html: add a section with this simulation at its defaults; coverage is that of "
+        "calibrate."
     ),
     text: str | None = option(
         "With --html: documents per domain to show in full; 0 is none. Default: those "
@@ -255,6 +257,9 @@ def simulated_sections(
     """A section per simulation, or why the trace has none to give."""
     for name in dict.fromkeys(names):
         try:
+            if name is Simulated.coverage:
+                yield made.trace.calibrate(layers=layers).section()
+                continue
             limits = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
             simulate = getattr(made.trace.simulate, name)
             yield simulate(layers=layers, **limits).section()

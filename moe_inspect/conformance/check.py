@@ -6,6 +6,7 @@ T tokens that were fed, L routers, K slots, E experts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,6 @@ import numpy as np
 from moe_inspect.capture.server.client import Json, ask_once, client, root_of
 from moe_inspect.capture.server.protocols import (
     ENGINES,
-    FLAG,
     EngineProtocol,
     Request,
     Served,
@@ -169,10 +169,8 @@ async def _answers(
 ) -> list[Answer]:
     """Of a request that is to stop early, both."""
     if ask.leaves:
-        try:
+        with contextlib.suppress(TimeoutError, MoeInspectError):
             await asyncio.wait_for(_sent(http, protocol, served, ask), LEAVES_AFTER_S)
-        except (TimeoutError, MoeInspectError):
-            pass
         return []
     found = await _once(http, protocol, served, case, ask)
     if ask.own_stop and len(found[0].made) > STOP_AT:

@@ -1,14 +1,14 @@
 """Fixtures of pytest for an engine's own tests:
 
-    pytest_plugins = ["moe_inspect.conformance.fixtures"]
+pytest_plugins = ["moe_inspect.conformance.fixtures"]
 
-    @pytest.fixture(scope="session")
-    def conformance_url(conformance_model):
-        with serve(conformance_model) as url:  # with what makes the engine return its experts
-            yield url
+@pytest.fixture(scope="session")
+def conformance_url(conformance_model):
+    with serve(conformance_model) as url:  # with what makes the engine return its experts
+        yield url
 
-    def test_routes(conformance_result):
-        assert conformance_result.ok, conformance_result.findings
+def test_routes(conformance_result):
+    assert conformance_result.ok, conformance_result.findings
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
+    from moe_inspect.calibration.calibrate import calibrate as _calibrate
     from moe_inspect.comparison.compare import compare as _compare
     from moe_inspect.exporters.run import export_trace as _export
     from moe_inspect.linting.sources import lint as _lint
@@ -47,12 +48,13 @@ class Answers:
     """The functions of these names, of this trace."""
 
     if TYPE_CHECKING:
-        compare, export, report = of(_compare), of(_export), of(_report)
-        lint = of(_lint)
+        calibrate, compare = of(_calibrate), of(_compare)
+        export, lint, report = of(_export), of(_lint), of(_report)
         document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
         tokens_of = of(_texts.tokens_of)
         sample, sql, verify = of(_sample), of(_sql), of(_verify)
     else:
+        calibrate = TraceMethod("calibration.calibrate", "calibrate")
         compare = TraceMethod("comparison.compare", "compare")
         document = TraceMethod("trace.texts", "document")
         export = TraceMethod("exporters.run", "export_trace")

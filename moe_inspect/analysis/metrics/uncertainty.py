@@ -112,10 +112,10 @@ def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | N
     1988). If a domain has too few documents to resample alone, all are resampled together."""
     if len(strata_U) < FEWEST_DOCUMENTS:
         return None
-    return _resampled(_large_strata(strata_U).astype(np.int64).tobytes(), R)
+    return _resampled(large_strata(strata_U).astype(np.int64).tobytes(), R)
 
 
-def _large_strata(strata_U: np.ndarray) -> np.ndarray:
+def large_strata(strata_U: np.ndarray) -> np.ndarray:
     """The strata, or one of all units where a stratum has fewer than FEWEST_DOCUMENTS of them."""
     return strata_U if np.bincount(strata_U).min() >= FEWEST_DOCUMENTS else 0 * strata_U
 
@@ -163,7 +163,7 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
     (U, E), load_E = assignments_UE.shape, assignments_UE.sum(0)
     if U < FEWEST_DOCUMENTS or not load_E.any():
         return float("nan"), float("nan")
-    strata_U, mean = _large_strata(strata_U), load_E.sum() / E
+    strata_U, mean = large_strata(strata_U), load_E.sum() / E
     ratio_E = load_E / mean
     error_E = np.sqrt((residuals(assignments_UE, strata_U) ** 2).sum(0)) / mean
     documents = effective_documents(assignments_UE.sum(1)) - len(np.unique(strata_U))
@@ -267,7 +267,7 @@ def design_effect(assignments_UE: np.ndarray, tokens_U: np.ndarray, strata_U: np
     FEWEST_DOCUMENTS units."""
     if len(tokens_U) < FEWEST_DOCUMENTS or not assignments_UE.any():
         return float("nan")
-    strata_U, T = _large_strata(strata_U), tokens_U.sum()
+    strata_U, T = large_strata(strata_U), tokens_U.sum()
     activation_E = assignments_UE.sum(0) / T
     residual_UE, between = assignments_UE - tokens_U[:, None] * activation_E, 0.0
     for stratum in np.unique(strata_U):

@@ -2,7 +2,7 @@
 On a CPU small passes wait until there are many, which are then counted together.
 
 R routers, T rows a router sees and N rows of several passes (padding included), K slots, E experts,
-D domains.
+D domains, or documents where counts are by document.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moe_inspect.trace.writer import TraceWriter
 
 MOST_SLOTS = 2**20  # counted at once
+MOST_BYTES = 2**28  # of sums by document, which are then committed
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class Totals:
 
 
 class DeviceCounts:
-    """Load by router, domain and expert, summed on each router's device; nothing waits for the
-    device before `take`. First choices are by the weights rounded to `weight_dtype`, as a trace of
-    decisions stores them. `weights`: whether gate weights are summed too."""
+    """Load by router, domain (or document) and expert, summed on each router's device; nothing
+    waits for the device before `take`. First choices are by the weights rounded to `weight_dtype`,
+    as a trace of decisions stores them. `weights`: whether gate weights are summed too.
+    `by_document`: what is taken are whole documents; the others stay until they are."""
 
     def __init__(
         self,
@@ -53,9 +55,13 @@ class DeviceCounts:
         devices: Sequence[torch.device],
         weight_dtype: torch.dtype,
         weights: bool,
+        by_document: bool = False,
     ):
         self.routers, self.devices = list(routers), list(devices)
-        self.weight_dtype, self.weights = weight_dtype, weights
+        self.weight_dtype, self.weights, self.by_document = weight_dtype, weights, by_document
+        # by document: those whose sums these are, in this order, and the tokens each had so far
+        self._began, self._row_of = list[Document](), dict[int, int]()
+        self._tokens_D = np.zeros(0, np.int64)
         # since the last `take`
         self.tokens = self.decisions = self.batch = 0
         self.documents: list[Document] = []
@@ -95,13 +101,15 @@ class DeviceCounts:
         batch: int,
     ) -> None:
         """Counts passes of a stack's routers: their rows and choices, the last one's number."""
+        code_of = self._documents(fed) if self.by_document else [rows.domain for rows in fed]
+        domains = len(self._began) if self.by_document else domains
         missing = domains - len(self._of_router(0)[0])
         if missing > 0:
             for device, sums in self._sums.items():
                 self._sums[device] = [torch.nn.functional.pad(s, (0, 0, 0, missing)) for s in sums]
         real_N = np.concatenate([rows.real for rows in fed])
         code_N = np.full(len(real_N), -1, np.int64)  # −1 for padding
-        code_N[real_N] = np.concatenate([rows.domain for rows in fed])
+        code_N[real_N] = np.concatenate(code_of)
         domain_N = torch.from_numpy(code_N)
         domain_of = {d: domain_N.to(d, non_blocking=True) for d in self._width}
         first = routers[0]
@@ -120,7 +128,33 @@ class DeviceCounts:
         self.decisions += n * len(routers)
         self._all_tokens += n
         self._tokens_R[routers[0] : routers[-1] + 1] += n
-        self.documents += [document for rows in fed for document in rows.documents]
+        if not self.by_document:
+            self.documents += [document for rows in fed for document in rows.documents]
+
+    def _documents(self, fed: Sequence[Rows]) -> list[np.ndarray]:
+        """Of each token of passes the row of its document. MoeInspectError where a document that
+        was whole goes on."""
+        codes = list[np.ndarray]()
+        for rows in fed:
+            for document in rows.documents:
+                self._row_of[document.document] = len(self._began)
+                self._began.append(document)
+            number, at = np.unique(rows.document, return_inverse=True)
+            if unknown := set(number.tolist()) - self._row_of.keys():
+                raise MoeInspectError(
+                    f"document {min(unknown)} goes on after it was counted whole: counts by "
+                    "document are of documents that are fed at once"
+                )
+            codes.append(np.array([self._row_of[d] for d in number.tolist()], np.int64)[at])
+        grown = np.zeros(len(self._began) - len(self._tokens_D), np.int64)
+        self._tokens_D = np.append(self._tokens_D, grown)
+        self._tokens_D += np.bincount(np.concatenate(codes), minlength=len(self._began))
+        return codes
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sums on all devices."""
+        return sum(s.numel() * s.element_size() for sums in self._sums.values() for s in sums)
 
     def _count(
         self, first: int, domain_N: torch.Tensor, ids_RNK: torch.Tensor, weights_RNK: torch.Tensor
@@ -143,11 +177,14 @@ class DeviceCounts:
             sums.scatter_add_(0, slots, weights_RNK.reshape(-1).to(sums.dtype))
 
     def take(self, domains: list[str]) -> CountedBatches:
-        """The counts since the last `take`, moved to the host."""
+        """The counts since the last `take`, moved to the host; by document those of the documents
+        that are whole."""
         # (copies: on a CPU these would be views of what is counted in next)
         host = [
             [s.cpu().numpy().copy() for s in self._of_router(r)] for r in range(len(self.routers))
         ]
+        if self.by_document:
+            return self._take_documents(host)
         load, first_choices, *weight_sums = map(list, zip(*host, strict=True))
         for taken_E, new_DE in zip(self._taken_load, load, strict=True):
             taken_E += new_DE.sum(0)
@@ -158,6 +195,35 @@ class DeviceCounts:
         self.tokens, self.decisions, self.documents = 0, 0, []
         self._sums = self._zeros(known)
         return counted
+
+    def _take_documents(self, host: list[list[np.ndarray]]) -> CountedBatches:
+        """host: the sums of each router, of all documents that began."""
+        tokens_D = np.array([document.tokens for document in self._began], np.int64)
+        whole_D = self._tokens_D >= tokens_D
+        load, first_choices, *weight_sums = (
+            [sums[whole_D] for sums in of] for of in zip(*host, strict=True)
+        )
+        for taken_E, new_DE in zip(self._taken_load, load, strict=True):
+            taken_E += new_DE.sum(0)
+        taken = [d for d, whole in zip(self._began, whole_D, strict=True) if whole]
+        self._began = [d for d, whole in zip(self._began, whole_D, strict=True) if not whole]
+        self._row_of = {d.document: row for row, d in enumerate(self._began)}
+        self._tokens_D = self._tokens_D[~whole_D]
+        for device, sums in self._sums.items():
+            kept = torch.from_numpy(np.flatnonzero(~whole_D)).to(device)
+            rest = [s.index_select(0, kept) for s in sums] if len(kept) else self._zeros(1)[device]
+            self._sums[device] = rest
+        tokens, self.tokens = int(tokens_D[whole_D].sum()), 0
+        return CountedBatches(
+            self.batch,
+            tokens,
+            [d.domain for d in taken],
+            load,
+            first_choices,
+            {"weight_sum": weight_sums[0]} if self.weights else {},
+            taken,
+            tokens * len(self.routers),
+        )
 
     def totals(self, all_ranks: bool = False) -> Totals:
         """The counts since the recording began; with `all_ranks`, summed over the processes of
@@ -285,6 +351,7 @@ class CountedPasses:
             is_due = True
         else:
             is_due = self.counts.tokens + self._waiting_rows >= self.shard_tokens
+            is_due |= self.counts.by_document and self.counts.nbytes >= MOST_BYTES
         if is_due and self.writer is not None and not self._in_group:
             self._write()
 
@@ -293,4 +360,5 @@ class CountedPasses:
         numbers, self._numbers, self._taken = self._numbers, [], monotonic()
         if self.writer is not None and self.counts.tokens:
             counted = self.counts.take(list(self.inputs.domains))
-            self.writer.write(replace(counted, first_batch=numbers[0]))
+            if counted.tokens:  # of documents, none may be whole yet
+                self.writer.write(replace(counted, first_batch=numbers[0]))

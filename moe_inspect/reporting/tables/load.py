@@ -88,7 +88,12 @@ def _balance(counts: Counts, starved: float, drops: bool) -> AsColumns:
     rows = [{"layer": counts.routers[r].layer, "router": r, **values(r)} for r in counts.indices]
     names = ("layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE)
     columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
-    for name in ("dead_experts", "starved_experts", "busiest_expert", "busiest_expert_before_drops"):
+    for name in (
+        "dead_experts",
+        "starved_experts",
+        "busiest_expert",
+        "busiest_expert_before_drops",
+    ):
         known = columns[name].astype(float)
         columns[name] = np.ma.array(np.nan_to_num(known).astype(np.int64), mask=np.isnan(known))
     return columns

@@ -14,7 +14,7 @@ from moe_inspect.later import pd
 from moe_inspect.text import no_such
 
 ROWS = 10  # of a table in a text that is no screen
-# a table that can be written before pandas is imported; whole numbers that may be missing are masked
+# a table that can be written before pandas is imported; a missing whole number is masked
 AsColumns = Mapping[str, np.ndarray]
 Maker = Callable[[Any], "pd.DataFrame | AsColumns"]  # from the data of a report or a comparison
 Made = TypeVar("Made", bound=Maker)
