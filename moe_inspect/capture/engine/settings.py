@@ -68,8 +68,12 @@ class Settings:
     metrics: bool = _setting(
         False,
         _switch,
-        "count the assignments of each layer and expert, of all requests, for /metrics",
+        "count the assignments of each layer and expert, of all requests, for the metrics of "
+        "`watch --serve` in /metrics",
         "0",
+    )
+    per_expert: bool = _setting(
+        False, _switch, "a series of each layer and expert in /metrics too", "0"
     )
     logits: bool = _setting(False, _switch, "record router logits too", "0")
     text: bool = _setting(

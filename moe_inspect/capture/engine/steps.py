@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.engine.settings import Settings, share
+from moe_inspect.capture.engine.step import Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
@@ -94,40 +95,6 @@ class Scheduled:
         return of, rows
 
 
-@dataclass
-class Step:
-    """A step as it is handed over. `ended`: requests that ended before it. `sampled`: how many
-    tokens each request was given behind it, where some of its rows are drafts: one more than were
-    accepted; None where that is unknown. Arrays of a GPU are on their way until `arrive`."""
-
-    number: int
-    requests: Sequence[str]
-    edges: np.ndarray
-    prompts: np.ndarray
-    drafts: np.ndarray
-    ends: np.ndarray
-    ended: set[str]
-    tokens: Any  # [n]
-    positions: Any  # [n]
-    ids: Any  # [L, n, K]
-    weights: Any  # [L, n, K]
-    logits: Any  # [L, n, E] or None
-    bytes: int
-    copied: Any = None  # an event
-    sampled: Any = None  # [requests of the engine's step, until `arrive`: those recorded]
-    wanted: Any = None  # which of them are recorded
-
-    def arrive(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-            self.copied = None
-        for name in ("tokens", "positions", "ids", "weights", "logits", "sampled"):
-            if isinstance(value := getattr(self, name), Tensor):
-                setattr(self, name, value.cpu().numpy())
-        if self.wanted is not None:
-            self.sampled, self.wanted = self.sampled[np.array(self.wanted)], None
-
-
 class Link(Protocol):
     """To the process that writes. `error`: why it has ended, if it has."""
 
@@ -155,7 +122,8 @@ class StepRecorder:
         self.taken = 0  # bytes that were queued
         # of these what has left the queue, and decisions that were lost on their way: the link's
         self.sent = self.lost = 0
-        self.counted: np.ndarray | None = None  # of `counts`, what was handed over
+        # tokens whose experts are in `counts`; and of both what was handed over
+        self.counted_tokens, self.counted = 0, None
         self.seconds = 0.0  # of the engine's thread
         self.error: str | None = None
         self._live: set[str] = set()  # requests that the process that writes knows of
@@ -225,6 +193,7 @@ class StepRecorder:
         there = (ids_LNK >= 0) & (ids_LNK < self.rows.E)  # others route nowhere
         at = (ids_LNK.clamp(0, self.rows.E - 1) + self._first).view(-1)
         self.counts.scatter_add_(0, at, there.view(-1).long())
+        self.counted_tokens += n
 
     def _take(self, of: Scheduled) -> None:
         wanted = [self._is_sampled(request) for request in of.requests]

@@ -1,0 +1,106 @@
+"""The metrics of `watch --serve` in a serving engine's own /metrics, of the assignments that its
+worker counts: in files of PROMETHEUS_MULTIPROC_DIR, which its server reads.
+
+L routers, E experts, G GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.schema import Router
+from moe_inspect.watch.follow import RECORDING, News, Piece
+from moe_inspect.watch.metrics import Collector
+from moe_inspect.watch.state import Watched
+
+WORST = 8  # layers of which a metric is told
+
+
+class Placed:
+    """Where an engine's experts are. `placed_LEG`: the share of each expert's load that each GPU
+    gets; of some layers."""
+
+    def __init__(self, placed_LEG: np.ndarray):
+        self.placed_LEG, self.gpus = placed_LEG, placed_LEG.shape[2]
+
+    def placed(self, routers: Sequence[Router]) -> list[np.ndarray]:
+        return list(self.placed_LEG)
+
+
+class EngineMetrics:
+    """Of one worker. `about`: its rank, layers, experts, top_k, and whether a series of each expert
+    is asked for."""
+
+    def __init__(self, about: dict[str, Any]):
+        E, K = about["experts"], about["top_k"]
+        routers = [Router(layer, "", "", E, K) for layer in about["layers"]]
+        manifest = {
+            "status": RECORDING,
+            "routers": [asdict(router) for router in routers],
+            "tables": ["counts"],
+            "capture": {},
+            "counts": {},
+        }
+        self.rank = str(about["rank"])
+        self.header = TraceHeader(Path(), manifest)
+        placed = about.get("placed")
+        self.watched = Watched(plan=None if placed is None else Placed(placed))
+        self.collector = Collector(self.watched, about["per_expert"], WORST)
+        self.steps = 0
+
+    def add(
+        self,
+        counts: np.ndarray,
+        *,
+        tokens: int,
+        steps: int,
+        dropped: int,
+        written_bytes: int | None = None,
+    ) -> None:
+        """Assignments and tokens since the last ones, [L × E]; what was dropped in all."""
+        L = len(self.header.routers)
+        load_LE = counts.reshape(L, -1)
+        piece = Piece(
+            self.steps + 1,
+            steps,
+            list(load_LE),
+            np.full(L, tokens),
+            tokens=tokens,
+            decisions=tokens * L,
+        )
+        self.steps = steps
+        self.header.manifest["counts"]["dropped"] = dropped
+        self.watched.take(News(RECORDING, [piece] if tokens else []), self.header)
+        self.watched.written_bytes = written_bytes
+        self.publish()
+
+    def publish(self) -> None:
+        """Writes files anew, as a series that is told no more must be gone."""
+        from prometheus_client.mmap_dict import MmapedDict, mmap_key
+
+        if not (folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR")):
+            return
+        values: dict[str, list[tuple[str, float]]] = {"counter": [], "gauge_livemostrecent": []}
+        for family in self.collector.collect():
+            of = values["counter" if family.type == "counter" else "gauge_livemostrecent"]
+            for sample in family.samples:
+                names, labels = ("rank", *sample.labels), (self.rank, *sample.labels.values())
+                key = mmap_key(family.name, sample.name, names, labels, family.documentation)
+                of.append((key, sample.value))
+        for kind, of in values.items():
+            path = Path(folder) / f"{kind}_{os.getpid()}.db"
+            draft = path.with_suffix(".draft")
+            draft.unlink(missing_ok=True)
+            file = MmapedDict(str(draft))
+            for key, value in of:
+                file.write_value(key, value, time.time())
+            file.close()
+            draft.replace(path)  # a server reads whole files
