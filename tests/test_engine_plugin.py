@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -24,17 +25,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from moe_inspect import Trace, merge, open_trace, verify
 from moe_inspect.capture.engine import sglang, sidecar
 from moe_inspect.capture.engine.control import tell
+from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings, variable
 from moe_inspect.capture.engine.sidecar import Traces
-from moe_inspect.capture.engine.steps import Rows, Scheduled, Step, StepRecorder
+from moe_inspect.capture.engine.step import Step
+from moe_inspect.capture.engine.steps import Rows, Scheduled, StepRecorder
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.files.lock import process_start
+from moe_inspect.watch.follow import News, Piece
+from moe_inspect.watch.in_engine import EngineMetrics
+from moe_inspect.watch.metrics import Collector
+from moe_inspect.watch.state import Watched
 from tests.support.damage import disk_of
 from tests.support.watched import waited
 
@@ -62,6 +71,8 @@ def about(settings: Settings, **changed: object) -> dict[str, Any]:
         "traces": settings.trace and str(settings.trace),
         "max_gb": settings.max_gb,
         "keep": settings.keep,
+        "queue_mb": settings.queue_mb,
+        "per_expert": settings.per_expert,
     }
     return facts | changed
 
@@ -176,7 +187,7 @@ def held(trace: Trace) -> dict[tuple[str, int], list[list[tuple[int, ...]]]]:
 
 def written(engine: Engine, settings: Settings, **changed: object) -> list[Path]:
     """What the engine's `Kept` has, written here by the code of the process that writes."""
-    traces = Traces(about(settings, **changed))
+    traces = Traces(about(settings, **changed), describe)
     for step in engine.recorder.link.taken():  # type: ignore[attr-defined]
         traces.write([step], engine.recorder.dropped)
     traces.note_dropped(engine.recorder.dropped)
@@ -197,9 +208,10 @@ def fine(path: Path, status: str = "complete") -> Trace:
 def test_variables_are_read_by_one_module() -> None:
     given = {"TRACE": "runs", "SAMPLE": "0.01", "METRICS": "1", "LOGITS": "on", "TEXT": "0"}
     given |= {"QUEUE_MB": "1.5", "MAX_GB": "2", "KEEP": "0", "START": "off", "REPLAY": "runs"}
+    given |= {"PER_EXPERT": "1"}
     read = Settings.read({f"MOE_INSPECT_{name}": value for name, value in given.items()})
     runs = Path("runs").absolute()
-    expected = Settings(runs, 0.01, True, True, False, 1.5, 2.0, 0, False, runs)
+    expected = Settings(runs, 0.01, True, True, True, False, 1.5, 2.0, 0, False, runs)
     assert read == expected
     assert {variable(f.name) for f in fields(Settings)} == {f"MOE_INSPECT_{name}" for name in given}
     assert Settings.read({}) == Settings() == Settings.read({"MOE_INSPECT_TRACE": " "})
@@ -303,7 +315,7 @@ def test_accepted_drafts_beyond_the_end_of_an_answer_are_absent(tmp_path: Path) 
     engine.step(("a", 10, 14), drafts={"a": (3, 3)})
     prompt, step = engine.recorder.link.taken()  # type: ignore[attr-defined]
     step.ends[:] = 12
-    traces = Traces(about(settings))
+    traces = Traces(about(settings), describe)
     traces.write([prompt, step], 0)
     traces.close("complete")
     assert fine(traces.paths[0]).tokens().position.max() == 11
@@ -438,7 +450,7 @@ def test_what_there_is_no_room_for_is_dropped_and_counted(tmp_path: Path) -> Non
     kept = engine.recorder.link.taken()  # type: ignore[attr-defined]
     assert len(kept) == 1
     engine.step(("a", 35, 36))
-    traces = Traces(about(settings))
+    traces = Traces(about(settings), describe)
     traces.write(kept, 0)
     traces.write(engine.recorder.link.taken(), engine.recorder.dropped)  # type: ignore[attr-defined]
     traces.close("complete")
@@ -561,9 +573,10 @@ def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path
         state = engine.recorder.command("status")
         assert not state["on"]
         assert state["error"].startswith("the process that writes has ended")
-        assert state["dropped"] > 0
         (path,) = tmp_path.iterdir()
-        assert fine(path, "interrupted").n_tokens == 10
+        # what it had been handed, and had not committed, is counted too
+        assert fine(path, "interrupted").n_tokens * L == state["decisions"] == 10 * L
+        assert state["dropped"] == sum(len(again) for again in engine.expected.values()) * L - 10 * L
         assert engine.recorder.command("on")["on"]
         engine.step(("b", 0, 10))
         again = waited(lambda: len([*tmp_path.iterdir()]) == 2 and committed(tmp_path, 10))
@@ -612,6 +625,153 @@ def test_a_worker_that_is_killed_leaves_a_trace_that_is_closed(tmp_path: Path) -
     trace = waited(lambda: (t := committed(tmp_path, 10)) and t.status != "recording" and t)
     assert trace.status == "interrupted"
     assert fine(Path(trace.path), "interrupted").n_tokens == 10
+
+
+WRITER = """
+import queue, sys
+from pathlib import Path
+from moe_inspect.capture.engine.sidecar import Sent, write_all
+from moe_inspect.watch.in_engine import EngineMetrics
+chunks = queue.Queue()
+for chunk in (sys.stdin.buffer.read(), b""):
+    chunks.put(chunk)
+write_all(Sent(chunks), EngineMetrics, lambda **said: print(said))
+print({m.split(".")[0] for m in sys.modules} & {"torch", "transformers", "prometheus_client"})
+"""
+
+
+def test_the_process_that_writes_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    """Where it writes, counts and knows the model."""
+    settings = Settings(tmp_path / "runs", metrics=True)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    facts = {"tokens": 10, "steps": 1, "dropped": 0}
+    own = {"pid": os.getpid(), "process_start": process_start(os.getpid())}
+    sent = [
+        ("about", about(settings) | own),
+        ("counts", engine.recorder.counts.numpy(), facts),
+        ("steps", engine.recorder.link.taken(), 0),  # type: ignore[attr-defined]
+        ("end", 0),
+    ]
+    (tmp_path / "prometheus").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER],
+        input=b"".join(pickle.dumps(message) for message in sent),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus")},
+        check=True,
+    )
+    said = done.stdout.decode().splitlines()
+    assert said[-2:] == [str({"committed": 10 * L}), str({"prometheus_client"})]
+    (path,) = (tmp_path / "runs").iterdir()
+    trace = fine(path)
+    assert held(trace) == engine.expected
+    assert trace.manifest["model"]["class"] == "MixtralForCausalLM"
+    assert len(trace.vocabulary_table)
+    counted = metrics_in(tmp_path / "prometheus")
+    assert counted["moe_inspect_tokens_total", "0"] == 10
+
+
+# --- for /metrics
+
+
+def metrics_in(folder: Path) -> dict[tuple[str, ...], float]:
+    """What a server reads there: (name, values of the labels by their names) → value."""
+    found = dict[tuple[str, ...], float]()
+    for family in MultiProcessCollector(None, str(folder)).collect():
+        for sample in family.samples:
+            found[sample.name, *(value for _, value in sorted(sample.labels.items()))] = sample.value
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_servers_metrics_are_those_of_watch(folder: Path) -> None:
+    """Bounded by the layers, and summing up to what was fed; dead experts that come to life are
+    told no more."""
+    layers, experts, told = 20, 16, {"steps": 9, "dropped": 7}
+    settings = Settings(Path("unused"), metrics=True)
+    of = {"layers": list(range(layers)), "experts": experts, "rank": 3}
+    draw = np.random.default_rng(0)
+    load_LE = np.stack([draw.multinomial(2000, [1 / experts] * experts) for _ in range(layers)])
+    load_LE[4], load_LE[7, :3] = [2000] + [0] * 15, [0, 0, load_LE[7, :3].sum()]
+    load_LE[9, :2] = 1, load_LE[9, :2].sum() - 1  # starved
+    metrics = EngineMetrics(about(settings, **of))
+    metrics.add(load_LE.reshape(-1), tokens=1000, written_bytes=5, **told)
+    found = metrics_in(folder)
+    watched = Watched()
+    watched.take(News("recording", [piece_of_counts(load_LE, 1000)]), metrics.header)
+    assert {name for name, *_ in found} == {
+        sample.name for family in Collector(watched).collect() for sample in family.samples
+    } | {"moe_inspect_written_bytes_total"}
+    in_all = [v for (name, *_), v in found.items() if name == "moe_inspect_assignments_total"]
+    assert sum(in_all) == 1000 * layers * K
+    assert found["moe_inspect_tokens_total", "3"] == 1000
+    assert found["moe_inspect_dropped_decisions_total", "3"] == 7
+    assert found["moe_inspect_written_bytes_total", "3"] == 5
+    vio_L = load_LE.max(1) / load_LE.mean(1) - 1
+    worst = {str(r) for r in np.argsort(-vio_L)[:8]}
+    for name in ("moe_inspect_max_vio", "moe_inspect_max_vio_chance"):
+        assert {labels[0] for of, *labels in found if of == name} == worst
+    dead = {labels[0]: v for (name, *labels), v in found.items() if name.endswith("dead_experts")}
+    assert dead == {"4": 15, "7": 2}
+    metrics.add(np.full(layers * experts, 5000), tokens=40_000, **told)
+    again = metrics_in(folder)
+    assert not any(name.endswith("dead_experts") for name, *_ in again)
+    assert again["moe_inspect_tokens_total", "3"] == 41_000
+
+
+def piece_of_counts(load_LE: np.ndarray, tokens: int) -> Piece:
+    L = len(load_LE)
+    return Piece(1, 1, list(load_LE), np.full(L, tokens), tokens=tokens, decisions=tokens * L)
+
+
+def test_a_series_per_expert_is_told_on_request(folder: Path) -> None:
+    settings = Settings(Path("unused"), metrics=True, per_expert=True)
+    engine = Engine(settings)
+    engine.serve()
+    metrics = EngineMetrics(about(settings))
+    tokens = int(engine.assignments.sum()) // (L * K)
+    metrics.add(engine.recorder.counts.numpy(), tokens=tokens, steps=9, dropped=0)
+    found = metrics_in(folder)
+    for layer, load_E in enumerate(engine.assignments):
+        for expert, load in enumerate(load_E):
+            at = str(expert), str(layer), "0", str(layer)
+            assert found["moe_inspect_expert_assignments_total", *at] == load
+
+
+def test_the_load_of_ranks_is_told_where_experts_are_parallel(folder: Path) -> None:
+    settings = Settings(Path("unused"), metrics=True)
+    engine = Engine(settings)
+    engine.serve()
+    placed = np.zeros((L, E, 2))
+    placed[:, : E // 2, 0] = placed[:, E // 2 :, 1] = 1
+    metrics = EngineMetrics(about(settings, placed=placed))
+    tokens = int(engine.assignments.sum()) // (L * K)
+    metrics.add(engine.recorder.counts.numpy(), tokens=tokens, steps=9, dropped=0)
+    found, of_L2 = metrics_in(folder), engine.assignments.reshape(L, 2, -1).sum(2)
+    for gpu in (0, 1):
+        assert found["moe_inspect_gpu_assignments_total", str(gpu), "0"] == of_L2[:, gpu].sum()
+    for r in range(L):
+        ratio = found["moe_inspect_gpu_max_over_mean", str(r), "0", str(r)]
+        assert ratio == pytest.approx(of_L2[r].max() / of_L2[r].mean())
+
+
+def test_the_gauges_of_a_writer_that_was_killed_are_gone(folder: Path) -> None:
+    with recording(Settings(None, metrics=True)) as engine:
+        engine.step(("a", 0, 10))
+        found = waited(lambda: metrics_in(folder))
+        assert found["moe_inspect_window_tokens", "0"] == 10
+        (gauges,) = folder.glob("gauge_*")
+        os.kill(int(gauges.stem.rpartition("_")[2]), signal.SIGKILL)
+        waited(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
+        left = metrics_in(folder)
+        assert ("moe_inspect_window_tokens", "0") not in left
+        assert left["moe_inspect_tokens_total", "0"] >= 10
 
 
 # --- switched by the server

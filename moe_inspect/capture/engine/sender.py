@@ -94,7 +94,7 @@ class Sender(threading.Thread):
                 self._hand_over()
             self._hand_over(last=True)
             self._send("end", self.recorder.dropped - self._dropped)
-            self._process.stdin.close()
+            self._close_pipe()
         except Exception as error:  # the engine goes on
             self._fail(error)
 
@@ -161,11 +161,8 @@ class Sender(threading.Thread):
         self.recorder.recorded -= decisions
 
     def _fail(self, error: Exception) -> None:
-        if self._process is not None:
-            with suppress(OSError):
-                self._process.stdin.close()
-            if not self._ending.is_set():
-                self._listen(wait=True)
+        self._close_pipe()
+        self._listen(wait=not self._ending.is_set())
         said = self._told.get("error")
         if not said:
             said = f"the process that writes has ended ({type(error).__name__})"
@@ -178,8 +175,15 @@ class Sender(threading.Thread):
         self._forget_gauges()
         log.error("moe-inspect: recording has stopped, the engine goes on: %s", said)
 
+    def _close_pipe(self) -> None:
+        if self._process is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+
     def _listen(self, wait: bool = False) -> None:
         """Takes what the process that writes has said; with `wait`, until it has ended."""
+        if self._process is None:
+            return
         file = self._process.stdout.fileno()
         os.set_blocking(file, wait)
         with suppress(BlockingIOError):
