@@ -42,18 +42,17 @@ class EngineMetrics:
     def __init__(self, about: dict[str, Any]):
         E, K = about["experts"], about["top_k"]
         routers = [Router(layer, "", "", E, K) for layer in about["layers"]]
-        manifest = {
+        self.manifest: dict[str, Any] = {
             "status": RECORDING,
             "routers": [asdict(router) for router in routers],
             "tables": ["counts"],
             "capture": {},
             "counts": {},
         }
-        self.rank = str(about["rank"])
-        self.header = TraceHeader(Path(), manifest)
-        placed = about.get("placed")
-        self.watched = Watched(plan=None if placed is None else Placed(placed))
-        self.collector = Collector(self.watched, about["per_expert"], WORST)
+        self.rank, self.per_expert = str(about["rank"]), about["per_expert"]
+        self.header = TraceHeader(Path(), self.manifest)
+        self.placed: Placed | None = None
+        self.watched = Watched()
         self.steps = 0
 
     def add(
@@ -63,9 +62,17 @@ class EngineMetrics:
         tokens: int,
         steps: int,
         dropped: int,
+        placed: np.ndarray | None = None,
         written_bytes: int | None = None,
     ) -> None:
-        """Assignments and tokens since the last ones, [L × E]; what was dropped in all."""
+        """Assignments and tokens since the last ones, [L × E]; what was dropped in all. `placed`:
+        where they were counted, if it is not as before."""
+        if placed is not None and self.placed is None:
+            self.placed = Placed(placed)
+            self.watched = Watched(plan=self.placed)
+        elif placed is not None and self.placed is not None:
+            self.placed.placed_LEG = placed
+            self.header = TraceHeader(Path(), self.manifest)
         L = len(self.header.routers)
         load_LE = counts.reshape(L, -1)
         piece = Piece(
@@ -77,7 +84,7 @@ class EngineMetrics:
             decisions=tokens * L,
         )
         self.steps = steps
-        self.header.manifest["counts"]["dropped"] = dropped
+        self.manifest["counts"]["dropped"] = dropped
         self.watched.take(News(RECORDING, [piece] if tokens else []), self.header)
         self.watched.written_bytes = written_bytes
         self.publish()
@@ -89,7 +96,7 @@ class EngineMetrics:
         if not (folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR")):
             return
         values: dict[str, list[tuple[str, float]]] = {"counter": [], "gauge_livemostrecent": []}
-        for family in self.collector.collect():
+        for family in Collector(self.watched, self.per_expert, WORST).collect():
             of = values["counter" if family.type == "counter" else "gauge_livemostrecent"]
             for sample in family.samples:
                 names, labels = ("rank", *sample.labels), (self.rank, *sample.labels.values())

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.capture.engine.settings import Settings
+from moe_inspect.capture.engine.settings import CORES, Settings
 from moe_inspect.capture.engine.steps import Rows, StepRecorder
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
@@ -39,7 +39,9 @@ START = """
 import os, queue, sys, threading
 os.fork() and os._exit(0)
 os.setsid()
-sys.path[:] = sys.argv[1:]
+if sys.argv[1]:
+    os.sched_setaffinity(0, map(int, sys.argv[1].split()))
+sys.path[:] = sys.argv[2:]
 chunks = queue.Queue(1024)
 def read():
     while chunk := os.read(0, 2**16):
@@ -84,7 +86,7 @@ class Sender(threading.Thread):
         self._handed = 0  # decisions
         self._process: Any = None
         self._heard, self._told = b"", dict[str, Any]()
-        self._stated_drops = 0
+        self._stated_drops, self._placed = 0, None
         self.start()
 
     def run(self) -> None:
@@ -99,8 +101,9 @@ class Sender(threading.Thread):
             self._fail(error)
 
     def _begin(self) -> None:
+        python = sys.executable, "-P", "-c", START
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, *map(os.path.abspath, sys.path)],
+            [*python, " ".join(map(str, CORES)), *map(os.path.abspath, sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **QUIET},
@@ -141,6 +144,9 @@ class Sender(threading.Thread):
         tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy().copy()
         before_tokens, before = recorder.counted or (0, counts * 0)
         if (counts != before).any() or facts["dropped"] != self._stated_drops:
+            placed, known = recorder.placed(), self._placed
+            if placed is not None and (known is None or (placed != known).any()):
+                facts["placed"] = self._placed = placed
             self._send("counts", counts - before, {"tokens": tokens - before_tokens, **facts})
             recorder.counted, self._stated_drops = (tokens, counts), facts["dropped"]
 

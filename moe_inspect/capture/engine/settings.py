@@ -15,6 +15,8 @@ from moe_inspect.errors import MoeInspectError
 PREFIX = "MOE_INSPECT_"
 PATH = "/v1/moe_inspect"  # of the endpoint: below /v1 engines ask for their API key, if any
 KEY = "moe_inspect"  # of the internal state that SGLang's server shows and takes
+# before an engine binds its threads to cores: what it starts later would share the first one
+CORES = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))
 SWITCH = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 

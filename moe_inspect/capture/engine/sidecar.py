@@ -34,7 +34,8 @@ from moe_inspect.trace.files.lock import is_running, process_start
 from moe_inspect.trace.output_dir import remove_trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
-LOOK_S = 2.0  # between two looks at the worker, and at the size of the trace
+LOOK_S = 2.0  # between two looks at the size of the trace
+IDLE_S = 0.2  # between two looks at the worker, and at what is committed, while nothing comes
 COMMIT_S = 2.0  # a reader sees what is that old; a writer that is killed loses no more
 DOMAIN = "served"
 PREFILL, DECODE = (schema.PHASES.index(phase) for phase in ("prefill", "decode"))
@@ -55,7 +56,7 @@ class Sent(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.left and not self.ended:
             try:
-                self.left = memoryview(self.chunks.get(timeout=LOOK_S))
+                self.left = memoryview(self.chunks.get(timeout=IDLE_S))
                 self.ended = not self.left
             except queue.Empty:
                 self.idle()

@@ -45,20 +45,41 @@ class Rows:
     """A buffer whose address never changes, so that a CUDA graph replays the copies into it. What
     lies behind a step's own rows is padding, or left of earlier steps."""
 
-    def __init__(self, shape: tuple[int, int, int], E: int, logits: bool, device: torch.device):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        E: int,
+        logits: bool,
+        device: torch.device,
+        weights: bool = True,
+    ):
         self.shape, self.E, self.device = shape, E, device
         L, T, K = shape
+        half = {"dtype": torch.float16, "device": device}
         self.ids = torch.full((L, T, K), -1, dtype=torch.int16, device=device)
-        self.weights = torch.zeros(L, T, K, dtype=torch.float16, device=device)
-        self.logits = torch.zeros(L, T, E, dtype=torch.float16, device=device) if logits else None
+        self.weights = torch.zeros(L, T, K, **half) if weights else None
+        self.logits = torch.zeros(L, T, E, **half) if logits else None
 
     def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
         """A router's choice, of logical experts."""
         copy = _copy_op if torch.compiler.is_compiling() else _copy_rows
         copy(self.ids[router], ids_TK)
-        copy(self.weights[router], weights_TK)
+        if self.weights is not None:
+            copy(self.weights[router], weights_TK)
         if self.logits is not None:
             copy(self.logits[router], logits_TE)
+
+
+def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
+    """The share of each expert's load that each of G ranks gets, [L, E, G], where each rank holds
+    as many physical experts, one behind the other. `map_LP`: the logical expert of each, −1 for
+    none."""
+    L, P = map_LP.shape
+    share_LEG = np.zeros((L, E, G))
+    layer_LP, rank_LP = np.indices((L, P))
+    there = map_LP >= 0
+    np.add.at(share_LEG, (layer_LP[there], map_LP[there], rank_LP[there] * G // P), 1)
+    return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
 
 
 # --- behind the forward pass
@@ -113,8 +134,10 @@ class StepRecorder:
         self.rows, self.settings, self.rank, self.start = rows, settings, rank, start
         self.on, self.sample, self.counting = settings.start, settings.sample, settings.metrics
         self.room = int(settings.queue_mb * 1e6)
-        decision = K * (rows.ids.itemsize + rows.weights.itemsize)
+        decision = K * (rows.ids.itemsize + 2)
         self.bytes_per_row = L * (decision + (0 if rows.logits is None else 2 * rows.E))
+        # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
+        self.placed: Callable[[], np.ndarray | None] = lambda: None
         self.counts = torch.zeros(L * rows.E, dtype=torch.int64, device=rows.device)
         self._first = (torch.arange(L, device=rows.device) * rows.E).view(L, 1, 1)
         self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
@@ -211,6 +234,7 @@ class StepRecorder:
             rows = picked.to(self.rows.device, non_blocking=True)
         logits = self.rows.logits
         arrays: list[Tensor | None] = [of.tokens[rows], of.positions[rows]]
+        assert self.rows.weights is not None
         arrays += [self.rows.ids[:, rows], self.rows.weights[:, rows]]
         arrays.append(None if logits is None else logits[:, rows])
         # a copy in the order of the model's stream: the next step overwrites the rows. Picked rows
