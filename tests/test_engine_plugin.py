@@ -40,10 +40,11 @@ from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.lock import process_start
+from moe_inspect.watch import follow
 from moe_inspect.watch.follow import News, Piece
 from moe_inspect.watch.in_engine import EngineMetrics
 from moe_inspect.watch.metrics import Collector
-from moe_inspect.watch.state import Watched
+from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from tests.support.damage import disk_of
 from tests.support.watched import waited
 
@@ -515,6 +516,31 @@ def test_a_trace_that_is_large_is_followed_by_the_next_and_the_oldest_deleted(
     assert [set(trace.documents().source) for trace in traces] == [{"a", "b3"}, {"a", "b4"}]
     assert traces[1].tokens().position.min() == 0
     assert held(traces[1]) == {k: v for k, v in engine.expected.items() if k in held(traces[1])}
+
+
+def test_watch_goes_on_with_the_trace_that_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while there is none yet, as long as the process that writes is there."""
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    settings = Settings(tmp_path, max_gb=1e-6)
+    engine, traces, session = Engine(settings), Traces(about(settings), describe), None
+    for n in range(3):
+        engine.step(("a", 10 * n, 10 * n + 10))
+        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.catch_up(wait=True)
+        session = session or WatchSession(traces.paths[0], WatchOptions())
+        for _ in range(3):
+            session.update()
+        assert (session.watched.tokens, session.watched.status) == (10 * n + 10, "recording")
+    assert session is not None
+    assert Path(session.path).name.endswith("-0003")
+    assert len(traces.paths) == 3
+    assert not session.is_over
+    monkeypatch.setattr(follow, "is_running", lambda *_: False)
+    session.update()
+    assert session.is_over
+    assert session.watched.status == "complete"
 
 
 def test_ranks_are_merged(tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ class WatchSession:
         """Looks at the trace. Whether anything is new."""
         news, watched = self.follower.poll(), self.watched
         changed, window = watched.take(news, self.follower.header), watched.window
+        self.path = str(self.follower.path)
         if news.again:
             self.text = None
         if news.shards and self.options.texts and window is not None:

@@ -309,6 +309,8 @@ class Traces:
 
     def _next(self) -> None:
         """Ends this trace; requests that go on are documents of the next one too."""
+        if self.writer is not None:
+            self.writer.at_close = {"capture": {"followed_by": f"{self.stem}-{len(self.paths):04}"}}
         self._end("complete")
         self._begin()
         old = self.paths[: -self.keep] if self.keep else []
