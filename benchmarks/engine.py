@@ -53,7 +53,7 @@ def main() -> None:
         place = tempfile.mkdtemp(prefix="prometheus-")
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = place
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:]])
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         measured = compare(Path(place), arguments.rounds, arguments.at_once)
     print(json.dumps(measured, indent=1))
     facts = machine(("moe-inspect", "vllm", "torch", "transformers", "numpy"))

@@ -73,6 +73,7 @@ def about(settings: Settings, **changed: object) -> dict[str, Any]:
         "max_gb": settings.max_gb,
         "keep": settings.keep,
         "queue_mb": settings.queue_mb,
+        "metrics": settings.metrics,
         "per_expert": settings.per_expert,
     }
     return facts | changed

@@ -6,6 +6,7 @@ L routers, E experts, G GPUs.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Watched
 
 WORST = 8  # layers of which a metric is told
+EVERY_S = 5.0
 
 
 class Placed:
@@ -53,7 +55,9 @@ class EngineMetrics:
         self.header = TraceHeader(Path(), self.manifest)
         self.placed: Placed | None = None
         self.watched = Watched()
-        self.steps = 0
+        self.steps, self.published_s = 0, -math.inf
+        self.watched.take(News(RECORDING), self.header)
+        self.publish()
 
     def add(
         self,
@@ -87,12 +91,16 @@ class EngineMetrics:
         self.manifest["counts"]["dropped"] = dropped
         self.watched.take(News(RECORDING, [piece] if tokens else []), self.header)
         self.watched.written_bytes = written_bytes
-        self.publish()
+        self.publish(now=True)
 
-    def publish(self) -> None:
-        """Writes files anew, as a series that is told no more must be gone."""
+    def publish(self, now: bool = False) -> None:
+        """Writes files anew, as a series that is told no more must be gone; unless `now`, where
+        they are EVERY_S old."""
         from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
+        if not now and time.monotonic() - self.published_s < EVERY_S:
+            return
+        self.published_s = time.monotonic()
         if not (folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR")):
             return
         values: dict[str, list[tuple[str, float]]] = {"counter": [], "gauge_livemostrecent": []}

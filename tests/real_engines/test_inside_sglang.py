@@ -36,7 +36,7 @@ from tests.support.watched import waited
 pytestmark = pytest.mark.skipif(
     find_spec("sglang") is None, reason="make test-sglang installs SGLang"
 )
-COUNTED = re.compile(r"^moe_inspect_engine_assignments_total{.*} (\S+)$", re.M)
+COUNTED = re.compile(r"^moe_inspect_assignments_total{.*} (\S+)$", re.M)
 OPTIONS = ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
 OPTIONS += ["--max-total-tokens", "20000", "--chunked-prefill-size", "128", "--dtype", "float32"]
 OPTIONS += ["--max-running-requests", "8", "--disable-overlap-schedule", "--skip-server-warmup"]

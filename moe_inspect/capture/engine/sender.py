@@ -69,6 +69,7 @@ def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRe
         "max_gb": settings.max_gb,
         "keep": settings.keep,
         "queue_mb": settings.queue_mb,
+        "metrics": settings.metrics,
         "per_expert": settings.per_expert,
     }
     return StepRecorder(rows, settings, partial(Sender, about=facts), about["rank"])

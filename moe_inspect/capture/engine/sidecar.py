@@ -76,9 +76,11 @@ def messages(file: io.BufferedReader) -> Iterator[tuple[Any, ...]]:
 
 
 class Metrics(Protocol):
-    """For the engine's /metrics, of the counts since the last ones."""
+    """For the engine's /metrics. `add`: of the counts since the last ones; `publish`: as time goes
+    on."""
 
     def add(self, counts: np.ndarray, **facts: Any) -> None: ...
+    def publish(self) -> None: ...
 
 
 def run(chunks: queue.Queue[bytes], metrics: Callable[[dict[str, Any]], Metrics]) -> None:
@@ -120,10 +122,22 @@ def write_all(
     about = first[1]
     raw.worker_lives = lambda: is_running(about["pid"], about["process_start"]) is not False
     traces = Traces(about) if about["traces"] else None
-    counted, failed, told, status = None, False, 0, "interrupted"
+    counted: Metrics | None = None
+    counts, told, status = bool(about["metrics"]), 0, "interrupted"
+
+    def count(*given: Any, **facts: Any) -> None:
+        nonlocal counted, counts
+        try:
+            if counts:
+                counted = counted or metrics(about)
+                counted.add(*given, **facts) if given else counted.publish()
+        except Exception as error:  # the trace goes on
+            print_stderr(f"moe-inspect: no counts in /metrics: {first_line(error)}")
+            counts = False
 
     def catch_up() -> None:
         nonlocal told
+        count()
         if traces is not None:
             traces.catch_up()
             if told != traces.committed:
@@ -132,17 +146,13 @@ def write_all(
 
     raw.idle = catch_up
     try:
+        catch_up()
         for kind, *values in received:
             if kind == "steps" and traces is not None:
                 traces.write(*values)
-            elif kind == "counts" and not failed:
-                try:
-                    counted = counted or metrics(about)
-                    written = {} if traces is None else {"written_bytes": traces.written_bytes}
-                    counted.add(*values[:-1], **values[-1], **written)
-                except Exception as error:  # the trace goes on
-                    print_stderr(f"moe-inspect: no counts in /metrics: {first_line(error)}")
-                    failed = True
+            elif kind == "counts":
+                written = {} if traces is None else {"written_bytes": traces.written_bytes}
+                count(values[0], **values[1], **written)
             elif kind == "end":
                 status = "complete"
                 if traces is not None:
