@@ -142,7 +142,7 @@ class Sender(threading.Thread):
     def _send_counts(self) -> None:
         recorder = self.recorder
         facts = {"steps": recorder.steps, "dropped": recorder.dropped + recorder.lost}
-        tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy().copy()
+        tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy()
         before_tokens, before = recorder.counted or (0, counts * 0)
         if (counts != before).any() or facts["dropped"] != self._stated_drops:
             placed, known = recorder.placed(), self._placed

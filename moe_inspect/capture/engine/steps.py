@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 def _copy_rows(rows: Tensor, values: Tensor) -> None:
     """More columns than a row has are fused shared experts, behind the routed ones; more rows than
     the buffer has are those of a profiling pass."""
+    if values.shape[1] == rows.shape[1] and len(values) <= len(rows):
+        rows.narrow(0, 0, len(values)).copy_(values)
+        return
     n, width = (min(sizes) for sizes in zip(values.shape, rows.shape, strict=True))
     rows[:n, :width].copy_(values[:n, :width])
 
@@ -59,15 +62,20 @@ class Rows:
         self.ids = torch.full((L, T, K), -1, dtype=torch.int16, device=device)
         self.weights = torch.zeros(L, T, K, **half) if weights else None
         self.logits = torch.zeros(L, T, E, **half) if logits else None
+        kept = self.ids, self.weights, self.logits
+        self._of_router = [[None if of is None else of[r] for of in kept] for r in range(L)]
 
     def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
         """A router's choice, of logical experts."""
-        copy = _copy_op if torch.compiler.is_compiling() else _copy_rows
-        copy(self.ids[router], ids_TK)
-        if self.weights is not None:
-            copy(self.weights[router], weights_TK)
-        if self.logits is not None:
-            copy(self.logits[router], logits_TE)
+        given = ids_TK, weights_TK, logits_TE
+        if not torch.compiler.is_compiling():
+            for rows, values in zip(self._of_router[router], given, strict=True):
+                if rows is not None:
+                    _copy_rows(rows, values)
+            return
+        for of, values in zip((self.ids, self.weights, self.logits), given, strict=True):
+            if of is not None:
+                _copy_op(of[router], values)
 
 
 def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
@@ -138,8 +146,10 @@ class StepRecorder:
         self.bytes_per_row = L * (decision + (0 if rows.logits is None else 2 * rows.E))
         # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
         self.placed: Callable[[], np.ndarray | None] = lambda: None
-        self.counts = torch.zeros(L * rows.E, dtype=torch.int64, device=rows.device)
-        self._first = (torch.arange(L, device=rows.device) * rows.E).view(L, 1, 1)
+        # of each router, between two places for what is no expert and so routes nowhere
+        self._counts = torch.zeros(L * (rows.E + 2), dtype=torch.int64, device=rows.device)
+        self._first = (torch.arange(L, device=rows.device) * (rows.E + 2) + 1).view(L, 1, 1)
+        self._one = torch.ones(1, dtype=torch.int64, device=rows.device)
         self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self.steps = self.recorded = self.dropped = 0  # steps, decisions, decisions
         self.taken = 0  # bytes that were queued
@@ -212,11 +222,15 @@ class StepRecorder:
         log.exception("moe-inspect: recording has stopped")
 
     def _count(self, n: int) -> None:
-        ids_LNK = self.rows.ids[:, :n].long()
-        there = (ids_LNK >= 0) & (ids_LNK < self.rows.E)  # others route nowhere
-        at = (ids_LNK.clamp(0, self.rows.E - 1) + self._first).view(-1)
-        self.counts.scatter_add_(0, at, there.view(-1).long())
+        ids_LNK = self.rows.ids.narrow(1, 0, n).clamp(-1, self.rows.E)
+        at = torch.add(ids_LNK, self._first).view(-1)
+        self._counts.scatter_add_(0, at, self._one.expand(len(at)))
         self.counted_tokens += n
+
+    @property
+    def counts(self) -> Tensor:
+        """Assignments so far, by router and expert: [L × E]."""
+        return self._counts.view(self.rows.shape[0], -1)[:, 1:-1].reshape(-1)
 
     def _take(self, of: Scheduled) -> None:
         wanted = [self._is_sampled(request) for request in of.requests]
