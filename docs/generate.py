@@ -194,7 +194,14 @@ def engine_cost() -> str:
     """A row per way to record inside vLLM that `benchmarks.engine` has measured."""
     folder = Path(__file__).parent.parent / "benchmarks/results"
     path = folder / "engine-intel-xeon-processor-2-cores.json"
-    head = ("", "CPU time ÷ no plugin", "quartiles", "seconds ÷ no plugin", "in a step", "behind it")
+    head = (
+        "",
+        "CPU time ÷ no plugin",
+        "quartiles",
+        "seconds ÷ no plugin",
+        "in a step",
+        "behind it",
+    )
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     ways = json.loads(path.read_text(encoding="utf-8"))["measured"]["ways"]
     for way, of in [*ways.items()][1:]:

@@ -709,7 +709,9 @@ def metrics_in(folder: Path) -> dict[tuple[str, ...], float]:
     found = dict[tuple[str, ...], float]()
     for family in MultiProcessCollector(None, str(folder)).collect():
         for sample in family.samples:
-            found[sample.name, *(value for _, value in sorted(sample.labels.items()))] = sample.value
+            found[sample.name, *(value for _, value in sorted(sample.labels.items()))] = (
+                sample.value
+            )
     return found
 
 

@@ -171,7 +171,9 @@ def test_prometheus_answers_what_the_dashboard_asks(server: Server, tmp_path: Pa
             asked = query.replace("$instance", ".*").replace("$layer", "2")
             found[query] = answer(asked)
             assert found[query], f"{query} finds nothing"
-        (worst,) = (of for query, of in found.items() if query.startswith("topk(5, moe_inspect_max"))
+        (worst,) = (
+            of for query, of in found.items() if query.startswith("topk(5, moe_inspect_max")
+        )
         told = {name: value for name, value in server.metrics().items() if "max_vio{" in name}
         values = sorted(float(of["value"][1]) for of in worst)
         assert values == pytest.approx(sorted(told.values())[-5:])

@@ -135,8 +135,9 @@ class _Rank:
 
 class Follower:
     """`poll` counts what was committed since the last call. `path`: a directory, or a URL that
-    fsspec reads; the trace need not exist yet, and is the next one once an engine has begun that.
-    `of_process`: only the trace that this process writes there. MoeInspectError where it stays unreadable."""
+    fsspec reads; the trace need not exist yet, and is the next one once an engine goes on there.
+    `of_process`: only the trace that this process writes there. MoeInspectError where it stays
+    unreadable."""
 
     def __init__(
         self,

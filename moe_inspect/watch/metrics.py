@@ -1,4 +1,4 @@
-"""What is watched, as metrics for Prometheus: of `watch --serve`, and of an engine's own /metrics."""
+"""What is watched as metrics for Prometheus: of `watch --serve`, and of an engine itself."""
 
 from __future__ import annotations
 
@@ -62,10 +62,16 @@ class Collector:
         return np.sort(known[worst[: self.worst]])
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._of_trace()
+        if self.watched.window is not None and self.watched.total is not None:
+            yield from self._of_window(self.watched.window)
+            yield from self._of_all(self.watched.total)
+
+    def _of_trace(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily as Counter
         from prometheus_client.core import GaugeMetricFamily as Gauge
 
-        watched, window = self.watched, self.watched.window
+        watched = self.watched
         status = Gauge("moe_inspect_status", "1 for the status of the trace", labels=["status"])
         for name in (WAITING, RECORDING, *ENDED):
             status.add_metric([name], float(name == watched.status))
@@ -79,10 +85,15 @@ class Collector:
             yield Counter("moe_inspect_written_bytes", written, watched.written_bytes)
         since = "Seconds since the last tokens"
         yield Gauge("moe_inspect_last_tokens_seconds", since, watched.changed_s)
-        if window is None or watched.total is None:
-            return
+
+    def _names(self) -> list[list[str]]:
+        return [[label, str(r)] for r, label in enumerate(self.watched.labels)]
+
+    def _of_window(self, window: Piece) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
         yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", window.tokens)
-        names = [[label, str(r)] for r, label in enumerate(watched.labels)]
+        names = self._names()
         values_of = {name: np.array(self._values(name, window), float) for name in OF_ROUTERS}
         for metric, said in OF_ROUTERS.items():
             family = Gauge(f"moe_inspect_{metric}", said, labels=LABELS)
@@ -90,26 +101,30 @@ class Collector:
                 if not math.isnan(value := float(values_of[metric][r])):
                     family.add_metric(names[r], value)
             yield family
-        said = "Assignments of each layer"
-        layers = Counter("moe_inspect_assignments", said, labels=LABELS)
-        for name, load_E in zip(names, watched.total.load, strict=True):
-            layers.add_metric(name, int(load_E.sum()))
-        yield layers
-        if watched.gpu_total is not None:
-            said = "Assignments of each GPU, as its experts are placed"
-            gpus = Counter("moe_inspect_gpu_assignments", said, labels=["gpu"])
-            for gpu, load in enumerate(watched.gpu_total.tolist()):
-                gpus.add_metric([str(gpu)], load)
-            yield gpus
         said = "1 for each rule that a router breaks now"
         alarms = Gauge("moe_inspect_alarm", said, labels=[*LABELS, "rule"])
-        for alarm in watched.alarms:
+        for alarm in self.watched.alarms:
             alarms.add_metric([*names[alarm.router], alarm.rule], 1.0)
         yield alarms
+
+    def _of_all(self, total: Piece) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily as Counter
+
+        said = "Assignments of each layer"
+        layers = Counter("moe_inspect_assignments", said, labels=LABELS)
+        for name, load_E in zip(self._names(), total.load, strict=True):
+            layers.add_metric(name, int(load_E.sum()))
+        yield layers
+        if self.watched.gpu_total is not None:
+            said = "Assignments of each GPU, as its experts are placed"
+            gpus = Counter("moe_inspect_gpu_assignments", said, labels=["gpu"])
+            for gpu, load in enumerate(self.watched.gpu_total.tolist()):
+                gpus.add_metric([str(gpu)], load)
+            yield gpus
         if self.per_expert:
             said = "Assignments of each expert"
             experts = Counter("moe_inspect_expert_assignments", said, labels=[*LABELS, "expert"])
-            for name, load_E in zip(names, watched.total.load, strict=True):
+            for name, load_E in zip(self._names(), total.load, strict=True):
                 for e, load in enumerate(load_E.tolist()):
                     experts.add_metric([*name, str(e)], load)
             yield experts

@@ -58,7 +58,8 @@ class Watched:
     not of its experts.
 
     window: None without tokens; `total`: the same of all tokens. history: max_vio of the window by
-    router, float [L], after each shard. `gpu_total`: load of each GPU of the plan, float [G]. alarms: those that hold now; raised: all of them.
+    router, float [L], after each shard. `gpu_total`: load of each GPU of the plan, float [G].
+    `written_bytes`: None where nobody says it. alarms: those that hold now; raised: all of them.
     `changed_s`: since when nothing came, by the clock."""
 
     def __init__(
@@ -82,7 +83,7 @@ class Watched:
 
     def _begin(self) -> None:
         self.tokens = self.decisions = self.dropped = 0
-        self.written_bytes: int | None = None  # where the writer says it
+        self.written_bytes: int | None = None
         self.gpu_total: np.ndarray | None = None
         self.total: Piece | None = None
         self.window: Piece | None = None
@@ -137,7 +138,9 @@ class Watched:
         self.tokens += piece.tokens
         self.decisions += piece.decisions
         if self._placed:
-            of = [load_E @ share_EG for load_E, share_EG in zip(piece.load, self._placed, strict=True)]
+            of = [
+                load_E @ share_EG for load_E, share_EG in zip(piece.load, self._placed, strict=True)
+            ]
             self.gpu_total = np.sum(of, 0) + (0 if self.gpu_total is None else self.gpu_total)
         self.total = piece if self.total is None else joined([self.total, piece])
         if self._pieces and self._pieces[-1].tokens + piece.tokens <= self.window_tokens / PARTS:

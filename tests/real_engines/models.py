@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
     ),
 }
-# for vLLM alone, with its own rotary embedding in torch: its kernel for CPUs rotates queries wrongly
+# for vLLM alone, with the rotary embedding in torch: vLLM's kernel for CPUs rotates queries wrongly
 # that come as [tokens, heads, size], as those of a DeepSeek do
 DEEPSEEK: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DeepSeek-V2": (

@@ -115,54 +115,72 @@ def run(chunks: queue.Queue[bytes], metrics: Callable[[dict[str, Any]], Metrics]
 def write_all(
     raw: Sent, metrics: Callable[[dict[str, Any]], Metrics], tell: Callable[..., None]
 ) -> None:
+    """Until the worker ends. `metrics`: makes what counts; `tell`: tells the worker."""
     received = messages(io.BufferedReader(raw, 2**20))
     first = next(received, None)
     if first is None:
         return
     about = first[1]
     raw.worker_lives = lambda: is_running(about["pid"], about["process_start"]) is not False
-    traces = Traces(about) if about["traces"] else None
-    counted: Metrics | None = None
-    counts, told, status = bool(about["metrics"]), 0, "interrupted"
+    writing = Written(about, metrics, tell)
+    raw.idle = writing.catch_up
+    status = "interrupted"
+    try:
+        writing.catch_up()
+        for message in received:
+            writing.take(*message)
+            status = "complete" if message[0] == "end" else status
+    finally:
+        writing.close(status)
 
-    def count(*given: Any, **facts: Any) -> None:
-        nonlocal counted, counts
+
+class Written:
+    """What is written of one worker: traces, where they are asked for, and counts."""
+
+    def __init__(
+        self,
+        about: dict[str, Any],
+        metrics: Callable[[dict[str, Any]], Metrics],
+        tell: Callable[..., None],
+    ):
+        self.about, self.make_metrics, self.tell, self.told = about, metrics, tell, 0
+        self.traces = Traces(about) if about["traces"] else None
+        self.counts, self.metrics = bool(about["metrics"]), None
+
+    def take(self, kind: str, *values: Any) -> None:
+        traces = self.traces
+        if kind == "counts":
+            written = {} if traces is None else {"written_bytes": traces.written_bytes}
+            self._count(values[0], **values[1], **written)
+        elif traces is not None and kind == "steps":
+            traces.write(*values)
+        elif traces is not None:  # the end
+            traces.catch_up(wait=True)
+            traces.note_dropped(*values)
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Again and again, also while nothing comes."""
+        self._count()
+        if self.traces is not None:
+            self.traces.catch_up()
+            if self.told != (committed := self.traces.committed):
+                self.told = committed
+                self.tell(committed=committed)
+
+    def _count(self, *given: Any, **facts: Any) -> None:
         try:
-            if counts:
-                counted = counted or metrics(about)
-                counted.add(*given, **facts) if given else counted.publish()
+            if self.counts:
+                self.metrics = self.metrics or self.make_metrics(self.about)
+                self.metrics.add(*given, **facts) if given else self.metrics.publish()
         except Exception as error:  # the trace goes on
             print_stderr(f"moe-inspect: no counts in /metrics: {first_line(error)}")
-            counts = False
+            self.counts = False
 
-    def catch_up() -> None:
-        nonlocal told
-        count()
-        if traces is not None:
-            traces.catch_up()
-            if told != traces.committed:
-                told = traces.committed
-                tell(committed=told)
-
-    raw.idle = catch_up
-    try:
-        catch_up()
-        for kind, *values in received:
-            if kind == "steps" and traces is not None:
-                traces.write(*values)
-            elif kind == "counts":
-                written = {} if traces is None else {"written_bytes": traces.written_bytes}
-                count(values[0], **values[1], **written)
-            elif kind == "end":
-                status = "complete"
-                if traces is not None:
-                    traces.catch_up(wait=True)
-                    traces.note_dropped(*values)
-            catch_up()
-    finally:
-        if traces is not None:
-            traces.close(status)
-            tell(committed=traces.committed)
+    def close(self, status: str) -> None:
+        if self.traces is not None:
+            self.traces.close(status)
+            self.tell(committed=self.traces.committed)
 
 
 @dataclass
