@@ -7,6 +7,9 @@ plugin's hooks are put in and taken out again between rounds of half a second, i
 differ by more than what is measured. CPU seconds are those of the engine's process with all its
 threads, without the process that writes, which has a core of its own where there are two."""
 
+# pyright: reportMissingImports=false
+# (vLLM is not installed where types are checked)
+
 from __future__ import annotations
 
 import argparse

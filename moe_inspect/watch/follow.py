@@ -206,7 +206,8 @@ class Follower:
                     news.left_tokens += shard.tokens
                 else:
                     self._count(Shard(header, shard), rank, news)
-        if (name := header.manifest.get("capture", {}).get("followed_by")) and not news.left_tokens:
+        name = header.manifest.get("capture", {}).get("followed_by")
+        if name is not None and isinstance(self._at, Path) and not news.left_tokens:
             self.path = self._at.parent / Path(str(name)).name
             self._before, self._ranks, news.status = header, {}, RECORDING
 

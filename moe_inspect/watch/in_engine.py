@@ -107,7 +107,7 @@ class EngineMetrics:
         for family in Collector(self.watched, self.per_expert, WORST).collect():
             of = values["counter" if family.type == "counter" else "gauge_livemostrecent"]
             for sample in family.samples:
-                names, labels = ("rank", *sample.labels), (self.rank, *sample.labels.values())
+                names, labels = ["rank", *sample.labels], [self.rank, *sample.labels.values()]
                 key = mmap_key(family.name, sample.name, names, labels, family.documentation)
                 of.append((key, sample.value))
         for kind, of in values.items():

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_inspect.capture.engine.settings import CORES, Settings
 from moe_inspect.capture.engine.steps import Rows, StepRecorder
 from moe_inspect.text import first_line
@@ -87,7 +89,8 @@ class Sender(threading.Thread):
         self._handed = 0  # decisions
         self._process: Any = None
         self._heard, self._told = b"", dict[str, Any]()
-        self._stated_drops, self._placed = 0, None
+        self._stated_drops = 0
+        self._placed: np.ndarray | None = None
         self.start()
 
     def run(self) -> None:
@@ -141,15 +144,16 @@ class Sender(threading.Thread):
 
     def _send_counts(self) -> None:
         recorder = self.recorder
-        facts = {"steps": recorder.steps, "dropped": recorder.dropped + recorder.lost}
+        dropped = recorder.dropped + recorder.lost
+        facts: dict[str, Any] = {"steps": recorder.steps, "dropped": dropped}
         tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy()
         before_tokens, before = recorder.counted or (0, counts * 0)
-        if (counts != before).any() or facts["dropped"] != self._stated_drops:
+        if (counts != before).any() or dropped != self._stated_drops:
             placed, known = recorder.placed(), self._placed
             if placed is not None and (known is None or (placed != known).any()):
                 facts["placed"] = self._placed = placed
             self._send("counts", counts - before, {"tokens": tokens - before_tokens, **facts})
-            recorder.counted, self._stated_drops = (tokens, counts), facts["dropped"]
+            recorder.counted, self._stated_drops = (tokens, counts), dropped
 
     def _send(self, *message: Any) -> None:
         pipe = self._process.stdin

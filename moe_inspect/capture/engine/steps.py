@@ -156,7 +156,8 @@ class StepRecorder:
         # of these what has left the queue, and decisions that were lost on their way: the link's
         self.sent = self.lost = 0
         # tokens whose experts are in `counts`; and of both what was handed over
-        self.counted_tokens, self.counted = 0, None
+        self.counted_tokens = 0
+        self.counted: tuple[int, np.ndarray] | None = None
         self.seconds = 0.0  # of the engine's thread
         self.error: str | None = None
         self._live: set[str] = set()  # requests that the process that writes knows of
