@@ -41,8 +41,10 @@ START = """
 import os, queue, sys, threading
 os.fork() and os._exit(0)
 os.setsid()
-if sys.argv[1]:
+try:
     os.sched_setaffinity(0, map(int, sys.argv[1].split()))
+except (AttributeError, OSError):
+    pass
 sys.path[:] = sys.argv[2:]
 chunks = queue.Queue(1024)
 def read():
