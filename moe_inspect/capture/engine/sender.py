@@ -148,7 +148,7 @@ class Sender(threading.Thread):
         recorder = self.recorder
         dropped = recorder.dropped + recorder.lost
         facts: dict[str, Any] = {"steps": recorder.steps, "dropped": dropped}
-        tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy()
+        tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy().copy()
         before_tokens, before = recorder.counted or (0, counts * 0)
         if (counts != before).any() or dropped != self._stated_drops:
             placed, known = recorder.placed(), self._placed
