@@ -27,6 +27,7 @@ from tests.real_engines.test_inside_vllm import (
     Asked,
     Property,
     check_rows,
+    closed_in,
     compared,
     decisions,
     traces_in,
@@ -61,9 +62,7 @@ def served(
             yield engine.url, model
 
 
-async def answers(
-    url: str, named: dict[str, list[int]], stop: Sequence[int] = ()
-) -> list[Asked]:
+async def answers(url: str, named: dict[str, list[int]], stop: Sequence[int] = ()) -> list[Asked]:
     """Requests by name, eight at once; each ends with one of the tokens `stop`."""
     at_once = asyncio.Semaphore(8)
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
@@ -117,8 +116,9 @@ def test_every_decision(
         waited(lambda: counted(url) == made * k > 0)
         with pytest.raises(moe_inspect.MoeInspectError, match=r"sample is .2., not a share"):
             tell(url, "sample", "2")
+        traces_in(tmp_path)
     assert any(one.cached for one in asked), "nothing was cached"
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     assert moe_inspect.open_trace(path).n_decisions == made
     tokens, equal, total = compared([path], asked, model)
     engine = f"SGLang {version('sglang')}"
@@ -141,7 +141,8 @@ def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None
 
         asyncio.run(abort())
         asked = asyncio.run(answers(url, named(prompts()[:2])))
-    (path,) = traces_in(tmp_path)
+        traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     got = decisions(moe_inspect.open_trace(path))
     got["request"] = got.source
     assert (got.request == "long").any()

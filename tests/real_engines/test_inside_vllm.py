@@ -173,8 +173,23 @@ def check_rows(got: pd.DataFrame, asked: Sequence[Asked]) -> None:
     assert ((once.phase == "decode") == (once.position >= prompt)).all()
 
 
-def traces_in(place: Path) -> list[Path]:
-    return sorted((place / "runs").iterdir())
+def traces_in(place: Path, n: int = 1) -> list[Path]:
+    """The traces, once there are so many: the first begins when its model is described."""
+    runs = place / "runs"
+    return waited(
+        lambda: (
+            len(found := sorted(runs.glob("*/trace.json"))) >= n and [file.parent for file in found]
+        ),
+        180,
+    )
+
+
+def closed_in(place: Path, n: int = 1) -> list[Path]:
+    """When their engine has ended."""
+    found = traces_in(place, n)
+    for path in found:
+        waited(lambda path=path: moe_inspect.open_trace(path).status != "recording", 180)
+    return found
 
 
 def recorded(record: Property, name: str, run: str, numbers: tuple[int, int, int]) -> None:
@@ -196,7 +211,7 @@ def test_every_decision(
         options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     asked = generated(tmp_path, model, runner, engine=options)
     assert any(one.cached for one in asked), "nothing was cached"
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     assert moe_inspect.open_trace(path).status == "complete"
     recorded(record_property, name, f"runner {runner}, {mode}", compared([path], asked, model))
 
@@ -206,7 +221,7 @@ def test_what_the_engine_returns(name: str, tmp_path: Path, record_property: Pro
     """By runner V2, for all tokens but those that vLLM returns nothing of."""
     model = save(name, tmp_path / "model")
     asked = generated(tmp_path, model, "V2", engine={"enable_return_routed_experts": True})
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     got, equal = decisions(moe_inspect.open_trace(path)), 0
     got["request"] = got.source.map(request_of)
     check_rows(got, asked)
@@ -226,7 +241,7 @@ def test_what_is_computed_again_is_a_sequence_of_its_own(
 ) -> None:
     model = save("bundled Mixtral", tmp_path / "model")
     asked = generated(tmp_path, model, runner, 150, {"num_gpu_blocks_override": 14})
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     tokens = moe_inspect.open_trace(path).tokens()
     assert tokens.duplicated(["document", "position"]).any(), "nothing was preempted"
     numbers = compared([path], asked, model)
@@ -239,7 +254,7 @@ def test_answers_that_a_token_ends(tmp_path: Path, record_property: Property) ->
     ended = [len(one.answer) for one in asked if one.stopped]
     assert len(ended) == len(asked) / 2
     assert max(ended) <= 5
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     numbers = compared([path], asked, model)
     recorded(record_property, "bundled Mixtral", "runner V1, answers that a token ends", numbers)
 
@@ -248,7 +263,7 @@ def test_rejected_drafts_are_absent(tmp_path: Path, record_property: Property) -
     """By runner V1: V2's n-gram speculation has a kernel that Triton's interpreter refuses."""
     model = save("bundled Mixtral", tmp_path / "model")
     asked = generated(tmp_path, model, "V1", 60, {"speculative_config": NGRAM})
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     numbers = compared([path], asked, model)
     recorded(record_property, "bundled Mixtral", "runner V1, n-gram speculation", numbers)
 
@@ -347,9 +362,9 @@ def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: P
         waited(settled)
         state = engine_state(url)
         assert counted(url) == counted(url, "expert") == state["decisions"] * K
-    (path,) = traces_in(tmp_path)
-    # (vLLM kills workers that do not end at once)
-    trace = waited(lambda: (t := moe_inspect.open_trace(path)).status != "recording" and t)
+        traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
+    trace = moe_inspect.open_trace(path)
     assert trace.n_tokens * L == state["decisions"]
     assert not any("unseen" in source for source in trace.documents().source)
     numbers = compared([path], asked, model)
@@ -374,10 +389,9 @@ def test_all_engines_behind_a_server(tmp_path: Path, record_property: Property) 
             return min(made) > 0 and counted(url) == sum(made) * K
 
         waited(settled)
-    traces = traces_in(tmp_path)
+        traces_in(tmp_path, 2)
+    traces = closed_in(tmp_path, 2)
     assert len(traces) == 2
-    for path in traces:
-        waited(lambda path=path: moe_inspect.open_trace(path).status != "recording")
     moe_inspect.merge(traces, tmp_path / "merged" / "all")
     numbers = compared([tmp_path / "merged" / "all"], asked, model)
     recorded(record_property, "bundled Mixtral", "two engines behind a server, merged", numbers)
@@ -400,7 +414,7 @@ def test_what_is_killed_does_not_stop_the_server(tmp_path: Path) -> None:
     named = {f"r{n}": ids for n, ids in enumerate(prompts()[:6])}
     with served(tmp_path) as (url, _):
         asyncio.run(answers(url, named))
-        (first,) = waited(lambda: (tmp_path / "runs").exists() and traces_in(tmp_path))
+        (first,) = traces_in(tmp_path)
         waited(lambda: moe_inspect.open_trace(first).n_tokens)
         os.kill(moe_inspect.open_trace(first).manifest["capture"]["pid"], signal.SIGKILL)
         asyncio.run(answers(url, named))
@@ -409,7 +423,7 @@ def test_what_is_killed_does_not_stop_the_server(tmp_path: Path) -> None:
         asyncio.run(answers(url, named))
         assert engine_state(url, "on")["error"] is None
         asyncio.run(answers(url, {f"again-{name}": ids for name, ids in named.items()}))
-        _, second = waited(lambda: len(traces_in(tmp_path)) == 2 and traces_in(tmp_path))
+        _, second = traces_in(tmp_path, 2)
         waited(lambda: moe_inspect.open_trace(second).n_tokens)
         (worker,) = [
             int(status.parent.name)
