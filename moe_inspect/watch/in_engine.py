@@ -89,7 +89,8 @@ class EngineMetrics:
         )
         self.steps = steps
         self.manifest["counts"]["dropped"] = dropped
-        self.watched.take(News(RECORDING, [piece] if tokens else []), self.header)
+        some = tokens or counts.any()  # the worker may see one of them first
+        self.watched.take(News(RECORDING, [piece] if some else []), self.header)
         self.watched.written_bytes = written_bytes
         self.publish(now=True)
 

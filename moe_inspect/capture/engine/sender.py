@@ -150,7 +150,8 @@ class Sender(threading.Thread):
         facts: dict[str, Any] = {"steps": recorder.steps, "dropped": dropped}
         tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy().copy()
         before_tokens, before = recorder.counted or (0, counts * 0)
-        if (counts != before).any() or dropped != self._stated_drops:
+        new = tokens != before_tokens or (counts != before).any()  # seen one before the other
+        if new or dropped != self._stated_drops:
             placed, known = recorder.placed(), self._placed
             if placed is not None and (known is None or (placed != known).any()):
                 facts["placed"] = self._placed = placed
