@@ -775,6 +775,15 @@ def test_a_series_per_expert_is_told_on_request(folder: Path) -> None:
             assert found["moe_inspect_expert_assignments_total", *at] == load
 
 
+def test_counts_that_are_seen_before_their_tokens_are_told(folder: Path) -> None:
+    metrics = EngineMetrics(about(Settings(Path("unused"), metrics=True)))
+    metrics.add(np.full(L * E, 5), tokens=0, steps=1, dropped=0)
+    metrics.add(np.zeros(L * E, np.int64), tokens=20, steps=1, dropped=0)
+    found = metrics_in(folder)
+    in_all = [v for (name, *_), v in found.items() if name == "moe_inspect_assignments_total"]
+    assert sum(in_all) == found["moe_inspect_tokens_total", "0"] * L * K == 20 * L * K
+
+
 def test_the_load_of_ranks_is_told_where_experts_are_parallel(folder: Path) -> None:
     settings = Settings(Path("unused"), metrics=True)
     engine = Engine(settings)

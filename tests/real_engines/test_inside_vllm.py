@@ -272,9 +272,7 @@ def test_rejected_drafts_are_absent(tmp_path: Path, record_property: Property) -
 
 
 @contextmanager
-def served(
-    place: Path, *more_options: str, runner: str = "V2", **variables: object
-) -> Iterator[tuple[str, Path]]:
+def served(place: Path, *more_options: str, **variables: object) -> Iterator[tuple[str, Path]]:
     """The URL of a server with the plugin, and the directory of its model."""
     model = save("bundled Mixtral", place / "model")
     options = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "8"]
@@ -284,7 +282,7 @@ def served(
     more = {"PROMETHEUS_MULTIPROC_DIR": str(place / "prometheus")}
     more |= {"VLLM_PLUGINS": "moe_inspect,cpu_collectives"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment(runner, trace=place / "runs", **variables) | more).items():
+        for name, value in (environment("V2", trace=place / "runs", **variables) | more).items():
             patch.setenv(name, value)
         command = [str(BIN / "vllm"), "serve", str(model), *options]
         with moe_inspect.serve_engine(command, log=place / "log") as engine:
@@ -359,7 +357,7 @@ def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: P
             time.sleep(5)  # the process that writes needs the processor too
             return counted(url) == engine_state(url)["decisions"] * K
 
-        waited(settled)
+        waited(settled, 240)
         state = engine_state(url)
         assert counted(url) == counted(url, "expert") == state["decisions"] * K
         traces_in(tmp_path)
@@ -375,7 +373,7 @@ def test_all_engines_behind_a_server(tmp_path: Path, record_property: Property) 
     """Two of data parallelism, whose traces are merged."""
     named, K = {f"r{n}": ids for n, ids in enumerate(prompts())}, 2
     parallel = "--data-parallel-size", "2", "--api-server-count", "1"
-    with served(tmp_path, *parallel, runner="V1", metrics=1) as (url, model):
+    with served(tmp_path, *parallel, metrics=1) as (url, model):
         asked = asyncio.run(answers(url, named))
         states = engine_states(url, "off")
         assert [(state["rank"], state["on"]) for state in states] == [(0, False), (1, False)]
@@ -388,7 +386,7 @@ def test_all_engines_behind_a_server(tmp_path: Path, record_property: Property) 
             made = [state["decisions"] for state in engine_states(url)]
             return min(made) > 0 and counted(url) == sum(made) * K
 
-        waited(settled)
+        waited(settled, 240)
         traces_in(tmp_path, 2)
     traces = closed_in(tmp_path, 2)
     assert len(traces) == 2
