@@ -122,16 +122,16 @@ def write_all(
         return
     about = first[1]
     raw.worker_lives = lambda: is_running(about["pid"], about["process_start"]) is not False
-    writing = Written(about, metrics, tell)
-    raw.idle = writing.catch_up
+    written = Written(about, metrics, tell)
+    raw.idle = written.catch_up
     status = "interrupted"
     try:
-        writing.catch_up()
+        written.catch_up()
         for message in received:
-            writing.take(*message)
+            written.take(*message)
             status = "complete" if message[0] == "end" else status
     finally:
-        writing.close(status)
+        written.close(status)
 
 
 class Written:
