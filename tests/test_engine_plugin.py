@@ -104,7 +104,8 @@ class Engine:
     def __init__(
         self, settings: Settings, start: Callable[[StepRecorder], Any] = Kept, rank: int = 0
     ):
-        self.rows = Rows((L, T, K), E, settings.logits, torch.device("cpu"))
+        traces, device = settings.trace is not None, torch.device("cpu")
+        self.rows = Rows((L, T, K), E, settings.logits, device, weights=traces)
         self.recorder = StepRecorder(self.rows, settings, start, rank)
         self.random = np.random.default_rng(rank)
         self.expected: dict[tuple[str, int], list[list[tuple[int, ...]]]] = {}
@@ -496,6 +497,133 @@ def test_a_fault_of_ours_stops_the_recording_and_not_the_engine(tmp_path: Path) 
     assert engine.recorder.command("on")["error"] is None
     engine.step(("a", 11, 12))
     assert len(engine.recorder.link.taken()) == 2  # type: ignore[attr-defined]
+
+
+# --- on a GPU, whose kernels are interpreted here
+
+
+@pytest.fixture
+def launched(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What a CUDA graph would hold: each launch again, with the same tensors and numbers."""
+    from moe_inspect.capture.hook.launch import Launch
+
+    launches, launch = list[Callable[[], None]](), Launch.__call__
+
+    def noted(self: Launch, *given: Any) -> None:
+        launches.append(lambda: launch(self, *given))
+        launch(self, *given)
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+
+    def to_host(_: Any, of: list[Any]) -> tuple[list[Any], None]:
+        return [None if t is None else t.clone() for t in of], None
+
+    # what is taken waits on the device, until the next step
+    monkeypatch.setattr(StepRecorder, "_to_host", to_host)
+    return launches
+
+
+def test_a_graph_that_is_replayed_without_python(launched: list[Callable[[], None]]) -> None:
+    """Captured for two numbers of tokens; replayed with others, padded, and for dummy batches."""
+    rows, draw = Rows((L, T, K), E, False, torch.device("cpu")), np.random.default_rng(0)
+    graphs = dict[int, tuple[Any, list[Callable[[], None]]]]()
+    for size in (40, 8):
+        fed = torch.zeros(L, size, K, dtype=torch.int32), torch.zeros(L, size, K)
+        launched.clear()
+        for layer in range(L):
+            rows.keep(layer, fed[0][layer], fed[1][layer], fed[1][layer])
+        graphs[size] = fed, launched[:]
+        assert len(launched) == L, "one launch per router"
+
+    def replayed(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        (ids, weights), launches = graphs[size]
+        ids.copy_(torch.from_numpy(draw.integers(0, E, (L, size, K))))
+        weights.copy_(torch.from_numpy(draw.random((L, size, K))))
+        for launch in launches:
+            launch()
+        return ids, weights.half()
+
+    load_LE = np.zeros((L, E), np.int64)
+    for n, picked in ((33, [3, 32]), (5, [4]), (8, None), (40, None), (1, [0])):
+        replayed(40)  # a dummy batch
+        ids, weights = replayed(40 if n > 8 else 8)
+        launched.clear()
+        tokens = torch.arange(40)
+        at = torch.arange(n) if picked is None else torch.tensor(picked)
+        given = None if picked is None else at
+        found = rows.take(n, len(at), given, tokens.int(), tokens + 7)
+        assert len(launched) == 1
+        wanted = tokens[at], tokens[at] + 7, ids[:, at], weights[:, at]
+        for got, want in zip(found[:4], wanted, strict=True):
+            assert torch.equal(got, want.to(got.dtype))
+        for layer in range(L):
+            load_LE[layer] += np.bincount(ids[layer, :n].reshape(-1), minlength=E)
+        assert (rows.counts.view(L, E).numpy() == load_LE).all()
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_its_kernels_record_what_torch_does(
+    launched: list[Callable[[], None]], tmp_path: Path, logits: bool
+) -> None:
+    settings = Settings(tmp_path, sample=0.5, metrics=True, logits=logits)
+    engine = Engine(settings)
+    launched.clear()
+    engine.serve(20)
+    assert len(launched) == engine.recorder.steps * (L + 1) - 1, "the last step has padding alone"
+    trace = fine(written(engine, settings)[0])
+    sources = set(trace.documents().source)
+    assert 4 < len(sources) < 16
+    assert held(trace) == {k: v for k, v in engine.expected.items() if k[0] in sources}
+    assert (engine.recorder.counts.view(L, E).numpy() == engine.assignments).all()
+    if logits:
+        best = trace.logits(layer=3).logits.map(lambda of: int(np.argmax(of)))
+        assert (best.to_numpy() == trace.routing(layer=3).expert_0).all()
+
+
+def test_its_kernels_count_where_nothing_is_recorded(launched: list[Callable[[], None]]) -> None:
+    engine = Engine(Settings(metrics=True))
+    engine.serve(20)
+    assert (engine.recorder.counts.view(L, E).numpy() == engine.assignments).all()
+    assert engine.rows.nbytes < T * L * K * 2 + T * 8 + L * (E + 2) * 8 + 1, "ids alone"
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: bool) -> None:
+    """fullgraph: a graph break would raise. dynamic: other sizes need no other graph."""
+    rows = Rows((L, T, K), E, logits, torch.device("cpu"))
+    graphs = list[Any]()
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    @torch.compile(backend=noted, fullgraph=True, dynamic=True)
+    def routers(logits_LNE: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(logits_LNE.shape[1])
+        for layer in range(L):
+            weights, ids = logits_LNE[layer].softmax(1).topk(K)
+            rows.keep(layer, ids, weights, logits_LNE[layer])
+            total = total + weights.sum(1)
+        return total
+
+    for n in (7, 40, 9):
+        logits_LNE = torch.randn(L, n, E, generator=torch.Generator().manual_seed(n))
+        routers(logits_LNE)
+        weights, ids = logits_LNE.softmax(2).topk(K)
+        assert torch.equal(rows.ids[:, :n], ids.short())
+        assert torch.allclose(rows.weights[:, :n].float(), weights, atol=1e-3)
+        if rows.logits is not None:
+            assert torch.equal(rows.logits[:, :n], logits_LNE.half())
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if "keep_rows" in str(node.target)]
+    assert len(calls) == L
+
+
+def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:
+    """Twice 4 × k bytes per token and layer, with logits 2 × experts more; and little beside."""
+    for logits, per_decision in ((False, 4 * K), (True, 4 * K + 2 * E)):
+        rows = Rows((L, 4096, K), E, logits, torch.device("cpu"))
+        assert 0 < rows.nbytes - 2 * 4096 * L * per_decision <= 4096 * 16 + L * (E + 2) * 8
 
 
 # --- traces, one after the other

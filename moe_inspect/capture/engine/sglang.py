@@ -169,6 +169,7 @@ class Seam:
         shape = len(routers), self.T, K
         traces, device = settings.trace is not None, torch.device(runner.device)
         rows = Rows(shape, E, settings.logits and traces, device, weights=traces)
+        log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         about = _about(server, config) | {
             "layers": list(routers),
             "paths": [f"layers.{layer}" for layer in routers],

@@ -1,6 +1,6 @@
-"""What is kept of the steps of an engine, whichever it is: rows that the forward pass fills, and
-what is taken of them behind it and handed to the process that writes. The engine's thread never
-waits here, and no fault of ours reaches it.
+"""What is kept of the steps of an engine, whichever it is: what is taken of the rows that a forward
+pass has filled, and handed to the process that writes. The engine's thread never waits here, and no
+fault of ours reaches it.
 
 L routers, T rows of the buffer, n tokens of a step, K slots, E experts.
 """
@@ -19,63 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.engine.rows import Rows
 from moe_inspect.capture.engine.settings import Settings, share
 from moe_inspect.capture.engine.step import Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
-
-
-# --- in the forward pass
-
-
-def _copy_rows(rows: Tensor, values: Tensor) -> None:
-    """More columns than a row has are fused shared experts, behind the routed ones; more rows than
-    the buffer has are those of a profiling pass."""
-    if values.shape[1] == rows.shape[1] and len(values) <= len(rows):
-        rows.narrow(0, 0, len(values)).copy_(values)
-        return
-    n, width = (min(sizes) for sizes in zip(values.shape, rows.shape, strict=True))
-    rows[:n, :width].copy_(values[:n, :width])
-
-
-# for torch.compile, which else would trace into it
-_copy_op = torch.library.custom_op("moe_inspect::copy_rows", _copy_rows, mutates_args=("rows",))
-_copy_op.register_fake(lambda rows, values: None)
-
-
-class Rows:
-    """A buffer whose address never changes, so that a CUDA graph replays the copies into it. What
-    lies behind a step's own rows is padding, or left of earlier steps."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        E: int,
-        logits: bool,
-        device: torch.device,
-        weights: bool = True,
-    ):
-        self.shape, self.E, self.device = shape, E, device
-        L, T, K = shape
-        half = {"dtype": torch.float16, "device": device}
-        self.ids = torch.full((L, T, K), -1, dtype=torch.int16, device=device)
-        self.weights = torch.zeros(L, T, K, **half) if weights else None
-        self.logits = torch.zeros(L, T, E, **half) if logits else None
-        kept = self.ids, self.weights, self.logits
-        self._of_router = [[None if of is None else of[r] for of in kept] for r in range(L)]
-
-    def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
-        """A router's choice, of logical experts."""
-        given = ids_TK, weights_TK, logits_TE
-        if not torch.compiler.is_compiling():
-            for rows, values in zip(self._of_router[router], given, strict=True):
-                if rows is not None:
-                    _copy_rows(rows, values)
-            return
-        for of, values in zip((self.ids, self.weights, self.logits), given, strict=True):
-            if of is not None:
-                _copy_op(of[router], values)
 
 
 def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
@@ -88,9 +37,6 @@ def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
     there = map_LP >= 0
     np.add.at(share_LEG, (layer_LP[there], map_LP[there], rank_LP[there] * G // P), 1)
     return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
-
-
-# --- behind the forward pass
 
 
 @dataclass
@@ -146,10 +92,6 @@ class StepRecorder:
         self.bytes_per_row = L * (decision + (0 if rows.logits is None else 2 * rows.E))
         # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
         self.placed: Callable[[], np.ndarray | None] = lambda: None
-        # of each router, between two places for what is no expert and so routes nowhere
-        self._counts = torch.zeros(L * (rows.E + 2), dtype=torch.int64, device=rows.device)
-        self._first = (torch.arange(L, device=rows.device) * (rows.E + 2) + 1).view(L, 1, 1)
-        self._one = torch.ones(1, dtype=torch.int64, device=rows.device)
         self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self.steps = self.recorded = self.dropped = 0  # steps, decisions, decisions
         self.taken = 0  # bytes that were queued
@@ -165,6 +107,9 @@ class StepRecorder:
         self._held: tuple[Step, list[bool]] | None = None
         gpu = rows.device.type != "cpu"
         self._copies = torch.Stream(rows.device) if gpu else None
+        if rows.staged is not None:  # compiled before the engine serves
+            for kind in (torch.int32, torch.int64):  # of token ids
+                rows.take(0, 1, None, rows.every.to(kind), rows.every)
         self.link = start(self)
 
     def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
@@ -188,10 +133,10 @@ class StepRecorder:
                 self._ended |= ended & self._live
                 self._live -= ended
             if self.on and tokens and self.link.error is None:
-                if self.counting:
-                    self._count(tokens)
-                if self.settings.trace is not None and self.sample:
-                    self._take(whose())
+                recorded = self.settings.trace is not None and self.sample
+                counted = tokens if self.counting else 0
+                self._take(counted, whose() if recorded else None)
+                self.counted_tokens += counted
         except Exception as error:
             self.stop(error)
         self.seconds += time.perf_counter() - began
@@ -222,41 +167,33 @@ class StepRecorder:
         self.error = f"{type(error).__name__}: {first_line(error)}"
         log.exception("moe-inspect: recording has stopped")
 
-    def _count(self, n: int) -> None:
-        ids_LNK = self.rows.ids.narrow(1, 0, n).clamp(-1, self.rows.E)
-        at = torch.add(ids_LNK, self._first).view(-1)
-        self._counts.scatter_add_(0, at, self._one.expand(len(at)))
-        self.counted_tokens += n
-
     @property
     def counts(self) -> Tensor:
         """Assignments so far, by router and expert: [L × E]."""
-        return self._counts.view(self.rows.shape[0], -1)[:, 1:-1].reshape(-1)
+        return self.rows.counts
 
-    def _take(self, of: Scheduled) -> None:
-        wanted = [self._is_sampled(request) for request in of.requests]
-        if not any(wanted):
-            return
-        of, rows = of.only(wanted)
-        L, n = self.rows.shape[0], int(of.edges[-1])
+    def _take(self, counted: int, of: Scheduled | None) -> None:
+        """Counts the first `counted` rows, and queues those of the requests that are sampled."""
+        wanted = [] if of is None else [self._is_sampled(request) for request in of.requests]
+        of, rows = of.only(wanted) if of is not None and any(wanted) else (None, None)
+        L, n = self.rows.shape[0], 0 if of is None else int(of.edges[-1])
         size = n * self.bytes_per_row
         if self.taken - self.sent + size > self.room:
             self.dropped += n * L
+            of = None
+        if of is None:
+            if counted:
+                self.rows.take(counted)
             return
+        picked = None
         if not isinstance(rows, slice):
             picked = torch.from_numpy(rows)
             picked = picked if self._copies is None else picked.pin_memory()
-            rows = picked.to(self.rows.device, non_blocking=True)
-        logits = self.rows.logits
-        arrays: list[Tensor | None] = [of.tokens[rows], of.positions[rows]]
-        assert self.rows.weights is not None
-        arrays += [self.rows.ids[:, rows], self.rows.weights[:, rows]]
-        arrays.append(None if logits is None else logits[:, rows])
-        # a copy in the order of the model's stream: the next step overwrites the rows. Picked rows
-        # are one already
-        if isinstance(rows, slice):
-            arrays = [None if a is None else a.clone() for a in arrays]
-        arrays, copied = self._to_host(arrays)
+            picked = picked.to(self.rows.device, non_blocking=True)
+        if self._copies is not None:  # what was taken before is on its way from the same place
+            torch.accelerator.current_stream().wait_stream(self._copies)
+        taken = self.rows.take(counted, n, picked, of.tokens, of.positions)
+        arrays, copied = self._to_host(taken)
         ended, self._ended = self._ended, set()
         self._live.update(of.requests)
         step = Step(

@@ -132,6 +132,7 @@ class Seam:
         traces = settings.trace is not None
         sizes = len(layers), T, K
         rows = Rows(sizes, E, settings.logits and traces, runner.device, weights=traces)
+        log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         for n, layer in enumerate(layers):
             self._watch(layer.router, n)
         about = _about(config) | {
