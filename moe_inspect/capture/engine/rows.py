@@ -11,7 +11,7 @@ from __future__ import annotations
 # triton:
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
 from functools import cache
 
 import torch
