@@ -90,7 +90,8 @@ class Rows:
             to = (None if t is None else t[router] for t in self._kept)
             torch.ops.moe_inspect.keep_rows(*to, *given)
         else:
-            _keep(*self._of_router[router], *given)
+            ids, weights, logits = self._of_router[router]
+            _keep(ids, weights, logits, *given)
 
     def take(
         self,
