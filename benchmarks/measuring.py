@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -18,22 +19,24 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def machine() -> dict[str, Any]:
+PACKAGES = (
+    "moe-inspect",
+    "torch",
+    "transformers",
+    "pyarrow",
+    "pandas",
+    "numpy",
+    "numba",
+    "polars",
+    "duckdb",
+)
+
+
+def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
         platform.processor(),
-    )
-    packages = (
-        "moe-inspect",
-        "torch",
-        "transformers",
-        "pyarrow",
-        "pandas",
-        "numpy",
-        "numba",
-        "polars",
-        "duckdb",
     )
     return {
         "processor": model,

@@ -23,15 +23,17 @@ from benchmarks import calls, instructions
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.devices import Cpu
+from benchmarks.gpu.engine import engine
 from benchmarks.gpu.models import models
 from benchmarks.gpu.sizes import DRY
+from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
 from tests.conftest import ROOT
 from tests.support.sweep import WHOLE
 from tests.support.zoo import state_of
 
 LAYERS = 2
-SECTIONS = ("ceilings", "correctness", "micro", "decode", "models", "graphs", "writer")
+SECTIONS = ("ceilings", "correctness", "micro", "decode", "engine", "models", "graphs", "writer")
 
 
 def benchmark(root: Path, *given: str, broken: bool = False) -> SimpleNamespace:
@@ -100,6 +102,18 @@ def test_wrong_kernels_are_found(tmp_path: Path) -> None:
         assert f"WRONG: {kernel} T" in done.stdout
     assert "Traceback" not in done.stderr
     assert "=== micro" not in done.stdout
+
+
+def test_wrong_rows_of_an_engine_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, bench = rows.take_torch, Bench(Cpu(), DRY, False, float("inf"), {}, [], [], [])
+    engine(bench)
+    assert bench.failures == []
+    monkeypatch.setattr(rows, "take_torch", lambda of, n, *more: right(of, n - 1, *more))
+    engine(bench)
+    assert [what.partition(",")[0] for what in bench.failures] == ["counts of replayed graphs"]
+    monkeypatch.setattr(rows, "keep_torch", lambda to_ids, *more: None)
+    engine(bench)
+    assert any(what.startswith("rows taken behind a replayed graph") for what in bench.failures)
 
 
 def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:

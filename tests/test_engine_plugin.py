@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -24,17 +25,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from moe_inspect import Trace, merge, open_trace, verify
 from moe_inspect.capture.engine import sglang, sidecar
 from moe_inspect.capture.engine.control import tell
+from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings, variable
 from moe_inspect.capture.engine.sidecar import Traces
-from moe_inspect.capture.engine.steps import Rows, Scheduled, Step, StepRecorder
+from moe_inspect.capture.engine.step import Step
+from moe_inspect.capture.engine.steps import Rows, Scheduled, StepRecorder, shares_of
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.files.lock import process_start
+from moe_inspect.watch import follow
+from moe_inspect.watch.follow import News, Piece
+from moe_inspect.watch.in_engine import EngineMetrics
+from moe_inspect.watch.metrics import Collector
+from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from tests.support.damage import disk_of
 from tests.support.watched import waited
 
@@ -62,6 +72,9 @@ def about(settings: Settings, **changed: object) -> dict[str, Any]:
         "traces": settings.trace and str(settings.trace),
         "max_gb": settings.max_gb,
         "keep": settings.keep,
+        "queue_mb": settings.queue_mb,
+        "metrics": settings.metrics,
+        "per_expert": settings.per_expert,
     }
     return facts | changed
 
@@ -91,7 +104,8 @@ class Engine:
     def __init__(
         self, settings: Settings, start: Callable[[StepRecorder], Any] = Kept, rank: int = 0
     ):
-        self.rows = Rows((L, T, K), E, settings.logits, torch.device("cpu"))
+        traces, device = settings.trace is not None, torch.device("cpu")
+        self.rows = Rows((L, T, K), E, settings.logits, device, weights=traces)
         self.recorder = StepRecorder(self.rows, settings, start, rank)
         self.random = np.random.default_rng(rank)
         self.expected: dict[tuple[str, int], list[list[tuple[int, ...]]]] = {}
@@ -176,7 +190,7 @@ def held(trace: Trace) -> dict[tuple[str, int], list[list[tuple[int, ...]]]]:
 
 def written(engine: Engine, settings: Settings, **changed: object) -> list[Path]:
     """What the engine's `Kept` has, written here by the code of the process that writes."""
-    traces = Traces(about(settings, **changed))
+    traces = Traces(about(settings, **changed), describe)
     for step in engine.recorder.link.taken():  # type: ignore[attr-defined]
         traces.write([step], engine.recorder.dropped)
     traces.note_dropped(engine.recorder.dropped)
@@ -197,9 +211,10 @@ def fine(path: Path, status: str = "complete") -> Trace:
 def test_variables_are_read_by_one_module() -> None:
     given = {"TRACE": "runs", "SAMPLE": "0.01", "METRICS": "1", "LOGITS": "on", "TEXT": "0"}
     given |= {"QUEUE_MB": "1.5", "MAX_GB": "2", "KEEP": "0", "START": "off", "REPLAY": "runs"}
+    given |= {"PER_EXPERT": "1"}
     read = Settings.read({f"MOE_INSPECT_{name}": value for name, value in given.items()})
     runs = Path("runs").absolute()
-    expected = Settings(runs, 0.01, True, True, False, 1.5, 2.0, 0, False, runs)
+    expected = Settings(runs, 0.01, True, True, True, False, 1.5, 2.0, 0, False, runs)
     assert read == expected
     assert {variable(f.name) for f in fields(Settings)} == {f"MOE_INSPECT_{name}" for name in given}
     assert Settings.read({}) == Settings() == Settings.read({"MOE_INSPECT_TRACE": " "})
@@ -303,7 +318,7 @@ def test_accepted_drafts_beyond_the_end_of_an_answer_are_absent(tmp_path: Path) 
     engine.step(("a", 10, 14), drafts={"a": (3, 3)})
     prompt, step = engine.recorder.link.taken()  # type: ignore[attr-defined]
     step.ends[:] = 12
-    traces = Traces(about(settings))
+    traces = Traces(about(settings), describe)
     traces.write([prompt, step], 0)
     traces.close("complete")
     assert fine(traces.paths[0]).tokens().position.max() == 11
@@ -438,7 +453,7 @@ def test_what_there_is_no_room_for_is_dropped_and_counted(tmp_path: Path) -> Non
     kept = engine.recorder.link.taken()  # type: ignore[attr-defined]
     assert len(kept) == 1
     engine.step(("a", 35, 36))
-    traces = Traces(about(settings))
+    traces = Traces(about(settings), describe)
     traces.write(kept, 0)
     traces.write(engine.recorder.link.taken(), engine.recorder.dropped)  # type: ignore[attr-defined]
     traces.close("complete")
@@ -484,6 +499,133 @@ def test_a_fault_of_ours_stops_the_recording_and_not_the_engine(tmp_path: Path) 
     assert len(engine.recorder.link.taken()) == 2  # type: ignore[attr-defined]
 
 
+# --- on a GPU, whose kernels are interpreted here
+
+
+@pytest.fixture
+def launched(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What a CUDA graph would hold: each launch again, with the same tensors and numbers."""
+    from moe_inspect.capture.hook.launch import Launch
+
+    launches, launch = list[Callable[[], None]](), Launch.__call__
+
+    def noted(self: Launch, *given: Any) -> None:
+        launches.append(lambda: launch(self, *given))
+        launch(self, *given)
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+
+    def to_host(_: Any, of: list[Any]) -> tuple[list[Any], None]:
+        return [None if t is None else t.clone() for t in of], None
+
+    # what is taken waits on the device, until the next step
+    monkeypatch.setattr(StepRecorder, "_to_host", to_host)
+    return launches
+
+
+def test_a_graph_that_is_replayed_without_python(launched: list[Callable[[], None]]) -> None:
+    """Captured for two numbers of tokens; replayed with others, padded, and for dummy batches."""
+    rows, draw = Rows((L, T, K), E, False, torch.device("cpu")), np.random.default_rng(0)
+    graphs = dict[int, tuple[Any, list[Callable[[], None]]]]()
+    for size in (40, 8):
+        fed = torch.zeros(L, size, K, dtype=torch.int32), torch.zeros(L, size, K)
+        launched.clear()
+        for layer in range(L):
+            rows.keep(layer, fed[0][layer], fed[1][layer], fed[1][layer])
+        graphs[size] = fed, launched[:]
+        assert len(launched) == L, "one launch per router"
+
+    def replayed(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        (ids, weights), launches = graphs[size]
+        ids.copy_(torch.from_numpy(draw.integers(0, E, (L, size, K))))
+        weights.copy_(torch.from_numpy(draw.random((L, size, K))))
+        for launch in launches:
+            launch()
+        return ids, weights.half()
+
+    load_LE = np.zeros((L, E), np.int64)
+    for n, picked in ((33, [3, 32]), (5, [4]), (8, None), (40, None), (1, [0])):
+        replayed(40)  # a dummy batch
+        ids, weights = replayed(40 if n > 8 else 8)
+        launched.clear()
+        tokens = torch.arange(40)
+        at = torch.arange(n) if picked is None else torch.tensor(picked)
+        given = None if picked is None else at
+        found = rows.take(n, len(at), given, tokens.int(), tokens + 7)
+        assert len(launched) == 1
+        wanted = tokens[at], tokens[at] + 7, ids[:, at], weights[:, at]
+        for got, want in zip(found[:4], wanted, strict=True):
+            assert torch.equal(got, want.to(got.dtype))
+        for layer in range(L):
+            load_LE[layer] += np.bincount(ids[layer, :n].reshape(-1), minlength=E)
+        assert (rows.counts.view(L, E).numpy() == load_LE).all()
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_its_kernels_record_what_torch_does(
+    launched: list[Callable[[], None]], tmp_path: Path, logits: bool
+) -> None:
+    settings = Settings(tmp_path, sample=0.5, metrics=True, logits=logits)
+    engine = Engine(settings)
+    launched.clear()
+    engine.serve(20)
+    assert len(launched) == engine.recorder.steps * (L + 1) - 1, "the last step has padding alone"
+    trace = fine(written(engine, settings)[0])
+    sources = set(trace.documents().source)
+    assert 4 < len(sources) < 16
+    assert held(trace) == {k: v for k, v in engine.expected.items() if k[0] in sources}
+    assert (engine.recorder.counts.view(L, E).numpy() == engine.assignments).all()
+    if logits:
+        best = trace.logits(layer=3).logits.map(lambda of: int(np.argmax(of)))
+        assert (best.to_numpy() == trace.routing(layer=3).expert_0).all()
+
+
+def test_its_kernels_count_where_nothing_is_recorded(launched: list[Callable[[], None]]) -> None:
+    engine = Engine(Settings(metrics=True))
+    engine.serve(20)
+    assert (engine.recorder.counts.view(L, E).numpy() == engine.assignments).all()
+    assert engine.rows.nbytes < T * L * K * 2 + T * 8 + L * (E + 2) * 8 + 1, "ids alone"
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: bool) -> None:
+    """fullgraph: a graph break would raise. dynamic: other sizes need no other graph."""
+    rows = Rows((L, T, K), E, logits, torch.device("cpu"))
+    graphs = list[Any]()
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    @torch.compile(backend=noted, fullgraph=True, dynamic=True)
+    def routers(logits_LNE: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(logits_LNE.shape[1])
+        for layer in range(L):
+            weights, ids = logits_LNE[layer].softmax(1).topk(K)
+            rows.keep(layer, ids, weights, logits_LNE[layer])
+            total = total + weights.sum(1)
+        return total
+
+    for n in (7, 40, 9):
+        logits_LNE = torch.randn(L, n, E, generator=torch.Generator().manual_seed(n))
+        routers(logits_LNE)
+        weights, ids = logits_LNE.softmax(2).topk(K)
+        assert torch.equal(rows.ids[:, :n], ids.short())
+        assert torch.allclose(rows.weights[:, :n].float(), weights, atol=1e-3)
+        if rows.logits is not None:
+            assert torch.equal(rows.logits[:, :n], logits_LNE.half())
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if "keep_rows" in str(node.target)]
+    assert len(calls) == L
+
+
+def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:
+    """Twice 4 × k bytes per token and layer, with logits 2 × experts more; and little beside."""
+    for logits, per_decision in ((False, 4 * K), (True, 4 * K + 2 * E)):
+        rows = Rows((L, 4096, K), E, logits, torch.device("cpu"))
+        assert 0 < rows.nbytes - 2 * 4096 * L * per_decision <= 4096 * 16 + L * (E + 2) * 8
+
+
 # --- traces, one after the other
 
 
@@ -503,6 +645,31 @@ def test_a_trace_that_is_large_is_followed_by_the_next_and_the_oldest_deleted(
     assert [set(trace.documents().source) for trace in traces] == [{"a", "b3"}, {"a", "b4"}]
     assert traces[1].tokens().position.min() == 0
     assert held(traces[1]) == {k: v for k, v in engine.expected.items() if k in held(traces[1])}
+
+
+def test_watch_goes_on_with_the_trace_that_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while there is none yet, as long as the process that writes is there."""
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    settings = Settings(tmp_path, max_gb=1e-6)
+    engine, traces, session = Engine(settings), Traces(about(settings), describe), None
+    for n in range(3):
+        engine.step(("a", 10 * n, 10 * n + 10))
+        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.catch_up(wait=True)
+        session = session or WatchSession(traces.paths[0], WatchOptions())
+        for _ in range(3):
+            session.update()
+        assert (session.watched.tokens, session.watched.status) == (10 * n + 10, "recording")
+    assert session is not None
+    assert Path(session.path).name.endswith("-0003")
+    assert len(traces.paths) == 3
+    assert not session.is_over
+    monkeypatch.setattr(follow, "is_running", lambda *_: False)
+    session.update()
+    assert session.is_over
+    assert session.watched.status == "complete"
 
 
 def test_ranks_are_merged(tmp_path: Path) -> None:
@@ -556,14 +723,17 @@ def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path
     with recording(Settings(tmp_path)) as engine:
         engine.step(("a", 0, 10))
         waited(lambda: committed(tmp_path, 10))
+        time.sleep(1)  # and the engine knows it
         os.kill(writer_of(tmp_path), signal.SIGKILL)
         waited(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
         state = engine.recorder.command("status")
         assert not state["on"]
         assert state["error"].startswith("the process that writes has ended")
-        assert state["dropped"] > 0
         (path,) = tmp_path.iterdir()
-        assert fine(path, "interrupted").n_tokens == 10
+        # what it had been handed, and had not committed, is counted too
+        assert fine(path, "interrupted").n_tokens * L == state["decisions"] == 10 * L
+        handed = engine.recorder.taken // engine.recorder.bytes_per_row
+        assert state["dropped"] == (handed - 10) * L > 0
         assert engine.recorder.command("on")["on"]
         engine.step(("b", 0, 10))
         again = waited(lambda: len([*tmp_path.iterdir()]) == 2 and committed(tmp_path, 10))
@@ -612,6 +782,172 @@ def test_a_worker_that_is_killed_leaves_a_trace_that_is_closed(tmp_path: Path) -
     trace = waited(lambda: (t := committed(tmp_path, 10)) and t.status != "recording" and t)
     assert trace.status == "interrupted"
     assert fine(Path(trace.path), "interrupted").n_tokens == 10
+
+
+WRITER = """
+import queue, sys
+from pathlib import Path
+from moe_inspect.capture.engine.sidecar import Sent, write_all
+from moe_inspect.watch.in_engine import EngineMetrics
+chunks = queue.Queue()
+for chunk in (sys.stdin.buffer.read(), b""):
+    chunks.put(chunk)
+write_all(Sent(chunks), EngineMetrics, lambda **said: print(said))
+print({m.split(".")[0] for m in sys.modules} & {"torch", "transformers", "prometheus_client"})
+"""
+
+
+def test_the_process_that_writes_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    """Where it writes, counts and knows the model."""
+    settings = Settings(tmp_path / "runs", metrics=True)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    facts = {"tokens": 10, "steps": 1, "dropped": 0}
+    own = {"pid": os.getpid(), "process_start": process_start(os.getpid())}
+    sent = [
+        ("about", about(settings) | own),
+        ("counts", engine.recorder.counts.numpy(), facts),
+        ("steps", engine.recorder.link.taken(), 0),  # type: ignore[attr-defined]
+        ("end", 0),
+    ]
+    (tmp_path / "prometheus").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER],
+        input=b"".join(pickle.dumps(message) for message in sent),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus")},
+        check=True,
+    )
+    said = done.stdout.decode().splitlines()
+    assert said[-2:] == [str({"committed": 10 * L}), str({"prometheus_client"})]
+    (path,) = (tmp_path / "runs").iterdir()
+    trace = fine(path)
+    assert held(trace) == engine.expected
+    assert trace.manifest["model"]["class"] == "MixtralForCausalLM"
+    assert len(trace.vocabulary_table)
+    counted = metrics_in(tmp_path / "prometheus")
+    assert counted["moe_inspect_tokens_total", "0"] == 10
+
+
+# --- for /metrics
+
+
+def metrics_in(folder: Path) -> dict[tuple[str, ...], float]:
+    """What a server reads there: (name, values of the labels by their names) → value."""
+    found = dict[tuple[str, ...], float]()
+    for family in MultiProcessCollector(None, str(folder)).collect():
+        for sample in family.samples:
+            found[sample.name, *(value for _, value in sorted(sample.labels.items()))] = (
+                sample.value
+            )
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_servers_metrics_are_those_of_watch(folder: Path) -> None:
+    """Bounded by the layers, and summing up to what was fed; dead experts that come to life are
+    told no more."""
+    layers, experts, told = 20, 16, {"steps": 9, "dropped": 7}
+    settings = Settings(Path("unused"), metrics=True)
+    of = {"layers": list(range(layers)), "experts": experts, "rank": 3}
+    draw = np.random.default_rng(0)
+    load_LE = np.stack([draw.multinomial(2000, [1 / experts] * experts) for _ in range(layers)])
+    load_LE[4], load_LE[7, :3] = [2000] + [0] * 15, [0, 0, load_LE[7, :3].sum()]
+    load_LE[9, :2] = 1, load_LE[9, :2].sum() - 1  # starved
+    metrics = EngineMetrics(about(settings, **of))
+    metrics.add(load_LE.reshape(-1), tokens=1000, written_bytes=5, **told)
+    found = metrics_in(folder)
+    watched = Watched()
+    watched.take(News("recording", [piece_of_counts(load_LE, 1000)]), metrics.header)
+    assert {name for name, *_ in found} == {
+        sample.name for family in Collector(watched).collect() for sample in family.samples
+    } | {"moe_inspect_written_bytes_total"}
+    in_all = [v for (name, *_), v in found.items() if name == "moe_inspect_assignments_total"]
+    assert sum(in_all) == 1000 * layers * K
+    assert found["moe_inspect_tokens_total", "3"] == 1000
+    assert found["moe_inspect_dropped_decisions_total", "3"] == 7
+    assert found["moe_inspect_written_bytes_total", "3"] == 5
+    vio_L = load_LE.max(1) / load_LE.mean(1) - 1
+    worst = {str(r) for r in np.argsort(-vio_L)[:8]}
+    for name in ("moe_inspect_max_vio", "moe_inspect_max_vio_chance"):
+        assert {labels[0] for of, *labels in found if of == name} == worst
+    dead = {labels[0]: v for (name, *labels), v in found.items() if name.endswith("dead_experts")}
+    assert dead == {"4": 15, "7": 2}
+    metrics.add(np.full(layers * experts, 5000), tokens=40_000, **told)
+    again = metrics_in(folder)
+    assert not any(name.endswith("dead_experts") for name, *_ in again)
+    assert again["moe_inspect_tokens_total", "3"] == 41_000
+
+
+def piece_of_counts(load_LE: np.ndarray, tokens: int) -> Piece:
+    L = len(load_LE)
+    return Piece(1, 1, list(load_LE), np.full(L, tokens), tokens=tokens, decisions=tokens * L)
+
+
+def test_a_series_per_expert_is_told_on_request(folder: Path) -> None:
+    settings = Settings(Path("unused"), metrics=True, per_expert=True)
+    engine = Engine(settings)
+    engine.serve()
+    metrics = EngineMetrics(about(settings))
+    tokens = int(engine.assignments.sum()) // (L * K)
+    metrics.add(engine.recorder.counts.numpy(), tokens=tokens, steps=9, dropped=0)
+    found = metrics_in(folder)
+    for layer, load_E in enumerate(engine.assignments):
+        for expert, load in enumerate(load_E):
+            at = str(expert), str(layer), "0", str(layer)
+            assert found["moe_inspect_expert_assignments_total", *at] == load
+
+
+def test_counts_that_are_seen_before_their_tokens_are_told(folder: Path) -> None:
+    metrics = EngineMetrics(about(Settings(Path("unused"), metrics=True)))
+    metrics.add(np.full(L * E, 5), tokens=0, steps=1, dropped=0)
+    metrics.add(np.zeros(L * E, np.int64), tokens=20, steps=1, dropped=0)
+    found = metrics_in(folder)
+    in_all = [v for (name, *_), v in found.items() if name == "moe_inspect_assignments_total"]
+    assert sum(in_all) == found["moe_inspect_tokens_total", "0"] * L * K == 20 * L * K
+
+
+def test_the_load_of_ranks_is_told_where_experts_are_parallel(folder: Path) -> None:
+    settings = Settings(Path("unused"), metrics=True)
+    engine = Engine(settings)
+    engine.serve()
+    placed = shares_of(np.tile(np.arange(E), (L, 1)), E, 2)
+    metrics = EngineMetrics(about(settings))
+    tokens = int(engine.assignments.sum()) // (L * K)
+    told: dict[str, Any] = {"tokens": tokens, "steps": 9, "dropped": 0}
+    metrics.add(engine.recorder.counts.numpy(), placed=placed, **told)
+    found, of_L2 = metrics_in(folder), engine.assignments.reshape(L, 2, -1).sum(2)
+    for gpu in (0, 1):
+        assert found["moe_inspect_gpu_assignments_total", str(gpu), "0"] == of_L2[:, gpu].sum()
+    for r in range(L):
+        ratio = found["moe_inspect_gpu_max_over_mean", str(r), "0", str(r)]
+        assert ratio == pytest.approx(of_L2[r].max() / of_L2[r].mean())
+    # it moves two experts, and gives a third a replica on each rank
+    moved = np.tile([0, 1, 2, 4, 7, 3, 5, 6, 7, 7], (L, 1))
+    before = found["moe_inspect_gpu_assignments_total", "0", "0"]
+    metrics.add(engine.recorder.counts.numpy(), placed=shares_of(moved, E, 2), **told)
+    load_E = engine.assignments.sum(0)
+    first = load_E[[0, 1, 2, 4]].sum() + load_E[7] / 3
+    now = metrics_in(folder)["moe_inspect_gpu_assignments_total", "0", "0"]
+    assert now - before == pytest.approx(first)
+
+
+def test_the_gauges_of_a_writer_that_was_killed_are_gone(folder: Path) -> None:
+    with recording(Settings(None, metrics=True)) as engine:
+        engine.step(("a", 0, 10))
+        window = "moe_inspect_window_tokens", "0"
+        waited(lambda: metrics_in(folder).get(window) == 10)
+        (gauges,) = folder.glob("gauge_*")
+        os.kill(int(gauges.stem.rpartition("_")[2]), signal.SIGKILL)
+        waited(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
+        left = metrics_in(folder)
+        assert window not in left
+        assert left["moe_inspect_tokens_total", "0"] >= 10
 
 
 # --- switched by the server

@@ -93,10 +93,14 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
     ids, weights = choice(case)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(kernels, case))
+    kept = lambda T: (torch.zeros(T, 4).short(), torch.zeros(T, 4).half())  # noqa: E731
+    scores = torch.rand(20, 60)
     for op, args in (
         (ops.dispatch, (ids, None, 60, *kernels._parts(None))),
         (ops.dispatch, (ids, weights, 60, *parts())),
         (ops.record, (ids, weights, *parts())),
+        (ops.keep_rows, (*kept(20), None, ids, weights, None, 60)),
+        (ops.keep_rows, (*kept(17), torch.zeros(17, 60).half(), ids, weights, scores, 60)),
     ):
         found = torch.library.opcheck(op.default, args, test_utils=tests)
         assert set(found.values()) == {"SUCCESS"}
@@ -147,6 +151,10 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
         for row in rows:
             assert stored(row, ids), row
             assert stored(row, weights), row
+    for k, bits in (("k8", 128), ("k4", 64)):  # ids and weights alike, in 16 bits
+        rows = [r for r in compiled[gpu] if re.match(rf"rows (kept|taken) .*{k}", r["kernel"])]
+        assert len(rows) >= 3
+        assert all(stored(row, bits) for row in rows)
     # positive control: two slots are no vector
     single = [r for r in recording if "E8 k2" in r["kernel"]]
     assert single

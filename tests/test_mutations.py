@@ -1,18 +1,26 @@
-"""Mutation tests of the kernels and the ring: each of these mistakes makes at least one check fail.
+"""Mutation tests of the kernels, the rows of engines and the ring: each of these mistakes makes at least one check fail.
 Those of analysis, writer, reader and importers are in test_mutations_analysis."""
 
 from __future__ import annotations
 
 import faulthandler
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels, ring
 from tests import test_ring
-from tests.support.kernel_checks import check_combine, check_dispatch, check_record, small_cases
+from tests.support.kernel_checks import (
+    check_combine,
+    check_dispatch,
+    check_record,
+    check_rows,
+    small_cases,
+)
 from tests.support.mutation import changed_source, fails, load_file
 
 if kernels.triton is None:
@@ -55,6 +63,23 @@ KERNELS = {
     "torch reference: norms in groups": ("slice(None) if inverse_S is None else inverse_S.long()", "slice(None)"),
     "torch reference: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
 }  # fmt: skip
+ROWS = {
+    "kept from another slot": ("tl.load(ids + i // K * IDS + i % K", "tl.load(ids + i // K * IDS + (i + 1) % K"),
+    "kept as if no column were behind": ("weights + i // K * WEIGHTS", "weights + i // K * K"),
+    "the last slot is not kept": ("inside = i < T * K", "inside = i < T * K - 1"),
+    "padding is counted": ("mask=i < counted * K", "mask=i < rows * K"),
+    "the last expert is not counted": ("routed = (expert >= 0) & (expert < E)", "routed = (expert >= 0) & (expert < E - 1)"),
+    "another expert's count": ("1 + tl.arange(0, BINS)", "1 + (tl.arange(0, BINS) + 1) % E"),
+    "counts are overwritten": ("tl.atomic_add(of_expert, count_E, mask=count_E > 0, sem=\"relaxed\")", "tl.store(of_expert, count_E, mask=count_E > 0)"),
+    "all routers are the first": ("first = router * rows * K", "first = router * 0"),
+    "taken from where it goes to": ("tl.load(picked + i // K, mask=inside, other=0)", "i // K"),
+    "routers overlap in what is taken": ("to = router * m * K + i", "to = router * K + i"),
+    "one token too many": ("inside = i < m row =", "inside = i < m + 1\n                row ="),
+    "positions are tokens": ("tl.load(positions + row", "tl.load(tokens + row"),
+    "torch: ids of no expert are counted": ("clamp(-1, self.E)", "clamp(0, self.E)"),
+    "torch: padding is counted": ("self.ids.narrow(1, 0, n)", "self.ids"),
+    "torch: not what is picked": ("slice(0, m) if picked is None else picked", "slice(0, m)"),
+}  # fmt: skip
 RING = {
     "a page is released a page too early": ("self.released = position // self.P\n", "self.released = position // self.P + 1\n"),
     "off-by-one page on the host": ("tape.part(tensor, page % self.pages)", "tape.part(tensor, (page + 1) % self.pages)"),
@@ -82,6 +107,13 @@ def run_kernel_checks(module: ModuleType) -> None:
                 check(module, case, reference)
 
 
+def run_row_checks(module: ModuleType) -> None:
+    for case in small_cases():
+        for skew in ("uniform", "zipf") if case.launches == 1 else ():
+            for reference in (False, True):
+                check_rows(kernels, replace(case, skew=skew), reference, module)
+
+
 def run_ring_checks(module: ModuleType) -> None:
     """Passes of sizes that fill pages exactly, almost, and not at all; released immediately and late."""
     for behind in (0, 1, 3):
@@ -103,10 +135,17 @@ def notices(check: Callable[[ModuleType], None], broken: ModuleType) -> bool:
 def test_unmutated_all_is_well(tmp_path: Path) -> None:
     source = '"""The Triton kernels'
     assert not notices(run_kernel_checks, mutated(kernels, source, source, tmp_path))
+    source = '"""The buffers that'
+    assert not notices(run_row_checks, mutated(rows, source, source, tmp_path))
     assert not notices(run_ring_checks, ring)
 
 
-@pytest.mark.parametrize("name", [*KERNELS, *RING])
+@pytest.mark.parametrize("name", [*KERNELS, *ROWS, *RING])
 def test_a_mistake_is_seen(name: str, tmp_path: Path) -> None:
-    module, check = (kernels, run_kernel_checks) if name in KERNELS else (ring, run_ring_checks)
-    assert notices(check, mutated(module, *(KERNELS | RING)[name], tmp_path))
+    for module, mistakes, check in (
+        (kernels, KERNELS, run_kernel_checks),
+        (rows, ROWS, run_row_checks),
+        (ring, RING, run_ring_checks),
+    ):
+        if name in mistakes:
+            assert notices(check, mutated(module, *mistakes[name], tmp_path))

@@ -28,7 +28,7 @@ from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
-from moe_inspect.watch.serve import Collector
+from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace

@@ -8,10 +8,13 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,15 +125,63 @@ def test_metrics_are_those_of_the_trace(server: Server, trace: Path) -> None:
     assert server.get("/metrics")[2]["content-type"].startswith("text/plain")
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(server: Server) -> None:
+def queries_of_the_dashboard() -> list[str]:
     text = (ROOT / "docs/grafana-dashboard.json").read_text(encoding="utf-8")
-    queries = [q["expr"] for panel in json.loads(text)["panels"] for q in panel["targets"]]
+    return [q["expr"] for panel in json.loads(text)["panels"] for q in panel["targets"]]
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(server: Server) -> None:
+    queries = queries_of_the_dashboard()
     asked = set(re.findall(r"moe_inspect_\w+", " ".join(queries)))
     served = {name.partition("{")[0] for name in server.metrics()}
     assert len(asked) >= 8
     assert asked <= served
     page = (ROOT / "docs/watch.md").read_text(encoding="utf-8")
     assert served == set(re.findall(r"`(moe_inspect_\w+)`", page))
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs a Prometheus server")
+def test_prometheus_answers_what_the_dashboard_asks(server: Server, tmp_path: Path) -> None:
+    """A real server, which scrapes ours."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    targets = {"targets": [f"127.0.0.1:{server.port}"]}
+    scraped = {"job_name": "a", "scrape_interval": "500ms", "static_configs": [targets]}
+    config = tmp_path / "prometheus.yml"
+    config.write_text(json.dumps({"scrape_configs": [scraped]}))  # which is YAML too
+    options = [f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/data"]
+    command = ["prometheus", *options, f"--web.listen-address={at}", "--log.level=error"]
+    process = subprocess.Popen(command)
+
+    def answer(query: str) -> list[Any]:
+        url = f"http://{at}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        with urllib.request.urlopen(url) as got:
+            return json.load(got)["data"]["result"]
+
+    def is_up() -> bool:
+        with contextlib.suppress(OSError):
+            return bool(answer("rate(moe_inspect_tokens_total[1m])"))
+        return False
+
+    try:
+        waited(is_up)
+        found = dict[str, list[Any]]()
+        for query in queries_of_the_dashboard():
+            asked = query.replace("$instance", ".*").replace("$layer", "2")
+            found[query] = answer(asked)
+            assert found[query], f"{query} finds nothing"
+        (worst,) = (
+            of for query, of in found.items() if query.startswith("topk(5, moe_inspect_max")
+        )
+        told = {name: value for name, value in server.metrics().items() if "max_vio{" in name}
+        values = sorted(float(of["value"][1]) for of in worst)
+        assert values == pytest.approx(sorted(told.values())[-5:])
+        with pytest.raises(urllib.error.HTTPError):  # control
+            answer("topk(5, moe_inspect_max_vio")
+    finally:
+        process.kill()
+        process.wait()
 
 
 OWN = ("localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80", "moe.example:80")

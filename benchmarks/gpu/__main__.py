@@ -47,6 +47,7 @@ from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.correctness import correctness
 from benchmarks.gpu.decode import decode
 from benchmarks.gpu.devices import Cpu, Cuda
+from benchmarks.gpu.engine import engine
 from benchmarks.gpu.graphs import graphs
 from benchmarks.gpu.micro import micro
 from benchmarks.gpu.models import models
@@ -63,7 +64,8 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "correctness": (correctness, 120.0),
     "micro": (micro, 50.0),
     "decode": (decode, 50.0),
-    "models": (models, 150.0),
+    "engine": (engine, 20.0),
+    "models": (models, 130.0),
     "graphs": (graphs, 65.0),
     "writer": (writer, 25.0),
 }

@@ -64,6 +64,7 @@ class Sizes:
     # B, positions where recorded rows are checked: many slots, and few
     batches: tuple[tuple[int, int], ...]
     ring_tokens: int  # there: a ring so large that a copy of it shows
+    engine: tuple[tuple[int, int, int, int, int], ...]  # T of a graph, of them real, E, K, routers
     # B, positions, and the seconds that the writer sleeps per batch
     throttled: tuple[int, int, float]
 
@@ -100,6 +101,7 @@ FULL = Sizes(
     turn_s=0.3,
     batches=((4, 100), (2, 4)),
     ring_tokens=6_000_000,
+    engine=((64, 50, 128, 8, 48), (512, 500, 128, 8, 48), (8192, 8000, 256, 8, 58)),
     throttled=(8, 512, 0.2),
 )
 DRY = Sizes(
@@ -125,5 +127,6 @@ DRY = Sizes(
     turn_s=0.0,
     batches=((2, 20),),
     ring_tokens=64,
+    engine=((24, 19, 8, 2, 2),),
     throttled=(2, 16, 0.1),
 )

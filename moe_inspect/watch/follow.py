@@ -20,7 +20,7 @@ from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.location import Remote, location
-from moe_inspect.trace.files.lock import is_locked, left_of
+from moe_inspect.trace.files.lock import is_locked, is_running, left_of
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, stored_manifest, writer_of
 from moe_inspect.trace.shard import Shard
@@ -135,8 +135,9 @@ class _Rank:
 
 class Follower:
     """`poll` counts what was committed since the last call. `path`: a directory, or a URL that
-    fsspec reads; the trace need not exist yet. `of_process`: only the trace that this process
-    writes there. MoeInspectError where it stays unreadable."""
+    fsspec reads; the trace need not exist yet, and is the next one once an engine goes on there.
+    `of_process`: only the trace that this process writes there. MoeInspectError where it stays
+    unreadable."""
 
     def __init__(
         self,
@@ -153,6 +154,7 @@ class Follower:
         self._lines: Known = {}
         self._ranks: dict[int, _Rank] = {}
         self._no_writer = self._failed = 0
+        self._before: TraceHeader | None = None  # which the one that is followed now follows
 
     def poll(self) -> News:
         news = News(WAITING)
@@ -160,6 +162,9 @@ class Follower:
             self._poll(news)
             self._failed = 0
         except FileNotFoundError:  # no manifest (yet)
+            if self._before is not None:  # the next one of an engine begins with its next tokens
+                news.status = RECORDING if is_written_on(self._before) else self._before.status
+                return news
             news.again, self.header, self._ranks = self.header is not None, None, {}
         except (MoeInspectError, OSError) as error:
             self._failed += 1
@@ -201,6 +206,10 @@ class Follower:
                     news.left_tokens += shard.tokens
                 else:
                     self._count(Shard(header, shard), rank, news)
+        name = header.manifest.get("capture", {}).get("followed_by")
+        if name is not None and isinstance(self._at, Path) and not news.left_tokens:
+            self.path = self._at.parent / Path(str(name)).name
+            self._before, self._ranks, news.status = header, {}, RECORDING
 
     def _count(self, shard: Shard, rank: _Rank, news: News) -> None:
         piece = piece_of(shard)
@@ -227,7 +236,7 @@ class Follower:
             raise FileNotFoundError(f"{at} is of another process")
         again = before is not None and before.routers != header.routers
         if at != self._at or again:
-            self._lines = {}
+            self._lines, self._before = {}, None
         self.header, self._at, self._manifest = header, at, data
         return header, again
 
@@ -254,6 +263,15 @@ class Follower:
         )
         self._no_writer = 0 if at_work else self._no_writer + 1
         return KILLED if self._no_writer >= SURE_POLLS else RECORDING
+
+
+def is_written_on(header: TraceHeader) -> bool:
+    """Whether the process that wrote a trace which another follows is still at work, as far as this
+    machine can tell."""
+    capture = header.manifest["capture"]
+    if capture.get("host") != socket.gethostname():
+        return True
+    return is_running(capture["pid"], capture.get("process_start")) is not False
 
 
 def _beyond(counted: list[ShardFiles], listed: list[ShardFiles]) -> list[ShardFiles] | None:

@@ -12,9 +12,8 @@ import errno
 import ipaddress
 import json
 import logging
-import math
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -25,18 +24,17 @@ from jinja2 import Template
 from markupsafe import Markup
 
 from moe_inspect.alarms.alarms import metric_R
-from moe_inspect.alarms.rules import GPU_LOAD
 from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.render.html import asset, palette_css, script_hash
 from moe_inspect.reporting.render.payload import panel_json, without_numpy
 from moe_inspect.text import first_line, print_stderr, readable
-from moe_inspect.watch.follow import COMPLETE, ENDED, RECORDING, WAITING, Piece
+from moe_inspect.watch.follow import COMPLETE, RECORDING, WAITING, Piece
+from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 
 if TYPE_CHECKING:
-    from prometheus_client.core import Metric
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
@@ -374,69 +372,3 @@ def serve(
                 await super().shutdown(sockets)
 
         Server(config).run(sockets=[listening])
-
-
-OF_ROUTERS = {  # metric of the load → what Prometheus is told of it
-    "max_vio": "(max - mean) / mean of the load in the last window; 0 is even",
-    "dead_experts": "Experts without load in the last window",
-    "starved_experts": "Experts with some load, but under a tenth of the mean, in the last window",
-    "entropy": "Entropy of the load in the last window, as a ratio to ln E; 1 is even",
-    "balancedness": "Mean / max load in the last window; 1 is even",
-    GPU_LOAD: "Load of the busiest GPU / mean in the last window, as --plan places the experts",
-    "max_vio_chance": "The highest max_vio of the last window that chance explains",
-}
-LABELS = ["layer", "router"]
-
-
-class Collector:
-    """Of a private registry of prometheus_client. `per_expert`: assignments of every expert too,
-    which are as many series as there are experts."""
-
-    def __init__(self, watched: Watched, per_expert: bool = False):
-        self.watched, self.per_expert = watched, per_expert
-
-    def _values(self, metric: str, window: Piece) -> Sequence[float]:
-        """Of each router, NaN where there is none: of the load of GPUs without a plan."""
-        watched = self.watched
-        if metric == "max_vio_chance":
-            return [watched.chance(r) for r in range(len(watched.labels))]
-        if metric == GPU_LOAD:
-            load_L = watched.gpu_load
-            return [math.nan] * len(watched.labels) if load_L is None else load_L.tolist()
-        return metric_R(metric, window).tolist()
-
-    def collect(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily as Counter
-        from prometheus_client.core import GaugeMetricFamily as Gauge
-
-        watched, window = self.watched, self.watched.window
-        status = Gauge("moe_inspect_status", "1 for the status of the trace", labels=["status"])
-        for name in (WAITING, RECORDING, *ENDED):
-            status.add_metric([name], float(name == watched.status))
-        yield status
-        yield Counter("moe_inspect_tokens", "Tokens recorded", watched.tokens)
-        yield Counter("moe_inspect_decisions", "Router decisions recorded", watched.decisions)
-        since = "Seconds since the last tokens"
-        yield Gauge("moe_inspect_last_tokens_seconds", since, watched.changed_s)
-        if window is None or watched.total is None:
-            return
-        yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", window.tokens)
-        names = [[label, str(r)] for r, label in enumerate(watched.labels)]
-        for metric, said in OF_ROUTERS.items():
-            family = Gauge(f"moe_inspect_{metric}", said, labels=LABELS)
-            for name, value in zip(names, self._values(metric, window), strict=True):
-                if not math.isnan(value):
-                    family.add_metric(name, float(value))
-            yield family
-        said = "1 for each rule that a router breaks now"
-        alarms = Gauge("moe_inspect_alarm", said, labels=[*LABELS, "rule"])
-        for alarm in watched.alarms:
-            alarms.add_metric([*names[alarm.router], alarm.rule], 1.0)
-        yield alarms
-        if self.per_expert:
-            said = "Assignments of each expert"
-            experts = Counter("moe_inspect_expert_assignments", said, labels=[*LABELS, "expert"])
-            for name, load_E in zip(names, watched.total.load, strict=True):
-                for e, load in enumerate(load_E.tolist()):
-                    experts.add_metric([*name, str(e)], load)
-            yield experts

@@ -58,7 +58,8 @@ class Watched:
     not of its experts.
 
     window: None without tokens; `total`: the same of all tokens. history: max_vio of the window by
-    router, float [L], after each shard. alarms: those that hold now; raised: all of them.
+    router, float [L], after each shard. `gpu_total`: load of each GPU of the plan, float [G].
+    `written_bytes`: None where nobody says it. alarms: those that hold now; raised: all of them.
     `changed_s`: since when nothing came, by the clock."""
 
     def __init__(
@@ -81,7 +82,9 @@ class Watched:
         self._begin()
 
     def _begin(self) -> None:
-        self.tokens = self.decisions = 0
+        self.tokens = self.decisions = self.dropped = 0
+        self.written_bytes: int | None = None
+        self.gpu_total: np.ndarray | None = None
         self.total: Piece | None = None
         self.window: Piece | None = None
         self.history: deque[np.ndarray] = deque(maxlen=HISTORY)
@@ -117,6 +120,7 @@ class Watched:
             self.header, self.routers = header, [] if header is None else header.routers
             self.labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
         if header is not None:
+            self.dropped = header.manifest["counts"].get("dropped", 0)
             for piece in news.pieces:
                 self._add(piece, header)
         if news.pieces:
@@ -133,6 +137,11 @@ class Watched:
             self._alarms = Alarms(self.routers, self._rules, steps, gpus=gpus)
         self.tokens += piece.tokens
         self.decisions += piece.decisions
+        if self._placed:
+            of = [
+                load_E @ share_EG for load_E, share_EG in zip(piece.load, self._placed, strict=True)
+            ]
+            self.gpu_total = np.sum(of, 0) + (0 if self.gpu_total is None else self.gpu_total)
         self.total = piece if self.total is None else joined([self.total, piece])
         if self._pieces and self._pieces[-1].tokens + piece.tokens <= self.window_tokens / PARTS:
             self._pieces[-1] = joined([self._pieces[-1], piece])
@@ -276,6 +285,7 @@ class WatchSession:
         """Looks at the trace. Whether anything is new."""
         news, watched = self.follower.poll(), self.watched
         changed, window = watched.take(news, self.follower.header), watched.window
+        self.path = str(self.follower.path)
         if news.again:
             self.text = None
         if news.shards and self.options.texts and window is not None:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 
+from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernel_reference import Case, check_sizes, choice, tape_for
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
 from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, compiled, variants
-from tests.support.kernel_checks import check_dispatch, check_record
+from tests.support.kernel_checks import check_dispatch, check_record, check_rows
 
 TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
 SKEWS = ("uniform", "zipf", "one-hot")
@@ -34,6 +35,8 @@ def executions() -> Iterator[Execution]:
     for E, K in SHAPES:
         for weights in WEIGHTS:
             yield from _of_shape(E, K, weights)
+        counted = replace(_case(E, K, 1100 // K, "none"), skew="uniform")
+        yield f"rows counted E{E} k{K}", lambda case=counted: check_rows(kernels, case, False)
         off = _case(E, K, 90 // K, "none", launches=1, tape="none")
         yield _dispatch(f"dispatch 1/1 off E{E} k{K}", off)
         off = _case(E, K, 1100 // K, "none", launches=2, tape="none", block=1024)
@@ -56,6 +59,9 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
         of = _case(E, K, 9, kind, turn=int(grouped)), grouped
         recording = "" if grouped else "+ record "
         yield f"combine {recording}{name}", lambda of=of: check_combine(*of)
+    ids = torch.int64 if weights == "bf16" else torch.int32
+    case = replace(_case(E, K, 1100 // K, kind), ids=ids, skew="uniform")
+    yield f"rows {name}", lambda: check_rows(kernels, case, False)
     for columns in COLUMNS[weights]:
         of = _case(E, K, 2, kind), True, columns // 2 + 16
         yield f"combine + sizes {name} of {columns}", lambda of=of: check_combine(*of, sizes=True)
@@ -134,7 +140,7 @@ def main() -> None:
             continue
         device, wrong, start = Device(target, edit=edit), "", time.process_time()
         try:
-            with executed(kernels, device):
+            with executed(kernels, device), executed(rows, device):
                 check()
         except (AssertionError, Fault) as error:
             wrong = f"{type(error).__name__}: {str(error).strip()[:200]}"

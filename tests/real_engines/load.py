@@ -30,8 +30,20 @@ def main() -> None:
     llm = LLM(asked["model"], **options, **asked["engine"])
     sampling = SamplingParams(max_tokens=asked["generate"], temperature=0, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], sampling)
-    lines = []
-    for output in outputs:
+    lines, whole = [], len(outputs)
+    if asked["stop"]:  # each goes on, up to a token that it is known to come to
+        answers = [output.outputs[0].token_ids for output in outputs]
+        outputs += llm.generate(
+            [
+                {"prompt_token_ids": [*output.prompt_token_ids, answer[0]]}
+                for output, answer in zip(outputs, answers, strict=True)
+            ],
+            [
+                SamplingParams(max_tokens=asked["generate"], temperature=0, stop_token_ids=[a[5]])
+                for a in answers
+            ],
+        )
+    for n, output in enumerate(outputs):
         answer = output.outputs[0]
         routed = getattr(answer, "routed_experts", None)
         line = {
@@ -40,6 +52,7 @@ def main() -> None:
             "answer": list(answer.token_ids),
             "cached": output.num_cached_tokens,
             "routed": None if routed is None else routed.tolist(),
+            "stopped": n >= whole,
         }
         lines.append(json.dumps(line) + "\n")
     Path(asked["answers"]).write_text("".join(lines))

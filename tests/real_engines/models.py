@@ -51,9 +51,9 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
     ),
 }
-# whose decisions in vLLM are not those in transformers from a text's second token on: compared with
-# what vLLM itself returns
-UNLIKE: dict[str, tuple[str | None, dict[str, Any]]] = {
+# for vLLM alone, with the rotary embedding in torch: vLLM's kernel for CPUs rotates queries wrongly
+# that come as [tokens, heads, size], as those of a DeepSeek do
+DEEPSEEK: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DeepSeek-V2": (
         "deepseek_v2",
         {
@@ -115,7 +115,7 @@ def save(name: str, directory: Path, tied: bool = True) -> Path:
     """The directory of a model. The bundled one has its output matrix twice where not `tied`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, settings = (MODELS | CONVERTED | UNLIKE)[name]
+    family, settings = (MODELS | CONVERTED | DEEPSEEK)[name]
     if family is None and tied:
         return DEMO / "model"
     if family is None:

@@ -27,6 +27,7 @@ from tests.real_engines.test_inside_vllm import (
     Asked,
     Property,
     check_rows,
+    closed_in,
     compared,
     decisions,
     traces_in,
@@ -36,10 +37,11 @@ from tests.support.watched import waited
 pytestmark = pytest.mark.skipif(
     find_spec("sglang") is None, reason="make test-sglang installs SGLang"
 )
-COUNTED = re.compile(r"^moe_inspect_engine_assignments_total{.*} (\S+)$", re.M)
+COUNTED = re.compile(r"^moe_inspect_assignments_total{.*} (\S+)$", re.M)
 OPTIONS = ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
 OPTIONS += ["--max-total-tokens", "20000", "--chunked-prefill-size", "128", "--dtype", "float32"]
-OPTIONS += ["--max-running-requests", "8", "--disable-overlap-schedule", "--skip-server-warmup"]
+OPTIONS += ["--max-running-requests", "8", "--skip-server-warmup"]
+ONE_BY_ONE = "--disable-overlap-schedule"
 
 
 @contextmanager
@@ -60,17 +62,19 @@ def served(
             yield engine.url, model
 
 
-async def answers(url: str, named: dict[str, list[int]], generate: int = 16) -> list[Asked]:
-    """Requests by name, eight at once."""
+async def answers(url: str, named: dict[str, list[int]], stop: Sequence[int] = ()) -> list[Asked]:
+    """Requests by name, eight at once; each ends with one of the tokens `stop`."""
     at_once = asyncio.Semaphore(8)
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
 
         async def ask(name: str, prompt: list[int]) -> Asked:
-            sampling = {"max_new_tokens": generate, "temperature": 0, "ignore_eos": True}
+            sampling = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": not stop}
+            sampling |= {"stop_token_ids": [*stop]} if stop else {}
             body = {"input_ids": prompt, "rid": name, "sampling_params": sampling}
             async with at_once:
                 answer: Any = (await http.post("/generate", json=body)).json()
-            return Asked(name, prompt, answer["output_ids"], answer["meta_info"]["cached_tokens"])
+            cached = answer["meta_info"]["cached_tokens"]
+            return Asked(name, prompt, answer["output_ids"], cached, stopped=bool(stop))
 
         return list(await asyncio.gather(*(ask(n, p) for n, p in named.items())))
 
@@ -84,10 +88,18 @@ def named(texts: Sequence[list[int]], prefix: str = "r") -> dict[str, list[int]]
     return {f"{prefix}{n}": text for n, text in enumerate(texts)}
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if ("sglang", n) not in OTHERWISE])
-def test_every_decision(name: str, tmp_path: Path, record_property: Property) -> None:
-    """In chunks of 128 tokens, behind a radix cache, switched off and on in between."""
-    with served(tmp_path, name, "--enable-metrics", metrics=1) as (url, model):
+NAMES = [n for n in MODELS if ("sglang", n) not in OTHERWISE]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((n, (ONE_BY_ONE,)) for n in NAMES), ("bundled Mixtral", ())]
+)
+def test_every_decision(
+    name: str, options: tuple[str, ...], tmp_path: Path, record_property: Property
+) -> None:
+    """In chunks of 128 tokens, behind a radix cache, switched off and on in between; answers that a
+    token ends; and where a batch is scheduled while another is computed."""
+    with served(tmp_path, name, "--enable-metrics", *options, metrics=1) as (url, model):
         asked = asyncio.run(answers(url, named(prompts())))
         (state,) = tell(url, "off")
         assert not state["on"]
@@ -95,22 +107,28 @@ def test_every_decision(name: str, tmp_path: Path, record_property: Property) ->
         (state,) = tell(url, "on")
         assert state["on"]
         asked += asyncio.run(answers(url, named(prompts()[3:5], "on")))
+        for n, one in enumerate(asked[:4]):  # they go on, up to a token that they come to
+            text, end = [*one.prompt, one.answer[0]], one.answer[5]
+            asked += asyncio.run(answers(url, {f"ends{n}": text}, [end]))
+        assert all(len(one.answer) <= 5 for one in asked[-4:])
         made = tell(url, "status")[0]["decisions"]
         k = json.loads((model / "config.json").read_text())["num_experts_per_tok"]
         waited(lambda: counted(url) == made * k > 0)
         with pytest.raises(moe_inspect.MoeInspectError, match=r"sample is .2., not a share"):
             tell(url, "sample", "2")
+        traces_in(tmp_path)
     assert any(one.cached for one in asked), "nothing was cached"
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     assert moe_inspect.open_trace(path).n_decisions == made
     tokens, equal, total = compared([path], asked, model)
     engine = f"SGLang {version('sglang')}"
-    row = f"| {engine} | {name} | off and on | {tokens:,} | {equal:,} of {total:,} |"
+    run = "off and on" if options else "off and on, overlap schedule"
+    row = f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |"
     record_property("plugin-sglang", row)
 
 
 def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None:
-    with served(tmp_path, "bundled Mixtral") as (url, _):
+    with served(tmp_path, "bundled Mixtral", ONE_BY_ONE) as (url, _):
 
         async def abort() -> None:
             async with httpx.AsyncClient(base_url=url, timeout=600) as http:
@@ -123,7 +141,8 @@ def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None
 
         asyncio.run(abort())
         asked = asyncio.run(answers(url, named(prompts()[:2])))
-    (path,) = traces_in(tmp_path)
+        traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     got = decisions(moe_inspect.open_trace(path))
     got["request"] = got.source
     assert (got.request == "long").any()

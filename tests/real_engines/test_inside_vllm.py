@@ -27,7 +27,7 @@ import pytest
 import moe_inspect
 from tests.conftest import ROOT
 from tests.real_engines.load import prompts
-from tests.real_engines.models import MODELS, UNLIKE, save
+from tests.real_engines.models import DEEPSEEK, MODELS, save
 from tests.real_engines.server import BIN, ENGINES
 from tests.support.watched import waited
 
@@ -46,7 +46,8 @@ NGRAM = {
 @dataclass(frozen=True)
 class Asked:
     """A request, what it was answered, how many of its tokens a cache had, and the routed experts
-    that the engine returned [tokens, blocks, K]. `left`: its client went away in its answer."""
+    that the engine returned [tokens, blocks, K]. `left`: its client went away in its answer.
+    `stopped`: by a token, behind which an engine that schedules ahead has computed one more."""
 
     request: str
     prompt: list[int]
@@ -54,10 +55,11 @@ class Asked:
     cached: int | None
     routed: list[Any] | None = None
     left: bool = False
+    stopped: bool = False
 
     @property
     def fed(self) -> list[int]:
-        return self.prompt + self.answer[:-1]
+        return self.prompt + (self.answer if self.stopped else self.answer[:-1])
 
 
 def environment(runner: str, **variables: object) -> dict[str, str]:
@@ -81,10 +83,12 @@ def generated(
     runner: str,
     generate: int = 16,
     engine: Any = None,
+    stop: bool = False,
     **variables: object,
 ) -> list[Asked]:
     """The answers of an engine in a process of its own; its traces are in `place`/runs."""
     asked = {"model": str(model), "answers": str(place / "answers"), "generate": generate}
+    asked["stop"] = stop
     asked["engine"] = {"enforce_eager": True, **(engine or {})}
     done = subprocess.run(
         [sys.executable, "-m", "tests.real_engines.load", json.dumps(asked)],
@@ -162,14 +166,30 @@ def check_rows(got: pd.DataFrame, asked: Sequence[Asked]) -> None:
     rows, first = once.groupby("request").size(), once.groupby("request").position.min()
     for one in asked:
         if one.cached is not None:
-            assert rows.get(one.request, 0) == len(one.fed) - one.cached, one.request
+            made, fed = rows.get(one.request, 0), len(one.fed) - one.cached
+            assert made in ({fed - 1, fed} if one.stopped else {fed}), one.request
             assert first[one.request] == one.cached
     prompt = once.request.map({one.request: len(one.prompt) for one in asked})
     assert ((once.phase == "decode") == (once.position >= prompt)).all()
 
 
-def traces_in(place: Path) -> list[Path]:
-    return sorted((place / "runs").iterdir())
+def traces_in(place: Path, n: int = 1) -> list[Path]:
+    """The traces, once there are so many: the first begins when its model is described."""
+    runs = place / "runs"
+    return waited(
+        lambda: (
+            len(found := sorted(runs.glob("*/trace.json"))) >= n and [file.parent for file in found]
+        ),
+        180,
+    )
+
+
+def closed_in(place: Path, n: int = 1) -> list[Path]:
+    """When their engine has ended."""
+    found = traces_in(place, n)
+    for path in found:
+        waited(lambda path=path: moe_inspect.open_trace(path).status != "recording", 180)
+    return found
 
 
 def recorded(record: Property, name: str, run: str, numbers: tuple[int, int, int]) -> None:
@@ -180,25 +200,28 @@ def recorded(record: Property, name: str, run: str, numbers: tuple[int, int, int
 
 # (V2, compiled, has kernels that Triton's interpreter refuses)
 @pytest.mark.parametrize(("runner", "mode"), [("V1", "eager"), ("V1", "compiled"), ("V2", "eager")])
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "Qwen3-MoE"])
+@pytest.mark.parametrize("name", [*(n for n in MODELS if n != "Qwen3-MoE"), *DEEPSEEK])
 def test_every_decision(
     name: str, runner: str, mode: str, tmp_path: Path, record_property: Property
 ) -> None:
     """In chunks of 128 tokens, behind a prefix cache."""
     model = save(name, tmp_path / "model")
-    asked = generated(tmp_path, model, runner, engine={"enforce_eager": mode == "eager"})
+    options: dict[str, Any] = {"enforce_eager": mode == "eager"}
+    if name in DEEPSEEK:
+        options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    asked = generated(tmp_path, model, runner, engine=options)
     assert any(one.cached for one in asked), "nothing was cached"
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     assert moe_inspect.open_trace(path).status == "complete"
     recorded(record_property, name, f"runner {runner}, {mode}", compared([path], asked, model))
 
 
-@pytest.mark.parametrize("name", ["bundled Mixtral", "Qwen3-MoE, layers 0 and 2 dense", *UNLIKE])
+@pytest.mark.parametrize("name", ["bundled Mixtral", "Qwen3-MoE, layers 0 and 2 dense", *DEEPSEEK])
 def test_what_the_engine_returns(name: str, tmp_path: Path, record_property: Property) -> None:
     """By runner V2, for all tokens but those that vLLM returns nothing of."""
     model = save(name, tmp_path / "model")
     asked = generated(tmp_path, model, "V2", engine={"enable_return_routed_experts": True})
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     got, equal = decisions(moe_inspect.open_trace(path)), 0
     got["request"] = got.source.map(request_of)
     check_rows(got, asked)
@@ -218,18 +241,29 @@ def test_what_is_computed_again_is_a_sequence_of_its_own(
 ) -> None:
     model = save("bundled Mixtral", tmp_path / "model")
     asked = generated(tmp_path, model, runner, 150, {"num_gpu_blocks_override": 14})
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     tokens = moe_inspect.open_trace(path).tokens()
     assert tokens.duplicated(["document", "position"]).any(), "nothing was preempted"
     numbers = compared([path], asked, model)
     recorded(record_property, "bundled Mixtral", f"runner {runner}, preempted", numbers)
 
 
+def test_answers_that_a_token_ends(tmp_path: Path, record_property: Property) -> None:
+    model = save("bundled Mixtral", tmp_path / "model")
+    asked = generated(tmp_path, model, "V1", stop=True)
+    ended = [len(one.answer) for one in asked if one.stopped]
+    assert len(ended) == len(asked) / 2
+    assert max(ended) <= 5
+    (path,) = closed_in(tmp_path)
+    numbers = compared([path], asked, model)
+    recorded(record_property, "bundled Mixtral", "runner V1, answers that a token ends", numbers)
+
+
 def test_rejected_drafts_are_absent(tmp_path: Path, record_property: Property) -> None:
     """By runner V1: V2's n-gram speculation has a kernel that Triton's interpreter refuses."""
     model = save("bundled Mixtral", tmp_path / "model")
     asked = generated(tmp_path, model, "V1", 60, {"speculative_config": NGRAM})
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     numbers = compared([path], asked, model)
     recorded(record_property, "bundled Mixtral", "runner V1, n-gram speculation", numbers)
 
@@ -238,14 +272,15 @@ def test_rejected_drafts_are_absent(tmp_path: Path, record_property: Property) -
 
 
 @contextmanager
-def served(place: Path, **variables: object) -> Iterator[tuple[str, Path]]:
+def served(place: Path, *more_options: str, **variables: object) -> Iterator[tuple[str, Path]]:
     """The URL of a server with the plugin, and the directory of its model."""
     model = save("bundled Mixtral", place / "model")
     options = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "8"]
     options += ["--max-num-batched-tokens", "128", "--enable-prompt-tokens-details"]
-    options += ["--gpu-memory-utilization", "0.2"]
+    options += ["--gpu-memory-utilization", "0.2", *more_options]
     (place / "prometheus").mkdir()
-    more = {"PROMETHEUS_MULTIPROC_DIR": str(place / "prometheus"), "VLLM_PLUGINS": "moe_inspect"}
+    more = {"PROMETHEUS_MULTIPROC_DIR": str(place / "prometheus")}
+    more |= {"VLLM_PLUGINS": "moe_inspect,cpu_collectives"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (environment("V2", trace=place / "runs", **variables) | more).items():
             patch.setenv(name, value)
@@ -282,17 +317,22 @@ async def answers(url: str, named: dict[str, list[int]], n: int = 1) -> list[Ask
     return [one for of_request in found for one in of_request]
 
 
-def engine_state(url: str, *command: str) -> dict[str, Any]:
+def engine_states(url: str, *command: str) -> list[dict[str, Any]]:
     run = [sys.executable, "-m", "moe_inspect", "engine", url, *command, "--format", "json"]
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def counted(url: str) -> int:
-    """The sum over layers and experts that /metrics states."""
-    text = httpx.get(f"{url}/metrics").text
-    found = re.findall(r"^moe_inspect_engine_assignments_total\{.*\} (\S+)$", text, re.M)
+def engine_state(url: str, *command: str) -> dict[str, Any]:
+    (state,) = engine_states(url, *command)
+    return state
+
+
+def counted(url: str, per: str = "") -> int:
+    """The sum over layers, or `per` layer and "expert", that /metrics states."""
+    name = f"moe_inspect_{per and f'{per}_'}assignments_total"
+    found = re.findall(rf"^{name}{{.*}} (\S+)$", httpx.get(f"{url}/metrics").text, re.M)
     return int(sum(map(float, found)))
 
 
@@ -300,7 +340,7 @@ def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: P
     """Off and on again; several answers to a request; one that its client leaves; /metrics; and
     SIGTERM."""
     named = {f"r{n}": ids for n, ids in enumerate(prompts())}
-    with served(tmp_path, metrics=1) as (url, model):
+    with served(tmp_path, metrics=1, per_expert=1) as (url, model):
         asked = asyncio.run(answers(url, named))
         asked += asyncio.run(answers(url, {"several": named["r4"][::-1]}, n=2))
         before = engine_state(url, "off")
@@ -317,16 +357,42 @@ def test_a_server_is_switched_while_it_serves(tmp_path: Path, record_property: P
             time.sleep(5)  # the process that writes needs the processor too
             return counted(url) == engine_state(url)["decisions"] * K
 
-        waited(settled)
+        waited(settled, 240)
         state = engine_state(url)
-        assert counted(url) == state["decisions"] * K
-    (path,) = traces_in(tmp_path)
-    # (vLLM kills workers that do not end at once)
-    trace = waited(lambda: (t := moe_inspect.open_trace(path)).status != "recording" and t)
+        assert counted(url) == counted(url, "expert") == state["decisions"] * K
+        traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
+    trace = moe_inspect.open_trace(path)
     assert trace.n_tokens * L == state["decisions"]
     assert not any("unseen" in source for source in trace.documents().source)
     numbers = compared([path], asked, model)
     recorded(record_property, "bundled Mixtral", "a server, off and on", numbers)
+
+
+def test_all_engines_behind_a_server(tmp_path: Path, record_property: Property) -> None:
+    """Two of data parallelism, whose traces are merged."""
+    named, K = {f"r{n}": ids for n, ids in enumerate(prompts())}, 2
+    parallel = "--data-parallel-size", "2", "--api-server-count", "1"
+    with served(tmp_path, *parallel, metrics=1) as (url, model):
+        asked = asyncio.run(answers(url, named))
+        states = engine_states(url, "off")
+        assert [(state["rank"], state["on"]) for state in states] == [(0, False), (1, False)]
+        asyncio.run(answers(url, {"unseen0": named["r4"], "unseen1": named["r5"]}))
+        assert all(state["on"] for state in engine_states(url, "on"))
+        asked += asyncio.run(answers(url, {"seen0": named["r7"], "seen1": named["r8"]}))
+
+        def settled() -> bool:
+            time.sleep(1)
+            made = [state["decisions"] for state in engine_states(url)]
+            return min(made) > 0 and counted(url) == sum(made) * K
+
+        waited(settled, 240)
+        traces_in(tmp_path, 2)
+    traces = closed_in(tmp_path, 2)
+    assert len(traces) == 2
+    moe_inspect.merge(traces, tmp_path / "merged" / "all")
+    numbers = compared([tmp_path / "merged" / "all"], asked, model)
+    recorded(record_property, "bundled Mixtral", "two engines behind a server, merged", numbers)
 
 
 def leave(url: str, name: str, ids: list[int]) -> None:
@@ -346,7 +412,7 @@ def test_what_is_killed_does_not_stop_the_server(tmp_path: Path) -> None:
     named = {f"r{n}": ids for n, ids in enumerate(prompts()[:6])}
     with served(tmp_path) as (url, _):
         asyncio.run(answers(url, named))
-        (first,) = waited(lambda: (tmp_path / "runs").exists() and traces_in(tmp_path))
+        (first,) = traces_in(tmp_path)
         waited(lambda: moe_inspect.open_trace(first).n_tokens)
         os.kill(moe_inspect.open_trace(first).manifest["capture"]["pid"], signal.SIGKILL)
         asyncio.run(answers(url, named))
@@ -355,7 +421,7 @@ def test_what_is_killed_does_not_stop_the_server(tmp_path: Path) -> None:
         asyncio.run(answers(url, named))
         assert engine_state(url, "on")["error"] is None
         asyncio.run(answers(url, {f"again-{name}": ids for name, ids in named.items()}))
-        _, second = waited(lambda: len(traces_in(tmp_path)) == 2 and traces_in(tmp_path))
+        _, second = traces_in(tmp_path, 2)
         waited(lambda: moe_inspect.open_trace(second).n_tokens)
         (worker,) = [
             int(status.parent.name)

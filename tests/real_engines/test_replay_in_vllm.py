@@ -13,7 +13,7 @@ import moe_inspect
 from moe_inspect.capture.engine.replay import Replay
 from moe_inspect.trace.shard import Shard
 from tests.real_engines.models import save
-from tests.real_engines.test_inside_vllm import generated, traces_in
+from tests.real_engines.test_inside_vllm import closed_in, generated
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="make test-vllm installs vLLM")
 
@@ -40,7 +40,7 @@ def test_an_engine_routes_each_request_as_a_text_of_the_trace(
     model = save("OLMoE", tmp_path / "model")
     engine = {"enforce_eager": mode == "eager", "load_format": "dummy"}
     generated(tmp_path, model, runner, engine=engine, replay=replayed)
-    (path,) = traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
     trace = moe_inspect.open_trace(path)
     L, (router, *_) = len(trace.routers), trace.routers
     replay = Replay(replayed, (L, router.experts, router.top_k), torch.device("cpu"))

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.launch import Launch
 
@@ -56,6 +57,12 @@ NO_TAPE = kernels.TapeArguments(*("constexpr",) * len(kernels.TapeArguments._fie
 OFF = {"tape": NO_TAPE, "weights": None}
 IN_ORDER = {"inverse": None, "offsets": None}
 NO_SIZES = {"norms": None, "peaks": None}
+KEPT = {"to_ids": "*i16", "to_weights": "*fp16"}
+TAKEN = {**KEPT, "ids": "*i16", "weights": "*fp16", "picked": "*i64"}
+TAKEN |= {"positions": "*i64", "rows": "i32:16", "counted": "i32", "m": "i32", "sums": "*i64"}
+ABSENT = ("weights", "picked", "tokens", "positions")
+ABSENT += ("to_tokens", "to_positions", "to_ids", "to_weights")
+COUNTED = {**TAKEN, **dict.fromkeys(ABSENT)}
 
 
 def variants() -> Iterator[Variant]:
@@ -88,6 +95,12 @@ def _variants_of(E: int, K: int) -> Iterator[Variant]:
         for columns in COLUMNS[weight]:
             measured = {**taped, **y, "tape": NO_TAPE, "norms": "*fp32", "peaks": "*fp32"}
             yield f"combine + sizes {name} of {columns}", combine(columns=columns), measured
+        router = {**KEPT, "weights": own, "ids": "*i64" if weight == "bf16" else "*i32"}
+        yield f"rows kept {name}", rows._keep_launch(K, K, K), router
+    ids_alone = {**KEPT, "ids": "*i64", "weights": None, "to_weights": None}
+    yield f"rows kept {of_shape}, ids alone", rows._keep_launch(K, K, K), ids_alone
+    for name, types in (("taken", TAKEN), ("counted", COUNTED)):
+        yield f"rows {name} {of_shape}", rows._take_launch(K, E), types
     yield f"record alone {of_shape}", kernels._record_launch(K, True), taped
     yield f"dispatch 1/1 off {of_shape}", kernels._one_launch(K, E, kernels.ONE_LAUNCH), OFF
     yield f"dispatch 1/2 off {of_shape}", kernels._count_launch(K, E, BLOCKS[-1]), OFF
@@ -109,7 +122,7 @@ def printed_by(module: str, *arguments: object) -> str:
         capture_output=True,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernel_reference as checks
 from moe_inspect.capture.hook.kernel_reference import POISON, Case, choice
 from tests.support.sweep import WHOLE
@@ -121,7 +122,14 @@ def check_combine(kernels: ModuleType, case: Case, reference: bool) -> None:
         checks.check_combine(kernels, case, kernels.combine_triton, *kind)
 
 
+def check_rows(kernels: ModuleType, case: Case, reference: bool, module: Any = rows) -> None:
+    """Its kernels are in a module of their own. The kind of tape is none of theirs."""
+    if case.T:
+        checks.check_rows(module, case, module.rows_torch if reference else module.rows_triton)
+
+
 CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_combine}
+CHECKS |= {"rows": check_rows}
 
 
 def small_cases() -> Iterator[Case]:

@@ -4,6 +4,7 @@ interpreter."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -14,9 +15,12 @@ import time
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from moe_inspect.capture.engine.settings import Settings
+import numpy as np
+
+from moe_inspect.capture.engine.settings import CORES, Settings
 from moe_inspect.capture.engine.steps import Rows, StepRecorder
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
@@ -37,7 +41,11 @@ START = """
 import os, queue, sys, threading
 os.fork() and os._exit(0)
 os.setsid()
-sys.path[:] = sys.argv[1:]
+try:
+    os.sched_setaffinity(0, map(int, sys.argv[1].split()))
+except (AttributeError, OSError):
+    pass
+sys.path[:] = sys.argv[2:]
 chunks = queue.Queue(1024)
 def read():
     while chunk := os.read(0, 2**16):
@@ -45,7 +53,8 @@ def read():
     chunks.put(b"")
 threading.Thread(target=read, daemon=True).start()
 from moe_inspect.capture.engine.sidecar import run
-run(chunks)
+from moe_inspect.watch.in_engine import EngineMetrics
+run(chunks, EngineMetrics)
 """
 
 
@@ -63,6 +72,9 @@ def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRe
         "traces": settings.trace and str(settings.trace),
         "max_gb": settings.max_gb,
         "keep": settings.keep,
+        "queue_mb": settings.queue_mb,
+        "metrics": settings.metrics,
+        "per_expert": settings.per_expert,
     }
     return StepRecorder(rows, settings, partial(Sender, about=facts), about["rank"])
 
@@ -76,7 +88,11 @@ class Sender(threading.Thread):
         self._about, self._ending = about, threading.Event()
         self._counted_s = time.monotonic()
         self._dropped = recorder.dropped  # before it: of another's traces
+        self._handed = 0  # decisions
         self._process: Any = None
+        self._heard, self._told = b"", dict[str, Any]()
+        self._stated_drops = 0
+        self._placed: np.ndarray | None = None
         self.start()
 
     def run(self) -> None:
@@ -86,13 +102,14 @@ class Sender(threading.Thread):
                 self._hand_over()
             self._hand_over(last=True)
             self._send("end", self.recorder.dropped - self._dropped)
-            self._close_pipes()
+            self._close_pipe()
         except Exception as error:  # the engine goes on
             self._fail(error)
 
     def _begin(self) -> None:
+        python = sys.executable, "-P", "-c", START
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, *map(os.path.abspath, sys.path)],
+            [*python, " ".join(map(str, CORES)), *map(os.path.abspath, sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **QUIET},
@@ -119,44 +136,80 @@ class Sender(threading.Thread):
                 self._lose(steps)
                 raise
             recorder.sent += sum(step.bytes for step in steps)
+            self._handed += self._decisions(steps)
         if recorder.settings.metrics:
             now = time.monotonic()
             if last or now - self._counted_s > COUNTS_EVERY_S:
-                self._counted_s, counts = now, recorder.counts.cpu().numpy().copy()
-                before = counts * 0 if recorder.counted is None else recorder.counted
-                if (counts != before).any():
-                    self._send("counts", counts - before)
-                    recorder.counted = counts
+                self._counted_s = now
+                self._send_counts()
+        self._listen()
+
+    def _send_counts(self) -> None:
+        recorder = self.recorder
+        dropped = recorder.dropped + recorder.lost
+        facts: dict[str, Any] = {"steps": recorder.steps, "dropped": dropped}
+        tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy().copy()
+        before_tokens, before = recorder.counted or (0, counts * 0)
+        new = tokens != before_tokens or (counts != before).any()  # seen one before the other
+        if new or dropped != self._stated_drops:
+            placed, known = recorder.placed(), self._placed
+            if placed is not None and (known is None or (placed != known).any()):
+                facts["placed"] = self._placed = placed
+            self._send("counts", counts - before, {"tokens": tokens - before_tokens, **facts})
+            recorder.counted, self._stated_drops = (tokens, counts), dropped
 
     def _send(self, *message: Any) -> None:
         pipe = self._process.stdin
         pickle.dump(message, pipe, protocol=5)
         pipe.flush()
 
+    def _decisions(self, steps: list[Any]) -> int:
+        return sum(len(step.tokens) for step in steps) * self.recorder.rows.shape[0]
+
     def _lose(self, steps: list[Any]) -> None:
         self.recorder.sent += sum(step.bytes for step in steps)
-        routers = self.recorder.rows.shape[0]
-        lost = sum(len(step.tokens) * routers for step in steps)
-        self.recorder.lost += lost
-        self.recorder.recorded -= lost
+        self._count_lost(self._decisions(steps))
+
+    def _count_lost(self, decisions: int) -> None:
+        self.recorder.lost += decisions
+        self.recorder.recorded -= decisions
 
     def _fail(self, error: Exception) -> None:
-        said = self._close_pipes()
+        self._close_pipe()
+        self._listen(wait=not self._ending.is_set())
+        said = self._told.get("error")
         if not said:
             said = f"the process that writes has ended ({type(error).__name__})"
             said += "" if isinstance(error, OSError) else f": {first_line(error)}"
-        self.error = said
         queue = self.recorder.queue
         self._lose([queue.get() for _ in range(queue.qsize())])
+        if self.recorder.settings.trace is not None:  # on their way, or not committed yet
+            self._count_lost(self._handed - self._told.get("committed", 0))
+        self.error = said
+        self._forget_gauges()
         log.error("moe-inspect: recording has stopped, the engine goes on: %s", said)
 
-    def _close_pipes(self) -> str:
-        """Returns what the process that writes had to say, if it ended by itself."""
-        process = self._process
-        if process is None:
-            return ""
-        with suppress(OSError):
-            process.stdin.close()
-        if not self._ending.is_set():
-            return process.stdout.read().decode(errors="replace").strip()
-        return ""
+    def _close_pipe(self) -> None:
+        if self._process is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+
+    def _listen(self, wait: bool = False) -> None:
+        """Takes what the process that writes has said; with `wait`, until it has ended."""
+        if self._process is None:
+            return
+        file = self._process.stdout.fileno()
+        os.set_blocking(file, wait)
+        with suppress(BlockingIOError):
+            while chunk := os.read(file, 2**16):
+                self._heard += chunk
+        *lines, self._heard = self._heard.split(b"\n")
+        for line in lines:
+            self._told |= json.loads(line)
+
+    def _forget_gauges(self) -> None:
+        """What it last said in /metrics is true no more. Counters stay: they are sums."""
+        if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            for file in Path(folder).glob(f"gauge_*_{self._told.get('pid')}.db"):
+                with suppress(OSError):
+                    file.unlink()

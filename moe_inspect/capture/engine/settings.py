@@ -15,6 +15,8 @@ from moe_inspect.errors import MoeInspectError
 PREFIX = "MOE_INSPECT_"
 PATH = "/v1/moe_inspect"  # of the endpoint: below /v1 engines ask for their API key, if any
 KEY = "moe_inspect"  # of the internal state that SGLang's server shows and takes
+# before an engine binds its threads to cores: what it starts later would share the first one
+CORES = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))
 SWITCH = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 
@@ -68,8 +70,12 @@ class Settings:
     metrics: bool = _setting(
         False,
         _switch,
-        "count the assignments of each layer and expert, of all requests, for /metrics",
+        "count the assignments of each layer and expert, of all requests, for the metrics of "
+        "`watch --serve` in /metrics",
         "0",
+    )
+    per_expert: bool = _setting(
+        False, _switch, "a series of each layer and expert in /metrics too", "0"
     )
     logits: bool = _setting(False, _switch, "record router logits too", "0")
     text: bool = _setting(

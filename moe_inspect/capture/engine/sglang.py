@@ -167,7 +167,9 @@ class Seam:
         prefill = chunk if chunk > 0 else max(server.max_prefill_tokens, config.context_len)
         self.T = prefill + max(server.max_running_requests or 0, 4096)
         shape = len(routers), self.T, K
-        rows = Rows(shape, E, settings.logits, torch.device(runner.device))
+        traces, device = settings.trace is not None, torch.device(runner.device)
+        rows = Rows(shape, E, settings.logits and traces, device, weights=traces)
+        log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         about = _about(server, config) | {
             "layers": list(routers),
             "paths": [f"layers.{layer}" for layer in routers],

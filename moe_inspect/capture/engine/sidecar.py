@@ -8,30 +8,34 @@ L routers, N tokens, K slots, E experts.
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import queue
 import signal
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from moe_inspect.capture.engine.described import Described, ask
+from moe_inspect.capture.engine.step import Step
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.lock import is_running
+from moe_inspect.trace.files.lock import is_running, process_start
 from moe_inspect.trace.output_dir import remove_trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
-if TYPE_CHECKING:
-    from moe_inspect.capture.engine.steps import Step
-
-LOOK_S = 2.0  # between two looks at the worker, and at the size of the trace
+LOOK_S = 2.0  # between two looks at the size of the trace
+IDLE_S = 0.2  # between two looks at the worker, and at what is committed, while nothing comes
 COMMIT_S = 2.0  # a reader sees what is that old; a writer that is killed loses no more
 DOMAIN = "served"
 PREFILL, DECODE = (schema.PHASES.index(phase) for phase in ("prefill", "decode"))
@@ -39,11 +43,12 @@ PREFILL, DECODE = (schema.PHASES.index(phase) for phase in ("prefill", "decode")
 
 class Sent(io.RawIOBase):
     """What the worker sends, as a file. It ends when the worker has ended too: another process may
-    have inherited its end of the pipe."""
+    have inherited its end of the pipe. `idle` is called again and again while nothing comes."""
 
     def __init__(self, chunks: queue.Queue[bytes]):
         self.chunks, self.left, self.ended = chunks, memoryview(b""), False
         self.worker_lives: Callable[[], bool] = lambda: True
+        self.idle: Callable[[], None] = lambda: None
 
     def readable(self) -> bool:
         return True
@@ -51,9 +56,10 @@ class Sent(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.left and not self.ended:
             try:
-                self.left = memoryview(self.chunks.get(timeout=LOOK_S))
+                self.left = memoryview(self.chunks.get(timeout=IDLE_S))
                 self.ended = not self.left
             except queue.Empty:
+                self.idle()
                 self.ended = not self.worker_lives() and self.chunks.empty()
         n = min(len(buffer), len(self.left))
         buffer[:n], self.left = self.left[:n], self.left[n:]
@@ -69,17 +75,30 @@ def messages(file: io.BufferedReader) -> Iterator[tuple[Any, ...]]:
             return
 
 
-def run(chunks: queue.Queue[bytes]) -> None:
-    """What is wrong is said on the standard output, which the worker reads."""
+class Metrics(Protocol):
+    """For the engine's /metrics. `add`: of the counts since the last ones; `publish`: as time goes
+    on."""
+
+    def add(self, counts: np.ndarray, **facts: Any) -> None: ...
+    def publish(self) -> None: ...
+
+
+def run(chunks: queue.Queue[bytes], metrics: Callable[[dict[str, Any]], Metrics]) -> None:
+    """Says how it is on the standard output, which the worker reads: a JSON object per line."""
     report = os.dup(1)
     os.dup2(2, 1)  # what libraries print is for people
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with the worker
     os.nice(5)
-    raw = Sent(chunks)
+
+    def tell(**facts: object) -> None:
+        with suppress(OSError):  # the worker may be gone
+            os.write(report, json.dumps(facts).encode() + b"\n")
+
     said = ""
     try:
-        write_all(raw)
+        tell(pid=os.getpid())
+        write_all(Sent(chunks), metrics, tell)
     except MoeInspectError as error:
         cause = error.__cause__  # the writer speaks of --resume, which there is not here
         said = str(error)
@@ -89,59 +108,79 @@ def run(chunks: queue.Queue[bytes]) -> None:
         traceback.print_exc()
         said = f"{type(error).__name__}: {first_line(error)}"
     if said:
-        os.write(report, said.encode(errors="replace")[:4000])
+        tell(error=said[:2000])
     os._exit(1 if said else 0)  # the thread that reads may wait for ever
 
 
-def write_all(raw: Sent) -> None:
+def write_all(
+    raw: Sent, metrics: Callable[[dict[str, Any]], Metrics], tell: Callable[..., None]
+) -> None:
+    """Until the worker ends. `metrics`: makes what counts; `tell`: tells the worker."""
     received = messages(io.BufferedReader(raw, 2**20))
     first = next(received, None)
     if first is None:
         return
     about = first[1]
     raw.worker_lives = lambda: is_running(about["pid"], about["process_start"]) is not False
-    counters, traces = Counters(about), Traces(about) if about["traces"] else None
+    written = Written(about, metrics, tell)
+    raw.idle = written.catch_up
     status = "interrupted"
     try:
-        for kind, *values in received:
-            if kind == "steps" and traces is not None:
-                traces.write(*values)
-            elif kind == "counts":
-                try:
-                    counters.add(*values)
-                except Exception as error:  # the trace goes on
-                    if not counters.failed:
-                        print_stderr(f"moe-inspect: no counts in /metrics: {first_line(error)}")
-                    counters.failed = True
-            elif kind == "end":
-                status = "complete"
-                if traces is not None:
-                    traces.note_dropped(*values)
+        written.catch_up()
+        for message in received:
+            written.take(*message)
+            status = "complete" if message[0] == "end" else status
     finally:
-        if traces is not None:
-            traces.close(status)
+        written.close(status)
 
 
-class Counters:
-    """For Prometheus, in files of PROMETHEUS_MULTIPROC_DIR that the engine's /metrics sums."""
+class Written:
+    """What is written of one worker: traces, where they are asked for, and counts."""
 
-    def __init__(self, about: dict[str, Any]):
-        self.about, self.failed = about, False
-        self.series: list[Any] = []
+    def __init__(
+        self,
+        about: dict[str, Any],
+        metrics: Callable[[dict[str, Any]], Metrics],
+        tell: Callable[..., None],
+    ):
+        self.about, self.make_metrics, self.tell, self.told = about, metrics, tell, 0
+        self.traces = Traces(about) if about["traces"] else None
+        self.counts, self.metrics = bool(about["metrics"]), None
 
-    def add(self, counts: np.ndarray) -> None:
-        """Assignments since the last ones, by router and expert: [L × E]."""
-        if not self.series:
-            from prometheus_client import Counter
+    def take(self, kind: str, *values: Any) -> None:
+        traces = self.traces
+        if kind == "counts":
+            written = {} if traces is None else {"written_bytes": traces.written_bytes}
+            self._count(values[0], **values[1], **written)
+        elif traces is not None and kind == "steps":
+            traces.write(*values)
+        elif traces is not None:  # the end
+            traces.catch_up(wait=True)
+            traces.note_dropped(*values)
+        self.catch_up()
 
-            labels = ["rank", "layer", "expert"]
-            counter = Counter(
-                "moe_inspect_engine_assignments", "Assignments of each expert", labels
-            )
-            rank, layers, E = self.about["rank"], self.about["layers"], self.about["experts"]
-            self.series = [counter.labels(rank, n, e) for n in layers for e in range(E)]
-        for n in np.flatnonzero(counts):
-            self.series[n].inc(int(counts[n]))
+    def catch_up(self) -> None:
+        """Again and again, also while nothing comes."""
+        self._count()
+        if self.traces is not None:
+            self.traces.catch_up()
+            if self.told != (committed := self.traces.committed):
+                self.told = committed
+                self.tell(committed=committed)
+
+    def _count(self, *given: Any, **facts: Any) -> None:
+        try:
+            if self.counts:
+                self.metrics = self.metrics or self.make_metrics(self.about)
+                self.metrics.add(*given, **facts) if given else self.metrics.publish()
+        except Exception as error:  # the trace goes on
+            print_stderr(f"moe-inspect: no counts in /metrics: {first_line(error)}")
+            self.counts = False
+
+    def close(self, status: str) -> None:
+        if self.traces is not None:
+            self.traces.close(status)
+            self.tell(committed=self.traces.committed)
 
 
 @dataclass
@@ -154,20 +193,31 @@ class Sequence:
 
 
 class Traces:
-    """The traces of one worker, one after the other."""
+    """The traces of one worker, one after the other. Steps wait, in `queue_mb` of memory, until
+    `describe` has told what the model is. `committed`: decisions that are safe, and those of
+    rejected drafts, which no trace has; `written_bytes`: of its files, as last looked at."""
 
-    def __init__(self, about: dict[str, Any]):
+    def __init__(
+        self, about: dict[str, Any], describe: Callable[[dict[str, Any]], Described] = ask
+    ):
         self.about, self.folder = about, Path(about["traces"])
         self.most_bytes, self.keep = about["max_gb"] * 1e9, about["keep"]
-        self.dropped = 0  # decisions, of the traces before
+        self.dropped = self.rejected = 0  # decisions, the first of the traces before
+        self.before, self.before_bytes, self.written_bytes = 0, 0, 0
         self.paths: list[Path] = []
         self.stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{about['rank']}"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        # while the engine still starts
-        self.manifest, self.routers, self.vocabulary = described(about)
+        self.described = ThreadPoolExecutor(1).submit(describe, about)
+        self.waiting: deque[tuple[list[Step], int]] = deque()
+        self.waiting_bytes = 0
         self.writer: TraceWriter | None = None
         self._begin()
+
+    @property
+    def committed(self) -> int:
+        writer = self.writer
+        return self.before + self.rejected + (0 if writer is None else writer.decisions)
 
     def _begin(self) -> None:
         self.known: dict[str, Sequence] = {}
@@ -176,6 +226,18 @@ class Traces:
 
     def write(self, steps: list[Step], dropped: int) -> None:
         """Steps that follow each other, and how many decisions were dropped since the start."""
+        self.waiting.append((steps, dropped))
+        self.waiting_bytes += sum(step.bytes for step in steps)
+        self.catch_up(wait=self.waiting_bytes > self.about["queue_mb"] * 1e6)
+
+    def catch_up(self, wait: bool = False) -> None:
+        """Writes what waits, once it is known what the model is."""
+        if wait or self.described.done():
+            while self.waiting:
+                self._write(*self.waiting.popleft())
+            self.waiting_bytes = 0
+
+    def _write(self, steps: list[Step], dropped: int) -> None:
         documents = list[Document]()
         parts = [part for step in steps if (part := self._rows(step, documents)) is not None]
         if parts:
@@ -183,8 +245,9 @@ class Traces:
             self.note_dropped(dropped)
             self.writer.write(self._batch(parts, documents))
             if time.monotonic() - self.looked_s > LOOK_S:
-                self.looked_s = time.monotonic()
-                if size_of(self.paths[-1]) > self.most_bytes:
+                self.looked_s, size = time.monotonic(), size_of(self.paths[-1])
+                self.written_bytes = self.before_bytes + size
+                if size > self.most_bytes:
                     self._next()
 
     def note_dropped(self, dropped: int) -> None:
@@ -207,6 +270,7 @@ class Traces:
                 most = max(int(step.ends[i]) - first, rows - drafts)
                 rows = min(rows - drafts + accepted, rows, most)
                 keep_N[start + rows : end] = False
+                self.rejected += (end - start - rows) * len(self.about["layers"])
             at = self.known.get(request)
             if at is None:
                 at = self.known[request] = Sequence(self.documents)
@@ -258,12 +322,14 @@ class Traces:
     def _open(self) -> TraceWriter:
         path = self.folder / f"{self.stem}-{len(self.paths):04}"
         self.paths.append(path)
+        manifest, routers, vocabulary = self.described.result()
+        own = {"pid": os.getpid(), "process_start": process_start(os.getpid())}
         writer = TraceWriter(
             path,
-            self.manifest,
-            self.routers,
+            {**manifest, "capture": {**manifest["capture"], **own}},
+            routers,
             logits=self.about["logits"],
-            vocabulary=self.vocabulary,
+            vocabulary=vocabulary,
             commit_every=COMMIT_S,
         )
         print_stderr(f"moe-inspect: recording what the engine routes in {path}")
@@ -271,7 +337,9 @@ class Traces:
 
     def _next(self) -> None:
         """Ends this trace; requests that go on are documents of the next one too."""
-        self.close("complete")
+        if self.writer is not None:
+            self.writer.at_close = {"capture": {"followed_by": f"{self.stem}-{len(self.paths):04}"}}
+        self._end("complete")
         self._begin()
         old = self.paths[: -self.keep] if self.keep else []
         for path in [path for path in old if path.exists()]:
@@ -283,10 +351,21 @@ class Traces:
             print_stderr(f"moe-inspect: {said}")
 
     def close(self, status: str) -> None:
+        try:
+            self.catch_up(wait=True)
+        finally:
+            self._end(status)
+
+    def _end(self, status: str) -> None:
         writer, self.writer = self.writer, None
         if writer is not None:
             self.dropped += writer.dropped
-            writer.close(status, quiet=status != "complete")
+            try:
+                writer.close(status, quiet=status != "complete")
+            finally:
+                self.before += writer.decisions
+                self.before_bytes += size_of(self.paths[-1])
+                self.written_bytes = self.before_bytes
 
 
 @dataclass
@@ -310,50 +389,3 @@ def size_of(trace: Path) -> int:
         except OSError:
             continue
     return found
-
-
-def described(about: dict[str, Any]) -> tuple[dict[str, Any], list[schema.Router], Any]:
-    """The manifest, the routers and the vocabulary, of what transformers knows of the model. Of one
-    that it does not know, of what the engine does."""
-    from moe_inspect.capture.open_trace import process_facts
-    from moe_inspect.capture.server.protocols import routers_of
-    from moe_inspect.model.load import config_record, load_config, load_tokenizer
-    from moe_inspect.model.vocabulary import vocabulary_table
-
-    of_hub = {"revision": about["revision"], "trust_remote_code": about["trust_remote_code"]}
-    layers, E, K = about["layers"], about["experts"], about["top_k"]
-    model, vocabulary = {"id": about["model"], "revision": about["revision"]}, None
-    try:
-        config = load_config(about["model"], **of_hub)
-        kind, known = routers_of(config, about["trust_remote_code"])
-        of_layer = {router.layer: router for router in known}
-        routers = [of_layer[layer] for layer in layers if layer in of_layer]
-        if len(routers) < len(layers) or any((r.experts, r.top_k) != (E, K) for r in routers):
-            raise MoeInspectError("its config states other routers than the engine runs")
-        model |= {"class": kind, "config": config_record(config)}
-    except MoeInspectError as error:
-        print_stderr(f"moe-inspect: routers are named as the engine does: {error}")
-        paths = about["paths"]
-        routers = [
-            schema.Router(layer, path.rpartition(".")[2], path, E, K)
-            for layer, path in zip(layers, paths, strict=True)
-        ]
-    if about["text"]:
-        try:
-            tokenizer = load_tokenizer(about["tokenizer"], **of_hub)
-            vocabulary = vocabulary_table(tokenizer, about["vocabulary"])
-        except MoeInspectError as error:
-            print_stderr(f"moe-inspect: the trace has no vocabulary: {error}")
-    facts: dict[str, Any] = process_facts([])
-    facts["versions"][about["engine"]] = about["version"]
-    capture = {
-        "mode": "engine",
-        "engine": about["engine"],
-        "rank": about["rank"],
-        "device": about["device"],
-        "dtype": about["dtype"],
-        "weight_dtype": "float16",
-        **({} if about["text"] else {"text": False}),
-        **facts,
-    }
-    return {"model": model, "capture": capture}, routers, vocabulary

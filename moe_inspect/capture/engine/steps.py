@@ -1,6 +1,6 @@
-"""What is kept of the steps of an engine, whichever it is: rows that the forward pass fills, and
-what is taken of them behind it and handed to the process that writes. The engine's thread never
-waits here, and no fault of ours reaches it.
+"""What is kept of the steps of an engine, whichever it is: what is taken of the rows that a forward
+pass has filled, and handed to the process that writes. The engine's thread never waits here, and no
+fault of ours reaches it.
 
 L routers, T rows of the buffer, n tokens of a step, K slots, E experts.
 """
@@ -19,48 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.engine.rows import Rows
 from moe_inspect.capture.engine.settings import Settings, share
+from moe_inspect.capture.engine.step import Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
 
 
-# --- in the forward pass
-
-
-def _copy_rows(rows: Tensor, values: Tensor) -> None:
-    """More columns than a row has are fused shared experts, behind the routed ones; more rows than
-    the buffer has are those of a profiling pass."""
-    n, width = (min(sizes) for sizes in zip(values.shape, rows.shape, strict=True))
-    rows[:n, :width].copy_(values[:n, :width])
-
-
-# for torch.compile, which else would trace into it
-_copy_op = torch.library.custom_op("moe_inspect::copy_rows", _copy_rows, mutates_args=("rows",))
-_copy_op.register_fake(lambda rows, values: None)
-
-
-class Rows:
-    """A buffer whose address never changes, so that a CUDA graph replays the copies into it. What
-    lies behind a step's own rows is padding, or left of earlier steps."""
-
-    def __init__(self, shape: tuple[int, int, int], E: int, logits: bool, device: torch.device):
-        self.shape, self.E, self.device = shape, E, device
-        L, T, K = shape
-        self.ids = torch.full((L, T, K), -1, dtype=torch.int16, device=device)
-        self.weights = torch.zeros(L, T, K, dtype=torch.float16, device=device)
-        self.logits = torch.zeros(L, T, E, dtype=torch.float16, device=device) if logits else None
-
-    def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
-        """A router's choice, of logical experts."""
-        copy = _copy_op if torch.compiler.is_compiling() else _copy_rows
-        copy(self.ids[router], ids_TK)
-        copy(self.weights[router], weights_TK)
-        if self.logits is not None:
-            copy(self.logits[router], logits_TE)
-
-
-# --- behind the forward pass
+def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
+    """The share of each expert's load that each of G ranks gets, [L, E, G], where each rank holds
+    as many physical experts, one behind the other. `map_LP`: the logical expert of each, −1 for
+    none."""
+    L, P = map_LP.shape
+    share_LEG = np.zeros((L, E, G))
+    layer_LP, rank_LP = np.indices((L, P))
+    there = map_LP >= 0
+    np.add.at(share_LEG, (layer_LP[there], map_LP[there], rank_LP[there] * G // P), 1)
+    return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
 
 
 @dataclass
@@ -94,40 +70,6 @@ class Scheduled:
         return of, rows
 
 
-@dataclass
-class Step:
-    """A step as it is handed over. `ended`: requests that ended before it. `sampled`: how many
-    tokens each request was given behind it, where some of its rows are drafts: one more than were
-    accepted; None where that is unknown. Arrays of a GPU are on their way until `arrive`."""
-
-    number: int
-    requests: Sequence[str]
-    edges: np.ndarray
-    prompts: np.ndarray
-    drafts: np.ndarray
-    ends: np.ndarray
-    ended: set[str]
-    tokens: Any  # [n]
-    positions: Any  # [n]
-    ids: Any  # [L, n, K]
-    weights: Any  # [L, n, K]
-    logits: Any  # [L, n, E] or None
-    bytes: int
-    copied: Any = None  # an event
-    sampled: Any = None  # [requests of the engine's step, until `arrive`: those recorded]
-    wanted: Any = None  # which of them are recorded
-
-    def arrive(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-            self.copied = None
-        for name in ("tokens", "positions", "ids", "weights", "logits", "sampled"):
-            if isinstance(value := getattr(self, name), Tensor):
-                setattr(self, name, value.cpu().numpy())
-        if self.wanted is not None:
-            self.sampled, self.wanted = self.sampled[np.array(self.wanted)], None
-
-
 class Link(Protocol):
     """To the process that writes. `error`: why it has ended, if it has."""
 
@@ -146,16 +88,18 @@ class StepRecorder:
         self.rows, self.settings, self.rank, self.start = rows, settings, rank, start
         self.on, self.sample, self.counting = settings.start, settings.sample, settings.metrics
         self.room = int(settings.queue_mb * 1e6)
-        decision = K * (rows.ids.itemsize + rows.weights.itemsize)
+        decision = K * (rows.ids.itemsize + 2)
         self.bytes_per_row = L * (decision + (0 if rows.logits is None else 2 * rows.E))
-        self.counts = torch.zeros(L * rows.E, dtype=torch.int64, device=rows.device)
-        self._first = (torch.arange(L, device=rows.device) * rows.E).view(L, 1, 1)
+        # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
+        self.placed: Callable[[], np.ndarray | None] = lambda: None
         self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self.steps = self.recorded = self.dropped = 0  # steps, decisions, decisions
         self.taken = 0  # bytes that were queued
         # of these what has left the queue, and decisions that were lost on their way: the link's
         self.sent = self.lost = 0
-        self.counted: np.ndarray | None = None  # of `counts`, what was handed over
+        # tokens whose experts are in `counts`; and of both what was handed over
+        self.counted_tokens = 0
+        self.counted: tuple[int, np.ndarray] | None = None
         self.seconds = 0.0  # of the engine's thread
         self.error: str | None = None
         self._live: set[str] = set()  # requests that the process that writes knows of
@@ -163,6 +107,9 @@ class StepRecorder:
         self._held: tuple[Step, list[bool]] | None = None
         gpu = rows.device.type != "cpu"
         self._copies = torch.Stream(rows.device) if gpu else None
+        if rows.staged is not None:  # compiled before the engine serves
+            for kind in (torch.int32, torch.int64):  # of token ids
+                rows.take(0, 1, None, rows.every.to(kind), rows.every)
         self.link = start(self)
 
     def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
@@ -186,10 +133,10 @@ class StepRecorder:
                 self._ended |= ended & self._live
                 self._live -= ended
             if self.on and tokens and self.link.error is None:
-                if self.counting:
-                    self._count(tokens)
-                if self.settings.trace is not None and self.sample:
-                    self._take(whose())
+                recorded = self.settings.trace is not None and self.sample
+                counted = tokens if self.counting else 0
+                self._take(counted, whose() if recorded else None)
+                self.counted_tokens += counted
         except Exception as error:
             self.stop(error)
         self.seconds += time.perf_counter() - began
@@ -220,35 +167,33 @@ class StepRecorder:
         self.error = f"{type(error).__name__}: {first_line(error)}"
         log.exception("moe-inspect: recording has stopped")
 
-    def _count(self, n: int) -> None:
-        ids_LNK = self.rows.ids[:, :n].long()
-        there = (ids_LNK >= 0) & (ids_LNK < self.rows.E)  # others route nowhere
-        at = (ids_LNK.clamp(0, self.rows.E - 1) + self._first).view(-1)
-        self.counts.scatter_add_(0, at, there.view(-1).long())
+    @property
+    def counts(self) -> Tensor:
+        """Assignments so far, by router and expert: [L × E]."""
+        return self.rows.counts
 
-    def _take(self, of: Scheduled) -> None:
-        wanted = [self._is_sampled(request) for request in of.requests]
-        if not any(wanted):
-            return
-        of, rows = of.only(wanted)
-        L, n = self.rows.shape[0], int(of.edges[-1])
+    def _take(self, counted: int, of: Scheduled | None) -> None:
+        """Counts the first `counted` rows, and queues those of the requests that are sampled."""
+        wanted = [] if of is None else [self._is_sampled(request) for request in of.requests]
+        of, rows = of.only(wanted) if of is not None and any(wanted) else (None, None)
+        L, n = self.rows.shape[0], 0 if of is None else int(of.edges[-1])
         size = n * self.bytes_per_row
         if self.taken - self.sent + size > self.room:
             self.dropped += n * L
+            of = None
+        if of is None:
+            if counted:
+                self.rows.take(counted)
             return
+        picked = None
         if not isinstance(rows, slice):
             picked = torch.from_numpy(rows)
             picked = picked if self._copies is None else picked.pin_memory()
-            rows = picked.to(self.rows.device, non_blocking=True)
-        logits = self.rows.logits
-        arrays: list[Tensor | None] = [of.tokens[rows], of.positions[rows]]
-        arrays += [self.rows.ids[:, rows], self.rows.weights[:, rows]]
-        arrays.append(None if logits is None else logits[:, rows])
-        # a copy in the order of the model's stream: the next step overwrites the rows. Picked rows
-        # are one already
-        if isinstance(rows, slice):
-            arrays = [None if a is None else a.clone() for a in arrays]
-        arrays, copied = self._to_host(arrays)
+            picked = picked.to(self.rows.device, non_blocking=True)
+        if self._copies is not None:  # what was taken before is on its way from the same place
+            torch.accelerator.current_stream().wait_stream(self._copies)
+        taken = self.rows.take(counted, n, picked, of.tokens, of.positions)
+        arrays, copied = self._to_host(taken)
         ended, self._ended = self._ended, set()
         self._live.update(of.requests)
         step = Step(

@@ -129,7 +129,10 @@ class Seam:
         sizes = config.compilation_config.cudagraph_capture_sizes or []
         T = max([config.scheduler_config.max_num_batched_tokens, *sizes])
         E, K = moe.num_logical_experts, moe.experts_per_token
-        rows = Rows((len(layers), T, K), E, settings.logits, runner.device)
+        traces = settings.trace is not None
+        sizes = len(layers), T, K
+        rows = Rows(sizes, E, settings.logits and traces, runner.device, weights=traces)
+        log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         for n, layer in enumerate(layers):
             self._watch(layer.router, n)
         about = _about(config) | {
@@ -138,6 +141,7 @@ class Seam:
         }
 
         self.recorder = recorder_of(rows, settings, about)
+        self.recorder.placed = lambda: placed(runner, layers)
         self.speculates = config.speculative_config is not None
         self.ends: dict[str, int] = {}
         self.sampled: Tensor | None = None
@@ -256,6 +260,28 @@ def recordable_layers(model: Any, config: Any) -> list[Any]:
     if any(layer.router.top_k != K for layer in layers):
         raise MoeInspectError(f"its routers do not choose the {K} experts that the config states")
     return sorted(layers, key=lambda layer: layer.layer_id)
+
+
+def placed(runner: Any, layers: list[Any]) -> np.ndarray | None:
+    """The share of each expert's load that each rank of expert parallelism gets, [L, E, G]: by
+    EPLB's map of now, else as vLLM places experts once."""
+    from moe_inspect.capture.engine.steps import shares_of
+
+    moe = layers[0].moe_config
+    E, G = moe.num_logical_experts, moe.ep_size
+    if G == 1:
+        return None
+    state = getattr(runner, "eplb_state", None) or getattr(
+        getattr(runner, "eplb", None), "state", None
+    )
+    if state is not None:
+        (of_model, *_) = state.model_states.values()
+        return shares_of(of_model.physical_to_logical_map.cpu().numpy(), E, G)
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    strategy = layers[0].routed_experts.expert_map_manager.placement_strategy
+    here = [determine_expert_map(G, g, E, strategy)[1].numpy() >= 0 for g in range(G)]
+    return np.tile(np.stack(here, 1).astype(float), (len(layers), 1, 1))
 
 
 def kernel_of(layer: Any) -> str:

@@ -205,6 +205,54 @@ def check_dispatch(kernels: ModuleType, case: Case, dispatch: Callable[..., Disp
         check_tape(case, tape, ids, weights)
 
 
+# --- the rows of a serving engine
+
+
+def check_rows(rows: ModuleType, case: Case, run: tuple[Callable[..., None], Any]) -> None:
+    """`run`: of the module `rows`, what keeps a router's choice and what takes rows of all. A
+    fourth of the T rows is padding; behind them are rows of a larger forward pass. Without weights
+    they are counted alone."""
+    (keep, take), chosen = run, [t for t in choice(case) if t is not None]
+    if case.skew == "zipf":  # a shared expert is behind the routed ones
+        chosen = [torch.cat([t, t[:, :1]], 1) for t in chosen]
+    T, K, E, n = case.T, case.K, case.E, case.T - case.T // 4
+    counts_only = len(chosen) == 1
+    of = rows.Rows((LANES, T + 3, K), E, False, torch.device(case.device), not counts_only)
+    kept = [of.ids] if counts_only else [of.ids, of.weights]
+    for buffer in (*kept, of.sums):
+        buffer.fill_(POISON)
+    for lane in range(LANES):
+        to, given = [t[lane] for t in kept], [t.roll(lane, 0) for t in chosen]
+        if counts_only:
+            keep(to[0], None, given[0], None)
+        else:
+            keep(*to, *given)
+    wanted = [torch.stack([t.roll(n, 0)[:, :K] for n in range(LANES)]).cpu() for t in chosen]
+    wanted = [t.to(buffer.dtype) for t, buffer in zip(wanted, kept, strict=True)]
+    for buffer, want in zip(kept, wanted, strict=True):
+        require(torch.equal(buffer[:, :T].cpu(), want), "what is kept")
+        require((buffer[:, T:] == POISON).all(), "what is behind that")
+
+    of_lanes = (wanted[0][lane, :n].reshape(-1) for lane in range(LANES))
+    routed = (of_lane[(of_lane >= 0) & (of_lane < E)].numpy() for of_lane in of_lanes)
+    load_LE = np.stack([np.bincount(of_lane, minlength=E) for of_lane in routed])
+    counts_LE = load_LE * 0 + POISON
+    tokens, positions = torch.arange(T) * 7, torch.arange(T) + T
+    all_rows, some, none = torch.arange(n), torch.arange(0, n, 3).flip(0), torch.arange(0)
+    for counted, at in ((n, some), (0, all_rows), (n, none))[2 * counts_only :]:
+        m, picked = len(at), None if at is all_rows else at.to(case.device)
+        of.staged = of.staging()
+        staged = [buffer.fill_(POISON) for buffer in of.staged if buffer is not None]
+        given = tokens.int().to(case.device), positions.to(case.device)
+        taken = take(of, counted, m, picked, *(given if m else (None, None)))
+        counts_LE += load_LE * (counted > 0)
+        require(of.counts.view(LANES, E).tolist() == counts_LE.tolist(), "the counts")
+        rows_of = tokens[at], positions[at], *(t[:, at] for t in wanted)
+        for buffer, got, want in zip(staged, taken, rows_of, strict=False):
+            require(torch.equal(got.cpu(), want.to(got.dtype)), f"{m} rows that are taken")
+            require((buffer.view(-1)[want.numel() :] == POISON).all(), "what is behind them")
+
+
 # --- combine
 
 

@@ -35,6 +35,7 @@ from moe_inspect.capture.hook.kernel_reference import (
     check_combine,
     check_dispatch,
     check_record,
+    check_rows,
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, plural, print_stderr
@@ -44,6 +45,12 @@ SWITCH = "MOE_INSPECT_SELFCHECK"
 TOKENS = (1, 7, 371)
 COMBINED = (1, 7, 37)  # as H multiplies them
 
+CHECKS = {
+    "record": check_record,
+    "dispatch": check_dispatch,
+    "combine": check_combine,
+    "rows": check_rows,
+}
 FINE = ("ok", "not checked")
 MOST = 16  # devices × versions that are remembered
 # of other numbers of tokens:
@@ -55,7 +62,7 @@ EDGES = ("across pages", "beyond the limit")
 class Variant:
     """A kernel as it is compiled: types, constants, and numbers that it is specialized on.
 
-    kernel    record, dispatch or combine
+    kernel    record, dispatch or combine; rows: those of a serving engine
     ids       type of the ids, None where only router logits are recorded
     given     type of the weights
     recorded  type of the weights on the tape, None without a tape
@@ -105,7 +112,7 @@ class Variant:
     def cases(self, kernels: ModuleType) -> Iterator[Case]:
         """Small shapes with ids of no expert, at the edges of pages, ring and limit."""
         weights = "none"
-        if self.recorded is not None or self.kernel == "combine":
+        if self.given is not None:
             weights = f"{_name(self.given)} as {_name(self.recorded or self.given)}"
         # whether their type holds −1 and E
         limits = torch.iinfo(self.ids) if self.ids is not None else None
@@ -168,7 +175,7 @@ def wrong_with(kernels: ModuleType, variant: Variant, by_torch: bool) -> str | N
     code = getattr(kernels, f"{name}_torch" if by_torch else f"{name}_triton")
     if name == "dispatch" and not by_torch:
         code = functools.partial(code, launches=variant.launches, block=variant.block)
-    check, more = {"record": check_record, "dispatch": check_dispatch}.get(name, check_combine), ()
+    check, more = CHECKS[name], ()
     if name == "combine":
         more = variant.grouped, variant.width, variant.y, variant.out, variant.sizes
     try:

@@ -1,0 +1,286 @@
+"""The buffers that an engine's routers write their choices into, and what is taken of them behind a
+forward pass: on a GPU one launch per router, and one per step. Beside each Triton kernel stands its
+implementation in torch, which runs elsewhere.
+
+L routers, T rows of a buffer, m rows that are recorded, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+# pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with
+# triton:
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.hook.selfcheck import SelfCheck
+
+try:
+    import triton
+    import triton.language as tl
+
+    from moe_inspect.capture.hook.launch import Launch
+except ImportError:  # no Triton on this platform: the torch implementations run
+    triton = None
+
+BLOCK = 1024  # slots per program
+SELF_CHECK = SelfCheck(__name__)
+# tokens and positions [m], ids and weights [L, m, K], and logits [L, m, E] or None
+Taken = list[Tensor | None]
+
+
+class Rows:
+    """Buffers whose addresses never change, so that a CUDA graph replays the writes into them. What
+    lies behind a step's own rows is padding, or left of earlier steps. On a GPU what is taken lies
+    in `staged`, of the same size, until the host has it. All of it is allocated here, before the
+    engine measures how much memory is left for its cache. Without `weights` nothing is taken, and
+    rows are only counted."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        E: int,
+        logits: bool,
+        device: torch.device,
+        weights: bool = True,
+    ):
+        self.shape, self.E, self.device = shape, E, device
+        L, T, K = shape
+        rows = -(-T // 16) * 16  # so that each router's part is aligned
+        half = {"dtype": torch.float16, "device": device}
+        self.ids = torch.full((L, rows, K), -1, dtype=torch.int16, device=device)
+        self.weights = torch.zeros(L, rows, K, **half) if weights else None
+        self.logits = torch.zeros(L, rows, E, **half) if logits else None
+        self._kept = self.ids, self.weights, self.logits
+        self._of_router = [[None if t is None else t[r] for t in self._kept] for r in range(L)]
+        # of each router, between two places for what is no expert and so routes nowhere
+        self.sums = torch.zeros(L, E + 2, dtype=torch.int64, device=device)
+        self._first = (torch.arange(L, device=device) * (E + 2) + 1).view(L, 1, 1)
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self.every = torch.arange(rows, device=device)
+        self.staged = self.staging() if kernels.runs_triton(self.ids) else None
+
+    def staging(self) -> Taken:
+        """Room for what is taken, uninitialized."""
+        if self.weights is None:
+            return [None] * 5
+        of_rows = [self.every.new_empty(len(self.every), dtype=torch.int32) for _ in range(2)]
+        return [*of_rows, *(None if t is None else torch.empty_like(t) for t in self._kept)]
+
+    @property
+    def counts(self) -> Tensor:
+        """Assignments so far, by router and expert: [L × E]."""
+        return self.sums[:, 1:-1].reshape(-1)
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds of the device's memory."""
+        held = [*self._kept, self.sums, self.every, *(self.staged or ())]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
+        """In the forward pass: a router's choice, of logical experts."""
+        given = ids_TK, weights_TK, logits_TE, self.E
+        if torch.compiler.is_compiling():  # it would trace into the function
+            to = (None if t is None else t[router] for t in self._kept)
+            torch.ops.moe_inspect.keep_rows(*to, *given)
+        else:
+            ids, weights, logits = self._of_router[router]
+            _keep(ids, weights, logits, *given)
+
+    def take(
+        self,
+        counted: int,
+        m: int = 0,
+        picked: Tensor | None = None,
+        tokens: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Taken:
+        """Behind the forward pass: adds the first `counted` rows to the counts, and returns the m
+        at the indices `picked`, or the first ones. `tokens`, `positions`: of all rows."""
+        code = take_torch
+        if self.staged is not None:
+            ids, weights, _ = self._of_router[0]
+            trusted = SELF_CHECK.trusts("rows", None, self.E, ids, weights, None)
+            code = take_triton if trusted else take_torch
+        return code(self, counted, m, picked, tokens, positions)
+
+    def count(self, n: int) -> None:
+        ids_LNK = self.ids.narrow(1, 0, n).clamp(-1, self.E)
+        at = torch.add(ids_LNK, self._first).view(-1)
+        self.sums.view(-1).scatter_add_(0, at, self._one.expand(len(at)))
+
+
+# --- in the forward pass
+
+
+def _keep(
+    to_ids: Tensor,
+    to_weights: Tensor | None,
+    to_logits: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    logits: Tensor | None,
+    E: int,
+) -> None:
+    """More columns than a row has are fused shared experts, behind the routed ones; more rows than
+    the buffer has are those of a profiling pass."""
+    code, recorded = keep_torch, None if to_weights is None else weights
+    if kernels.runs_triton(to_ids) and SELF_CHECK.trusts("rows", None, E, ids, recorded, None):
+        code = keep_triton
+    code(to_ids, to_weights, ids, recorded)
+    if to_logits is not None and logits is not None:
+        _copy(to_logits, logits)
+
+
+def _copy(rows: Tensor, values: Tensor) -> None:
+    if values.shape[1] == rows.shape[1] and len(values) <= len(rows):
+        rows.narrow(0, 0, len(values)).copy_(values)
+        return
+    n, width = (min(sizes) for sizes in zip(values.shape, rows.shape, strict=True))
+    rows[:n, :width].copy_(values[:n, :width])
+
+
+def keep_torch(
+    to_ids: Tensor, to_weights: Tensor | None, ids: Tensor, weights: Tensor | None
+) -> None:
+    _copy(to_ids, ids)
+    if to_weights is not None and weights is not None:
+        _copy(to_weights, weights)
+
+
+torch.library.custom_op(
+    "moe_inspect::keep_rows",
+    _keep,
+    mutates_args=("to_ids", "to_weights", "to_logits"),
+    schema="(Tensor(a!) to_ids, Tensor(b!)? to_weights, Tensor(c!)? to_logits, Tensor ids, "
+    "Tensor weights, Tensor? logits, int E) -> ()",
+).register_fake(lambda *_: None)
+
+
+# --- behind the forward pass
+
+
+def take_torch(
+    of: Rows,
+    counted: int,
+    m: int,
+    picked: Tensor | None,
+    tokens: Tensor | None,
+    positions: Tensor | None,
+) -> Taken:
+    if counted:
+        of.count(counted)
+    if tokens is None or positions is None or of.weights is None:
+        return []
+    at = slice(0, m) if picked is None else picked
+    logits = None if of.logits is None else of.logits[:, at]
+    taken = [tokens[at], positions[at], of.ids[:, at], of.weights[:, at], logits]
+    # the next step overwrites the rows; picked ones are a copy already
+    return taken if picked is not None else [None if t is None else t.clone() for t in taken]
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["T"])
+    def _keep_kernel(
+        ids, weights, to_ids, to_weights, T,
+        K: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The first K values of T rows, which have as many as IDS and WEIGHTS say."""
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < T * K
+        expert = tl.load(ids + i // K * IDS + i % K, mask=inside)
+        tl.store(to_ids + i, expert.to(tl.int16), mask=inside)
+        if to_weights is not None:
+            weight = tl.load(weights + i // K * WEIGHTS + i % K, mask=inside)
+            tl.store(to_weights + i, weight.to(tl.float16), mask=inside)
+
+    @triton.jit(do_not_specialize=["counted", "m"])
+    def _take_kernel(
+        ids, weights, picked, tokens, positions, sums,
+        to_tokens, to_positions, to_ids, to_weights, E, rows, counted, m,
+        K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """A program counts and copies some slots of one router."""
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        router = tl.program_id(1).to(tl.int64)
+        first = router * rows * K
+        expert = tl.load(ids + first + i, mask=i < counted * K, other=-1).to(tl.int32)
+        routed = (expert >= 0) & (expert < E)
+        count_E = tl.histogram(tl.where(routed, expert, 0), BINS, mask=routed).to(tl.int64)
+        of_expert = sums + router * (E + 2) + 1 + tl.arange(0, BINS)
+        tl.atomic_add(of_expert, count_E, mask=count_E > 0, sem="relaxed")
+        if to_ids is not None:
+            inside = i < m * K
+            at = first + tl.load(picked + i // K, mask=inside, other=0) * K + i % K
+            to = router * m * K + i
+            tl.store(to_ids + to, tl.load(ids + at, mask=inside), mask=inside)
+            tl.store(to_weights + to, tl.load(weights + at, mask=inside), mask=inside)
+            if router == 0:  # its programs have m slots at least
+                inside = i < m
+                row = tl.load(picked + i, mask=inside, other=0)
+                token = tl.load(tokens + row, mask=inside).to(tl.int32)
+                position = tl.load(positions + row, mask=inside).to(tl.int32)
+                tl.store(to_tokens + i, token, mask=inside)
+                tl.store(to_positions + i, position, mask=inside)
+
+    @cache
+    def _keep_launch(K: int, ids: int, weights: int) -> Launch:
+        constants = {"K": K, "IDS": ids, "WEIGHTS": weights, "BLOCK": BLOCK}
+        return Launch(_keep_kernel, constants)
+
+    @cache
+    def _take_launch(K: int, experts: int) -> Launch:
+        bins = max(16, triton.next_power_of_2(experts))
+        return Launch(_take_kernel, {"K": K, "BINS": bins, "BLOCK": BLOCK})
+
+    def keep_triton(
+        to_ids: Tensor, to_weights: Tensor | None, ids: Tensor, weights: Tensor | None
+    ) -> None:
+        T, K = min(len(ids), len(to_ids)), to_ids.shape[1]
+        if T == 0:
+            return
+        width = K if weights is None else weights.shape[1]
+        given = ids.contiguous(), None if weights is None else weights.contiguous()
+        _keep_launch(K, ids.shape[1], width)(
+            ids.get_device(), (-(-T * K // BLOCK), 1), ids.numel(), (*given, to_ids, to_weights),
+            (), (), (T,), kernels.NOTHING,
+        )  # fmt: skip
+
+    def take_triton(
+        of: Rows,
+        counted: int,
+        m: int,
+        picked: Tensor | None,
+        tokens: Tensor | None,
+        positions: Tensor | None,
+    ) -> Taken:
+        """Returns views of what is staged."""
+        assert of.staged is not None
+        (L, rows, K), (*to, to_logits) = of.ids.shape, of.staged
+        # what is None is not read: all is taken, or nothing
+        of_rows = (of.every if t is None else t for t in (picked, tokens, positions))
+        picked, tokens, positions = of_rows if of.weights is not None else (None, None, None)
+        read = of.ids, of.weights, picked, tokens, positions, of.sums
+        _take_launch(K, of.E)(
+            of.ids.get_device(), (-(-max(counted, m) * K // BLOCK), L), of.ids.numel(),
+            (*read, *to), (), (of.E, rows), (counted, m), kernels.NOTHING,
+        )  # fmt: skip
+        if not m or of.weights is None:
+            return []
+        staged_tokens, staged_positions, ids, weights = to
+        taken = [staged_tokens[:m], staged_positions[:m]]
+        taken += [t.view(-1)[: L * m * K].view(L, m, K) for t in (ids, weights)]
+        if to_logits is None:
+            return [*taken, None]
+        logits = to_logits.view(-1)[: L * m * of.E].view(L, m, of.E)
+        return [*taken, torch.index_select(of.logits, 1, picked[:m], out=logits)]
+
+    rows_triton = keep_triton, take_triton  # for the self-check
+rows_torch = keep_torch, take_torch
