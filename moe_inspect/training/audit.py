@@ -1,34 +1,27 @@
-"""audit_loss: which formula a model's balancing loss is, whether it is in the training loss, and
-whether a step of it balances.
+"""audit_loss: which formula a model's balancing loss is, whether it is part of the training loss,
+and whether a step of it balances.
 
-T tokens, K slots, E experts, R routers, B batch rows, S positions.
+T tokens, K slots, E experts, R routers.
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.probes import Probes
-from moe_inspect.capture.hook.stack import Sinks
-from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.routers import Site, selection_bias, text_config
-from moe_inspect.model.wrapped import unwrapped
 from moe_inspect.reporting.verdict.findings import (
     Finding,
     Severity,
     finding,
     most_important_first,
 )
-from moe_inspect.text import layer_label, plural, ranges
+from moe_inspect.text import layer_label, ranges
 from moe_inspect.training.formulas import (
     BY_LOGITS,
     OF_CHOSEN,
@@ -39,37 +32,46 @@ from moe_inspect.training.formulas import (
     Routed,
     identify,
 )
-from moe_inspect.training.sums import RoutingSums
+from moe_inspect.training.passes import (
+    HALVES,
+    SWITCH_ON,
+    Batch,
+    Pass,
+    Passes,
+    accepts,
+    coefficient_of,
+    default_loss,
+    forms_of,
+    put_back,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from moe_inspect.capture.options import InputsOf
     from moe_inspect.model.custom.spec import RouterSpec
 
-Batch = Any  # what the model is called with: a mapping, a tuple, or one argument
 LossOf = Callable[[Any], Any]  # the output of a pass → its balancing loss, None where it has none
+Gradients = dict[int, Tensor]  # by the id of the weight
 
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-SWITCH_ON = "output_router_logits"  # transformers compute the loss where this is on
 ALONG = 0.02  # cosine of two gradients below which neither goes along the other
 SAME = 0.05  # relative difference of two numbers that should be one
+EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class LossAudit:
-    """`formula`, `factor`: reported = factor × formula, None where it is none of those known;
-    `either`: other formulas that give the same in every pass. `added`: what the training loss has
-    of it ÷ what its coefficient says, NaN where it cannot be told. `moves_R`: cosine, at each
-    router, of the loss's gradient and that of the router's own Switch loss; 1 moves probability from
-    busy experts to idle ones as directly as can be, below 0 the other way; NaN is unknown."""
+    """`formula`, `factor`: the loss is factor × formula; None where it is none that is known.
+    `either`: other formulas that have the same value in every pass. `added`: what the training loss
+    has of it ÷ what its coefficient says; `accumulated`: the same of two accumulated passes; NaN
+    where it cannot be told. `moves_R`: at each router the cosine of the loss's gradient and of that
+    of the router's own Switch loss: 1 moves probability from busy experts to idle ones as directly
+    as can be, below 0 it is the other way."""
 
     findings: list[Finding]
     formula: Formula | None = None
-    factor: float = float("nan")
+    factor: float = math.nan
     either: list[Formula] = field(default_factory=list[Formula])
-    added: float = float("nan")
-    accumulated: float = float("nan")
+    added: float = math.nan
+    accumulated: float = math.nan
     moves_R: list[float] = field(default_factory=list[float])
 
     @property
@@ -78,7 +80,7 @@ class LossAudit:
         return all(found.severity != "critical" for found in self.findings)
 
     def __str__(self) -> str:
-        return "\n".join(f"{f.severity}: {f.text}" for f in self.findings)
+        return "\n".join(f"{found.severity}: {found.text}" for found in self.findings)
 
 
 def audit_loss(
@@ -92,361 +94,241 @@ def audit_loss(
     inputs: InputsOf | None = None,
 ) -> LossAudit:
     """Runs passes of one batch (as it is, with padding, packed, and its two halves) and compares
-    the balancing loss that the model reports with the published formulas, computed from the routers'
-    own logits and choices. Weights are changed for a step and put back; gradients in `.grad` are
-    left alone.
+    the balancing loss that the model reports with the published formulas, computed from the
+    routers' own logits and choices. Says whether the training loss has it, and whether a step of it
+    moves probability from busy experts to idle ones. Weights, biases and buffers are put back;
+    `.grad` is left alone.
 
-    model        any model that `moe_inspect.record` takes, in the mode it trains in; in float32,
-                 as 16 bits tell fewer formulas apart
-    batch        what it is called with: a dict of arguments, a tuple, or the only argument. Rows
-                 that are alike tell little: take some hundred tokens of real text, in several rows
-    loss         the output of a pass → the loss; by default `aux_loss` of a transformers model
+    model        any model that `moe_inspect.record` takes, in the mode in which it is trained; in
+                 float32, as 16 bits tell fewer formulas apart
+    batch        what it is called with: a dict of arguments, a tuple, or the only argument. Some
+                 hundred tokens of real text, in several rows
+    loss         the output of a pass → the loss; by default what a model of transformers reports
     coefficient  by which the training loss has it; by default as the config states it
-    update       of a model whose routers have a selection bias: what updates it after a step. It is
-                 put back
+    update       what updates the selection biases after a step, where routers have some
     routers, inputs
                  as of `moe_inspect.record`
 
     Raises MoeInspectError for a dense model."""
-    with _Passes(model, routers, inputs).attached() as passes:
-        return _Audit(passes, batch, loss, coefficient, update).audit()
-
-
-class _Pass(NamedTuple):
-    output: Any
-    routed: list[Routed]  # of each router
-
-
-class _Passes(RoutingSums):
-    """Runs passes, and keeps what routers show of one in its graph."""
-
-    def __init__(
-        self, model: Any, routers: Sequence[RouterSpec] | None, inputs: InputsOf | None
-    ) -> None:
-        self.outer, inner = model, unwrapped(model, by_path=bool(routers))
-        sites = recordable(inner, routers, None)
-        super().__init__(inner, sites, inputs)
-        self.attachment = Attachment(model, inner, sites, "tap", ("logits",), self)
-        for r, sinks in enumerate(self.attachment.sinks):
-            self.receive(r, sinks)
-        add, scopes = None if sites else self._add_site, self.attachment.scopes
-        self.attachment.probes = Probes(scopes, add, inner, None, need_logits=False)
-
-    def _add_site(self, site: Site) -> Sinks:
-        self.add_router(site)
-        sinks = self.attachment.add(site)
-        self.receive(len(self.sites) - 1, sinks)
-        return sinks
-
-    def receive(self, r: int, sinks: Sinks) -> None:
-        sinks["logits"].keeps_graph = True
-        super().receive(r, sinks)
-
-    @contextmanager
-    def attached(self) -> Iterator[_Passes]:
-        with ExitStack() as undo:
-            undo.callback(self.attachment.detach)
-            self.attachment.attach()
-            yield self
-
-    def begin(self) -> None:
-        super().begin()
-        self._counting = True
-        self._calls: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
-
-    def take(self, kind: str, r: int, values: Tensor, *more: Tensor) -> None:
-        self._seen[kind][r] += len(values)
-        self._calls.setdefault((kind, r), []).append((values, *more))
-
-    def end(self) -> None:
-        self._check()
-
-    def run(self, batch: Batch, **more: Any) -> _Pass:
-        """The same random numbers in every pass."""
-        with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(0)
-            if isinstance(batch, Mapping):
-                output = self.outer(**{**batch, **more})
-            else:
-                output = self.outer(*(batch if isinstance(batch, tuple) else (batch,)), **more)
-        if not self.sites:
-            raise no_routers(self.model)
-        return _Pass(output, [self._routed(r) for r in range(len(self.sites))])
-
-    def _routed(self, r: int) -> Routed:
-        site = self.sites[r]
-        ids_TK, weights_TK = (torch.cat(of) for of in zip(*self._calls["", r], strict=True))
-        shown = [of[0] for of in self._calls.get(("logits", r), [])]
-        logits_TE = torch.cat(shown) if shown else ids_TK.new_zeros(0, site.experts).float()
-        with torch.no_grad():  # probabilities, where a family calls them logits
-            p = logits_TE.float()
-            is_p = bool(len(p)) and bool((p >= 0).all() and ((p.sum(1) - 1).abs() < 1e-3).all())
-        logits_TE = logits_TE.clamp(min=1e-30).log() if is_p else logits_TE
-        B, S, order_T = self._fed[site.stack]
-        token_T = torch.arange(B * S) if order_T is None else torch.from_numpy(order_T)
-        real_T = self._real[site.stack]
-        device = ids_TK.device
-        real_T = torch.ones(len(token_T), dtype=torch.bool) if real_T is None else real_T
-        kind = type(site.logits_module or site.module).__name__
-        row_T = (token_T // S).to(device)
-        return Routed(logits_TE, ids_TK, weights_TK, real_T.to(device), row_T, site.stack, kind)
-
-    def parameters(self, r: int) -> list[Tensor]:
-        """Those that make the logits of router r."""
-        of = self.sites[r].logits_module or self.sites[r].module
-        return [p for p in of.parameters() if p.requires_grad]
-
-    def labels(self, which: Sequence[int]) -> str:
-        names = [layer_label(self.sites, r) for r in which]
-        one = all(name.isdigit() for name in names)
-        said = ranges(map(int, names)) if one else ", ".join(names)
-        return f"layer{'s' * (len(names) > 1)} {said}"
-
-
-def default_loss(output: Any) -> Any:
-    """What a model of transformers reports; of an encoder-decoder the sum of both stacks."""
-    get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
-    parts = [get(name) for name in ("aux_loss", "encoder_aux_loss", "decoder_aux_loss")]
-    parts = [part for part in parts if part is not None]
-    return sum(parts[1:], parts[0]) if parts else None
-
-
-def _accepts(module: Any, name: str) -> bool:
-    return name in inspect.signature(module.forward).parameters
-
-
-def _takes_any(module: Any) -> bool:
-    kinds = (p.kind for p in inspect.signature(module.forward).parameters.values())
-    return inspect.Parameter.VAR_KEYWORD in kinds
-
-
-def has_loss(model: Any) -> bool:
-    """Whether a transformers model can report a balancing loss: its forward can be asked for router
-    logits, and its config gives a coefficient."""
-    return _accepts(model, SWITCH_ON) and _coefficient(model) is not None
-
-
-def _coefficient(model: Any) -> float | None:
-    config = text_config(model)
-    for owner in (config, getattr(config, "ffn_config", None)):
-        for name in COEFFICIENTS:
-            if isinstance(value := getattr(owner, name, None), int | float):
-                return float(value)
-    return None
+    with Passes(model, routers, inputs).attached() as passes:
+        audit = _Audit(passes, batch, loss or default_loss)
+        audit.coefficient = coefficient_of(passes.model) if coefficient is None else coefficient
+        audit.is_own = loss is not None
+        return audit.done(update)
 
 
 class _Audit:
-    def __init__(
-        self,
-        passes: _Passes,
-        batch: Batch,
-        loss: LossOf | None,
-        coefficient: float | None,
-        update: Callable[[], object] | None,
-    ):
-        self.passes, self.model, self.update = passes, passes.model, update
-        self.loss_of, self.is_own = loss or default_loss, loss is not None
-        self.coefficient = _coefficient(self.model) if coefficient is None else coefficient
-        self.switch = {SWITCH_ON: True} if _accepts(self.model, SWITCH_ON) else {}
-        self.batches = _variants(batch, self.model, passes)
-        self.found = list[Finding]()
-        first = next(self.model.parameters())
-        self.is_exact = first.dtype in (torch.float32, torch.float64)
+    coefficient: float | None
+    is_own: bool  # the caller says where the loss is
+
+    def __init__(self, passes: Passes, batch: Batch, loss_of: LossOf):
+        self.passes, self.model, self.loss_of = passes, passes.model, loss_of
+        self.switch = {SWITCH_ON: True} if accepts(self.model, SWITCH_ON) else {}
+        passes.run(batch, **self.switch)  # shows the routers of probes
+        self.forms = forms_of(batch, passes)
+        self.R = len(passes.sites)
+        flat = [p for r in range(self.R) for p in passes.weights(r)]
+        self.weights = {id(p): p for p in flat}
+        kinds = {p.dtype for p in self.model.parameters()}
+        self.is_exact = kinds <= {torch.float32, torch.float64}
         self.tolerance = 3e-4 if self.is_exact else 2e-2
+        self.found = list[Finding]()
 
-    def say(self, kind: str, severity: Severity, text: str, **values: Any) -> None:
-        self.found.append(finding(f"loss_{kind}", severity, text, None, **values))
+    def say(self, kind: str, severity: Severity, text: str, **values: object) -> None:
+        self.found.append(finding(f"loss_{kind}", severity, text, **values))
 
-    def done(self, **more: Any) -> LossAudit:
-        return LossAudit(most_important_first(self.found), **more)
+    def labels(self, which: Sequence[int]) -> str:
+        """ "layers 1-3"."""
+        names = [layer_label(self.passes.sites, r) for r in which]
+        numbers = all(name.isdigit() for name in names)
+        said = ranges(map(int, names)) if numbers else ", ".join(names)
+        return f"layer{'s' * (len(names) > 1)} {said}"
 
-    # --- the parts
+    def run(self, form: str = "as given") -> Pass:
+        return self.passes.run(self.forms[form], **self.switch)
 
-    def audit(self) -> LossAudit:
-        runs = {name: self.passes.run(b, **self.switch) for name, b in self.batches.items()}
-        losses = {name: self.loss_of(run.output) for name, run in runs.items()}
-        self._biases(runs["as given"])
-        if any(loss is None for loss in losses.values()):
+    def done(self, update: Callable[[], object] | None) -> LossAudit:
+        run = self.run()
+        self._bias(run)
+        if update is not None:
+            self._update(update)
+        audited = self._audit(run)
+        return LossAudit(most_important_first(self.found), **audited)
+
+    def _audit(self, run: Pass) -> dict[str, Any]:
+        loss = self.loss_of(run.output)
+        if loss is None:
             self._none()
-            return self.done()
-        losses = {name: torch.as_tensor(loss, dtype=torch.float32) if not torch.is_tensor(loss)
-                  else loss.sum() for name, loss in losses.items()}
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
-        self._shows_padding(runs)
-        logits = all(len(r.logits_TE) for run in runs.values() for r in run.routed)
-        matches, spread = list[Match](), 0.0
-        if logits:
-            routed = {name: run.routed for name, run in runs.items()}
-            devices = getattr(text_config(self.model), "n_group", None) or 0
-            matches, spread = identify(values, routed, self.tolerance, devices)
-        is_zero = all(value == 0 for value in values.values())
-        wide = max(map(abs, values.values()))
-        constant = max(abs(v - values["as given"]) for v in values.values()) <= 1e-6 * wide
-        if is_zero:
-            self.say("zero", "critical", "The balancing loss is 0 on every pass.")
-        elif constant and len(values) > 2 and spread > 1e-4:
-            self.say(
-                "constant",
-                "critical",
-                f"The balancing loss is {values['as given']:.6g} on every pass, whatever the load: "
-                "it cannot tell even routing from collapsed. Switch's loss of the same routing "
-                f"differs by up to {spread:.1%}.",
-            )
-        elif not logits:
-            self.say("unknown", "note", "The routers show no logits: no formula can be computed.")
-        elif spread < 3 * self.tolerance:
-            matches = []
-            self.say(
-                "unknown",
-                "note",
-                f"On these passes every formula is the same within {spread:.1%}, and none can be "
-                "told from another: give a batch of more or of less even tokens"
-                + ("" if self.is_exact else ", and the model in float32")
-                + ".",
-            )
-        else:
-            self._formula(matches, runs["as given"], values["as given"])
-        added, accumulated = self._added(values["as given"])
-        moves = self._gradient(runs["as given"], losses["as given"], matches)
-        formula, factor = (matches[0].formula, matches[0].factor) if matches else (None, float("nan"))
-        either = [match.formula for match in matches[1:]]
-        return self.done(
-            formula=formula,
-            factor=factor,
-            either=either,
-            added=added,
-            accumulated=accumulated,
-            moves_R=moves,
-        )
+            return {}
+        loss = torch.as_tensor(loss).sum()
+        values, routed = dict[str, float](), dict[str, list[Routed]]()
+        for form in self.forms:
+            of = run if form == "as given" else self.run(form)
+            values[form] = float(torch.as_tensor(self.loss_of(of.output)).sum())
+            routed[form] = [r._replace(logits_TE=r.logits_TE.detach()) for r in of.routed]
+        matches = self._value(values, routed)
+        found: dict[str, Any] = {"moves_R": self._gradient(run, loss, matches)}
+        if self.switch and not self.is_own and any(values.values()):
+            found["added"], found["accumulated"] = self._added()
+        if matches:
+            found |= matches[0]._asdict()
+            found["either"] = [match.formula for match in matches[1:]]
+        return found
 
     def _none(self) -> None:
-        coefficient = self.coefficient
-        if coefficient:
+        if self.is_own:
+            self.say("off", "critical", "loss=… finds no balancing loss in the output of a pass.")
+        elif self.coefficient:
             self.say(
                 "off",
-                "critical",
-                f"The config states a balancing loss with coefficient {coefficient:g}, and the "
-                "model reports none"
-                + (f", with {SWITCH_ON}=True too" if self.switch else "")
-                + ": training adds none.",
-                coefficient=coefficient,
+                "critical" if self.model.training else "warning",
+                f"The config states a balancing loss with coefficient {self.coefficient:g}, and the "
+                "model reports none: training adds none.",
             )
-        elif self.is_own:
-            self.say("off", "critical", "loss=… found no balancing loss in the output of a pass.")
         else:
             self.say("none", "note", "The model reports no balancing loss.")
 
-    def _shows_padding(self, runs: Mapping[str, _Pass]) -> None:
-        self.padded = any(not bool(r.real_T.all()) for run in runs.values() for r in run.routed)
+    # --- which formula its value is
 
-    def _formula(self, matches: list[Match], run: _Pass, value: float) -> None:
-        if not matches:
-            switch = float(Formula("router").value(run.routed))
+    def _value(
+        self, values: Mapping[str, float], routed: Mapping[str, list[Routed]]
+    ) -> list[Match]:
+        every = [r for of in routed.values() for r in of]
+        value, largest = values["as given"], max(map(abs, values.values()))
+        if largest == 0:
+            self.say("zero", "critical", "The balancing loss is 0 in every pass.")
+            return []
+        if not all(len(r.logits_TE) for r in every):
+            self.say("unknown", "note", "The routers show no logits: no formula can be computed.")
+            return []
+        devices = getattr(text_config(self.model), "n_group", None) or 0
+        chooses = any(
+            site.drops or selection_bias(site, self.model) is not None for site in self.passes.sites
+        )
+        matches, spread = identify(values, routed, self.tolerance, devices, devices > 1 or chooses)
+        if spread < 3 * self.tolerance:
+            self.say(
+                "unknown",
+                "note",
+                f"In these passes Switch's loss is the same within {spread:.1%}, and no formula can "
+                "be told from another: give a batch with more rows, or with load that is less even"
+                + ", or the model in float32" * (not self.is_exact)
+                + ".",
+            )
+            return []
+        if max(abs(v - value) for v in values.values()) <= 1e-6 * largest:
+            self.say(
+                "constant",
+                "critical",
+                f"The balancing loss is {value:.6g} in every pass, whatever the load; Switch's loss "
+                f"of the same routing differs by {spread:.1%}.",
+            )
+        elif not matches:
+            switch = float(Formula("router").value(routed["as given"]))
             self.say(
                 "unknown",
                 "warning",
-                f"The balancing loss, {value:.6g}, stands in no fixed ratio to any published formula "
+                f"The balancing loss, {value:.6g}, stands in no fixed ratio to a published formula "
                 f"(Switch's of each router is {switch:.6g}).",
                 reported=value,
                 switch=switch,
             )
-            return
-        (formula, factor), R = matches[0], len(run.routed)
-        K, L = run.routed[0].ids_TK.shape[1], R
-        is_why = {
-            1: ["as published"],
-            K: ["k, as f is per token, not per assignment"],
-            L: [f"summed over {R} routers, not averaged"],
-        }
-        for n, why in ((K * L, "k × the number of routers"), (1 / K, "1 ÷ k")):
-            is_why.setdefault(n, [why])
-        stacks = len({r.stack for r in run.routed})
-        whys = [
-            f"{why[0]}{', of each of two stacks' * (stacks > 1)}"
-            for n, why in is_why.items()
-            if abs(factor / (n * stacks) - 1) < SAME / 10
-        ]
+        else:
+            padded = not all(bool(r.real_T.all()) for r in every)
+            self._formula(matches, routed["as given"], padded)
+        return matches
+
+    def _formula(self, matches: list[Match], routed: list[Routed], padded: bool) -> None:
+        formula, factor = matches[0]
+        K, stacks = routed[0].ids_TK.shape[1], len({r.stack for r in routed})
+        why = {"as published": 1.0}
+        if formula.by != "z" and K > 1:
+            why["k, as f is per token, not per assignment"] = K
+        if self.R > 1 and formula.by not in POOLED:
+            summed = f"summed over {self.R} routers, not averaged"
+            why |= {summed: self.R, f"k, as f is per token, and {summed}": K * self.R}
+        two = ", of each of two stacks" * (stacks > 1)
+        near = 2 * self.tolerance
+        whys = [said + two for said, n in why.items() if abs(factor / n / stacks - 1) < near]
         if self.is_own and self.coefficient:
-            of = factor / self.coefficient
-            whys += [f"{of:.4g} × the coefficient {self.coefficient:g}"]
-        other = [m.formula.words for m in matches[1:]]
+            times = f"{factor / self.coefficient:.4g} × the coefficient {self.coefficient:g}"
+            whys.append(times)
+        other = "; or ".join(match.formula.words for match in matches[1:4])
         self.say(
             "formula",
             "note",
             f"The balancing loss is {factor:.5g} × {formula.words}"
-            + (f" ({' or '.join(whys)})" if whys else "")
+            + f" ({' or '.join(whys)})" * bool(whys)
+            + f". In these passes it may also be {other}" * bool(other)
             + "."
-            + (f" On this batch it may also be {'; or '.join(other[:3])}." if other else "")
-            + ("" if self.padded else " No pass had padding: whether it counts is not known."),
+            + " No pass has padding: whether it counts is not known." * (not padded),
             factor=factor,
-            value=value,
         )
         if other:
-            return  # what several formulas do not share is not said of the loss
-        if formula.by in POOLED and R > 1:
+            return  # what the formulas do not share is not said
+        if formula.by in POOLED and self.R > 1:
             self.say(
                 "pooled",
                 "warning",
-                f"The loss is pooled over {R} routers: load that is uneven in one layer is made up "
-                "for by another, and single layers may collapse. Switch's loss is of each router.",
+                f"The loss is pooled over {self.R // stacks} routers: uneven load of one layer makes "
+                "up for that of another, and a single layer may collapse. Switch's loss is of each "
+                "router.",
             )
-        if self.padded and formula.padding:
-            self.say("padding", "warning", "Padding is counted in the loss.")
-        if formula.score in (TWICE, OF_CHOSEN):
+        if formula.padding:
+            self.say("padding", "warning", "Padding is counted in the balancing loss.")
+        if formula.score == TWICE:
             self.say(
-                "softmax_twice" if formula.score == TWICE else "of_chosen",
+                "softmax_twice",
                 "critical",
-                "A softmax is taken of what is a softmax already: the probabilities are nearly even "
-                "whatever the logits, and so is the loss."
-                if formula.score == TWICE
-                else "P is a softmax over the chosen logits alone: experts that are not chosen have "
-                "no probability to gain.",
+                "A softmax is taken of what is a softmax already: its probabilities are nearly even, "
+                "whatever the logits, and so is the loss.",
+            )
+        if formula.score == OF_CHOSEN:
+            self.say(
+                "of_chosen",
+                "critical",
+                "P is a softmax over the chosen experts alone: one that is not chosen has no "
+                "probability to gain.",
             )
         if formula.chosen in BY_LOGITS:
-            share = _choices_apart(run.routed)
+            apart = torch.cat([_apart(r) for r in routed]).float().mean()
             self.say(
                 "other_choice",
                 "warning",
-                f"f counts the experts with the largest logits, which are not those that the "
-                f"router chose in {share:.0%} of the decisions (a selection bias, groups or "
-                "capacity come after): the loss balances a load that does not run.",
-                share=share,
+                "f counts the experts with the largest logits. In "
+                f"{float(apart):.0%} of the decisions the router chose others, by a selection bias, "
+                "groups or capacity: the loss balances a load that does not run.",
+                share=float(apart),
             )
 
-    # --- is it in the training loss?
+    # --- whether the training loss has it
 
-    def _added(self, reported: float) -> tuple[float, float]:
-        """What the loss with labels has of it ÷ what the coefficient says; and the same of two
-        accumulated halves together, whose losses are normalised by the items of both."""
-        nan, batch = float("nan"), self.batches["as given"]
-        can = self.switch and isinstance(batch, Mapping) and _accepts(self.model, "labels")
-        if self.is_own or not can or reported == 0 or "input_ids" not in batch:
-            return nan, nan
-        if not (coefficient := self.coefficient):
-            self.say(
-                "off",
-                "warning",
-                "The config gives the balancing loss no weight: training adds none of it."
-                if coefficient == 0
-                else "The config states no coefficient of the balancing loss.",
-            )
+    def _added(self) -> tuple[float, float]:
+        """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
+        halves, whose language losses are divided by the tokens of both."""
+        coefficient, nan = self.coefficient, math.nan
+        if not coefficient or "labels" not in self.forms["as given"]:
+            if coefficient == 0:
+                self.say("off", "warning", "The coefficient of the balancing loss is 0.")
             return nan, nan
 
-        def part(batch: Any, **more: Any) -> tuple[float, float, float]:
-            """Of the loss, added where it is on; as the coefficient says; and by default."""
-            ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
-            given = {"labels": ids, **batch, **more}
+        def part(form: str, **more: Any) -> tuple[float, float, float, float]:
+            """Of the loss: where it is on, as the coefficient says, by default; and the rest."""
             on, off, default = (
-                self.passes.run(given, **switch).output
-                for switch in ({SWITCH_ON: True}, {SWITCH_ON: False}, {})
+                self.passes.run(self.forms[form], **more, **switch).output
+                for switch in (self.switch, {SWITCH_ON: False}, {})
             )
-            said = coefficient * float(default_loss(on))
-            said += self._z_loss(on)
-            return float(on.loss - off.loss), said, float(default.loss - off.loss)
+            z_losses = (getattr(on, f"{s}_z_loss", None) for s in ("encoder", "decoder"))
+            z = sum(float(of) for of in z_losses if of is not None)
+            z *= getattr(self.model.config, "router_z_loss_coef", 0)
+            said = coefficient * float(self.loss_of(on)) + z
+            rest = float(off.loss)
+            return float(on.loss) - rest, said, float(default.loss) - rest, rest
 
-        added, said, default = part(batch)
-        noise = 4 * torch.finfo(torch.float32).eps * 10
-        if abs(said) < noise / SAME:
+        added, said, default, rest = part("as given")
+        if 20 * EPS * abs(rest) > SAME * abs(said):
+            what = "The coefficient is too small to see whether the loss with labels has its part."
+            self.say("added", "note", what)
             return nan, nan
         ratio = added / said
         if abs(ratio) < SAME:
@@ -470,345 +352,287 @@ class _Audit:
                 "critical" if self.model.training else "warning",
                 f"The config states a balancing loss with coefficient {coefficient:g} and "
                 f"{SWITCH_ON}=False: training as it says adds none. Set {SWITCH_ON}=True.",
-                coefficient=coefficient,
             )
-        halves = [self.batches[n] for n in ("first half", "second half") if n in self.batches]
-        if len(halves) < 2 or not _takes_any(self.model):
+        labels = [self.forms[name]["labels"] for name in HALVES]
+        items = torch.tensor(sum(int((of[:, 1:] != -100).sum()) for of in labels))
+        try:
+            both = [part(name, num_items_in_batch=items) for name in HALVES]
+        except TypeError:  # its forward takes no such argument
             return ratio, nan
-        items = sum(int((h.get("labels", h["input_ids"])[:, 1:] != -100).sum()) for h in halves)
-        both = [part(half, num_items_in_batch=torch.tensor(items)) for half in halves]
-        accumulated = sum(of[0] for of in both) / (sum(of[1] for of in both) / 2)
-        if abs(ratio - 1) <= SAME and abs(accumulated - 2) < 2 * SAME:
+        accumulated = 2 * sum(of[0] for of in both) / sum(of[1] for of in both)
+        if abs(accumulated / ratio - 2) < 2 * SAME:
             self.say(
                 "accumulated",
                 "warning",
-                "With gradient accumulation the balancing loss is added once per pass, and the "
-                "language loss is divided by the tokens of all passes (num_items_in_batch): over 2 "
-                "passes it weighs twice as much, over N passes N times.",
+                "With gradient accumulation over N passes the balancing loss weighs N times as much "
+                "(measured with 2): it is added in each pass, where the language loss is divided by "
+                "the tokens of all (num_items_in_batch).",
                 ratio=accumulated,
             )
         return ratio, accumulated
 
-    def _z_loss(self, output: Any) -> float:
-        weight = getattr(self.model.config, "router_z_loss_coef", None)
-        parts = [getattr(output, f"{stack}_z_loss", None) for stack in ("encoder", "decoder")]
-        if not weight or all(part is None for part in parts):
-            return 0.0
-        return float(weight * sum(float(part) for part in parts if part is not None))
+    # --- its gradient
 
-    # --- the gradient
-
-    def _gradient(self, run: _Pass, loss: Tensor, matches: list[Match]) -> list[float]:
-        R = len(run.routed)
-        unknown = [float("nan")] * R
-        params = {id(p): p for r in range(R) for p in self.passes.parameters(r)}
-        if not params:
-            self.say("frozen", "note", "The weights of the routers are frozen: no loss moves them.")
+    def _gradient(self, run: Pass, loss: Tensor, matches: list[Match]) -> list[float]:
+        """`moves_R`"""
+        unknown = [math.nan] * self.R
+        if not self.weights:
+            self.say("frozen", "note", "The routers' weights are frozen: no loss moves them.")
             return unknown
-        flat = list(params.values())
-        if not loss.requires_grad:
-            self.say("no_gradient", "critical", "The balancing loss has no gradient: it is detached.")
+        gradient = self._by_weight(loss)
+        if (norm := sum(float((g.double() ** 2).sum()) for g in gradient.values())) == 0:
+            what = "0 at every router" if loss.requires_grad else "none: it is detached"
+            said = f"The gradient of the balancing loss is {what}. It moves nothing."
+            self.say("no_gradient", "critical", said)
             return unknown
-        gradient = dict(zip(params, _gradients(loss, flat), strict=True))
-        norm = sum(float((g.double() ** 2).sum()) for g in gradient.values())
-        if norm == 0:
-            self.say(
-                "no_gradient",
-                "critical",
-                "The gradient of the balancing loss is 0 at every router: it moves nothing.",
-            )
-            return unknown
-        if not all(len(r.logits_TE) and r.logits_TE.requires_grad for r in run.routed):
+        if not all(r.logits_TE.requires_grad for r in run.routed):
             return unknown
         if matches:
-            self._same_gradient(gradient, flat, run, matches[0])
-        moves = [self._moves(r, run.routed[r], gradient) for r in range(R)]
-        agrees, after = self._step(gradient, norm, float(loss.detach()), run)
-        self._judge(moves, agrees, after, run)
+            self._same_gradient(gradient, self._by_weight(matches[0].formula.value(run.routed)), matches[0])
+        moves = [self._moves(r, run.routed, gradient) for r in range(self.R)]
+        agrees, after = self._step(gradient, norm, float(loss), run)
+        self._direction(moves, agrees, after, matches)
         return moves
 
-    def _same_gradient(
-        self, gradient: Mapping[int, Tensor], flat: list[Tensor], run: _Pass, match: Match
-    ) -> None:
-        """Is the loss's gradient that of the formula whose value it has?"""
-        expected = _gradients(match.formula.value(run.routed) * match.factor, flat)
-        both, of = 0.0, 0.0
-        apart = 0.0
-        for mine, other in zip(gradient.values(), expected, strict=True):
-            mine, other = mine.double(), other.double()
-            both += float((mine * other).sum())
-            of += float((other**2).sum())
-            apart += float(((mine - other) ** 2).sum())
-        if of > 0 and (apart / of) ** 0.5 > (SAME if self.is_exact else 5 * SAME):
+    def _by_weight(self, value: Tensor) -> Gradients:
+        """Zeros where the value does not depend on a weight."""
+        if not value.requires_grad:
+            return {key: torch.zeros_like(p) for key, p in self.weights.items()}
+        of = [*self.weights.values()]
+        found = torch.autograd.grad(value, of, retain_graph=True, allow_unused=True)
+        pairs = zip(self.weights.items(), found, strict=True)
+        return {key: torch.zeros_like(p) if g is None else g for (key, p), g in pairs}
+
+    def _same_gradient(self, real: Gradients, expected: Gradients, match: Match) -> None:
+        """Whether its gradient is that of the formula whose value it has."""
+        a, b = (torch.cat([g.double().reshape(-1) for g in of.values()]) for of in (real, expected))
+        b = b * match.factor
+        ratio, apart = float(a @ b / (b @ b)), float((a - b).norm() / b.norm())
+        if apart > SAME * (1 if self.is_exact else 4):
+            elsewhere = ", and elsewhere" * (apart > 2 * abs(ratio - 1))
             self.say(
                 "gradient",
                 "critical",
-                f"The loss has the value of the formula and {both / of:.3g} times its gradient"
-                + (", in another direction" if (apart / of) ** 0.5 > 2 * abs(both / of - 1) else "")
-                + ": a part of it is detached or scaled.",
-                ratio=both / of,
+                f"The loss has the value of the formula, and {ratio:.3g} times its gradient"
+                f"{elsewhere}: a part of it is detached or scaled.",
+                ratio=ratio,
             )
 
-    def _moves(self, r: int, routed: Routed, gradient: Mapping[int, Tensor]) -> float:
-        params = self.passes.parameters(r)
-        own = _gradients(Formula("router", _score_of(self.passes.sites[r])).value([routed]), params)
-        mine = [gradient[id(p)].double() for p in params]
-        dot, a, b = (
-            sum(float((x.double() * y.double()).sum()) for x, y in zip(*pair, strict=True))
-            for pair in ((mine, own), (mine, mine), (own, own))
-        )
-        return dot / (a * b) ** 0.5 if a > 0 and b > 0 else 0.0
+    def _moves(self, r: int, routed: Sequence[Routed], gradient: Gradients) -> float:
+        weights = self.passes.weights(r)
+        own = _own(self.passes.sites[r]).value([routed[r]])
+        if not weights or not own.requires_grad:
+            return math.nan
+        found = torch.autograd.grad(own, weights, retain_graph=True)
+        b = torch.cat([g.double().reshape(-1) for g in found])
+        a = torch.cat([gradient[id(p)].double().reshape(-1) for p in weights])
+        return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
 
     def _step(
-        self, gradient: Mapping[int, Tensor], norm: float, loss: float, run: _Pass
+        self, gradient: Gradients, norm: float, loss: float, run: Pass
     ) -> tuple[bool | None, list[float]]:
-        """A step along the gradient, so short that no choice changes: whether the loss falls as the
-        gradient says, None where that cannot be seen; and by how much Σ f · P of each router
-        changes, f being the load before. Weights are put back."""
-        params = {id(p): p for r in range(len(run.routed)) for p in self.passes.parameters(r)}
-        kept = {key: p.detach().clone() for key, p in params.items()}
-        rate, R = 0.01 * abs(loss) / norm, len(run.routed)
+        """A step along the gradient, so short that no choice changes: whether the loss falls as
+        the gradient says, None where that cannot be seen; and how Σ f · P of each router changes,
+        with the load before as f."""
+        kept = [(p, p.detach().clone()) for p in self.weights.values()]
+        rate = 0.01 * abs(loss) / norm
         try:
-            for _ in range(14 if self.is_exact else 0):
+            while self.is_exact and rate * norm > 1e3 * EPS * abs(loss):
                 with torch.no_grad():
-                    for key, p in params.items():
-                        p.copy_(kept[key] - rate * gradient[key])
-                    after = self.passes.run(self.batches["as given"], **self.switch)
+                    for (p, value), g in zip(kept, gradient.values(), strict=True):
+                        p.copy_(value - rate * g)
+                after = self.run()
                 pairs = list(zip(run.routed, after.routed, strict=True))
-                if all(torch.equal(a.ids_TK, b.ids_TK) for a, b in pairs):
-                    fell = loss - float(self.loss_of(after.output))
-                    if rate * norm < 1e3 * torch.finfo(torch.float32).eps * abs(loss):
-                        break
-                    own = [Formula("router", _score_of(s)) for s in self.passes.sites]
+                if all(_chose_alike(*pair) for pair in pairs):
+                    fell = loss - float(torch.as_tensor(self.loss_of(after.output)).sum())
+                    own = [_own(site) for site in self.passes.sites]
                     with torch.no_grad():
                         moved = [
-                            float(own[r].value([b]) - own[r].value([a]))
-                            for r, (a, b) in enumerate(pairs)
+                            float(of.value([b]) - of.value([a]))
+                            for of, (a, b) in zip(own, pairs, strict=True)
                         ]
                     return abs(fell / (rate * norm) - 1) < 2 * SAME, moved
                 rate /= 2
         finally:
-            with torch.no_grad():
-                for key, p in params.items():
-                    p.copy_(kept[key])
-        return None, [float("nan")] * R
+            put_back(kept)
+        return None, [math.nan] * self.R
 
-    def _judge(
-        self, moves: list[float], agrees: bool | None, after: list[float], run: _Pass
+    def _direction(
+        self, moves: list[float], agrees: bool | None, after: list[float], matches: list[Match]
     ) -> None:
         if agrees is False:
             self.say(
                 "step",
                 "critical",
-                "A small step along the gradient does not lower the loss by what the gradient says.",
+                "A short step along the gradient does not lower the loss as the gradient says.",
             )
-        R = len(moves)
-        halves = [h for h in (self._half(n) for n in ("first half", "second half")) if h]
-        def sure(r: int, test: Callable[[float], bool]) -> bool:
-            return test(moves[r]) and len(halves) == 2 and all(test(half[r]) for half in halves)
+        measured = [moves]
+        for name in HALVES:
+            half = self.run(name)
+            gradient = self._by_weight(torch.as_tensor(self.loss_of(half.output)).sum())
+            measured.append([self._moves(r, half.routed, gradient) for r in range(self.R)])
+        only = matches[0].formula.only if matches else ""
+        kinds = [type(site.logits_module or site.module).__name__ for site in self.passes.sites]
+        judged = [r for r in range(self.R) if only in ("", kinds[r])]
 
-        wrong = [r for r in range(R) if sure(r, lambda c: c < -ALONG) and not after[r] < 0]
-        still = [r for r in range(R) if sure(r, lambda c: abs(c) < ALONG)]
-        right = [r for r in range(R) if sure(r, lambda c: c > ALONG) and not after[r] > 0]
+        def in_all(test: Callable[[float], bool]) -> list[int]:
+            return [r for r in judged if all(test(of[r]) for of in measured)]
+
+        wrong = [r for r in in_all(lambda c: c < -ALONG) if not after[r] < 0]
+        still = in_all(lambda c: abs(c) < ALONG / 10)
+        right = [r for r in in_all(lambda c: c > ALONG) if not after[r] > 0]
+        where = "in this batch and in each half of it"
         if wrong:
             self.say(
                 "direction",
                 "critical",
-                f"In {self.passes.labels(wrong)} a step of the loss moves probability to the busy "
-                "experts, on this batch and on each half of it.",
+                f"In {self.labels(wrong)} a step of the loss moves probability to the busy experts, "
+                f"{where}.",
                 routers=wrong,
             )
         if still:
             self.say(
                 "direction",
                 "critical",
-                f"In {self.passes.labels(still)} a step of the loss moves no probability from the "
-                "busy experts to the idle ones.",
+                f"In {self.labels(still)} a step of the loss moves no probability from busy experts "
+                f"to idle ones, {where}.",
                 routers=still,
             )
-        if len(right) == R:
-            measured = " (measured by a step, too)" if agrees else ""
-            self.say(
-                "moves",
-                "good",
-                "A step of the loss moves probability from the busy experts to the idle ones in "
-                f"every router{measured}.",
-            )
-        elif not wrong and not still:
-            unsure = [r for r in range(R) if r not in right]
+        if unsure := [r for r in judged if r not in {*wrong, *still, *right}]:
             self.say(
                 "direction",
                 "note",
-                f"In {self.passes.labels(unsure)} this batch does not tell which way a step of the "
-                "loss moves probability.",
+                f"In {self.labels(unsure)} the batch and its halves do not agree on where a step of "
+                "the loss moves probability.",
+                routers=unsure,
             )
-
-    def _half(self, name: str) -> list[float]:
-        """`moves` of a half of the batch, by itself; nothing where there is no such half."""
-        if name not in self.batches:
-            return []
-        run = self.passes.run(self.batches[name], **self.switch)
-        flat = {id(p): p for r in range(len(run.routed)) for p in self.passes.parameters(r)}
-        loss = self.loss_of(run.output)
-        found = _gradients(loss.sum(), list(flat.values()))
-        gradient = dict(zip(flat, found, strict=True))
-        return [self._moves(r, routed, gradient) for r, routed in enumerate(run.routed)]
+        if right == judged:
+            self.say(
+                "moves",
+                "good",
+                "A step of the loss moves probability from busy experts to idle ones in every router"
+                + (f" of class {only}" if only else "")
+                + (", by autograd and as measured." if agrees else ", by autograd."),
+            )
 
     # --- the selection bias
 
-    def _biases(self, run: _Pass) -> None:
-        biases = [selection_bias(site, self.model) for site in self.passes.sites]
-        which = [r for r, bias in enumerate(biases) if bias is not None]
-        if not which:
+    def _bias(self, run: Pass) -> None:
+        biases = {r: bias for r, bias in enumerate(self._biases()) if bias is not None}
+        if not biases:
             return
-        in_weight, not_in_choice = list[int](), list[int]()
-        for r in which:
-            bias, routed = biases[r], run.routed[r]
-            assert bias is not None
-            E, kept = bias.numel(), bias.detach().clone()
-            idle = int(torch.bincount(routed.ids_TK.clamp(0, E - 1).reshape(-1), minlength=E).argmin())
-            with torch.no_grad():
-                try:
-                    bias += 0.5  # the same for all: no other choice
-                    same = self.passes.run(self.batches["as given"], **self.switch).routed[r]
-                    bias.copy_(kept)
-                    bias.view(-1)[idle] += 100
-                    other = self.passes.run(self.batches["as given"], **self.switch).routed[r]
-                finally:
-                    bias.copy_(kept)
-            alike = (same.ids_TK == routed.ids_TK).all(1)
-            if bool(alike.any()):
-                a, b = same.weights_TK[alike].float(), routed.weights_TK[alike].float()
-                if bool(((a - b).abs() > self.tolerance * 10 * b.abs() + 1e-6).any()):
-                    in_weight.append(r)
-            if not bool((other.ids_TK == idle).any(1).float().mean() > 0.9):
-                not_in_choice.append(r)
-        if in_weight:
+        kept = [(bias, bias.detach().clone()) for bias in biases.values()]
+
+        def with_bias(change: Callable[[int, Tensor], object], of: Sequence[int]) -> list[Routed]:
+            try:
+                with torch.no_grad():
+                    for r in of:
+                        change(r, biases[r].view(-1))
+                return self.run().routed
+            finally:
+                put_back(kept)
+
+        def idle(r: int) -> int:
+            E = self.passes.sites[r].experts
+            return int(torch.bincount(run.routed[r].ids_TK.clamp(0, E - 1).view(-1), minlength=E).argmin())
+
+        def weighs(r: int, same: Routed) -> bool | None:
+            """Whether the weights change with a bias that is the same for all experts."""
+            before = run.routed[r]
+            alike_T = (same.ids_TK == before.ids_TK).all(1)
+            a, b = same.weights_TK[alike_T].float(), before.weights_TK[alike_T].float()
+            return bool(((a - b).abs() > 1e-2 * b.abs() + 1e-4).any()) if len(a) else None
+
+        def shift(r: int, bias_E: Tensor) -> None:
+            bias_E += 0.5
+
+        def lift(r: int, bias_E: Tensor) -> None:
+            bias_E[idle(r)] += 100
+
+        shifted = with_bias(shift, list(biases))
+        found = {r: weighs(r, shifted[r]) for r in biases}
+        if any(of is not False for of in found.values()):  # what comes before may change it: alone
+            found = {r: weighs(r, with_bias(shift, [r])[r]) for r in biases}
+        weighed = [r for r, of in found.items() if of]
+        lifted = with_bias(lift, list(biases))
+        ignored = [
+            r for r in biases if (lifted[r].ids_TK == idle(r)).any(1).float().mean() < 0.9
+        ]
+        if weighed:
             self.say(
                 "bias_in_weight",
                 "critical",
-                f"The selection bias changes the gate weights in {self.passes.labels(in_weight)}: "
-                "it should steer the choice alone (arXiv:2408.15664).",
-                routers=in_weight,
+                f"The selection bias changes the gate weights in {self.labels(weighed)}: it should "
+                "steer the choice alone (arXiv:2408.15664).",
+                routers=weighed,
             )
-        if not_in_choice:
+        if ignored:
             self.say(
-                "bias_not_in_choice",
+                "bias_ignored",
                 "critical",
-                f"A large selection bias does not make its expert chosen in "
-                f"{self.passes.labels(not_in_choice)}: it balances nothing.",
-                routers=not_in_choice,
+                f"An expert with a large selection bias is not chosen in {self.labels(ignored)}: "
+                "the bias balances nothing.",
+                routers=ignored,
             )
-        if not in_weight and not not_in_choice:
+        if not ignored and all(of is False for of in found.values()):
             self.say("bias", "good", "The selection bias steers the choice, and no gate weight.")
-        if self.update is not None:
-            self._update([biases[r] for r in which], which, run)
 
-    def _update(self, biases: Sequence[Tensor | None], which: list[int], run: _Pass) -> None:
-        update = self.update
-        assert update is not None
-        kept = [bias.detach().clone() for bias in biases if bias is not None]
-        wrong, sizes, still = list[int](), list[float](), list[int]()
-        self.passes.run(self.batches["as given"], **self.switch)
+    def _biases(self) -> list[Tensor | None]:
+        return [selection_bias(site, self.model) for site in self.passes.sites]
+
+    def _update(self, update: Callable[[], object]) -> None:
+        """What `update` does after a pass of the batch: each bias should rise where experts are
+        idle."""
+        biases = {r: bias for r, bias in enumerate(self._biases()) if bias is not None}
+        kept = {r: bias.detach().clone() for r, bias in biases.items()}
+        put_back(self.passes.buffers)  # counts of earlier passes
+        run = self.run()
         update()
-        for r, bias, before in zip(which, biases, kept, strict=True):
-            assert bias is not None
-            with torch.no_grad():
-                step_E = (bias - before).reshape(-1).double()
-                bias.copy_(before)
-            routed, E = run.routed[r], len(step_E)
-            ids = routed.ids_TK[routed.real_T]
-            load_E = torch.bincount(ids[(ids >= 0) & (ids < E)].long(), minlength=E).double()
-            lack_E = load_E.mean() - load_E
+        wrong, still, sizes = list[int](), list[int](), list[float]()
+        for r, bias in biases.items():
+            step_E = (bias.detach() - kept[r]).view(-1).double()
+            ids = run.routed[r].ids_TK[run.routed[r].real_T]
+            ids = ids[(ids >= 0) & (ids < len(step_E))].long()
+            load_E = torch.bincount(ids, minlength=len(step_E)).double()
             sizes += step_E[step_E != 0].abs().tolist()
-            if not bool(step_E.any()):
+            if not step_E.any():
                 still.append(r)
-            elif float((step_E * lack_E).sum()) <= 0:
+            elif float(step_E @ (load_E.mean() - load_E)) <= 0:
                 wrong.append(r)
-        if still:
-            what = f"The update leaves the selection bias as it is in {self.passes.labels(still)}."
-            self.say("bias_update", "critical", what)
+        put_back([(biases[r], kept[r]) for r in biases])
+        if still or not biases:
+            where = f" in {self.labels(still)}" if still else ": there is none"
+            self.say("bias_update", "critical", f"The update changes no selection bias{where}.")
         if wrong:
             self.say(
                 "bias_update",
                 "critical",
-                f"The update raises the selection bias of busy experts in "
-                f"{self.passes.labels(wrong)}: the sign is wrong.",
+                f"The update raises the selection bias of busy experts in {self.labels(wrong)}: its "
+                "sign is wrong.",
+                routers=wrong,
             )
         if sizes and not wrong and not still:
             low, high = min(sizes), max(sizes)
-            size = f"{low:.3g}" if high < low * (1 + SAME) else f"{low:.3g} to {high:.3g}"
-            self.say(
-                "bias_update",
-                "good",
-                f"The update raises the selection bias of idle experts, by {size}.",
-            )
+            size = f"{low:.3g}" + f" to {high:.3g}" * (high > low * (1 + SAME))
+            said = f"The update raises the selection bias of idle experts, by {size}."
+            self.say("bias_update", "good", said, low=low, high=high)
 
 
-def _choices_apart(routed: Sequence[Routed]) -> float:
-    """The share of decisions whose experts are not those of the largest logits."""
-    apart, of = 0, 0
-    for r in routed:
-        top = r.logits_TE.topk(r.ids_TK.shape[1], -1).indices.sort(-1).values
-        apart += int((top != r.ids_TK.sort(-1).values).any(-1)[r.real_T].sum())
-        of += int(r.real_T.sum())
-    return apart / max(of, 1)
+def _own(site: Site) -> Formula:
+    """The Switch loss of a router by itself."""
+    return Formula("router", "sigmoid, scaled to sum to 1" if site.scoring == "sigmoid" else "softmax")
 
 
-def _score_of(site: Site) -> str:
-    return "sigmoid, scaled to sum to 1" if site.scoring == "sigmoid" else "softmax"
+def _largest(routed: Routed) -> Tensor:
+    return routed.logits_TE.topk(routed.ids_TK.shape[1], -1).indices
 
 
-def _gradients(value: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """Zeros where the value does not depend on a parameter."""
-    if not value.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+def _chose_alike(a: Routed, b: Routed) -> bool:
+    """What a loss may count is the same: the choices, and the largest logits."""
+    return torch.equal(a.ids_TK, b.ids_TK) and torch.equal(_largest(a), _largest(b))
 
 
-def _variants(batch: Batch, model: Any, passes: _Passes) -> dict[str, Batch]:
-    """The batch as it is; with padding at the end of every second row, where it has none; packed
-    into one row; and its two halves, as two accumulation steps have them."""
-    found: dict[str, Batch] = {"as given": batch}
-    is_dict = isinstance(batch, Mapping)
-    values = list(batch.values()) if is_dict else list(batch) if isinstance(batch, tuple) else [batch]
-    tensors = [v for v in values if torch.is_tensor(v) and v.dim() > 1]
-    B = len(tensors[0]) if tensors else 0
-    if not B:
-        raise MoeInspectError("audit_loss needs a batch with a tensor [rows, positions]")
-
-    def part(value: Any, end: int) -> Any:
-        if not torch.is_tensor(value) or not value.dim() or len(value) != B:
-            return value
-        if B > 1:
-            return value[: (B + 1) // 2] if not end else value[(B + 1) // 2 :]
-        half = value.shape[1] // 2 if value.dim() > 1 else len(value)
-        return value[:, :half] if not end else value[:, half:]
-
-    for end, name in enumerate(("first half", "second half")):
-        if is_dict:
-            found[name] = {key: part(value, end) for key, value in batch.items()}
-        else:
-            parts = tuple(part(value, end) for value in values)
-            found[name] = parts if isinstance(batch, tuple) else parts[0]
-    ids = batch.get("input_ids") if is_dict else None
-    alone = any(site.adapter is not None and site.adapter.alone for site in passes.sites)
-    if not torch.is_tensor(ids) or ids.dim() != 2 or alone or not _accepts(model, "attention_mask"):
-        return found
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    if bool((mask != 0).all()) and ids.shape[1] > 2:
-        padded = mask.clone()
-        padded[::2, -(ids.shape[1] // 3) :] = 0
-        found["padded"] = {**batch, "attention_mask": padded}
-    if B > 1 and set(batch) <= {"input_ids", "attention_mask", "labels"} and _packs(model):
-        lengths = (mask != 0).sum(1).tolist()
-        places = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
-        found["packed"] = {"input_ids": ids[mask != 0][None], "position_ids": places[None]}
-    return found
-
-
-def _packs(model: Any) -> bool:
-    """Whether it is a decoder of text, which takes several documents in a row by their positions."""
-    return type(model).__name__.endswith("ForCausalLM") and _accepts(model, "position_ids")
+def _apart(routed: Routed) -> Tensor:
+    """bool: the decisions whose experts are not those of the largest logits; without padding."""
+    chosen = routed.ids_TK.sort(-1).values
+    return (_largest(routed).sort(-1).values != chosen).any(-1)[routed.real_T]

@@ -162,14 +162,18 @@ class Match(NamedTuple):
     factor: float
 
 
-def candidates(passes: Sequence[Sequence[Routed]], devices: int = 0) -> list[Formula]:
-    """The simplest first. What is the same by construction in all passes is there once: with k = 1
-    the first choice, without padding what is done with it, without a bias the largest logits."""
+def candidates(
+    passes: Sequence[Sequence[Routed]], devices: int = 0, chooses: bool = False
+) -> list[Formula]:
+    """The simplest first. What is the same in all passes is there once: with k = 1 the first
+    choice, without padding what is done with it, and the largest logits unless the router `chooses`
+    others at times."""
     every = [r for routed in passes for r in routed]
     chosen, seen = list[str](), list[list[Tensor]]()
     for name, ids_of in CHOSEN.items():
         hot = [_hot(ids_of(r), r.logits_TE.shape[1]) for r in every]
-        if not any(all(map(torch.equal, hot, other)) for other in seen):
+        is_new = not any(all(map(torch.equal, hot, other)) for other in seen)
+        if is_new or (chooses and name == BY_LOGITS[0]):
             chosen.append(name)
             seen.append(hot)
     paddings = (False, True) if not all(bool(r.real_T.all()) for r in every) else (False,)
@@ -190,6 +194,7 @@ def identify(
     passes: Mapping[str, Sequence[Routed]],
     tolerance: float,
     devices: int = 0,
+    chooses: bool = False,
 ) -> tuple[list[Match], float]:
     """The formulas that stand in the same ratio to the loss in every pass, the simplest first: with
     several, these passes cannot tell them apart. And by how much the values of Switch's loss differ
@@ -197,7 +202,7 @@ def identify(
     names, found = list(reported), list[Match]()
     real = torch.tensor([reported[name] for name in names], dtype=torch.float64)
     with torch.no_grad():
-        for formula in candidates([passes[name] for name in names], devices):
+        for formula in candidates([passes[name] for name in names], devices, chooses):
             value = torch.stack([formula.value(passes[name]).cpu() for name in names])
             ratio = real / value
             if bool((ratio / ratio.mean() - 1).abs().max() < tolerance):
