@@ -141,7 +141,10 @@ def default_loss(output: Any) -> Any:
 
 
 def accepts(model: Any, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
+    """Whether its forward has this argument; "**": any."""
+    parameters = inspect.signature(model.forward).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or (name == "**" and any_name)
 
 
 def coefficient_of(model: Any) -> float | None:
