@@ -199,16 +199,31 @@ def test_a_layer_without_a_loss_is_named(planted: Any) -> None:
 
 
 def test_a_pooled_loss_moves_a_layer_the_wrong_way() -> None:
-    """Of two routers that are uneven in the same way it sees the sum."""
-    built, given = model(num_hidden_layers=2), batch()
+    """Of two routers that are uneven in opposite ways it sees the sum: where it moves probability
+    is seen by a step, without the audit."""
+    built, given = model(num_hidden_layers=2).eval(), batch()
     gates = [layer.mlp.gate for layer in built.model.layers]
-    for gate, sign in zip(gates, (3, -1), strict=True):
-        gate.register_forward_pre_hook(lambda m, a, s=sign: (a[0] + s * m.weight[0] * 4,))
+    for gate, bias in zip(gates, (6.0, -1.5), strict=True):
+        offset = torch.tensor([bias] * 2 + [0] * 4 + [-bias] * 2)  # of the logits
+        shift = gate.weight.detach().pinverse() @ offset
+        gate.register_forward_pre_hook(lambda m, a, shift=shift: (a[0] + shift,))
     audit = audit_loss(built, given)
-    assert "In layer 1 a step of the loss moves probability to the busy experts" in text(
-        audit, "loss_direction"
-    )
-    assert audit.moves_R[0] > 0 > audit.moves_R[1]
+    real = given["attention_mask"].reshape(-1) > 0
+    out = built(**given)
+    before = [of[real].softmax(-1) for of in out.router_logits]
+    grads = torch.autograd.grad(out.aux_loss, [gate.weight for gate in gates])
+    with torch.no_grad():
+        for gate, grad in zip(gates, grads, strict=True):
+            gate.weight -= 1e-3 * grad
+        after = [of[real].softmax(-1) for of in built(**given).router_logits]
+        loads = [one_hot(of.topk(2).indices, 8).sum((0, 1)) for of in before]
+        moved = zip(loads, before, after, strict=True)
+        worse = [float((load * (b - a).mean(0)).sum()) > 0 for load, a, b in moved]
+    assert sorted(worse) == [False, True]
+    layer = worse.index(True)
+    assert [move < 0 for move in audit.moves_R] == worse
+    said = f"In layer {layer} a step of the loss moves probability to the busy experts"
+    assert said in text(audit, "loss_direction")
 
 
 def test_weights_gradients_and_buffers_are_left_as_they_were() -> None:
@@ -234,20 +249,27 @@ def test_formulas_that_are_the_same_on_the_batch_are_all_said(planted: Any) -> N
     assert planted(by_router).either == []
 
 
-def test_tokens_that_are_all_alike_tell_no_formula(planted: Any) -> None:
+def test_tokens_that_are_all_alike_tell_no_formula(planted: Any, put: Put) -> None:
     ids = torch.full((4, 8), 7)
-    mask = torch.ones_like(ids)
-    audit = planted(with_padding, {"input_ids": ids, "attention_mask": mask})
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    put(modeling_mixtral, load_balancing_loss_func=by_router)
+    built = model()
+    for layer in built.model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    audit = audit_loss(built, given)
     assert audit.formula is None
     assert "no formula can be told from another" in text(audit, "loss_unknown")
     assert "loss_constant" not in kinds(audit)
+    assert "The routers' weights are frozen" in text(audit, "loss_frozen")
+    # weights that may change make other load of the same tokens
+    assert Formula("sequence") in planted(by_router, given).either
 
 
 def test_sixteen_bits_tell_less_and_say_so(planted: Any) -> None:
-    put = planted(by_router)
-    assert put.formula == Formula("router")
+    assert "and as measured" in text(planted(by_router), "loss_moves")
     audit = audit_loss(model().bfloat16(), batch())
     assert Formula("router") in [audit.formula, *audit.either]
+    assert "and as measured" not in text(audit, "loss_moves")
     assert "loss_step" not in {f.kind for f in audit.findings}
 
 
