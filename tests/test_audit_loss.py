@@ -3,18 +3,23 @@ is not."""
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 from transformers.models.mixtral import modeling_mixtral
 
+import moe_inspect
 from moe_inspect.analysis.metrics import router as metrics
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import Router
 from moe_inspect.training import LossAudit, audit_loss
 from moe_inspect.training.formulas import Formula, Routed
+from moe_inspect.training.metrics import balance_moved
 from tests.conftest import Put
 from tests.support import own, zoo
 
@@ -150,7 +155,7 @@ def test_a_loss_that_is_silently_off_is_named() -> None:
     built = model()
     built.router_aux_loss_coef = 0  # the config states 0.001
     assert "is no part of the loss with labels" in text(audit_loss(built, batch()), "loss_off")
-    built.config.router_aux_loss_coef = 0
+    built.config.router_aux_loss_coef = 0.0
     assert text(audit_loss(built, batch()), "loss_off") == (
         "The coefficient of the balancing loss is 0."
     )
@@ -203,8 +208,8 @@ def test_a_pooled_loss_moves_a_layer_the_wrong_way() -> None:
     is seen by a step, without the audit."""
     built, given = model(num_hidden_layers=2).eval(), batch()
     gates = [layer.mlp.gate for layer in built.model.layers]
-    for gate, bias in zip(gates, (6.0, -1.5), strict=True):
-        offset = torch.tensor([bias] * 2 + [0] * 4 + [-bias] * 2)  # of the logits
+    for gate, bias in zip(gates, (3.0, -0.3), strict=True):
+        offset = torch.tensor([bias] * 4 + [-bias] * 4)  # of the logits
         shift = gate.weight.detach().pinverse() @ offset
         gate.register_forward_pre_hook(lambda m, a, shift=shift: (a[0] + shift,))
     audit = audit_loss(built, given)
@@ -234,7 +239,7 @@ def test_weights_gradients_and_buffers_are_left_as_they_were() -> None:
     assert all(torch.equal(before[name], value) for name, value in built.state_dict().items())
     assert all(p.grad is None for p in built.parameters())
     assert torch.equal(state, torch.get_rng_state())
-    assert not built._forward_hooks and not built._forward_pre_hooks
+    assert not {*built._forward_hooks, *built._forward_pre_hooks}
 
 
 # --- what the data cannot tell
@@ -319,7 +324,7 @@ LOSSES: list[tuple[Formula, float]] = [
 
 
 def probed() -> Any:
-    """Two routers with a probe each, which show logits, and `loss`, a function of what they chose."""
+    """Two routers with a probe each, and `loss`, a function of what they showed."""
 
     def forward(self: Any, tokens: Tensor, padding_mask: Tensor) -> Any:
         x, shown = self.embed(tokens), []
@@ -327,13 +332,11 @@ def probed() -> Any:
         for layer, gate in enumerate(self.gates):
             logits = gate(x)
             weights, ids = logits.softmax(-1).topk(2)
-            moe_inspect_probe(ids, weights, layer=layer, logits=logits)
+            moe_inspect.probe(ids, weights, layer=layer, logits=logits)
             flat = [v.flatten(0, 1) for v in (logits, ids, weights)]
             shown.append(Routed(*flat, ~padding_mask.reshape(-1), row, "", "Router"))
             x = x * weights.sum(-1, keepdim=True)
         return {"balance": self.loss(shown), "x": x}
-
-    from moe_inspect import probe as moe_inspect_probe
 
     torch.manual_seed(0)
     gates = torch.nn.ModuleList(torch.nn.Linear(16, 8, bias=False) for _ in range(2))
@@ -393,14 +396,10 @@ def test_a_bias_in_the_weight_or_in_no_choice_is_named(put: Put) -> None:
         (True, "loss_bias_in_weight", "changes the gate weights in layers 0-3"),
         (False, "loss_bias_ignored", "is not chosen in layers 0-3"),
     ):
-        put(kind, forward=partial_method(weighed, in_weight=in_weight))
+        put(kind, forward=partialmethod(weighed, in_weight=in_weight))
         audit = audit_loss(built, batch("minimax_m2"))
         assert says in text(audit, kind_of)
         assert "loss_bias" not in {f.kind for f in audit.findings}
-
-
-def partial_method(function: Any, **more: Any) -> Any:
-    return lambda self, *args: function(self, *args, **more)
 
 
 @pytest.mark.parametrize(("rate", "kind"), [(1e-3, "good"), (-1e-3, "critical"), (0, "critical")])
@@ -424,3 +423,29 @@ def test_the_sign_and_the_size_of_an_update_are_said(rate: float, kind: str) -> 
     assert ("idle experts, by 0.001." in text(audit, "loss_bias_update")) == (kind == "good")
 
 
+# --- whether the load moves
+
+
+def steps(change: float, S: int = 60, R: int = 4, seed: int = 0) -> np.ndarray:
+    """How uneven the load of each step is; that of router 2 changes."""
+    rng = np.random.default_rng(seed)
+    found = 0.5 + 0.05 * rng.standard_normal((S, R))
+    found[:, 2] += change * np.linspace(0, 1, S)
+    return found
+
+
+def test_a_load_that_moves_is_told_from_noise() -> None:
+    routers = own_routers(4)
+    said = [balance_moved(steps(0, seed=n), routers).severity for n in range(200)]
+    assert said.count("note") >= 195  # one run in a hundred by chance
+    for change, severity, how in ((-0.2, "good", "more"), (0.2, "warning", "less")):
+        found = balance_moved(steps(change), routers)
+        assert found.severity == severity
+        assert found.text.endswith(f"has become {how} even in layer 2, beyond noise.")
+    still = balance_moved(steps(0), routers)
+    assert "neither more nor less even in any layer" in still.text
+    assert "11 steps are too few to tell" in balance_moved(steps(-0.2, S=11), routers).text
+
+
+def own_routers(n: int) -> Any:
+    return [Router(layer, "", f"layers.{layer}", 8, 2) for layer in range(n)]

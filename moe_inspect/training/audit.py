@@ -21,7 +21,7 @@ from moe_inspect.reporting.verdict.findings import (
     finding,
     most_important_first,
 )
-from moe_inspect.text import layer_label, ranges
+from moe_inspect.training.bias import bias_findings, update_findings
 from moe_inspect.training.formulas import (
     BY_LOGITS,
     OF_CHOSEN,
@@ -138,13 +138,6 @@ class _Audit:
     def say(self, kind: str, severity: Severity, text: str, **values: object) -> None:
         self.found.append(finding(f"loss_{kind}", severity, text, **values))
 
-    def labels(self, which: Sequence[int]) -> str:
-        """ "layers 1-3"."""
-        names = [layer_label(self.passes.sites, r) for r in which]
-        numbers = all(name.isdigit() for name in names)
-        said = ranges(map(int, names)) if numbers else ", ".join(names)
-        return f"layer{'s' * (len(names) > 1)} {said}"
-
     def loss(self, run: Pass) -> Tensor:
         return torch.as_tensor(self.loss_of(run.output)).sum()
 
@@ -153,9 +146,9 @@ class _Audit:
 
     def done(self, update: Callable[[], object] | None) -> LossAudit:
         run = self.run()
-        self._bias(run)
+        self.found += [*bias_findings(self.passes, run, self.run)]
         if update is not None:
-            self._update(update)
+            self.found += [*update_findings(self.passes, update, self.run)]
         audited = self._audit(run)
         return LossAudit(most_important_first(self.found), **audited)
 
@@ -405,7 +398,9 @@ class _Audit:
         if not all(r.logits_TE.requires_grad for r in run.routed):
             return unknown
         if matches:
-            self._same_gradient(gradient, self._by_weight(matches[0].formula.value(run.routed)), matches[0])
+            self._same_gradient(
+                gradient, self._by_weight(matches[0].formula.value(run.routed)), matches[0]
+            )
         moves = [self._moves(r, run.routed, gradient) for r in range(self.R)]
         agrees, after = self._step(gradient, norm, float(loss.detach()), run)
         self._direction(moves, agrees, after, matches)
@@ -503,7 +498,7 @@ class _Audit:
             self.say(
                 "direction",
                 "critical",
-                f"In {self.labels(wrong)} a step of the loss moves probability to the busy experts, "
+                f"In {self.passes.labels(wrong)} a step of the loss moves probability to the busy experts, "
                 f"{where}.",
                 routers=wrong,
             )
@@ -511,7 +506,7 @@ class _Audit:
             self.say(
                 "direction",
                 "critical",
-                f"In {self.labels(still)} a step of the loss moves no probability from busy experts "
+                f"In {self.passes.labels(still)} a step of the loss moves no probability from busy experts "
                 f"to idle ones, {where}.",
                 routers=still,
             )
@@ -519,7 +514,7 @@ class _Audit:
             self.say(
                 "direction",
                 "note",
-                f"In {self.labels(unsure)} the batch and its halves do not agree on where a step of "
+                f"In {self.passes.labels(unsure)} the batch and its halves do not agree on where a step of "
                 "the loss moves probability.",
                 routers=unsure,
             )
@@ -532,112 +527,12 @@ class _Audit:
                 + (", by autograd and as measured." if agrees else ", by autograd."),
             )
 
-    # --- the selection bias
-
-    def _bias(self, run: Pass) -> None:
-        biases = {r: bias for r, bias in enumerate(self._biases()) if bias is not None}
-        if not biases:
-            return
-        kept = [(bias, bias.detach().clone()) for bias in biases.values()]
-
-        def with_bias(change: Callable[[int, Tensor], object], of: Sequence[int]) -> list[Routed]:
-            try:
-                with torch.no_grad():
-                    for r in of:
-                        change(r, biases[r].view(-1))
-                return self.run().routed
-            finally:
-                put_back(kept)
-
-        def idle(r: int) -> int:
-            E = self.passes.sites[r].experts
-            return int(torch.bincount(run.routed[r].ids_TK.clamp(0, E - 1).view(-1), minlength=E).argmin())
-
-        def weighs(r: int, same: Routed) -> bool | None:
-            """Whether the weights change with a bias that is the same for all experts."""
-            before = run.routed[r]
-            alike_T = (same.ids_TK == before.ids_TK).all(1)
-            a, b = same.weights_TK[alike_T].float(), before.weights_TK[alike_T].float()
-            return bool(((a - b).abs() > 1e-2 * b.abs() + 1e-4).any()) if len(a) else None
-
-        def shift(r: int, bias_E: Tensor) -> None:
-            bias_E += 0.5
-
-        def lift(r: int, bias_E: Tensor) -> None:
-            bias_E[idle(r)] += 100
-
-        shifted = with_bias(shift, list(biases))
-        found = {r: weighs(r, shifted[r]) for r in biases}
-        if any(of is not False for of in found.values()):  # what comes before may change it: alone
-            found = {r: weighs(r, with_bias(shift, [r])[r]) for r in biases}
-        weighed = [r for r, of in found.items() if of]
-        lifted = with_bias(lift, list(biases))
-        ignored = [
-            r for r in biases if (lifted[r].ids_TK == idle(r)).any(1).float().mean() < 0.9
-        ]
-        if weighed:
-            self.say(
-                "bias_in_weight",
-                "critical",
-                f"The selection bias changes the gate weights in {self.labels(weighed)}: it should "
-                "steer the choice alone (arXiv:2408.15664).",
-                routers=weighed,
-            )
-        if ignored:
-            self.say(
-                "bias_ignored",
-                "critical",
-                f"An expert with a large selection bias is not chosen in {self.labels(ignored)}: "
-                "the bias balances nothing.",
-                routers=ignored,
-            )
-        if not ignored and all(of is False for of in found.values()):
-            self.say("bias", "good", "The selection bias steers the choice, and no gate weight.")
-
-    def _biases(self) -> list[Tensor | None]:
-        return [selection_bias(site, self.model) for site in self.passes.sites]
-
-    def _update(self, update: Callable[[], object]) -> None:
-        """What `update` does after a pass of the batch: each bias should rise where experts are
-        idle."""
-        biases = {r: bias for r, bias in enumerate(self._biases()) if bias is not None}
-        kept = {r: bias.detach().clone() for r, bias in biases.items()}
-        put_back(self.passes.buffers)  # counts of earlier passes
-        run = self.run()
-        update()
-        wrong, still, sizes = list[int](), list[int](), list[float]()
-        for r, bias in biases.items():
-            step_E = (bias.detach() - kept[r]).view(-1).double()
-            ids = run.routed[r].ids_TK[run.routed[r].real_T]
-            ids = ids[(ids >= 0) & (ids < len(step_E))].long()
-            load_E = torch.bincount(ids, minlength=len(step_E)).double()
-            sizes += step_E[step_E != 0].abs().tolist()
-            if not step_E.any():
-                still.append(r)
-            elif float(step_E @ (load_E.mean() - load_E)) <= 0:
-                wrong.append(r)
-        put_back([(biases[r], kept[r]) for r in biases])
-        if still or not biases:
-            where = f" in {self.labels(still)}" if still else ": there is none"
-            self.say("bias_update", "critical", f"The update changes no selection bias{where}.")
-        if wrong:
-            self.say(
-                "bias_update",
-                "critical",
-                f"The update raises the selection bias of busy experts in {self.labels(wrong)}: its "
-                "sign is wrong.",
-                routers=wrong,
-            )
-        if sizes and not wrong and not still:
-            low, high = min(sizes), max(sizes)
-            size = f"{low:.3g}" + f" to {high:.3g}" * (high > low * (1 + SAME))
-            said = f"The update raises the selection bias of idle experts, by {size}."
-            self.say("bias_update", "good", said, low=low, high=high)
-
 
 def _own(site: Site) -> Formula:
     """The Switch loss of a router by itself."""
-    return Formula("router", "sigmoid, scaled to sum to 1" if site.scoring == "sigmoid" else "softmax")
+    return Formula(
+        "router", "sigmoid, scaled to sum to 1" if site.scoring == "sigmoid" else "softmax"
+    )
 
 
 def _largest(routed: Routed) -> Tensor:

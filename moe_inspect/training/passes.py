@@ -18,8 +18,9 @@ from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.stack import Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
-from moe_inspect.model.routers import Site, text_config
+from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.model.wrapped import unwrapped
+from moe_inspect.text import layer_label, ranges
 from moe_inspect.training.formulas import Routed
 from moe_inspect.training.sums import RoutingSums
 
@@ -105,7 +106,9 @@ class Passes(RoutingSums):
         shown = [values for (values,) in self._calls.get(("logits", r), [])]
         logits_TE = torch.cat(shown) if shown else weights_TK.new_zeros(0, site.experts)
         score_TE = logits_TE.detach().float()
-        if len(shown) and bool((score_TE >= 0).all() and ((score_TE.sum(1) - 1).abs() < 1e-3).all()):
+        if len(shown) and bool(
+            (score_TE >= 0).all() and ((score_TE.sum(1) - 1).abs() < 1e-3).all()
+        ):
             logits_TE = logits_TE.clamp(min=1e-30).log()  # what is called logits is a softmax
         _, S, order_T = self._fed[site.stack]
         real_T, device = self._real[site.stack], ids_TK.device
@@ -120,6 +123,18 @@ class Passes(RoutingSums):
         """Those that make the logits of router r, without what is frozen."""
         of = self.sites[r].logits_module or self.sites[r].module
         return [p for p in of.parameters() if p.requires_grad]
+
+    def labels(self, which: Sequence[int]) -> str:
+        """ "layers 1-3"."""
+        names = [layer_label(self.sites, r) for r in which]
+        numbers = all(name.isdigit() for name in names)
+        said = ranges(map(int, names)) if numbers else ", ".join(names)
+        return f"layer{'s' * (len(names) > 1)} {said}"
+
+    def biases(self) -> dict[int, Tensor]:
+        """The selection bias of each router that has one."""
+        found = ((r, selection_bias(site, self.model)) for r, site in enumerate(self.sites))
+        return {r: bias for r, bias in found if bias is not None}
 
 
 def put_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
