@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from transformers.models.mixtral import modeling_mixtral
 
 import moe_inspect
 from moe_inspect.alarms.alarms import Alarm
 from moe_inspect.alarms.of_trace import windows_of
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.training import RoutingCallback
-from tests.conftest import ROOT
-from tests.support.trained import EXPERTS, LAYERS, TOP_K, counted, reset
+from tests.conftest import ROOT, Put
+from tests.support.trained import EXPERTS, LAYERS, counted, reset
 from tests.support.zoo import VOCABULARY, token_batch
+from tests.test_audit_loss import by_router
 from tests.test_training import history
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
@@ -76,32 +78,34 @@ def test_an_alarm_stops_the_training(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_audited_at_the_start_and_the_load_at_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], put: Put
 ) -> None:
+    put(modeling_mixtral, load_balancing_loss_func=by_router)
+
     def trained(coefficient: float, **arguments: Any) -> RoutingCallback:
         callback = RoutingCallback(audit=True, rules=())
         model = hf.MixtralForCausalLM(counted().config)
         model.load_state_dict(counted().state_dict())
         model.config.router_aux_loss_coef = model.router_aux_loss_coef = coefficient
-        for layer in model.model.layers:  # two experts have nearly all tokens
-            layer.mlp.gate.weight.data[:2] *= 20
-        of = {"learning_rate": 1e-2, "per_device_train_batch_size": 16, **arguments}
+        for layer in model.model.layers:  # two experts have more tokens
+            layer.mlp.gate.weight.data[:2] *= 3
+        of = {"learning_rate": 3e-3, "per_device_train_batch_size": 16, **arguments}
         trainer(tmp_path, callback, model, **of).train()
         return callback
 
-    audited = trained(10.0, max_steps=30, logging_steps=5)
+    audited = trained(1.0, max_steps=30, logging_steps=5)
     assert audited.audited is not None
-    assert audited.audited.factor == pytest.approx(TOP_K, rel=1e-4)
+    assert audited.audited.factor == pytest.approx(1, rel=1e-4)
     assert audited.audited.added == pytest.approx(1, rel=0.01)
     assert audited.moved is not None
     assert audited.moved.severity == "good", audited.moved.text
     said = capsys.readouterr().err
-    assert "routing: warning: The loss is pooled over 2 routers" in said
+    assert "routing: note: The balancing loss is 1 × Switch's loss" in said
     assert said.count(f"routing: good: {audited.moved.text}") == 1
     without = trained(1e-9, max_steps=30, logging_steps=5, learning_rate=1e-6)
     assert without.moved is not None
     assert without.moved.severity == "note"
-    few = trained(10.0, max_steps=4)
+    few = trained(1.0, max_steps=4)
     assert few.moved is not None
     assert "4 steps are too few to tell" in few.moved.text
 
