@@ -20,8 +20,10 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.training import LossAudit, audit_loss
 from moe_inspect.training.formulas import Formula, Routed
 from moe_inspect.training.metrics import balance_moved
-from tests.conftest import Put
+from moe_inspect.training.passes import COEFFICIENTS
+from tests.conftest import ROOT, Put
 from tests.support import own, zoo
+from tests.support.sweep import sample
 
 LENGTHS = [24, 17, 24, 20, 24, 24]
 POOLED = modeling_mixtral.load_balancing_loss_func
@@ -123,7 +125,7 @@ def test_a_published_bug_is_named(planted: Any, function: Any, kind: str, says: 
 
 
 def test_a_router_that_returns_probabilities_as_its_logits_is_named(put: Put) -> None:
-    """As in several families of transformers 5.0 to 5.4."""
+    """As those of Mixtral once did (transformers #45120)."""
     forward = modeling_mixtral.MixtralTopKRouter.forward
 
     def probabilities(self: Any, hidden: Tensor) -> Any:
@@ -449,3 +451,46 @@ def test_a_load_that_moves_is_told_from_noise() -> None:
 
 def own_routers(n: int) -> Any:
     return [Router(layer, "", f"layers.{layer}", 8, 2) for layer in range(n)]
+
+
+# --- the families of transformers
+
+
+def stated() -> list[str]:
+    """Families whose config states a coefficient."""
+    built = [f for f in zoo.FAMILIES if f not in zoo.WHY_NOT]
+    return [f for f in built if states_loss(zoo.config(f))]
+
+
+def states_loss(config: Any) -> bool:
+    text = config.get_text_config()
+    owners = (text, getattr(text, "ffn_config", None))
+    return any(hasattr(owner, name) for owner in owners for name in COEFFICIENTS)
+
+
+def page() -> str:
+    return zoo.losses_page([zoo.loss_row(f, *zoo.audited(f)) for f in stated()])
+
+
+@pytest.mark.slow
+def test_the_page_says_what_the_audit_finds() -> None:
+    """docs/balancing-losses.md, written by `make test-families`."""
+    written = (ROOT / "docs" / "balancing-losses.md").read_text()
+    if f"transformers {zoo.hf.__version__}\n" in written:
+        assert written == page(), "docs/balancing-losses.md is stale: run make test-families"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sample(stated(), 3))
+def test_each_family_has_a_formula_in_every_release(family: str) -> None:
+    """Or is known to have none."""
+    _, audit = zoo.audited(family)
+    if family in {"llama4", "openai_privacy_filter", "doge"}:
+        assert audit.formula is None
+    else:
+        assert audit.formula is not None
+        assert not {f.kind for f in audit.findings} & {"loss_gradient", "loss_step", "loss_doubled"}
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "balancing-losses.md").write_text(page())
