@@ -133,9 +133,9 @@ def doctor(
     """Show what this machine can record, and what that costs.
 
     Prints one page to paste into a bug report: versions, devices, possible captures, speeds. With a
-    model, also measures its forward passes traced and untraced, and audits its balancing loss. Names
-    no user, host or path. Exits with 1 if a kernel gives a wrong result, with 3 if the balancing
-    loss does not balance.
+    model, also measures its forward passes traced and untraced, and audits its balancing loss.
+    Names no user, host or path. Exits with 1 if a kernel gives a wrong result, with 3 if the
+    balancing loss does not balance.
 
     Examples:
     moe-inspect doctor

@@ -135,8 +135,8 @@ class _Audit:
         self.tolerance = 5e-6 if self.is_exact else 1e-3
         self.found = list[Finding]()
 
-    def say(self, kind: str, severity: Severity, text: str, **values: object) -> None:
-        self.found.append(finding(f"loss_{kind}", severity, text, **values))
+    def say(self, kind: str, severity: Severity, text: str, **values: Any) -> None:
+        self.found.append(finding(f"loss_{kind}", severity, text, None, **values))
 
     def loss(self, run: Pass) -> Tensor:
         return torch.as_tensor(self.loss_of(run.output)).sum()
@@ -191,8 +191,8 @@ class _Audit:
             self.say(
                 "off",
                 "critical" if self.model.training else "warning",
-                f"The config states a balancing loss with coefficient {self.coefficient:g}, and the "
-                "model reports none: training adds none.",
+                f"The config states a balancing loss with coefficient {self.coefficient:g}, and "
+                "the model reports none: training adds none.",
             )
         else:
             self.say("none", "note", "The model reports no balancing loss.")
@@ -219,8 +219,8 @@ class _Audit:
             self.say(
                 "unknown",
                 "note",
-                f"In these passes Switch's loss is the same within {spread:.1%}, and no formula can "
-                "be told from another: give a batch with more rows, or with load that is less even"
+                f"In these passes Switch's loss is the same within {spread:.1%}, and no formula "
+                "can be told from another: give a batch with more rows, or with less even load"
                 + ", or the model in float32" * (not self.is_exact)
                 + ".",
             )
@@ -229,8 +229,8 @@ class _Audit:
             self.say(
                 "constant",
                 "critical",
-                f"The balancing loss is {value:.6g} in every pass, whatever the load; Switch's loss "
-                f"of the same routing differs by {spread:.1%}.",
+                f"The balancing loss is {value:.6g} in every pass, whatever the load; Switch's "
+                f"loss of the same routing differs by {spread:.1%}.",
             )
         elif not matches:
             switch = float(Formula("router").value(routed["as given"]))
@@ -279,9 +279,9 @@ class _Audit:
             self.say(
                 "pooled",
                 "warning",
-                f"The loss is pooled over {self.R // stacks} routers: uneven load of one layer makes "
-                "up for that of another, and a single layer may collapse. Switch's loss is of each "
-                "router.",
+                f"The loss is pooled over {self.R // stacks} routers: uneven load of one layer "
+                "makes up for that of another, and a single layer may collapse. Switch's loss is "
+                "of each router.",
             )
         if formula.padding:
             self.say("padding", "warning", "Padding is counted in the balancing loss.")
@@ -289,8 +289,8 @@ class _Audit:
             self.say(
                 "softmax_twice",
                 "critical",
-                "A softmax is taken of what is a softmax already: its probabilities are nearly even, "
-                "whatever the logits, and so is the loss.",
+                "A softmax is taken of what is a softmax already: its probabilities are nearly "
+                "even, whatever the logits, and so is the loss.",
             )
         if formula.score == OF_CHOSEN:
             self.say(
@@ -305,8 +305,8 @@ class _Audit:
                 "other_choice",
                 "warning",
                 "f counts the experts with the largest logits. In "
-                f"{float(apart):.0%} of the decisions the router chose others, by a selection bias, "
-                "groups or capacity: the loss balances a load that does not run.",
+                f"{float(apart):.0%} of the decisions the router chose others, by a selection "
+                "bias, groups or capacity: the loss balances a load that does not run.",
                 share=float(apart),
             )
 
@@ -372,9 +372,9 @@ class _Audit:
             self.say(
                 "accumulated",
                 "warning",
-                "With gradient accumulation over N passes the balancing loss weighs N times as much "
-                "(measured with 2): it is added in each pass, where the language loss is divided by "
-                "the tokens of all (num_items_in_batch).",
+                "With gradient accumulation over N passes the balancing loss weighs N times as "
+                "much (measured with 2): it is added in each pass, where the language loss is "
+                "divided by the tokens of all (num_items_in_batch).",
                 ratio=accumulated,
             )
         return ratio, accumulated
@@ -498,32 +498,32 @@ class _Audit:
             self.say(
                 "direction",
                 "critical",
-                f"In {self.passes.labels(wrong)} a step of the loss moves probability to the busy experts, "
-                f"{where}.",
+                f"In {self.passes.labels(wrong)} a step of the loss moves probability to the busy "
+                f"experts, {where}.",
                 routers=wrong,
             )
         if still:
             self.say(
                 "direction",
                 "critical",
-                f"In {self.passes.labels(still)} a step of the loss moves no probability from busy experts "
-                f"to idle ones, {where}.",
+                f"In {self.passes.labels(still)} a step of the loss moves no probability from busy "
+                f"experts to idle ones, {where}.",
                 routers=still,
             )
         if unsure := [r for r in judged if r not in {*wrong, *still, *right}]:
             self.say(
                 "direction",
                 "note",
-                f"In {self.passes.labels(unsure)} the batch and its halves do not agree on where a step of "
-                "the loss moves probability.",
+                f"In {self.passes.labels(unsure)} the batch and its halves do not agree on where a "
+                "step of the loss moves probability.",
                 routers=unsure,
             )
         if right == judged:
             self.say(
                 "moves",
                 "good",
-                "A step of the loss moves probability from busy experts to idle ones in every router"
-                + (f" of class {only}" if only else "")
+                "A step of the loss moves probability from busy experts to idle ones in every "
+                + (f"{only}" if only else "router")
                 + (", by autograd and as measured." if agrees else ", by autograd."),
             )
 

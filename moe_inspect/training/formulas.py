@@ -126,7 +126,8 @@ class Formula(NamedTuple):
             return torch.stack([of.mean() for of in z]).mean()
         sums = [self._sums(r) for r in routed]
         if self.by in POOLED:
-            sums = [tuple(sum(part[1:], part[0]) for part in zip(*sums, strict=True))]
+            load, score, n = (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
+            sums = [(load, score, n)]
         values = list[Tensor]()
         for load_GE, score_GE, n_G in sums:
             there = n_G > 0

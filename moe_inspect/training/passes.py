@@ -198,14 +198,15 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
             found[name] = half(batch, end)
         else:
             found[name] = tuple(half(value, end) for value in batch)
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    given: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {}
+    ids = given.get("input_ids")
     if not torch.is_tensor(ids) or ids.dim() != 2 or not hasattr(model, "config"):
         return found
     alone = any(site.adapter is not None and site.adapter.alone for site in passes.sites)
     if not alone and accepts(model, "attention_mask"):
-        found |= _masked(batch, ids, model)
+        found |= _masked(given, ids, model)
     if accepts(model, "labels"):
-        name = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+        name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
         found = {form: {"labels": of[name], **of} for form, of in found.items()}
     return found
 

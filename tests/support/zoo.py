@@ -452,7 +452,8 @@ def losses_page(rows: list[tuple[str, ...]]) -> str:
     return f"""\
 # The balancing losses of transformers {hf.__version__}
 
-What [`audit_loss`](training.md#is-the-loss-right) finds in the {len(rows)} families whose config states a coefficient \
+What [`audit_loss`](training.md#is-the-loss-right) finds in the {len(rows)} families whose config \
+states a coefficient \
 of a balancing loss, each as a tiny random model with biased and
 grouped selection where the family has it. Written by `make test-families`.
 
@@ -460,22 +461,32 @@ grouped selection where the family has it. Written by `make test-families`.
 |{"---|" * len(LOSS_COLUMNS)}
 {table}
 
-- loss: Switch's E · Σ f · P (arXiv:2101.03961), pooled over all routers or of each. P is the softmax of the router logits in all.
-- factor: reported ÷ formula, where f is the share of assignments: k (or 2 for two stacks), as f is counted per token.
+- loss: Switch's E · Σ f · P (arXiv:2101.03961), pooled over all routers or of each. P is the \
+softmax of the router logits in all.
+- factor: reported ÷ formula, where f is the share of assignments: k (or 2 for two stacks), as f \
+is counted per token.
 - f counts: the experts that ran ("all choices"), or those with the largest logits.
-- other experts ran: the share of decisions in which the router chose other experts than those that f counts.
-- of each pass: what a pass adds to the loss with labels when the Trainer accumulates gradients and gives `num_items_in_batch`, ÷ what the coefficient says.
+- other experts ran: the share of decisions in which the router chose other experts than those \
+that f counts.
+- of each pass: what a pass adds to the loss with labels when the Trainer accumulates gradients \
+and gives `num_items_in_batch`, ÷ what the coefficient says.
   It should be 1 ÷ the number of passes, as the language loss is.
 
 ## Where they differ from what they cite
 
 Their docstring names equations (4) to (6) of Switch Transformer.
 
-- **Pooled over layers** ({len(pooled)} families): Switch's loss is of each layer. One that is uneven is made up for by another; in the bundled model's recipe single layers
+- **Pooled over layers** ({len(pooled)} families): Switch's loss is of each layer. One that is \
+uneven is made up for by another; in the bundled model's recipe single layers
   collapse ([figures](training.md#what-alarms-tell-and-when)).
-- **Another load than the one that runs** ({len(other)}: {", ".join(other)}): f takes the largest router logits, where the router chooses by scores plus a selection bias, in groups, or by capacity.
-- **Gradient accumulation**: `loss += coefficient * aux_loss` is in the model's forward, and `Trainer.training_step` does not divide a loss by the number of passes where the
+- **Another load than the one that runs** ({len(other)}: {", ".join(other)}): f takes the largest \
+router logits, where the router chooses by scores plus a selection bias, in groups, or by \
+capacity.
+- **Gradient accumulation**: `loss += coefficient * aux_loss` is in the model's forward, and \
+`Trainer.training_step` does not divide a loss by the number of passes where the
   model takes `num_items_in_batch`: over N passes the balancing loss weighs N times as much.
-- **Off by default**: all compute the loss only with `output_router_logits=True`, which their configs do not set.
-- **Stated and not computed** ({len(none)}: {", ".join(none)}): the coefficient is in the config, and no code reads it.
+- **Off by default**: all compute the loss only with `output_router_logits=True`, which their \
+configs do not set.
+- **Stated and not computed** ({len(none)}: {", ".join(none)}): the coefficient is in the config, \
+and no code reads it.
 """
