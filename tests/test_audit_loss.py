@@ -164,6 +164,8 @@ def test_a_loss_that_is_silently_off_is_named() -> None:
     of_llama = audit_loss(zoo.build("llama4").train(), batch("llama4"))
     assert "0.001, and the model reports none" in text(of_llama, "loss_off")
     assert not of_llama.ok
+    tokens = audit_loss(zoo.build("openai_privacy_filter"), batch("openai_privacy_filter"))
+    assert "the model reports none" in text(tokens, "loss_off")  # (its labels are no token ids)
     assert kinds(audit_loss(zoo.build("deepseek_v3"), batch("deepseek_v3"))) == set()
 
 

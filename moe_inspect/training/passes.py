@@ -205,7 +205,7 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     alone = any(site.adapter is not None and site.adapter.alone for site in passes.sites)
     if not alone and accepts(model, "attention_mask"):
         found |= _masked(given, ids, model)
-    if accepts(model, "labels"):
+    if accepts(model, "labels") and accepts(model, SWITCH_ON):
         name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
         found = {form: {"labels": of[name], **of} for form, of in found.items()}
     return found
