@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.mixtral import modeling_mixtral
 
 from moe_inspect.doctor import costs
 from moe_inspect.doctor.page import page, version_of
@@ -77,7 +78,8 @@ def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None
     with phases_begun() as begun:
         facts = json.loads(cli_here("doctor", "demo", "--json").stdout)
     measuring = ["measuring the disk", "checking kernels", "measuring costs"]
-    assert begun == ["loading torch", *measuring, "loading the model", "measuring the model"]
+    of_model = ["loading the model", "measuring the model", "auditing the balancing loss"]
+    assert begun == ["loading torch", *measuring, *of_model]
     shown = facts["model"]
     assert (shown["id"], shown["routers"], shown["experts"], shown["top_k"]) == ("demo", 4, 8, 2)
     assert [row["phase"].split(",")[0] for row in shown["speed"]] == ["prefill", *["decode"] * 2]
@@ -91,6 +93,17 @@ def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None
     text = page(facts)
     assert "tap 0." in text or "tap 1." in text
     assert "launch of a kernel          not measured: no GPU" in text or torch.cuda.is_available()
+    assert {"loss_formula", "loss_pooled"} <= {of["kind"] for of in shown["balancing_loss"]}
+    assert "\n  warning                     The loss is pooled over 4 routers: " in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_balancing_loss_that_balances_nothing_exits_with_3(
+    cli_here: Cli, quick: None, put: Put
+) -> None:
+    put(modeling_mixtral, load_balancing_loss_func=lambda logits, *_: 0 * logits[0].sum())
+    shown = cli_here("doctor", "demo", check=3).stdout
+    assert "  critical                    The balancing loss is 0 in every pass.\n" in shown
 
 
 def test_the_time_of_a_recorder_is_in_the_traced_time(quick: None) -> None:

@@ -34,7 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {"demo", "importers", "model", "trace", "errors", "files", "text"},
     "interventions": {"capture", "analysis", "model", "trace", "demo", "errors", "text"},
     "conformance": {"capture", "model", "reporting", "trace", "errors", "later", "text"},
-    "doctor": {"capture", "demo", "model", "trace", "errors", "progress", "text"},
+    "doctor": {
+        *("capture", "demo", "model", "trace", "training", "reporting"),
+        *("errors", "progress", "text"),
+    },
     "analysis": {"trace", "errors", "files", "later", "progress", "text", "workers"},
     "alarms": {"analysis", "trace", "errors", "files", "text"},
     # what watches a training run counts on the model, judges and draws what it counted

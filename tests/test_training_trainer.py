@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from transformers.models.mixtral import modeling_mixtral
 
 import moe_inspect
 from moe_inspect.alarms.alarms import Alarm
 from moe_inspect.alarms.of_trace import windows_of
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.training import RoutingCallback
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Put
 from tests.support.trained import EXPERTS, LAYERS, counted, reset
 from tests.support.zoo import VOCABULARY, token_batch
+from tests.test_audit_loss import by_router
 from tests.test_training import history
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
@@ -34,12 +36,14 @@ BATCH["labels"] = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, -
 ROWS: Any = [{name: rows[n] for name, rows in BATCH.items()} for n in range(48)]
 
 
-def trainer(out: Path, callback: RoutingCallback, **arguments: Any) -> hf.Trainer:
+def trainer(
+    out: Path, callback: RoutingCallback, model: Any = None, **arguments: Any
+) -> hf.Trainer:
     sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 16}
     usual = {**QUIET, **sizes, "max_steps": 6, "logging_steps": 2}
     given = hf.TrainingArguments(str(out / "trainer"), **usual | arguments)
     data = {"train_dataset": ROWS, "eval_dataset": ROWS}
-    return hf.Trainer(counted(), given, **data, callbacks=[callback])
+    return hf.Trainer(model or counted(), given, **data, callbacks=[callback])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -71,6 +75,39 @@ def test_an_alarm_stops_the_training(tmp_path: Path) -> None:
     assert it.state.global_step == 4
     assert {alarm.layer for alarm in raised} == set(range(LAYERS))
     assert {alarm.since for alarm in raised} == {1}
+
+
+def test_the_loss_is_audited_at_the_start_and_the_load_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], put: Put
+) -> None:
+    put(modeling_mixtral, load_balancing_loss_func=by_router)
+
+    def trained(coefficient: float, **arguments: Any) -> RoutingCallback:
+        callback = RoutingCallback(audit=True, rules=())
+        model = hf.MixtralForCausalLM(counted().config)
+        model.load_state_dict(counted().state_dict())
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = coefficient
+        for layer in model.model.layers:  # two experts have more tokens
+            layer.mlp.gate.weight.data[:2] *= 3
+        of = {"learning_rate": 3e-3, "per_device_train_batch_size": 16, **arguments}
+        trainer(tmp_path, callback, model, **of).train()
+        return callback
+
+    audited = trained(1.0, max_steps=30, logging_steps=5)
+    assert audited.audited is not None
+    assert audited.audited.factor == pytest.approx(1, rel=1e-4)
+    assert audited.audited.added == pytest.approx(1, rel=0.01)
+    assert audited.moved is not None
+    assert audited.moved.severity == "good", audited.moved.text
+    said = capsys.readouterr().err
+    assert "routing: note: The balancing loss is 1 × Switch's loss" in said
+    assert said.count(f"routing: good: {audited.moved.text}") == 1
+    without = trained(1e-9, max_steps=30, logging_steps=5, learning_rate=1e-6)
+    assert without.moved is not None
+    assert without.moved.severity == "note"
+    few = trained(1.0, max_steps=4)
+    assert few.moved is not None
+    assert "4 steps are too few to tell" in few.moved.text
 
 
 def test_a_training_that_failed_leaves_the_model_as_it_was(tmp_path: Path) -> None:

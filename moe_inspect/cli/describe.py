@@ -133,8 +133,9 @@ def doctor(
     """Show what this machine can record, and what that costs.
 
     Prints one page to paste into a bug report: versions, devices, possible captures, speeds. With a
-    model, also measures its forward passes traced and untraced. Names no user, host or path. Exits
-    with 1 if a kernel gives a wrong result.
+    model, also measures its forward passes traced and untraced, and audits its balancing loss.
+    Names no user, host or path. Exits with 1 if a kernel gives a wrong result, with 3 if the
+    balancing loss does not balance.
 
     Examples:
     moe-inspect doctor
@@ -168,3 +169,6 @@ def doctor(
             f"error: kernels that are wrong: {on}; torch does their work: please report it"
         )
         raise typer.Exit(1)
+    losses = facts.get("model", {}).get("balancing_loss", [])
+    if any(found["severity"] == "critical" for found in losses):
+        raise typer.Exit(3)

@@ -31,6 +31,9 @@ from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.progress import phase, tracked
+from moe_inspect.reporting.verdict.findings import finding
+from moe_inspect.training.audit import audit_loss
+from moe_inspect.training.passes import coefficient_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +46,7 @@ CAPTURES = {
 ROUNDS = 9  # in each, every capture has its turn; the least of them counts
 BLOCK_SECONDS = 0.1  # of passes that are timed together
 MOST_STEPS = 64
+AUDITED = 128  # positions of each row on which a balancing loss is audited
 PROMPT = 16  # positions before the first decoded one
 
 Step = Callable[[], object]
@@ -66,7 +70,7 @@ class Seconds(NamedTuple):
 
 def phases(network: PreTrainedModel, ids_N: Tensor) -> list[Phase]:
     """Prefill of 4 × 512 tokens, or what the model takes, and decode of 1 and 8 rows of a text."""
-    S = min(512, getattr(network.config.get_text_config(), "max_position_embeddings", None) or 512)
+    S = _positions(network)
 
     def rows(B: int, S: int) -> Tensor:
         return ids_N.repeat(-(-B * S // len(ids_N)))[: B * S].view(B, S)
@@ -75,6 +79,12 @@ def phases(network: PreTrainedModel, ids_N: Tensor) -> list[Phase]:
     if not getattr(network.config, "is_encoder_decoder", False):
         found += [decode_phase(network, rows(B, min(PROMPT, S // 2))) for B in (1, 8)]
     return found
+
+
+def _positions(network: PreTrainedModel) -> int:
+    """That it takes, 512 at most."""
+    config = network.config.get_text_config()
+    return min(512, getattr(config, "max_position_embeddings", None) or 512)
 
 
 def prefill_phase(network: PreTrainedModel, ids_BS: Tensor) -> Phase:
@@ -203,7 +213,29 @@ def examined(
     ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     shapes = tracked(phases(network, ids_N), "measuring the model", "shapes")
     speed = [speed_of(network, shape, able) for shape in shapes]
-    return {**facts, "speed": speed, "selfcheck": summary(kernels.SELF_CHECK.found)}
+    facts |= {"speed": speed, "selfcheck": summary(kernels.SELF_CHECK.found)}
+    if coefficient_of(network) is not None:
+        phase("auditing the balancing loss")
+        facts["balancing_loss"] = loss_findings(network, ids_N)
+    return facts
+
+
+def loss_findings(network: PreTrainedModel, ids_N: Tensor) -> list[Facts]:
+    """{kind, severity, text} of what `audit_loss` finds on four stretches of the text."""
+    S = min(AUDITED, len(ids_N) // 4, _positions(network))
+    starts = [n * (len(ids_N) // 4) for n in range(4)]
+    ids_BS = torch.stack([ids_N[start : start + S] for start in starts]).to(network.device)
+    batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
+    if getattr(network.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids_BS
+    try:
+        found = audit_loss(network, batch).findings
+    except MoeInspectError as error:
+        found = [finding("loss_unknown", "note", f"Not audited: {error}")]
+    except torch.OutOfMemoryError:
+        why = f"{network.device} is out of memory: give another --device or --dtype"
+        found = [finding("loss_unknown", "note", f"Not audited: {why}")]
+    return [{"kind": of.kind, "severity": of.severity, "text": of.text} for of in found]
 
 
 def captures_of(network: PreTrainedModel, sites: list[Site]) -> list[Facts]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from datetime import date
@@ -197,6 +198,7 @@ def _text(path: str) -> str:
 
 Line = tuple[str, str]
 NAME = 28  # width of the names' column
+WIDTH = 100
 
 
 def page(facts: Facts) -> str:
@@ -286,6 +288,15 @@ def _model(model: Facts) -> Iterator[tuple[str, Iterable[Line]]]:
         by = "CPU time of one thread" if on_cpu else "the clock"
         lines = (_speed(row, "cpu" if on_cpu else "wall") for row in model["speed"])
         yield f"traced ÷ untraced tokens/s, by {by}", lines
+    if "balancing_loss" in model:
+        yield "the balancing loss", _loss(model["balancing_loss"])
+
+
+def _loss(findings: Iterable[Facts]) -> Iterator[Line]:
+    for found in findings:
+        first, *more = textwrap.wrap(found["text"], WIDTH - NAME - 2, break_on_hyphens=False)
+        yield found["severity"], first
+        yield from (("", line) for line in more)
 
 
 def _speed(row: Facts, clock: str) -> Line:

@@ -273,7 +273,7 @@ def logits_among(output: Called, site: Site) -> Tensor | None:
         parts = parts[site.logits_index : site.logits_index + 1]
     found = [t for t in parts if hasattr(t, "dtype") and t.dtype.is_floating_point]
     found = [t for t in found if t.shape[-1] == site.experts]
-    return found[0].detach().reshape(-1, site.experts) if len(found) == 1 else None
+    return found[0].reshape(-1, site.experts) if len(found) == 1 else None
 
 
 def _declared_logits(model: Module) -> dict[type, int]:

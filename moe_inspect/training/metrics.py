@@ -17,7 +17,9 @@ import numpy as np
 from moe_inspect.alarms.alarms import Window, metric_R
 from moe_inspect.alarms.rules import BATCH, DRIFT
 from moe_inspect.analysis.metrics.balance import load_ratios
-from moe_inspect.text import layer_label
+from moe_inspect.analysis.metrics.uncertainty import student_p
+from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
+from moe_inspect.text import join_first, layer_label, plural
 from moe_inspect.trace.schema import Router
 
 if TYPE_CHECKING:
@@ -58,6 +60,48 @@ def logged(
         worst_router = int(np.nanargmax(values["max_vio"]))
         found[f"{prefix}worst_layer"] = float(routers[worst_router].layer)
     return found
+
+
+FEWEST_STEPS = 12  # of which a third is compared with a third
+MOVED_P = 0.01  # of any router, by chance
+
+
+def unevenness(window: Window) -> np.ndarray:
+    """Of the window's last steps and each router, E · Σ share² − 1: 0 where the load is even."""
+    shares = [load_SE / np.maximum(load_SE.sum(1, keepdims=True), 1) for load_SE in window.recent]
+    return np.stack([of_SE.shape[1] * (of_SE**2).sum(1) - 1 for of_SE in shares], axis=1)
+
+
+def balance_moved(uneven_SR: np.ndarray, routers: Sequence[Router]) -> Finding:
+    """Whether the load has become more or less even beside the noise of single steps: the last
+    third of them against the first, by Welch's t-test of each router, at 1 % for all together."""
+    S, R = uneven_SR.shape
+    if S < FEWEST_STEPS:
+        text = f"{plural(S, 'step')} {'is' if S == 1 else 'are'} too few to tell whether the load "
+        return finding("loss_moved", "note", text + "becomes more even.")
+    first_NR, last_NR = uneven_SR[: S // 3], uneven_SR[-(S // 3) :]
+    change_R = last_NR.mean(0) - first_NR.mean(0)
+    parts = [of_NR.var(0, ddof=1) / len(of_NR) for of_NR in (first_NR, last_NR)]
+    error_R = np.sqrt(parts[0] + parts[1])
+    freedom_R = error_R**4 / np.maximum(sum(part**2 / (S // 3 - 1) for part in parts), 1e-300)
+    t_R = np.abs(change_R) / np.maximum(error_R, 1e-12)
+    p_R = np.array([2 * student_p(t, max(f, 1.0)) for t, f in zip(t_R, freedom_R, strict=True)])
+    moved_R = p_R.reshape(R) < MOVED_P / R
+    better, worse = (np.flatnonzero(moved_R & (sign * change_R < 0)) for sign in (1, -1))
+
+    def said(which: np.ndarray, how: str) -> str:
+        return f"{how} in layer{'s' * (len(which) > 1)} " + join_first(
+            layer_label(routers, r) for r in which
+        )
+
+    parts = [said(better, "more even")] * bool(len(better))
+    parts += [said(worse, "less even")] * bool(len(worse))
+    now = f"From the first to the last third of {S} steps the load has become "
+    if parts:
+        severity: Severity = "warning" if len(worse) else "good"
+        return finding("loss_moved", severity, f"{now}{' and '.join(parts)}, beyond noise.")
+    text = f"{now}neither more nor less even in any layer, beside the noise of single steps: "
+    return finding("loss_moved", "note", text + "what balances it is not seen to move it.")
 
 
 NAME = "routing/load"

@@ -161,6 +161,7 @@ class RoutingSums:
 
     def _begin_pass(self) -> None:
         self._rows: dict[str, int] = {}  # of each stack that was fed
+        self._fed: dict[str, tuple[int, int, np.ndarray | None]] = {}  # B, S, and the rows' order
         self._real: dict[str, Tensor | None] = {}
         self._masks: dict[tuple[str, torch.device], Tensor] = {}
         # rows seen of each router: of its choices, and of its logits
@@ -204,6 +205,7 @@ class RoutingSums:
         if real_T is not None and order_T is not None:
             real_T = real_T[torch.from_numpy(order_T).to(real_T.device)]
         self._rows[stack], self._real[stack] = B * S if order_T is None else len(order_T), real_T
+        self._fed[stack] = B, S, order_T
 
     def returned(self, stack: str, output: object) -> None:
         pass
@@ -241,12 +243,7 @@ class RoutingSums:
         if not self._counting:
             return
         self._counting = False
-        for site, seen in zip(self.sites, self._seen[""], strict=True):
-            if site.stack in self._rows and seen != self._rows[site.stack]:
-                raise MoeInspectError(
-                    f"{site.path} routed {seen} rows in a forward pass of "
-                    f"{self._rows[site.stack]}: this model's routing cannot be watched in training"
-                )
+        self._check()
         if not self._place:
             self._lay_out()
         for on in self._on.values():
@@ -257,6 +254,14 @@ class RoutingSums:
             n = T if real_T is None else real_T.sum()
             self._tokens[of][stack] = self._tokens[of][stack] + n
         self._passes[of] += 1
+
+    def _check(self) -> None:
+        for site, seen in zip(self.sites, self._seen[""], strict=True):
+            if site.stack in self._rows and seen != self._rows[site.stack]:
+                raise MoeInspectError(
+                    f"{site.path} routed {seen} rows in a forward pass of "
+                    f"{self._rows[site.stack]}: this model's routing cannot be watched in training"
+                )
 
     def _lay_out(self) -> None:
         """The first pass has shown the devices and the top-k: makes the sums, and counts it."""

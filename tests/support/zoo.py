@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import moe_inspect
 from moe_inspect.interventions.rules import how_dropped
 from moe_inspect.model.find import find_routers
 from moe_inspect.text import join_first
+from moe_inspect.training import LossAudit, audit_loss
 
 VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
@@ -390,3 +393,100 @@ def state_of(model: Any) -> list[Any]:
         (name, type(m), sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k})
         for name, m in model.named_modules()
     ]
+
+
+# --- the balancing losses
+
+# without a second sparse layer a pooled loss is one of each router; a router that picks two
+SEVERAL: dict[str, dict[str, Any]] = {
+    "flint": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "phimoe": {"num_experts_per_tok": 2},
+}
+LOSS_LENGTHS = [24, 17, 24, 20]
+LOSS_COLUMNS = ("family", "loss", "factor", "f counts", "other experts ran", "of each pass", "code")
+
+
+def audited(family: str) -> tuple[Any, LossAudit]:
+    model = build(family, **SEVERAL.get(family, {}))
+    return model, audit_loss(model, inputs(family, LOSS_LENGTHS[: 1 if family in ALONE else None]))
+
+
+def loss_row(family: str, model: Any, audit: LossAudit) -> tuple[str, ...]:
+    """A row of `losses_page`."""
+    module = sys.modules[type(model).__module__]
+    function = getattr(module, "load_balancing_loss_func", None)
+    code = "–"
+    if function is not None:
+        code = f"{Path(module.__file__ or '').name}:{inspect.getsourcelines(function)[1]}"
+    said = {f.kind: f for f in audit.findings}
+    formula, apart = audit.formula, said.get("loss_other_choice")
+    if formula is None:
+        known = "no loss is computed" if function is None else "not known: product keys"
+        return family, known, "", "", "", "", code
+    names = {"all routers": "pooled", "router": "each router"}
+    names["sequence, all routers"] = "pooled, of each sequence"
+    by = " or ".join(dict.fromkeys(names.get(f.by, f.by) for f in (formula, *audit.either)))
+    padding = "padding counted" if formula.padding else ""
+    only = f"without {len(audit.moves_R) - _of_kind(model, formula.only)} hash layer"
+    loss = ", ".join([by, *[padding] * bool(padding), *[only] * bool(formula.only)])
+    share = f"{apart.values['share']:.0%}" if apart is not None else ""
+    each = "" if math.isnan(audit.accumulated) else f"{audit.accumulated / 2:.2f}"
+    return family, loss, f"{audit.factor:.4g}", formula.chosen, share, each, code
+
+
+def _of_kind(model: Any, kind: str) -> int:
+    return sum(type(site.logits_module).__name__ == kind for site in find_routers(model))
+
+
+def losses_page(rows: list[tuple[str, ...]]) -> str:
+    """What `audit_loss` finds in each family whose config states a balancing loss, as Markdown."""
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    pooled, other, none = (
+        [row[0] for row in rows if test(row)]
+        for test in (
+            lambda row: "pooled" in row[1],
+            lambda row: "logit" in row[3],
+            lambda row: row[1] == "no loss is computed",
+        )
+    )
+    return f"""\
+# The balancing losses of transformers {hf.__version__}
+
+What [`audit_loss`](training.md#is-the-loss-right) finds in the {len(rows)} families whose config \
+states a coefficient \
+of a balancing loss, each as a tiny random model with biased and
+grouped selection where the family has it. Written by `make test-families`.
+
+| {" | ".join(LOSS_COLUMNS)} |
+|{"---|" * len(LOSS_COLUMNS)}
+{table}
+
+- loss: Switch's E · Σ f · P (arXiv:2101.03961), pooled over all routers or of each. P is the \
+softmax of the router logits in all.
+- factor: reported ÷ formula, where f is the share of assignments: k (or 2 for two stacks), as f \
+is counted per token.
+- f counts: the experts that ran ("all choices"), or those with the largest logits.
+- other experts ran: the share of decisions in which the router chose other experts than those \
+that f counts.
+- of each pass: what a pass adds to the loss with labels when the Trainer accumulates gradients \
+and gives `num_items_in_batch`, ÷ what the coefficient says.
+  It should be 1 ÷ the number of passes, as the language loss is.
+
+## Where they differ from what they cite
+
+Their docstring names equations (4) to (6) of Switch Transformer.
+
+- **Pooled over layers** ({len(pooled)} families): Switch's loss is of each layer. One that is \
+uneven is made up for by another; in the bundled model's recipe single layers
+  collapse ([figures](training.md#what-alarms-tell-and-when)).
+- **Another load than the one that runs** ({len(other)}: {", ".join(other)}): f takes the largest \
+router logits, where the router chooses by scores plus a selection bias, in groups, or by \
+capacity.
+- **Gradient accumulation**: `loss += coefficient * aux_loss` is in the model's forward, and \
+`Trainer.training_step` does not divide a loss by the number of passes where the
+  model takes `num_items_in_batch`: over N passes the balancing loss weighs N times as much.
+- **Off by default**: all compute the loss only with `output_router_logits=True`, which their \
+configs do not set.
+- **Stated and not computed** ({len(none)}: {", ".join(none)}): the coefficient is in the config, \
+and no code reads it.
+"""

@@ -87,6 +87,7 @@ class Sink:
     write them to, or passes them to `take`."""
 
     take: Callable[..., None]  # (ids, weights), or of one of `schema.EXTRAS` (values)
+    keeps_graph = False  # whether what is taken may be differentiated
 
     def __init__(self, scope: Scope):
         self.scope = scope
@@ -105,7 +106,7 @@ class Sink:
             return None
         # (`to_tapes` is not read while a graph is made: the graph would be guarded by it)
         if not self.tapes or not (is_compiling or scope.to_tapes):
-            values = values.detach() if values.requires_grad else values
+            values = self._detached(values)
             call = (values,) if ids is None else (ids, values)
             if is_compiling and not scope.in_graph:
                 _take_copies(self.take, *call)
@@ -121,8 +122,12 @@ class Sink:
 
     def record(self, ids: Tensor | None, values: Tensor) -> None:
         """As a call of it, and writes to the tape."""
+        values = self._detached(values)
         if (tape := self(ids, values)) is not None:
             kernels.record(tape, ids, values)
+
+    def _detached(self, values: Tensor) -> Tensor:
+        return values.detach() if values.requires_grad and not self.keeps_graph else values
 
 
 @torch.compiler.disable(reason="what a router has chosen is kept outside compiled code")
@@ -141,7 +146,7 @@ def watching(
     (ids, weights), or (None, values); None where there is nothing: the completeness check names the
     module then. Nothing is saved for the backward pass: under activation checkpointing a block may
     be recomputed without `read`, or with it alone."""
-    read = read if read is called_with else torch.no_grad()(read)
+    read = read if read is called_with or sink.keeps_graph else torch.no_grad()(read)
 
     def hook(module: Module, args: Args, kwargs: Kwargs, out: object = None) -> None:
         if (found := read(module, args, kwargs, out)) is not None:

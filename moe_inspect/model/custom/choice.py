@@ -166,7 +166,7 @@ class ChoiceReader:
                 f"{self.path} shows logits {_kinds((logits,))}, not [..., {self.experts}], one for "
                 "each expert"
             )
-        return logits.detach().reshape(-1, self.experts)
+        return logits.reshape(-1, self.experts)
 
     def _in_map(self, chosen: Tensor, weights: Tensor) -> Choice:
         if self.top_k is None:

@@ -1,0 +1,550 @@
+"""audit_loss: which formula a model's balancing loss is, whether it is part of the training loss,
+and whether a step of it balances.
+
+T tokens, K slots, E experts, R routers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_inspect.model.routers import Site, selection_bias, text_config
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
+    Severity,
+    finding,
+    most_important_first,
+)
+from moe_inspect.training.bias import bias_findings, update_findings
+from moe_inspect.training.formulas import (
+    BY_LOGITS,
+    OF_CHOSEN,
+    POOLED,
+    TWICE,
+    Formula,
+    Match,
+    Routed,
+    identify,
+)
+from moe_inspect.training.passes import (
+    HALVES,
+    SWITCH_ON,
+    Batch,
+    Pass,
+    Passes,
+    accepts,
+    coefficient_of,
+    default_loss,
+    forms_of,
+    put_back,
+)
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.options import InputsOf
+    from moe_inspect.model.custom.spec import RouterSpec
+
+LossOf = Callable[[Any], Any]  # the output of a pass → its balancing loss, None where it has none
+Gradients = dict[int, Tensor]  # by the id of the weight
+
+ALONG = 0.02  # cosine of two gradients below which neither goes along the other
+SAME = 0.05  # relative difference of two numbers that should be one
+OTHERS = 2  # passes with other routers
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class LossAudit:
+    """`formula`, `factor`: the loss is factor × formula; None where it is none that is known.
+    `either`: other formulas that have the same value in every pass. `added`: what the training loss
+    has of it ÷ what its coefficient says; `accumulated`: the same of two accumulated passes; NaN
+    where it cannot be told. `moves_R`: at each router the cosine of the loss's gradient and of that
+    of the router's own Switch loss: 1 moves probability from busy experts to idle ones as directly
+    as can be, below 0 it is the other way."""
+
+    findings: list[Finding]
+    formula: Formula | None = None
+    factor: float = math.nan
+    either: list[Formula] = field(default_factory=list[Formula])
+    added: float = math.nan
+    accumulated: float = math.nan
+    moves_R: list[float] = field(default_factory=list[float])
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is critical."""
+        return all(found.severity != "critical" for found in self.findings)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{found.severity}: {found.text}" for found in self.findings)
+
+
+def audit_loss(
+    model: Any,
+    batch: Batch,
+    loss: LossOf | None = None,
+    *,
+    coefficient: float | None = None,
+    update: Callable[[], object] | None = None,
+    routers: Sequence[RouterSpec] | None = None,
+    inputs: InputsOf | None = None,
+) -> LossAudit:
+    """Runs passes of one batch (as it is, with padding, packed, and its two halves) and compares
+    the balancing loss that the model reports with the published formulas, computed from the
+    routers' own logits and choices. Says whether the training loss has it, and whether a step of it
+    moves probability from busy experts to idle ones. Weights, biases and buffers are put back;
+    `.grad` is left alone.
+
+    model        any model that `moe_inspect.record` takes, in the mode in which it is trained; in
+                 float32, as 16 bits tell fewer formulas apart
+    batch        what it is called with: a dict of arguments, a tuple, or the only argument. Some
+                 hundred tokens of real text, in several rows
+    loss         the output of a pass → the loss; by default what a model of transformers reports
+    coefficient  by which the training loss has it; by default as the config states it
+    update       what updates the selection biases after a step, where routers have some
+    routers, inputs
+                 as of `moe_inspect.record`
+
+    Raises MoeInspectError for a dense model."""
+    with Passes(model, routers, inputs).attached() as passes:
+        audit = _Audit(passes, batch, loss or default_loss)
+        audit.coefficient = coefficient_of(passes.model) if coefficient is None else coefficient
+        audit.is_own = loss is not None
+        return audit.done(update)
+
+
+class _Audit:
+    coefficient: float | None
+    is_own: bool  # the caller says where the loss is
+
+    def __init__(self, passes: Passes, batch: Batch, loss_of: LossOf):
+        self.passes, self.model, self.loss_of = passes, passes.model, loss_of
+        self.switch = {SWITCH_ON: True} if accepts(self.model, SWITCH_ON) else {}
+        self.forms = forms_of(batch, passes)
+        self.run()  # shows the routers of probes
+        self.R = len(passes.sites)
+        flat = [p for r in range(self.R) for p in passes.weights(r)]
+        self.weights = {id(p): p for p in flat}
+        kinds = {p.dtype for p in self.model.parameters()}
+        self.is_exact = kinds <= {torch.float32, torch.float64}
+        self.tolerance = 5e-6 if self.is_exact else 1e-3
+        self.found = list[Finding]()
+
+    def say(self, kind: str, severity: Severity, text: str, **values: Any) -> None:
+        self.found.append(finding(f"loss_{kind}", severity, text, None, **values))
+
+    def loss(self, run: Pass) -> Tensor:
+        return torch.as_tensor(self.loss_of(run.output)).sum()
+
+    def run(self, form: str = "as given") -> Pass:
+        return self.passes.run(self.forms[form], **self.switch)
+
+    def done(self, update: Callable[[], object] | None) -> LossAudit:
+        run = self.run()
+        self.found += [*bias_findings(self.passes, run, self.run)]
+        if update is not None:
+            self.found += [*update_findings(self.passes, update, self.run)]
+        audited = self._audit(run)
+        return LossAudit(most_important_first(self.found), **audited)
+
+    def _audit(self, run: Pass) -> dict[str, Any]:
+        if self.loss_of(run.output) is None:
+            self._none()
+            return {}
+        values, routed = dict[str, float](), dict[str, list[Routed]]()
+        others = {f"other weights {seed}": seed for seed in range(OTHERS)}
+        for form in (*self.forms, *others):
+            of = self._with_other_weights(others[form]) if form in others else self.run(form)
+            values[form] = float(self.loss(of).detach())
+            routed[form] = [r._replace(logits_TE=r.logits_TE.detach()) for r in of.routed]
+        matches = self._value(values, routed)
+        found: dict[str, Any] = {"moves_R": self._gradient(matches)}
+        if self.switch and not self.is_own and any(values.values()):
+            found["added"], found["accumulated"] = self._added()
+        if matches:
+            found |= matches[0]._asdict()
+            found["either"] = [match.formula for match in matches[1:]]
+        return found
+
+    def _with_other_weights(self, seed: int) -> Pass:
+        """The batch as given, with routers that choose otherwise: the formula is the same, and even
+        load becomes uneven."""
+        kept = [(p, p.detach().clone()) for p in self.weights.values()]
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                for p, value in kept:
+                    p += torch.randn_like(p) * value.float().std(correction=0).to(p.dtype)
+            return self.run()
+        finally:
+            put_back(kept)
+
+    def _none(self) -> None:
+        if self.is_own:
+            self.say("off", "critical", "loss=… finds no balancing loss in the output of a pass.")
+        elif self.coefficient:
+            self.say(
+                "off",
+                "critical" if self.model.training else "warning",
+                f"The config states a balancing loss with coefficient {self.coefficient:g}, and "
+                "the model reports none: training adds none.",
+            )
+        else:
+            self.say("none", "note", "The model reports no balancing loss.")
+
+    # --- which formula its value is
+
+    def _value(
+        self, values: Mapping[str, float], routed: Mapping[str, list[Routed]]
+    ) -> list[Match]:
+        every = [r for of in routed.values() for r in of]
+        value, largest = values["as given"], max(map(abs, values.values()))
+        if largest == 0:
+            self.say("zero", "critical", "The balancing loss is 0 in every pass.")
+            return []
+        if not all(len(r.logits_TE) for r in every):
+            self.say("unknown", "note", "The routers show no logits: no formula can be computed.")
+            return []
+        devices = getattr(text_config(self.model), "n_group", None) or 0
+        chooses = any(
+            site.drops or selection_bias(site, self.model) is not None for site in self.passes.sites
+        )
+        matches, spread = identify(values, routed, self.tolerance, devices, devices > 1 or chooses)
+        if spread < 3 * self.tolerance:
+            self.say(
+                "unknown",
+                "note",
+                f"In these passes Switch's loss is the same within {spread:.1%}, and no formula "
+                "can be told from another: give a batch with more rows, or with less even load"
+                + ", or the model in float32" * (not self.is_exact)
+                + ".",
+            )
+            return []
+        if max(abs(v - value) for v in values.values()) <= 1e-6 * largest:
+            self.say(
+                "constant",
+                "critical",
+                f"The balancing loss is {value:.6g} in every pass, whatever the load; Switch's "
+                f"loss of the same routing differs by {spread:.1%}.",
+            )
+        elif not matches:
+            switch = float(Formula("router").value(routed["as given"]))
+            self.say(
+                "unknown",
+                "warning",
+                f"The balancing loss, {value:.6g}, stands in no fixed ratio to a published formula "
+                f"(Switch's of each router is {switch:.6g}).",
+                reported=value,
+                switch=switch,
+            )
+        else:
+            padded = not all(bool(r.real_T.all()) for r in every)
+            self._formula(matches, routed["as given"], padded)
+        return matches
+
+    def _formula(self, matches: list[Match], routed: list[Routed], padded: bool) -> None:
+        formula, factor = matches[0]
+        K, stacks = routed[0].ids_TK.shape[1], len({r.stack for r in routed})
+        why = {"as published": 1.0}
+        if formula.by != "z" and K > 1:
+            why["k, as f is per token, not per assignment"] = K
+        if self.R > 1 and formula.by not in POOLED:
+            summed = f"summed over {self.R} routers, not averaged"
+            why |= {summed: self.R, f"k, as f is per token, and {summed}": K * self.R}
+        two = ", of each of two stacks" * (stacks > 1)
+        near = 2 * self.tolerance
+        whys = [said + two for said, n in why.items() if abs(factor / n / stacks - 1) < near]
+        if self.is_own and self.coefficient:
+            times = f"{factor / self.coefficient:.4g} × the coefficient {self.coefficient:g}"
+            whys.append(times)
+        other = "; or ".join(match.formula.words for match in matches[1:4])
+        self.say(
+            "formula",
+            "note",
+            f"The balancing loss is {factor:.5g} × {formula.words}"
+            + f" ({' or '.join(whys)})" * bool(whys)
+            + f". In these passes it may also be {other}" * bool(other)
+            + "."
+            + " No pass has padding: whether it counts is not known." * (not padded),
+            factor=factor,
+        )
+        if other:
+            return  # what the formulas do not share is not said
+        if formula.by in POOLED and self.R > 1:
+            self.say(
+                "pooled",
+                "warning",
+                f"The loss is pooled over {self.R // stacks} routers: uneven load of one layer "
+                "makes up for that of another, and a single layer may collapse. Switch's loss is "
+                "of each router.",
+            )
+        if formula.padding:
+            self.say("padding", "warning", "Padding is counted in the balancing loss.")
+        if formula.score == TWICE:
+            self.say(
+                "softmax_twice",
+                "critical",
+                "A softmax is taken of what is a softmax already: its probabilities are nearly "
+                "even, whatever the logits, and so is the loss.",
+            )
+        if formula.score == OF_CHOSEN:
+            self.say(
+                "of_chosen",
+                "critical",
+                "P is a softmax over the chosen experts alone: one that is not chosen has no "
+                "probability to gain.",
+            )
+        if formula.chosen in BY_LOGITS:
+            apart = torch.cat([_apart(r) for r in routed]).float().mean()
+            self.say(
+                "other_choice",
+                "warning",
+                "f counts the experts with the largest logits. In "
+                f"{float(apart):.0%} of the decisions the router chose others, by a selection "
+                "bias, groups or capacity: the loss balances a load that does not run.",
+                share=float(apart),
+            )
+
+    # --- whether the training loss has it
+
+    def _added(self) -> tuple[float, float]:
+        """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
+        halves, whose language losses are divided by the tokens of both."""
+        coefficient, nan = self.coefficient, math.nan
+        if not coefficient or "labels" not in self.forms["as given"]:
+            if coefficient == 0:
+                self.say("off", "warning", "The coefficient of the balancing loss is 0.")
+            return nan, nan
+
+        def part(form: str, **more: Any) -> tuple[float, float, float, float]:
+            """Of the loss: where it is on, as the coefficient says, by default; and the rest."""
+            on, off, default = (
+                self.passes.run(self.forms[form], **more, **switch).output
+                for switch in (self.switch, {SWITCH_ON: False}, {})
+            )
+            z_losses = (getattr(on, f"{s}_z_loss", None) for s in ("encoder", "decoder"))
+            z = sum(float(of.detach()) for of in z_losses if of is not None)
+            z *= getattr(self.model.config, "router_z_loss_coef", 0)
+            said = coefficient * float(default_loss(on).detach()) + z
+            loss, rest, given = (float(of.loss.detach()) for of in (on, off, default))
+            return loss - rest, said, given - rest, rest
+
+        added, said, default, rest = part("as given")
+        if 20 * EPS * abs(rest) > SAME * abs(said):
+            what = "The coefficient is too small to see whether the loss with labels has its part."
+            self.say("added", "note", what)
+            return nan, nan
+        ratio = added / said
+        if abs(ratio) < SAME:
+            self.say(
+                "off",
+                "critical",
+                "The balancing loss is reported, and is no part of the loss with labels: it trains "
+                "nothing.",
+            )
+        elif abs(ratio - 1) > SAME:
+            self.say(
+                "doubled" if abs(ratio - 2) < SAME else "scaled",
+                "critical",
+                f"The loss with labels has {ratio:.3g} times the balancing loss that the "
+                f"coefficient {coefficient:g} says.",
+                ratio=ratio,
+            )
+        elif abs(default / said) < SAME:
+            self.say(
+                "off",
+                "critical" if self.model.training else "warning",
+                f"The config states a balancing loss with coefficient {coefficient:g} and "
+                f"{SWITCH_ON}=False: training as it says adds none. Set {SWITCH_ON}=True.",
+            )
+        if not accepts(self.model, "**"):
+            return ratio, nan
+        labels = [self.forms[name]["labels"] for name in HALVES]
+        items = torch.tensor(sum(int((of[:, 1:] != -100).sum()) for of in labels))
+        both = [part(name, num_items_in_batch=items) for name in HALVES]
+        accumulated = 2 * sum(of[0] for of in both) / sum(of[1] for of in both)
+        if abs(accumulated - 2 * ratio) < 2 * SAME * abs(ratio):
+            self.say(
+                "accumulated",
+                "warning",
+                "With gradient accumulation over N passes the balancing loss weighs N times as "
+                "much (measured with 2): it is added in each pass, where the language loss is "
+                "divided by the tokens of all (num_items_in_batch).",
+                ratio=accumulated,
+            )
+        return ratio, accumulated
+
+    # --- its gradient
+
+    def _gradient(self, matches: list[Match]) -> list[float]:
+        """`moves_R`"""
+        run = self.run()  # (a graph ends where its weights change)
+        loss = self.loss(run)
+        unknown = [math.nan] * self.R
+        if not self.weights:
+            self.say("frozen", "note", "The routers' weights are frozen: no loss moves them.")
+            return unknown
+        gradient = self._by_weight(loss)
+        if (norm := sum(float((g.double() ** 2).sum()) for g in gradient.values())) == 0:
+            what = "0 at every router" if loss.requires_grad else "none: it is detached"
+            said = f"The gradient of the balancing loss is {what}. It moves nothing."
+            self.say("no_gradient", "critical", said)
+            return unknown
+        if not all(r.logits_TE.requires_grad for r in run.routed):
+            return unknown
+        if matches:
+            self._same_gradient(
+                gradient, self._by_weight(matches[0].formula.value(run.routed)), matches[0]
+            )
+        moves = [self._moves(r, run.routed, gradient) for r in range(self.R)]
+        agrees, after = self._step(gradient, norm, float(loss.detach()), run)
+        self._direction(moves, agrees, after, matches)
+        return moves
+
+    def _by_weight(self, value: Tensor) -> Gradients:
+        """Zeros where the value does not depend on a weight."""
+        if not value.requires_grad:
+            return {key: torch.zeros_like(p) for key, p in self.weights.items()}
+        of = [*self.weights.values()]
+        found = torch.autograd.grad(value, of, retain_graph=True, allow_unused=True)
+        pairs = zip(self.weights.items(), found, strict=True)
+        return {key: torch.zeros_like(p) if g is None else g for (key, p), g in pairs}
+
+    def _same_gradient(self, real: Gradients, expected: Gradients, match: Match) -> None:
+        """Whether its gradient is that of the formula whose value it has."""
+        a, b = (torch.cat([g.double().reshape(-1) for g in of.values()]) for of in (real, expected))
+        b = b * match.factor
+        ratio, apart = float(a @ b / (b @ b)), float((a - b).norm() / b.norm())
+        if apart > SAME * (1 if self.is_exact else 4):
+            elsewhere = ", and elsewhere" * (apart > 2 * abs(ratio - 1))
+            self.say(
+                "gradient",
+                "critical",
+                f"The loss has the value of the formula, and {ratio:.3g} times its gradient"
+                f"{elsewhere}: a part of it is detached or scaled.",
+                ratio=ratio,
+            )
+
+    def _moves(self, r: int, routed: Sequence[Routed], gradient: Gradients) -> float:
+        weights = self.passes.weights(r)
+        own = _own(self.passes.sites[r]).value([routed[r]])
+        if not weights or not own.requires_grad:
+            return math.nan
+        found = torch.autograd.grad(own, weights, retain_graph=True, allow_unused=True)
+        mine = [(g, gradient[id(p)]) for p, g in zip(weights, found, strict=True) if g is not None]
+        b, a = (torch.cat([g.double().reshape(-1) for g in of]) for of in zip(*mine, strict=True))
+        return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+
+    def _step(
+        self, gradient: Gradients, norm: float, loss: float, run: Pass
+    ) -> tuple[bool | None, list[float]]:
+        """A step along the gradient, so short that no choice changes: whether the loss falls as
+        the gradient says, None where that cannot be seen; and how Σ f · P of each router changes,
+        with the load before as f."""
+        kept = [(p, p.detach().clone()) for p in self.weights.values()]
+        rate = 0.01 * abs(loss) / norm
+        try:
+            while self.is_exact and rate * norm > 200 * EPS * abs(loss):
+                with torch.no_grad():
+                    for (p, value), g in zip(kept, gradient.values(), strict=True):
+                        p.copy_(value - rate * g)
+                after = self.run()
+                pairs = list(zip(run.routed, after.routed, strict=True))
+                if all(_chose_alike(*pair) for pair in pairs):
+                    fell = loss - float(self.loss(after).detach())
+                    own = [_own(site) for site in self.passes.sites]
+                    with torch.no_grad():
+                        moved = [
+                            float(of.value([b]) - of.value([a]))
+                            for of, (a, b) in zip(own, pairs, strict=True)
+                        ]
+                    return abs(fell / (rate * norm) - 1) < 2 * SAME, moved
+                rate /= 2
+        finally:
+            put_back(kept)
+        return None, [math.nan] * self.R
+
+    def _direction(
+        self, moves: list[float], agrees: bool | None, after: list[float], matches: list[Match]
+    ) -> None:
+        if agrees is False:
+            self.say(
+                "step",
+                "critical",
+                "A short step along the gradient does not lower the loss as the gradient says.",
+            )
+        measured = [moves]
+        for name in HALVES:
+            half = self.run(name)
+            gradient = self._by_weight(self.loss(half))
+            measured.append([self._moves(r, half.routed, gradient) for r in range(self.R)])
+        only = matches[0].formula.only if matches else ""
+        kinds = [type(site.logits_module or site.module).__name__ for site in self.passes.sites]
+        judged = [r for r in range(self.R) if only in ("", kinds[r])]
+
+        def in_all(test: Callable[[float], bool]) -> list[int]:
+            return [r for r in judged if all(test(of[r]) for of in measured)]
+
+        wrong = [r for r in in_all(lambda c: c < -ALONG) if not after[r] < 0]
+        still = in_all(lambda c: abs(c) < ALONG / 10)
+        right = [r for r in in_all(lambda c: c > ALONG) if not after[r] > 0]
+        where = "in this batch and in each half of it"
+        if wrong:
+            self.say(
+                "direction",
+                "critical",
+                f"In {self.passes.labels(wrong)} a step of the loss moves probability to the busy "
+                f"experts, {where}.",
+                routers=wrong,
+            )
+        if still:
+            self.say(
+                "direction",
+                "critical",
+                f"In {self.passes.labels(still)} a step of the loss moves no probability from busy "
+                f"experts to idle ones, {where}.",
+                routers=still,
+            )
+        if unsure := [r for r in judged if r not in {*wrong, *still, *right}]:
+            self.say(
+                "direction",
+                "note",
+                f"In {self.passes.labels(unsure)} the batch and its halves do not agree on where a "
+                "step of the loss moves probability.",
+                routers=unsure,
+            )
+        if right == judged:
+            self.say(
+                "moves",
+                "good",
+                "A step of the loss moves probability from busy experts to idle ones in every "
+                + (f"{only}" if only else "router")
+                + (", by autograd and as measured." if agrees else ", by autograd."),
+            )
+
+
+def _own(site: Site) -> Formula:
+    """The Switch loss of a router by itself."""
+    return Formula(
+        "router", "sigmoid, scaled to sum to 1" if site.scoring == "sigmoid" else "softmax"
+    )
+
+
+def _largest(routed: Routed) -> Tensor:
+    return routed.logits_TE.topk(routed.ids_TK.shape[1], -1).indices
+
+
+def _chose_alike(a: Routed, b: Routed) -> bool:
+    """What a loss may count is the same: the choices, and the largest logits."""
+    return torch.equal(a.ids_TK, b.ids_TK) and torch.equal(_largest(a), _largest(b))
+
+
+def _apart(routed: Routed) -> Tensor:
+    """bool: the decisions whose experts are not those of the largest logits; without padding."""
+    chosen = routed.ids_TK.sort(-1).values
+    return (_largest(routed).sort(-1).values != chosen).any(-1)[routed.real_T]
