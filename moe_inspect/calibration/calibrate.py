@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -61,12 +61,12 @@ class Calibration(Shown):
     forecast: cov.Forecast | None
     choice: Choice | None = None
     python: str = ""
+    tables: Mapping[str, pd.DataFrame] = field(init=False)
 
-    @cached_property
-    def tables(self) -> Mapping[str, pd.DataFrame]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __post_init__(self) -> None:
         with_choice = self.choice is not None
         known = {name: of for name, of in TABLES.items() if with_choice or name not in CHOICES}
-        return LazyTables(self, known)
+        object.__setattr__(self, "tables", LazyTables(self, known))
 
     def __repr__(self) -> str:
         return f"Calibration({str(self.trace.path)!r}, tables: {', '.join(self.tables)})"

@@ -216,12 +216,12 @@ async def _sent(
         raise MoeInspectError(f"no answer: {said}") from None
     if response.status_code != 200:
         raise MoeInspectError(f"HTTP {response.status_code}: {str(data)[:200]}")
-    answers = data if isinstance(data, list) else [data]
-    if not all(isinstance(answer, dict) for answer in answers):
+    answers: list[Any] = data if isinstance(data, list) else [data]
+    if not (answers and all(isinstance(answer, dict) for answer in answers)):
         raise MoeInspectError(f"no answer: {str(data)[:200]}")
-    choices = data.get("choices") if isinstance(data, dict) else None
+    choices = answers[0].get("choices")
     if isinstance(choices, list) and len(choices) > 1:  # of one prompt
-        answers = [{**data, "choices": [choice]} for choice in choices]
+        answers = [{**answers[0], "choices": [choice]} for choice in choices]
     if len(answers) != ask.answers:
         raise MoeInspectError(f"{plural(len(answers), 'answer')} where {ask.answers} were asked")
     return answers
