@@ -1,0 +1,357 @@
+"""Does the choice of calibration texts matter, and how many tokens does an expert need? The experts
+of the bundled model, quantised by llm-compressor on a CPU to 4, 3 and 2 bits (symmetric, groups of
+32), calibrated on texts of equal size and judged by the loss on texts that no calibration saw.
+
+texts    sets of calibration texts. A seed splits the ten texts of each domain into a pool of seven
+         and three that are held out, and draws the random texts. Of the pool: `chosen` is what
+         `moe-inspect calibrate --choose N` picks, N the tokens of the pool's shortest domain; all
+         other sets are cut to as many tokens: `random` texts, one text of each domain (`every
+         domain`), texts of one domain alone. `all` is the whole pool, `none` rounding to nearest,
+         without calibration.
+tokens   the first 1, 2, 3, 5, 8, … texts of the pool, in random order: of each expert the tokens it
+         saw, and the error of its output on held-out tokens: of its three matrices together, mean
+         squared error over mean square, on the inputs that it gets in the whole model.
+widths   the same error of one linear layer, random weights and inputs with a power law for a
+         spectrum, in layers of several widths: does the number of tokens follow the width?
+
+llm-compressor is not a dependency: see benchmarks/README.md. A run takes 2 to 6 s of CPU time and is
+appended to build/calibration.jsonl; runs that are there already are not repeated.
+
+    python -m benchmarks.calibration run [--until HH:MM]
+    python -m benchmarks.calibration write [-o FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moe_inspect
+from benchmarks.measuring import ROOT, machine, write_results
+from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
+
+SEEDS, BITS, GROUP = range(10), (2, 3, 4), 32
+HELD_OUT = 3  # texts of each domain
+MINIMUM = 128  # --min-tokens: about what the texts can give every expert
+SIZES = (1, 2, 3, 5, 8, 13, 21, 42)  # texts of the pool
+TOKEN_SEEDS = range(5)
+WIDTHS, WIDTH_SEEDS, PER_WIDTH = (128, 256, 512, 1024), range(3), (0.25, 0.5, 1, 2, 4, 8, 16)
+RUNS = ROOT / "build/calibration.jsonl"
+Rows = list[list[int]]
+Run = dict[str, Any]
+
+
+# --- texts
+
+
+def domains() -> list[str]:
+    return sorted(d.name for d in CORPUS_DIR.iterdir() if d.is_dir())
+
+
+@cache
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+def ids(text: str) -> list[int]:
+    return tokenizer()(text).input_ids
+
+
+@cache
+def split(seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The pool and the texts held out, by domain."""
+    drawn, pool, held = random.Random(seed), dict[str, list[str]](), dict[str, list[str]]()
+    for domain in domains():
+        texts = [path.read_text() for path in sorted((CORPUS_DIR / domain).glob("*.txt"))]
+        drawn.shuffle(texts)
+        held[domain], pool[domain] = texts[:HELD_OUT], texts[HELD_OUT:]
+    return pool, held
+
+
+def shuffled(seed: int) -> Rows:
+    """The pool in random order."""
+    rows = [ids(text) for texts in split(seed)[0].values() for text in texts]
+    random.Random(seed + 1000).shuffle(rows)
+    return rows
+
+
+def cut(rows: Rows, tokens: int) -> Rows:
+    """The first so many tokens of the texts."""
+    made = Rows()
+    for row in rows:
+        made.append(row[: tokens - sum(map(len, made))])
+        if sum(map(len, made)) == tokens:
+            return made
+    raise AssertionError("the texts are too short")
+
+
+@cache
+def chosen(seed: int) -> tuple[str, ...]:
+    """The texts of the pool that `moe-inspect calibrate` picks."""
+    pool = split(seed)[0]
+    budget = min(sum(len(ids(text)) for text in texts) for texts in pool.values())
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for domain, texts in pool.items():
+            (place / "pool" / domain).mkdir(parents=True)
+            for n, text in enumerate(texts):
+                (place / "pool" / domain / f"{n}.txt").write_text(text)
+        trace = moe_inspect.trace_model(
+            "demo", place / "trace", data=[str(place / "pool")], dtype="float32"
+        )
+        made = moe_inspect.calibrate(trace, min_tokens=MINIMUM, choose=budget)
+        made.write_texts(place / "chosen.jsonl")
+        lines = (place / "chosen.jsonl").read_text().splitlines()
+    return tuple(json.loads(line)["text"] for line in lines)
+
+
+def rows_of(seed: int, texts: str) -> Rows:
+    """Token ids of a set of texts."""
+    if texts == "none":
+        return []
+    pool, picked = split(seed)[0], [ids(text) for text in chosen(seed)]
+    by_domain = {domain: [ids(text) for text in of] for domain, of in pool.items()}
+    if texts == "all":
+        return [row for rows in by_domain.values() for row in rows]
+    if texts == "chosen":
+        return picked
+    if texts == "every domain":  # the first of each, then the second of each, in random order
+        order = random.Random(seed + 2000).sample(domains(), len(by_domain))
+        candidates = [by_domain[domain][n] for n in range(2) for domain in order]
+    else:
+        candidates = shuffled(seed) if texts == "random" else by_domain[texts]
+    return cut(candidates, sum(map(len, picked)))
+
+
+# --- one quantisation
+
+
+def whole_model() -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+
+
+def quantised(method: str, bits: int, rows: Rows, all_experts: bool) -> Any:
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    model = whole_model()
+    if method == "none":
+        return model
+    weights = {"num_bits": bits, "type": "int", "symmetric": True}
+    weights |= {"strategy": "group", "group_size": GROUP}
+    scheme: dict[str, Any] = {
+        "targets": "Linear",
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$"],
+        "config_groups": {"experts": {"targets": ["re:.*experts.*"], "weights": weights}},
+    }
+    if method == "nearest":
+        oneshot(model=model, recipe=QuantizationModifier(**scheme))
+        return model
+    recipe = (
+        GPTQModifier(**scheme)
+        if method == "gptq"
+        else [AWQModifier(), QuantizationModifier(**scheme)]
+    )
+    data = Dataset.from_list([{"input_ids": r, "attention_mask": [1] * len(r)} for r in rows])
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        max_seq_length=512,
+        num_calibration_samples=len(rows),
+        moe_calibrate_all_experts=all_experts,
+    )
+    return model
+
+
+def losses(model: Any, held: dict[str, list[str]]) -> dict[str, float]:
+    """Nats per token, by domain."""
+    import torch
+
+    found = dict[str, float]()
+    for domain, texts in held.items():
+        total = tokens = 0
+        for text in texts:
+            token_1T = torch.tensor([ids(text)])
+            with torch.no_grad():
+                loss = model(input_ids=token_1T, labels=token_1T).loss.item()
+            total += loss * (token_1T.shape[1] - 1)
+            tokens += token_1T.shape[1] - 1
+        found[domain] = total / tokens
+    return found
+
+
+@cache
+def assigned(rows: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """int64 [layers, experts]: tokens of each expert in the whole model."""
+    import torch
+
+    model, load_LE = whole_model(), 0
+    k, E = model.config.num_experts_per_tok, model.config.num_local_experts
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row]), output_router_logits=True).router_logits
+        load_LE = load_LE + np.stack(
+            [np.bincount(of.topk(k).indices.flatten(), minlength=E) for of in logits]
+        )
+    return np.asarray(load_LE)
+
+
+@cache
+def expert_inputs(seed: int) -> list[list[Any]]:
+    """Of each layer and expert, its inputs on the texts held out, in the whole model: [tokens, d]."""
+    import torch
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    model = linearize_moe(whole_model())
+    seen: list[list[list[Any]]] = []
+    for layer in model.model.layers:
+        seen.append([[] for _ in layer.mlp.experts])
+        for expert, into in zip(layer.mlp.experts, seen[-1], strict=True):
+            expert.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0]))
+    losses(model, split(seed)[1])
+    return [[torch.cat(of) for of in layer] for layer in seen]
+
+
+def errors(model: Any, seed: int) -> list[list[float]]:
+    """Of each layer and expert: mean squared error of its output over the mean square."""
+    import torch
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    whole, found = linearize_moe(whole_model()), list[list[float]]()
+    with torch.no_grad():
+        for layer, quantised_layer, inputs in zip(
+            whole.model.layers, model.model.layers, expert_inputs(seed), strict=True
+        ):
+            found.append([])
+            parts = zip(layer.mlp.experts, quantised_layer.mlp.experts, inputs, strict=True)
+            for expert, other, x in parts:
+                y = expert(x)
+                found[-1].append(float((other(x) - y).pow(2).sum() / y.pow(2).sum()))
+    return found
+
+
+# --- widths
+
+
+def width(d: int, bits: int, seed: int) -> list[tuple[int, float]]:
+    """(tokens, error) of GPTQ of a layer of d inputs and d outputs; 0 tokens: to nearest."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs
+    from llmcompressor.modifiers.gptq import gptq_quantize as gptq
+
+    raise NotImplementedError(d, bits, seed, torch, QuantizationArgs, gptq)
+
+
+# --- runs
+
+
+def planned() -> Iterator[Run]:
+    """Those that matter most first."""
+
+    def texts(method: str, bits: int, all_experts: bool = False) -> Iterator[Run]:
+        of = {"part": "texts", "method": method, "bits": bits, "all_experts": all_experts}
+        for seed in SEEDS:
+            for name in ("all", "random", "every domain", "chosen"):
+                yield {**of, "texts": name, "seed": seed}
+            yield {**of, "texts": domains()[seed % 6], "seed": seed}
+
+    def without(method: str, bits: int) -> Iterator[Run]:
+        of = {"part": "texts", "method": method, "bits": bits, "all_experts": False}
+        yield from ({**of, "texts": "none", "seed": seed} for seed in SEEDS)
+
+    def sizes(method: str, bits: int, all_experts: bool = False) -> Iterator[Run]:
+        of = {"part": "tokens", "method": method, "bits": bits, "all_experts": all_experts}
+        for seed in TOKEN_SEEDS:
+            for n in (0, *SIZES):
+                yield {**of, "method": method if n else "nearest", "texts": n, "seed": seed}
+
+    yield from without("none", 32)
+    yield from without("nearest", 2)
+    yield from texts("gptq", 2)
+    yield from sizes("gptq", 2)
+    yield from texts("gptq", 2, all_experts=True)
+    yield from texts("awq", 2)
+    for bits in (3, 4):
+        yield from without("nearest", bits)
+        yield from texts("gptq", bits)
+        yield from sizes("gptq", bits)
+    for seed in SEEDS:  # the domains that are left
+        for domain in domains():
+            for all_experts in (False, True):
+                of = {"method": "gptq", "bits": 2, "all_experts": all_experts}
+                yield {"part": "texts", **of, "texts": domain, "seed": seed}
+    yield from texts("awq", 3)
+    yield from sizes("awq", 2)
+    yield from texts("awq", 4)
+
+
+def measured(run: Run) -> Run:
+    seed, texts = run["seed"], run["texts"]
+    rows = shuffled(seed)[:texts] if run["part"] == "tokens" else rows_of(seed, texts)
+    model = quantised(run["method"], run["bits"], rows, run["all_experts"])
+    load_LE = assigned(tuple(map(tuple, rows))) if rows else np.zeros((4, 8), np.int64)
+    found = {**run, "documents": len(rows), "tokens": sum(map(len, rows))}
+    found["expert_tokens"] = load_LE.tolist()
+    if run["part"] == "tokens":
+        found["expert_errors"] = errors(model, seed)
+    found["losses"] = losses(model, split(seed)[1])
+    return found
+
+
+def known() -> dict[str, Run]:
+    """What was measured, by run."""
+    lines = RUNS.read_text().splitlines() if RUNS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    keys = ("part", "method", "bits", "all_experts", "texts", "seed")
+    return {json.dumps({key: row[key] for key in keys}, sort_keys=True): row for row in rows}
+
+
+def run(until: str | None) -> None:
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from loguru import logger
+
+    torch.set_num_threads(1)
+    logger.remove()
+    if not torch.accelerator.is_available():  # AWQ pins memory, which needs an accelerator
+        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
+    RUNS.parent.mkdir(exist_ok=True)
+    done = known()
+    for planned_run in planned():
+        if until and datetime.now(UTC).strftime("%H:%M") >= until:
+            return
+        key = json.dumps(planned_run, sort_keys=True)
+        if key in done:
+            continue
+        done[key] = measured(planned_run)
+        with RUNS.open("a") as file:
+            file.write(json.dumps(done[key]) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what")
+    parser.add_argument("--until")
+    given = parser.parse_args()
+    run(given.until)
