@@ -17,22 +17,22 @@ widths   the same error of one linear layer, random weights and inputs with a po
 llm-compressor is not a dependency. A run takes 1 to 5 s of CPU time and is
 appended to build/calibration.jsonl; runs that are there already are not repeated.
 
-    python -m benchmarks.calibration run [--until HH:MM]
-    python -m benchmarks.calibration write [-o FILE]
+    python -m venv build/venv-llmcompressor
+    build/venv-llmcompressor/bin/python -m pip install llmcompressor==0.14.0 -e '.[trace]'
+    build/venv-llmcompressor/bin/python -m benchmarks.calibration [--until HH:MM] [--bits 2 …]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -309,35 +309,38 @@ def width(d: int, bits: int, seed: int) -> list[tuple[int, float]]:
 def planned() -> Iterator[Run]:
     """Those that matter most first."""
 
-    def texts(method: str, bits: int, *names: str, all_experts: bool = False) -> Iterator[Run]:
+    def texts(
+        method: str, bits: int, *names: str, all_experts: bool = False, seeds: range = SEEDS
+    ) -> Iterator[Run]:
         of = {"part": "texts", "method": method, "bits": bits, "all_experts": all_experts}
-        for seed in SEEDS:
-            one = domains()[seed % len(domains())]
-            for name in names or ("random", "every domain", "chosen", one):
-                yield {**of, "texts": name, "seed": seed}
+        for seed in seeds:
+            for name in names or ("random", "every domain", "chosen", "one domain"):
+                yield {**of, "texts": rotated(name, seed), "seed": seed}
 
-    def sizes(method: str, bits: int) -> Iterator[Run]:
+    def sizes(method: str, bits: int, seeds: range = TOKEN_SEEDS) -> Iterator[Run]:
         of = {"part": "tokens", "bits": bits, "all_experts": False}
-        for seed in TOKEN_SEEDS:
+        for seed in seeds:
             for n in (0, *SIZES):
                 yield {**of, "method": method if n else "nearest", "texts": n, "seed": seed}
 
     yield from texts("none", 32, "none")
     for bits in BITS:
         yield from texts("nearest", bits, "none")
-        yield from texts("gptq", bits)
-        yield from sizes("gptq", bits)
-    for d in WIDTHS:
-        of = {"part": "widths", "method": "gptq", "bits": 2, "all_experts": False}
-        yield from ({**of, "texts": d, "seed": seed} for seed in WIDTH_SEEDS)
-    for bits in BITS:
+    yield from texts("gptq", 2)
+    yield from sizes("gptq", 2, TOKEN_SEEDS[:3])
+    of = {"part": "widths", "method": "gptq", "bits": 2, "all_experts": False}
+    yield from ({**of, "texts": d, "seed": seed} for d in WIDTHS for seed in WIDTH_SEEDS)
+    for seeds in (SEEDS[:5], SEEDS[5:]):
+        yield from texts("gptq", 3, seeds=seeds)
+        yield from texts("awq", 2, seeds=seeds)
+        yield from texts("gptq", 2, all_experts=True, seeds=seeds)
+        yield from texts("gptq", 4, seeds=seeds)
+    yield from texts("gptq", 2, "all")
+    yield from sizes("gptq", 3)
+    for bits in (3, 4):
         yield from texts("awq", bits)
-        yield from texts("gptq", bits, all_experts=True)
-    for bits in BITS:
-        yield from texts("gptq", bits, "all")
-        yield from texts("awq", bits, "all")
+    yield from sizes("gptq", 2)
     yield from texts("gptq", 2, *domains())
-    yield from sizes("awq", 2)
 
 
 def measured(run: Run) -> Run:
@@ -385,10 +388,178 @@ def run(until: str | None, bits: list[int]) -> None:
             file.write(json.dumps(done[key]) + "\n")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what")
-    parser.add_argument("--until")
+# --- what comes out
+
+
+def mean_loss(row: Run) -> float:
+    """Over the domains, each weighing the same."""
+    return float(np.mean([*row["losses"].values()]))
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Mean and 95 % interval by Student's t over the seeds."""
+    from scipy import stats
+
+    mean, n = float(np.mean(values)), len(values)
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return [mean, mean - float(half), mean + float(half)]
+
+
+def by_texts(rows: list[Run]) -> list[Run]:
+    """A row per method, bits and set of texts: the loss and, of the same seeds, what it is above
+    the whole model, rounding to nearest, and random texts; `one domain`: of all seeds, the domain
+    in turn; by domain: above the whole model's on the calibrated domain and on the others."""
+    losses = {(r["method"], r["bits"], r["all_experts"], r["texts"], r["seed"]): r for r in rows}
+    whole = {r["seed"]: r for r in rows if r["method"] == "none"}
+    found, names = list[Run](), ("none", "random", "every domain", "chosen", "one domain", "all")
+    for method, bits, everyone in dict.fromkeys(key[:3] for key in losses):
+        for name in names:
+            mine = {
+                seed: losses[key]
+                for seed in SEEDS
+                if (key := (method, bits, everyone, rotated(name, seed), seed)) in losses
+            }
+            if not mine or method == "none":
+                continue
+            row: Run = {"method": method, "bits": bits, "all_experts": everyone, "texts": name}
+            row |= {"seeds": len(mine), "loss": interval([*map(mean_loss, mine.values())])}
+            others = {
+                "above_whole": whole,
+                "above_nearest": of_texts(losses, "nearest", bits, False, "none"),
+                "above_random": of_texts(losses, method, bits, everyone, "random"),
+            }
+            for column, of in others.items():
+                pairs = [(mine[seed], of[seed]) for seed in mine if seed in of]
+                if len(pairs) > 1:
+                    row[column] = interval([mean_loss(a) - mean_loss(b) for a, b in pairs])
+            if name != "none":
+                load_SP = np.array([np.ravel(r["expert_tokens"]) for r in mine.values()])
+                row["tokens"] = float(np.mean([r["tokens"] for r in mine.values()]))
+                row["fewest_expert_tokens"] = float(load_SP.min(1).mean())
+                row["coverage"] = float((load_SP >= MINIMUM).mean())
+            if name == "one domain":
+                own = [
+                    r["losses"][r["texts"]] - whole[s]["losses"][r["texts"]]
+                    for s, r in mine.items()
+                ]
+                row["above_whole_on_it"] = interval(own)
+            found.append(row)
+    return found
+
+
+def rotated(name: str, seed: int) -> str:
+    return domains()[seed % len(domains())] if name == "one domain" else name
+
+
+def of_texts(losses: dict[Any, Run], *key: Any) -> dict[int, Run]:
+    return {seed: losses[(*key, seed)] for seed in SEEDS if (*key, seed) in losses}
+
+
+EDGES = (0, 32, 64, 128, 256, 512, 1024, 4096)  # tokens of an expert
+
+
+def by_tokens(rows: list[Run]) -> list[Run]:
+    """A row per bits and range of the tokens that an expert saw: the error of its output over that
+    of rounding to nearest (geometric mean; interval over seeds of their means), and the share of
+    the experts for which it is greater."""
+    found = list[Run]()
+    nearest = {(r["bits"], r["seed"]): r for r in rows if r["method"] == "nearest"}
+    calibrated = [r for r in rows if r["method"] != "nearest"]
+    for method, bits in dict.fromkeys((r["method"], r["bits"]) for r in calibrated):
+        mine = [r for r in calibrated if (r["method"], r["bits"]) == (method, bits)]
+        tokens_X = np.concatenate([np.ravel(r["expert_tokens"]) for r in mine])
+        ratio_X = np.concatenate(
+            [
+                np.ravel(r["expert_errors"]) / np.ravel(nearest[bits, r["seed"]]["expert_errors"])
+                for r in mine
+            ]
+        )
+        seed_X = np.concatenate([[r["seed"]] * np.size(r["expert_tokens"]) for r in mine])
+        for low, high in pairwise(EDGES):
+            at = (tokens_X >= low) & (tokens_X < high)
+            seeds = np.unique(seed_X[at])
+            if len(seeds) < 2:
+                continue
+            means = [float(np.log(ratio_X[at & (seed_X == seed)]).mean()) for seed in seeds]
+            found.append(
+                {
+                    **{"method": method, "bits": bits, "tokens_from": low, "tokens_below": high},
+                    **{"experts": int(at.sum()), "seeds": len(seeds)},
+                    "error_ratio": np.exp(interval(means)).tolist(),
+                    "worse_than_nearest": float((ratio_X[at] > 1).mean()),
+                }
+            )
+    return found
+
+
+def by_size(rows: list[Run]) -> list[Run]:
+    """A row per bits and number of texts: what the loss is above rounding to nearest, and the mean
+    tokens of an expert."""
+    found = list[Run]()
+    nearest = {(r["bits"], r["seed"]): mean_loss(r) for r in rows if r["method"] == "nearest"}
+    for method, bits, texts in dict.fromkeys((r["method"], r["bits"], r["texts"]) for r in rows):
+        mine = [r for r in rows if (r["method"], r["bits"], r["texts"]) == (method, bits, texts)]
+        if method != "nearest" and len(mine) > 1:
+            found.append(
+                {
+                    **{"method": method, "bits": bits, "documents": texts, "seeds": len(mine)},
+                    "expert_tokens": float(np.mean([r["expert_tokens"] for r in mine])),
+                    "above_nearest": interval(
+                        [mean_loss(r) - nearest[bits, r["seed"]] for r in mine]
+                    ),
+                }
+            )
+    return found
+
+
+def by_width(rows: list[Run]) -> list[Run]:
+    """A row per width and tokens per input: which part of what endless text would take off the
+    error of rounding to nearest these tokens take off; mean and range over seeds."""
+    found = list[Run]()
+    for d in dict.fromkeys(r["texts"] for r in rows):
+        errors = [dict(map(tuple, r["errors"])) for r in rows if r["texts"] == d]
+        for n in (int(part * d) for part in PER_WIDTH):
+            gains = [(of[0] - of[n]) / (of[0] - of[-1]) for of in errors]
+            row = {"width": d, "tokens": n, "tokens_per_input": n / d, "seeds": len(gains)}
+            found.append({**row, "gain": [float(np.mean(gains)), min(gains), max(gains)]})
+    return found
+
+
+def rounded(of: Any) -> Any:
+    if isinstance(of, dict):
+        return {key: rounded(value) for key, value in of.items()}
+    if isinstance(of, list):
+        return [rounded(value) for value in of]
+    return float(f"{of:.5g}") if isinstance(of, float) else of
+
+
+def write() -> Path:
+    parts: dict[str, list[Run]] = {"texts": [], "tokens": [], "widths": []}
+    for row in known().values():
+        parts[row["part"]].append(row)
+    measured = {
+        "texts": by_texts(parts["texts"]),
+        "tokens": by_tokens(parts["tokens"]),
+        "sizes": by_size(parts["tokens"]),
+        "widths": by_width(parts["widths"]),
+        "runs": [row for rows in parts.values() for row in rows],
+    }
+    facts = machine()
+    facts["versions"] |= {name: version(name) for name in ("llmcompressor", "compressed-tensors")}
+    facts["command"] = "python -m benchmarks.calibration"
+    return write_results("calibration", facts, rounded(measured))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--until", metavar="HH:MM", help="Stop then (UTC); go on in another call.")
     parser.add_argument("--bits", type=int, nargs="+", default=[*BITS, 32])
     given = parser.parse_args()
     run(given.until, given.bits)
+    print(write())
+
+
+if __name__ == "__main__":
+    main()

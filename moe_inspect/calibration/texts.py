@@ -119,19 +119,26 @@ RECIPES = {
 # llm-compressor
 from datasets import load_dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {model!r}
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+with load_quantizable_moe():  # each expert in matrices of its own
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(name)
 texts = load_dataset("json", data_files={path!r}, split="train")
 texts = texts.map(
     lambda row: tokenizer(row["text"], truncation=True, max_length={length}),
     remove_columns=texts.column_names,
 )
-# W4A16 is of groups of 128 weights. ignore names the router, whose layer may be called otherwise
-recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head", "re:.*gate$"])
+# a group must divide the width of every layer: 128 takes less room where it does
+weights = {{"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+recipe = GPTQModifier(
+    config_groups={{"linear": {{"targets": ["Linear"], "weights": weights}}}},
+    # the router as well as lm_head: what its layer is called depends on the model
+    ignore=["lm_head", "re:.*gate$"],
+)
 oneshot(
     model=model,
     dataset=texts,
