@@ -190,6 +190,68 @@ def users() -> str:
     return "\n".join(lines)
 
 
+def calibration_texts() -> str:
+    """A row per method, bits and set of calibration texts of `benchmarks.calibration`."""
+    head = ("bits", "method", "texts", "seeds", "tokens", "experts with 128 tokens", "fewest")
+    head += ("above the whole model", "above rounding to nearest", "above random texts")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in _calibration()["texts"]:
+        everyone = ", every token to every expert" if row["all_experts"] else ""
+        cells = [str(row["bits"]), f"{METHODS[row['method']]}{everyone}"]
+        cells += [row["texts"], str(row["seeds"])]
+        if "tokens" in row:
+            cells += [f"{row['tokens']:,.0f}", f"{row['coverage']:.1%}"]
+            cells.append(f"{row['fewest_expert_tokens']:,.0f}")
+        else:
+            cells += ["", "", ""]
+        nearest = row["method"] == "nearest"
+        columns = ("above_whole", *(() if nearest else ("above_nearest", "above_random")))
+        cells += [_mean_and_interval(row.get(column)) for column in columns]
+        cells += [""] * (len(head) - len(cells))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def calibration_tokens() -> str:
+    """A row per range of the tokens that an expert was calibrated on."""
+    head = ("bits", "tokens that an expert saw", "experts", "seeds")
+    head += ("error ÷ that of rounding to nearest", "worse than rounding to nearest")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in _calibration()["tokens"]:
+        low, high = row["tokens_from"], row["tokens_below"]
+        middle, *ends = row["error_ratio"]
+        cells = [str(row["bits"]), f"{low:,} to {high - 1:,}", f"{row['experts']:,}"]
+        cells += [str(row["seeds"]), f"{middle:.2f} ({ends[0]:.2f} to {ends[1]:.2f})"]
+        cells.append(f"{row['worse_than_nearest']:.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def calibration_widths() -> str:
+    """A row per width of a layer: what tokens gain, by how many there are per input."""
+    rows = _calibration()["widths"]
+    parts = list(dict.fromkeys(row["tokens_per_input"] for row in rows))
+    head = ("inputs", *(f"{part:g}" for part in parts))
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for d in dict.fromkeys(row["width"] for row in rows):
+        gain = {row["tokens_per_input"]: row["gain"][0] for row in rows if row["width"] == d}
+        lines.append(f"| {' | '.join([f'{d:,}', *(f'{gain[part]:.2f}' for part in parts)])} |")
+    return "\n".join(lines)
+
+
+METHODS = {"nearest": "round to nearest", "gptq": "GPTQ", "awq": "AWQ"}
+
+
+def _calibration() -> Any:
+    folder = Path(__file__).parent.parent / "benchmarks/results"
+    path = folder / "calibration-intel-xeon-processor-2-cores.json"
+    return json.loads(path.read_text(encoding="utf-8"))["measured"]
+
+
+def _mean_and_interval(of: list[float] | None) -> str:
+    return "" if of is None else f"{of[0]:+.3f} ({of[1]:+.3f} to {of[2]:+.3f})"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "metrics": metrics,
@@ -200,6 +262,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "latency_errors": latency_errors,
     "latency_errors_by": latency_errors_by,
     "users": users,
+    "calibration_texts": calibration_texts,
+    "calibration_tokens": calibration_tokens,
+    "calibration_widths": calibration_widths,
 }
 
 

@@ -199,7 +199,7 @@ export_hf_checkpoint(model, export_dir="quantised")
 # not hold
 llama-imatrix -m model-f16.gguf -f {path} -c {length} -o imatrix.gguf
 llama-quantize --imatrix imatrix.gguf model-f16.gguf model-q4.gguf Q4_K_M
-# and what each expert got: moe-inspect import llama-cpp imatrix.gguf -o runs/imatrix
+# and what each expert got: moe-inspect import imatrix imatrix.gguf -o runs/imatrix
 """,
 }
 
