@@ -17,8 +17,7 @@ widths   the same error of one linear layer, random weights and inputs with a po
 llm-compressor is not a dependency. A run takes 1 to 5 s of CPU time and is
 appended to build/calibration.jsonl; runs that are there already are not repeated.
 
-    python -m venv build/venv-llmcompressor
-    build/venv-llmcompressor/bin/python -m pip install llmcompressor==0.14.0 -e '.[trace]'
+    make test-llm-compressor  # makes its environment
     build/venv-llmcompressor/bin/python -m benchmarks.calibration [--until HH:MM] [--bits 2 …]
 """
 

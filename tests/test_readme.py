@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 
+import moe_inspect
 from docs.generate import fill
 from tests.conftest import ROOT, Cli
 from tests.test_cli_trace import save, write_jsonl
@@ -80,9 +81,7 @@ def test_the_page_runs_as_it_stands(
 
 
 @pytest.mark.slow
-def test_the_tutorial_quantises_for_real(
-    tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tutorial_quantises_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the blocks that the other test leaves out, in the order of the page."""
     pytest.importorskip("llmcompressor")
     page = (ROOT / "docs/tutorials/quantise.md").read_text().replace("```{code-block} ", "```")
@@ -94,10 +93,10 @@ def test_the_tutorial_quantises_for_real(
             exec(compile(text, "quantise.md", "exec"), {"__name__": "__main__"})
         elif not text.startswith("python -m pip"):
             shell(text, tmp_path)
-    losses = moe_inspect.compare("runs/whole", "runs/quantised").tables["loss"]
-    assert 0 < losses.loc[0, "difference_nats"] < 0.1
-    quantised = moe_inspect.open_trace("runs/quantised").manifest["model"]
-    assert "quantization" in json.dumps(quantised)
+    assert (tmp_path / "quantised/model.safetensors").stat().st_size < 2_500_000
+    tables = moe_inspect.compare("runs/whole", "runs/quantised").tables
+    assert abs(tables["loss"].loc[0, "difference_nats"]) < 0.1  # with random experts 4 and more
+    assert 0 < tables["agreement"]["set_mismatch"].max() < 0.3
 
 
 def shell(command: str, place: Path) -> None:
