@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reporting": {"analysis", "trace", "errors", "later", "progress", "text"},
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
-    "calibration": {"capture", "demo", "reporting", "analysis", "trace", "errors", "text"},
+    "calibration": {"capture", "demo", "model", "reporting", "analysis", "trace", "errors", "text"},
     "query": {"exporters", "reporting", "trace", "errors", "text"},
     "site": {"comparison", "reporting", "analysis", "trace", "errors", "files", "progress", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
