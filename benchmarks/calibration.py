@@ -406,8 +406,8 @@ def interval(values: Sequence[float]) -> list[float]:
 
 def by_texts(rows: list[Run]) -> list[Run]:
     """A row per method, bits and set of texts: the loss and, of the same seeds, what it is above
-    the whole model, rounding to nearest, and random texts; `one domain`: of all seeds, the domain
-    in turn; by domain: above the whole model's on the calibrated domain and on the others."""
+    the whole model, rounding to nearest, random texts and a text of each domain; `one domain`: of
+    each seed another in turn, and what it is above rounding to nearest on that domain alone."""
     losses = {(r["method"], r["bits"], r["all_experts"], r["texts"], r["seed"]): r for r in rows}
     whole = {r["seed"]: r for r in rows if r["method"] == "none"}
     found, names = list[Run](), ("none", "random", "every domain", "chosen", "one domain", "all")
@@ -426,6 +426,7 @@ def by_texts(rows: list[Run]) -> list[Run]:
                 "above_whole": whole,
                 "above_nearest": of_texts(losses, "nearest", bits, False, "none"),
                 "above_random": of_texts(losses, method, bits, everyone, "random"),
+                "above_every_domain": of_texts(losses, method, bits, everyone, "every domain"),
             }
             for column, of in others.items():
                 pairs = [(mine[seed], of[seed]) for seed in mine if seed in of]
@@ -436,12 +437,10 @@ def by_texts(rows: list[Run]) -> list[Run]:
                 row["tokens"] = float(np.mean([r["tokens"] for r in mine.values()]))
                 row["fewest_expert_tokens"] = float(load_SP.min(1).mean())
                 row["coverage"] = float((load_SP >= MINIMUM).mean())
-            if name == "one domain":
-                own = [
-                    r["losses"][r["texts"]] - whole[s]["losses"][r["texts"]]
-                    for s, r in mine.items()
-                ]
-                row["above_whole_on_it"] = interval(own)
+            if name == "one domain":  # on the domain itself
+                pairs = [(r["losses"][r["texts"]], s, r["texts"]) for s, r in mine.items()]
+                on_it = [a - others["above_nearest"][s]["losses"][d] for a, s, d in pairs]
+                row["above_nearest_on_it"] = interval(on_it)
             found.append(row)
     return found
 

@@ -192,22 +192,25 @@ def users() -> str:
 
 def calibration_texts() -> str:
     """A row per method, bits and set of calibration texts of `benchmarks.calibration`."""
-    head = ("bits", "method", "texts", "seeds", "tokens", "experts with 128 tokens", "fewest")
-    head += ("above the whole model", "above rounding to nearest", "above random texts")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    head = ("bits", "method", "texts", "seeds", "experts with 128 tokens", "fewest")
+    above = {
+        "whole": "above the whole model",
+        "nearest": "above rounding to nearest",
+        "random": "above random texts",
+        "every_domain": "above a text of each domain",
+    }
+    lines = [f"| {' | '.join([*head, *above.values()])} |", f"|{'---|' * (len(head) + len(above))}"]
     for row in _calibration()["texts"]:
-        everyone = ", every token to every expert" if row["all_experts"] else ""
+        if row["seeds"] < FEWEST_SEEDS:
+            continue
+        everyone = ", all experts" if row["all_experts"] else ""
         cells = [str(row["bits"]), f"{METHODS[row['method']]}{everyone}"]
         cells += [row["texts"], str(row["seeds"])]
-        if "tokens" in row:
-            cells += [f"{row['tokens']:,.0f}", f"{row['coverage']:.1%}"]
-            cells.append(f"{row['fewest_expert_tokens']:,.0f}")
-        else:
-            cells += ["", "", ""]
-        nearest = row["method"] == "nearest"
-        columns = ("above_whole", *(() if nearest else ("above_nearest", "above_random")))
-        cells += [_mean_and_interval(row.get(column)) for column in columns]
-        cells += [""] * (len(head) - len(cells))
+        known = "coverage" in row
+        cells += [f"{row['coverage']:.1%}" if known else ""]
+        cells += [f"{row['fewest_expert_tokens']:,.0f}" if known else ""]
+        own = {row["method"], row["texts"].replace(" ", "_")}
+        cells += [_mean_and_interval(row.get(f"above_{of}"), of in own) for of in above]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -239,6 +242,7 @@ def calibration_widths() -> str:
     return "\n".join(lines)
 
 
+FEWEST_SEEDS = 5
 METHODS = {"nearest": "round to nearest", "gptq": "GPTQ", "awq": "AWQ"}
 
 
@@ -248,8 +252,8 @@ def _calibration() -> Any:
     return json.loads(path.read_text(encoding="utf-8"))["measured"]
 
 
-def _mean_and_interval(of: list[float] | None) -> str:
-    return "" if of is None else f"{of[0]:+.3f} ({of[1]:+.3f} to {of[2]:+.3f})"
+def _mean_and_interval(of: list[float] | None, itself: bool) -> str:
+    return "" if of is None or itself else f"{of[0]:+.3f} ({of[1]:+.3f} to {of[2]:+.3f})"
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -194,9 +194,9 @@ model = mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
 export_hf_checkpoint(model, export_dir="quantised")
 """,
     "llama-imatrix": """\
-# llama.cpp: all texts one after the other, cut into chunks of -c tokens. --override-kv
-# *.expert_used_count=int:N sends tokens to more experts than the model does: these counts then do
-# not hold
+# llama.cpp: all texts one after the other, cut into chunks of -c tokens, two at least; a rest that
+# is shorter is left out. --override-kv *.expert_used_count=int:N sends tokens to more experts than
+# the model does: these counts then do not hold
 llama-imatrix -m model-f16.gguf -f {path} -c {length} -o imatrix.gguf
 llama-quantize --imatrix imatrix.gguf model-f16.gguf model-q4.gguf Q4_K_M
 # and what each expert got: moe-inspect import imatrix imatrix.gguf -o runs/imatrix
