@@ -15,7 +15,8 @@ widths   the same error of one linear layer, random weights and inputs with a po
          spectrum, in layers of several widths: does the number of tokens follow the width?
 
 llm-compressor is not a dependency. A run takes 1 to 5 s of CPU time and is
-appended to build/calibration.jsonl; runs that are there already are not repeated.
+appended to build/calibration.jsonl; runs that are there already are not repeated. Writes
+benchmarks/results/calibration-<machine>.json, and .jsonl with a line per run.
 
     make test-llm-compressor  # makes its environment
     build/venv-llmcompressor/bin/python -m benchmarks.calibration [--until HH:MM] [--bits 2 …]
@@ -406,8 +407,9 @@ def interval(values: Sequence[float]) -> list[float]:
 
 def by_texts(rows: list[Run]) -> list[Run]:
     """A row per method, bits and set of texts: the loss and, of the same seeds, what it is above
-    the whole model, rounding to nearest, random texts and a text of each domain; `one domain`: of
-    each seed another in turn, and what it is above rounding to nearest on that domain alone."""
+    the whole model, rounding to nearest, random texts and a text of each domain; where all experts
+    get every token, what it is above the same with routing. `one domain`: of each seed another in
+    turn, and what it is above rounding to nearest on that domain alone."""
     losses = {(r["method"], r["bits"], r["all_experts"], r["texts"], r["seed"]): r for r in rows}
     whole = {r["seed"]: r for r in rows if r["method"] == "none"}
     found, names = list[Run](), ("none", "random", "every domain", "chosen", "one domain", "all")
@@ -422,7 +424,13 @@ def by_texts(rows: list[Run]) -> list[Run]:
                 continue
             row: Run = {"method": method, "bits": bits, "all_experts": everyone, "texts": name}
             row |= {"seeds": len(mine), "loss": interval([*map(mean_loss, mine.values())])}
+            routed = {
+                seed: losses[key]
+                for seed in mine
+                if (key := (method, bits, False, rotated(name, seed), seed)) in losses
+            }
             others = {
+                **({"above_routed": routed} if everyone else {}),
                 "above_whole": whole,
                 "above_nearest": of_texts(losses, "nearest", bits, False, "none"),
                 "above_random": of_texts(losses, method, bits, everyone, "random"),
@@ -540,12 +548,14 @@ def write() -> Path:
         "tokens": by_tokens(parts["tokens"]),
         "sizes": by_size(parts["tokens"]),
         "widths": by_width(parts["widths"]),
-        "runs": [row for rows in parts.values() for row in rows],
     }
     facts = machine()
     facts["versions"] |= {name: version(name) for name in ("llmcompressor", "compressed-tensors")}
     facts["command"] = "python -m benchmarks.calibration"
-    return write_results("calibration", facts, rounded(measured))
+    path = write_results("calibration", facts, rounded(measured))
+    lines = [json.dumps(rounded(row)) for rows in parts.values() for row in rows]
+    (ROOT / path).with_suffix(".jsonl").write_text("\n".join(lines) + "\n")
+    return path
 
 
 def main() -> None:

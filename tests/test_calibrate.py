@@ -505,7 +505,7 @@ def test_recipes_are_python_that_names_the_texts(tool: str, demo: Trace, tmp_pat
 
 def test_the_minimum_follows_the_width_of_the_experts(demo: Trace, tmp_path: Path):
     assert demo.calibrate().minimum == 4 * 128
-    shutil.copytree(demo.path, tmp_path / "wide")
+    shutil.copytree(str(demo.path), tmp_path / "wide")
     config = demo.manifest["model"]["config"] | {"hidden_size": 512}
     edit_manifest(tmp_path / "wide", model=demo.manifest["model"] | {"config": config})
     assert calibrate(tmp_path / "wide").minimum == 4 * 512
