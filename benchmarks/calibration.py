@@ -14,8 +14,8 @@ tokens   the first 1, 2, 3, 5, 8, … texts of the pool, in random order: of eac
 widths   the same error of one linear layer, random weights and inputs with a power law for a
          spectrum, in layers of several widths: does the number of tokens follow the width?
 
-llm-compressor is not a dependency. A run takes 1 to 5 s of CPU time and is
-appended to build/calibration.jsonl; runs that are there already are not repeated. Writes
+llm-compressor is not a dependency. A run takes 1 to 5 s of CPU time and is appended to
+build/calibration.jsonl; runs that are there already are not repeated. Writes
 benchmarks/results/calibration-<machine>.json, and .jsonl with a line per run.
 
     make test-llm-compressor  # makes its environment
@@ -31,7 +31,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from typing import Any
 import numpy as np
 
 import moe_inspect
-from benchmarks.measuring import ROOT, machine, write_results
+from benchmarks.measuring import ROOT, machine, versions, write_results
 from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
 
 SEEDS, BITS, GROUP = range(10), (2, 3, 4), 32
@@ -327,6 +326,7 @@ def planned() -> Iterator[Run]:
     for bits in BITS:
         yield from texts("nearest", bits, "none")
     yield from texts("gptq", 2)
+    yield from texts("gptq", 2, "all")
     yield from sizes("gptq", 2, TOKEN_SEEDS[:3])
     of = {"part": "widths", "method": "gptq", "bits": 2, "all_experts": False}
     yield from ({**of, "texts": d, "seed": seed} for d in WIDTHS for seed in WIDTH_SEEDS)
@@ -335,7 +335,6 @@ def planned() -> Iterator[Run]:
         yield from texts("awq", 2, seeds=seeds)
         yield from texts("gptq", 2, all_experts=True, seeds=seeds)
         yield from texts("gptq", 4, seeds=seeds)
-    yield from texts("gptq", 2, "all")
     yield from sizes("gptq", 3)
     for bits in (3, 4):
         yield from texts("awq", bits)
@@ -413,7 +412,9 @@ def by_texts(rows: list[Run]) -> list[Run]:
     losses = {(r["method"], r["bits"], r["all_experts"], r["texts"], r["seed"]): r for r in rows}
     whole = {r["seed"]: r for r in rows if r["method"] == "none"}
     found, names = list[Run](), ("none", "random", "every domain", "chosen", "one domain", "all")
-    for method, bits, everyone in dict.fromkeys(key[:3] for key in losses):
+    methods = ("none", "nearest", "gptq", "awq")
+    kinds = sorted({key[:3] for key in losses}, key=lambda k: (k[1], methods.index(k[0]), k[2]))
+    for method, bits, everyone in kinds:
         for name in names:
             mine = {
                 seed: losses[key]
@@ -550,7 +551,7 @@ def write() -> Path:
         "widths": by_width(parts["widths"]),
     }
     facts = machine()
-    facts["versions"] |= {name: version(name) for name in ("llmcompressor", "compressed-tensors")}
+    facts["versions"] |= versions("llmcompressor", "compressed-tensors")
     facts["command"] = "python -m benchmarks.calibration"
     path = write_results("calibration", facts, rounded(measured))
     lines = [json.dumps(rounded(row)) for rows in parts.values() for row in rows]

@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def machine() -> dict[str, Any]:
         "cores": sum(line.startswith("processor") for line in lines),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": versions(*packages),
         "allocator": {
             name: os.environ[name]
             for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
@@ -49,6 +50,15 @@ def machine() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": "make bench",
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = dict[str, str]()
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write_results(kind: str, facts: dict[str, Any], measured: Any) -> Path:
