@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "cores": sum(line.startswith("processor") for line in lines),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": versions(*packages),
         "allocator": {
             name: os.environ[name]
             for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
@@ -52,6 +53,15 @@ def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": "make bench",
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = dict[str, str]()
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write_results(kind: str, facts: dict[str, Any], measured: Any) -> Path:

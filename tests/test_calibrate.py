@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -23,6 +24,7 @@ from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
+from tests.support.damage import edit_manifest
 from tests.support.synthetic import uniform_ids, write_trace
 from tests.test_one_line import run
 
@@ -499,6 +501,16 @@ def test_recipes_are_python_that_names_the_texts(tool: str, demo: Trace, tmp_pat
     assert "max_length=505" in made or tool == "gptqmodel"
     with pytest.raises(MoeInspectError, match=r"reads lines of JSON: name it \.jsonl"):
         recipe(demo, tool, tmp_path / "c.txt")
+
+
+def test_the_minimum_follows_the_width_of_the_experts(demo: Trace, tmp_path: Path):
+    assert demo.calibrate().minimum == 4 * 128
+    shutil.copytree(str(demo.path), tmp_path / "wide")
+    config = demo.manifest["model"]["config"] | {"hidden_size": 512}
+    edit_manifest(tmp_path / "wide", model=demo.manifest["model"] | {"config": config})
+    assert calibrate(tmp_path / "wide").minimum == 4 * 512
+    ids = [uniform_ids(np.random.default_rng(0), 40, 8, 2)]
+    assert calibrate(write(tmp_path / "t", ids, 10, 8)).minimum == 512  # nothing says how wide
 
 
 def test_the_command(demo: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -261,6 +261,30 @@ def test_what_dispatch_cannot_take_over_is_tapped() -> None:
     refuses("has FP8 experts")
 
 
+class LinearExperts2D(torch.nn.ModuleList):
+    """As llm-compressor splits experts: modules of their own, the flags of the interface, but not
+    its config."""
+
+    is_transposed, has_gate = False, True
+
+    def __init__(self, stacked: Any) -> None:
+        super().__init__()
+        self.num_experts = stacked.num_experts
+        self.stacked = [stacked]  # not a module of this one
+
+    def forward(self, hidden_TH: Any, ids_TK: Any, weights_TK: Any) -> Any:
+        return self.stacked[0](hidden_TH, ids_TK, weights_TK)
+
+
+def test_experts_that_llm_compressor_has_split_are_traced_alike(tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), token_batch(LENGTHS)
+    whole, _ = routing(model, tmp_path / "whole", [inputs], capture="tap")
+    for site in find_routers(model):
+        model.set_submodule(site.path, LinearExperts2D(site.module))
+    split, _ = routing(model, tmp_path / "split", [inputs])
+    assert split.equals(whole)
+
+
 def test_a_release_that_hands_over_local_ids_is_refused() -> None:
     model = build("olmoe")
     sites = find_routers(model)

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linting": {
         *("comparison", "importers", "reporting", "analysis", "model", "trace", "errors", "text")
     },
-    "calibration": {"capture", "demo", "reporting", "analysis", "trace", "errors", "text"},
+    "calibration": {"capture", "demo", "model", "reporting", "analysis", "trace", "errors", "text"},
     "query": {"exporters", "reporting", "trace", "errors", "text"},
     "site": {"comparison", "reporting", "analysis", "trace", "errors", "files", "progress", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},

@@ -25,6 +25,7 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.calibration.choose import Choice, Wanted, choose
 from moe_inspect.errors import MoeInspectError, check_whole
+from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Band, Chart, Line, Mark, Panel, Points, Rule
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.data import records
@@ -36,7 +37,8 @@ from moe_inspect.trace.reader import Trace, open_trace
 if TYPE_CHECKING:
     from moe_inspect.reporting.render.html import Section
 
-MINIMUM = 512  # tokens of an expert
+# tokens of an expert: per input of its first matrices, and where these are unknown
+PER_INPUT, MINIMUM = 4, 512
 SHARES = (0.95, 0.99, 1.0)  # of the experts
 POINTS = 48  # of the chart
 CHOICES = ("chosen", "choice")
@@ -146,10 +148,16 @@ class Calibration(Shown):
         return write_texts(self.trace, self.choice.chosen, Path(path), tokens, data)
 
 
+def minimum_of(trace: Trace) -> int:
+    """What GPTQ was measured to need (docs/calibrate.md)."""
+    shape = expert_shape(trace, 0)
+    return MINIMUM if shape is None else PER_INPUT * shape[0]
+
+
 def calibrate(
     trace: Trace | str | Path,
     *,
-    min_tokens: int = MINIMUM,
+    min_tokens: int | None = None,
     choose: int | Literal["all"] | None = None,
     keep_mixture: float = 0.0,
     layers: str | int | Iterable[int | str] | None = None,
@@ -158,7 +166,8 @@ def calibrate(
 ) -> Calibration:
     """Whether a text gives every expert enough tokens to calibrate a quantiser with.
 
-    `min_tokens`: tokens that every expert of every layer should get. `choose`: also choose
+    `min_tokens`: tokens that every expert of every layer should get; by default 4 per input of its
+    first matrices (the model's hidden size), 512 where that is unknown. `choose`: also choose
     documents, "all" for the fewest that give every expert the minimum (or all that it has), a
     number for the best of so many tokens together. `keep_mixture`: of the documents chosen each
     domain keeps this part of its share of the tokens, 0 to 1. `layers`, `domains`, `phase`: what is
@@ -169,6 +178,8 @@ def calibrate(
     documents, and what no choice can do). MoeInspectError for settings out of range, and where
     documents are to be chosen from counts without documents."""
     opened = open_trace(trace)
+    if min_tokens is None:
+        min_tokens = minimum_of(opened)
     check_whole("min_tokens", min_tokens)
     wrong = None
     if min_tokens < 1:

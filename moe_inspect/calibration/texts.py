@@ -119,19 +119,26 @@ RECIPES = {
 # llm-compressor
 from datasets import load_dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {model!r}
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+with load_quantizable_moe():  # each expert in matrices of its own
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(name)
 texts = load_dataset("json", data_files={path!r}, split="train")
 texts = texts.map(
     lambda row: tokenizer(row["text"], truncation=True, max_length={length}),
     remove_columns=texts.column_names,
 )
-# W4A16 is of groups of 128 weights. ignore names the router, whose layer may be called otherwise
-recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head", "re:.*gate$"])
+# a group must divide the width of every layer: 128 takes less room where it does
+weights = {{"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+recipe = GPTQModifier(
+    config_groups={{"linear": {{"targets": ["Linear"], "weights": weights}}}},
+    # the router as well as lm_head: what its layer is called depends on the model
+    ignore=["lm_head", "re:.*gate$"],
+)
 oneshot(
     model=model,
     dataset=texts,
@@ -187,12 +194,12 @@ model = mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
 export_hf_checkpoint(model, export_dir="quantised")
 """,
     "llama-imatrix": """\
-# llama.cpp: all texts one after the other, cut into chunks of -c tokens. --override-kv
-# *.expert_used_count=int:N sends tokens to more experts than the model does: these counts then do
-# not hold
+# llama.cpp: all texts one after the other, cut into chunks of -c tokens, two at least; a rest that
+# is shorter is left out. --override-kv *.expert_used_count=int:N sends tokens to more experts than
+# the model does: these counts then do not hold
 llama-imatrix -m model-f16.gguf -f {path} -c {length} -o imatrix.gguf
 llama-quantize --imatrix imatrix.gguf model-f16.gguf model-q4.gguf Q4_K_M
-# and what each expert got: moe-inspect import llama-cpp imatrix.gguf -o runs/imatrix
+# and what each expert got: moe-inspect import imatrix imatrix.gguf -o runs/imatrix
 """,
 }
 

@@ -41,8 +41,10 @@ def tokens_or_all(text: str | int) -> int | str:
 class CalibrationOptions(Options):
     panel = "Options"
 
-    min_tokens: int = option(
-        "Tokens that every expert of every layer should get.", min=1, default=512
+    min_tokens: int | None = option(
+        "Tokens that every expert of every layer should get. Default: 4 per input of its first "
+        "matrices (the hidden size), 512 where that is unknown.",
+        min=1,
     )
     choose: Any = texts_option(
         "Choose documents: all is the fewest that give every expert the minimum, N the best with "

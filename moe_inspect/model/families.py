@@ -200,7 +200,9 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "ZayaExperts": Adapter(choices.zaya, at_call=True),
 }
-# classes named *Experts that are not called with a router's choice
+# class of what is called with a router's choice; llm-compressor's has a matrix per expert
+CALLED_CLASS = re.compile(r"Experts(2D)?$")
+# those of these names that are not
 NOT_ROUTED = {"InklingSharedExperts", "JetMoeParallelExperts", "Llama4TextExperts"}
 # class of a router → how many logits it has behind those of its routed experts (of identity
 # experts, of shared ones, of skipping them)

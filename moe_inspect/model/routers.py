@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import families
-from moe_inspect.model.families import LAYER, NOT_ROUTED, ROUTER_CLASS, TOWER, Adapter, stated_size
+from moe_inspect.model.families import (
+    CALLED_CLASS,
+    LAYER,
+    NOT_ROUTED,
+    ROUTER_CLASS,
+    TOWER,
+    Adapter,
+    stated_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +105,7 @@ def called_experts(model: Module, known: Collection[int] = ()) -> list[Site]:
         adapter = families.ADAPTERS.get(kind)
         if adapter is not None and not adapter.applies(module):
             adapter = None
-        is_called = kind.endswith("Experts") and kind not in NOT_ROUTED and _takes_choice(module)
+        is_called = CALLED_CLASS.search(kind) and kind not in NOT_ROUTED and _takes_choice(module)
         if TOWER.search(path) or not (adapter or is_called) or (known and layer_of(path) in known):
             continue
         config = getattr(module, "config", None) or text_config(model)

@@ -354,7 +354,8 @@ def _obstacle(model: Any, sites: Sequence[Site]) -> str:
         return "has FP8 experts"  # which have a registry of their own
     if any(is_expert_parallel(m) for m in called):
         return "runs expert-parallel"
-    on_interface = all(hasattr(m, "is_transposed") and hasattr(m, "has_gate") for m in called)
+    stated = ("config", "is_transposed", "has_gate")
+    on_interface = all(hasattr(m, name) for m in called for name in stated)
     if not called or not on_interface or not hasattr(model, "set_experts_implementation"):
         return NOT_ON_INTERFACE
     return ""
