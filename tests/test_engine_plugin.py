@@ -28,7 +28,7 @@ import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from moe_inspect import Trace, merge, open_trace, verify
-from moe_inspect.capture.engine import sglang, sidecar
+from moe_inspect.capture.engine import sglang, sidecar, vllm
 from moe_inspect.capture.engine.control import tell
 from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
@@ -414,6 +414,23 @@ def test_a_fault_of_ours_ends_the_recording_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine.recorder, "start", lambda _: 1 / 0)
     link.error = "it was killed"
     assert "ZeroDivisionError" in engine.recorder.command("on")["refused"]
+
+
+def test_where_nothing_can_be_recorded_vllms_routers_are_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    router = SimpleNamespace(_compute_routing=lambda hidden, logits: ("weights", "ids"))
+    moe = SimpleNamespace(num_logical_experts=E, experts_per_token=K)
+    layer = SimpleNamespace(moe_config=moe, router=router, layer_id=0, layer_name="0")
+    monkeypatch.setattr(vllm, "recordable_layers", lambda *_: [layer])
+    runner = SimpleNamespace(get_model=lambda: None, device=torch.device("cpu"))
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=T),
+    )
+    with pytest.raises(AttributeError, match="model_config"):  # as of another version
+        vllm.Seam(runner, config, Settings(Path("unused")))
+    assert router._compute_routing(None, None) == ("weights", "ids")
 
 
 def test_the_state_of_sglang_is_its_own_but_for_our_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,6 @@ class Seam:
         sizes = len(layers), T, K
         rows = Rows(sizes, E, settings.logits and traces, runner.device, weights=traces)
         log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
-        for n, layer in enumerate(layers):
-            self._watch(layer.router, n)
         about = _about(config) | {
             "layers": [layer.layer_id for layer in layers],
             "paths": [layer.layer_name for layer in layers],
@@ -147,6 +145,8 @@ class Seam:
         self.sampled: Tensor | None = None
         if self.speculates:
             self._watch_sampling()
+        for n, layer in enumerate(layers):  # last: what has failed before is in no forward pass
+            self._watch(layer.router, n)
 
     def after_step(self, scheduled: Any) -> None:
         try:
