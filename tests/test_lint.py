@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,10 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
+from moe_inspect.importers.context import ImportContext
 from moe_inspect.linting import sources
 from moe_inspect.linting.kinds import KINDS
 from tests.conftest import ROOT, Cli
 from tests.support.damage import restate
+from tests.support.foreign import npy
 from tests.support.misrecorded import BUGS, Recording, foreign, linted, longest, read, routed_text
 from tests.support.sweep import sample
 from tests.support.synthetic import uniform_ids, write_trace
@@ -290,8 +293,6 @@ def test_what_was_not_looked_at_is_said(
 
 def test_responses_are_linted_as_they_came(cli_here: Cli, tmp_path: Path) -> None:
     """What `import` leaves out, or refuses."""
-    from tests.support.foreign import npy
-
     a, lines = recording("64 of 6"), list[str]()
     begins = [*np.flatnonzero(a.position == 0), a.T]
 
@@ -310,6 +311,11 @@ def test_responses_are_linted_as_they_came(cli_here: Cli, tmp_path: Path) -> Non
 
     write(lambda ids: ids)
     assert kinds() == lines
+    np.save(tmp_path / "a.npy", np.swapaxes(a.ids_LTK[:, : begins[1]], 0, 1).astype(np.uint16))
+    for last, said in (([], "nothing"), ([0], "nothing"), ([0, 0], "1 finding")):  # one is not fed
+        np.save(tmp_path / "a.token_ids.npy", np.array([*a.token_id[: begins[1]], *last]))
+        done = cli_here("lint", "a.npy", "--experts", 64, check=None)
+        assert done.stdout.splitlines()[-1].startswith(f"a.npy: {said} in")
     write(lambda ids: np.concatenate([ids, ids[:1] * 0]))  # padded to the tokens
     assert kinds() == ["zero_filled"]
     write(lambda ids: ids[1:])
@@ -318,6 +324,31 @@ def test_responses_are_linted_as_they_came(cli_here: Cli, tmp_path: Path) -> Non
     assert kinds() == ["zero_filled"]
     write(lambda ids: np.where(ids == 3, 65_535, ids))
     assert kinds() == ["out_of_range"]
+
+
+def test_of_many_responses_no_more_are_held_than_are_looked_at(
+    tmp_path: Path, put: Callable[..., None]
+) -> None:
+    each, n, rng = 50, 20, np.random.default_rng(0)
+    for i in range(n):
+        routed = np.stack([uniform_ids(rng, each, 64, 8) for _ in range(8)], 1)
+        np.save(tmp_path / f"{i:02}.npy", routed.astype(np.uint8))
+    put(sources, MOST_CELLS=2 * each * 64)
+    held, most = list[weakref.ref[Any]](), list[int]()
+
+    def context(*given: Any, returned: Callable[[Any], None], **how: Any) -> ImportContext:
+        def watched(response: Any) -> None:
+            held.append(weakref.ref(response.routed_TBK))
+            most.append(sum(of() is not None for of in held))
+            returned(response)
+
+        return ImportContext(*given, returned=watched, **how)
+
+    put(sources, ImportContext=context)
+    made = sources.lint_path(str(tmp_path), experts=64)
+    assert str(made) == f"the first {2 * each:,} of {n * each:,} tokens, 8 routers"
+    assert len(most) == n
+    assert max(most) <= 4
 
 
 def test_the_page_has_every_kind() -> None:

@@ -189,6 +189,8 @@ def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Respons
         if len(ids_T) not in (rows, rows + 1) and context.returned is None:
             raise MoeInspectError(f"{beside} has {len(ids_T)} token ids, {path} {rows} tokens")
     if context.returned is not None:
+        if ids_T is not None and len(ids_T) == rows + 1:  # the last one is of no fed token
+            ids_T = ids_T[:-1]
         return Response(str(path), "", None, routed_TBK, 0, 0, rows, ids_T)
     expected = rows if ids_T is not None and len(ids_T) > rows else None
     begin, end = _padding(routed_TBK, expected, str(path))

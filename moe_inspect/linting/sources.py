@@ -6,7 +6,7 @@ T tokens, B blocks of the model, L routers, K slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -172,9 +172,9 @@ def lint_path(
             raise MoeInspectError(f"{path} is a trace, which says what its model is")
         return lint_trace(path, against=against)
     source = [ImportSource(Path(path), None)]
-    came = list[Response]()
+    came = Responses()
     facts = None if model is None else read_facts(model)
-    context = ImportContext(source, facts, experts, top_k, warn=warn, returned=came.append)
+    context = ImportContext(source, facts, experts, top_k, warn=warn, returned=came.add)
     format = sniff(source)
     if format.endswith("-routed"):
         formats()[format].run(context)
@@ -185,31 +185,48 @@ def lint_path(
         return lint_trace(made, against=against, where=path)
 
 
+@dataclass
+class Responses:
+    """The first ones as they came, up to MOST_CELLS; of all, the rows and the shapes."""
+
+    kept: list[Response] = field(default_factory=list[Response])
+    rows: int = 0
+    shapes: set[tuple[int, ...]] = field(default_factory=set[tuple[int, ...]])
+    whole: bool = True
+
+    def add(self, response: Response) -> None:
+        routed_TBK = response.routed_TBK
+        if not routed_TBK.size:
+            return
+        self.rows += len(routed_TBK)
+        self.shapes.add(routed_TBK.shape[1:])
+        self.whole &= self.rows * routed_TBK[0].size <= MOST_CELLS
+        if self.whole or not self.kept:
+            self.kept.append(response)
+
+
 def _of_responses(
-    came: Sequence[Response], context: ImportContext, path: str, against: str | None
+    came: Responses, context: ImportContext, path: str, against: str | None
 ) -> Linted:
     """Rows as they came: with padding, and without a config with dense layers."""
-    came = [response for response in came if response.routed_TBK.size]
-    shapes = sorted({response.routed_TBK.shape[1:] for response in came})
+    kept, shapes = came.kept, sorted(came.shapes)
     if len(shapes) != 1:
         what = f"responses of several shapes: {shapes}" if shapes else "no routed token"
         raise MoeInspectError(f"{path} holds {what}")
     B, K = shapes[0]
-    end_R = np.cumsum([len(response.routed_TBK) for response in came])
-    kept = came[: max(1, int((end_R <= MOST_CELLS // (B * K)).sum()))]
     routed_TBK = np.concatenate([response.routed_TBK for response in kept])
     id_T = np.concatenate([_ids(response) for response in kept])
-    begin_R = np.array([0, *end_R[: len(kept) - 1]])
+    begin_R = np.cumsum([0, *(len(response.routed_TBK) for response in kept[:-1])])
     config = context.facts.config if context.facts else {}
     groups = [
         (
             of,
             Recorded(narrow(routed_TBK[:, at]), of[1], at, id_T, begin_R, config=config),
-            len(kept) == len(came),
+            len(routed_TBK) == came.rows,
         )
         for of, at in _routers(context.facts, B, K, context, path).items()
     ]
-    return _linted(groups, against, path, int(end_R[-1]), [*_lengths(kept)])
+    return _linted(groups, against, path, came.rows, [*_lengths(kept)])
 
 
 def _ids(response: Response) -> np.ndarray:
