@@ -198,6 +198,43 @@ def test_decisions_that_cannot_be_told() -> None:
     assert row["wrong"] == 3
 
 
+def patterned(T: int, E: int, K: int, spoil: Callable[[np.ndarray, np.ndarray], Any]) -> str:
+    """What is said of an answer of two routers. `spoil`: of the routes [T, L, K] and random ones
+    that are other ones."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, T, E))
+    right = np.sort(np.argsort(logits, 2)[..., -K:].swapaxes(0, 1), 2)
+    other = np.sort(np.argsort(logits, 2)[..., :K].swapaxes(0, 1), 2)
+    ask = Ask((7,) * T, 1)
+    answers = [Answer("prefill", ask, (9,), spoil(right, other))]
+    _, (finding,) = judge("prefill", answers, {ask.prompt: Reference(right, [*logits])})
+    return finding.text
+
+
+def test_a_pattern_that_chance_makes_is_none() -> None:
+    def one(right: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """One decision, that of the token before."""
+        got = right.copy()
+        got[5, 0] = right[4, 0]
+        return got
+
+    assert "They are those of the token before." in patterned(60, 8, 2, lambda r, _: np.roll(r, 1, 0))
+    assert "They are" not in patterned(60, 8, 2, one)
+    # with one expert per token each decision is of one expert
+    assert "They name" not in patterned(60, 8, 1, lambda right, other: other)
+    assert "They name" in patterned(60, 8, 2, lambda right, _: right * 0)
+
+
+def test_requests_and_answers_are_counted_apart() -> None:
+    right = np.tile(np.array([2, 3]), (1, 2, 1))
+    of = {(7,): Reference(right, [np.array([[0.0, 1, 2, 3]])] * 2)}
+    three = Ask((7,), 1, answers=3)
+    read = [Answer("answers", three, (9,), right)] * 3
+    row, (finding,) = judge("answers", [*read, Answer("answers", three, said="HTTP 500")], of)
+    assert (row["answers"], row["refused"]) == (3, 1)
+    assert "1 of 2 requests got no answer" in finding.text
+
+
 def test_prompts_fit_and_differ() -> None:
     """A small vocabulary and few positions too."""
     for V, longest in ((3072, 510), (50, 64), (4, 12)):

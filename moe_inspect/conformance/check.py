@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.capture.server.client import Json, ask_once, client, root_of
 from moe_inspect.capture.server.protocols import (
     ENGINES,
@@ -38,6 +39,7 @@ LEAVES_AFTER_S = 0.3
 NEAR = 1e-5  # of two logits so close, sums in another order may exchange the experts
 STOP_AT = 5  # token of an answer
 MOST_WRONG = 0.1  # of decisions that a pattern of wrong ones need not explain
+BY_CHANCE = 1e-3  # p-value below which it is said
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Conformance:
-    """A server judged. table: a row per case: requests, answers, tokens (fed), decisions, and of
-    these `equal`, `undecided` (differ by experts whose logits are closer than 1e-5, or after such
-    a decision of the same answer), `wrong` and `missing`; `refused`: requests without an answer.
+    """A server judged. table: a row per case: answers, tokens (fed), decisions, and of these
+    `equal`, `undecided` (differ by experts whose logits are closer than 1e-5, or after such a
+    decision of the same answer), `wrong` and `missing`; `refused`: requests without an answer.
     findings: what is wrong, in words; none for a server that conforms."""
 
     engine: str
@@ -272,10 +274,10 @@ def judge(
     counts = dict.fromkeys(("decisions", "equal", "undecided", "wrong", "missing"), 0)
     findings, wrong = list[Finding](), list[tuple[Answer, Reference, int, np.ndarray]]()
     refused = [answer for answer in answers if answer.routed_TLK is None]
+    read = [answer for answer in answers if answer.routed_TLK is not None]
     lengths = list[str]()
-    for answer in answers:
-        if answer.routed_TLK is None:
-            continue
+    for answer in read:
+        assert answer.routed_TLK is not None
         of, got_TLK = references[answer.fed], np.sort(answer.routed_TLK.astype(np.int64), 2)
         rows, (T, L, _) = len(got_TLK), of.ids_TLK.shape
         at = _begin(got_TLK, of.ids_TLK)
@@ -294,20 +296,21 @@ def judge(
         if wrong_TL.any():
             wrong.append((answer, of, at, wrong_TL))
     if refused:
-        text = f"{case}: {len(refused)} of {plural(len(answers), 'request')} got no answer that "
+        requests = len(refused) + round(sum(1 / answer.ask.answers for answer in read))
+        text = f"{case}: {len(refused)} of {plural(requests, 'request')} got no answer that "
         text += f"can be read: {refused[0].said}"
         findings.append(finding("refused", "critical", text, requests=len(refused)))
     if lengths:
-        text = f"{case}: {plural(len(lengths), 'answer')} of {len(answers)} with too few or too "
+        text = f"{case}: {plural(len(lengths), 'answer')} of {len(read)} with too few or too "
         text += f"many rows: {lengths[0]}"
         findings.append(finding("rows", "critical", text, answers=len(lengths)))
     if wrong:
         text = f"{case}: {counts['wrong']:,} of {counts['decisions']:,} decisions are wrong"
-        text += f" ({len(wrong)} of {plural(len(answers), 'answer')}). {_first(*wrong[0])}"
+        text += f" ({len(wrong)} of {plural(len(read), 'answer')}). {_first(*wrong[0])}"
         text += _pattern(wrong)
         findings.append(finding("wrong", "critical", text, decisions=counts["wrong"]))
-    tokens = sum(len(a.fed) for a in answers if a.routed_TLK is not None)
-    row = {"case": case, "answers": len(answers), "tokens": tokens, **counts}
+    tokens = sum(len(answer.fed) for answer in read)
+    row = {"case": case, "answers": len(read), "tokens": tokens, **counts}
     return {**row, "refused": len(refused)}, findings
 
 
@@ -353,22 +356,35 @@ def _first(answer: Answer, of: Reference, at: int, wrong_TL: np.ndarray) -> str:
 
 
 def _pattern(wrong: Sequence[tuple[Answer, Reference, int, np.ndarray]]) -> str:
-    """What nearly all wrong decisions are, if they are one thing."""
-    named: dict[str, list[np.ndarray]] = {}
+    """What nearly all wrong decisions are, if they are one thing, and are it more often than right
+    decisions are by chance."""
+    # name → of each answer, which wrong decisions are it, and which right ones
+    named: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for answer, of, at, wrong_TL in wrong:
         assert answer.routed_TLK is not None
         got_TLK = np.sort(answer.routed_TLK.astype(np.int64), 2)[: len(wrong_TL)]
         right_TLK = of.ids_TLK[at : at + len(wrong_TL)]
-        filled_TL = (got_TLK == got_TLK[..., :1]).all(2)
-        parts = {"They name one expert in all slots.": filled_TL}
-        for by, token in ((1, "before"), (-1, "behind")):
-            same_TL = (got_TLK == np.roll(right_TLK, by, 0)).all(2)
-            parts[f"They are those of the token {token}."] = same_TL
-        for other in range(right_TLK.shape[1]):
-            same_TL = (got_TLK == right_TLK[:, [other]]).all(2)
-            parts[f"They are those of router {other}."] = same_TL
-        for name, same_TL in parts.items():
-            named.setdefault(name, []).append(same_TL[wrong_TL])
-    shares = {name: float(np.concatenate(of).mean()) for name, of in named.items()}
-    likely = max(shares, key=lambda name: shares[name])
-    return f" {likely}" if shares[likely] > 1 - MOST_WRONG else ""
+        filled, filled_TL = ((ids == ids[..., :1]).all(2) for ids in (got_TLK, right_TLK))
+        parts = {"They name one expert in all slots.": (filled[wrong_TL], filled_TL)}
+        like = {
+            "They are those of the token before.": np.roll(right_TLK, 1, 0),
+            "They are those of the token behind.": np.roll(right_TLK, -1, 0),
+        }
+        for router in range(right_TLK.shape[1]):
+            like[f"They are those of router {router}."] = right_TLK[:, [router]]
+        for name, ids_TLK in like.items():
+            same_TL, usual_TL = ((ids == ids_TLK).all(2) for ids in (got_TLK, right_TLK))
+            if ids_TLK.shape[1] == 1:  # at the router itself all right ones are
+                usual_TL = usual_TL[:, ~usual_TL.all(0)]
+            parts[name] = same_TL[wrong_TL], usual_TL
+        for name, part in parts.items():
+            named.setdefault(name, []).append(part)
+    n = sum(int(wrong_TL.any(1).sum()) for *_, wrong_TL in wrong)  # layers are wrong together
+    shares = dict[str, float]()
+    for name, parts_of in named.items():
+        same, usual = (np.concatenate([of.ravel() for of in each]) for each in zip(*parts_of, strict=True))
+        k, chance = int(same.mean() * n), (usual.sum() + 1) / (len(usual) + 2)
+        p = len(named) * float(special("betainc")(k, n - k + 1, chance)) if k else 1.0
+        if same.mean() > 1 - MOST_WRONG and p < BY_CHANCE:
+            shares[name] = float(same.mean())
+    return f" {max(shares, key=lambda name: shares[name])}" if shares else ""
