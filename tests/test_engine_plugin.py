@@ -673,12 +673,13 @@ def test_watch_goes_on_with_the_trace_that_follows(
     engine, traces, session = Engine(settings), Traces(about(settings), describe), None
     for n in range(3):
         engine.step(("a", 10 * n, 10 * n + 10))
-        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.write(engine.recorder.link.taken(), 5 * n)  # type: ignore[attr-defined]
         traces.catch_up(wait=True)
         session = session or WatchSession(traces.paths[0], WatchOptions())
         for _ in range(3):
             session.update()
         assert (session.watched.tokens, session.watched.status) == (10 * n + 10, "recording")
+        assert session.watched.dropped == 5 * n  # of all of them
     assert session is not None
     assert Path(session.path).name.endswith("-0003")
     assert len(traces.paths) == 3

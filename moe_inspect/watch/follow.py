@@ -114,13 +114,15 @@ def _load(shard: Shard, r: int) -> tuple[np.ndarray, int]:
 class News:
     """What a poll found. `pieces`: counted since the last one, in order, and their `shards`.
     `again`: those of earlier polls are void, since the trace was begun again or taken back.
-    `left_tokens`: committed, but not counted yet. `trouble`: why it could not be read."""
+    `left_tokens`: committed, but not counted yet. `dropped`: decisions that were, in all, as far as
+    the writer says. `trouble`: why it could not be read."""
 
     status: str
     pieces: list[Piece] = field(default_factory=list[Piece])
     shards: list[Shard] = field(default_factory=list[Shard])
     again: bool = False
     left_tokens: int = 0
+    dropped: int = 0
     trouble: str = ""
 
 
@@ -155,6 +157,7 @@ class Follower:
         self._ranks: dict[int, _Rank] = {}
         self._no_writer = self._failed = 0
         self._before: TraceHeader | None = None  # which the one that is followed now follows
+        self._dropped_before = 0  # of all before it
 
     def poll(self) -> News:
         news = News(WAITING)
@@ -164,8 +167,8 @@ class Follower:
         except FileNotFoundError:  # no manifest (yet)
             if self._before is not None:  # the next one of an engine begins with its next tokens
                 news.status = RECORDING if is_written_on(self._before) else self._before.status
-                return news
-            news.again, self.header, self._ranks = self.header is not None, None, {}
+            else:
+                news.again, self.header, self._ranks = self.header is not None, None, {}
         except (MoeInspectError, OSError) as error:
             self._failed += 1
             if self._failed >= TRIES:
@@ -174,6 +177,8 @@ class Follower:
             news.status = RECORDING  # one that cannot be read has not ended well
             if self._failed > 1:  # its writer may have replaced what was just listed
                 news.trouble = first_line(error)
+        self._dropped_before *= not news.again
+        news.dropped = self._dropped_before + _dropped(self.header)
         return news
 
     @property
@@ -236,6 +241,7 @@ class Follower:
             raise FileNotFoundError(f"{at} is of another process")
         again = before is not None and before.routers != header.routers
         if at != self._at or again:
+            self._dropped_before += _dropped(self._before)
             self._lines, self._before = {}, None
         self.header, self._at, self._manifest = header, at, data
         return header, again
@@ -263,6 +269,11 @@ class Follower:
         )
         self._no_writer = 0 if at_work else self._no_writer + 1
         return KILLED if self._no_writer >= SURE_POLLS else RECORDING
+
+
+def _dropped(header: TraceHeader | None) -> int:
+    counts = None if header is None else header.manifest.get("counts")
+    return (counts or {}).get("dropped") or 0
 
 
 def is_written_on(header: TraceHeader) -> bool:

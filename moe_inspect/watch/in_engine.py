@@ -49,7 +49,6 @@ class EngineMetrics:
             "routers": [asdict(router) for router in routers],
             "tables": ["counts"],
             "capture": {},
-            "counts": {},
         }
         self.rank, self.per_expert = str(about["rank"]), about["per_expert"]
         self.header = TraceHeader(Path(), self.manifest)
@@ -88,9 +87,9 @@ class EngineMetrics:
             decisions=tokens * L,
         )
         self.steps = steps
-        self.manifest["counts"]["dropped"] = dropped
         some = tokens or counts.any()  # the worker may see one of them first
-        self.watched.take(News(RECORDING, [piece] if some else []), self.header)
+        pieces = [piece] if some else []
+        self.watched.take(News(RECORDING, pieces, dropped=dropped), self.header)
         self.watched.written_bytes = written_bytes
         self.publish(now=True)
 

@@ -116,11 +116,11 @@ class Watched:
         if news.again:
             self._begin()
         self.status, self.trouble, self.left_tokens = news.status, news.trouble, news.left_tokens
+        self.dropped = news.dropped
         if header is not self.header:
             self.header, self.routers = header, [] if header is None else header.routers
             self.labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
         if header is not None:
-            self.dropped = header.manifest["counts"].get("dropped", 0)
             for piece in news.pieces:
                 self._add(piece, header)
         if news.pieces:
