@@ -398,6 +398,17 @@ def test_a_writer_that_follows_another_counts_and_drops_from_there_on(
     assert [message[1] for message in sent if message[0] == "end"] == [7, 2]
 
 
+def test_steps_that_do_not_arrive_are_lost_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sender, "_begin", lambda self: None)
+    monkeypatch.setattr(Step, "arrive", lambda self: 1 / 0)
+    engine = Engine(Settings(Path("unused")), lambda of: Sender(of, {}))
+    engine.step(("a", 0, 10))
+    waited(lambda: engine.recorder.link.error)
+    state = engine.recorder.command("status")
+    assert "ZeroDivisionError" in state["error"]
+    assert (state["decisions"], state["dropped"], state["queued_bytes"]) == (0, 10 * L, 0)
+
+
 def test_a_fault_of_ours_ends_the_recording_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what waited for its drafts to be judged is handed over: its room is free again."""
     engine = Engine(Settings(Path("unused")))

@@ -127,12 +127,12 @@ class Sender(threading.Thread):
         recorder = self.recorder
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
         if steps:
-            for step in steps:
-                step.arrive()
-            # waits for the one that writes; meanwhile the queue fills, and the engine drops
             try:
+                for step in steps:
+                    step.arrive()
+                # waits for the one that writes; meanwhile the queue fills, and the engine drops
                 self._send("steps", steps, recorder.dropped - self._dropped)
-            except OSError:
+            except Exception:
                 self._lose(steps)
                 raise
             recorder.sent += sum(step.bytes for step in steps)
@@ -168,11 +168,7 @@ class Sender(threading.Thread):
 
     def _lose(self, steps: list[Any]) -> None:
         self.recorder.sent += sum(step.bytes for step in steps)
-        self._count_lost(self._decisions(steps))
-
-    def _count_lost(self, decisions: int) -> None:
-        self.recorder.lost += decisions
-        self.recorder.recorded -= decisions
+        self.recorder.lost += self._decisions(steps)
 
     def _fail(self, error: Exception) -> None:
         self._close_pipe()
@@ -184,7 +180,7 @@ class Sender(threading.Thread):
         queue = self.recorder.queue
         self._lose([queue.get() for _ in range(queue.qsize())])
         if self.recorder.settings.trace is not None:  # on their way, or not committed yet
-            self._count_lost(self._handed - self._told.get("committed", 0))
+            self.recorder.lost += self._handed - self._told.get("committed", 0)
         self.error = said
         self._forget_gauges()
         log.error("moe-inspect: recording has stopped, the engine goes on: %s", said)

@@ -93,7 +93,7 @@ class StepRecorder:
         # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
         self.placed: Callable[[], np.ndarray | None] = lambda: None
         self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
-        self.steps = self.recorded = self.dropped = 0  # steps, decisions, decisions
+        self.steps = self.recorded = self.dropped = 0  # steps; decisions that were queued, or not
         self.taken = 0  # bytes that were queued
         # of these what has left the queue, and decisions that were lost on their way: the link's
         self.sent = self.lost = 0
@@ -240,7 +240,7 @@ class StepRecorder:
             "sample": self.sample if self.settings.trace is not None else 0.0,
             "metrics": self.counting,
             "steps": self.steps,
-            "decisions": self.recorded,
+            "decisions": self.recorded - self.lost,
             "dropped": self.dropped + self.lost,
             "queued_bytes": self.taken - self.sent,
             "us_per_step": round(self.seconds / max(self.steps, 1) * 1e6, 1),
