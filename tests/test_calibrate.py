@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import moe_inspect
 from moe_inspect.analysis.metrics import coverage as cov
 from moe_inspect.calibration import choose as cho
 from moe_inspect.calibration.calibrate import calibrate
+from moe_inspect.capture.options import TraceOptions
+from moe_inspect.capture.run import trace_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
@@ -123,6 +125,9 @@ def test_documents_that_are_split_over_passes_are_counted_whole(
     )
     assert verify(made).ok
     assert made.n_shards > 3
+    passes = [(of.files.first_batch, of.files.last_batch) for of in made.shards]
+    assert passes[0][0] == 0
+    assert all(first == last + 1 for (_, last), (first, _) in pairwise(passes))
     table = made.counts().set_index(["router", "document", "expert"])["assignments"].sort_index()
     expected = np.stack(loads(told)[0])
     assert np.array_equal(table.to_numpy().reshape(expected.shape), expected)
@@ -133,6 +138,24 @@ def test_documents_that_are_split_over_passes_are_counted_whole(
             )
     with pytest.raises(MoeInspectError, match="counts_only=True with it"):
         moe_inspect.trace_model("demo", tmp_path / "n", by_document=True)
+
+
+def test_a_document_that_is_not_whole_at_the_end_is_dropped_and_counted(tmp_path: Path):
+    fed = list[int]()
+
+    def stop(done: int, _: int | None) -> None:
+        fed.append(done)
+        if len(fed) == 2:
+            raise KeyboardInterrupt
+
+    how: dict[str, Any] = {"max_length": 60, "batch_tokens": 128, "max_tokens": 1_500}
+    options = TraceOptions(**how, counts_only=True, by_document=True)
+    with pytest.raises(KeyboardInterrupt):
+        trace_model("demo", tmp_path / "t", options, stop)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    counts = trace.manifest["counts"]
+    assert counts["dropped"] > 0
+    assert trace.n_tokens + counts["dropped"] // len(trace.routers) == fed[-1]
 
 
 # --- how much text it takes

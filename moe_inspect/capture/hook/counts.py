@@ -152,6 +152,11 @@ class DeviceCounts:
         return codes
 
     @property
+    def begun_tokens(self) -> int:
+        """Of documents that are not whole yet, in counts by document."""
+        return int(self._tokens_D.sum())
+
+    @property
     def nbytes(self) -> int:
         """Of the sums on all devices."""
         return sum(s.numel() * s.element_size() for sums in self._sums.values() for s in sums)
@@ -339,9 +344,11 @@ class CountedPasses:
         self._write_when_due()
 
     def finish(self) -> None:
-        """Writes the counts of whole groups."""
+        """Writes the counts of whole groups. Those of documents that are not whole are dropped."""
         if not self._in_group:
             self._write()
+            if self.writer is not None:
+                self.writer.dropped += self.counts.begun_tokens * len(self.counts.routers)
 
     def _write_when_due(self) -> None:
         every_s = self.options.commit_every
@@ -357,8 +364,10 @@ class CountedPasses:
 
     def _write(self) -> None:
         self.count_waiting()
-        numbers, self._numbers, self._taken = self._numbers, [], monotonic()
+        self._taken = monotonic()
         if self.writer is not None and self.counts.tokens:
             counted = self.counts.take(list(self.inputs.domains))
-            if counted.tokens:  # of documents, none may be whole yet
-                self.writer.write(replace(counted, first_batch=numbers[0]))
+            if not counted.tokens:  # of documents, none may be whole yet
+                return
+            self.writer.write(replace(counted, first_batch=self._numbers[0]))
+        self._numbers = []
