@@ -18,7 +18,7 @@ from scipy import sparse
 import moe_inspect
 from moe_inspect.analysis.metrics import coverage as cov
 from moe_inspect.calibration import choose as cho
-from moe_inspect.calibration.calibrate import calibrate
+from moe_inspect.calibration.calibrate import amount, calibrate
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.capture.run import trace_model
 from moe_inspect.errors import MoeInspectError
@@ -159,6 +159,11 @@ def test_a_document_that_is_not_whole_at_the_end_is_dropped_and_counted(tmp_path
 
 
 # --- how much text it takes
+
+
+def test_amounts_of_tokens_are_short():
+    shown = {0: "0", 9_254: "9,254", 123_456: "123 k", 999_900: "1 M", 2_100_000: "2.1 M"}
+    assert {tokens: amount(tokens) for tokens in shown} == shown
 
 
 def crossing(load_SP: np.ndarray, tokens_S: np.ndarray, minimum: int) -> np.ndarray:

@@ -218,7 +218,9 @@ def test_a_pattern_that_chance_makes_is_none() -> None:
         got[5, 0] = right[4, 0]
         return got
 
-    assert "They are those of the token before." in patterned(60, 8, 2, lambda r, _: np.roll(r, 1, 0))
+    assert "They are those of the token before." in patterned(
+        60, 8, 2, lambda r, _: np.roll(r, 1, 0)
+    )
     assert "They are" not in patterned(60, 8, 2, one)
     # with one expert per token each decision is of one expert
     assert "They name" not in patterned(60, 8, 1, lambda right, other: other)

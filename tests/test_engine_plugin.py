@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import pickle
+import queue
 import random
 import signal
 import subprocess
@@ -775,6 +776,20 @@ def test_a_full_disk_ends_the_recording_and_says_so(tmp_path: Path) -> None:
         error = engine.recorder.command("status")["error"]
     assert error.startswith("the trace cannot be written: ")
     assert "File too large" in error
+
+
+def test_what_a_worker_sent_before_it_ended_is_read() -> None:
+    """Though another process has its end of the pipe, and so nobody says that it has ended."""
+    chunks = queue.Queue[bytes]()
+    sent = sidecar.Sent(chunks)
+
+    def ends() -> bool:
+        threading.Timer(sidecar.IDLE_S / 4, chunks.put, (b"last",)).start()
+        sent.worker_lives = lambda: False
+        return False
+
+    sent.worker_lives = ends
+    assert sent.read() == b"last"
 
 
 def test_a_directory_that_is_gone_ends_the_recording(tmp_path: Path) -> None:

@@ -414,6 +414,7 @@ def _fewest(frame: pd.DataFrame, most: int) -> pd.DataFrame:
 
 def amount(tokens: float) -> str:
     """ "9,254", "2.1 M"."""
+    tokens = float(f"{tokens:.3g}") if tokens >= 1e5 else tokens  # 999,900 is 1 M
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e5, "k")):
         if tokens >= size:
             return f"{tokens / (1e3 if unit == 'k' else size):.3g} {unit}"

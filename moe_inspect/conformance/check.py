@@ -382,7 +382,9 @@ def _pattern(wrong: Sequence[tuple[Answer, Reference, int, np.ndarray]]) -> str:
     n = sum(int(wrong_TL.any(1).sum()) for *_, wrong_TL in wrong)  # layers are wrong together
     shares = dict[str, float]()
     for name, parts_of in named.items():
-        same, usual = (np.concatenate([of.ravel() for of in each]) for each in zip(*parts_of, strict=True))
+        same, usual = (
+            np.concatenate([of.ravel() for of in each]) for each in zip(*parts_of, strict=True)
+        )
         k, chance = int(same.mean() * n), (usual.sum() + 1) / (len(usual) + 2)
         p = len(named) * float(special("betainc")(k, n - k + 1, chance)) if k else 1.0
         if same.mean() > 1 - MOST_WRONG and p < BY_CHANCE:

@@ -47,6 +47,7 @@ class Sent(io.RawIOBase):
 
     def __init__(self, chunks: queue.Queue[bytes]):
         self.chunks, self.left, self.ended = chunks, memoryview(b""), False
+        self._lives = True  # as last looked at: what it sent before it ended may be on its way
         self.worker_lives: Callable[[], bool] = lambda: True
         self.idle: Callable[[], None] = lambda: None
 
@@ -60,7 +61,7 @@ class Sent(io.RawIOBase):
                 self.ended = not self.left
             except queue.Empty:
                 self.idle()
-                self.ended = not self.worker_lives() and self.chunks.empty()
+                self.ended, self._lives = not self._lives, self.worker_lives()
         n = min(len(buffer), len(self.left))
         buffer[:n], self.left = self.left[:n], self.left[n:]
         return n
