@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import numpy as np
 
-from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.capture.server.client import Json, ask_once, client, root_of
 from moe_inspect.capture.server.protocols import (
     ENGINES,
@@ -385,8 +384,10 @@ def _pattern(wrong: Sequence[tuple[Answer, Reference, int, np.ndarray]]) -> str:
         same, usual = (
             np.concatenate([of.ravel() for of in each]) for each in zip(*parts_of, strict=True)
         )
-        k, chance = int(same.mean() * n), (usual.sum() + 1) / (len(usual) + 2)
-        p = len(named) * float(special("betainc")(k, n - k + 1, chance)) if k else 1.0
-        if same.mean() > 1 - MOST_WRONG and p < BY_CHANCE:
-            shares[name] = float(same.mean())
+        share, chance = float(same.mean()), (usual.sum() + 1) / (len(usual) + 2)
+        # Chernoff's bound of the tail of a binomial distribution
+        nats = share * np.log(share / chance) if share else 0.0
+        nats += (1 - share) * np.log((1 - share) / (1 - chance)) if share < 1 else 0.0
+        if share > max(1 - MOST_WRONG, chance) and len(named) * np.exp(-n * nats) < BY_CHANCE:
+            shares[name] = share
     return f" {max(shares, key=lambda name: shares[name])}" if shares else ""
