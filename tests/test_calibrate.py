@@ -252,6 +252,10 @@ def test_of_few_documents_or_none_no_interval_is_given(tmp_path: Path):
     assert few.forecast is None
     (line,) = (line for line in few.said if "How sure" in line)
     assert "4 documents are too few" in line
+    one = calibrate(write(tmp_path / "one", ids, 400, 8), min_tokens=20, choose="all")
+    said = " ".join(one.said)
+    assert "1 document is too few" in said
+    assert "1 document (400 tokens) of 1 gives every expert" in said
     needed = few.tables["tokens_needed"]
     assert needed[["tokens_needed_low", "tokens_needed_high"]].isna().all(axis=None)
     load_E = few.load_P

@@ -463,7 +463,7 @@ def _needed_said(made: Calibration) -> list[str]:
         if made.counts.documents_unknown:
             why = "counts do not say of which document they are"
         elif n < unc.FEWEST_DOCUMENTS:
-            why = f"{plural(n, 'document')} are too few"
+            why = f"{plural(n, 'document')} {'is' if n == 1 else 'are'} too few"
         else:
             why = "a router has no load at all"
         lines.append(
@@ -496,16 +496,17 @@ def _choice_said(made: Calibration) -> list[str]:
         f"({drawn['coverage_low']:.1%}-{drawn['coverage_high']:.1%} in {len(of.random_RP)} draws)"
     )
     many = f"{plural(int(mine['documents']), 'document')} ({amount(mine['tokens'])} tokens)"
+    give = "gives" if mine["documents"] == 1 else "give"
     if of.wanted.budget is None:
         all_ = "every expert" if not few else f"all {P - few:,} of {P:,} experts that can have it"
         known = not math.isnan(bound["documents"])
         least = f"no choice takes under {bound['documents']:,.0f}; " if known else ""
-        line = f"{many} of {of.documents_in_all:,} give {all_} {m:,} tokens; {least}{beside}."
+        line = f"{many} of {of.documents_in_all:,} {give} {all_} {m:,} tokens; {least}{beside}."
     else:
         known = not math.isnan(bound["met"])
         most = f"no choice gives more than {bound['met']:.1%}; " if known else ""
         line = (
-            f"{many} give the experts {mine['met']:.1%} of the {m:,} tokens each that this text "
+            f"{many} {give} the experts {mine['met']:.1%} of the {m:,} tokens each that this text "
             f"can give; {most}random documents of as many tokens give {drawn['met']:.1%}. They "
             f"cover {mine['coverage']:.1%}; {beside}."
         )

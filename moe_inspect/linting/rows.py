@@ -117,7 +117,7 @@ def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         what = f"All tokens have {of} in every slot of {named}."
         yield found("layers_filled", what, layers=r.numbers(constant_L)), constant_L
     # experts are numbered by chance: how often a layer that uses only K of them has these
-    p = r.L * float(np.exp(lgamma(E - K + 1) - lgamma(E + 1)))
+    p = r.L * float(np.exp(lgamma(E - K + 1) - lgamma(E + 1))) if K <= E else 1.0
     if counted_L.any() and r.T >= SHORT and p < LEVEL:
         named = r.named(counted_L)
         what = f"All tokens have experts 0 to {K - 1}, in this order, in {named}."
