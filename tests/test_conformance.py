@@ -220,7 +220,9 @@ def test_the_command(server: OfModel, url: str, cli_here: Cli, tmp_path: Path) -
     assert "no case 'stpo' (did you mean stop?)" in done.stderr
     for given in ("nowhere", tmp_path):
         done = cli_here("conformance", url, "--model", given, check=1)
-        assert done.stderr == f"error: no model at {given}: give its directory, with a config.json\n"
+        assert (
+            done.stderr == f"error: no model at {given}: give its directory, with a config.json\n"
+        )
     done = cli_here("conformance", url, "--save", "models", check=2)
     assert "give the URL of a server, or --save DIR" in done.stderr
     assert not (tmp_path / "models").exists()

@@ -231,6 +231,13 @@ def test_a_few_collapsed_layers_are_no_mistake() -> None:
         assert linted(replace(a, layers=range(4), ids_LTK=ids_LT[..., None])) == []
 
 
+def test_routers_without_a_choice_are_no_mistake() -> None:
+    for k in (1, 2):
+        ids = np.tile(np.arange(k), (400, 4, 1))
+        assert moe_inspect.lint(ids, experts=k) == []
+        assert moe_inspect.lint(ids, experts=8) != []
+
+
 def test_empty_slots_are_no_mistake_where_tokens_are_dropped() -> None:
     a = recording("8 of 2")
     ids = a.ids_LTK.copy()

@@ -47,6 +47,8 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
                 yield found("not_recorded", what, tokens=n), found_T
             continue
         p, kind = None, "zero_filled" if constant and value == 0 else "constant_filled"
+        if r.K >= r.experts and (not constant or r.K == 1):
+            continue  # there is nothing else to choose
         if not constant or r.K == 1:
             # as often as layers that choose without each other have it
             other_L = (r.slots_KTL[:, ~in_all_T] == row_K[:, None, None]).all(0).sum(0)
