@@ -512,8 +512,8 @@ def _choice_said(made: Calibration) -> list[str]:
         known = not math.isnan(bound["met"])
         most = f"no choice gives more than {math.ceil(bound['met'] * 1e3) / 10}%; " if known else ""
         line = (
-            f"{many} {give} the experts {part(mine['met'])} of the {m:,} tokens each that this text "
-            f"can give; {most}random documents of as many tokens give {part(drawn['met'])}. They "
+            f"{many} {give} the experts {part(mine['met'])} of the {m:,} tokens each that this "
+            f"text can give; {most}random documents of as many tokens give {part(drawn['met'])}. They "
             f"cover {part(mine['coverage'])}; {beside}."
         )
     return [line]

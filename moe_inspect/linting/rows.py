@@ -47,7 +47,7 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
                 yield found("not_recorded", what, tokens=n), found_T
             continue
         p, kind = None, "zero_filled" if constant and value == 0 else "constant_filled"
-        if r.K >= r.experts and (not constant or r.K == 1):
+        if r.experts <= r.K and (not constant or r.K == 1):
             continue  # there is nothing else to choose
         if not constant or r.K == 1:
             # as often as layers that choose without each other have it
