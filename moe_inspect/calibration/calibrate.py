@@ -513,8 +513,8 @@ def _choice_said(made: Calibration) -> list[str]:
         most = f"no choice gives more than {math.ceil(bound['met'] * 1e3) / 10}%; " if known else ""
         line = (
             f"{many} {give} the experts {part(mine['met'])} of the {m:,} tokens each that this "
-            f"text can give; {most}random documents of as many tokens give {part(drawn['met'])}. They "
-            f"cover {part(mine['coverage'])}; {beside}."
+            f"text can give; {most}random documents of as many tokens give {part(drawn['met'])}. "
+            f"They cover {part(mine['coverage'])}; {beside}."
         )
     return [line]
 
