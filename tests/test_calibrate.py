@@ -18,7 +18,7 @@ from scipy import sparse
 import moe_inspect
 from moe_inspect.analysis.metrics import coverage as cov
 from moe_inspect.calibration import choose as cho
-from moe_inspect.calibration.calibrate import amount, calibrate
+from moe_inspect.calibration.calibrate import amount, calibrate, chart
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.capture.run import trace_model
 from moe_inspect.errors import MoeInspectError
@@ -27,7 +27,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
 from tests.support.damage import edit_manifest
-from tests.support.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_one_line import run
 
 REAL = ROOT.parent / "shared" / "real"
@@ -280,6 +280,10 @@ def test_of_few_documents_or_none_no_interval_is_given(tmp_path: Path):
     assert few.forecast is None
     (line,) = (line for line in few.said if "How sure" in line)
     assert "4 documents are too few" in line
+    one = calibrate(write(tmp_path / "one", ids, 400, 8), min_tokens=20, choose="all")
+    said = " ".join(one.said)
+    assert "1 document is too few" in said
+    assert "1 document (400 tokens) of 1 gives every expert" in said
     needed = few.tables["tokens_needed"]
     assert needed[["tokens_needed_low", "tokens_needed_high"]].isna().all(axis=None)
     load_E = few.load_P
@@ -317,6 +321,19 @@ def test_domains_of_glm_52_cover_what_they_do_by_brute_force(tmp_path: Path, min
     assert joint["without_tokens"] == 0
     assert (table["without_tokens"].iloc[:-1] > 0).any()  # some domain leaves some without any
     assert (table["coverage"].iloc[:-1] < joint["coverage"]).all()
+
+
+def test_what_is_nearly_all_is_not_called_all(tmp_path: Path):
+    load_DE = np.full((2, 5_000), 9)
+    load_DE[0, 0], load_DE[1, 1:] = 1, 0
+    load_DE[1, 0] = 3
+    made = calibrate(write_counts(tmp_path / "t", [load_DE], 1, ["a", "b"]), min_tokens=5)
+    domains = next(line for line in made.said if "Of single domains" in line)
+    assert '"a" (44,992 tokens) covers the most experts, 99.9%, "b"' in domains
+    assert "all 2 together (44,995) 99.9%" in domains
+    drawn = chart(made)
+    assert drawn.caption.startswith("99.9% of the experts")
+    assert "band" not in drawn.text  # there is none
 
 
 # --- which texts
@@ -573,6 +590,7 @@ def test_the_command(demo: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["--table", "chosen"],
     ):
         assert ran(*wrong)[0] in (1, 2), wrong
+    assert "--table chosen is of --choose" in ran("--table", "chosen")[2]
 
 
 def test_a_report_has_it_as_a_section_of_its_page(demo: Trace, tmp_path: Path):

@@ -257,6 +257,19 @@ def test_the_command(server: OfModel, url: str, cli_here: Cli, tmp_path: Path) -
     assert "critical: stop: " in done.stderr
     done = cli_here("conformance", url, "--case", "stpo", check=1)
     assert "no case 'stpo' (did you mean stop?)" in done.stderr
+    for given in ("nowhere", tmp_path):
+        done = cli_here("conformance", url, "--model", given, check=1)
+        assert (
+            done.stderr == f"error: no model at {given}: give its directory, with a config.json\n"
+        )
+    done = cli_here("conformance", url, "--save", "models", check=2)
+    assert "give the URL of a server, or --save DIR" in done.stderr
+    assert not (tmp_path / "models").exists()
+    nameless = Server()
+    nameless.about = lambda path: None
+    with serving(nameless) as other:
+        done = cli_here("conformance", other, check=1)
+    assert done.stderr == f"error: {other} names no model: is it an engine's server?\n"
 
 
 def test_the_module_writes_the_models(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_server_of_another_model_is_refused(traced: Traced) -> None:
     with pytest.raises(MoeInspectError, match="no router in layer 0: the MoE layers are 1"):
         traced(server, layers=[0])
     server.model_type = "mixtral"
-    says = r"the server's model is mixtral .*that of --model-config deepseek_v3"
+    says = r"the server's model is mixtral .*the one given here deepseek_v3"
     with pytest.raises(MoeInspectError, match=says):
         traced(server, engine="sglang")
     assert not server.requests

@@ -28,7 +28,7 @@ from tests.support.damage import restate
 from tests.support.foreign import npy
 from tests.support.misrecorded import BUGS, Recording, foreign, linted, longest, read, routed_text
 from tests.support.sweep import sample
-from tests.support.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 
 REAL = ROOT.parent / "shared" / "real" / "deepseek_v2_lite_tokens"
 SHAPES = {"8 of 2": (12, 8, 2), "64 of 6": (8, 64, 6), "128 of 8": (6, 128, 8)}
@@ -125,6 +125,22 @@ def test_a_prompt_that_is_answered_twice_is_no_mistake() -> None:
     assert linted(b) == []
 
 
+@pytest.mark.parametrize(("same", "own"), [(1, 2), (2, 4), (4, 2), (4, 4)])
+def test_short_prompts_that_begin_alike_are_no_mistake(same: int, own: int) -> None:
+    """As those that begin with the token of the beginning, or with a template: 300 prompts whose
+    first tokens are the same, by a router that sees the tokens before too."""
+    rng = np.random.default_rng(same * 100 + own)
+    T, V, E = same + own, 40, 32
+    token_ST = rng.integers(0, V, (300, T))
+    token_ST[:, :same] = V + np.arange(same)
+    text_STD = rng.normal(size=(V + same, 16))[token_ST]
+    before_STD = np.cumsum(text_STD, 1) - text_STD
+    before_STD /= np.sqrt(np.maximum(np.arange(T), 1))[:, None]
+    logits_STLE = np.einsum("std,lde->stle", text_STD + before_STD, rng.normal(size=(8, 16, E)))
+    ids = np.argsort(-logits_STLE, 3)[..., :4].reshape(-1, 8, 4)
+    assert moe_inspect.lint(ids, token_ST.ravel(), experts=E, lengths=[T] * 300) == []
+
+
 def test_a_token_that_is_lost_within_a_sequence_shifts_what_follows() -> None:
     a = recording("64 of 6")
     one = Recording(
@@ -218,6 +234,13 @@ def test_a_few_collapsed_layers_are_no_mistake() -> None:
         assert linted(replace(a, layers=range(4), ids_LTK=ids_LT[..., None])) == []
 
 
+def test_routers_without_a_choice_are_no_mistake() -> None:
+    for k in (1, 2):
+        ids = np.tile(np.arange(k), (400, 4, 1))
+        assert moe_inspect.lint(ids, experts=k) == []
+        assert moe_inspect.lint(ids, experts=8) != []
+
+
 def test_empty_slots_are_no_mistake_where_tokens_are_dropped() -> None:
     a = recording("8 of 2")
     ids = a.ids_LTK.copy()
@@ -242,11 +265,20 @@ def test_ids_as_a_training_loop_has_them() -> None:
     for wrong, said in (
         (ids[:, 0], "ids have the shape"),
         (ids.float(), "ids are float32"),
+        (ids.bfloat16(), "ids are torch.bfloat16"),
+        ([[[1, 2]], [[1]]], "ids are no array"),
     ):
         with pytest.raises(moe_inspect.MoeInspectError, match=said):
             moe_inspect.lint(wrong, experts=64)
-    with pytest.raises(moe_inspect.MoeInspectError, match="experts is 0"):
-        moe_inspect.lint(ids, experts=0)
+    for experts in (0, 10**12):
+        with pytest.raises(moe_inspect.MoeInspectError, match=f"experts is {experts}: give"):
+            moe_inspect.lint(ids, experts=experts)
+    huge = ids.numpy().astype(np.uint64)
+    huge[9, 0, 0] = 2**64 - 1
+    found = moe_inspect.lint(huge, experts=64)
+    assert {one.kind for one in found} == {"zero_filled", "out_of_range"}
+    (one, *_) = moe_inspect.lint(ids, experts=4)  # more slots than experts
+    assert one.values["certain"]
     with pytest.raises(moe_inspect.MoeInspectError, match="a length is 0 or more"):
         moe_inspect.lint(ids, experts=64, lengths=[-1, 1_201])
 
@@ -287,6 +319,9 @@ def test_what_was_not_looked_at_is_said(
     assert done.stderr.splitlines()[-1] == (
         "error: loads.csv holds counts only, no decisions to lint"
     )
+    write_counts(tmp_path / "counts", [np.full((1, 8), 250)], 2, ["a"])
+    done = cli_here("lint", "drafts", "--against", "counts", check=1)
+    assert done.stderr == "error: counts holds counts only, no decisions to lint by\n"
     done = cli_here("lint", "drafts", "--experts", 8, check=1)
     assert done.stderr == "error: drafts is a trace, which says what its model is\n"
 

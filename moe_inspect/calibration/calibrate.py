@@ -421,6 +421,11 @@ def amount(tokens: float) -> str:
     return f"{tokens:,.0f}"
 
 
+def part(share: float) -> str:
+    """ "93.8%"; "100.0%" is all of it."""
+    return f"{share if share == 1 else min(share, 0.999):.1%}"
+
+
 def _coverage_said(made: Calibration) -> list[str]:
     load_P, m = made.load_P, made.minimum
     P, under, none = len(load_P), int((load_P < m).sum()), int((load_P == 0).sum())
@@ -464,7 +469,7 @@ def _needed_said(made: Calibration) -> list[str]:
         if made.counts.documents_unknown:
             why = "counts do not say of which document they are"
         elif n < unc.FEWEST_DOCUMENTS:
-            why = f"{plural(n, 'document')} are too few"
+            why = f"{plural(n, 'document')} {'is' if n == 1 else 'are'} too few"
         else:
             why = "a router has no load at all"
         lines.append(
@@ -480,9 +485,9 @@ def _domains_said(made: Calibration) -> list[str]:
         return []
     return [
         f'Of single domains, "{best["domain"]}" ({amount(best["tokens"])} tokens) covers the most '
-        f'experts, {best["coverage"]:.1%}, "{worst["domain"]}" ({amount(worst["tokens"])}) the '
-        f"fewest, {worst['coverage']:.1%}; all {len(rows)} together "
-        f"({amount(together['tokens'])}) {together['coverage']:.1%}."
+        f'experts, {part(best["coverage"])}, "{worst["domain"]}" ({amount(worst["tokens"])}) the '
+        f"fewest, {part(worst['coverage'])}; all {len(rows)} together "
+        f"({amount(together['tokens'])}) {part(together['coverage'])}."
     ]
 
 
@@ -493,22 +498,24 @@ def _choice_said(made: Calibration) -> list[str]:
     m, P = made.minimum, len(of.load_P)
     few = int((of.load_P < m).sum())
     beside = (
-        f"random documents of as many tokens cover {drawn['coverage']:.1%} "
-        f"({drawn['coverage_low']:.1%}-{drawn['coverage_high']:.1%} in {len(of.random_RP)} draws)"
+        f"random documents of as many tokens cover {part(drawn['coverage'])} "
+        f"({part(drawn['coverage_low'])}-{part(drawn['coverage_high'])} in "
+        f"{len(of.random_RP)} draws)"
     )
     many = f"{plural(int(mine['documents']), 'document')} ({amount(mine['tokens'])} tokens)"
+    give = "gives" if mine["documents"] == 1 else "give"
     if of.wanted.budget is None:
         all_ = "every expert" if not few else f"all {P - few:,} of {P:,} experts that can have it"
         known = not math.isnan(bound["documents"])
         least = f"no choice takes under {bound['documents']:,.0f}; " if known else ""
-        line = f"{many} of {of.documents_in_all:,} give {all_} {m:,} tokens; {least}{beside}."
+        line = f"{many} of {of.documents_in_all:,} {give} {all_} {m:,} tokens; {least}{beside}."
     else:
         known = not math.isnan(bound["met"])
-        most = f"no choice gives more than {bound['met']:.1%}; " if known else ""
+        most = f"no choice gives more than {math.ceil(bound['met'] * 1e3) / 10}%; " if known else ""
         line = (
-            f"{many} give the experts {mine['met']:.1%} of the {m:,} tokens each that this text "
-            f"can give; {most}random documents of as many tokens give {drawn['met']:.1%}. They "
-            f"cover {mine['coverage']:.1%}; {beside}."
+            f"{many} {give} the experts {part(mine['met'])} of the {m:,} tokens each that this "
+            f"text can give; {most}random documents of as many tokens give {part(drawn['met'])}. "
+            f"They cover {part(mine['coverage'])}; {beside}."
         )
     return [line]
 
@@ -545,10 +552,12 @@ def chart(made: Calibration) -> Chart:
     marks.append(Points(np.array([here]), np.array([now]), "this text", "c2"))
     return Chart(
         "Coverage",
-        f"{now:.1%} of the experts have {made.minimum:,} tokens after {amount(tokens)}",
+        f"{part(now)} of the experts have {made.minimum:,} tokens after {amount(tokens)}",
         (Panel(tuple(marks), axis, Axis("share of the experts", low=0, high=1)),),
         text="The share of the experts of all layers that have the minimum of tokens, by the "
-        "tokens of a text of this mixture. The band is over documents.",
+        "tokens of a text of this mixture."
+        + " The band is over documents."
+        * (made.forecast is not None),
         table=frame,
         name="coverage",
     )

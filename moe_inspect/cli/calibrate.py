@@ -142,6 +142,8 @@ def calibrate(
     with shown():
         made = make(opened, **options.keywords(), **selection.keywords())
         if show.table is not None and show.table not in made.tables:
+            if show.table in ("chosen", "choice"):
+                raise typer.BadParameter(f"--table {show.table} is of --choose: give it too")
             raise typer.BadParameter(no_such("table", show.table, made.tables))
         table, form = show.chosen(made.tables, "coverage")
         made.verdict()

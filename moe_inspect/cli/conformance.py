@@ -36,12 +36,13 @@ def conformance(
     from moe_inspect.conformance.models import MODELS
     from moe_inspect.conformance.models import save as save_model
 
+    if (url is None) == (save is None):
+        raise typer.BadParameter("give the URL of a server, or --save DIR")
     if save is not None:
         for name in MODELS:
             print_stderr(f"wrote {save_model(name, save / name)}")
         return
-    if url is None:
-        raise typer.BadParameter("give the URL of a server, or --save DIR")
+    assert url is not None
     found = check(url, model, engine=engine, cases=case, api_key=api_key, progress=print_stderr)
     write.emit(found.table)
     for one in found.findings:

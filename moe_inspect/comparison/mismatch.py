@@ -67,7 +67,11 @@ def _host(values: Any) -> Any:
 
 def integers_of(values: Any, name: str) -> np.ndarray:
     """Integers as NumPy has them, of anything that it reads."""
-    array = np.asarray(_host(values))
+    try:
+        array = np.asarray(_host(values))
+    except (TypeError, ValueError):  # rows of different lengths, or bfloat16
+        kind = getattr(values, "dtype", "no array, as rows of one length are")
+        raise MoeInspectError(f"{name} are {kind}: expected integers") from None
     if array.dtype.kind not in "iu":
         raise MoeInspectError(f"{name} are {array.dtype}: expected integers")
     return array

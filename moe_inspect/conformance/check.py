@@ -126,6 +126,8 @@ async def _check(
         if engine not in ENGINES:
             raise MoeInspectError(no_such("engine", engine, ENGINES))
         protocol = ENGINES[engine]
+        if model is not None and not Path(model, "config.json").is_file():
+            raise MoeInspectError(f"no model at {model}: give its directory, with a config.json")
         name = str(model or await _named(http, protocol))
         config = load_config(name)
         about = await ask_about(http, protocol, config)
@@ -158,6 +160,8 @@ async def _named(http: httpx.AsyncClient, protocol: EngineProtocol) -> str:
     cards = about.get("data")
     card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
     name = about.get("model_path") or card.get("root")
+    if name is None:
+        raise MoeInspectError(f"{root_of(http)} names no model: is it an engine's server?")
     if not isinstance(name, str) or not Path(name).is_dir():
         raise MoeInspectError(
             f"{root_of(http)} serves {name!r}, which is no directory here: give --model DIR"

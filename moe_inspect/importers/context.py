@@ -230,7 +230,7 @@ def sniff(sources: list[ImportSource]) -> str:
         return next(iter(found))
     looks = "".join(f"; it looks like {n}, but lacks {', '.join(of)}" for n, of in near.items())
     raise MoeInspectError(
-        f"cannot tell the format of {path}: name one of {', '.join(MODULES)}{looks}"
+        f"cannot tell the format of {path}: give import one of {', '.join(MODULES)}{looks}"
     )
 
 

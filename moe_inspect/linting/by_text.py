@@ -7,6 +7,7 @@ T tokens, N pairs of tokens with the same id, L layers, K slots.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,7 +58,8 @@ def tail(gain_NX: np.ndarray, tried: int) -> np.ndarray:
 
 def gains(r: Recorded, pairs: Pairs, shifts: Sequence[int], layers: list[int]) -> np.ndarray:
     """By how many experts more the pairs have in common so many tokens on, 0 where that is another
-    sequence. int16 [N, shifts, L]"""
+    sequence, of unknown ids, or of the same id twice: tokens that choose alike for their text.
+    int16 [N, shifts, L]"""
     slots, s_T, (a, b) = r.slots_KTL[:, :, layers], r.sequence_T, pairs
     own_NL = common(slots[:, a], slots[:, b])
     gain_NSL = np.zeros((len(a), len(shifts), len(layers)), np.int16)
@@ -68,8 +70,10 @@ def gains(r: Recorded, pairs: Pairs, shifts: Sequence[int], layers: list[int]) -
         inside_NS = (np.minimum(a_NS, b_NS) >= 0) & (np.maximum(a_NS, b_NS) < r.T)
         a_NS, b_NS = np.where(inside_NS, a_NS, 0), np.where(inside_NS, b_NS, 0)
         inside_NS &= (s_T[a_NS] == s_T[a][:, None]) & (s_T[b_NS] == s_T[b][:, None])
+        of_a_NS, of_b_NS = r.token_id_T[a_NS], r.token_id_T[b_NS]
+        told_NS = inside_NS & (of_a_NS != of_b_NS) & (np.minimum(of_a_NS, of_b_NS) >= 0)
         moved = common(slots[:, a_NS], slots[:, b_NS]) - own_NL[:, None]
-        gain_NSL[:, part] = moved * inside_NS[..., None]
+        gain_NSL[:, part] = moved * told_NS[..., None]
     return gain_NSL
 
 
@@ -106,6 +110,7 @@ def part_of(r: Recorded, begin: int, end: int) -> Recorded:
 
 def shifts(r: Recorded) -> Iterator[Finding]:
     """Routes that belong to other tokens: of all, else of parts of sequences, else of a layer."""
+    r = replace(r, token_id_T=_begun_once(r))
     pairs = same_id(r.token_id_T, MOST_PAIRS)
     if not len(pairs[0]):
         return
@@ -138,6 +143,20 @@ def shifts(r: Recorded) -> Iterator[Finding]:
         yield _shifted(shift, where, max(one[2] for one in found_at), n)
         return
     yield from _layers_shifted(r, pairs)
+
+
+def _begun_once(r: Recorded) -> np.ndarray:
+    """The token ids, −1 where another sequence before has begun with the same text up to there:
+    the token of the beginning, or a prompt's template, has the same routes in each. [T]"""
+    size_S = np.diff(np.append(r.begin_S, r.T))
+    position_T = np.arange(r.T) - np.repeat(r.begin_S, size_S)
+    power_P = np.cumprod(np.full(size_S.max(), 0x9E3779B97F4A7C15, np.uint64))
+    summed_T = np.cumsum((r.token_id_T + 1).astype(np.uint64) * power_P[position_T])
+    text_T = summed_T - np.repeat(np.append(np.uint64(0), summed_T)[r.begin_S], size_S)
+    once_T = np.full(r.T, -1)
+    first = np.unique(text_T, return_index=True)[1]
+    once_T[first] = r.token_id_T[first]
+    return once_T
 
 
 def _shifted(shift: int, where: str, p: float, n: int) -> Finding:

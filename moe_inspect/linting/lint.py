@@ -14,6 +14,7 @@ from moe_inspect.comparison.mismatch import integers_of
 from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.linting import by_config, by_text, rows
 from moe_inspect.linting.recorded import Recorded, found
+from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 from moe_inspect.text import plural
 
@@ -43,6 +44,8 @@ def lint(ids: Any, token_ids: Any = None, *, experts: int, lengths: Any = None) 
     shapes or types are wrong."""
     ids_TLK = integers_of(ids, "ids")
     check_whole("experts", experts, 1)
+    if experts > MOST_EXPERTS:
+        raise MoeInspectError(f"experts is {experts}: give at most {MOST_EXPERTS:,}")
     if ids_TLK.ndim != 3:
         raise MoeInspectError(
             f"ids have the shape {ids_TLK.shape}: expected [tokens, layers, slots]"
@@ -67,6 +70,8 @@ def lint(ids: Any, token_ids: Any = None, *, experts: int, lengths: Any = None) 
 def narrow(ids_TLK: np.ndarray) -> np.ndarray:
     """[K, T, L], in as few bytes as hold all ids: every check is faster."""
     low, high = int(ids_TLK.min()), int(ids_TLK.max())
+    if high > np.iinfo(np.int64).max:  # as no expert is
+        ids_TLK, high = np.minimum(ids_TLK, np.iinfo(np.int64).max), np.iinfo(np.int64).max
     fits = (np.dtype(name) for name in ("i1", "i2", "i4", "i8"))
     dtype = next(d for d in fits if low >= np.iinfo(d).min and high <= np.iinfo(d).max)
     return np.ascontiguousarray(np.moveaxis(ids_TLK.astype(dtype), 2, 0))

@@ -47,6 +47,8 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
                 yield found("not_recorded", what, tokens=n), found_T
             continue
         p, kind = None, "zero_filled" if constant and value == 0 else "constant_filled"
+        if r.experts <= r.K and (not constant or r.K == 1):
+            continue  # there is nothing else to choose
         if not constant or r.K == 1:
             # as often as layers that choose without each other have it
             other_L = (r.slots_KTL[:, ~in_all_T] == row_K[:, None, None]).all(0).sum(0)
@@ -117,7 +119,7 @@ def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         what = f"All tokens have {of} in every slot of {named}."
         yield found("layers_filled", what, layers=r.numbers(constant_L)), constant_L
     # experts are numbered by chance: how often a layer that uses only K of them has these
-    p = r.L * float(np.exp(lgamma(E - K + 1) - lgamma(E + 1)))
+    p = r.L * float(np.exp(lgamma(E - K + 1) - lgamma(E + 1))) if K <= E else 1.0
     if counted_L.any() and r.T >= SHORT and p < LEVEL:
         named = r.named(counted_L)
         what = f"All tokens have experts 0 to {K - 1}, in this order, in {named}."

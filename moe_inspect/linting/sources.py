@@ -76,7 +76,10 @@ def _linted(
 ) -> Linted:
     right = None
     if against is not None:
-        right = {group: r for group, r, _ in recorded(open_trace(against))}
+        known = open_trace(against)
+        if known.counts_only:
+            raise MoeInspectError(f"{address(known)} holds counts only, no decisions to lint by")
+        right = {group: r for group, r, _ in recorded(known)}
     listed, tokens, routers, all_whole = [*found], dict[str, int](), 0, True
     for group, r, whole in groups:
         beside = None if right is None else right.get(group)

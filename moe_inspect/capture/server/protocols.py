@@ -311,7 +311,7 @@ async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Con
         told = (info or {}).get(key)
         if told and own and told != own:
             raise MoeInspectError(
-                f"the server's model is {told} ({key}), that of --model-config {own}: give the "
-                f"config of {about['model']}"
+                f"the server's model is {told} ({key}), the one given here {own}: give the config "
+                f"of {about['model']}"
             )
     return about
