@@ -47,6 +47,7 @@ USUAL: dict[str, list[Any]] = {
     "serve-trace": ["-o", "new", "--engine", "vllm", "--", "true", "serve", "demo"],
     # (likewise, in test_engine_plugin: it needs a server)
     "engine": ["http://127.0.0.1:9"],
+    "conformance": ["http://127.0.0.1:9"],  # (likewise, in test_conformance)
     "report": ["t"],
     "compare": ["t", "t"],
     "calibrate": ["t"],
@@ -71,7 +72,7 @@ USUAL: dict[str, list[Any]] = {
     "simulate cache": ["t"],
     "simulate routing": ["t"],
 }
-TRACING = ["trace", "serve-trace", "engine"]
+TRACING = ["trace", "serve-trace", "engine", "conformance"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
 SILENT = ["trace", "import", "merge", "sample", "export", "atlas"]  # on stdout
 WRITE_ONCE = ["import", "merge", "sample"]  # but for --overwrite

@@ -47,6 +47,9 @@ report T --table load -o out.csv
 report T --table load -o out.json
 report T --table load -o out.parquet
 report T --html out.html
+calibrate T -o out.csv
+calibrate T --html out.html
+lint T -o out.csv
 compare T T -o out.txt
 compare T T --table flips -o out.parquet
 compare T T --html out.html
@@ -89,6 +92,7 @@ ELSEWHERE = {
     "serve-trace": "the same",
     "ablate": "a table, as report's",
     "engine": "the same, of a running server",
+    "conformance": "the same",
     "prune": "tests/test_prune_checkpoint.py",
 }
 WRITES = ("output", "html", "plots")

@@ -447,7 +447,7 @@ class _Audit:
         the gradient says, None where that cannot be seen; and how Σ f · P of each router changes,
         with the load before as f."""
         kept = [(p, p.detach().clone()) for p in self.weights.values()]
-        rate = 0.01 * abs(loss) / norm
+        rate, agrees, moved = 0.01 * abs(loss) / norm, None, [math.nan] * self.R
         try:
             while self.is_exact and rate * norm > 200 * EPS * abs(loss):
                 with torch.no_grad():
@@ -463,11 +463,13 @@ class _Audit:
                             float(of.value([b]) - of.value([a]))
                             for of, (a, b) in zip(own, pairs, strict=True)
                         ]
-                    return abs(fell / (rate * norm) - 1) < 2 * SAME, moved
-                rate /= 2
+                    agrees = abs(fell / (rate * norm) - 1) < 2 * SAME
+                    if agrees:
+                        break
+                rate /= 2  # a loss that curves is straight only in a shorter step
         finally:
             put_back(kept)
-        return None, [math.nan] * self.R
+        return agrees, moved
 
     def _direction(
         self, moves: list[float], agrees: bool | None, after: list[float], matches: list[Match]
@@ -475,8 +477,9 @@ class _Audit:
         if agrees is False:
             self.say(
                 "step",
-                "critical",
-                "A short step along the gradient does not lower the loss as the gradient says.",
+                "warning",
+                "A short step along the gradient does not lower the loss as the gradient says: it "
+                "is an estimate (as PhiMoE's SparseMixer makes on purpose), or wrong.",
             )
         measured = [moves]
         for name in HALVES:
