@@ -46,7 +46,7 @@ def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(*packages),
         "allocator": {
-            name: os.environ[name]
+            name: " ".join(Path(part).name for part in os.environ[name].split())
             for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
             if name in os.environ
         },

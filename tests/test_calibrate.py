@@ -328,9 +328,11 @@ def test_what_is_nearly_all_is_not_called_all(tmp_path: Path):
     load_DE[0, 0], load_DE[1, 1:] = 1, 0
     load_DE[1, 0] = 3
     made = calibrate(write_counts(tmp_path / "t", [load_DE], 1, ["a", "b"]), min_tokens=5)
-    domains = next(line for line in made.said if "Of single domains" in line)
-    assert '"a" (44,992 tokens) covers the most experts, 99.9%, "b"' in domains
-    assert "all 2 together (44,995) 99.9%" in domains
+    domains = next(line for line in made.said if "Alone" in line)
+    assert domains.startswith("Alone, the 2 domains (3-44,992 tokens) cover 0.0%-99.9% of the")
+    assert "together (44,995) 99.9%" in domains
+    # a page has the first rows of a table
+    assert made.section().table["tokens"].head(2).tolist() == [4, 9]
     drawn = chart(made)
     assert drawn.caption.startswith("99.9% of the experts")
     assert "band" not in drawn.text  # there is none

@@ -68,14 +68,7 @@ def about(settings: Settings, **changed: object) -> dict[str, Any]:
         "paths": [f"model.layers.{n}.experts" for n in range(L)],
         "experts": E,
         "top_k": K,
-        "logits": settings.logits,
-        "text": settings.text,
-        "traces": settings.trace and str(settings.trace),
-        "max_gb": settings.max_gb,
-        "keep": settings.keep,
-        "queue_mb": settings.queue_mb,
-        "metrics": settings.metrics,
-        "per_expert": settings.per_expert,
+        **vars(settings),
     }
     return facts | changed
 
@@ -550,6 +543,13 @@ def launched(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> list[Callable[
     # what is taken waits on the device, until the next step
     monkeypatch.setattr(StepRecorder, "_to_host", to_host)
     return launches
+
+
+def test_more_rows_than_there_are_are_refused() -> None:
+    rows = Rows((L, T, K), E, False, torch.device("cpu"))
+    rows.take(len(rows.every))
+    with pytest.raises(ValueError, match="rows of a buffer of"):
+        rows.take(len(rows.every) + 1)
 
 
 def test_a_graph_that_is_replayed_without_python(launched: list[Callable[[], None]]) -> None:

@@ -179,6 +179,16 @@ def test_layers_beside_a_right_trace_of_the_model(tmp_path: Path) -> None:
     ]
     few = whole.take(slice(0, 12)).written(tmp_path / "few")
     assert few.lint(against=known) == []
+
+    def told(of: moe_inspect.Trace, by: moe_inspect.Trace) -> str:
+        return str(sources.lint_trace(of, against=by)).partition("routers ")[2]
+
+    enough = "of them known well enough to tell them from others)"
+    assert told(a.written(tmp_path / "a"), known) == f"(8 {enough}"
+    assert told(few, known) == f"(0 {enough}"
+    by_chance = np.random.default_rng(0).random((*ids.shape[:2], 64)).argsort(-1)[..., :6]
+    random = replace(a, ids_LTK=by_chance.astype(ids.dtype)).written(tmp_path / "random")
+    assert told(random, random) == f"(0 {enough}"
     with pytest.raises(moe_inspect.MoeInspectError, match="has other routers than"):
         few.lint(against=recording("8 of 2").written(tmp_path / "others"))
 

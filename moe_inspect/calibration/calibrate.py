@@ -29,7 +29,7 @@ from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Band, Chart, Line, Mark, Panel, Points, Rule
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.data import records
-from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, highest_rows, table
+from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, table
 from moe_inspect.reporting.verdict.findings import top_row
 from moe_inspect.text import layer_label, plural
 from moe_inspect.trace.reader import Trace, open_trace
@@ -114,6 +114,7 @@ class Calibration(Shown):
         sections = [chart_section(one) for one in self.charts()[0]]
         for name, of in self.tables.items():
             code = python_of_table(self.python, name)
+            of = _by_tokens(of) if name == "coverage" else of
             sections.append(Section(name, table=of, name=name, python=code))
         assumed = f"minimum: {self.minimum:,} tokens per expert"
         return page_html(
@@ -126,9 +127,8 @@ class Calibration(Shown):
 
         code = python_of_table(self.python, "coverage")
         said = " ".join(self.said)
-        return Section(
-            "Coverage", said, chart(self), table=self.tables["coverage"], group="", python=code
-        )
+        table = _by_tokens(self.tables["coverage"])
+        return Section("Coverage", said, chart(self), table=table, group="", python=code)
 
     def write_texts(
         self, path: str | Path, *, tokens: bool = False, data: Sequence[str] = ()
@@ -400,13 +400,16 @@ def choice(made: Calibration) -> pd.DataFrame:
     ]
     rows[1].append(of.met(of.random_RP).mean())
     names = ["documents", "tokens", "coverage", "coverage_low", "coverage_high", "met"]
-    return pd.DataFrame(rows, columns=["texts", *names])
+    return pd.DataFrame(rows, columns=["texts", *names]).astype({"tokens": "Int64"})
+
+
+def _by_tokens(frame: pd.DataFrame) -> pd.DataFrame:
+    """A page has the first rows of a long table: the experts with the fewest tokens."""
+    return frame.sort_values("tokens", kind="stable", ignore_index=True)
 
 
 def _fewest(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    if len(frame) <= most:
-        return frame
-    return highest_rows(frame.assign(_few=-frame["tokens"]), most, "_few").drop(columns="_few")
+    return frame if len(frame) <= most else _by_tokens(frame).head(most)
 
 
 # --- in words
@@ -480,13 +483,12 @@ def _needed_said(made: Calibration) -> list[str]:
 
 def _domains_said(made: Calibration) -> list[str]:
     *rows, together = records(made.tables["coverage_by_domain"])
-    worst, best = (of(rows, key=lambda row: row["coverage"]) for of in (min, max))
-    if worst["coverage"] == best["coverage"]:  # of one domain, or of several alike
+    if len(rows) < 2:
         return []
+    tokens, covers = ([row[name] for row in rows] for name in ("tokens", "coverage"))
     return [
-        f'Of single domains, "{best["domain"]}" ({amount(best["tokens"])} tokens) covers the most '
-        f'experts, {part(best["coverage"])}, "{worst["domain"]}" ({amount(worst["tokens"])}) the '
-        f"fewest, {part(worst['coverage'])}; all {len(rows)} together "
+        f"Alone, the {len(rows)} domains ({amount(min(tokens))}-{amount(max(tokens))} tokens) "
+        f"cover {part(min(covers))}-{part(max(covers))} of the experts; together "
         f"({amount(together['tokens'])}) {part(together['coverage'])}."
     ]
 

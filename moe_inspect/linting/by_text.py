@@ -187,23 +187,33 @@ def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
         yield found("layer_shifted", what, float(p_L[at].max()), layers=r.numbers(at))
 
 
+def _excess(
+    rng: np.random.Generator, slots_KTL: np.ndarray, known: Recorded, pairs: Pairs, by: int = 0
+) -> np.ndarray:
+    """What tokens have in common with those of their id in the known layer so many further (the
+    first comes after the last), beyond what they have with others. [N, L]"""
+    a, b = pairs
+    here, there = slots_KTL[:, a], np.roll(known.slots_KTL, -by, 2)
+    return common(here, there[:, b]) - common(here, there[:, rng.permutation(b)])
+
+
+def usual(r: Recorded, known: Recorded) -> np.ndarray:
+    """The same within the known recording, [N, L]: without rows where that or `r` has too few
+    tokens with an id in common."""
+    pairs = same_id(known.token_id_T, MOST_PAIRS)
+    if min(len(_across(r.token_id_T, known.token_id_T)[0]), len(pairs[0])) < 2 * NEAR:
+        return np.zeros((0, r.L))
+    return _excess(np.random.default_rng([SEED, r.T]), known.slots_KTL, known, pairs)
+
+
 def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
     """Layers beside those of a right recording of the model: what each token has in common with one
     of its id there, beyond what it has with another. known: with the same layers."""
-    a, b = _across(r.token_id_T, known.token_id_T)
-    of_known = same_id(known.token_id_T, MOST_PAIRS)
-    if min(len(a), len(of_known[0])) < 2 * NEAR:
+    usual_NL, (a, b) = usual(r, known), _across(r.token_id_T, known.token_id_T)
+    if not len(usual_NL):
         return
-    L, rng = r.L, np.random.default_rng([SEED, len(a)])
-
-    def excess(slots_KTL: np.ndarray, a: np.ndarray, b: np.ndarray, by: int) -> np.ndarray:
-        """Beside the known layer so many further, the first after the last. [N, L]"""
-        other = rng.permutation(b)
-        here, there = slots_KTL[:, a], np.roll(known.slots_KTL, -by, 2)
-        return common(here, there[:, b]) - common(here, there[:, other])
-
-    usual_L = excess(known.slots_KTL, *of_known, 0).mean(0)
-    excess_MNL = np.stack([excess(r.slots_KTL, a, b, by) for by in range(L)])
+    L, usual_L, rng = r.L, usual_NL.mean(0), np.random.default_rng([SEED, len(a)])
+    excess_MNL = np.stack([_excess(rng, r.slots_KTL, known, (a, b), by) for by in range(L)])
     own_NL = excess_MNL[0]
     p_ML = tail((excess_MNL - own_NL).swapaxes(0, 1), L * L)
     moved = dict[int, int]()

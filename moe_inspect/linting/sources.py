@@ -18,8 +18,9 @@ from moe_inspect.importers.context import ImportContext, ImportSource, formats, 
 from moe_inspect.importers.responses import Response
 from moe_inspect.importers.routed import unrouted_ends
 from moe_inspect.importers.run import import_trace
+from moe_inspect.linting import by_text
 from moe_inspect.linting.lint import findings, narrow, wrong_lengths
-from moe_inspect.linting.recorded import Recorded
+from moe_inspect.linting.recorded import LEVEL, Recorded
 from moe_inspect.model.config import ModelFacts, read_facts
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 from moe_inspect.text import plural
@@ -36,17 +37,21 @@ Group = tuple[str, int, int]  # stack, experts, top-k: routers that are looked a
 @dataclass(frozen=True)
 class Linted:
     """What was found in `tokens` of the `of` tokens, and how many routers they have. whole: whether
-    all that routers chose for was looked at: else the first tokens."""
+    all that routers chose for was looked at: else the first tokens. compared: routers whose
+    choices in the right trace follow the text, so that others would show; None without one."""
 
     found: list[Finding]
     tokens: int
     of: int
     routers: int
     whole: bool
+    compared: int | None = None
 
     def __str__(self) -> str:
         """ "9,254 tokens, 4 routers" """
         routers = plural(self.routers, "router")
+        if self.compared is not None:
+            routers += f" ({self.compared} of them known well enough to tell them from others)"
         if not self.whole:
             return f"the first {self.tokens:,} of {plural(self.of, 'token')}, {routers}"
         drafts = self.of - self.tokens
@@ -81,15 +86,25 @@ def _linted(
             raise MoeInspectError(f"{address(known)} holds counts only, no decisions to lint by")
         right = {group: r for group, r, _ in recorded(known)}
     listed, tokens, routers, all_whole = [*found], dict[str, int](), 0, True
+    compared = 0
     for group, r, whole in groups:
         beside = None if right is None else right.get(group)
         if right is not None and (beside is None or beside.L != r.L):
             said = f"{address(against)} has other routers than {where}"
             raise MoeInspectError(f"{said}: lint against a trace of the same model")
         listed += findings(r, beside)
+        if beside is not None:
+            compared += int((by_text.tail(by_text.usual(r, beside), r.L) < LEVEL).sum())
         tokens[group[0]] = r.T  # of a stack, whose routers see the same
         routers, all_whole = routers + r.L, all_whole and whole
-    return Linted(most_important_first(listed), sum(tokens.values()), of, routers, all_whole)
+    return Linted(
+        most_important_first(listed),
+        sum(tokens.values()),
+        of,
+        routers,
+        all_whole,
+        None if right is None else compared,
+    )
 
 
 def lint(trace: Trace, *, against: Against = None) -> list[Finding]:

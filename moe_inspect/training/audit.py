@@ -112,18 +112,18 @@ def audit_loss(
 
     Raises MoeInspectError for a dense model."""
     with Passes(model, routers, inputs).attached() as passes:
-        audit = _Audit(passes, batch, loss or default_loss)
-        audit.coefficient = coefficient_of(passes.model) if coefficient is None else coefficient
-        audit.is_own = loss is not None
-        return audit.done(update)
+        return _Audit(passes, batch, loss, coefficient).done(update)
 
 
 class _Audit:
-    coefficient: float | None
-    is_own: bool  # the caller says where the loss is
+    """`is_own`: the caller says where the loss is."""
 
-    def __init__(self, passes: Passes, batch: Batch, loss_of: LossOf):
-        self.passes, self.model, self.loss_of = passes, passes.model, loss_of
+    def __init__(
+        self, passes: Passes, batch: Batch, loss: LossOf | None, coefficient: float | None
+    ):
+        self.passes, self.model, self.is_own = passes, passes.model, loss is not None
+        self.loss_of = loss or default_loss
+        self.coefficient = coefficient_of(self.model) if coefficient is None else coefficient
         self.switch = {SWITCH_ON: True} if accepts(self.model, SWITCH_ON) else {}
         self.forms = forms_of(batch, passes)
         self.run()  # shows the routers of probes

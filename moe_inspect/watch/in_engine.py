@@ -70,10 +70,10 @@ class EngineMetrics:
     ) -> None:
         """Assignments and tokens since the last ones, [L × E]; what was dropped in all. `placed`:
         where they were counted, if it is not as before."""
-        if placed is not None and self.placed is None:
-            self.placed = Placed(placed)
-            self.watched = Watched(plan=self.placed)
-        elif placed is not None and self.placed is not None:
+        if placed is not None:
+            if self.placed is None:  # with the first counts
+                self.placed = Placed(placed)
+                self.watched = Watched(plan=self.placed)
             self.placed.placed_LEG = placed
             self.header = TraceHeader(Path(), self.manifest)
         L = len(self.header.routers)

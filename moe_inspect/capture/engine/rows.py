@@ -103,6 +103,8 @@ class Rows:
     ) -> Taken:
         """Behind the forward pass: adds the first `counted` rows to the counts, and returns the m
         at the indices `picked`, or the first ones. `tokens`, `positions`: of all rows."""
+        if (rows := max(counted, m)) > len(self.every):
+            raise ValueError(f"{rows} rows of a buffer of {len(self.every)}")
         code = take_torch
         if self.staged is not None:
             ids, weights, _ = self._of_router[0]

@@ -67,14 +67,7 @@ def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRe
         "experts": rows.E,
         "top_k": rows.shape[2],
         "device": str(rows.device),
-        "logits": settings.logits,
-        "text": settings.text,
-        "traces": settings.trace and str(settings.trace),
-        "max_gb": settings.max_gb,
-        "keep": settings.keep,
-        "queue_mb": settings.queue_mb,
-        "metrics": settings.metrics,
-        "per_expert": settings.per_expert,
+        **vars(settings),
     }
     return StepRecorder(rows, settings, partial(Sender, about=facts), about["rank"])
 

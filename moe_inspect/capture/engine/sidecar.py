@@ -145,7 +145,7 @@ class Written:
         tell: Callable[..., None],
     ):
         self.about, self.make_metrics, self.tell, self.told = about, metrics, tell, 0
-        self.traces = Traces(about) if about["traces"] else None
+        self.traces = Traces(about) if about["trace"] else None
         self.counts, self.metrics = bool(about["metrics"]), None
 
     def take(self, kind: str, *values: Any) -> None:
@@ -201,7 +201,7 @@ class Traces:
     def __init__(
         self, about: dict[str, Any], describe: Callable[[dict[str, Any]], Described] = ask
     ):
-        self.about, self.folder = about, Path(about["traces"])
+        self.about, self.folder = about, about["trace"]
         self.most_bytes, self.keep = about["max_gb"] * 1e9, about["keep"]
         self.dropped = self.rejected = 0  # decisions, the first of the traces before
         self.before, self.before_bytes, self.written_bytes = 0, 0, 0
