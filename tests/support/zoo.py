@@ -444,7 +444,7 @@ def losses_page(rows: list[tuple[str, ...]]) -> str:
     pooled, other, none = (
         [row[0] for row in rows if test(row)]
         for test in (
-            lambda row: "pooled" in row[1],
+            lambda row: row[1].startswith("pooled"),
             lambda row: "logit" in row[3],
             lambda row: row[1] == "no loss is computed",
         )
@@ -485,7 +485,7 @@ capacity.
 - **Gradient accumulation**: `loss += coefficient * aux_loss` is in the model's forward, and \
 `Trainer.training_step` does not divide a loss by the number of passes where the
   model takes `num_items_in_batch`: over N passes the balancing loss weighs N times as much.
-- **Off by default**: all compute the loss only with `output_router_logits=True`, which their \
+- **Off by default**: it is computed only with `output_router_logits=True`, which their \
 configs do not set.
 - **Stated and not computed** ({len(none)}: {", ".join(none)}): the coefficient is in the config, \
 and no code reads it.
