@@ -458,6 +458,13 @@ def test_of_a_budget_the_mixture_is_kept(demo: Trace):
     assert free[0] <= 3_000
     assert kept[1].min() > 0.85 > free[1].min()
     assert shares(0.9, "all")[1].min() >= 0.9 - 1e-9
+    said = {
+        keep: demo.calibrate(min_tokens=64, choose="all", keep_mixture=keep).said[-1]
+        for keep in (0.0, 1.0)
+    }
+    assert said[1.0].startswith("60 documents")  # only all of them have exactly these shares
+    assert said[1.0].endswith("Of those chosen, the mixture alone asks for 55 documents.")
+    assert "mixture" not in said[0.0]
 
 
 def test_a_pool_that_does_not_fit_is_chosen_from_in_two_passes(

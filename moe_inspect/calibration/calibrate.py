@@ -511,6 +511,9 @@ def _choice_said(made: Calibration) -> list[str]:
         known = not math.isnan(bound["documents"])
         least = f"no choice takes under {bound['documents']:,.0f}; " if known else ""
         line = f"{many} of {of.documents_in_all:,} {give} {all_} {m:,} tokens; {least}{beside}."
+        idle = int((made.tables["chosen"]["adds"] == 0).sum())
+        if idle and of.wanted.keep_mixture:
+            line += f" Of those chosen, the mixture alone asks for {plural(idle, 'document')}."
     else:
         known = not math.isnan(bound["met"])
         most = f"no choice gives more than {math.ceil(bound['met'] * 1e3) / 10}%; " if known else ""
