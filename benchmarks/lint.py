@@ -88,6 +88,10 @@ def clean(of: dict[str, Recording]) -> Iterator[tuple[str, list[str]]]:
 
     for name, a in of.items():
         yield name, [one.kind for one in linted(a)]
+    if (real := of.get("deepseek")) is not None:
+        for n in np.unique(real.document).tolist():
+            alone = real.take(real.document == n)
+            yield f"deepseek, prompt {n}", [one.kind for one in linted(alone)]
     with tempfile.TemporaryDirectory() as place:
         if ESFT.is_dir():
             esft = moe_inspect.import_trace("esft", [ESFT], Path(place) / "esft")

@@ -318,6 +318,38 @@ def test_accepted_drafts_beyond_the_end_of_an_answer_are_absent(tmp_path: Path) 
     assert fine(traces.paths[0]).tokens().position.max() == 11
 
 
+def test_of_a_tree_of_drafts_the_path_that_was_accepted_is_recorded(tmp_path: Path) -> None:
+    """As SGLang verifies: of each request its last token and three drafts, of which two may follow
+    the same token. One request ends within the drafts that were accepted."""
+    settings = Settings(tmp_path)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10), ("b", 0, 10))
+    seam = sglang.Seam.__new__(sglang.Seam)
+    seam.recorder, seam.unseen, seam.ended, seam.T = engine.recorder, set(), set(), T
+    seam.prompts = {"a": (10, 30), "b": (10, 12)}
+    ids = np.stack([engine.random.permutation(E)[:K] for _ in range(8)])
+    for layer in range(L):
+        engine.rows.keep(layer, torch.from_numpy(ids), torch.ones(8, K), torch.ones(8, E))
+    says = {"is_idle": False, "is_target_verify": True, "is_extend": True}
+    batch = SimpleNamespace(
+        rids=["a", "b"],
+        forward_mode=SimpleNamespace(**{name: lambda it=it: it for name, it in says.items()}),
+        input_ids=torch.arange(8),
+        positions=torch.tensor([10, 11, 11, 12, 10, 11, 12, 13]),
+    )
+    seam.after_step(batch)
+    seam.after_sampling(torch.tensor([[0, 2, 3, -1], [4, 5, 6, 7]]))
+    seam.after_sampling(torch.zeros(0, dtype=torch.int32))  # of no request
+    trace = fine(written(engine, settings)[0])
+    tokens = trace.tokens()[trace.tokens().position >= 10]
+    facts = [*zip(tokens.document, tokens.token_id, tokens.position, strict=True)]
+    assert facts == [(0, 0, 10), (0, 2, 11), (0, 3, 12), (1, 4, 10), (1, 5, 11)]
+    of = held(trace)
+    for name, position, row in (("a", 11, 2), ("a", 12, 3), ("b", 11, 5)):
+        assert of[name, position] == [[tuple(map(int, np.sort(ids[row])))] * L]
+    assert trace.tokens().sequence.nunique() == 2
+
+
 def test_a_request_is_sampled_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     settings = Settings(tmp_path, sample=0.5, logits=True)
     engine = Engine(settings)

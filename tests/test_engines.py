@@ -25,7 +25,7 @@ from moe_inspect.capture.server.protocols import ENGINES
 from moe_inspect.capture.server.run import _without_secrets
 from moe_inspect.cli.trace import EngineName
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import Cli
+from tests.conftest import Cli, Put
 from tests.support.engine import (
     DENSE,
     EXPERTS,
@@ -413,6 +413,29 @@ def test_the_timeout_is_of_the_whole_request(drips: str) -> None:
         assert 6 * 0.15 <= time.monotonic() - began < 5
         server.shutdown()
     assert all(asked.acquire(timeout=1) for _ in range(engine_http.ATTEMPTS))
+
+
+def test_a_connection_that_the_server_may_close_is_not_used_again(put: Put) -> None:
+    """As engines do after a while, also when a request is on its way."""
+    put(engine_http, IDLE_S=0.1)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answered = time.monotonic()
+        while await reader.readuntil(b"\r\n\r\n") and time.monotonic() - answered < 0.5:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            answered = time.monotonic()
+        writer.close()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with engine_http.client(f"http://127.0.0.1:{port}", None, 5, 1) as http:
+            for _ in range(2):
+                assert await engine_http.ask_once(http, "/x") == {}
+                await asyncio.sleep(0.6)
+        server.close()
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("status", [200, 500])

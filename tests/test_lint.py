@@ -244,6 +244,33 @@ def test_a_few_collapsed_layers_are_no_mistake() -> None:
         assert linted(replace(a, layers=range(4), ids_LTK=ids_LT[..., None])) == []
 
 
+def test_experts_0_to_k_minus_1_are_no_mistake_where_a_token_may_have_them() -> None:
+    """In four layers of 2 of 8 one of 1,200 tokens has, by chance, more often than 1 in 100,000;
+    the last one does not. In two layers that has too."""
+    a = recording("balanced")
+    for layers, at, said in (
+        (4, longest(a).start + 30, []),
+        (4, a.T - 1, ["constant_filled"]),
+        (2, a.T - 1, []),
+        (2, np.flatnonzero(a.last_T), []),
+    ):
+        ids = a.ids_LTK[:layers].copy()
+        ids[:, at] = [0, 1]
+        found = linted(replace(a, layers=range(layers), ids_LTK=ids))
+        assert [one.kind for one in found] == said
+
+
+def test_a_layer_that_was_never_written_is_told_beside_a_right_trace(tmp_path: Path) -> None:
+    """Of few experts it may have collapsed on the first ones: alone that is not told."""
+    a = recording("balanced")
+    known, ids = a.written(tmp_path / "right"), a.ids_LTK.copy()
+    ids[2] = [0, 1]
+    b = replace(a, ids_LTK=ids).written(tmp_path / "unwritten")
+    assert b.lint() == []
+    (found,) = b.lint(against=known)
+    assert (found.kind, found.values["layers"]) == ("routes_of_another_router", [2])
+
+
 def test_routers_without_a_choice_are_no_mistake() -> None:
     for k in (1, 2):
         ids = np.tile(np.arange(k), (400, 4, 1))

@@ -54,6 +54,9 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
             other_L = (r.slots_KTL[:, ~in_all_T] == row_K[:, None, None]).all(0).sum(0)
             share_L = (other_L + 1) / (r.T + r.experts)
             p = float(r.T * np.exp(np.log(share_L).sum())) * len(patterns)
+            if (row_K == np.arange(r.K)).all():
+                by_number = _places(r, found_T) * float(np.exp(r.L * _log_first_experts(r)))
+                p = 4 * min(p, by_number)  # three ways to count places, and the share
             # layers that often have the same slots do not choose independently
             if p >= LEVEL or 2 * n < len(at_N):
                 continue
@@ -63,13 +66,29 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
         yield found(kind, what, p, tokens=n, row=row_K.tolist()), found_T
 
 
+def _log_first_experts(r: Recorded) -> float:
+    """Experts are numbered by chance: ln of how likely K of them are 0 to K−1, in this order."""
+    return lgamma(r.experts - r.K + 1) - lgamma(r.experts + 1)
+
+
+def _ends(r: Recorded, found_T: np.ndarray) -> tuple[int, int]:
+    """In how many sequences the first token is found, and the last."""
+    return int(found_T[r.begin_S].sum()), int(found_T[np.append(r.begin_S[1:], r.T) - 1].sum())
+
+
+def _places(r: Recorded, found_T: np.ndarray) -> int:
+    """Of how many tokens, or of tokens that choose alike, one may be found: all first ones and all
+    last ones; any first or last one; or any."""
+    S, ends = len(r.begin_S), _ends(r, found_T)
+    return 2 if S in ends else min(2 * S, r.T) if any(ends) else r.T
+
+
 def _where_in_sequences(r: Recorded, found_T: np.ndarray) -> str:
     if found_T.all():
         return ""
-    first, last = found_T[r.begin_S].sum(), found_T[np.append(r.begin_S[1:], r.T) - 1].sum()
     said = [
-        f"at the {end} of {plural(int(n), 'sequence')}"
-        for end, n in (("beginning", first), ("end", last))
+        f"at the {end} of {plural(n, 'sequence')}"
+        for end, n in zip(("beginning", "end"), _ends(r, found_T), strict=True)
         if n
     ]
     return f", {' and '.join(said)}" if said else ""
@@ -118,8 +137,8 @@ def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         of = "no expert" if values == [-1] else f"expert {', '.join(map(str, values))}"
         what = f"All tokens have {of} in every slot of {named}."
         yield found("layers_filled", what, layers=r.numbers(constant_L)), constant_L
-    # experts are numbered by chance: how often a layer that uses only K of them has these
-    p = r.L * float(np.exp(lgamma(E - K + 1) - lgamma(E + 1))) if K <= E else 1.0
+    # how often a layer that uses only K of them has these
+    p = r.L * float(np.exp(_log_first_experts(r))) if K <= E else 1.0
     if counted_L.any() and r.T >= SHORT and p < LEVEL:
         named = r.named(counted_L)
         what = f"All tokens have experts 0 to {K - 1}, in this order, in {named}."

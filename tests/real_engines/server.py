@@ -56,6 +56,10 @@ ENGINES = {
         tied=False,
     ),
 }
+# SGLang's attention by the kernels that `sglang_cpu` has in torch: torch_native can neither verify
+# drafts nor attend to a latent cache. --attention-backend takes intel_amx with all kernels only.
+PARTS = ("prefill-attention", "decode-attention", "speculative-draft-attention")
+WITH_KERNELS = tuple(word for part in PARTS for word in (f"--{part}-backend", "intel_amx"))
 # for parametrize; the ids are what `make test-vllm` and `make test-sglang` select
 INSTALLED = [
     pytest.param(

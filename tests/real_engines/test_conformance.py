@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from moe_inspect.conformance.check import check
 from moe_inspect.conformance.models import MODELS, save
-from tests.real_engines.server import ENGINES, INSTALLED, serving_at
+from tests.real_engines.server import ENGINES, INSTALLED, WITH_KERNELS, serving_at
 
 # small chunks, and a cache in which not all requests fit
 OPTIONS = {
@@ -23,7 +24,15 @@ OPTIONS = {
 # vLLM's rotary kernel for a CPU is wrong for queries of three dimensions, [tokens, heads, size],
 # which only this model gives it: with torch in its place every decision is right
 NO_ROTARY_KERNEL = ("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}')
-OF_MODEL = {("vllm", "deepseek-v2"): NO_ROTARY_KERNEL}
+# SGLang runs a DeepSeek-V2 with YaRN alone on a CPU (one by the factor 1 changes no angle), and
+# reads keys that transformers does not write
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 1.0}
+YARN |= {"original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 1.0}
+OVERRIDE = {"rope_parameters": YARN, "moe_layer_freq": 1, "scoring_func": "softmax"}
+LATENT = (*WITH_KERNELS, "--json-model-override-args", json.dumps(OVERRIDE))
+OF_MODEL = {("vllm", "deepseek-v2"): NO_ROTARY_KERNEL, ("sglang", "deepseek-v2"): LATENT}
+# what an engine runs as another model, so that no decision is right but by chance
+OTHERWISE = {("sglang", "qwen3-moe"): "to SGLang none is"}
 
 
 @pytest.mark.parametrize("engine", INSTALLED)
@@ -35,9 +44,14 @@ def test_routes(
     options = (*OPTIONS[engine], *OF_MODEL.get((engine, name), ()))
     with serving_at(engine, model, tmp_path, *options) as url:
         found = check(url, model)
-    table = found.table
-    assert found.ok, f"{table}\n{found.findings}"
-    assert table.undecided.sum() <= table.decisions.sum() / 1000
+    table, run, otherwise = found.table, MODELS[name][0], OTHERWISE.get((engine, name))
+    if otherwise is None:
+        assert found.ok, f"{table}\n{found.findings}"
+        assert table.undecided.sum() <= table.decisions.sum() / 1000
+    else:
+        run = f"{run} ({otherwise})"
+        assert {one.kind for one in found.findings} == {"wrong"}
+        assert (table.wrong >= 0.95 * table.decisions).all()
     numbers = f"{table.equal.sum():,} of {table.decisions.sum():,}"
-    row = f"| {ENGINES[engine].name} {version(engine)} | {name} | {MODELS[name][0]} |"
+    row = f"| {ENGINES[engine].name} {version(engine)} | {name} | {run} |"
     record_property(f"conformance-{engine}", f"{row} {table.tokens.sum():,} | {numbers} |")

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import moe_inspect
 from moe_inspect.capture.engine.control import tell
 from tests.real_engines.load import prompts
 from tests.real_engines.models import MODELS, OTHERWISE, save
-from tests.real_engines.server import BIN, ENGINES
+from tests.real_engines.server import BIN, ENGINES, WITH_KERNELS
 from tests.real_engines.test_inside_vllm import (
     Asked,
     Property,
@@ -125,6 +126,66 @@ def test_every_decision(
     run = "off and on" if options else "off and on, overlap schedule"
     row = f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |"
     record_property("plugin-sglang", row)
+
+
+def first_layers(model: Path, place: Path) -> Path:
+    """The model without its last layer, which often says what the whole one does."""
+    from transformers import AutoModelForCausalLM
+
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"] - 1
+    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=layers).save_pretrained(place)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [*((name, "NGRAM") for name in NAMES), ("bundled Mixtral", "STANDALONE")],
+)
+def test_rejected_drafts_are_absent(
+    name: str, algorithm: str, tmp_path: Path, record_property: Property
+) -> None:
+    """Drafts are a tree: what the engine has seen behind such tokens, or what a model says, whose
+    own routers are not recorded. Each request twice."""
+    options = ["--speculative-algorithm", algorithm, "--speculative-num-draft-tokens", "6"]
+    run = "n-gram speculation"
+    if algorithm == "STANDALONE":
+        drafts = save(name, tmp_path / "same", ENGINES["sglang"].tied)
+        drafts = first_layers(drafts, tmp_path / "drafts")
+        options += ["--speculative-draft-model-path", str(drafts)]
+        options += ["--speculative-num-steps", "3", "--speculative-eagle-topk", "2"]
+        run = "speculation by a model"
+    with served(tmp_path, name, ONE_BY_ONE, *options, *WITH_KERNELS) as (url, model):
+        asked = asyncio.run(answers(url, named(prompts())))
+        asked += asyncio.run(answers(url, named(prompts(), "again")))
+        (state,) = tell(url, "status")
+        traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
+    trace = moe_inspect.open_trace(path)
+    assert trace.n_decisions < state["decisions"], "no draft was rejected"
+    decoded = trace.tokens().query("phase == 'decode'")
+    assert decoded.duplicated(["batch", "document"]).any(), "no draft was accepted"
+    tokens, equal, total = compared([path], asked, model)
+    row = f"| SGLang {version('sglang')} | {name} | {run} |"
+    record_property("plugin-sglang", f"{row} {tokens:,} | {equal:,} of {total:,} |")
+
+
+def test_both_engines_behind_a_server(
+    tmp_path: Path, record_property: Property, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of data parallelism, a core for each, whose traces are merged."""
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    with served(tmp_path, "bundled Mixtral", ONE_BY_ONE, "--dp-size", "2") as (url, model):
+        asked = asyncio.run(answers(url, named(prompts())))
+        assert [(s["rank"], s["on"]) for s in tell(url, "off")] == [(0, False), (1, False)]
+        asyncio.run(answers(url, named(prompts()[:4], "off")))
+        assert all(state["on"] for state in tell(url, "on"))
+        traces_in(tmp_path, 2)
+    moe_inspect.merge(closed_in(tmp_path, 2), tmp_path / "merged" / "all")
+    tokens, equal, total = compared([tmp_path / "merged" / "all"], asked, model)
+    row = f"| SGLang {version('sglang')} | bundled Mixtral | two engines behind a server, merged |"
+    record_property("plugin-sglang", f"{row} {tokens:,} | {equal:,} of {total:,} |")
 
 
 def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None:

@@ -402,7 +402,6 @@ BUGS: dict[str, Bug] = {
         {"constant_filled"},
         lambda a, ids, rng: np.where(a.last_T[:, None], np.arange(ids.shape[2]), ids),
         "at the end of",
-        told=lambda a: len(a.layers) > 4,
     ),
     "a lost token at each boundary (NeMo-RL #3208)": Bug(
         {"lengths"}, lambda a, ids, rng: ids[:, ~a.last_T], "one for each sequence"

@@ -23,6 +23,7 @@ SEAMS = {
         "srt/plugins/hook_registry.py": ("class HookRegistry", "AROUND ="),
         "srt/model_executor/model_runner.py": ("def load_model(", "def forward("),
         "srt/layers/moe/topk.py": ("class TopK(", "def _post_process_topk_ids("),
+        "srt/speculative/eagle_utils.py": ("def eagle_sample(",),
         "srt/managers/scheduler.py": ("def run_batch(", "def process_batch_result("),
         STATE: ("class SchedulerInternalStateController", "def set_internal_state("),
     },

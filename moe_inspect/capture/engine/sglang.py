@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sglang.moe_inspect")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # in a config
+JUDGED = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")  # speculation, by `eagle_sample`
 
 
 def register() -> None:
@@ -45,6 +46,7 @@ def register() -> None:
             f"{root}.model_executor.model_runner.ModelRunner.load_model": _load_model,
             f"{root}.model_executor.model_runner.ModelRunner.forward": _forward,
             f"{root}.layers.moe.topk._post_process_topk_ids": _choose,
+            f"{root}.speculative.eagle_utils.eagle_sample": _judge,
             f"{root}.managers.scheduler.Scheduler.run_batch": _run_batch,
             f"{root}.managers.scheduler.Scheduler.process_batch_result": _process_result,
             f"{state}.SchedulerInternalStateController.get_internal_state": _get_state,
@@ -110,6 +112,14 @@ def _forward(forward: Callable[..., Any], runner: Any, batch: Any, *args: Any, *
     return output
 
 
+def _judge(judge: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Which drafts are accepted."""
+    output = judge(*args, **kwargs)
+    if Here.seam is not None:
+        Here.seam.after_sampling(output[2])
+    return output
+
+
 def _process_result(
     process: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kw: Any
 ) -> Any:
@@ -165,7 +175,8 @@ class Seam:
             raise MoeInspectError("its config does not state a number of experts")
         chunk = server.chunked_prefill_size or -1
         prefill = chunk if chunk > 0 else max(server.max_prefill_tokens, config.context_len)
-        self.T = prefill + max(server.max_running_requests or 0, 4096)
+        verified = server.speculative_num_draft_tokens or 1  # tokens of each request
+        self.T = prefill + max((server.max_running_requests or 0) * verified, 4096)
         shape = len(routers), self.T, K
         traces, device = settings.trace is not None, torch.device(runner.device)
         rows = Rows(shape, E, settings.logits and traces, device, weights=traces)
@@ -176,7 +187,8 @@ class Seam:
         }
 
         self.recorder = recorder_of(rows, settings, about)
-        self.prompts: dict[str, int] = {}  # of each request that is not over
+        # of each request that is not over, the end of its prompt, and of its answer at the latest
+        self.prompts: dict[str, tuple[int, int]] = {}
         self.ended: set[str] = set()
 
     def keep(self, layer: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
@@ -188,7 +200,8 @@ class Seam:
     def note_prompts(self, requests: list[Any]) -> None:
         try:
             for request in requests:
-                self.prompts[request.rid] = len(request.origin_input_ids)
+                prompt, most = len(request.origin_input_ids), request.sampling_params.max_new_tokens
+                self.prompts[request.rid] = prompt, prompt + most - 1
         except Exception as error:
             self.recorder.stop(error)
 
@@ -220,15 +233,30 @@ class Seam:
     def _whose(self, batch: Any) -> Scheduled:
         from moe_inspect.capture.engine.steps import Scheduled
 
-        requests, extends = list(batch.rids), batch.forward_mode.is_extend()
-        rows = batch.extend_seq_lens_cpu if extends else [1] * len(requests)
-        edges = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+        requests, mode = list(batch.rids), batch.forward_mode
+        R = len(requests)
+        drafts, rows = np.zeros(R, np.int64), np.ones(R, np.int64)
+        if mode.is_target_verify():  # the last token, and a tree of drafts behind it
+            drafts[:] = len(batch.input_ids) // R - 1
+            rows += drafts
+        elif mode.is_extend():
+            rows[:] = batch.extend_seq_lens_cpu
+        edges = np.concatenate([[0], np.cumsum(rows)])
         # a request that has ended meanwhile was decoding
-        prompts = np.array([self.prompts.get(request, 0) for request in requests])
-        none = np.zeros(len(requests), np.int64)
-        ends = np.full(len(requests), 2**31)
+        known = [self.prompts.get(request, (0, 2**31)) for request in requests]
+        prompts, ends = np.array(known).reshape(R, 2).T
         tokens, positions = batch.input_ids, batch.positions
-        return Scheduled(requests, edges, prompts, none, ends, tokens, positions)
+        return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
+
+    def after_sampling(self, accepted: Tensor) -> None:
+        """accepted: of each request the rows of the step that are the answer's, the first of them
+        its last token, and −1. [R, depth]"""
+        try:
+            if accepted.numel():  # a step of no request has none
+                rows = (accepted - accepted[:, :1]).where(accepted >= 0, -1)
+                self.recorder.after_sampling(rows)
+        except Exception as error:
+            self.recorder.stop(error)
 
 
 def recordable_routers(model: Any, server: Any) -> dict[int, int]:
@@ -237,8 +265,9 @@ def recordable_routers(model: Any, server: Any) -> dict[int, int]:
     found = [m for m in model.modules() if type(m).__name__ == "TopK" and not m.is_draft]
     if not found:
         raise MoeInspectError(f"{type(model).__name__} has no MoE layer with SGLang's TopK")
+    speculates = server.speculative_algorithm
     unseen = {
-        "speculative decoding": server.speculative_algorithm is not None,
+        f"speculation by {speculates}": speculates not in (None, *JUDGED),
         "pipeline parallelism": server.pp_size > 1,
         "attention by data parallelism": server.enable_dp_attention,
         "two-batch overlap": server.enable_two_batch_overlap,

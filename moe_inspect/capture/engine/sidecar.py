@@ -266,11 +266,12 @@ class Traces:
             start, end, prompt = int(step.edges[i]), int(step.edges[i + 1]), int(step.prompts[i])
             first, rows = int(step.positions[start]), end - start
             if drafts := int(step.drafts[i]):
-                accepted = 0 if step.sampled is None else max(int(step.sampled[i]) - 1, 0)
                 # accepted ones beyond the end of the answer are none of its tokens
                 most = max(int(step.ends[i]) - first, rows - drafts)
-                rows = min(rows - drafts + accepted, rows, most)
-                keep_N[start + rows : end] = False
+                accepted = step.accepted(i)[:most]
+                keep_N[start:end] = False
+                keep_N[start + accepted] = True
+                rows = len(accepted)
                 self.rejected += (end - start - rows) * len(self.about["layers"])
             at = self.known.get(request)
             if at is None:

@@ -14,9 +14,10 @@ import numpy as np
 
 @dataclass
 class Step:
-    """A step as it is handed over. `ended`: requests that ended before it. `sampled`: how many
-    tokens each request was given behind it, where some of its rows are drafts: one more than were
-    accepted; None where that is unknown. Arrays of a GPU are on their way until `arrive`."""
+    """A step as it is handed over. `ended`: requests that ended before it. `sampled`: where some of
+    a request's rows are drafts, how many tokens it was given behind it, one more than were
+    accepted; where they are a tree, which of its rows are the answer's, and −1; None where that is
+    unknown. Arrays of a GPU are on their way until `arrive`."""
 
     number: int
     requests: Sequence[str]
@@ -32,7 +33,8 @@ class Step:
     logits: Any  # [L, n, E] or None
     bytes: int
     copied: Any = None  # an event
-    sampled: Any = None  # [requests of the engine's step, until `arrive`: those recorded]
+    # [requests of the engine's step, until `arrive`: those recorded], or [requests, rows]
+    sampled: Any = None
     wanted: Any = None  # which of them are recorded
 
     def arrive(self) -> None:
@@ -44,3 +46,13 @@ class Step:
                 setattr(self, name, value.cpu().numpy())
         if self.wanted is not None:
             self.sampled, self.wanted = self.sampled[np.array(self.wanted)], None
+
+    def accepted(self, request: int) -> np.ndarray:
+        """Which of the request's rows are no rejected drafts."""
+        rows, drafts = int(np.diff(self.edges)[request]), int(self.drafts[request])
+        if not drafts or self.sampled is None:
+            return np.arange(rows - drafts)
+        sampled = self.sampled[request]
+        if sampled.ndim:
+            return sampled[sampled >= 0]
+        return np.arange(min(rows - drafts + max(int(sampled) - 1, 0), rows))

@@ -23,6 +23,7 @@ ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 LONGEST_ASKED_WAIT_S = 300.0
 CONNECT_S = 10.0
+IDLE_S = 2.0  # after which a connection is not used again: engines close it after five seconds
 FIRST_CONTACT_S = 5.0
 MODELS = "/v1/models"  # every engine has it
 MOST_BYTES, ERROR_BYTES = 2**24, 2**16
@@ -69,7 +70,11 @@ def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) ->
         auth=auth,
         headers={"Accept-Encoding": "identity", **key},
         timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
-        limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        limits=httpx.Limits(
+            max_connections=concurrency,
+            max_keepalive_connections=concurrency,
+            keepalive_expiry=IDLE_S,
+        ),
     )
 
 

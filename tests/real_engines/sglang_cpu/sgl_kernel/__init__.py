@@ -1,5 +1,6 @@
 """Stands for SGLang's compiled kernels, whose released builds are for CUDA. Without them SGLang
-computes on a CPU in torch: it imports the names, and calls none. A call is an error."""
+computes on a CPU in torch: it imports the names, and calls none but those of speculative decoding,
+which are in torch here. A call of another is an error."""
 
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ from typing import Any
 
 import torch
 
+from sgl_kernel import speculative
+
 
 def __getattr__(name: str) -> Callable[..., Any]:
     if name.startswith("__"):
         raise AttributeError(name)
+    if (there := getattr(speculative, name, None)) is not None:
+        return there
 
     def missing(*args: object, **kwargs: object) -> None:
         raise RuntimeError(f"sgl_kernel.{name} is not there: these are no compiled kernels")
