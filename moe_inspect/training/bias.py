@@ -71,7 +71,8 @@ def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> I
     """Of what `update` does after one pass: a bias should rise where an expert is idle."""
     biases = passes.biases()
     kept = {r: bias.detach().clone() for r, bias in biases.items()}
-    put_back(passes.buffers)  # what the passes before have counted
+    update()  # what the passes before have counted, also in what is no buffer
+    put_back([(biases[r], kept[r]) for r in biases])
     routed = run().routed
     update()
     wrong, still, sizes = list[int](), list[int](), list[float]()

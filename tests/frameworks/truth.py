@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_inspect
+from moe_inspect.training import LossAudit
 
 WEIGHT_ERROR = 2**-10  # relative: a trace keeps gate weights as fp16 does
 
@@ -49,6 +50,19 @@ class Block:
                 if weight != 0:  # a row of weight 0 fills an expert up to its capacity
                     found[token][expert] = weight
         return found
+
+
+def uneven(model: nn.Module, times: float = 20) -> nn.Module:
+    """The model with larger router weights, as new ones are so small that every load is even."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter *= times
+    return model
+
+
+def text(audit: LossAudit, kind: str) -> str:
+    return " ".join(f.text for f in audit.findings if f.kind == kind)
 
 
 def bits(row: Tensor) -> bytes:
