@@ -40,7 +40,7 @@ from tests.frameworks.megatron_models import (
     watch,
     without_cuda,
 )
-from tests.frameworks.truth import compare, text, uneven
+from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
 
 DECISIONS = len(MOE_LAYERS) * B * S
 GROUPS = {
@@ -124,9 +124,10 @@ def test_padding_is_left_out(tmp_path: Path, check: Check) -> None:
     padding_BS = torch.zeros(B, S, dtype=torch.bool)
     padding_BS[1, 10:] = True
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), watched.forward():
+    with moe_inspect.record(model, tmp_path / "t", logits=True), watched.forward():
         model(ids_BS, positions_BS, mask, padding_mask=padding_BS)
     trace = moe_inspect.open_trace(tmp_path / "t")
+    assert_chosen_by_logits(trace)
     found = compare(trace, watched.passes, ids_BS, real_BS=~padding_BS)
     check("megatron-core", "GPTModel, padding_mask, forward", found, len(MOE_LAYERS) * (B * S - 6))
 

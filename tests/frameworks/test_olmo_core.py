@@ -35,7 +35,7 @@ from tests.frameworks.olmo_core_models import (
     train_on_rank,
     watch,
 )
-from tests.frameworks.truth import compare, text, uneven
+from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
 
 DECISIONS = LAYERS * B * S
 SIGMOID = MoERouterConfig(
@@ -85,9 +85,11 @@ def test_training_steps(name: str, tmp_path: Path, check: Check) -> None:
 def test_a_forward_pass_and_its_weights(tmp_path: Path, check: Check) -> None:
     model, ids_BS = build(dropless=True).eval(), inputs()
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
+    recording = moe_inspect.record(model, tmp_path / "t", logits=True)
+    with recording, torch.no_grad(), watched.forward():
         model(ids_BS)
     trace = moe_inspect.open_trace(tmp_path / "t")
+    assert_chosen_by_logits(trace)
     found = compare(trace, watched.passes, ids_BS, run=partial(run_expert, model))
     check("ai2-olmo-core", "dropless, forward", found, DECISIONS)
 

@@ -31,7 +31,7 @@ from tests.frameworks.torchtitan_models import (
     train_on_rank,
     watch,
 )
-from tests.frameworks.truth import compare, text, uneven
+from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
 
 MOE_LAYERS = {"qwen3": LAYERS, "deepseek_v3": LAYERS - 1, "gpt_oss": LAYERS}
 # its grouped products are in bfloat16, which has 8 bits
@@ -42,7 +42,8 @@ BF16 = 2**-7
 def test_a_forward_pass(name: str, tmp_path: Path, check: Check) -> None:
     model, (ids_BS, positions_BS) = build(name).eval(), inputs()
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
+    recording = moe_inspect.record(model, tmp_path / "t", logits=True)
+    with recording, torch.no_grad(), watched.forward():
         model(ids_BS, positions_BS)
     trace = moe_inspect.open_trace(tmp_path / "t")
     found = compare(
@@ -54,6 +55,8 @@ def test_a_forward_pass(name: str, tmp_path: Path, check: Check) -> None:
     )
     check("torchtitan", f"{name}, forward", found, MOE_LAYERS[name] * B * S, BF16)
     assert trace.tokens().document.nunique() == B + 1  # the second row holds two
+    if name == "qwen3":  # of which no bias changes the choice
+        assert_chosen_by_logits(trace)
     router, moe = trace.routers[0], next(iter(blocks(model).values()))
     assert (router.experts, router.top_k) == (moe.router.num_experts, moe.router.top_k)
     assert router.scoring == moe.router.score_func
@@ -148,5 +151,6 @@ def test_the_update_of_the_selection_bias(name: str, rate: float, audit_row: Row
     if rate > 0:
         # of each layer the mean of the steps, which are ± the rate, is taken from all of them
         low, high = found.values["low"], found.values["high"]
-        assert 0 < low < 1.001 * rate < high < 2 * rate
+        assert 0 < low < 1.001 * rate < 1.002 * high < 2 * rate
+        assert (high > 1.1 * rate) == (name != "deepseek_v3")  # half of its experts are idle
         audit_row("torchtitan", f"{name}: selection bias alone", audit)

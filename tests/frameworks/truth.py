@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -155,6 +156,17 @@ def _rows(output: Any, sequence_first: bool = False) -> Tensor:
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def assert_chosen_by_logits(trace: moe_inspect.Trace) -> None:
+    """The experts of each decision are those of its largest router logits."""
+    for router in trace.routers:
+        logits_TE = np.stack(trace.logits(layer=router.layer)["logits"].to_list()).astype(float)
+        ids_TK = trace.routing(layer=router.layer).filter(regex="^expert_").to_numpy().astype(int)
+        lowest_T = np.take_along_axis(logits_TE, ids_TK, 1).min(1)
+        np.put_along_axis(logits_TE, ids_TK, -np.inf, 1)
+        assert (lowest_T >= logits_TE.max(1) - 1e-3).all()  # a trace has them in float16
+        assert (lowest_T > logits_TE.max(1)).mean() > 0.9
 
 
 @dataclass
