@@ -404,6 +404,8 @@ def probed() -> Any:
         for layer, gate in enumerate(self.gates):
             logits = gate(x)
             weights, ids = logits.softmax(-1).topk(2)
+            if self.even:
+                ids = torch.arange(ids.numel()).view_as(ids) % 8
             moe_inspect.probe(ids, weights, layer=layer, logits=logits)
             flat = [v.flatten(0, 1) for v in (logits, ids, weights)]
             shown.append(Routed(*flat, ~padding_mask.reshape(-1), row, "", "Router"))
@@ -415,7 +417,7 @@ def probed() -> Any:
     torch.manual_seed(0)
     gates = torch.nn.ModuleList(torch.nn.Linear(16, 8, bias=False) for _ in range(2))
     embed = torch.nn.Embedding(300, 16)
-    return own.module("Probed", forward, embed=embed, gates=gates, attached=None)
+    return own.module("Probed", forward, embed=embed, gates=gates, attached=None, even=False)
 
 
 @pytest.mark.parametrize(("formula", "factor"), LOSSES)
@@ -429,7 +431,17 @@ def test_each_formula_is_told_from_all_others(formula: Formula, factor: float) -
     assert audit.either == []
     assert f"{factor / 0.01:.4g} × the coefficient 0.01" in text(audit, "loss_formula")
     if formula.by == "z":  # which balances nothing
-        assert "loss_direction" not in kinds(audit, "critical", "warning", "note", "good")
+        assert not {f.kind for f in audit.findings} & {"loss_direction", "loss_moves"}
+
+
+def test_a_loss_that_does_not_see_an_even_load_has_a_formula() -> None:
+    """As where every expert is filled up to its capacity, and the loss counts what came before."""
+    built, formula = probed(), Formula("router", chosen="the k largest logits")
+    built.even, built.loss = True, formula.value
+    given = batch(lengths=[24] * 6)
+    tokens = {"tokens": given["input_ids"], "padding_mask": given["attention_mask"] == 0}
+    audit = audit_loss(built, tokens, lambda output: output["balance"])
+    assert (audit.formula, audit.either) == (formula, [])
 
 
 def test_a_loss_that_is_not_there_or_no_batch_is_one_line() -> None:
@@ -481,7 +493,7 @@ def test_a_bias_in_the_weight_or_in_no_choice_is_named(put: Put) -> None:
 
 @pytest.mark.parametrize(("rate", "kind"), [(1e-3, "good"), (-1e-3, "critical"), (0, "critical")])
 def test_the_sign_and_the_size_of_an_update_are_said(rate: float, kind: str) -> None:
-    built, loads = zoo.build("deepseek_v3"), dict[Any, Tensor]()
+    built, loads, counted = zoo.build("deepseek_v3"), dict[Any, Tensor](), list[int]()
     gates = [m for m in built.modules() if hasattr(m, "e_score_correction_bias")]
 
     def count(gate: Any, _: Any, out: Any) -> None:
@@ -492,6 +504,7 @@ def test_the_sign_and_the_size_of_an_update_are_said(rate: float, kind: str) -> 
         gate.register_forward_hook(count)
 
     def update() -> None:
+        counted.append(sum(int(load.sum()) for load in loads.values()))
         for gate in gates:
             lack = loads[gate].float().mean() - loads[gate]
             gate.e_score_correction_bias.add_(rate * lack.sign())
@@ -501,6 +514,8 @@ def test_the_sign_and_the_size_of_an_update_are_said(rate: float, kind: str) -> 
     with torch.no_grad():
         audit = audit_loss(built, given, update=update)
     assert [f.severity for f in audit.findings if f.kind == "loss_bias_update"] == [kind]
+    # of one pass, whatever the passes before have counted
+    assert counted[-1] == len(gates) * 24 * 4 * built.config.num_experts_per_tok
     assert ("idle experts, by 0.001." in text(audit, "loss_bias_update")) == (kind == "good")
     if rate > 0:
         audit = audit_loss(built, batch("deepseek_v3", [24, 2, 2, 2, 2, 2]), update=update)
