@@ -238,9 +238,7 @@ class _Audit:
                 "note",
                 f"In these passes the loss and Switch's are the same within {spread:.1%}, and no "
                 "formula can be told from another: give a batch with more rows, or with less even "
-                "load"
-                + ", or the model in float32" * (not self.is_exact)
-                + ".",
+                "load" + ", or the model in float32" * (not self.is_exact) + ".",
             )
             return []
         if max(abs(v - value) for v in values.values()) <= 1e-6 * largest:

@@ -103,8 +103,8 @@ def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> I
         yield finding(
             "loss_bias_update",
             "warning",
-            f"The update counts padding: in {passes.labels(padded)} it raises the selection bias of "
-            "experts that are busy without it.",
+            f"The update counts padding: in {passes.labels(padded)} it raises the selection bias "
+            "of experts that are busy without it.",
             routers=padded,
         )
     if sizes and not (wrong or padded or still):

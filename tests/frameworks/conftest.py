@@ -19,7 +19,7 @@ Check = Callable[..., None]
 Row = Callable[..., None]
 HEADER = """| framework | model and run | decisions equal | largest error of a gate weight |
 |---|---|---|---|"""
-LOSSES_HEADER = """| framework | loss | what it is | ÷ its coefficient | its gradient | selection bias |
+LOSSES_HEADER = """| framework | loss | what it is | ÷ coefficient | gradient | selection bias |
 |---|---|---|---|---|---|"""
 
 

@@ -245,7 +245,8 @@ def test_which_formula_a_loss_is(loss: str, audit_row: Row) -> None:
     assert said in text(audit, "loss_formula")
     other = text(audit, "loss_other_choice")
     assert bool(other) == (formula.chosen == "the k largest logits")
-    assert ("as DeepSeek-V3's equation (18) does" in other) == (loss.startswith("seq") and bool(other))
+    is_published = bool(other) and loss.startswith("seq")
+    assert ("as DeepSeek-V3's equation (18) does" in other) == is_published
     if "bias" in loss:
         assert "idle experts, by 0.001." in text(audit, "loss_bias_update")
         assert "steers the choice, and no gate weight" in text(audit, "loss_bias")
