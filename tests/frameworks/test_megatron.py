@@ -15,12 +15,15 @@ pytest.importorskip("megatron.core", reason="make test-frameworks installs it")
 import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 
 import moe_inspect
 from moe_inspect.model.custom import spec as frameworks
-from moe_inspect.training import LossAudit, audit_loss
+from moe_inspect.training import LossAudit, RoutingMonitor, audit_loss
 from moe_inspect.training.formulas import Formula
 from tests.frameworks import ranks
 from tests.frameworks.conftest import Check, Row, free_port
@@ -281,6 +284,19 @@ def test_the_gradient_is_that_of_training() -> None:
     with_loss, alone, without = found
     torch.testing.assert_close(with_loss - without, alone, rtol=1e-3, atol=1e-6)
     assert alone.norm() > 1e-3
+
+
+def test_the_monitor_logs_what_the_routers_record() -> None:
+    model = uneven(build(moe_z_loss_coeff=COEFFICIENT).train())
+    loss_of(model, "load_balancing_loss", COEFFICIENT)
+    with RoutingMonitor(model, log_steps=1, detail="layers") as monitor:
+        model(**batch(UNEVEN_PADDING)).sum().backward()
+        metrics = monitor.step()
+    recorded = get_moe_metrics_tracker().metrics
+    assert metrics is not None
+    for name, key in {"load_balancing_loss": "aux_loss", "z_loss": "z_loss"}.items():
+        found = [metrics[f"routing/{key}/layer_{layer}"] for layer in MOE_LAYERS]
+        assert found == pytest.approx(recorded[name].values[1:].tolist(), rel=1e-5)
 
 
 def test_a_sequence_with_more_padding_weighs_less(audit_row: Row) -> None:
