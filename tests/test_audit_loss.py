@@ -172,6 +172,48 @@ def test_a_loss_that_is_silently_off_is_named() -> None:
 # --- the gradient
 
 
+def test_a_model_that_fails_where_its_loss_is_on_is_named(put: Put) -> None:
+    """As Granite's in transformers 5.17."""
+
+    def fails(logits: Any, *args: Any) -> Tensor:
+        return (0).to(logits[0].device)  # pyright: ignore
+
+    put(modeling_mixtral, load_balancing_loss_func=fails)
+    audit = audit_loss(model(), batch())
+    assert "fails, without it does not" in text(audit, "loss_off")
+    assert "AttributeError: 'int' object has no attribute 'to'" in text(audit, "loss_off")
+    assert not audit.ok
+
+    def always(self: Any, input_ids: Any, output_router_logits: Any = None, **_: Any) -> Any:
+        raise AttributeError("whatever")
+
+    put(modeling_mixtral.MixtralForCausalLM, forward=always)
+    with pytest.raises(AttributeError, match="whatever"):
+        audit_loss(model(), batch())
+
+
+def test_every_pass_begins_with_the_same_buffers(put: Put) -> None:
+    """As Megatron-Core's loss of a global batch counts in one."""
+    built = model()
+    built.register_buffer("passes", torch.zeros(()))
+
+    def counted(*args: Any) -> Tensor:
+        built.passes.add_(1)
+        return by_router(*args) * built.passes
+
+    put(modeling_mixtral, load_balancing_loss_func=counted)
+    assert audit_loss(built, batch()).formula == Formula("router")
+    assert built.passes == 0
+
+
+def test_routers_that_begin_with_zeros_are_told_apart_with_others(put: Put) -> None:
+    put(modeling_mixtral, load_balancing_loss_func=by_router)
+    built = model()
+    for layer in built.model.layers:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)
+    assert audit_loss(built, batch()).formula == Formula("router")
+
+
 def test_what_has_no_gradient_or_another_one_is_named(planted: Any) -> None:
     def of(gradient: float) -> Any:
         def changed(*args: Any) -> Tensor:
@@ -195,6 +237,32 @@ def test_what_has_no_gradient_or_another_one_is_named(planted: Any) -> None:
     for wrong in (half, other_way):
         assert wrong.formula == Formula("router")
         assert not wrong.ok
+
+
+class Attached(torch.autograd.Function):
+    """As Megatron-Core and OLMo-core add a loss: to whatever gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], torch.ones(())
+
+
+def test_a_loss_that_is_attached_to_a_gradient_is_told_from_the_formula() -> None:
+    """That of the second router passes the first one, and so does the formula's."""
+    built, given = probed(), batch()
+    built.attached = lambda r: Formula("router").value([r]).float()
+    built.loss = lambda shown: 2 * Formula("router").value(shown).detach()
+    tokens = {"tokens": given["input_ids"], "padding_mask": given["attention_mask"] == 0}
+    audit = audit_loss(built, tokens, lambda out: out["balance"] + 0 * out["x"].sum())
+    assert audit.factor == pytest.approx(2)
+    assert "loss_gradient" not in kinds(audit)
+    built.attached = lambda r: 2 * Formula("router").value([r]).float()
+    audit = audit_loss(built, tokens, lambda out: out["balance"] + 0 * out["x"].sum())
+    assert "and 2 times its gradient" in text(audit, "loss_gradient")
 
 
 def test_a_layer_without_a_loss_is_named(planted: Any) -> None:
@@ -336,15 +404,20 @@ def probed() -> Any:
         for layer, gate in enumerate(self.gates):
             logits = gate(x)
             weights, ids = logits.softmax(-1).topk(2)
+            if self.even:
+                ids = torch.arange(ids.numel()).view_as(ids) % 8
             moe_inspect.probe(ids, weights, layer=layer, logits=logits)
             flat = [v.flatten(0, 1) for v in (logits, ids, weights)]
             shown.append(Routed(*flat, ~padding_mask.reshape(-1), row, "", "Router"))
             x = x * weights.sum(-1, keepdim=True)
+            if self.attached is not None:
+                x = Attached.apply(x, self.attached(shown[-1]))
         return {"balance": self.loss(shown), "x": x}
 
     torch.manual_seed(0)
     gates = torch.nn.ModuleList(torch.nn.Linear(16, 8, bias=False) for _ in range(2))
-    return own.module("Probed", forward, embed=torch.nn.Embedding(300, 16), gates=gates)
+    embed = torch.nn.Embedding(300, 16)
+    return own.module("Probed", forward, embed=embed, gates=gates, attached=None, even=False)
 
 
 @pytest.mark.parametrize(("formula", "factor"), LOSSES)
@@ -357,6 +430,18 @@ def test_each_formula_is_told_from_all_others(formula: Formula, factor: float) -
     assert audit.factor == pytest.approx(factor, rel=1e-3)
     assert audit.either == []
     assert f"{factor / 0.01:.4g} × the coefficient 0.01" in text(audit, "loss_formula")
+    if formula.by == "z":  # which balances nothing
+        assert not {f.kind for f in audit.findings} & {"loss_direction", "loss_moves"}
+
+
+def test_a_loss_that_does_not_see_an_even_load_has_a_formula() -> None:
+    """As where every expert is filled up to its capacity, and the loss counts what came before."""
+    built, formula = probed(), Formula("router", chosen="the k largest logits")
+    built.even, built.loss = True, formula.value
+    given = batch(lengths=[24] * 6)
+    tokens = {"tokens": given["input_ids"], "padding_mask": given["attention_mask"] == 0}
+    audit = audit_loss(built, tokens, lambda output: output["balance"])
+    assert (audit.formula, audit.either) == (formula, [])
 
 
 def test_a_loss_that_is_not_there_or_no_batch_is_one_line() -> None:
@@ -408,23 +493,35 @@ def test_a_bias_in_the_weight_or_in_no_choice_is_named(put: Put) -> None:
 
 @pytest.mark.parametrize(("rate", "kind"), [(1e-3, "good"), (-1e-3, "critical"), (0, "critical")])
 def test_the_sign_and_the_size_of_an_update_are_said(rate: float, kind: str) -> None:
-    built, loads = zoo.build("deepseek_v3"), dict[Any, Tensor]()
+    built, loads, counted = zoo.build("deepseek_v3"), dict[Any, Tensor](), list[int]()
     gates = [m for m in built.modules() if hasattr(m, "e_score_correction_bias")]
+
+    def count(gate: Any, _: Any, out: Any) -> None:
+        load = torch.bincount(out[2].reshape(-1), minlength=8)
+        loads[gate] = loads.get(gate, 0) + load
+
     for gate in gates:
-        gate.register_forward_hook(
-            lambda m, a, out: loads.update({m: torch.bincount(out[2].reshape(-1), minlength=8)})
-        )
+        gate.register_forward_hook(count)
 
     def update() -> None:
+        counted.append(sum(int(load.sum()) for load in loads.values()))
         for gate in gates:
             lack = loads[gate].float().mean() - loads[gate]
             gate.e_score_correction_bias.add_(rate * lack.sign())
+        loads.clear()
 
     given = {"input_ids": batch("deepseek_v3", [24] * 4)["input_ids"]}
     with torch.no_grad():
         audit = audit_loss(built, given, update=update)
     assert [f.severity for f in audit.findings if f.kind == "loss_bias_update"] == [kind]
+    # of one pass, whatever the passes before have counted
+    assert counted[-1] == len(gates) * 24 * 4 * built.config.num_experts_per_tok
     assert ("idle experts, by 0.001." in text(audit, "loss_bias_update")) == (kind == "good")
+    if rate > 0:
+        audit = audit_loss(built, batch("deepseek_v3", [24, 2, 2, 2, 2, 2]), update=update)
+        (found,) = [f for f in audit.findings if f.kind == "loss_bias_update"]
+        assert found.severity == "warning"
+        assert "The update counts padding" in found.text
 
 
 # --- whether the load moves
@@ -488,8 +585,9 @@ def test_each_family_has_a_formula_in_every_release(family: str) -> None:
     """Or is known to have none."""
     _, audit = zoo.audited(family)
     kinds = {f.kind for f in audit.findings}
-    if family in {"llama4", "openai_privacy_filter", "doge"}:
+    if family in {"llama4", "openai_privacy_filter", "doge", *zoo.NO_FORMULA}:
         assert audit.formula is None
+        assert zoo.NO_FORMULA.get(family, "") in text(audit, "loss_off")
     else:
         assert audit.formula is not None
         assert not kinds & {"loss_gradient", "loss_doubled"}

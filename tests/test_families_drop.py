@@ -138,6 +138,8 @@ def test_it_is_the_routers_own_choice_where_scores_tie() -> None:
     assert torch.equal(dropped[:, 0], chosen[0].argmax(-1))
     assert not torch.equal(dropped[:, 0], logits[0].argmax(-1)), "control"
     assert (switch_dropped(router, (chosen, logits)) == -1).all()
+    weights = chosen.sum(-1, keepdim=True).float()  # as in transformers 5.17, without logits
+    assert (switch_dropped(router, (weights, chosen, weights)) == -1).all()
 
 
 def test_what_an_intervention_sends_nowhere_is_dropped_by_no_expert(tmp_path: Path) -> None:

@@ -140,12 +140,15 @@ def switch(experts: Called, args: Args, kwargs: Kwargs, output: Called) -> Choic
 
 def switch_dropped(router: Called, output: Called) -> Tensor:
     # of its choice the output has what capacity left, and all logits: by its own code, roundings
-    # and ties included, they give the choice. (In transformers 5.17 the order is another one.)
+    # and ties included, they give the choice. (In transformers 5.17 the order is another one,
+    # without logits, and nothing is dropped.)
     E = router.num_experts
     chosen = next(part for part in output if not part.dtype.is_floating_point)
-    logits = next(part for part in output if part.dtype.is_floating_point and part.shape[-1] == E)
-    scores = logits.softmax(-1, dtype=router.dtype).to(router.input_dtype)
+    logits = [part for part in output if part.dtype.is_floating_point and part.shape[-1] == E]
     kept_T = chosen.reshape(-1, E).any(1)
+    if not logits:
+        return kept_T.long().fill_(-1)[:, None]
+    scores = logits[0].softmax(-1, dtype=router.dtype).to(router.input_dtype)
     return scores.reshape(-1, E).argmax(1).masked_fill(kept_T, -1)[:, None]
 
 

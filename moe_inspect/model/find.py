@@ -234,8 +234,8 @@ def _site_of(spec: RouterSpec, path: str, module: Module, model: Module) -> Site
         )
     E, top_k = int(experts), stated(spec.top_k, stated_size(owners, TOP_K_OF_MODULE))
     order = spec.order if spec.rows is None else ""
-    logits_of, replace = spec.logits, spec.replace
-    reader = ChoiceReader(path, E, top_k, "give RouterSpec(top_k=…)", order, spec.drops)
+    logits_of, replace, drops = spec.logits, spec.replace, bool(stated(spec.drops))
+    reader = ChoiceReader(path, E, top_k, "give RouterSpec(top_k=…)", order, drops)
 
     def choice(module: Module, args: Args, kwargs: Kwargs, output: Called) -> Choice | None:
         """`spec.choice` with its result as ids and weights [T, K]."""

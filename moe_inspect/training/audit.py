@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.reporting.verdict.findings import (
     Finding,
@@ -21,6 +22,7 @@ from moe_inspect.reporting.verdict.findings import (
     finding,
     most_important_first,
 )
+from moe_inspect.text import first_line
 from moe_inspect.training.bias import bias_findings, update_findings
 from moe_inspect.training.formulas import (
     BY_LOGITS,
@@ -126,7 +128,18 @@ class _Audit:
         self.coefficient = coefficient_of(self.model) if coefficient is None else coefficient
         self.switch = {SWITCH_ON: True} if accepts(self.model, SWITCH_ON) else {}
         self.forms = forms_of(batch, passes)
-        self.run()  # shows the routers of probes
+        self.failed = ""  # why a pass that computes the loss did
+        try:
+            self.run()  # shows the routers of probes
+        except (MoeInspectError, torch.OutOfMemoryError):
+            raise
+        # whatever the code of a model raises
+        except Exception as error:
+            if not self.switch:
+                raise
+            self.switch = {SWITCH_ON: False}
+            self.run()
+            self.failed = f"{type(error).__name__}: {first_line(error)}"
         self.R = len(passes.sites)
         flat = [p for r in range(self.R) for p in passes.weights(r)]
         self.weights = {id(p): p for p in flat}
@@ -179,7 +192,8 @@ class _Audit:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed)
                 for p, value in kept:
-                    p += torch.randn_like(p) * value.float().std(correction=0).to(p.dtype)
+                    spread = float(value.float().std(correction=0)) or value.shape[-1] ** -0.5
+                    p += torch.randn_like(p) * spread
             return self.run()
         finally:
             put_back(kept)
@@ -187,6 +201,9 @@ class _Audit:
     def _none(self) -> None:
         if self.is_own:
             self.say("off", "critical", "loss=… finds no balancing loss in the output of a pass.")
+        elif self.failed:
+            said = f"With {SWITCH_ON}=True and labels the model fails, without it does not"
+            self.say("off", "critical", f"{said}: it trains no balancing loss ({self.failed}).")
         elif self.coefficient:
             self.say(
                 "off",
@@ -219,10 +236,9 @@ class _Audit:
             self.say(
                 "unknown",
                 "note",
-                f"In these passes Switch's loss is the same within {spread:.1%}, and no formula "
-                "can be told from another: give a batch with more rows, or with less even load"
-                + ", or the model in float32" * (not self.is_exact)
-                + ".",
+                f"In these passes the loss and Switch's are the same within {spread:.1%}, and no "
+                "formula can be told from another: give a batch with more rows, or with less even "
+                "load" + ", or the model in float32" * (not self.is_exact) + ".",
             )
             return []
         if max(abs(v - value) for v in values.values()) <= 1e-6 * largest:
@@ -257,16 +273,27 @@ class _Audit:
             summed = f"summed over {self.R} routers, not averaged"
             why |= {summed: self.R, f"k, as f is per token, and {summed}": K * self.R}
         two = ", of each of two stacks" * (stacks > 1)
-        near = 2 * self.tolerance
-        whys = [said + two for said, n in why.items() if abs(factor / n / stacks - 1) < near]
+
+        def whys_of(times: float) -> str:
+            near = 2 * self.tolerance
+            said = [w + two for w, n in why.items() if abs(times / n / stacks - 1) < near]
+            return " or ".join(said)
+
+        whys = [whys_of(factor)] if whys_of(factor) else []
         if self.is_own and self.coefficient:
-            times = f"{factor / self.coefficient:.4g} × the coefficient {self.coefficient:g}"
-            whys.append(times)
-        other = "; or ".join(match.formula.words for match in matches[1:4])
+            times = factor / self.coefficient
+            said = f"{times:.4g} × the coefficient {self.coefficient:g}"
+            whys.append(": ".join(filter(None, [said, whys_of(times)])))
+
+        def words_of(of: Formula) -> str:
+            said = ", padding counted" if of.padding else ", padding left out"
+            return of.words + said * padded
+
+        other = "; or ".join(words_of(match.formula) for match in matches[1:4])
         self.say(
             "formula",
             "note",
-            f"The balancing loss is {factor:.5g} × {formula.words}"
+            f"The balancing loss is {factor:.5g} × {words_of(formula)}"
             + f" ({' or '.join(whys)})" * bool(whys)
             + f". In these passes it may also be {other}" * bool(other)
             + "."
@@ -301,12 +328,14 @@ class _Audit:
             )
         if formula.chosen in BY_LOGITS:
             apart = torch.cat([_apart(r) for r in routed]).float().mean()
+            is_published = formula.by == "sequence" and formula.chosen == BY_LOGITS[0]
             self.say(
                 "other_choice",
-                "warning",
-                "f counts the experts with the largest logits. In "
-                f"{float(apart):.0%} of the decisions the router chose others, by a selection "
-                "bias, groups or capacity: the loss balances a load that does not run.",
+                "note" if is_published else "warning",
+                "f counts the experts with the largest logits"
+                + ", as DeepSeek-V3's equation (18) does" * is_published
+                + f". In {float(apart):.0%} of the decisions the router chose others, by a "
+                "selection bias, groups or capacity: the loss balances a load that does not run.",
                 share=float(apart),
             )
 
@@ -398,12 +427,15 @@ class _Audit:
         if not all(r.logits_TE.requires_grad for r in run.routed):
             return unknown
         if matches:
-            self._same_gradient(
-                gradient, self._by_weight(matches[0].formula.value(run.routed)), matches[0]
-            )
+            value = matches[0].formula.value(run.routed)
+            # without the losses that a framework attaches to what its routers are given
+            attached = self._by_weight(0 * value)
+            expected = {key: g - attached[key] for key, g in self._by_weight(value).items()}
+            self._same_gradient(gradient, expected, matches[0])
         moves = [self._moves(r, run.routed, gradient) for r in range(self.R)]
         agrees, after = self._step(gradient, norm, float(loss.detach()), run)
-        self._direction(moves, agrees, after, matches)
+        if not (matches and matches[0].formula.by == "z"):  # which balances nothing
+            self._direction(moves, agrees, after, matches)
         return moves
 
     def _by_weight(self, value: Tensor) -> Gradients:

@@ -71,18 +71,21 @@ def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> I
     """Of what `update` does after one pass: a bias should rise where an expert is idle."""
     biases = passes.biases()
     kept = {r: bias.detach().clone() for r, bias in biases.items()}
-    put_back(passes.buffers)  # what the passes before have counted
+    update()  # what the passes before have counted, also in what is no buffer
+    put_back([(biases[r], kept[r]) for r in biases])
     routed = run().routed
     update()
-    wrong, still, sizes = list[int](), list[int](), list[float]()
+    wrong, padded, still, sizes = list[int](), list[int](), list[int](), list[float]()
     for r, bias in biases.items():
         step_E = (bias.detach() - kept[r]).view(-1).double()
-        load_E = _load(routed[r], len(step_E))
+        every = torch.ones_like(routed[r].real_T)
+        loads = (_load(of, len(step_E)) for of in (routed[r], routed[r]._replace(real_T=every)))
+        raises_idle, with_padding = (float(step_E @ (load.mean() - load)) > 0 for load in loads)
         sizes += step_E[step_E != 0].abs().tolist()
         if not step_E.any():
             still.append(r)
-        elif float(step_E @ (load_E.mean() - load_E)) <= 0:
-            wrong.append(r)
+        elif not raises_idle:
+            (padded if with_padding else wrong).append(r)
     put_back([(biases[r], kept[r]) for r in biases])
     if still or not biases:
         where = f"in {passes.labels(still)}" if still else "as routers have none"
@@ -96,7 +99,15 @@ def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> I
             "sign is wrong.",
             routers=wrong,
         )
-    if sizes and not wrong and not still:
+    if padded:
+        yield finding(
+            "loss_bias_update",
+            "warning",
+            f"The update counts padding: in {passes.labels(padded)} it raises the selection bias "
+            "of experts that are busy without it.",
+            routers=padded,
+        )
+    if sizes and not (wrong or padded or still):
         low, high = min(sizes), max(sizes)
         size = f"{low:.3g}" + f" to {high:.3g}" * (high > 1.01 * low)
         said = f"The update raises the selection bias of idle experts, by {size}."

@@ -104,13 +104,14 @@ class Formula(NamedTuple):
 
     @property
     def words(self) -> str:
+        """All but the padding, of which not every batch has some."""
         parts = [self.name]
         if self.by == "sequence, all routers":
             parts[0] += ", of each sequence"
         if self.by != "z":
             parts += [f"f of {self.chosen}", f"P the {self.score}"]
         parts += [f"of {self.only} alone"] * bool(self.only)
-        return ", ".join([*parts, f"padding {'counted' if self.padding else 'left out'}"])
+        return ", ".join(parts)
 
     def value(self, routed: Sequence[Routed]) -> Tensor:
         """float64, differentiable by the logits. The mean over the stacks of a model."""
@@ -198,7 +199,7 @@ def identify(
     chooses: bool = False,
 ) -> tuple[list[Match], float]:
     """The formulas that stand in the same ratio to the loss in every pass, the simplest first: with
-    several, these passes cannot tell them apart. And by how much the values of Switch's loss differ
+    several, these passes cannot tell them apart. And by how much the loss, or Switch's, differs
     between the passes: where it is hardly more than the tolerance, they tell nothing."""
     names, found = list(reported), list[Match]()
     real = torch.tensor([reported[name] for name in names], dtype=torch.float64)
@@ -209,4 +210,4 @@ def identify(
             if bool((ratio / ratio.mean() - 1).abs().max() < tolerance):
                 found.append(Match(formula, float(ratio.mean())))
         even = torch.stack([Formula("router").value(passes[name]).cpu() for name in names])
-    return found, float((even / even.mean() - 1).abs().max())
+    return found, max(float((of / of.mean() - 1).abs().max()) for of in (real, even))

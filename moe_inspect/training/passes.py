@@ -68,13 +68,15 @@ class Passes(RoutingSums):
     @contextmanager
     def attached(self) -> Iterator[Passes]:
         """Buffers are put back: a router may count in them."""
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        biases = {id(bias) for bias in self.biases().values()}
+        self.counters = [pair for pair in buffers if id(pair[0]) not in biases]
         try:
             self.attachment.attach()
             yield self
         finally:
             self.attachment.detach()
-            put_back(self.buffers)
+            put_back(buffers)
 
     def begin(self) -> None:
         super().begin()
@@ -89,7 +91,8 @@ class Passes(RoutingSums):
         self._check()
 
     def run(self, batch: Batch, **more: Any) -> Pass:
-        """With the same random numbers in every pass."""
+        """With the same random numbers and buffers in every pass; selection biases are kept."""
+        put_back(self.counters)
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
             if isinstance(batch, Mapping):

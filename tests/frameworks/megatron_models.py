@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import torch_norm
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -110,6 +111,20 @@ def inputs(seed: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(seed))
     mask_SS = torch.ones(S, S, dtype=torch.bool).triu(1)
     return ids_BS, torch.arange(S).expand(B, S).contiguous(), mask_SS.expand(B, 1, S, S)
+
+
+def loss_of(model: nn.Module, name: str, coefficient: float) -> Callable[[Tensor], Tensor | None]:
+    """What the routers of a pass have recorded as `name`, with the gradient that their
+    MoEAuxLossAutoScaler gives them: whatever is made of the output, it adds that of the loss."""
+    tracker = get_moe_metrics_tracker()
+    model.register_forward_pre_hook(lambda *_: tracker.clear())
+
+    def loss(output: Tensor) -> Tensor | None:
+        if name not in tracker.metrics:
+            return None
+        return coefficient * tracker.metrics[name].values.sum() + 0 * output.sum()
+
+    return loss
 
 
 def blocks(model: nn.Module) -> dict[int, MoELayer]:

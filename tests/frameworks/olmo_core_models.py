@@ -105,6 +105,18 @@ def inputs(seed: int = 7) -> Tensor:
     return torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(seed))
 
 
+def loss_of(model: MoETransformer, name: str) -> Callable[[Any], Tensor]:
+    """What the routers of a pass have recorded as the metric `name`, with the gradient that
+    `attach_auxiliary_loss` gives them: whatever is made of the output, it adds that of the loss."""
+    model.register_forward_pre_hook(lambda *_: model.reset_auxiliary_metrics())
+
+    def loss(output: Any) -> Tensor:
+        made = output if torch.is_tensor(output) else output.loss
+        return model.compute_auxiliary_metrics(reset=False)[name][0] + 0 * made.sum()
+
+    return loss
+
+
 def _layers(model: nn.Module, kind: type[nn.Module]) -> dict[int, Any]:
     found = {path: m for path, m in model.named_modules() if isinstance(m, kind)}
     return {int(path.split("blocks.")[1].split(".")[0]): m for path, m in found.items()}

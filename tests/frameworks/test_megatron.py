@@ -13,11 +13,20 @@ import torch
 pytest.importorskip("megatron.core", reason="make test-frameworks installs it")
 
 import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
+from megatron.core.transformer.moe.router import TopKRouter
 
 import moe_inspect
 from moe_inspect.model.custom import spec as frameworks
+from moe_inspect.training import LossAudit, RoutingMonitor, audit_loss
+from moe_inspect.training.formulas import Formula
 from tests.frameworks import ranks
-from tests.frameworks.conftest import Check, free_port
+from tests.frameworks.conftest import Check, Row, free_port
 from tests.frameworks.megatron_models import (
     EXPERTS,
     MOE_LAYERS,
@@ -26,6 +35,7 @@ from tests.frameworks.megatron_models import (
     blocks,
     build,
     inputs,
+    loss_of,
     pipeline_on_rank,
     sequence_parallel_on_rank,
     start,
@@ -33,7 +43,7 @@ from tests.frameworks.megatron_models import (
     watch,
     without_cuda,
 )
-from tests.frameworks.truth import compare
+from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
 
 DECISIONS = len(MOE_LAYERS) * B * S
 GROUPS = {
@@ -70,6 +80,8 @@ def process_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     start(port=free_port())
     yield
     dist.destroy_process_group()
+    destroy_moe_metrics_tracker()
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -115,9 +127,10 @@ def test_padding_is_left_out(tmp_path: Path, check: Check) -> None:
     padding_BS = torch.zeros(B, S, dtype=torch.bool)
     padding_BS[1, 10:] = True
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), watched.forward():
+    with moe_inspect.record(model, tmp_path / "t", logits=True), watched.forward():
         model(ids_BS, positions_BS, mask, padding_mask=padding_BS)
     trace = moe_inspect.open_trace(tmp_path / "t")
+    assert_chosen_by_logits(trace)
     found = compare(trace, watched.passes, ids_BS, real_BS=~padding_BS)
     check("megatron-core", "GPTModel, padding_mask, forward", found, len(MOE_LAYERS) * (B * S - 6))
 
@@ -161,3 +174,175 @@ def test_pipeline_stages(tmp_path: Path, check: Check) -> None:
     ranks.run(pipeline_on_rank, tmp_path)
     run = "GPTModel, forward, 2 ranks, pipeline stages"
     check("megatron-core", run, ranks.compare_all(tmp_path), DECISIONS)
+
+
+# --- the balancing loss, by audit_loss
+
+COEFFICIENT = 0.01
+SEQUENCE = {"moe_router_load_balancing_type": "seq_aux_loss"}
+GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss"}
+Z = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": COEFFICIENT}
+UNPADDED, UNEVEN_PADDING = [24] * 6, [24, 17, 24, 20, 24, 24]
+OF_SCORES = Formula("router", "sigmoid, scaled to sum to 1", "the k largest logits")
+# the name in the tracker, the options, how many tokens of each row are real, and the formula
+LOSSES: dict[str, tuple[str, dict[str, Any], list[int], Formula]] = {
+    "aux_loss": ("load_balancing_loss", {}, UNEVEN_PADDING, Formula("router")),
+    "seq_aux_loss": ("seq_load_balancing_loss", SEQUENCE, [20] * 6, Formula("sequence")),
+    "global_aux_loss": ("global_load_balancing_loss", GLOBAL, UNEVEN_PADDING, Formula("router")),
+    "z-loss": ("z_loss", Z, UNEVEN_PADDING, Formula("z")),
+    "aux_loss, capacity 1": (
+        "load_balancing_loss",
+        {"moe_expert_capacity_factor": 1.0},
+        UNPADDED,
+        Formula("router", chosen="the k largest logits"),
+    ),
+    "aux_loss, sigmoid, groups, selection bias": (
+        "load_balancing_loss",
+        GROUPS,
+        UNPADDED,
+        OF_SCORES,
+    ),
+    "seq_aux_loss, sigmoid, groups, selection bias": (
+        "seq_load_balancing_loss",
+        GROUPS | SEQUENCE,
+        UNPADDED,
+        OF_SCORES._replace(by="sequence"),
+    ),
+}
+
+
+def batch(lengths: list[int]) -> dict[str, torch.Tensor]:
+    B, S = len(lengths), 24
+    ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(7))
+    position_S = torch.arange(S)
+    padding_BS = position_S >= torch.tensor(lengths)[:, None]
+    mask_SS = torch.ones(S, S, dtype=torch.bool).triu(1)
+    given = {"input_ids": ids_BS, "position_ids": position_S.expand(B, S).contiguous()}
+    given["attention_mask"] = mask_SS.expand(B, 1, S, S)
+    return given | ({"padding_mask": padding_BS} if bool(padding_BS.any()) else {})
+
+
+def audited(loss: str, lengths: list[int] | None = None) -> LossAudit:
+    name, options, usual, _ = LOSSES[loss]
+    model = uneven(build(**options).train())
+    given = batch(lengths or usual)
+
+    def update() -> None:
+        _update_router_expert_bias([model], model.config)
+
+    return audit_loss(
+        model,
+        given,
+        loss_of(model, name, COEFFICIENT),
+        coefficient=COEFFICIENT,
+        update=update if "moe_router_enable_expert_bias" in options else None,
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_which_formula_a_loss_is(loss: str, audit_row: Row) -> None:
+    audit, formula = audited(loss), LOSSES[loss][3]
+    assert (audit.formula, audit.either) == (formula, [])
+    assert audit.factor == pytest.approx(COEFFICIENT * len(MOE_LAYERS), rel=1e-5)
+    said = "3 × the coefficient 0.01: summed over 3 routers, not averaged"
+    assert said in text(audit, "loss_formula")
+    other = text(audit, "loss_other_choice")
+    assert bool(other) == (formula.chosen == "the k largest logits")
+    is_published = bool(other) and loss.startswith("seq")
+    assert ("as DeepSeek-V3's equation (18) does" in other) == is_published
+    if "bias" in loss:
+        assert "idle experts, by 0.001." in text(audit, "loss_bias_update")
+        assert "steers the choice, and no gate weight" in text(audit, "loss_bias")
+    audit_row("megatron-core", loss, audit, COEFFICIENT)
+
+
+def test_a_router_without_a_loss(audit_row: Row) -> None:
+    model = uneven(build(**SINKHORN).train())
+    audit = audit_loss(model, batch(UNPADDED))
+    assert "The model reports no balancing loss" in text(audit, "loss_none")
+    audit_row("megatron-core", "sinkhorn", audit)
+    model = uneven(build(**GROUPS | {"moe_aux_loss_coeff": 0.0}).train())
+    update = lambda: _update_router_expert_bias([model], model.config)  # noqa: E731
+    audit = audit_loss(model, batch(UNPADDED), update=update)
+    audit_row("megatron-core", "selection bias alone", audit)
+
+
+def test_the_gradient_is_that_of_training() -> None:
+    """What a training step with the loss has beyond one without it."""
+    found = list[torch.Tensor]()
+    for coefficient in (COEFFICIENT, 0.0):
+        model = uneven(build(moe_aux_loss_coeff=coefficient).train())
+        weights = [block.router.weight for block in blocks(model).values()]
+        given = batch(UNPADDED)
+        loss = loss_of(model, "load_balancing_loss", COEFFICIENT)
+        model(**given, labels=given["input_ids"].roll(-1, 1)).mean().backward()
+        found += [torch.cat([w.grad.flatten() for w in weights])]  # pyright: ignore
+        if coefficient:
+            value = loss(model(**given))
+            assert value is not None
+            found += [torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])]
+    with_loss, alone, without = found
+    torch.testing.assert_close(with_loss - without, alone, rtol=1e-3, atol=1e-6)
+    assert alone.norm() > 1e-3
+
+
+def test_the_monitor_logs_what_the_routers_record() -> None:
+    model = uneven(build(moe_z_loss_coeff=COEFFICIENT).train())
+    loss_of(model, "load_balancing_loss", COEFFICIENT)
+    with RoutingMonitor(model, log_steps=1, detail="layers") as monitor:
+        model(**batch(UNEVEN_PADDING)).sum().backward()
+        metrics = monitor.step()
+    recorded = get_moe_metrics_tracker().metrics
+    assert metrics is not None
+    for name, key in {"load_balancing_loss": "aux_loss", "z_loss": "z_loss"}.items():
+        found = [metrics[f"routing/{key}/layer_{layer}"] for layer in MOE_LAYERS]
+        assert found == pytest.approx(recorded[name].values[1:].tolist(), rel=1e-5)
+
+
+def test_a_sequence_with_more_padding_weighs_less(audit_row: Row) -> None:
+    """Megatron divides by the square of the mean number of tokens, for each sequence alike."""
+    audit = audited("seq_aux_loss", UNEVEN_PADDING)
+    assert audit.formula is None
+    model, given = uneven(build(**SEQUENCE).train()), batch(UNEVEN_PADDING)
+    logits: dict[int, torch.Tensor] = {}
+    for layer, block in blocks(model).items():
+        block.router.register_forward_hook(
+            lambda router, args, _, n=layer: logits.update({n: router.gating(args[0]).detach()})
+        )
+    loss = loss_of(model, "seq_load_balancing_loss", COEFFICIENT)
+    value = loss(model(**given))
+    assert value is not None
+    real_SB = ~given["padding_mask"].T
+    real_B = real_SB.sum(0)
+    expected = torch.zeros(())
+    for of in logits.values():
+        p_SBE = of.softmax(-1) * real_SB[..., None]
+        hot_SBE = torch.zeros_like(of).scatter(2, of.topk(2).indices, 1) * real_SB[..., None]
+        f_BE, p_BE = hot_SBE.sum(0) / (2 * real_B[:, None]), p_SBE.sum(0) / real_B[:, None]
+        of_each_B = EXPERTS * (f_BE * p_BE).sum(1)
+        expected += (of_each_B * (real_B / real_B.float().mean()) ** 2).mean()
+    torch.testing.assert_close(value, COEFFICIENT * expected)
+    assert "in no fixed ratio to a published formula" in text(audit, "loss_unknown")
+    audit_row("megatron-core", "seq_aux_loss, rows with more and with less padding", audit)
+
+
+def test_an_expert_bias_and_padding_fail() -> None:
+    """https://github.com/NVIDIA/Megatron-LM/issues/6111: where it is mended, this can go."""
+    with pytest.raises(RuntimeError, match="must match the size of tensor b"):
+        audited("aux_loss, sigmoid, groups, selection bias", UNEVEN_PADDING)
+
+
+def test_bugs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = moe_utils.MoEAuxLossAutoScaler
+    scaler.set_loss_scale(torch.tensor(2.0))  # which schedules set for each microbatch
+    doubled = audited("aux_loss")
+    assert "has the value of the formula, and 2 times its gradient" in text(
+        doubled, "loss_gradient"
+    )
+    scaler.set_loss_scale(torch.tensor(1.0))
+    routing = TopKRouter.routing
+    # as it was: https://github.com/NVIDIA/Megatron-LM/issues/1984
+    monkeypatch.setattr(TopKRouter, "routing", lambda self, logits, **_: routing(self, logits))
+    padded = audited("aux_loss")
+    assert "Padding is counted" in text(padded, "loss_padding")
+    assert not text(padded, "loss_gradient")

@@ -11,12 +11,16 @@ import torch
 
 pytest.importorskip("olmo_core", reason="make test-frameworks installs it")
 
+from olmo_core.nn.moe import moe
+from olmo_core.nn.moe.loss import MoELoadBalancingLossGranularity
 from olmo_core.nn.moe.router import MoERouterConfig, MoERouterGatingFunction
 from olmo_core.nn.transformer.config import TransformerActivationCheckpointingMode
 
 import moe_inspect
+from moe_inspect.training import LossAudit, audit_loss
+from moe_inspect.training.formulas import Formula
 from tests.frameworks import ranks
-from tests.frameworks.conftest import Check
+from tests.frameworks.conftest import Check, Row
 from tests.frameworks.olmo_core_models import (
     LAYERS,
     B,
@@ -24,13 +28,14 @@ from tests.frameworks.olmo_core_models import (
     blocks,
     build,
     inputs,
+    loss_of,
     on_a_cpu,
     routers,
     run_expert,
     train_on_rank,
     watch,
 )
-from tests.frameworks.truth import compare
+from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
 
 DECISIONS = LAYERS * B * S
 SIGMOID = MoERouterConfig(
@@ -80,9 +85,11 @@ def test_training_steps(name: str, tmp_path: Path, check: Check) -> None:
 def test_a_forward_pass_and_its_weights(tmp_path: Path, check: Check) -> None:
     model, ids_BS = build(dropless=True).eval(), inputs()
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
+    recording = moe_inspect.record(model, tmp_path / "t", logits=True)
+    with recording, torch.no_grad(), watched.forward():
         model(ids_BS)
     trace = moe_inspect.open_trace(tmp_path / "t")
+    assert_chosen_by_logits(trace)
     found = compare(trace, watched.passes, ids_BS, run=partial(run_expert, model))
     check("ai2-olmo-core", "dropless, forward", found, DECISIONS)
 
@@ -142,3 +149,119 @@ def test_two_ranks(parallel: str, tmp_path: Path, check: Check) -> None:
     ranks.run(train_on_rank, tmp_path, parallel)
     run = f"dropless, training step, 2 ranks, {parallel}"
     check("ai2-olmo-core", run, ranks.compare_all(tmp_path), ranks.WORLD * DECISIONS)
+
+
+# --- the balancing loss, by audit_loss
+
+COEFFICIENT = {"load balancing loss": 0.01, "router Z loss": 0.001}
+SHARE = "sigmoid, scaled to sum to 1"
+# the options of a model, the metric that holds its loss, and the formula
+LOSSES: dict[str, tuple[dict[str, Any], str, Formula]] = {
+    "lb_loss": ({"dropless": True}, "load balancing loss", Formula("router", padding=True)),
+    "lb_loss of each instance": (
+        {"dropless": True},
+        "load balancing loss",
+        Formula("sequence", padding=True),
+    ),
+    "lb_loss, capacity 1": (
+        {"dropless": False, "capacity_factor": 1.0},
+        "load balancing loss",
+        Formula("router", padding=True),
+    ),
+    "lb_loss, sigmoid, selection bias": (
+        {"dropless": True, "router": SIGMOID},
+        "load balancing loss",
+        Formula("router", SHARE, padding=True),
+    ),
+    "z-loss": ({"dropless": True}, "router Z loss", Formula("z", padding=True)),
+}
+PAD = 1
+
+
+def made(loss: str) -> Any:
+    """With this loss alone, as a formula is told of one at a time."""
+    options, metric, _ = LOSSES[loss]
+    model = uneven(build(**options).train())
+    for router in routers(model).values():
+        if metric == "router Z loss":
+            router.lb_loss_weight = None
+        else:
+            router.z_loss_weight = None
+        if "instance" in loss:
+            router.lb_loss_granularity = MoELoadBalancingLossGranularity.instance
+    return model
+
+
+def audited(loss: str, model: Any = None, **given: Any) -> LossAudit:
+    options, metric, _ = LOSSES[loss]
+    model = model or made(loss)
+    ids_BS = torch.randint(2, 512, (6, 24), generator=torch.Generator().manual_seed(7))
+    ids_BS[1, 17:] = ids_BS[3, 20:] = PAD
+
+    def inputs(_: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """It is told of no padding, and the audit is."""
+        ids_BS = kwargs["input_ids"]
+        return {"input_ids": ids_BS, "attention_mask": ids_BS != PAD}
+
+    return audit_loss(
+        model,
+        {"input_ids": ids_BS, **given},
+        loss_of(model, metric),
+        coefficient=COEFFICIENT[metric],
+        update=model.post_batch if options.get("router") is SIGMOID else None,
+        inputs=inputs,
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_which_formula_a_loss_is(loss: str, audit_row: Row) -> None:
+    """Each weight is divided by the number of layers: the sum of them is a mean."""
+    audit, (_, metric, formula) = audited(loss), LOSSES[loss]
+    assert (audit.formula, audit.either) == (formula, [])
+    assert audit.factor == pytest.approx(COEFFICIENT[metric], rel=1e-4)
+    said = f"1 × the coefficient {COEFFICIENT[metric]:g}: as published"
+    assert said in text(audit, "loss_formula")
+    assert {f.kind for f in audit.findings if f.severity == "warning"} == {"loss_padding"}
+    if "bias" in loss:
+        assert "idle experts, by 0.001." in text(audit, "loss_bias_update")
+        assert "steers the choice, and no gate weight" in text(audit, "loss_bias")
+    audit_row("ai2-olmo-core", loss, audit, COEFFICIENT[metric])
+
+
+def divides_as_the_trainer(model: Any) -> None:
+    """TransformerTrainModule gives the number of labels that are not ignored."""
+
+    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        n = (kwargs["labels"] != -100).sum()
+        return args, {**kwargs, "loss_reduction": "sum", "loss_div_factor": n}
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def test_labels_that_are_ignored_scale_the_loss(audit_row: Row) -> None:
+    """The sum over all tokens is divided by the tokens of the language loss."""
+    model, labels_BS = made("lb_loss"), torch.zeros(6, 24, dtype=torch.long)
+    divides_as_the_trainer(model)
+    labels_BS[:, :18] = -100  # a prompt
+    audit = audited("lb_loss", model, labels=labels_BS)
+    assert audit.formula == Formula("router", padding=True)
+    assert audit.factor == pytest.approx(0.01 * 24 / 6, rel=1e-4)
+    assert "4 × the coefficient 0.01" in text(audit, "loss_formula")
+    audit_row("ai2-olmo-core", "lb_loss as trained, 3/4 of the labels ignored", audit, 0.01)
+    model = made("lb_loss")
+    divides_as_the_trainer(model)
+    labels_BS[3:, :18] = 0  # of half of the rows there is no prompt
+    assert "in no fixed ratio" in text(audited("lb_loss", model, labels=labels_BS), "loss_unknown")
+
+
+def test_bugs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = moe.attach_auxiliary_loss
+    monkeypatch.setattr(moe, "attach_auxiliary_loss", lambda x, loss: attach(x, 2 * loss))
+    assert "and 2 times its gradient" in text(audited("lb_loss"), "loss_gradient")
+    monkeypatch.setattr(moe, "attach_auxiliary_loss", lambda x, loss: x)
+    assert "It moves nothing" in text(audited("lb_loss"), "loss_no_gradient")
+    model = made("lb_loss, sigmoid, selection bias")
+    for router in routers(model).values():
+        router.bias_gamma = -1e-3
+    audit = audited("lb_loss, sigmoid, selection bias", model)
+    assert "busy experts in layers 0-3: its sign is wrong" in text(audit, "loss_bias_update")

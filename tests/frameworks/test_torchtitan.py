@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("torchtitan", reason="make test-frameworks installs it")
 
+from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.distributed import activation_checkpoint
 
 import moe_inspect
+from moe_inspect.training import audit_loss
 from tests.frameworks import ranks
-from tests.frameworks.conftest import Check
+from tests.frameworks.conftest import Check, Row
 from tests.frameworks.torchtitan_models import (
     LAYERS,
     MODELS,
@@ -27,7 +31,7 @@ from tests.frameworks.torchtitan_models import (
     train_on_rank,
     watch,
 )
-from tests.frameworks.truth import compare
+from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
 
 MOE_LAYERS = {"qwen3": LAYERS, "deepseek_v3": LAYERS - 1, "gpt_oss": LAYERS}
 # its grouped products are in bfloat16, which has 8 bits
@@ -38,7 +42,8 @@ BF16 = 2**-7
 def test_a_forward_pass(name: str, tmp_path: Path, check: Check) -> None:
     model, (ids_BS, positions_BS) = build(name).eval(), inputs()
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
+    recording = moe_inspect.record(model, tmp_path / "t", logits=True)
+    with recording, torch.no_grad(), watched.forward():
         model(ids_BS, positions_BS)
     trace = moe_inspect.open_trace(tmp_path / "t")
     found = compare(
@@ -50,6 +55,8 @@ def test_a_forward_pass(name: str, tmp_path: Path, check: Check) -> None:
     )
     check("torchtitan", f"{name}, forward", found, MOE_LAYERS[name] * B * S, BF16)
     assert trace.tokens().document.nunique() == B + 1  # the second row holds two
+    if name == "qwen3":  # of which no bias changes the choice
+        assert_chosen_by_logits(trace)
     router, moe = trace.routers[0], next(iter(blocks(model).values()))
     assert (router.experts, router.top_k) == (moe.router.num_experts, moe.router.top_k)
     assert router.scoring == moe.router.score_func
@@ -119,3 +126,31 @@ def test_two_ranks(parallel: str, tmp_path: Path, check: Check) -> None:
         ranks.compare_all(tmp_path),
         ranks.WORLD * MOE_LAYERS["deepseek_v3"] * B * S,
     )
+
+
+# --- the balancing of torchtitan, by audit_loss
+
+
+@pytest.mark.parametrize("rate", [1e-3, -1e-3])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_update_of_the_selection_bias(name: str, rate: float, audit_row: Row) -> None:
+    """There is no balancing loss. The update is a hook before a step of the optimizer."""
+    model = uneven(build(name).train())
+    for moe in blocks(model).values():
+        moe.load_balance_coeff = rate
+    alone: Any = SimpleNamespace(ep_enabled=False, tp=1, get_optional_mesh=lambda _: None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    register_moe_load_balancing_hook(optimizer, [model], alone)
+    ids_BS = torch.randint(0, 2048, (6, 24), generator=torch.Generator().manual_seed(7))
+    given = (ids_BS, torch.arange(24).expand(6, 24).clone())
+    audit = audit_loss(model, given, update=optimizer.step)
+    assert "The model reports no balancing loss" in text(audit, "loss_none")
+    assert "steers the choice, and no gate weight" in text(audit, "loss_bias")
+    (found,) = [f for f in audit.findings if f.kind == "loss_bias_update"]
+    assert ("its sign is wrong" in found.text) == (rate < 0)
+    if rate > 0:
+        # of each layer the mean of the steps, which are ± the rate, is taken from all of them
+        low, high = found.values["low"], found.values["high"]
+        assert 0 < low < 1.001 * rate < 1.002 * high < 2 * rate
+        assert (high > 1.1 * rate) == (name != "deepseek_v3")  # half of its experts are idle
+        audit_row("torchtitan", f"{name}: selection bias alone", audit)

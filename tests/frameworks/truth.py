@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import moe_inspect
+from moe_inspect.training import LossAudit
 
 WEIGHT_ERROR = 2**-10  # relative: a trace keeps gate weights as fp16 does
 
@@ -49,6 +51,19 @@ class Block:
                 if weight != 0:  # a row of weight 0 fills an expert up to its capacity
                     found[token][expert] = weight
         return found
+
+
+def uneven(model: nn.Module, times: float = 20) -> nn.Module:
+    """The model with larger router weights, as new ones are so small that every load is even."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter *= times
+    return model
+
+
+def text(audit: LossAudit, kind: str) -> str:
+    return " ".join(f.text for f in audit.findings if f.kind == kind)
 
 
 def bits(row: Tensor) -> bytes:
@@ -141,6 +156,17 @@ def _rows(output: Any, sequence_first: bool = False) -> Tensor:
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def assert_chosen_by_logits(trace: moe_inspect.Trace) -> None:
+    """The experts of each decision are those of its largest router logits."""
+    for router in trace.routers:
+        logits_TE = np.stack(trace.logits(layer=router.layer)["logits"].to_list()).astype(float)
+        ids_TK = trace.routing(layer=router.layer).filter(regex="^expert_").to_numpy().astype(int)
+        lowest_T = np.take_along_axis(logits_TE, ids_TK, 1).min(1)
+        np.put_along_axis(logits_TE, ids_TK, -np.inf, 1)
+        assert (lowest_T >= logits_TE.max(1) - 1e-3).all()  # a trace has them in float16
+        assert (lowest_T > logits_TE.max(1)).mean() > 0.9
 
 
 @dataclass

@@ -74,7 +74,7 @@ class RouterSpec:
     scoring: str | Callable[[Called], str] = ""
     shared_experts: int | Callable[[Called], int | None] | None = None
     replace: Callable[..., Called] | None = None
-    drops: bool = False
+    drops: bool | Callable[[Called], bool] = False
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -196,6 +196,7 @@ SPECS = [
     RouterSpec(
         module="torchtitan.models.common.moe.TokenChoiceTopKRouter",
         choice=weights_first,
+        logits=lambda router, args, *_: local(router.gate(args[0])),
         scoring=lambda router: router.score_func,
     ),
     RouterSpec(
@@ -205,18 +206,21 @@ SPECS = [
         layer=lambda path, router: router.layer_number - 1,
         order="sb",
         rows=megatron_rows,
-        drops=True,
+        logits=lambda router, args, *_: router.gating(args[0]),
+        drops=lambda router: router.config.moe_expert_capacity_factor is not None,
         scoring=lambda r: "sinkhorn" if r.routing_type == "sinkhorn" else r.score_function,
     ),
     RouterSpec(
         module="olmo_core.nn.moe.router.MoERouter",
         choice=weights_first,
+        logits=lambda router, args, *_: router.get_expert_logits(args[0]),
         scoring=lambda router: str(router.gating_function),
     ),
     RouterSpec(
         # MoERouterV2; another one of this class weighs the shared experts
         module="**.routed_experts_router",
         choice=weights_first,
+        logits=lambda router, args, *_: router.get_expert_logits(args[0]),
         scoring=lambda router: str(router.gating_function),
     ),
     RouterSpec(
