@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import socket
 import time
 import zlib
 from collections.abc import Callable, Sequence, Set
@@ -236,6 +237,8 @@ class StepRecorder:
             refused = f"{type(error).__name__}: {first_line(error)}"
         state = {
             "rank": self.rank,
+            "trace": None if self.settings.trace is None else str(self.settings.trace),
+            "host": socket.gethostname(),
             "on": self.on and self.link.error is None,
             "sample": self.sample if self.settings.trace is not None else 0.0,
             "metrics": self.counting,
