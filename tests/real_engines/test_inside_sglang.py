@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from tests.real_engines.server import BIN, ENGINES
 from tests.real_engines.test_inside_vllm import (
     Asked,
     Property,
+    as_locally,
     check_rows,
     closed_in,
     compared,
@@ -125,6 +127,23 @@ def test_every_decision(
     run = "off and on" if options else "off and on, overlap schedule"
     row = f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |"
     record_property("plugin-sglang", row)
+
+
+def test_serve_trace_takes_what_the_plugin_records(
+    corpus: Path, tmp_path: Path, record_property: Property
+) -> None:
+    """Of an engine that it starts with no variable of ours, behind a radix cache."""
+    model = save("bundled Mixtral", tmp_path / "model", ENGINES["sglang"].tied)
+    start = [sys.executable, "-m", "moe_inspect", "serve-trace", "--data", str(corpus)]
+    start += ["--generate", "16", "-o", str(tmp_path / "t"), "--", sys.executable, "-m"]
+    start += ["sglang.launch_server", "--device", "cpu", "--model-path", str(model), *OPTIONS]
+    path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, **ENGINES["sglang"].environment, **path}
+    done = subprocess.run(start, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokens, equal, total = as_locally(tmp_path / "t", model, corpus)
+    row = f"| SGLang {version('sglang')} | bundled Mixtral | a corpus, by `serve-trace` |"
+    record_property("plugin-sglang", f"{row} {tokens:,} | {equal:,} of {total:,} |")
 
 
 def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig as Config
 
 FLAG = "--enable-return-routed-experts"  # of both engines
+NOTHING_TBK = np.zeros((0, 0, 0), np.int64)
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ class RoutedAnswer:
 @dataclass(frozen=True)
 class Reply:
     """An unchecked response: the prompt it repeats, the generated tokens, the finish reason and the
-    routing [T, B, K], unless it is recorded inside the engine."""
+    routing [T, B, K], of no tokens where it is recorded inside the engine."""
 
     prompt_ids: object
     prompt_tokens: object
     token_ids: object
     finish: object
-    routed_TBK: np.ndarray | None
+    routed_TBK: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _vllm_read(answer: Json, served: Served) -> Reply:
     choice, usage = choices[0], answer.get("usage")
     fed = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     made, finish = choice.get("token_ids"), choice.get("finish_reason")
-    routed_TBK = None
+    routed_TBK = NOTHING_TBK
     if not served.inside:
         encoded = _present(choice.get("routed_experts"), "choices[0].routed_experts", "vllm serve")
         routed_TBK = decode_vllm(encoded, "routed_experts")
@@ -159,7 +160,7 @@ def _sglang_read(answer: Json, served: Served) -> Reply:
     fed, made = facts.get("prompt_tokens"), answer.get("output_ids")
     finish = facts.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, dict) else finish
-    routed_TBK = None
+    routed_TBK = NOTHING_TBK
     if not served.inside:
         field, command = "meta_info.routed_experts", "sglang.launch_server"
         encoded = _present(facts.get("routed_experts"), field, command)
@@ -229,7 +230,7 @@ def read_answer(
             f"{len(made)} of {request.max_tokens} tokens were generated, and it ended by "
             f"{reply.finish!r}"
         )
-    if reply.routed_TBK is None:
+    if served.inside:
         return RoutedAnswer(np.array(made, np.int32), [])
     (rows, _, K), expected = reply.routed_TBK.shape, P + len(made) - 1
     if rows != expected:
