@@ -10,6 +10,7 @@ import pickle
 import queue
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,7 +43,7 @@ from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.watch import follow
-from moe_inspect.watch.follow import News, Piece
+from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.in_engine import EngineMetrics
 from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
@@ -700,6 +701,34 @@ def test_watch_goes_on_with_the_trace_that_follows(
     session.update()
     assert session.is_over
     assert session.watched.status == "complete"
+
+
+def test_watch_of_a_copy_ends_though_its_successor_is_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a trace that another host wrote, unless it was seen while it was written."""
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    settings = Settings(tmp_path / "runs")
+    engine, traces = Engine(settings), Traces(about(settings), describe)
+
+    def step(first: int) -> None:
+        engine.step(("a", first, first + 10))
+        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.catch_up(wait=True)
+
+    step(0)
+    (path,) = (tmp_path / "runs").iterdir()
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    live = Follower(path)
+    assert live.poll().status == "recording"
+    traces.most_bytes = 0
+    step(10)
+    assert [live.poll().status for _ in range(3)] == ["recording"] * 3
+    session = WatchSession(path, WatchOptions())
+    for _ in range(3):
+        session.update()
+    assert session.is_over
+    assert (session.watched.tokens, session.watched.status) == (20, "complete")
 
 
 def test_ranks_are_merged(tmp_path: Path) -> None:
