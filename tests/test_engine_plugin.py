@@ -30,7 +30,7 @@ import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from moe_inspect import Trace, merge, open_trace, verify
-from moe_inspect.capture.engine import sglang, sidecar, vllm
+from moe_inspect.capture.engine import rows, sglang, sidecar, vllm
 from moe_inspect.capture.engine.control import tell
 from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
@@ -647,6 +647,38 @@ def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: b
     (graph,) = graphs
     calls = [node for node in graph.graph.nodes if "keep_rows" in str(node.target)]
     assert len(calls) == L
+
+
+def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the forward pass. The step is not recorded."""
+    engine = Engine(Settings(tmp_path))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def router(logits_NE: torch.Tensor) -> torch.Tensor:
+        weights, ids = logits_NE.softmax(1).topk(K)
+        engine.rows.keep(0, ids, weights, logits_NE)
+        return weights.sum(1)
+
+    logits_NE = torch.randn(5, E)
+    router(logits_NE)
+    engine.step(("a", 0, 10))
+    assert engine.recorder.command("status")["error"] is None
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "keep_torch", fails)
+        assert router(logits_NE).shape == (5,)
+    engine.step(("a", 10, 11))
+    state = engine.recorder.command("status")
+    assert (state["on"], state["error"]) == (False, "RuntimeError: no kernel")
+    assert engine.recorder.command("on")["error"] is None
+    engine.step(("a", 11, 12))
+    steps = engine.recorder.link.taken()  # type: ignore[attr-defined]
+    assert [int(step.positions[0]) for step in steps] == [0, 11]
 
 
 def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:

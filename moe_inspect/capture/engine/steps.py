@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.engine.rows import Rows
+from moe_inspect.capture.engine.rows import FAULTS, Rows
 from moe_inspect.capture.engine.settings import Settings, share
 from moe_inspect.capture.engine.step import Step
 from moe_inspect.text import first_line
@@ -130,6 +130,8 @@ class StepRecorder:
         self.steps += 1
         try:
             self._release()
+            if FAULTS:
+                raise FAULTS.pop()
             if self._live and ended:
                 self._ended |= ended & self._live
                 self._live -= ended
