@@ -709,6 +709,27 @@ def test_a_trace_that_is_large_is_followed_by_the_next_and_the_oldest_deleted(
     assert held(traces[1]) == {k: v for k, v in engine.expected.items() if k in held(traces[1])}
 
 
+def test_what_is_dropped_behind_the_last_trace_is_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    settings = Settings(tmp_path, max_gb=1e-6, queue_mb=0.001)
+    engine = Engine(settings)
+    traces = Traces(about(settings), describe)
+    engine.step(("a", 0, 10))
+    traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+    traces.catch_up(wait=True)
+    engine.step(("a", 10, 60), expect=False)
+    assert engine.recorder.dropped == 50 * L
+    assert not engine.recorder.link.taken()  # type: ignore[attr-defined]
+    traces.note_dropped(engine.recorder.dropped)
+    traces.close("complete")
+    first, last = map(fine, traces.paths)
+    assert first.manifest["capture"]["followed_by"] == Path(last.path).name
+    dropped = [trace.manifest["counts"]["dropped"] for trace in (first, last)]
+    assert (dropped, last.n_tokens) == ([0, 50 * L], 0)
+
+
 def test_watch_goes_on_with_the_trace_that_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

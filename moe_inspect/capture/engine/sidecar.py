@@ -250,7 +250,10 @@ class Traces:
                     self._next()
 
     def note_dropped(self, dropped: int) -> None:
-        """In all, since the writer began, minus those that its earlier traces state."""
+        """In all, since the writer began, minus those that its earlier traces state. At the end
+        there may be no trace for them: one begins that has nothing else."""
+        if self.writer is None and dropped > self.dropped:
+            self.writer = self._open()
         if self.writer is not None:
             self.writer.dropped = dropped - self.dropped
 
