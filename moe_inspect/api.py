@@ -281,7 +281,8 @@ def trace_engine(
 ) -> Trace:
     """Sends a corpus to a serving engine and writes the routed experts that it returns as a trace
     at `out`: the trace that `trace_model` would write of the same model, without gate weights,
-    which engines do not return.
+    which engines do not return. Where the plugin inside the engine records, in a directory that
+    can be read here, it is its decisions that are written, with gate weights.
 
     url           of the server, http://HOST:PORT
     out           directory of the trace, or its URL (s3://…)

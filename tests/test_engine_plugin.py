@@ -10,6 +10,7 @@ import pickle
 import queue
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from moe_inspect import Trace, merge, open_trace, verify
-from moe_inspect.capture.engine import sglang, sidecar, vllm
+from moe_inspect.capture.engine import rows, sglang, sidecar, vllm
 from moe_inspect.capture.engine.control import tell
 from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
@@ -42,7 +43,7 @@ from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.watch import follow
-from moe_inspect.watch.follow import News, Piece
+from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.in_engine import EngineMetrics
 from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
@@ -680,6 +681,38 @@ def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: b
     assert len(calls) == L
 
 
+def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the forward pass. The step is not recorded."""
+    engine = Engine(Settings(tmp_path))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def router(logits_NE: torch.Tensor) -> torch.Tensor:
+        weights, ids = logits_NE.softmax(1).topk(K)
+        engine.rows.keep(0, ids, weights, logits_NE)
+        return weights.sum(1)
+
+    logits_NE = torch.randn(5, E)
+    router(logits_NE)
+    engine.step(("a", 0, 10))
+    assert engine.recorder.command("status")["error"] is None
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "keep_torch", fails)
+        assert router(logits_NE).shape == (5,)
+    engine.step(("a", 10, 11))
+    state = engine.recorder.command("status")
+    assert (state["on"], state["error"]) == (False, "RuntimeError: no kernel")
+    assert engine.recorder.command("on")["error"] is None
+    engine.step(("a", 11, 12))
+    steps = engine.recorder.link.taken()  # type: ignore[attr-defined]
+    assert [int(step.positions[0]) for step in steps] == [0, 11]
+
+
 def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:
     """Twice 4 × k bytes per token and layer, with logits 2 × experts more; and little beside."""
     for logits, per_decision in ((False, 4 * K), (True, 4 * K + 2 * E)):
@@ -708,6 +741,27 @@ def test_a_trace_that_is_large_is_followed_by_the_next_and_the_oldest_deleted(
     assert held(traces[1]) == {k: v for k, v in engine.expected.items() if k in held(traces[1])}
 
 
+def test_what_is_dropped_behind_the_last_trace_is_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    settings = Settings(tmp_path, max_gb=1e-6, queue_mb=0.001)
+    engine = Engine(settings)
+    traces = Traces(about(settings), describe)
+    engine.step(("a", 0, 10))
+    traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+    traces.catch_up(wait=True)
+    engine.step(("a", 10, 60), expect=False)
+    assert engine.recorder.dropped == 50 * L
+    assert not engine.recorder.link.taken()  # type: ignore[attr-defined]
+    traces.note_dropped(engine.recorder.dropped)
+    traces.close("complete")
+    first, last = map(fine, traces.paths)
+    assert first.manifest["capture"]["followed_by"] == Path(last.path).name
+    dropped = [trace.manifest["counts"]["dropped"] for trace in (first, last)]
+    assert (dropped, last.n_tokens) == ([0, 50 * L], 0)
+
+
 def test_watch_goes_on_with_the_trace_that_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -732,6 +786,34 @@ def test_watch_goes_on_with_the_trace_that_follows(
     session.update()
     assert session.is_over
     assert session.watched.status == "complete"
+
+
+def test_watch_of_a_copy_ends_though_its_successor_is_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a trace that another host wrote, unless it was seen while it was written."""
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    settings = Settings(tmp_path / "runs")
+    engine, traces = Engine(settings), Traces(about(settings), describe)
+
+    def step(first: int) -> None:
+        engine.step(("a", first, first + 10))
+        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.catch_up(wait=True)
+
+    step(0)
+    (path,) = (tmp_path / "runs").iterdir()
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    live = Follower(path)
+    assert live.poll().status == "recording"
+    traces.most_bytes = 0
+    step(10)
+    assert [live.poll().status for _ in range(3)] == ["recording"] * 3
+    session = WatchSession(path, WatchOptions())
+    for _ in range(3):
+        session.update()
+    assert session.is_over
+    assert (session.watched.tokens, session.watched.status) == (20, "complete")
 
 
 def test_ranks_are_merged(tmp_path: Path) -> None:

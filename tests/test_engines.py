@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 
 import moe_inspect
+from moe_inspect.capture import inside
 from moe_inspect.capture.corpus.plan import reserved_for_engines
+from moe_inspect.capture.engine import sidecar
 from moe_inspect.capture.server import client as engine_http
 from moe_inspect.capture.server.protocols import ENGINES
 from moe_inspect.capture.server.run import _without_secrets
@@ -38,6 +40,7 @@ from tests.support.engine import (
     decisions,
     serving,
 )
+from tests.support.engine_plugin import WEIGHTS, WithPlugin
 from tests.test_cli_trace import save, write_jsonl
 
 Traced = Callable[..., moe_inspect.Trace]
@@ -109,6 +112,90 @@ def test_every_row_is_what_the_server_decided(engine: str, generate: int, traced
     assert capture["server"]["version"] == {"vllm": "0.33.0", "sglang": "0.5.23"}[engine]
     assert not capture["weights"]
     assert "weight_0" not in trace.routing()
+
+
+# --- recorded by the plugin inside the engine
+
+
+@pytest.fixture
+def committed_at_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sidecar, "COMMIT_S", 0.02)
+    monkeypatch.setattr(inside, "LOOK_S", 0.02)
+
+
+def check_weights(trace: moe_inspect.Trace) -> None:
+    found = trace.routing()[[f"weight_{j}" for j in range(K)]].to_numpy()
+    assert (found == np.array(WEIGHTS)).all()
+
+
+@pytest.mark.usefixtures("committed_at_once")
+@pytest.mark.parametrize(("engine", "text"), [("vllm", True), ("vllm", False), ("sglang", True)])
+def test_what_the_plugin_records_of_these_requests_is_the_trace(
+    engine: str, text: bool, model: str, traced: Traced, tmp_path: Path, capsys: Any
+) -> None:
+    """The tokens, documents and batches that a trace through the server has, and weights too.
+    Others' requests, and what was computed again or ahead, are left out."""
+    without = traced(Server(), "without", engine=engine, generate=5)
+    server = WithPlugin(tmp_path / "runs", model, sglang=engine == "sglang", text=text)
+    server.delay_s = lambda n: 0.02 * (n % 3 == 0)
+    trace = traced(server, engine=engine, generate=5)
+    assert "not used" not in capsys.readouterr().err
+    check_rows(trace)
+    check_weights(trace)
+    assert trace.tokens().equals(without.tokens())
+    assert trace.documents().equals(without.documents())
+    assert moe_inspect.verify(tmp_path / "t").ok
+    assert trace.manifest["capture"]["weight_dtype"] == "float16"
+    assert not any("routed" in name for _, body in server.requests for name in body)
+    (run,) = (tmp_path / "runs").iterdir()
+    others = set(moe_inspect.open_trace(run).documents().source)
+    assert sum(name.startswith("another-") for name in others) == len(server.requests)
+
+
+@pytest.mark.usefixtures("committed_at_once")
+def test_a_row_that_the_plugin_dropped_is_one_line_and_resumed(
+    model: str, traced: Traced, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(inside, "LOST_S", 1.0)
+    usual = {"concurrency": 1, "commit_every": 0.001, "max_tokens": 1000}
+    server = WithPlugin(tmp_path / "runs", model, lost=16)
+    with pytest.raises(MoeInspectError, match=r"runs lack rows of sequence \d+ .*--resume"):
+        traced(server, **usual)
+    kept = moe_inspect.open_trace(tmp_path / "t").n_tokens
+    with pytest.raises(MoeInspectError, match="was made with weights True, not None"):
+        traced(Server(), resume=True, **usual)
+    server.lost = None
+    trace = traced(server, resume=True, **usual)
+    assert 0 < kept < trace.n_tokens
+    check_rows(trace)
+    check_weights(trace)
+
+
+UNUSED = {
+    "it is switched off": {"on": False},
+    "it has stopped: the disk is full": {"on": False, "error": "the disk is full"},
+    "it records a share of 0.5 of the requests": {"sample": 0.5},
+    "MOE_INSPECT_TRACE is not set in the engine": {"trace": None},
+    "is of elsewhere, which is another host": {"host": "elsewhere"},
+    "runs/gone, which cannot be read here": {"trace": "runs/gone"},
+    "no MoE layer": {"refused": "no MoE layer"},
+}
+
+
+@pytest.mark.parametrize("why", UNUSED)
+def test_where_the_plugin_does_not_do_the_server_is_asked(
+    why: str, model: str, traced: Traced, tmp_path: Path, capsys: Any
+) -> None:
+    server = Server()
+    state = WithPlugin(tmp_path / "runs", model).state | UNUSED[why]
+    known = server.about
+    server.about = lambda path: {"engines": [state]} if path == "/v1/moe_inspect" else known(path)
+    trace = traced(server, max_tokens=300)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert why.replace("is of", "of") in said
+    assert said.endswith("the trace has what the server returns, without gate weights")
+    check_rows(trace)
+    assert not trace.has_weights
 
 
 def test_the_default_length_fits_every_engine() -> None:

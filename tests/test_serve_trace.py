@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 import moe_inspect
+from moe_inspect.capture.inside import recording_inside
 from moe_inspect.capture.server import client, keeper, serve
 from moe_inspect.capture.server.serve import read_command
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli
 from tests.support.engine import KEY
 from tests.test_cli_trace import save
-from tests.test_engines import check_rows
+from tests.test_engines import check_rows, check_weights
 
 Does = Callable[..., None]
 CORPUS = ("--max-tokens", 1000, "--max-length", 60, "--batch-tokens", 300)
@@ -105,6 +106,24 @@ def test_the_engine_is_started_traced_and_stopped(
     assert KEY not in (tmp_path / "runs/t/trace.json").read_text() + done.stderr
     shown = " ".join(trace.manifest["capture"]["command"])
     assert shown.endswith(" --api-key … … --max-model-len 200")
+
+
+def test_an_engine_with_the_plugin_records_for_itself(
+    model: str, does: Does, cli_here: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a directory that is gone afterwards, unless the user has set another."""
+    does(plugin=True)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    cli_here("serve-trace", "-o", "t", *CORPUS, "--", "vllm", "serve", model)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    check_rows(trace)
+    check_weights(trace)
+    assert not any((tmp_path / "tmp").iterdir())
+    assert nobody_is_left(tmp_path)
+    monkeypatch.setenv("MOE_INSPECT_TRACE", str(tmp_path / "own"))
+    with recording_inside() as variables:
+        assert variables == {}
 
 
 def test_what_was_recorded_before_the_engine_died_is_kept_and_resumed(

@@ -157,6 +157,7 @@ class Follower:
         self._ranks: dict[int, _Rank] = {}
         self._no_writer = self._failed = 0
         self._before: TraceHeader | None = None  # which the one that is followed now follows
+        self._seen_recording = False
         self._dropped_before = 0  # of all before it
 
     def poll(self) -> News:
@@ -166,7 +167,8 @@ class Follower:
             self._failed = 0
         except FileNotFoundError:  # no manifest (yet)
             if self._before is not None:  # the next one of an engine begins with its next tokens
-                news.status = RECORDING if is_written_on(self._before) else self._before.status
+                goes_on = is_written_on(self._before, self._seen_recording)
+                news.status = RECORDING if goes_on else self._before.status
             else:
                 news.again, self.header, self._ranks = self.header is not None, None, {}
         except (MoeInspectError, OSError) as error:
@@ -194,6 +196,7 @@ class Follower:
         header, news.again = self._opened()
         # before the shards: of a trace that is complete by now all of them are listed
         news.status = self._status(header)
+        self._seen_recording |= news.status == RECORDING
         listed_of: dict[int, list[ShardFiles]] = {rank: [] for rank in self._ranks}
         for shard in committed_shards(self._at, header.manifest, self._lines):
             listed_of.setdefault(shard.rank, []).append(shard)
@@ -276,12 +279,13 @@ def _dropped(header: TraceHeader | None) -> int:
     return (counts or {}).get("dropped") or 0
 
 
-def is_written_on(header: TraceHeader) -> bool:
+def is_written_on(header: TraceHeader, seen_recording: bool) -> bool:
     """Whether the process that wrote a trace which another follows is still at work, as far as this
-    machine can tell."""
+    machine can tell. `seen_recording`: it was, when the trace was looked at before; a complete one
+    of another host may be a copy."""
     capture = header.manifest["capture"]
     if capture.get("host") != socket.gethostname():
-        return True
+        return seen_recording
     return is_running(capture["pid"], capture.get("process_start")) is not False
 
 

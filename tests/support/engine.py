@@ -28,10 +28,13 @@ LAYERS, EXPERTS, K, DENSE, VOCABULARY, END = 2, 8, 3, 0, 300, 1  # of the tiny D
 KEY = "sesame"
 MODEL_LENGTH = 200
 SAMPLING = "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty"
-OF_VLLM = "model prompt max_tokens return_token_ids routed_experts_prompt_start cache_salt seed"
+OF_VLLM = (
+    "model prompt max_tokens return_token_ids routed_experts_prompt_start cache_salt seed "
+    "request_id"
+)
 OF_SGLANG = (
     "input_ids sampling_params return_routed_experts routed_experts_start_len "
-    "return_prompt_token_ids extra_key"
+    "return_prompt_token_ids extra_key rid"
 )
 FIELDS = {
     "/v1/completions": {*OF_VLLM.split(), *SAMPLING.split()},
@@ -110,7 +113,7 @@ class Server:
             choice |= {"prompt_token_ids": prompt, "routed_experts": encoded(sink.getvalue())}
             return 200, {"choices": [choice], "usage": usage}
         facts = {"finish_reason": {"type": finish}, **usage}
-        if body["return_routed_experts"]:
+        if body.get("return_routed_experts"):
             asked = routed.astype("<i4")[body["routed_experts_start_len"] :]
             facts["routed_experts"] = encoded(asked.tobytes())
         return 200, {"text": "", "output_ids": made, "prompt_token_ids": prompt, "meta_info": facts}
@@ -191,7 +194,7 @@ def main() -> None:
     """Stands in for a program of an engine. ENGINE_DOES: `starts_s`, how long it takes to listen;
     `dies`, what it says before it ends with code 3; `pids`, a file for its process id and that of a
     process that it starts in a session of its own; both take no SIGTERM where `stubborn`; `after`:
-    at which request it is killed."""
+    at which request it is killed; `plugin`: it has the plugin."""
     does: dict[str, Any] = json.loads(os.environ.get("ENGINE_DOES", "{}"))
     print("called with", *sys.argv[1:], flush=True)
     if does.get("stubborn"):
@@ -204,6 +207,10 @@ def main() -> None:
         sys.exit(3)
     time.sleep(does.get("starts_s", 0))
     server = Server()
+    if does.get("plugin"):
+        from tests.support import engine_plugin  # which takes seconds to import
+
+        server = engine_plugin.started(Path(os.environ["MOE_INSPECT_TRACE"]), sys.argv[2])
     server.key = does.get("key")
     if "--enable-return-routed-experts" not in sys.argv:
         server.edit = lambda answer: answer["choices"][0].pop("routed_experts")

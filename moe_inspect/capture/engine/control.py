@@ -18,19 +18,26 @@ TIMEOUT_S = 60.0  # workers answer between two steps
 def tell(url: str, command: str, value: str = "", api_key: str | None = None) -> list[Any]:
     """How each engine behind the server is, one for each rank of data parallelism: plain JSON
     objects. MoeInspectError where there is no plugin, or one of them refuses."""
-    return asyncio.run(_tell(url, command, value, api_key))
 
-
-async def _tell(url: str, command: str, value: str, api_key: str | None) -> list[Any]:
-    async with client(url, api_key, TIMEOUT_S, 1) as http:
-        body = {"command": command, "value": value} if command != "status" else None
-        answer = await ask_once(http, PATH, body, TIMEOUT_S)
-        engines = answer.get("engines") if answer is not None else None
-        if answer is None and (engines := await _of_sglang(http, command, value)) is None:
+    async def once() -> list[Any]:
+        async with client(url, api_key, TIMEOUT_S, 1) as http:
+            if (engines := await tell_by(http, command, value)) is not None:
+                return engines
             raise MoeInspectError(
                 f"{http.base_url} has no {PATH}: start the engine with MOE_INSPECT_TRACE=DIR, and "
                 "vLLM with VLLM_PLUGINS=moe_inspect too, in an environment that has moe-inspect"
             )
+
+    return asyncio.run(once())
+
+
+async def tell_by(http: httpx.AsyncClient, command: str, value: str = "") -> list[Any] | None:
+    """As `tell`; None where there is no plugin."""
+    body = {"command": command, "value": value} if command != "status" else None
+    answer = await ask_once(http, PATH, body, TIMEOUT_S)
+    engines = answer.get("engines") if answer is not None else None
+    if answer is None and (engines := await _of_sglang(http, command, value)) is None:
+        return None
     if not (isinstance(engines, list) and engines and all(isinstance(e, dict) for e in engines)):
         raise MoeInspectError(
             f"no engine behind {http.base_url} runs the plugin: was MOE_INSPECT_TRACE set?"

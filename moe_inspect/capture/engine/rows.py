@@ -13,6 +13,7 @@ from __future__ import annotations
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,17 @@ def _copy(rows: Tensor, values: Tensor) -> None:
     rows[:n, :width].copy_(values[:n, :width])
 
 
+FAULTS: list[Exception] = []  # of a compiled graph, until the recorder looks
+
+
+def _keep_in_graph(*given: Any) -> None:
+    """A fault of ours would end the engine's forward pass."""
+    try:
+        _keep(*given)
+    except Exception as error:
+        FAULTS[:] = [error]
+
+
 def keep_torch(
     to_ids: Tensor, to_weights: Tensor | None, ids: Tensor, weights: Tensor | None
 ) -> None:
@@ -158,7 +170,7 @@ def keep_torch(
 
 torch.library.custom_op(
     "moe_inspect::keep_rows",
-    _keep,
+    _keep_in_graph,
     mutates_args=("to_ids", "to_weights", "to_logits"),
     schema="(Tensor(a!) to_ids, Tensor(b!)? to_weights, Tensor(c!)? to_logits, Tensor ids, "
     "Tensor weights, Tensor? logits, int E) -> ()",

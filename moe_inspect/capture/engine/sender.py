@@ -22,6 +22,7 @@ import numpy as np
 
 from moe_inspect.capture.engine.settings import CORES, Settings
 from moe_inspect.capture.engine.steps import Rows, StepRecorder
+from moe_inspect.errors import writing
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
 
@@ -60,7 +61,10 @@ run(chunks, EngineMetrics)
 
 def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRecorder:
     """A recorder, with a process that writes. `about`: what that must know of the engine, its model
-    and the layers."""
+    and the layers. The directory of traces is there before the engine serves."""
+    if settings.trace is not None:
+        with writing(settings.trace):
+            settings.trace.mkdir(parents=True, exist_ok=True)
     facts = {
         **about,
         "version": version(about["engine"]),

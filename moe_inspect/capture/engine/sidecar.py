@@ -27,7 +27,7 @@ import numpy as np
 
 from moe_inspect.capture.engine.described import Described, ask
 from moe_inspect.capture.engine.step import Step
-from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import is_running, process_start
@@ -207,8 +207,6 @@ class Traces:
         self.before, self.before_bytes, self.written_bytes = 0, 0, 0
         self.paths: list[Path] = []
         self.stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{about['rank']}"
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.described = ThreadPoolExecutor(1).submit(describe, about)
         self.waiting: deque[tuple[list[Step], int]] = deque()
         self.waiting_bytes = 0
@@ -252,7 +250,10 @@ class Traces:
                     self._next()
 
     def note_dropped(self, dropped: int) -> None:
-        """In all, since the writer began, minus those that its earlier traces state."""
+        """In all, since the writer began, minus those that its earlier traces state. At the end
+        there may be no trace for them: one begins that has nothing else."""
+        if self.writer is None and dropped > self.dropped:
+            self.writer = self._open()
         if self.writer is not None:
             self.writer.dropped = dropped - self.dropped
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import socket
 import time
 import zlib
 from collections.abc import Callable, Sequence, Set
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.engine.rows import Rows
+from moe_inspect.capture.engine.rows import FAULTS, Rows
 from moe_inspect.capture.engine.settings import Settings, share
 from moe_inspect.capture.engine.step import Step
 from moe_inspect.text import first_line
@@ -129,6 +130,8 @@ class StepRecorder:
         self.steps += 1
         try:
             self._release()
+            if FAULTS:
+                raise FAULTS.pop()
             if self._live and ended:
                 self._ended |= ended & self._live
                 self._live -= ended
@@ -236,6 +239,8 @@ class StepRecorder:
             refused = f"{type(error).__name__}: {first_line(error)}"
         state = {
             "rank": self.rank,
+            "trace": None if self.settings.trace is None else str(self.settings.trace),
+            "host": socket.gethostname(),
             "on": self.on and self.link.error is None,
             "sample": self.sample if self.settings.trace is not None else 0.0,
             "metrics": self.counting,

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig as Config
 
 FLAG = "--enable-return-routed-experts"  # of both engines
+NOTHING_TBK = np.zeros((0, 0, 0), np.int64)
 
 
 @dataclass(frozen=True)
 class Request:
     """One sequence: `ids` int32 [prompt]; the last of the `max_tokens` generated ones is never fed.
-    `salt` gives it its own entries in the engine's prefix cache, so that each of its tokens is
-    computed."""
+    `salt` is its name, and gives it its own entries in the engine's prefix cache, so that each of
+    its tokens is computed."""
 
     ids: np.ndarray
     max_tokens: int
@@ -46,7 +47,8 @@ class Request:
 @dataclass(frozen=True)
 class Served:
     """The model by its config. `name`: as the server calls it; `blocks`: number of layers, dense
-    ones included; `chosen`: indices of the `routers` that are recorded."""
+    ones included; `chosen`: indices of the `routers` that are recorded; `inside`: whether this is
+    done inside the engine, so that the server is not asked for routed experts."""
 
     name: str
     blocks: int
@@ -54,21 +56,28 @@ class Served:
     vocabulary: int
     routers: Sequence[Router]
     chosen: Sequence[int]
+    inside: bool = False
 
 
 @dataclass(frozen=True)
 class RoutedAnswer:
     """`token_ids`: what was generated; `ids`: of each router that is recorded the decisions of the
-    T = prompt + generated − 1 tokens that were fed, [T, K]."""
+    T = prompt + generated − 1 tokens that were fed, and their weights where they are known,
+    [T, K]."""
 
     token_ids: np.ndarray
     ids: list[np.ndarray]
+    weights: list[np.ndarray] | None = None
+
+    def fed(self, prompt: np.ndarray) -> np.ndarray:
+        """The tokens that were fed."""
+        return np.concatenate([prompt, self.token_ids[:-1]])
 
 
 @dataclass(frozen=True)
 class Reply:
     """An unchecked response: the prompt it repeats, the generated tokens, the finish reason and the
-    routing [T, B, K]."""
+    routing [T, B, K], of no tokens where it is recorded inside the engine."""
 
     prompt_ids: object
     prompt_tokens: object
@@ -111,7 +120,7 @@ def _vllm_body(request: Request, served: Served) -> Json:
         "max_tokens": request.max_tokens,
         **_sampling(request, 0, "seed"),
         "return_token_ids": True,
-        "routed_experts_prompt_start": 0,
+        **({"request_id": request.salt} if served.inside else {"routed_experts_prompt_start": 0}),
         "cache_salt": request.salt,
     }
 
@@ -123,20 +132,22 @@ def _vllm_read(answer: Json, served: Served) -> Reply:
             "the answer has no field choices with one choice: is this a vLLM server?"
         )
     choice, usage = choices[0], answer.get("usage")
-    encoded = _present(choice.get("routed_experts"), "choices[0].routed_experts", "vllm serve")
     fed = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     made, finish = choice.get("token_ids"), choice.get("finish_reason")
-    routed_TBK = decode_vllm(encoded, "routed_experts")
+    routed_TBK = NOTHING_TBK
+    if not served.inside:
+        encoded = _present(choice.get("routed_experts"), "choices[0].routed_experts", "vllm serve")
+        routed_TBK = decode_vllm(encoded, "routed_experts")
     return Reply(choice.get("prompt_token_ids"), fed, made, finish, routed_TBK)
 
 
 def _sglang_body(request: Request, served: Served) -> Json:
     sampling = _sampling(request, -1, "sampling_seed")
+    asked = {"return_routed_experts": True, "routed_experts_start_len": 0}
     return {
         "input_ids": request.ids.tolist(),
         "sampling_params": {"max_new_tokens": request.max_tokens, **sampling},
-        "return_routed_experts": True,
-        "routed_experts_start_len": 0,
+        **({"rid": request.salt} if served.inside else asked),
         "return_prompt_token_ids": True,
         "extra_key": request.salt,
     }
@@ -146,12 +157,14 @@ def _sglang_read(answer: Json, served: Served) -> Reply:
     facts = answer.get("meta_info")
     if not isinstance(facts, dict):
         raise MoeInspectError("the answer has no field meta_info: is this an SGLang server?")
-    field, command = "meta_info.routed_experts", "sglang.launch_server"
-    encoded = _present(facts.get("routed_experts"), field, command)
     fed, made = facts.get("prompt_tokens"), answer.get("output_ids")
     finish = facts.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, dict) else finish
-    routed_TBK = decode_sglang(encoded, served.blocks, served.top_k, "routed_experts")
+    routed_TBK = NOTHING_TBK
+    if not served.inside:
+        field, command = "meta_info.routed_experts", "sglang.launch_server"
+        encoded = _present(facts.get("routed_experts"), field, command)
+        routed_TBK = decode_sglang(encoded, served.blocks, served.top_k, "routed_experts")
     return Reply(answer.get("prompt_token_ids"), fed, made, finish, routed_TBK)
 
 
@@ -191,9 +204,12 @@ ENGINES = {
 
 
 def read_answer(
-    engine: EngineProtocol, answer: Json, request: Request, served: Served
+    engine: EngineProtocol, answer: Json | None, request: Request, served: Served
 ) -> RoutedAnswer:
-    """The checked content of a response; MoeInspectError where it is inconsistent."""
+    """The checked content of a response, without decisions where these are recorded inside the
+    engine; MoeInspectError where it is inconsistent."""
+    if answer is None:
+        raise MoeInspectError(f"the server has no {engine.path}: does --engine match the server?")
     reply, P = engine.read(answer, served), len(request.ids)
     # older servers do not repeat the prompt, but all say how long it was
     if reply.prompt_tokens != P or (
@@ -214,6 +230,8 @@ def read_answer(
             f"{len(made)} of {request.max_tokens} tokens were generated, and it ended by "
             f"{reply.finish!r}"
         )
+    if served.inside:
+        return RoutedAnswer(np.array(made, np.int32), [])
     (rows, _, K), expected = reply.routed_TBK.shape, P + len(made) - 1
     if rows != expected:
         raise MoeInspectError(

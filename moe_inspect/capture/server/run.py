@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.inside import Inside, traces_inside
 from moe_inspect.capture.open_trace import (
     complete_now,
     may_resume,
@@ -43,6 +44,7 @@ from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWr
 
 # --api-key of ours and of an engine that was started, --hf-token and others of the latter
 SECRET = re.compile(r"--.*(key|token)")
+AHEAD_INSIDE = 8  # × as many sequences may wait for the plugin's traces as are in flight
 Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or None)
 # a batch whose answers are awaited: the number of its first pass, and what it holds
 Ahead = tuple[int, list[TokenSequence], list[Document], list[asyncio.Task[RoutedAnswer]]]
@@ -92,6 +94,8 @@ class EngineRun:
         self._own_lock: Lock | None = None
         self._writer: TraceWriter | None = None
         self._codes: dict[str, int] = {}  # of the domains
+        self._name = f"moe-inspect-{uuid.uuid4().hex}-"  # of a request, before its sequence
+        self._inside: Inside | None = None
 
     async def record(self, plan: Plan, progress: Progress | None) -> None:
         options, config = self.options, self.config
@@ -99,6 +103,7 @@ class EngineRun:
         limits = options.timeout_s, options.concurrency
         async with client(self.url, options.api_key, *limits) as http:
             about = await protocols.ask_about(http, self.protocol, config)
+            traces = await traces_inside(http)
             plan = replace(plan, max_length=self._longest_sequence(about["max_model_len"]))
             record = {  # the settings that a resumed run must share
                 **plan.record(),
@@ -108,11 +113,13 @@ class EngineRun:
                 "revision": options.revision,
                 "config": schema.fingerprint(comparable(config)),
                 "layers": sorted(options.layers) if options.layers is not None else None,
+                **({} if traces is None else {"weights": True}),
             }
             start = resume_from(self.output_dir, record, 0) if self.lock is not None else None
             if start is not None and read_manifest(self.output_dir)["status"] == "complete":
                 return
             served = protocols.served_model(about["model"], config, routers, options.layers)
+            served = replace(served, inside=traces is not None)
             manifest = {
                 "model": {
                     "id": self.model_config,
@@ -127,12 +134,15 @@ class EngineRun:
                     "url": split_url(self.url)[0],
                     "server": about,
                     "concurrency": options.concurrency,
+                    **({} if traces is None else {"inside": True, "weight_dtype": "float16"}),
                     **({} if options.text else {"text": False}),
                     **process_facts(_without_secrets(sys.argv, self.url)),
                 },
             }
             status = "interrupted"
             try:
+                if traces is not None:
+                    self._inside = Inside(traces, served, self._name)
                 await self._send(http, served, plan, manifest, start, progress)
                 status = "complete"
             finally:
@@ -170,22 +180,19 @@ class EngineRun:
         """Sends the sequences of the plan, a few batches ahead of the one written next: a slow
         response delays its batch, not the server, and memory does not grow with the corpus."""
         options, protocol, passes = self.options, self.protocol, self.options.generate + 1
-        in_flight, salt = asyncio.Semaphore(options.concurrency), uuid.uuid4().hex
+        in_flight = asyncio.Semaphore(options.concurrency)
         ahead: deque[Ahead] = deque()
+        most_ahead = options.concurrency * (AHEAD_INSIDE if served.inside else 1)
         notify, done = wait_notifier(), start.tokens if start is not None else 0
 
         async def answer(row: TokenSequence) -> RoutedAnswer:
             tokens, seed = passes if row.continued else 1, (options.seed + row.sequence) % 2**31
-            own = f"moe-inspect-{salt}-{row.sequence}"
+            own = f"{self._name}{row.sequence}"
             request = Request(row.ids, tokens, options.temperature, seed, own)
             body, limit = protocol.body(request, served), protocols.most_bytes(request, served)
             async with in_flight:
                 response = await ask(http, protocol.path, body, limit, notify)
             try:
-                if response is None:
-                    raise MoeInspectError(
-                        f"the server has no {protocol.path}: does --engine match the server?"
-                    )
                 return protocols.read_answer(protocol, response, request, served)
             except MoeInspectError as error:
                 name = f"sequence {row.sequence} ({row.source})"
@@ -195,6 +202,8 @@ class EngineRun:
             nonlocal done
             number, batch, documents, tasks = ahead[0]
             answers = [await task for task in tasks]
+            if self._inside is not None:
+                answers = await self._inside.routed(batch, answers)
             ahead.popleft()
             for routed in self._passes(number, batch, documents, answers):
                 self._writer = self._writer or self._open(manifest, served, start)
@@ -209,7 +218,7 @@ class EngineRun:
                     continue
                 tasks = [asyncio.create_task(answer(row)) for row in batch]
                 ahead.append((n * passes, batch, documents, tasks))
-                while sum(len(a[3]) for a in list(ahead)[1:]) >= options.concurrency:
+                while sum(len(a[3]) for a in list(ahead)[1:]) >= most_ahead:
                     await write_next()
             while ahead:
                 await write_next()
@@ -227,7 +236,7 @@ class EngineRun:
             self.output_dir,
             manifest,
             [served.routers[r] for r in served.chosen],
-            weights=False,
+            weights=served.inside,
             vocabulary=vocabulary_table(self.tokenizer, size) if self.options.text else None,
             resume=start,
             commit_every=self.options.commit_every,
@@ -244,7 +253,7 @@ class EngineRun:
         """A planned batch as forward passes, the first of this number: the prompts in one pass,
         then one pass per decoded token."""
         codes, rows = self._codes, list(zip(sequences, answers, strict=True))
-        fed = [np.concatenate([row.ids, answer.token_ids[:-1]]) for row, answer in rows]
+        fed = [answer.fed(row.ids) for row, answer in rows]
         facts = [
             (s.document, s.sequence, codes.setdefault(s.domain, len(codes))) for s in sequences
         ]
@@ -265,15 +274,22 @@ class EngineRun:
                 position=np.concatenate(positions),
                 domain=domain,
                 domains=list(self._codes),
-                ids=[
-                    np.concatenate([answers[n].ids[r][begin:end] for n, begin, end in spans])
-                    for r in range(len(answers[0].ids))
-                ],
-                weights=None,
+                ids=of_spans([a.ids for a in answers], spans),
+                weights=of_spans([a.weights or [] for a in answers], spans) or None,
                 documents=documents if step == 0 else [],
                 phase="decode" if step else "prefill",
                 group=number if sequences[0].continued else None,
             )
+
+
+def of_spans(
+    values: Sequence[list[np.ndarray]], spans: Sequence[tuple[int, int, int]]
+) -> list[np.ndarray]:
+    """Of each router the values of these spans. `values`: of each row, and each of its routers."""
+    return [
+        np.concatenate([values[n][r][begin:end] for n, begin, end in spans])
+        for r in range(len(values[0]))
+    ]
 
 
 def _without_secrets(arguments: Sequence[str], url: str) -> list[str]:

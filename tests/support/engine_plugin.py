@@ -1,0 +1,94 @@
+"""A server of `tests.support.engine` whose engine has the plugin inside."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.capture.engine import sidecar
+from moe_inspect.capture.engine.described import ask, describe
+from moe_inspect.capture.engine.settings import Settings
+from moe_inspect.capture.engine.sidecar import Traces
+from moe_inspect.capture.engine.step import Step
+from tests.support.engine import DENSE, EXPERTS, VOCABULARY, K, Server, decisions
+
+WEIGHTS = 0.5, 0.25, 0.125  # of every decision
+
+
+def started(folder: Path, model: str) -> WithPlugin:
+    """In a process of its own, which answers while another describes the model."""
+    sidecar.COMMIT_S = 0.05
+    return WithPlugin(folder, model, describe=ask)
+
+
+class WithPlugin(Server):
+    """With the plugin inside, which records in `folder`, and the requests of others too; the server
+    itself returns no routed experts. `state`: how the plugin says that it is; `sglang`: by the
+    state of SGLang's server; without `text` its traces have no token ids; `lost`: at which of the
+    requests a row is dropped."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        sglang: bool = False,
+        text: bool = True,
+        lost: int | None = None,
+        describe: Any = describe,
+    ):
+        super().__init__()
+        self.folder, self.sglang, self.lost = folder, sglang, lost
+        self.state: dict[str, Any] = {"trace": str(folder), "host": socket.gethostname()}
+        self.state |= {"on": True, "error": None, "sample": 1.0}
+        about = {"engine": "vllm", "version": "0", "model": model, "tokenizer": model}
+        about |= {"revision": None, "trust_remote_code": False, "vocabulary": VOCABULARY}
+        about |= {"dtype": "float32", "device": "cpu", "rank": 0, "experts": EXPERTS, "top_k": K}
+        about |= {"layers": [DENSE + 1], "paths": ["experts"]}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.traces = Traces(about | vars(Settings(folder, text=text)), describe)
+        self.steps = 0
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        status, answer = super().answer(path, body)
+        if status == 200:
+            for found in (answer.get("meta_info", {}), *answer.get("choices", ())):
+                found.pop("routed_experts", None)
+            prompt = body["input_ids" if "input_ids" in body else "prompt"]
+            made = answer["output_ids"] if "output_ids" in answer else answer["choices"][0]
+            made = made if isinstance(made, list) else made["token_ids"]
+            name = body.get("rid") or f"cmpl-{body.get('request_id', 'other')}-0-0badcafe"
+            with self.lock:
+                self.record(name, prompt, made)
+                self.record(f"another-{self.steps}", prompt[::-1], made)
+        return status, answer
+
+    def record(self, name: str, prompt: list[int], made: list[int]) -> None:
+        """In chunks; half of the prompt is computed twice, and the last token, which is not fed,
+        once."""
+        fed, P, half = prompt + made, len(prompt), len(prompt) // 2
+        spans = [(0, half), (0, half), (half, P), *((n, n + 1) for n in range(P, len(fed)))]
+        drop = self.lost == len(self.requests) - 1
+        for first, end in spans:
+            if first < end and not (drop and end == P):
+                self.step(name, P, np.arange(first, end), np.array(fed[first:end]))
+        self.traces.catch_up(wait=True)
+
+    def step(self, name: str, P: int, position: np.ndarray, token: np.ndarray) -> None:
+        self.steps, n, none = self.steps + 1, len(token), np.zeros(1, int)
+        ids = decisions(token, position, DENSE + 1)[None]
+        weights = np.tile(np.array(WEIGHTS, np.float16), (1, n, 1))
+        edges, ends = np.array([0, n]), np.full(1, 2**31)
+        whose = [name], edges, np.array([P]), none, ends, set[str]()
+        step = Step(self.steps, *whose, token, position, ids, weights, None, bytes=n)
+        self.traces.write([step], 0)
+
+    def about(self, path: str) -> dict[str, Any] | None:
+        found = super().about(path)
+        if path == "/v1/moe_inspect" and not self.sglang:
+            return {"engines": [self.state]}
+        if path == "/server_info" and self.sglang:
+            return {**(found or {}), "internal_states": [{"moe_inspect": self.state}]}
+        return found
