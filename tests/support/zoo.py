@@ -22,10 +22,13 @@ import torch
 import transformers as hf
 
 import moe_inspect
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.rules import how_dropped
 from moe_inspect.model.find import find_routers
+from moe_inspect.model.routers import SELECTION_BIAS
 from moe_inspect.text import join_first
 from moe_inspect.training import LossAudit, audit_loss
+from moe_inspect.training.passes import COEFFICIENTS
 
 VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
@@ -415,7 +418,10 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "phimoe": {"num_experts_per_tok": 2},
 }
 LOSS_LENGTHS = [24, 17, 24, 20]
-LOSS_COLUMNS = ("family", "loss", "factor", "f counts", "other experts ran", "of each pass", "code")
+LOSS_COLUMNS = ("family", "loss", "factor", "f counts", "other experts ran", "of each pass")
+LOSS_COLUMNS += ("selection bias", "code")
+NONE, NOT_COMPUTED = "none is stated, none is computed", "no loss is computed"
+BIASES = {"good": "of the choice alone"}  # by the severity of what is found
 
 
 def audited(family: str) -> tuple[Any, LossAudit]:
@@ -423,18 +429,49 @@ def audited(family: str) -> tuple[Any, LossAudit]:
     return model, audit_loss(model, inputs(family, LOSS_LENGTHS[: 1 if family in ALONE else None]))
 
 
-def loss_row(family: str, model: Any, audit: LossAudit) -> tuple[str, ...]:
+def states_loss(family: str) -> bool:
+    """Whether its config states a coefficient."""
+    text = config(family).get_text_config()
+    owners = (text, getattr(text, "ffn_config", None))
+    return any(hasattr(owner, name) for owner in owners for name in COEFFICIENTS)
+
+
+def biases_of(model: Any) -> dict[str, torch.Tensor]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: of for name, of in tensors if name.rpartition(".")[2] in SELECTION_BIAS}
+
+
+def changed_biases(family: str, model: Any) -> list[str]:
+    """The selection biases that a pass in training changes."""
+    before = {name: bias.detach().clone() for name, bias in biases_of(model).items()}
+    model.train()(**inputs(family, LOSS_LENGTHS[:1]))
+    return [name for name, of in biases_of(model).items() if not torch.equal(of, before[name])]
+
+
+def loss_row(family: str) -> tuple[str, ...]:
     """A row of `losses_page`."""
+    try:
+        model, audit = audited(family)
+    except MoeInspectError as error:
+        if "cannot be watched in training" not in str(error):
+            raise
+        return family, "not known: layers run several times in a pass", *[""] * 5, "–"
     module = sys.modules[type(model).__module__]
     function = getattr(module, "load_balancing_loss_func", None)
     code = "–"
     if function is not None:
         code = f"{Path(module.__file__ or '').name}:{inspect.getsourcelines(function)[1]}"
     said = {f.kind: f for f in audit.findings}
-    formula, apart = audit.formula, said.get("loss_other_choice")
+    formula, apart, bias = audit.formula, said.get("loss_other_choice"), said.get("loss_bias")
+    unseen = "not judged: of zero experts too" if biases_of(model) else ""
+    steers = unseen if bias is None else BIASES[bias.severity]
+    assert not changed_biases(family, model), "a pass updates a selection bias"
+    if not states_loss(family):
+        assert "loss_none" in said
+        return family, NONE, "", "", "", "", steers, code
     if formula is None:
-        known = "no loss is computed" if function is None else "not known: product keys"
-        return family, known, "", "", "", "", code
+        known = NOT_COMPUTED if function is None else "not known: product keys"
+        return family, known, "", "", "", "", steers, code
     names = {"all routers": "pooled", "router": "each router"}
     names["sequence, all routers"] = "pooled, of each sequence"
     by = " or ".join(dict.fromkeys(names.get(f.by, f.by) for f in (formula, *audit.either)))
@@ -443,7 +480,7 @@ def loss_row(family: str, model: Any, audit: LossAudit) -> tuple[str, ...]:
     loss = ", ".join([by, *[padding] * bool(padding), *[only] * bool(formula.only)])
     share = f"{apart.values['share']:.0%}" if apart is not None else ""
     each = "" if math.isnan(audit.accumulated) else f"{audit.accumulated / 2:.2f}"
-    return family, loss, f"{audit.factor:.4g}", formula.chosen, share, each, code
+    return family, loss, f"{audit.factor:.4g}", formula.chosen, share, each, steers, code
 
 
 def _of_kind(model: Any, kind: str) -> int:
@@ -451,23 +488,25 @@ def _of_kind(model: Any, kind: str) -> int:
 
 
 def losses_page(rows: list[tuple[str, ...]]) -> str:
-    """What `audit_loss` finds in each family whose config states a balancing loss, as Markdown."""
+    """What `audit_loss` finds in each family, as Markdown."""
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    pooled, other, none = (
+    pooled, other, none, without, biased = (
         [row[0] for row in rows if test(row)]
         for test in (
             lambda row: row[1].startswith("pooled"),
             lambda row: "logit" in row[3],
-            lambda row: row[1] == "no loss is computed",
+            lambda row: row[1] == NOT_COMPUTED,
+            lambda row: row[1] == NONE,
+            lambda row: row[1] == NONE and row[6],
         )
     )
     return f"""\
 # The balancing losses of transformers {hf.__version__}
 
-What [`audit_loss`](training.md#is-the-loss-right) finds in the {len(rows)} families whose config \
-states a coefficient \
-of a balancing loss, each as a tiny random model with biased and
-grouped selection where the family has it. Written by `make test-families`.
+What [`audit_loss`](training.md#is-the-loss-right) finds in {len(rows)} families, each as a tiny \
+random model with biased and grouped selection where the family has it: \
+{sum(map(states_loss, (row[0] for row in rows)))} whose config states a
+coefficient of a balancing loss, and the others. Written by `make test-families`.
 
 | {" | ".join(LOSS_COLUMNS)} |
 |{"---|" * len(LOSS_COLUMNS)}
@@ -483,6 +522,7 @@ that f counts.
 - of each pass: what a pass adds to the loss with labels when the Trainer accumulates gradients \
 and gives `num_items_in_batch`, ÷ what the coefficient says.
   It should be 1 ÷ the number of passes, as the language loss is.
+- selection bias: whether it steers the choice of experts and no gate weight, as it should.
 
 ## Where they differ from what they cite
 
@@ -501,4 +541,8 @@ capacity.
 configs do not set.
 - **Stated and not computed** ({len(none)}: {", ".join(none)}): the coefficient is in the config, \
 and no code reads it.
+- **Nothing balances** ({len(without)} families): no loss is computed. {len(biased)} of them have \
+a selection bias, which no pass in training changes: who trains one of these has to
+  update it. deepseek_v2 has neither, where its paper \
+([arXiv:2405.04434](https://arxiv.org/abs/2405.04434)) balances by three losses.
 """
