@@ -339,8 +339,8 @@ def test_of_a_tree_of_drafts_the_path_that_was_accepted_is_recorded(tmp_path: Pa
         positions=torch.tensor([10, 11, 11, 12, 10, 11, 12, 13]),
     )
     seam.after_step(batch)
-    seam.after_sampling(torch.tensor([[0, 2, 3, -1], [4, 5, 6, 7]]))
-    seam.after_sampling(torch.zeros(0, dtype=torch.int32))  # of no request
+    seam.after_sampling((None, None, torch.tensor([[0, 2, 3, -1], [4, 5, 6, 7]])))
+    seam.after_sampling((None, None, torch.zeros(0, dtype=torch.int32)))  # of no request
     trace = fine(written(engine, settings)[0])
     tokens = trace.tokens()[trace.tokens().position >= 10]
     facts = [*zip(tokens.document, tokens.token_id, tokens.position, strict=True)]
@@ -682,7 +682,7 @@ def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: b
 
 
 def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And not the forward pass. The step is not recorded."""
     engine = Engine(Settings(tmp_path))
@@ -701,16 +701,18 @@ def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
     def fails(*_: object) -> None:
         raise RuntimeError("no kernel")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rows, "keep_torch", fails)
-        assert router(logits_NE).shape == (5,)
-    engine.step(("a", 10, 11))
+    for position in (10, 11, 12):
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "keep_torch", fails)
+            assert router(logits_NE).shape == (5,)
+        engine.step(("a", position, position + 1))
+    assert sum("stopped" in record.message for record in caplog.records) == 1
     state = engine.recorder.command("status")
     assert (state["on"], state["error"]) == (False, "RuntimeError: no kernel")
     assert engine.recorder.command("on")["error"] is None
-    engine.step(("a", 11, 12))
+    engine.step(("a", 13, 14))
     steps = engine.recorder.link.taken()  # type: ignore[attr-defined]
-    assert [int(step.positions[0]) for step in steps] == [0, 11]
+    assert [int(step.positions[0]) for step in steps] == [0, 13]
 
 
 def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:

@@ -56,7 +56,7 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
             p = float(r.T * np.exp(np.log(share_L).sum())) * len(patterns)
             if (row_K == np.arange(r.K)).all():
                 by_number = _places(r, found_T) * float(np.exp(r.L * _log_first_experts(r)))
-                p = 4 * min(p, by_number)  # three ways to count places, and the share
+                p = 4 * min(p, by_number)  # corrected for trying four p-values
             # layers that often have the same slots do not choose independently
             if p >= LEVEL or 2 * n < len(at_N):
                 continue
@@ -77,8 +77,8 @@ def _ends(r: Recorded, found_T: np.ndarray) -> tuple[int, int]:
 
 
 def _places(r: Recorded, found_T: np.ndarray) -> int:
-    """Of how many tokens, or of tokens that choose alike, one may be found: all first ones and all
-    last ones; any first or last one; or any."""
+    """How many places the pattern could have been found in: 2 where it is at every beginning or at
+    every end of the sequences, 2 S where it is at one of them, else T."""
     S, ends = len(r.begin_S), _ends(r, found_T)
     return 2 if S in ends else min(2 * S, r.T) if any(ends) else r.T
 

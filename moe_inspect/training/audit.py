@@ -108,7 +108,8 @@ def audit_loss(
                  hundred tokens of real text, in several rows
     loss         the output of a pass → the loss; by default what a model of transformers reports
     coefficient  by which the training loss has it; by default as the config states it
-    update       what updates the selection biases after a step, where routers have some
+    update       what updates the selection biases after a step, where routers have some. It runs
+                 twice, and what else it changes is not put back
     routers, inputs
                  as of `moe_inspect.record`
 
@@ -131,10 +132,9 @@ class _Audit:
         self.failed = ""  # why a pass that computes the loss did
         try:
             self.run()  # shows the routers of probes
-        except (MoeInspectError, torch.OutOfMemoryError):
+        except (MoeInspectError, MemoryError, torch.OutOfMemoryError):
             raise
-        # whatever the code of a model raises
-        except Exception as error:
+        except Exception as error:  # whatever the code of a model raises
             if not self.switch:
                 raise
             self.switch = {SWITCH_ON: False}
@@ -199,11 +199,11 @@ class _Audit:
             put_back(kept)
 
     def _none(self) -> None:
-        if self.is_own:
-            self.say("off", "critical", "loss=… finds no balancing loss in the output of a pass.")
-        elif self.failed:
-            said = f"With {SWITCH_ON}=True and labels the model fails, without it does not"
+        if self.failed:
+            said = f"With {SWITCH_ON}=True the model fails on this batch, without it does not"
             self.say("off", "critical", f"{said}: it trains no balancing loss ({self.failed}).")
+        elif self.is_own:
+            self.say("off", "critical", "loss=… finds no balancing loss in the output of a pass.")
         elif self.coefficient:
             self.say(
                 "off",
@@ -279,8 +279,8 @@ class _Audit:
             said = [w + two for w, n in why.items() if abs(times / n / stacks - 1) < near]
             return " or ".join(said)
 
-        whys = [whys_of(factor)] if whys_of(factor) else []
-        if self.is_own and self.coefficient:
+        whys = [*filter(None, [whys_of(factor)])]
+        if self.is_own and self.coefficient not in (None, 0, 1):
             times = factor / self.coefficient
             said = f"{times:.4g} × the coefficient {self.coefficient:g}"
             whys.append(": ".join(filter(None, [said, whys_of(times)])))

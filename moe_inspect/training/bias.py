@@ -103,8 +103,9 @@ def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> I
         yield finding(
             "loss_bias_update",
             "warning",
-            f"The update counts padding: in {passes.labels(padded)} it raises the selection bias "
-            "of experts that are busy without it.",
+            f"In {passes.labels(padded)} the update raises the selection bias of experts that are "
+            "busy without the padding: it counts padding, or its sign is wrong. A batch without "
+            "padding tells which.",
             routers=padded,
         )
     if sizes and not (wrong or padded or still):

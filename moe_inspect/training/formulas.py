@@ -104,7 +104,7 @@ class Formula(NamedTuple):
 
     @property
     def words(self) -> str:
-        """All but the padding, of which not every batch has some."""
+        """Without what the formula does with padding: a batch may have none."""
         parts = [self.name]
         if self.by == "sequence, all routers":
             parts[0] += ", of each sequence"

@@ -50,7 +50,7 @@ CRASHES = {  # upstream, by release
     "5.17": {"doge": "TypeError in its decoder layer: it drops out a tuple as if it were a tensor"}
 }
 # families without a known loss, which they have in later releases: what is said of them
-FAILS, REPORTS_NONE = "labels the model fails", "the model reports none"
+FAILS, REPORTS_NONE = "the model fails on this batch", "the model reports none"
 ODD_LOSSES = {
     "5.17": {
         **dict.fromkeys(("dbrx", "granitemoe", "granitemoe_swa", "granitemoehybrid"), FAILS),

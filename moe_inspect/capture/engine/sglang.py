@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sglang.moe_inspect")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # in a config
-JUDGED = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")  # speculation, by `eagle_sample`
+# algorithms whose drafts `eagle_sample` accepts or rejects
+JUDGED = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3")
 
 
 def register() -> None:
@@ -116,7 +117,7 @@ def _judge(judge: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Which drafts are accepted."""
     output = judge(*args, **kwargs)
     if Here.seam is not None:
-        Here.seam.after_sampling(output[2])
+        Here.seam.after_sampling(output)
     return output
 
 
@@ -248,10 +249,11 @@ class Seam:
         tokens, positions = batch.input_ids, batch.positions
         return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
 
-    def after_sampling(self, accepted: Tensor) -> None:
-        """accepted: of each request the rows of the step that are the answer's, the first of them
-        its last token, and −1. [R, depth]"""
+    def after_sampling(self, judged: Any) -> None:
+        """The third that is returned: of each request the rows of the step that are the answer's,
+        the first of them its last token, and −1. [R, depth]"""
         try:
+            accepted = judged[2]
             if accepted.numel():  # a step of no request has none
                 rows = (accepted - accepted[:, :1]).where(accepted >= 0, -1)
                 self.recorder.after_sampling(rows)

@@ -49,7 +49,8 @@ class Step:
 
     def accepted(self, request: int) -> np.ndarray:
         """Which of the request's rows are no rejected drafts."""
-        rows, drafts = int(np.diff(self.edges)[request]), int(self.drafts[request])
+        rows = int(self.edges[request + 1] - self.edges[request])
+        drafts = int(self.drafts[request])
         if not drafts or self.sampled is None:
             return np.arange(rows - drafts)
         sampled = self.sampled[request]

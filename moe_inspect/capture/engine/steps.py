@@ -130,8 +130,9 @@ class StepRecorder:
         self.steps += 1
         try:
             self._release()
-            if FAULTS:
-                raise FAULTS.pop()
+            # a compiled graph runs on, and fails in each step
+            if (fault := FAULTS.pop() if FAULTS else None) and self.error is None:
+                raise fault
             if self._live and ended:
                 self._ended |= ended & self._live
                 self._live -= ended
