@@ -125,6 +125,20 @@ def test_a_prompt_that_is_answered_twice_is_no_mistake() -> None:
     assert linted(b) == []
 
 
+def test_a_text_that_repeats_itself_is_no_mistake() -> None:
+    """As an answer that loops: a phrase of a right recording, 400 tokens of it, whose routes are
+    nearly the same each time."""
+    a, rng = recording("balanced"), np.random.default_rng(0)
+    for size in rng.integers(8, 40, 60).tolist():
+        begin = int(rng.integers(a.T - size))
+        at = begin + np.arange(400) % size
+        ids_LTK = a.ids_LTK[:, at]
+        other_T = rng.random(400) < 0.05
+        ids_LTK[:, other_T] = a.ids_LTK[:, rng.integers(a.T, size=other_T.sum())]
+        ids = np.swapaxes(ids_LTK, 0, 1)
+        assert moe_inspect.lint(ids, a.token_id[at], experts=a.E) == []
+
+
 @pytest.mark.parametrize(("same", "own"), [(1, 2), (2, 4), (4, 2), (4, 4)])
 def test_short_prompts_that_begin_alike_are_no_mistake(same: int, own: int) -> None:
     """As those that begin with the token of the beginning, or with a template: 300 prompts whose

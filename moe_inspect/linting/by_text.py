@@ -20,6 +20,7 @@ Pairs = tuple[np.ndarray, np.ndarray]  # int64 [N], twice
 NEAR = 8  # a shift by so many tokens is looked for in all pairs …
 FAR = 512  # … and by so many in FEW_PAIRS of FEW_LAYERS, whose best shift is then judged by all
 FEW_PAIRS, FEW_LAYERS = 256, 2
+CONTEXT = 8  # tokens that make a repetition
 BEFORE = 2  # so many earlier tokens with its id a token is paired with
 MOST_PAIRS, MOST_LAYERS = 1024, 12
 CELLS = 2**17  # pairs · shifts · layers that are compared at once
@@ -110,7 +111,7 @@ def part_of(r: Recorded, begin: int, end: int) -> Recorded:
 
 def shifts(r: Recorded) -> Iterator[Finding]:
     """Routes that belong to other tokens: of all, else of parts of sequences, else of a layer."""
-    r = replace(r, token_id_T=_begun_once(r))
+    r = replace(r, token_id_T=_told_once(r))
     pairs = same_id(r.token_id_T, MOST_PAIRS)
     if not len(pairs[0]):
         return
@@ -145,16 +146,16 @@ def shifts(r: Recorded) -> Iterator[Finding]:
     yield from _layers_shifted(r, pairs)
 
 
-def _begun_once(r: Recorded) -> np.ndarray:
-    """The token ids, −1 where another sequence before has begun with the same text up to there:
-    the token of the beginning, or a prompt's template, has the same routes in each. [T]"""
-    size_S = np.diff(np.append(r.begin_S, r.T))
-    position_T = np.arange(r.T) - np.repeat(r.begin_S, size_S)
-    power_P = np.cumprod(np.full(size_S.max(), 0x9E3779B97F4A7C15, np.uint64))
-    summed_T = np.cumsum((r.token_id_T + 1).astype(np.uint64) * power_P[position_T])
-    text_T = summed_T - np.repeat(np.append(np.uint64(0), summed_T)[r.begin_S], size_S)
+def _told_once(r: Recorded) -> np.ndarray:
+    """The token ids, −1 where the same CONTEXT tokens up to there, or all since the beginning of a
+    sequence, were there before: in a loop, a quotation or a template the routes are the same again,
+    and tell nothing more. [T]"""
+    position_T = np.arange(r.T) - np.repeat(r.begin_S, np.diff(np.append(r.begin_S, r.T)))
+    context_TC = np.stack(
+        [np.where(position_T >= n, np.roll(r.token_id_T, n), -2) for n in range(CONTEXT)], 1
+    )
+    first = np.unique(context_TC, axis=0, return_index=True)[1]
     once_T = np.full(r.T, -1)
-    first = np.unique(text_T, return_index=True)[1]
     once_T[first] = r.token_id_T[first]
     return once_T
 
