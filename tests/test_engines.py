@@ -213,6 +213,12 @@ def rename(server: WithPlugin) -> None:
     server.named = lambda name: "req-7"
 
 
+def stop(server: WithPlugin) -> None:
+    """At its first step."""
+    server.records, state = False, server.state
+    server.behave = lambda *_: state.update(on=False, error="no kernel")
+
+
 def be_silent(server: WithPlugin) -> None:
     server.records = False
 
@@ -224,6 +230,7 @@ def be_silent(server: WithPlugin) -> None:
         (be_silent, "they were dropped or not written: see the engine's log"),
         (rename, "they were dropped or not written: see the engine's log"),
         (damage, "newer/trace.json"),
+        (stop, "it has stopped: no kernel"),
     ],
 )
 def test_a_plugin_that_does_not_record_the_first_request_is_not_waited_for(
@@ -241,9 +248,11 @@ def test_a_plugin_that_does_not_record_the_first_request_is_not_waited_for(
     server.returns = True
     how(server)
     trace = traced(server, max_tokens=300)
-    said = [l for l in capsys.readouterr().err.splitlines() if "is not used" in l]
+    err = capsys.readouterr().err
+    said = [line for line in err.splitlines() if "is not used" in line]
     assert len(said) == 1
-    assert f"{tmp_path / 'runs'} has no rows of a first request after 0.5 s: " in said[0]
+    told = f"{tmp_path / 'runs'} has no rows of a first request after 0.5 s: "
+    assert (told in said[0]) == (how is not stop)
     assert why in said[0]
     assert said[0].endswith("the trace has what the server returns, without gate weights")
     check_rows(trace)

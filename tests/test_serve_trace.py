@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -116,8 +117,8 @@ def test_an_engine_with_the_plugin_records_for_itself(
     """All of every request, into a directory beside the log that is gone afterwards, unless the
     user has set another."""
     does(plugin=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     own = {"sample": "0.1", "start": "off", "logits": "1", "text": "0", "queue_mb": "1"}
     for name, value in {**own, "max_gb": "0.001", "keep": "1"}.items():
         monkeypatch.setenv(variable(name), value)

@@ -36,7 +36,7 @@ from moe_inspect.trace.shard import Shard
 
 LOOK_S = 0.25  # between two looks at the traces
 LOST_S = 120.0  # without a new row of ours, when all are computed
-PROBE_S = 20.0  # the same, of the first request
+PROBE_S = 60.0  # the same, of the first request: a process describes the model before
 # of an engine that is started for one run, whatever the user's own variables say
 ALL_OF_IT = {"sample": "1", "start": "on", "logits": "0", "text": "1", "queue_mb": "4096"}
 ALL_OF_IT |= {"max_gb": "1", "keep": "0"}  # who reads deletes what was read
@@ -66,10 +66,13 @@ def recording_inside(log: Path) -> Iterator[dict[str, str]]:
 
 async def traces_inside(http: httpx.AsyncClient) -> Path | None:
     """The directory of the traces of the plugin in a server's engines. None where there is no
-    plugin, as far as the server says; MoeInspectError where what it records is of no use."""
+    plugin, as far as can be known; MoeInspectError where what it records is of no use."""
     started = started_with.get()
-    if started is not None and started.is_dir():
-        return started
+    return started if started is not None and started.is_dir() else await told_inside(http)
+
+
+async def told_inside(http: httpx.AsyncClient) -> Path | None:
+    """The same, by what the plugin says of itself."""
     try:
         states = await tell_by(http, "status")
     except Refused:  # by what stands before the engine: who has the plugin is not known

@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
-from moe_inspect.capture.inside import Inside, traces_inside
+from moe_inspect.capture.inside import Inside, told_inside, traces_inside
 from moe_inspect.capture.open_trace import (
     complete_now,
     may_resume,
@@ -195,7 +195,11 @@ class EngineRun:
                 inside = Inside(traces, served, self._name)
                 row = replace(first, ids=first.ids[:PROBE_TOKENS], continued=False)
                 probe = self._answer(http, replace(served, inside=True), 0, row)
-                await inside.routed(row, asyncio.create_task(probe), is_probe=True)
+                try:
+                    await inside.routed(row, asyncio.create_task(probe), is_probe=True)
+                except MoeInspectError:
+                    await told_inside(http)  # which may know why
+                    raise
                 return inside
         except MoeInspectError as error:
             why = f"{root_of(http)}: what its plugin records is not used: {error}"
