@@ -185,6 +185,7 @@ def test_a_trace_without_weights_is_resumed_without_whoever_has_them_now(
     model: str, traced: Traced, tmp_path: Path, capsys: Any
 ) -> None:
     usual = {"concurrency": 1, "commit_every": 0.001, "max_tokens": 1000}
+    whole = traced(Server(), "whole", **usual)
     server = Server()
     server.behave = lambda n, *_: (400, {}, b"{}") if n >= 12 else None
     with pytest.raises(MoeInspectError, match="HTTP 400"):
@@ -195,6 +196,7 @@ def test_a_trace_without_weights_is_resumed_without_whoever_has_them_now(
     for _ in ("resumed", "complete"):
         trace = traced(now, resume=True, **usual)
         assert 0 < kept < trace.n_tokens
+        assert trace.tokens().equals(whole.tokens())
         check_rows(trace)
         assert not trace.has_weights
     assert not any("request_id" in body for _, body in now.requests)
@@ -283,8 +285,14 @@ def test_a_request_that_is_sent_again_has_another_name(
 def turning(server: WithPlugin, monkeypatch: Any, keep: int) -> None:
     """A trace for a few requests; the first answer comes when many others have come."""
     monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
-    server.traces.most_bytes, server.traces.keep = 20_000, keep
-    server.delay_s = lambda n: 2.0 if n == 1 else 0.03
+    server.traces.keep = keep
+
+    def delay_s(n: int) -> float:
+        if n == 1:  # behind the first request that shows whether there is a plugin
+            server.traces.most_bytes = 20_000
+        return 1.0 if n == 1 else 0.02
+
+    server.delay_s = delay_s
 
 
 @pytest.mark.usefixtures("committed_at_once")
@@ -299,7 +307,7 @@ def test_what_is_recorded_is_read_before_it_is_deleted(
     monkeypatch.setattr(
         inside.Inside, "__init__", lambda self, *of: (seen.append(self), begin(self, *of))[1]
     )
-    trace = traced(server, generate=5)
+    trace = traced(server, generate=2, max_tokens=900)
     check_rows(trace)
     check_weights(trace)
     there = [path for path in server.traces.paths if path.exists()]
@@ -309,8 +317,8 @@ def test_what_is_recorded_is_read_before_it_is_deleted(
     with inside.recording_inside(tmp_path / "log") as variables:
         own = WithPlugin(Path(variables["MOE_INSPECT_TRACE"]), model)
         turning(own, monkeypatch, keep=0)
-        check_weights(traced(own, "own", generate=5))
-        assert len(own.traces.paths) > 10 * sum(path.exists() for path in own.traces.paths)
+        check_weights(traced(own, "own", generate=2, max_tokens=900))
+        assert len(own.traces.paths) > 5 * sum(path.exists() for path in own.traces.paths)
 
 
 @pytest.mark.usefixtures("committed_at_once")
@@ -323,7 +331,7 @@ def test_a_trace_that_was_deleted_before_it_was_read_is_one_line(
     turning(server, monkeypatch, keep=1)
     says = r"-\d{4} was deleted before it was read: set MOE_INSPECT_KEEP higher; .*--resume$"
     with pytest.raises(MoeInspectError, match=says):
-        traced(server, generate=5)
+        traced(server, max_tokens=900)
 
 
 UNUSED = {
@@ -358,15 +366,14 @@ def test_where_the_plugin_does_not_do_the_server_is_asked(
 
 
 @pytest.mark.parametrize("how", ["forbidden", "another answer"])
-def test_a_gateway_that_knows_no_plugin_is_no_news(
-    how: str, traced: Traced, capsys: Any
-) -> None:
+def test_a_gateway_that_knows_no_plugin_is_no_news(how: str, traced: Traced, capsys: Any) -> None:
     server = Server()
     known = server.about
     if how == "forbidden":
         server.forbidden = {"/v1/moe_inspect"}
     else:
-        server.about = lambda path: known(path) or ["welcome"]
+        welcome: Any = ["welcome"]
+        server.about = lambda path: known(path) or welcome
     trace = traced(server, max_tokens=300)
     assert "/v1/moe_inspect" in server.gets
     assert capsys.readouterr().err == ""

@@ -145,8 +145,8 @@ def serving(server: Server, port: int = 0) -> Iterator[str]:
             self.wfile.write(data)
 
         def allowed(self) -> bool:
-            fine = self.path not in server.forbidden
-            if fine and server.key is None or self.headers["Authorization"] == f"Bearer {server.key}":
+            given = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+            if self.path not in server.forbidden and server.key in (None, given):
                 return True
             self.reply(401, b'{"error": "Unauthorized"}')
             return False
@@ -196,8 +196,8 @@ def main() -> None:
     """Stands in for a program of an engine. ENGINE_DOES: `starts_s`, how long it takes to listen;
     `dies`, what it says before it ends with code 3; `pids`, a file for its process id and that of a
     process that it starts in a session of its own; both take no SIGTERM where `stubborn`; `after`:
-    at which request it is killed; `plugin`: it has the plugin, which records or, where it is "silent", has only made its
-    directory."""
+    at which request it is killed; `plugin`: it has the plugin, which records or, where it is
+    "silent", has only made its directory."""
     does: dict[str, Any] = json.loads(os.environ.get("ENGINE_DOES", "{}"))
     print("called with", *sys.argv[1:], flush=True)
     if does.get("stubborn"):

@@ -191,9 +191,7 @@ ENGINES = {
         "/generate",
         _sglang_body,
         _sglang_read,
-        lambda routed, served: decode_sglang(
-            routed, served.blocks, served.top_k, "routed_experts"
-        ),
+        lambda routed, served: decode_sglang(routed, served.blocks, served.top_k, "routed_experts"),
         "meta_info.routed_experts",
         "sglang.launch_server",
         "/model_info",

@@ -132,7 +132,7 @@ class EngineRun:
                     return
             served = protocols.served_model(about["model"], config, routers, options.layers)
             batches = plan.batches(self.tokenizer)
-            if (first := next(batches, None)) is not None and weights is not False:
+            if weights is not False and (first := next(batches, None)) is not None:
                 self._inside = await self._find_inside(http, served, first[0][0], weights is True)
                 batches = itertools.chain([first], batches)
             is_inside = self._inside is not None
