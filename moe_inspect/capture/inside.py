@@ -86,8 +86,7 @@ def _folder_of(states: Sequence[Json]) -> Path:
     (first, *_) = states
     if not all("trace" in state and "host" in state for state in states):
         raise MoeInspectError("it is an older one, which does not say where its traces are")
-    folder, host = first["trace"], first["host"]
-    if folder is None:
+    if (folder := first["trace"]) is None:
         raise MoeInspectError(f"{variable('trace')} is not set in the engine")
     if not all(state["on"] for state in states):
         error = next((state["error"] for state in states if state["error"]), None)

@@ -61,9 +61,9 @@ class Served:
 
 @dataclass(frozen=True)
 class RoutedAnswer:
-    """`token_ids`: what was generated; `name`: of the request that it answers; `ids`: of each router that is recorded the decisions of the
-    T = prompt + generated − 1 tokens that were fed, and their weights where they are known,
-    [T, K]."""
+    """`token_ids`: what was generated; `name`: of the request that it answers; `ids`: of each
+    router that is recorded the decisions of the T = prompt + generated − 1 tokens that were fed,
+    and their weights where they are known, [T, K]."""
 
     token_ids: np.ndarray
     name: str
@@ -92,9 +92,9 @@ class EngineProtocol:
     """`path`: of completions; `body`: (request, model) → its JSON; `read`: JSON of the response →
     Reply; `decode`: (routing as it is encoded, model) → [T, B, K]; `field`: where that stands;
     `command`: that starts the server; `about`, `version_at`: paths that describe the model and the
-    version; `read_from`: the release whose source code this follows; `cached_rows`: advice where rows of a
-    cached prefix are missing; `reserved`: number of tokens to generate → positions that the engine
-    keeps free behind a prompt."""
+    version; `read_from`: the release whose source code this follows; `cached_rows`: advice where
+    rows of a cached prefix are missing; `reserved`: number of tokens to generate → positions that
+    the engine keeps free behind a prompt."""
 
     path: str
     body: Callable[[Request, Served], Json]

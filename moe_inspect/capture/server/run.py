@@ -189,19 +189,22 @@ class EngineRun:
         """What the plugin inside the engine records, where it does: the beginning of the first
         sequence is asked for, and has to be there. Else a line says why; where weights are `needed`
         it is an error."""
-        why = f"{root_of(http)}: no plugin is known of"
+        why, asked = f"{root_of(http)}: no plugin is known of", None
         try:
             if (traces := await traces_inside(http)) is not None:
                 inside = Inside(traces, served, self._name)
                 row = replace(first, ids=first.ids[:PROBE_TOKENS], continued=False)
                 probe = self._answer(http, replace(served, inside=True), 0, row)
+                asked = asyncio.create_task(probe)
                 try:
-                    await inside.routed(row, asyncio.create_task(probe), is_probe=True)
+                    await inside.routed(row, asked, is_probe=True)
                 except MoeInspectError:
                     await told_inside(http)  # which may know why
                     raise
                 return inside
         except MoeInspectError as error:
+            if asked is not None:
+                asked.result()  # the server's own fault
             why = f"{root_of(http)}: what its plugin records is not used: {error}"
             if not needed:
                 print_stderr(f"{why}: the trace has what the server returns, without gate weights")

@@ -154,8 +154,9 @@ def serve_engine(
 
     The command gets what it needs to return routed experts, and where it has none a free port and
     127.0.0.1 as its host. Our plugin, if its environment has it, records for `trace_engine` in a
-    directory beside the log, which is deleted at the end, unless MOE_INSPECT_TRACE is set. The block begins when the engine answers. At its end, however it comes,
-    the engine is stopped, with all that it started: also when this process is killed.
+    directory beside the log, which is deleted at the end, unless MOE_INSPECT_TRACE is set. The
+    block begins when the engine answers. At its end, however it comes, the engine is stopped, with
+    all that it started: also when this process is killed.
 
     command          program and arguments
     engine           "vllm" or "sglang"; None: by the command's name
