@@ -234,7 +234,7 @@ def test_a_value_that_is_none_is_named(name: str, value: str, expected: str) -> 
     assert str(error.value) == f"MOE_INSPECT_{name} is {value!r}, not {expected}"
 
 
-def test_an_engine_without_the_variable_loads_nothing() -> None:
+def test_an_engine_without_the_variable_loads_nothing(tmp_path: Path) -> None:
     """Nor does it need vLLM, which would be imported where it is set."""
     code = (
         "import sys, numpy; from moe_inspect.capture.engine.vllm import register; register();"
@@ -244,11 +244,11 @@ def test_an_engine_without_the_variable_loads_nothing() -> None:
     run = [sys.executable, "-c", code]
     unset = {k: v for k, v in os.environ.items() if not k.startswith("MOE_INSPECT")}
     assert subprocess.run(run, env=unset, capture_output=True, text=True).stdout == "set()\n"
-    said = subprocess.run(
-        run, env={**unset, "MOE_INSPECT_TRACE": "x"}, capture_output=True, text=True
-    )
+    asked = {**unset, "MOE_INSPECT_TRACE": str(tmp_path / "x")}
+    said = subprocess.run(run, env=asked, capture_output=True, text=True)
     assert said.returncode == 0, "the engine goes on"
     assert "nothing is recorded" in said.stderr
+    assert (tmp_path / "x").is_dir(), "serve-trace tells it from an engine without the plugin"
 
 
 # --- what is taken of a step

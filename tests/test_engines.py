@@ -147,6 +147,8 @@ def test_what_the_plugin_records_of_these_requests_is_the_trace(
     assert moe_inspect.verify(tmp_path / "t").ok
     assert trace.manifest["capture"]["weight_dtype"] == "float16"
     assert not any("routed" in name for _, body in server.requests for name in body)
+    names = {body["rid" if engine == "sglang" else "request_id"] for _, body in server.requests}
+    assert len(names) == len(server.requests) == trace.tokens().sequence.nunique() + 1  # a probe
     (run,) = (tmp_path / "runs").iterdir()
     others = set(moe_inspect.open_trace(run).documents().source)
     assert sum(name.startswith("another-") for name in others) == len(server.requests)
@@ -159,16 +161,177 @@ def test_a_row_that_the_plugin_dropped_is_one_line_and_resumed(
     monkeypatch.setattr(inside, "LOST_S", 1.0)
     usual = {"concurrency": 1, "commit_every": 0.001, "max_tokens": 1000}
     server = WithPlugin(tmp_path / "runs", model, lost=16)
-    with pytest.raises(MoeInspectError, match=r"runs lack rows of sequence \d+ .*--resume"):
+    with pytest.raises(MoeInspectError, match=r"runs lack rows of sequence \d+ .*--resume$"):
         traced(server, **usual)
     kept = moe_inspect.open_trace(tmp_path / "t").n_tokens
-    with pytest.raises(MoeInspectError, match="was made with weights True, not None"):
+    says = r"no plugin is known of, but \S+ has gate weights, .* --overwrite$"
+    with pytest.raises(MoeInspectError, match=says):
         traced(Server(), resume=True, **usual)
+    server.state["sample"] = 0.5
+    says = r"share of 0\.5 of the requests, but \S+ has gate weights"
+    with pytest.raises(MoeInspectError, match=says):
+        traced(server, resume=True, **usual)
+    server.state["sample"] = 1.0
     server.lost = None
     trace = traced(server, resume=True, **usual)
     assert 0 < kept < trace.n_tokens
     check_rows(trace)
     check_weights(trace)
+    traced(Server(), resume=True, **usual)  # complete: nothing is asked for
+
+
+@pytest.mark.usefixtures("committed_at_once")
+def test_a_trace_without_weights_is_resumed_without_whoever_has_them_now(
+    model: str, traced: Traced, tmp_path: Path, capsys: Any
+) -> None:
+    usual = {"concurrency": 1, "commit_every": 0.001, "max_tokens": 1000}
+    whole = traced(Server(), "whole", **usual)
+    server = Server()
+    server.behave = lambda n, *_: (400, {}, b"{}") if n >= 12 else None
+    with pytest.raises(MoeInspectError, match="HTTP 400"):
+        traced(server, **usual)
+    kept = moe_inspect.open_trace(tmp_path / "t").n_tokens
+    now = WithPlugin(tmp_path / "runs", model)
+    now.returns = True
+    for _ in ("resumed", "complete"):
+        trace = traced(now, resume=True, **usual)
+        assert 0 < kept < trace.n_tokens
+        assert trace.tokens().equals(whole.tokens())
+        check_rows(trace)
+        assert not trace.has_weights
+    assert not any("request_id" in body for _, body in now.requests)
+    assert "not used" not in capsys.readouterr().err
+
+
+def damage(server: WithPlugin) -> None:
+    """A trace of a newer version, of which the plugin's are too, is beside it."""
+    server.records = False
+    (server.folder / "newer").mkdir()
+    (server.folder / "newer/shards-0.jsonl").touch()
+    (server.folder / "newer/trace.json").write_text('{"format": 99}')
+
+
+def rename(server: WithPlugin) -> None:
+    server.named = lambda name: "req-7"
+
+
+def stop(server: WithPlugin) -> None:
+    """At its first step."""
+    server.records, state = False, server.state
+    server.behave = lambda *_: state.update(on=False, error="no kernel")
+
+
+def be_silent(server: WithPlugin) -> None:
+    server.records = False
+
+
+@pytest.mark.usefixtures("committed_at_once")
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (be_silent, "they were dropped or not written: see the engine's log"),
+        (rename, "they were dropped or not written: see the engine's log"),
+        (damage, "newer/trace.json"),
+        (stop, "it has stopped: no kernel"),
+    ],
+)
+def test_a_plugin_that_does_not_record_the_first_request_is_not_waited_for(
+    how: Callable[[WithPlugin], None],
+    why: str,
+    model: str,
+    traced: Traced,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: Any,
+) -> None:
+    """It has not begun to write, has ended, or the requests reach the engine by other names."""
+    monkeypatch.setattr(inside, "PROBE_S", 0.5)
+    server = WithPlugin(tmp_path / "runs", model)
+    server.returns = True
+    how(server)
+    trace = traced(server, max_tokens=300)
+    err = capsys.readouterr().err
+    said = [line for line in err.splitlines() if "is not used" in line]
+    assert len(said) == 1
+    told = f"{tmp_path / 'runs'} has no rows of a first request after 0.5 s: "
+    assert (told in said[0]) == (how is not stop)
+    assert why in said[0]
+    assert said[0].endswith("the trace has what the server returns, without gate weights")
+    check_rows(trace)
+    assert not trace.has_weights
+    assert len(server.requests) == trace.tokens().sequence.nunique() + 1
+
+
+@pytest.mark.usefixtures("committed_at_once")
+def test_a_request_that_is_sent_again_has_another_name(
+    model: str, traced: Traced, tmp_path: Path
+) -> None:
+    """SGLang refuses a name while it is still at the first attempt, whose rows are not taken."""
+    server, names = WithPlugin(tmp_path / "runs", model, sglang=True), set[str]()
+
+    def behave(n: int, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes] | None:
+        if body["rid"] in names:
+            return 400, {}, b'{"error": {"message": "Duplicate request ID detected"}}'
+        names.add(body["rid"])
+        return (500, {}, b"") if n % 5 == 2 else None
+
+    server.behave = behave
+    trace = traced(server, engine="sglang", generate=2, max_tokens=1000)
+    assert len(names) == len(server.requests) > trace.tokens().sequence.nunique() + 1
+    check_rows(trace)
+    check_weights(trace)
+
+
+def turning(server: WithPlugin, monkeypatch: Any, keep: int) -> None:
+    """A trace for a few requests; the first answer comes when many others have come."""
+    monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    server.traces.keep = keep
+
+    def delay_s(n: int) -> float:
+        if n == 1:  # behind the first request that shows whether there is a plugin
+            server.traces.most_bytes = 20_000
+        return 1.0 if n == 1 else 0.02
+
+    server.delay_s = delay_s
+
+
+@pytest.mark.usefixtures("committed_at_once")
+def test_what_is_recorded_is_read_before_it_is_deleted(
+    model: str, traced: Traced, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Also while an answer is awaited; of an engine that was started for this, by who reads."""
+    server = WithPlugin(tmp_path / "runs", model)
+    turning(server, monkeypatch, keep=8)
+    seen = list[inside.Inside]()
+    begin = inside.Inside.__init__
+    monkeypatch.setattr(
+        inside.Inside, "__init__", lambda self, *of: (seen.append(self), begin(self, *of))[1]
+    )
+    trace = traced(server, generate=2, max_tokens=900)
+    check_rows(trace)
+    check_weights(trace)
+    there = [path for path in server.traces.paths if path.exists()]
+    assert len(server.traces.paths) > 3 * len(there)
+    assert not seen[0]._rows  # given
+    assert len(seen[0]._traces) <= len(there) + 1
+    with inside.recording_inside(tmp_path / "log") as variables:
+        own = WithPlugin(Path(variables["MOE_INSPECT_TRACE"]), model)
+        turning(own, monkeypatch, keep=0)
+        check_weights(traced(own, "own", generate=2, max_tokens=900))
+        assert len(own.traces.paths) > 5 * sum(path.exists() for path in own.traces.paths)
+
+
+@pytest.mark.usefixtures("committed_at_once")
+def test_a_trace_that_was_deleted_before_it_was_read_is_one_line(
+    model: str, traced: Traced, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(inside, "LOOK_S", 1.0)
+    monkeypatch.setattr(inside, "LOST_S", 1.5)
+    server = WithPlugin(tmp_path / "runs", model)
+    turning(server, monkeypatch, keep=1)
+    says = r"-\d{4} was deleted before it was read: set MOE_INSPECT_KEEP higher; .*--resume$"
+    with pytest.raises(MoeInspectError, match=says):
+        traced(server, max_tokens=900)
 
 
 UNUSED = {
@@ -176,7 +339,9 @@ UNUSED = {
     "it has stopped: the disk is full": {"on": False, "error": "the disk is full"},
     "it records a share of 0.5 of the requests": {"sample": 0.5},
     "MOE_INSPECT_TRACE is not set in the engine": {"trace": None},
-    "is of elsewhere, which is another host": {"host": "elsewhere"},
+    "it is an older one, which does not say where its traces are": {"host": ...},
+    "runs of elsewhere, which is another host": {"host": "elsewhere"},
+    "its engines record in more than one directory: ": {"second": "runs/2"},
     "runs/gone, which cannot be read here": {"trace": "runs/gone"},
     "no MoE layer": {"refused": "no MoE layer"},
 }
@@ -189,12 +354,29 @@ def test_where_the_plugin_does_not_do_the_server_is_asked(
     server = Server()
     state = WithPlugin(tmp_path / "runs", model).state | UNUSED[why]
     known = server.about
-    server.about = lambda path: {"engines": [state]} if path == "/v1/moe_inspect" else known(path)
+    state = {name: value for name, value in state.items() if value is not ...}
+    states = [state, state | {"trace": state.pop("second")}] if "second" in state else [state]
+    server.about = lambda path: {"engines": states} if path == "/v1/moe_inspect" else known(path)
     trace = traced(server, max_tokens=300)
     (said,) = capsys.readouterr().err.splitlines()
-    assert why.replace("is of", "of") in said
+    assert why in said
     assert said.endswith("the trace has what the server returns, without gate weights")
     check_rows(trace)
+    assert not trace.has_weights
+
+
+@pytest.mark.parametrize("how", ["forbidden", "another answer"])
+def test_a_gateway_that_knows_no_plugin_is_no_news(how: str, traced: Traced, capsys: Any) -> None:
+    server = Server()
+    known = server.about
+    if how == "forbidden":
+        server.forbidden = {"/v1/moe_inspect"}
+    else:
+        welcome: Any = ["welcome"]
+        server.about = lambda path: known(path) or welcome
+    trace = traced(server, max_tokens=300)
+    assert "/v1/moe_inspect" in server.gets
+    assert capsys.readouterr().err == ""
     assert not trace.has_weights
 
 

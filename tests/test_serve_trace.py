@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 
 import moe_inspect
+from moe_inspect.capture import inside
+from moe_inspect.capture.engine.settings import Settings, variable
 from moe_inspect.capture.inside import recording_inside
 from moe_inspect.capture.server import client, keeper, serve
 from moe_inspect.capture.server.serve import read_command
@@ -111,19 +114,45 @@ def test_the_engine_is_started_traced_and_stopped(
 def test_an_engine_with_the_plugin_records_for_itself(
     model: str, does: Does, cli_here: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Into a directory that is gone afterwards, unless the user has set another."""
+    """All of every request, into a directory beside the log that is gone afterwards, unless the
+    user has set another."""
     does(plugin=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    own = {"sample": "0.1", "start": "off", "logits": "1", "text": "0", "queue_mb": "1"}
+    for name, value in {**own, "max_gb": "0.001", "keep": "1"}.items():
+        monkeypatch.setenv(variable(name), value)
+    there = set[Path]()
+    when_there(tmp_path / "t/trace.json", lambda: there.update(tmp_path.glob("t.engine-*/traces")))
     cli_here("serve-trace", "-o", "t", *CORPUS, "--", "vllm", "serve", model)
+    assert len(there) == 1
+    assert not [*tmp_path.glob("t.engine-*")]
     trace = moe_inspect.open_trace(tmp_path / "t")
     check_rows(trace)
     check_weights(trace)
     assert not any((tmp_path / "tmp").iterdir())
     assert nobody_is_left(tmp_path)
+    with recording_inside(Path("/dev/null")) as variables:
+        folder = Path(variables["MOE_INSPECT_TRACE"])
+        assert folder.parent.parent == tmp_path / "tmp"
+        asked = Settings.read({**os.environ, **variables})
+    assert asked == Settings(folder, queue_mb=4096, max_gb=1, keep=0)
     monkeypatch.setenv("MOE_INSPECT_TRACE", str(tmp_path / "own"))
-    with recording_inside() as variables:
+    with recording_inside(tmp_path / "log") as variables:
         assert variables == {}
+
+
+def test_an_engine_whose_plugin_does_not_record_is_asked(
+    model: str, does: Does, cli_here: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inside, "PROBE_S", 0.5)
+    does(plugin="silent")
+    done = cli_here("serve-trace", "-o", "t", *CORPUS, "--", "vllm", "serve", model)
+    assert "what its plugin records is not used: " in done.stderr
+    assert "/traces has no rows of a first request after 0.5 s: " in done.stderr
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    check_rows(trace)
+    assert not trace.has_weights
 
 
 def test_what_was_recorded_before_the_engine_died_is_kept_and_resumed(

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -24,72 +24,82 @@ import numpy as np
 
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.engine.control import tell_by
-from moe_inspect.capture.engine.settings import is_asked, variable
-from moe_inspect.capture.server.client import Json, root_of
+from moe_inspect.capture.engine.settings import variable
+from moe_inspect.capture.server.client import Json, Refused
 from moe_inspect.capture.server.protocols import RoutedAnswer, Served
-from moe_inspect.errors import Damaged, MoeInspectError
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.routed import checked_ids
-from moe_inspect.text import print_stderr
+from moe_inspect.trace.output_dir import remove_trace
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.shard import Shard
 
 LOOK_S = 0.25  # between two looks at the traces
-# without a new row of ours, when all are computed: what describes a model takes long
-LOST_S = 120.0
-# of an engine that is started for one run, whose traces are only read once
-BOUNDS = {variable("max_gb"): "1", variable("keep"): "1"}
+LOST_S = 120.0  # without a new row of ours, when all are computed
+PROBE_S = 60.0  # the same, of the first request: a process describes the model before
+# of an engine that is started for one run, whatever the user's own variables say
+ALL_OF_IT = {"sample": "1", "start": "on", "logits": "0", "text": "1", "queue_mb": "4096"}
+ALL_OF_IT |= {"max_gb": "1", "keep": "0"}  # who reads deletes what was read
 # directory of the traces of the plugin in the engine that was started for this run
 started_with: ContextVar[Path | None] = ContextVar("started_with", default=None)
 
 
 @contextmanager
-def recording_inside() -> Iterator[dict[str, str]]:
+def recording_inside(log: Path) -> Iterator[dict[str, str]]:
     """Variables for an engine that is started for a run: its plugin, if it has it, records into a
-    directory that is deleted at the end. None where the user has set their own."""
-    if is_asked():
+    directory that is deleted at the end, beside the engine's log. None where the user's own
+    variables name a directory."""
+    if os.environ.get(variable("trace")):
         yield {}
         return
+    where = log.parent if log.is_file() else None  # not beside /dev/null
     # what writes may outlive the engine by a moment
-    kept = tempfile.TemporaryDirectory(prefix="moe-inspect-engine-", ignore_cleanup_errors=True)
+    kept = tempfile.TemporaryDirectory(prefix=f"{log.stem}-", dir=where, ignore_cleanup_errors=True)
     with kept as place:
-        folder = Path(place) / "traces"  # which the plugin makes before the engine serves
+        folder = Path(place).absolute() / "traces"  # which the plugin makes before it serves
         before = started_with.set(folder)
         try:
-            yield {variable("trace"): str(folder), **BOUNDS}
+            yield {variable(n): v for n, v in {"trace": str(folder), **ALL_OF_IT}.items()}
         finally:
             started_with.reset(before)
 
 
 async def traces_inside(http: httpx.AsyncClient) -> Path | None:
     """The directory of the traces of the plugin in a server's engines. None where there is no
-    plugin, or it does not do, which is said."""
-    if (folder := started_with.get()) is not None:
-        return folder if folder.is_dir() else None
+    plugin, as far as can be known; MoeInspectError where what it records is of no use."""
+    started = started_with.get()
+    return started if started is not None and started.is_dir() else await told_inside(http)
+
+
+async def told_inside(http: httpx.AsyncClient) -> Path | None:
+    """The same, by what the plugin says of itself."""
     try:
-        if (states := await tell_by(http, "status")) is None:
-            return None
-        folder = _folder_of(states)
-    except MoeInspectError as error:
-        said = f"{root_of(http)}: what its plugin records is not used: {error}"
-        print_stderr(f"{said}: the trace has what the server returns, without gate weights")
+        states = await tell_by(http, "status")
+    except Refused:  # by what stands before the engine: who has the plugin is not known
         return None
-    return folder
+    return None if states is None else _folder_of(states)
 
 
 def _folder_of(states: Sequence[Json]) -> Path:
     """MoeInspectError where the engines do not record all of every request in one directory that
     can be read here."""
     (first, *_) = states
-    folder, host = first.get("trace"), first.get("host")
-    if folder is None:
+    if not all("trace" in state and "host" in state for state in states):
+        raise MoeInspectError("it is an older one, which does not say where its traces are")
+    if (folder := first["trace"]) is None:
         raise MoeInspectError(f"{variable('trace')} is not set in the engine")
     if not all(state["on"] for state in states):
         error = next((state["error"] for state in states if state["error"]), None)
         raise MoeInspectError(f"it has stopped: {error}" if error else "it is switched off")
     if (share := min(state["sample"] for state in states)) < 1:
         raise MoeInspectError(f"it records a share of {share:g} of the requests")
-    if {(state["trace"], state["host"]) for state in states} != {(folder, socket.gethostname())}:
-        raise MoeInspectError(f"its traces are in {folder} of {host}, which is another host")
+    for state in states:
+        if state["host"] != socket.gethostname():
+            said = f"its traces are in {state['trace']} of {state['host']}, which is another host"
+            raise MoeInspectError(said)
+        if state["trace"] != folder:
+            both = f"{folder} and {state['trace']}"
+            raise MoeInspectError(f"its engines record in more than one directory: {both}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise MoeInspectError(f"its traces are in {folder}, which cannot be read here")
     return Path(folder)
@@ -106,49 +116,82 @@ class Rows:
     weights: list[np.ndarray]
 
 
+@dataclass
+class Followed:
+    """A trace that is read while it grows. `stamp`: of its files, as last read; `tokens`: that were
+    read; `names`: of the documents that are ours; `closed`: nothing follows."""
+
+    stamp: object = None
+    tokens: int = 0
+    names: dict[int, tuple[int, int]] = field(default_factory=dict)
+    closed: bool = False
+
+
 class Inside:
-    """`name`: what the names of this run's requests begin with, before the number of their
-    sequence. What the traces of `folder` hold already is not read."""
+    """`name`: what the names of this run's requests begin with, before their number, which grows,
+    and that of the attempt. What the traces of `folder` hold already is not read. `error`: of the
+    last trace that could not be read."""
 
     def __init__(self, folder: Path, served: Served, name: str):
         self.folder = folder
+        self.error: Exception | None = None
         self.routers = [served.routers[r] for r in served.chosen]
-        self._named = re.compile(rf"{re.escape(name)}(\d+)")
-        self._sequences: dict[tuple[Path, int], int] = {}  # of each document that is ours
-        self._rows: dict[int, list[Rows]] = {}  # of each sequence
-        self._stamps: dict[Path, object] = {}
-        self._next: dict[Path, int] = {}  # the token to read next, of each trace
-        for path, trace in self._grown():
-            self._next[path] = trace.n_tokens
+        self._named = re.compile(rf"{re.escape(name)}(\d+)-(\d+)")
+        self._traces: dict[Path, Followed] = {}
+        self._rows: dict[tuple[int, int], list[Rows]] = {}  # of each request that is not given
+        self._given = -1  # the highest number of these
+        self._deleted: Path | None = None  # a trace that was not read to its end
+        self._began = False
+        self.look()
+        self._began = True
 
     async def routed(
-        self, sequences: Sequence[TokenSequence], answers: Sequence[RoutedAnswer]
-    ) -> list[RoutedAnswer]:
-        """The answers with their decisions and weights, once these are committed."""
-        found, until = list[RoutedAnswer](), time.monotonic() + LOST_S
-        for sequence, answer in zip(sequences, answers, strict=True):
-            number, fed = sequence.sequence, answer.fed(sequence.ids)
-            while (routes := self._routes(number, fed)) is None:
-                if self._look():
-                    until = time.monotonic() + LOST_S
-                elif time.monotonic() > until:
-                    raise MoeInspectError(
-                        f"the plugin's traces in {self.folder} lack rows of sequence {number} "
-                        f"({sequence.source}), which were dropped or not written: see the engine's "
-                        "log; continue with --resume"
-                    )
-                else:
-                    await asyncio.sleep(LOOK_S)
-            del self._rows[number]
-            found.append(replace(answer, ids=routes[0], weights=routes[1]))
-        return found
+        self, row: TokenSequence, asked: asyncio.Task[RoutedAnswer], is_probe: bool = False
+    ) -> RoutedAnswer:
+        """The answer of the task, with its decisions and weights, once these are committed; in the
+        order of the numbers. MoeInspectError where the traces lack rows of it, and none of ours has
+        come for long."""
+        while not asked.done():  # what the engine deletes is read before
+            await asyncio.wait([asked], timeout=LOOK_S)
+            self.look()
+        answer, within_s = asked.result(), PROBE_S if is_probe else LOST_S
+        key, until = self._key(answer.name), time.monotonic() + within_s
+        assert key is not None
+        while (routes := self._routes(key, answer.fed(row.ids))) is None:
+            if self.look():
+                until = time.monotonic() + within_s
+            elif time.monotonic() > until:
+                raise MoeInspectError(self._lacks(row, is_probe))
+            else:
+                await asyncio.sleep(LOOK_S)
+        self._given = key[0]
+        self._rows = {k: rows for k, rows in self._rows.items() if k[0] > self._given}
+        return replace(answer, ids=routes[0], weights=routes[1])
+
+    def _lacks(self, row: TokenSequence, is_probe: bool) -> str:
+        why = str(self.error or "they were dropped or not written: see the engine's log")
+        if self._deleted is not None:
+            keep = variable("keep")
+            why = f"{self._deleted.name} was deleted before it was read: set {keep} higher"
+        if is_probe:
+            return f"{self.folder} has no rows of a first request after {PROBE_S:g} s: {why}"
+        return (
+            f"the plugin's traces in {self.folder} lack rows of sequence {row.sequence} "
+            f"({row.source}): {why}; continue with --resume"
+        )
+
+    def _key(self, name: str) -> tuple[int, int] | None:
+        """Of a request of ours that is still to be given, its number and that of the attempt."""
+        named = self._named.search(name)
+        key = None if named is None else (int(named[1]), int(named[2]))
+        return key if key is not None and key[0] > self._given else None
 
     def _routes(
-        self, sequence: int, fed_T: np.ndarray
+        self, key: tuple[int, int], fed_T: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
         """Of each token that was fed the row that was computed last; None where one has no row
         (yet). An engine may have computed more: it schedules ahead."""
-        parts = self._rows.get(sequence, [])
+        parts = self._rows.get(key, [])
         row_T, n = np.full(len(fed_T), -1), 0
         for part in parts:
             fed_N = part.position < len(fed_T)
@@ -165,51 +208,75 @@ class Inside:
 
         return joined("ids"), joined("weights")
 
-    def _look(self) -> bool:
+    def look(self) -> bool:
         """Reads what is new. Whether any of it is ours."""
         new = False
-        for path, trace in self._grown():
-            start = self._next.get(path, 0)
-            for shard in trace.joined(0):
-                if shard.files.last_token >= start:
-                    new |= self._read(path, shard, max(start - shard.files.first_token, 0))
-            self._next[path] = trace.n_tokens
+        for path in self._listed():
+            try:
+                new |= self._follow(path)
+            except (OSError, MoeInspectError) as error:
+                if path.exists():  # it may be another's
+                    self.error = error
         return new
 
-    def _grown(self) -> Iterator[tuple[Path, Trace]]:
-        """The traces that have changed since the last look; not those of another format, of which
-        an engine writes none, nor those that the engine has just deleted."""
-        for listed in sorted(self.folder.glob("*/shards-0.jsonl")):
-            path = listed.parent
-            with suppress(OSError, Damaged, MoeInspectError):
-                stamp = (found := listed.stat()).st_ino, found.st_size, found.st_mtime_ns
-                if self._stamps.get(path) != stamp:
-                    yield path, Trace(path)
-                    self._stamps[path] = stamp
+    def _listed(self) -> list[Path]:
+        """The traces there are. Forgets those that are gone."""
+        listed = sorted(file.parent for file in self.folder.glob("*/shards-0.jsonl"))
+        for path in self._traces.keys() - set(listed):
+            known, stem = self._traces[path], path.name[:-4]
+            later = any(path < other and other.name.startswith(stem) for other in listed)
+            if known.stamp is not None or later:  # else it has not begun
+                del self._traces[path]
+                self._deleted = self._deleted if known.closed else path
+        return listed
+
+    def _follow(self, path: Path) -> bool:
+        known = self._traces.setdefault(path, Followed())
+        files = [(path / name).stat() for name in ("shards-0.jsonl", MANIFEST)]
+        stamp = [(found.st_ino, found.st_size, found.st_mtime_ns) for found in files]
+        if known.stamp == stamp:
+            return False
+        trace, new = Trace(path), False
+        for shard in trace.joined(0) if self._began else ():
+            if shard.files.last_token >= known.tokens:
+                new |= self._read(path, shard, max(known.tokens - shard.files.first_token, 0))
+                known.tokens = shard.files.last_token + 1
+        known.stamp, known.tokens = stamp, trace.n_tokens
+        known.closed = trace.status != "recording"
+        if known.closed and self._began:
+            if follows := trace.manifest["capture"].get("followed_by"):
+                self._traces.setdefault(self.folder / follows, Followed())
+            if self.folder == started_with.get():
+                with suppress(OSError, MoeInspectError):
+                    remove_trace(path)
+        return new
 
     def _read(self, path: Path, shard: Shard, skip: int) -> bool:
         """The rows of ours in a shard, behind so many that were read before."""
+        names = self._traces[path].names
         documents = shard.table("documents", ["document", "source"]).to_pydict()
         for document, source in zip(documents["document"], documents["source"], strict=True):
-            if (named := self._named.search(source)) is not None:
-                self._sequences[path, document] = int(named[1])
+            if (key := self._key(source)) is not None:
+                names[document] = key
         columns = ("document", "position", "token_id")
         table = shard.tokens([*columns])
-        document_N, position_N, token_N = (table[name].to_numpy()[skip:] for name in columns)
-        ours = [d for d in np.unique(document_N).tolist() if (path, d) in self._sequences]
-        if not ours:
+        document_N, position_N, token_N = (table[name].to_numpy() for name in columns)
+        keys = {d: names[d] for d in np.unique(document_N[skip:]).tolist() if d in names}
+        keys = {document: key for document, key in keys.items() if key[0] > self._given}
+        if not keys:
             return False
+        at_N = skip + np.flatnonzero(np.isin(document_N[skip:], [*keys]))
         at = [self._router(shard, path, r) for r in range(len(self.routers))]
         ids = [
-            checked_ids(shard.ids(r)[skip:], router, str(path))
+            checked_ids(shard.ids(r)[at_N], router, str(path))
             for r, router in zip(at, self.routers, strict=True)
         ]
-        weights = [shard.weights(r)[skip:].astype(np.float16) for r in at]
-        for document in ours:
-            n = np.flatnonzero(document_N == document)
+        weights = [shard.weights(r)[at_N].astype(np.float16) for r in at]
+        for document, key in keys.items():
+            n = np.flatnonzero(document_N[at_N] == document)
             of_routers = [of[n] for of in ids], [of[n] for of in weights]
-            rows = Rows(position_N[n], token_N[n], *of_routers)
-            self._rows.setdefault(self._sequences[path, document], []).append(rows)
+            rows = Rows(position_N[at_N[n]], token_N[at_N[n]], *of_routers)
+            self._rows.setdefault(key, []).append(rows)
         return True
 
     def _router(self, shard: Shard, path: Path, r: int) -> int:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -406,7 +406,6 @@ def serve_trace(
     moe-inspect serve-trace -o runs/a -- vllm serve allenai/OLMoE-1B-7B-0924
     moe-inspect serve-trace -o runs/a -- sglang serve --model-path ./model --tp 2"""
     from moe_inspect.api import trace_engine
-    from moe_inspect.capture.inside import recording_inside
     from moe_inspect.capture.server.serve import read_command, serve_engine
 
     if not command:
@@ -439,8 +438,6 @@ def serve_trace(
     began, ready = time.monotonic(), False
     try:
         with ExitStack() as running:
-            inside = running.enter_context(recording_inside())
-            read = replace(read, environment={**read.environment, **inside})
             with shown():
                 phase(f"{read.name} is starting")
                 key = common["api_key"]

@@ -233,17 +233,17 @@ async def _sent(
 
 
 def _read(protocol: EngineProtocol, served: Served, answer: Answer, data: Json) -> Answer:
-    reply = protocol.read(data, served)
-    made = reply.token_ids
+    reply = protocol.read(data)
+    made, routed_TBK = reply.token_ids, protocol.routed(reply, served)
     if not isinstance(made, list) or not made:
         raise MoeInspectError(f"no generated token ids: {str(made)[:80]}")
     layers = [router.layer for router in served.routers]
-    if reply.routed_TBK.shape[1:] != (served.blocks, served.top_k):
+    if routed_TBK.shape[1:] != (served.blocks, served.top_k):
         raise MoeInspectError(
-            f"routed experts of shape {reply.routed_TBK.shape}, not [tokens, {served.blocks}, "
+            f"routed experts of shape {routed_TBK.shape}, not [tokens, {served.blocks}, "
             f"{served.top_k}]"
         )
-    return replace(answer, made=tuple(made), routed_TLK=reply.routed_TBK[:, layers])
+    return replace(answer, made=tuple(made), routed_TLK=routed_TBK[:, layers])
 
 
 def expected(network: Any, sequences: Iterable[tuple[int, ...]]) -> Mapping[Any, Reference]:

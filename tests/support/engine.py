@@ -77,6 +77,7 @@ class Server:
         self.model_type, self.key = "deepseek_v3", None
         self.starting, self.gets = False, list[str]()
         self.length = MODEL_LENGTH
+        self.forbidden = set[str]()  # paths
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if strange := set(body) - FIELDS[path]:
@@ -144,7 +145,8 @@ def serving(server: Server, port: int = 0) -> Iterator[str]:
             self.wfile.write(data)
 
         def allowed(self) -> bool:
-            if server.key is None or self.headers["Authorization"] == f"Bearer {server.key}":
+            given = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+            if self.path not in server.forbidden and server.key in (None, given):
                 return True
             self.reply(401, b'{"error": "Unauthorized"}')
             return False
@@ -194,7 +196,8 @@ def main() -> None:
     """Stands in for a program of an engine. ENGINE_DOES: `starts_s`, how long it takes to listen;
     `dies`, what it says before it ends with code 3; `pids`, a file for its process id and that of a
     process that it starts in a session of its own; both take no SIGTERM where `stubborn`; `after`:
-    at which request it is killed; `plugin`: it has the plugin."""
+    at which request it is killed; `plugin`: it has the plugin, which records or, where it is
+    "silent", has only made its directory."""
     does: dict[str, Any] = json.loads(os.environ.get("ENGINE_DOES", "{}"))
     print("called with", *sys.argv[1:], flush=True)
     if does.get("stubborn"):
@@ -211,6 +214,8 @@ def main() -> None:
         from tests.support import engine_plugin  # which takes seconds to import
 
         server = engine_plugin.started(Path(os.environ["MOE_INSPECT_TRACE"]), sys.argv[2])
+        server.records &= does["plugin"] != "silent"
+        server.returns = True
     server.key = does.get("key")
     if "--enable-return-routed-experts" not in sys.argv:
         server.edit = lambda answer: answer["choices"][0].pop("routed_experts")

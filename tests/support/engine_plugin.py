@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ WEIGHTS = 0.5, 0.25, 0.125  # of every decision
 def started(folder: Path, model: str) -> WithPlugin:
     """In a process of its own, which answers while another describes the model."""
     sidecar.COMMIT_S = 0.05
-    return WithPlugin(folder, model, describe=ask)
+    settings = Settings.read()
+    server = WithPlugin(folder, model, describe=ask, settings=settings)
+    server.records = settings.start and settings.sample == 1
+    server.state = None  # vLLM has the endpoint where VLLM_PLUGINS names the plugin
+    return server
 
 
 class WithPlugin(Server):
     """With the plugin inside, which records in `folder`, and the requests of others too; the server
-    itself returns no routed experts. `state`: how the plugin says that it is; `sglang`: by the
-    state of SGLang's server; without `text` its traces have no token ids; `lost`: at which of the
-    requests a row is dropped."""
+    itself returns no routed experts unless `returns`. `state`: how the plugin says that it is, if
+    it does; `sglang`: by the state of SGLang's server; without `text` its traces have no token ids;
+    `lost`: at which of the requests a row is dropped; `records`: whether it records at all;
+    `named`: what becomes of a request's name before the engine."""
 
     def __init__(
         self,
@@ -38,30 +44,35 @@ class WithPlugin(Server):
         text: bool = True,
         lost: int | None = None,
         describe: Any = describe,
+        settings: Settings | None = None,
     ):
         super().__init__()
         self.folder, self.sglang, self.lost = folder, sglang, lost
-        self.state: dict[str, Any] = {"trace": str(folder), "host": socket.gethostname()}
+        self.returns, self.records = False, True
+        self.named: Callable[[str], str] = lambda name: name
+        self.state: dict[str, Any] | None = {"trace": str(folder), "host": socket.gethostname()}
         self.state |= {"on": True, "error": None, "sample": 1.0}
         about = {"engine": "vllm", "version": "0", "model": model, "tokenizer": model}
         about |= {"revision": None, "trust_remote_code": False, "vocabulary": VOCABULARY}
         about |= {"dtype": "float32", "device": "cpu", "rank": 0, "experts": EXPERTS, "top_k": K}
         about |= {"layers": [DENSE + 1], "paths": ["experts"]}
         folder.mkdir(parents=True, exist_ok=True)
-        self.traces = Traces(about | vars(Settings(folder, text=text)), describe)
+        self.traces = Traces(about | vars(settings or Settings(folder, text=text)), describe)
         self.steps = 0
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         status, answer = super().answer(path, body)
         if status == 200:
             for found in (answer.get("meta_info", {}), *answer.get("choices", ())):
-                found.pop("routed_experts", None)
+                _ = self.returns or found.pop("routed_experts", None)
             prompt = body["input_ids" if "input_ids" in body else "prompt"]
             made = answer["output_ids"] if "output_ids" in answer else answer["choices"][0]
             made = made if isinstance(made, list) else made["token_ids"]
             name = body.get("rid") or f"cmpl-{body.get('request_id', 'other')}-0-0badcafe"
             with self.lock:
-                self.record(name, prompt, made)
+                if not self.records:
+                    return status, answer
+                self.record(self.named(name), prompt, made)
                 self.record(f"another-{self.steps}", prompt[::-1], made)
         return status, answer
 
@@ -87,6 +98,8 @@ class WithPlugin(Server):
 
     def about(self, path: str) -> dict[str, Any] | None:
         found = super().about(path)
+        if self.state is None:
+            return found
         if path == "/v1/moe_inspect" and not self.sglang:
             return {"engines": [self.state]}
         if path == "/server_info" and self.sglang:

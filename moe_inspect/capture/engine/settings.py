@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from logging import Logger
 from pathlib import Path
@@ -133,7 +134,11 @@ def variable(name: str) -> str:
 
 
 def tell_why(log: Logger, error: Exception) -> None:
-    """Why nothing is recorded, in a line if the user can mend it."""
+    """Why nothing is recorded, in a line if the user can mend it. The directory is made, so that
+    who started the engine can tell it from one without the plugin."""
+    with suppress(OSError):
+        if trace := os.environ.get(variable("trace"), "").strip():
+            Path(trace).mkdir(parents=True, exist_ok=True)
     if isinstance(error, MoeInspectError):
         log.error("moe-inspect: nothing is recorded: %s", error)
     else:

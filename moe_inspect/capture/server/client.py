@@ -39,6 +39,10 @@ class _Retry(Exception):
         self.wait_s = wait_s
 
 
+class Refused(MoeInspectError):
+    """The server, or what stands before it, does not take a request: for its key or its path."""
+
+
 class NotReady(MoeInspectError):
     """No server answers: it is starting, or the address is wrong."""
 
@@ -130,12 +134,12 @@ def wait_notifier() -> Callable[[str, float], None]:
 async def ask(
     http: httpx.AsyncClient,
     path: str,
-    body: Json | None = None,
+    body: Json | Callable[[], Json] | None = None,
     most_bytes: int = MOST_BYTES,
     notify: Callable[[str, float], None] | None = None,
 ) -> Json | None:
-    """The JSON object in the response to a POST of `body` (without a body: a GET); None where the
-    path does not exist (404)."""
+    """The JSON object in the response to a POST of `body`, which a function makes for each attempt
+    (without a body: a GET); None where the path does not exist (404)."""
     root, notify = root_of(http), notify or wait_notifier()
 
     def tell_why(state: tenacity.RetryCallState) -> None:
@@ -143,6 +147,9 @@ async def ask(
         wait_s = state.next_action.sleep if state.next_action else 0.0
         failed = f"attempt {state.attempt_number} of {ATTEMPTS} failed"
         notify(f"{root}: {error}; retrying in {wait_s:.0f} s ({failed})", wait_s)
+
+    async def once() -> tuple[int, bytes]:
+        return await _once(http, path, body() if callable(body) else body, most_bytes)
 
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(_Retry),
@@ -152,7 +159,7 @@ async def ask(
         reraise=True,
     )
     try:
-        status, data = await attempts(_once, http, path, body, most_bytes)
+        status, data = await attempts(once)
     except _Retry as error:
         raise MoeInspectError(
             f"{root}: no answer after {ATTEMPTS} attempts, the last error: {error}: when the "
@@ -169,17 +176,17 @@ def _json_object(root: str, path: str, status: int, data: bytes) -> Json | None:
     if status == 404:
         return None
     if status in (401, 403):
-        raise MoeInspectError(
+        raise Refused(
             f"{root} rejected the API key (HTTP {status}): set --api-key or MOE_INSPECT_API_KEY"
         )
     if status != 200:
-        raise MoeInspectError(f"{root}{path} refused the request (HTTP {status}): {_message(data)}")
+        raise Refused(f"{root}{path} refused the request (HTTP {status}): {_message(data)}")
     try:
         answer = json.loads(data)
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        raise MoeInspectError(
+        raise Refused(
             f"{root}{path}: expected a JSON object, got {data[:60]!r}: does --engine match the "
             "server?"
         )

@@ -28,14 +28,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig as Config
 
 FLAG = "--enable-return-routed-experts"  # of both engines
-NOTHING_TBK = np.zeros((0, 0, 0), np.int64)
 
 
 @dataclass(frozen=True)
 class Request:
     """One sequence: `ids` int32 [prompt]; the last of the `max_tokens` generated ones is never fed.
     `salt` is its name, and gives it its own entries in the engine's prefix cache, so that each of
-    its tokens is computed."""
+    its tokens is computed: each attempt has another."""
 
     ids: np.ndarray
     max_tokens: int
@@ -47,8 +46,9 @@ class Request:
 @dataclass(frozen=True)
 class Served:
     """The model by its config. `name`: as the server calls it; `blocks`: number of layers, dense
-    ones included; `chosen`: indices of the `routers` that are recorded; `inside`: whether this is
-    done inside the engine, so that the server is not asked for routed experts."""
+    ones included; `chosen`: indices of the `routers` that are recorded; `inside`: whether what is
+    recorded inside the engine is taken, by the names of the requests, and not what the server
+    returns."""
 
     name: str
     blocks: int
@@ -61,11 +61,12 @@ class Served:
 
 @dataclass(frozen=True)
 class RoutedAnswer:
-    """`token_ids`: what was generated; `ids`: of each router that is recorded the decisions of the
-    T = prompt + generated − 1 tokens that were fed, and their weights where they are known,
-    [T, K]."""
+    """`token_ids`: what was generated; `name`: of the request that it answers; `ids`: of each
+    router that is recorded the decisions of the T = prompt + generated − 1 tokens that were fed,
+    and their weights where they are known, [T, K]."""
 
     token_ids: np.ndarray
+    name: str
     ids: list[np.ndarray]
     weights: list[np.ndarray] | None = None
 
@@ -77,31 +78,42 @@ class RoutedAnswer:
 @dataclass(frozen=True)
 class Reply:
     """An unchecked response: the prompt it repeats, the generated tokens, the finish reason and the
-    routing [T, B, K], of no tokens where it is recorded inside the engine."""
+    routing as it is encoded, if there is one."""
 
     prompt_ids: object
     prompt_tokens: object
     token_ids: object
     finish: object
-    routed_TBK: np.ndarray
+    routed: object
 
 
 @dataclass(frozen=True)
 class EngineProtocol:
-    """`path`: of completions; `body`: (request, model) → its JSON; `read`: (JSON of the response,
-    model) → Reply; `about`, `version_at`: paths that describe the model and the version;
-    `read_from`: the release whose source code this follows; `cached_rows`: advice where rows of a
-    cached prefix are missing; `reserved`: number of tokens to generate → positions that the engine
-    keeps free behind a prompt."""
+    """`path`: of completions; `body`: (request, model) → its JSON; `read`: JSON of the response →
+    Reply; `decode`: (routing as it is encoded, model) → [T, B, K]; `field`: where that stands;
+    `command`: that starts the server; `about`, `version_at`: paths that describe the model and the
+    version; `read_from`: the release whose source code this follows; `cached_rows`: advice where
+    rows of a cached prefix are missing; `reserved`: number of tokens to generate → positions that
+    the engine keeps free behind a prompt."""
 
     path: str
     body: Callable[[Request, Served], Json]
-    read: Callable[[Json, Served], Reply]
+    read: Callable[[Json], Reply]
+    decode: Callable[[object, Served], np.ndarray]
+    field: str
+    command: str
     about: str
     version_at: str
     read_from: str
     cached_rows: str
     reserved: Callable[[int], int]
+
+    def routed(self, reply: Reply, served: Served) -> np.ndarray:
+        """The routing of a response [T, B, K]."""
+        if reply.routed is None:
+            said = f"start the server with {FLAG} ({self.command})"
+            raise MoeInspectError(f"the answer has no {self.field}: {said}")
+        return self.decode(reply.routed, served)
 
 
 def _sampling(request: Request, top_k: int, seed: str) -> Json:
@@ -125,7 +137,7 @@ def _vllm_body(request: Request, served: Served) -> Json:
     }
 
 
-def _vllm_read(answer: Json, served: Served) -> Reply:
+def _vllm_read(answer: Json) -> Reply:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise MoeInspectError(
@@ -134,11 +146,7 @@ def _vllm_read(answer: Json, served: Served) -> Reply:
     choice, usage = choices[0], answer.get("usage")
     fed = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     made, finish = choice.get("token_ids"), choice.get("finish_reason")
-    routed_TBK = NOTHING_TBK
-    if not served.inside:
-        encoded = _present(choice.get("routed_experts"), "choices[0].routed_experts", "vllm serve")
-        routed_TBK = decode_vllm(encoded, "routed_experts")
-    return Reply(choice.get("prompt_token_ids"), fed, made, finish, routed_TBK)
+    return Reply(choice.get("prompt_token_ids"), fed, made, finish, choice.get("routed_experts"))
 
 
 def _sglang_body(request: Request, served: Served) -> Json:
@@ -153,27 +161,14 @@ def _sglang_body(request: Request, served: Served) -> Json:
     }
 
 
-def _sglang_read(answer: Json, served: Served) -> Reply:
+def _sglang_read(answer: Json) -> Reply:
     facts = answer.get("meta_info")
     if not isinstance(facts, dict):
         raise MoeInspectError("the answer has no field meta_info: is this an SGLang server?")
     fed, made = facts.get("prompt_tokens"), answer.get("output_ids")
     finish = facts.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, dict) else finish
-    routed_TBK = NOTHING_TBK
-    if not served.inside:
-        field, command = "meta_info.routed_experts", "sglang.launch_server"
-        encoded = _present(facts.get("routed_experts"), field, command)
-        routed_TBK = decode_sglang(encoded, served.blocks, served.top_k, "routed_experts")
-    return Reply(answer.get("prompt_token_ids"), fed, made, finish, routed_TBK)
-
-
-def _present(encoded: object, field: str, command: str) -> object:
-    if encoded is None:
-        raise MoeInspectError(
-            f"the answer has no {field}: start the server with {FLAG} ({command})"
-        )
-    return encoded
+    return Reply(answer.get("prompt_token_ids"), fed, made, finish, facts.get("routed_experts"))
 
 
 ENGINES = {
@@ -181,6 +176,9 @@ ENGINES = {
         "/v1/completions",
         _vllm_body,
         _vllm_read,
+        lambda routed, served: decode_vllm(routed, "routed_experts"),
+        "choices[0].routed_experts",
+        "vllm serve",
         "/v1/models",
         "/version",
         "0.33.0",
@@ -193,6 +191,9 @@ ENGINES = {
         "/generate",
         _sglang_body,
         _sglang_read,
+        lambda routed, served: decode_sglang(routed, served.blocks, served.top_k, "routed_experts"),
+        "meta_info.routed_experts",
+        "sglang.launch_server",
         "/model_info",
         "/server_info",
         "0.5.23",
@@ -206,11 +207,11 @@ ENGINES = {
 def read_answer(
     engine: EngineProtocol, answer: Json | None, request: Request, served: Served
 ) -> RoutedAnswer:
-    """The checked content of a response, without decisions where these are recorded inside the
-    engine; MoeInspectError where it is inconsistent."""
+    """The checked content of a response, without decisions where those recorded inside the engine
+    are taken; MoeInspectError where it is inconsistent."""
     if answer is None:
         raise MoeInspectError(f"the server has no {engine.path}: does --engine match the server?")
-    reply, P = engine.read(answer, served), len(request.ids)
+    reply, P = engine.read(answer), len(request.ids)
     # older servers do not repeat the prompt, but all say how long it was
     if reply.prompt_tokens != P or (
         reply.prompt_ids is not None and reply.prompt_ids != request.ids.tolist()
@@ -231,8 +232,9 @@ def read_answer(
             f"{reply.finish!r}"
         )
     if served.inside:
-        return RoutedAnswer(np.array(made, np.int32), [])
-    (rows, _, K), expected = reply.routed_TBK.shape, P + len(made) - 1
+        return RoutedAnswer(np.array(made, np.int32), request.salt, [])
+    routed_TBK = engine.routed(reply, served)
+    (rows, _, K), expected = routed_TBK.shape, P + len(made) - 1
     if rows != expected:
         raise MoeInspectError(
             f"routed_experts has {rows} rows, not {expected}: one fewer than the {P} tokens of the "
@@ -244,14 +246,14 @@ def read_answer(
             f"routed_experts has {K} experts per token, the config {served.top_k}: is it this "
             "model's config?"
         )
-    ids = select_routers(reply.routed_TBK, served.routers, served.blocks, "routed_experts")
+    ids = select_routers(routed_TBK, served.routers, served.blocks, "routed_experts")
     for block in sorted(set(range(served.blocks)) - {r.layer for r in served.routers}):
-        if reply.routed_TBK[:, block].any():
+        if routed_TBK[:, block].any():
             raise MoeInspectError(
                 f"the config has no router in layer {block}, where the server routed tokens: is "
                 "it this model's config?"
             )
-    return RoutedAnswer(np.array(made, np.int32), [ids[r] for r in served.chosen])
+    return RoutedAnswer(np.array(made, np.int32), request.salt, [ids[r] for r in served.chosen])
 
 
 def most_bytes(request: Request, served: Served) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 
 from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
-from moe_inspect.capture.inside import Inside, traces_inside
+from moe_inspect.capture.inside import Inside, told_inside, traces_inside
 from moe_inspect.capture.open_trace import (
     complete_now,
     may_resume,
@@ -28,7 +29,14 @@ from moe_inspect.capture.open_trace import (
 )
 from moe_inspect.capture.options import EngineOptions
 from moe_inspect.capture.server import protocols
-from moe_inspect.capture.server.client import Json, ask, client, split_url, wait_notifier
+from moe_inspect.capture.server.client import (
+    Json,
+    ask,
+    client,
+    root_of,
+    split_url,
+    wait_notifier,
+)
 from moe_inspect.capture.server.protocols import Request, RoutedAnswer, Served
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, comparable, config_record, load_config, load_tokenizer
@@ -44,6 +52,7 @@ from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWr
 
 # --api-key of ours and of an engine that was started, --hf-token and others of the latter
 SECRET = re.compile(r"--.*(key|token)")
+PROBE_TOKENS = 4  # of the request that shows whether the plugin records
 AHEAD_INSIDE = 8  # × as many sequences may wait for the plugin's traces as are in flight
 Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or None)
 # a batch whose answers are awaited: the number of its first pass, and what it holds
@@ -94,8 +103,9 @@ class EngineRun:
         self._own_lock: Lock | None = None
         self._writer: TraceWriter | None = None
         self._codes: dict[str, int] = {}  # of the domains
-        self._name = f"moe-inspect-{uuid.uuid4().hex}-"  # of a request, before its sequence
+        self._name = f"moe-inspect-{uuid.uuid4().hex}-"  # of a request, before its number
         self._inside: Inside | None = None
+        self._notify = wait_notifier()
 
     async def record(self, plan: Plan, progress: Progress | None) -> None:
         options, config = self.options, self.config
@@ -103,7 +113,6 @@ class EngineRun:
         limits = options.timeout_s, options.concurrency
         async with client(self.url, options.api_key, *limits) as http:
             about = await protocols.ask_about(http, self.protocol, config)
-            traces = await traces_inside(http)
             plan = replace(plan, max_length=self._longest_sequence(about["max_model_len"]))
             record = {  # the settings that a resumed run must share
                 **plan.record(),
@@ -113,13 +122,21 @@ class EngineRun:
                 "revision": options.revision,
                 "config": schema.fingerprint(comparable(config)),
                 "layers": sorted(options.layers) if options.layers is not None else None,
-                **({} if traces is None else {"weights": True}),
             }
-            start = resume_from(self.output_dir, record, 0) if self.lock is not None else None
-            if start is not None and read_manifest(self.output_dir)["status"] == "complete":
-                return
+            start, weights = None, None
+            if self.lock is not None:
+                earlier = read_manifest(self.output_dir)
+                weights = bool((earlier.get("corpus", {}).get("plan") or {}).get("weights"))
+                start = resume_from(self.output_dir, record | with_weights(weights), 0)
+                if earlier["status"] == "complete":
+                    return
             served = protocols.served_model(about["model"], config, routers, options.layers)
-            served = replace(served, inside=traces is not None)
+            batches = plan.batches(self.tokenizer)
+            if weights is not False and (first := next(batches, None)) is not None:
+                self._inside = await self._find_inside(http, served, first[0][0], weights is True)
+                batches = itertools.chain([first], batches)
+            is_inside = self._inside is not None
+            served, record = replace(served, inside=is_inside), record | with_weights(is_inside)
             manifest = {
                 "model": {
                     "id": self.model_config,
@@ -134,16 +151,14 @@ class EngineRun:
                     "url": split_url(self.url)[0],
                     "server": about,
                     "concurrency": options.concurrency,
-                    **({} if traces is None else {"inside": True, "weight_dtype": "float16"}),
+                    **({"inside": True, "weight_dtype": "float16"} if is_inside else {}),
                     **({} if options.text else {"text": False}),
                     **process_facts(_without_secrets(sys.argv, self.url)),
                 },
             }
             status = "interrupted"
             try:
-                if traces is not None:
-                    self._inside = Inside(traces, served, self._name)
-                await self._send(http, served, plan, manifest, start, progress)
+                await self._send(http, served, plan, batches, manifest, start, progress)
                 status = "complete"
             finally:
                 with self._own_lock or nullcontext():
@@ -168,42 +183,90 @@ class EngineRun:
             )
         return length
 
+    async def _find_inside(
+        self, http: httpx.AsyncClient, served: Served, first: TokenSequence, needed: bool
+    ) -> Inside | None:
+        """What the plugin inside the engine records, where it does: the beginning of the first
+        sequence is asked for, and has to be there. Else a line says why; where weights are `needed`
+        it is an error."""
+        why, asked = f"{root_of(http)}: no plugin is known of", None
+        try:
+            if (traces := await traces_inside(http)) is not None:
+                inside = Inside(traces, served, self._name)
+                row = replace(first, ids=first.ids[:PROBE_TOKENS], continued=False)
+                probe = self._answer(http, replace(served, inside=True), 0, row)
+                asked = asyncio.create_task(probe)
+                try:
+                    await inside.routed(row, asked, is_probe=True)
+                except MoeInspectError:
+                    await told_inside(http)  # which may know why
+                    raise
+                return inside
+        except MoeInspectError as error:
+            if asked is not None:
+                asked.result()  # the server's own fault
+            why = f"{root_of(http)}: what its plugin records is not used: {error}"
+            if not needed:
+                print_stderr(f"{why}: the trace has what the server returns, without gate weights")
+        if needed:
+            raise MoeInspectError(
+                f"{why}, but {self.output_dir} has gate weights, which only the plugin inside an "
+                "engine records: start the engine with it as before, or --overwrite"
+            )
+        return None
+
+    async def _answer(
+        self, http: httpx.AsyncClient, served: Served, number: int, row: TokenSequence
+    ) -> RoutedAnswer:
+        """The answer to request `number` of this run. Each attempt has a name of its own: an engine
+        may still be at the one before."""
+        options, protocol = self.options, self.protocol
+        tokens = options.generate + 1 if row.continued else 1
+        seed, attempts = (options.seed + row.sequence) % 2**31, itertools.count()
+        request = Request(row.ids, tokens, options.temperature, seed, "")
+
+        def body() -> Json:
+            nonlocal request
+            request = replace(request, salt=f"{self._name}{number}-{next(attempts)}")
+            return protocol.body(request, served)
+
+        limit = protocols.most_bytes(request, served)
+        response = await ask(http, protocol.path, body, limit, self._notify)
+        try:
+            return protocols.read_answer(protocol, response, request, served)
+        except MoeInspectError as error:
+            name = f"sequence {row.sequence} ({row.source})"
+            raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
+
     async def _send(
         self,
         http: httpx.AsyncClient,
         served: Served,
         plan: Plan,
+        batches: Iterator[tuple[list[TokenSequence], list[Document]]],
         manifest: Json,
         start: ResumePoint | None,
         progress: Progress | None,
     ) -> None:
-        """Sends the sequences of the plan, a few batches ahead of the one written next: a slow
+        """Sends the planned sequences, a few batches ahead of the one written next: a slow
         response delays its batch, not the server, and memory does not grow with the corpus."""
-        options, protocol, passes = self.options, self.protocol, self.options.generate + 1
+        options, passes = self.options, self.options.generate + 1
         in_flight = asyncio.Semaphore(options.concurrency)
         ahead: deque[Ahead] = deque()
         most_ahead = options.concurrency * (AHEAD_INSIDE if served.inside else 1)
-        notify, done = wait_notifier(), start.tokens if start is not None else 0
+        numbers, done = itertools.count(1), start.tokens if start is not None else 0
 
-        async def answer(row: TokenSequence) -> RoutedAnswer:
-            tokens, seed = passes if row.continued else 1, (options.seed + row.sequence) % 2**31
-            own = f"{self._name}{row.sequence}"
-            request = Request(row.ids, tokens, options.temperature, seed, own)
-            body, limit = protocol.body(request, served), protocols.most_bytes(request, served)
+        async def answer(number: int, row: TokenSequence) -> RoutedAnswer:
             async with in_flight:
-                response = await ask(http, protocol.path, body, limit, notify)
-            try:
-                return protocols.read_answer(protocol, response, request, served)
-            except MoeInspectError as error:
-                name = f"sequence {row.sequence} ({row.source})"
-                raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
+                return await self._answer(http, served, number, row)
 
         async def write_next() -> None:
             nonlocal done
             number, batch, documents, tasks = ahead[0]
-            answers = [await task for task in tasks]
-            if self._inside is not None:
-                answers = await self._inside.routed(batch, answers)
+            if self._inside is None:
+                answers = [await task for task in tasks]
+            else:
+                answers = [await self._inside.routed(*of) for of in zip(batch, tasks, strict=True)]
             ahead.popleft()
             for routed in self._passes(number, batch, documents, answers):
                 self._writer = self._writer or self._open(manifest, served, start)
@@ -213,10 +276,10 @@ class EngineRun:
                 progress(done, plan.estimated_tokens())
 
         try:
-            for n, (batch, documents) in enumerate(plan.batches(self.tokenizer)):
+            for n, (batch, documents) in enumerate(batches):
                 if start is not None and n * passes < start.next_batch:
                     continue
-                tasks = [asyncio.create_task(answer(row)) for row in batch]
+                tasks = [asyncio.create_task(answer(next(numbers), row)) for row in batch]
                 ahead.append((n * passes, batch, documents, tasks))
                 while sum(len(a[3]) for a in list(ahead)[1:]) >= most_ahead:
                     await write_next()
@@ -280,6 +343,11 @@ class EngineRun:
                 phase="decode" if step else "prefill",
                 group=number if sequences[0].continued else None,
             )
+
+
+def with_weights(weights: bool) -> Json:
+    """What a resumed run must share of that; traces without have none of it."""
+    return {"weights": True} if weights else {}
 
 
 def of_spans(

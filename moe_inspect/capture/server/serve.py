@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_inspect.capture.inside import recording_inside
 from moe_inspect.capture.server import keeper
 from moe_inspect.capture.server.client import NotReady, check_server, server_ended
 from moe_inspect.capture.server.protocols import ENGINES, FLAG
@@ -152,8 +153,10 @@ def serve_engine(
             )
 
     The command gets what it needs to return routed experts, and where it has none a free port and
-    127.0.0.1 as its host. The block begins when the engine answers. At its end, however it comes,
-    the engine is stopped, with all that it started: also when this process is killed.
+    127.0.0.1 as its host. Our plugin, if its environment has it, records for `trace_engine` in a
+    directory beside the log, which is deleted at the end, unless MOE_INSPECT_TRACE is set. The
+    block begins when the engine answers. At its end, however it comes, the engine is stopped, with
+    all that it started: also when this process is killed.
 
     command          program and arguments
     engine           "vllm" or "sglang"; None: by the command's name
@@ -170,14 +173,14 @@ def serve_engine(
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         said = log.open("a+b", buffering=0)  # the keeper also reads it: it drops what is old
-    with said:
+    with said, recording_inside(log) as inside:
         began_at = os.fstat(said.fileno()).st_size
         kept = subprocess.Popen(
             [sys.executable, "-m", keeper.__name__, str(GRACE_S), *read.arguments],
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **read.environment},
+            env={**os.environ, **read.environment, **inside},
             # Ctrl-C in a terminal goes to its whole process group
             start_new_session=True,
         )
