@@ -168,6 +168,27 @@ def test_a_loss_that_is_silently_off_is_named() -> None:
     assert kinds(audit_loss(zoo.build("deepseek_v3"), batch("deepseek_v3"))) == set()
 
 
+def test_a_loss_that_no_switch_turns_off_is_not_said_to_train_nothing(put: Put) -> None:
+    forward = modeling_mixtral.MixtralForCausalLM.forward
+
+    def always(
+        self: Any,
+        input_ids: Any,
+        attention_mask: Any = None,
+        labels: Any = None,
+        output_router_logits: Any = None,
+        **more: Any,
+    ) -> Any:
+        given = {"attention_mask": attention_mask, "labels": labels, "output_router_logits": True}
+        return forward(self, input_ids, **given, **more)
+
+    put(modeling_mixtral.MixtralForCausalLM, forward=always)
+    audit = audit_loss(model(), batch())
+    assert "with output_router_logits=False too" in text(audit, "loss_added")
+    assert "loss_off" not in kinds(audit)
+    assert np.isnan(audit.added)
+
+
 # --- the gradient
 
 
@@ -300,6 +321,21 @@ def test_a_pooled_loss_moves_a_layer_the_wrong_way() -> None:
     assert [move < 0 for move in audit.moves_R] == worse
     said = f"In layer {layer} a step of the loss moves probability to the busy experts"
     assert said in text(audit, "loss_direction")
+
+
+def test_halves_of_the_same_text_confirm_no_direction(planted: Any) -> None:
+    row = batch(lengths=[24])["input_ids"]
+    for rows in (row.repeat(6, 1), torch.cat([row.repeat(5, 1), batch()["input_ids"][-1:]])):
+        audit = planted(lambda *a: -by_router(*a), {"input_ids": rows})
+        assert "confirms nothing" in text(audit, "loss_direction")
+        assert "loss_direction" not in kinds(audit)
+        assert "loss_moves" not in {f.kind for f in audit.findings}
+    tokens = {"tokens": row.repeat(4, 1), "padding_mask": torch.zeros(4, 24) > 0}
+    built = probed()
+    built.loss = Formula("router").value
+    audit = audit_loss(built, tokens, lambda out: out["balance"])
+    assert "confirms nothing" in text(audit, "loss_direction")
+    assert "confirms nothing" not in text(planted(by_router), "loss_direction")
 
 
 def test_weights_gradients_and_buffers_are_left_as_they_were() -> None:

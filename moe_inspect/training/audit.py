@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +43,7 @@ from moe_inspect.training.passes import (
     Pass,
     Passes,
     accepts,
+    alike,
     coefficient_of,
     default_loss,
     forms_of,
@@ -114,8 +117,24 @@ def audit_loss(
                  as of `moe_inspect.record`
 
     Raises MoeInspectError for a dense model."""
-    with Passes(model, routers, inputs).attached() as passes:
+    _refuse(loss, coefficient)
+    grads = torch.is_grad_enabled()  # as `update` is called
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grads),
+        Passes(model, routers, inputs).attached() as passes,
+    ):
         return _Audit(passes, batch, loss, coefficient).done(update)
+
+
+def _refuse(loss: object, coefficient: object) -> None:
+    if not (loss is None or callable(loss)):
+        raise MoeInspectError(
+            f"loss={loss!r} is no function: give one of the output of a pass, as in "
+            'loss=lambda output: output["balance"]'
+        )
+    if coefficient is not None and not (isinstance(coefficient, Real) and isfinite(coefficient)):
+        raise MoeInspectError(f"coefficient={coefficient!r} is no finite number")
 
 
 class _Audit:
@@ -152,22 +171,41 @@ class _Audit:
         self.found.append(finding(f"loss_{kind}", severity, text, None, **values))
 
     def loss(self, run: Pass) -> Tensor:
-        return torch.as_tensor(self.loss_of(run.output)).sum()
+        value = torch.as_tensor(self.found_in(run))
+        if value.numel() != 1:
+            raise MoeInspectError(
+                f"the balancing loss has the shape {[*value.shape]}: loss=… should give one number"
+            )
+        return value.reshape(())
+
+    def found_in(self, run: Pass) -> Any:
+        try:
+            return self.loss_of(run.output)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise MoeInspectError(f"loss=… fails on the output of a pass ({why})") from error
 
     def run(self, form: str = "as given") -> Pass:
         return self.passes.run(self.forms[form], **self.switch)
 
     def done(self, update: Callable[[], object] | None) -> LossAudit:
         run = self.run()
+        if not all(bool(r.real_T.any()) for r in run.routed):
+            raise MoeInspectError("audit_loss needs a batch with tokens: this one is padding alone")
         self.found += [*bias_findings(self.passes, run, self.run)]
         if update is not None:
             self.found += [*update_findings(self.passes, update, self.run)]
-        audited = self._audit(run)
+        with torch.enable_grad():
+            audited = self._audit(run)
         return LossAudit(most_important_first(self.found), **audited)
 
     def _audit(self, run: Pass) -> dict[str, Any]:
-        if self.loss_of(run.output) is None:
+        if self.found_in(run) is None:
             self._none()
+            return {}
+        if not isfinite(value := float(self.loss(run).detach())):
+            said = f"The balancing loss of the batch is {value}: training has no loss at all."
+            self.say("not_finite", "critical", said)
             return {}
         values, routed = dict[str, float](), dict[str, list[Routed]]()
         others = {f"other weights {seed}": seed for seed in range(OTHERS)}
@@ -350,12 +388,15 @@ class _Audit:
                 self.say("off", "warning", "The coefficient of the balancing loss is 0.")
             return nan, nan
 
-        def part(form: str, **more: Any) -> tuple[float, float, float, float]:
-            """Of the loss: where it is on, as the coefficient says, by default; and the rest."""
+        def part(form: str, **more: Any) -> tuple[float, float, float, float] | None:
+            """Of the loss: where it is on, as the coefficient says, by default; and the rest. None
+            where the model does not turn it off."""
             on, off, default = (
                 self.passes.run(self.forms[form], **more, **switch).output
                 for switch in (self.switch, {SWITCH_ON: False}, {})
             )
+            if (left := default_loss(off)) is not None and bool(torch.as_tensor(left).any()):
+                return None
             z_losses = (getattr(on, f"{s}_z_loss", None) for s in ("encoder", "decoder"))
             z = sum(float(of.detach()) for of in z_losses if of is not None)
             z *= getattr(self.model.config, "router_z_loss_coef", 0)
@@ -363,7 +404,15 @@ class _Audit:
             loss, rest, given = (float(of.loss.detach()) for of in (on, off, default))
             return loss - rest, said, given - rest, rest
 
-        added, said, default, rest = part("as given")
+        if (parts := part("as given")) is None:
+            self.say(
+                "added",
+                "note",
+                f"The model reports its balancing loss with {SWITCH_ON}=False too: whether the "
+                "loss with labels has it cannot be told.",
+            )
+            return nan, nan
+        added, said, default, rest = parts
         if 20 * EPS * abs(rest) > SAME * abs(said):
             what = "The coefficient is too small to see whether the loss with labels has its part."
             self.say("added", "note", what)
@@ -395,7 +444,8 @@ class _Audit:
             return ratio, nan
         labels = [self.forms[name]["labels"] for name in HALVES]
         items = torch.tensor(sum(int((of[:, 1:] != -100).sum()) for of in labels))
-        both = [part(name, num_items_in_batch=items) for name in HALVES]
+        halves = (part(name, num_items_in_batch=items) for name in HALVES)
+        both = [of for of in halves if of is not None]
         accumulated = 2 * sum(of[0] for of in both) / sum(of[1] for of in both)
         if abs(accumulated - 2 * ratio) < 2 * SAME * abs(ratio):
             self.say(
@@ -513,6 +563,15 @@ class _Audit:
                 "A short step along the gradient does not lower the loss as the gradient says: it "
                 "is an estimate (as PhiMoE's SparseMixer makes on purpose), or wrong.",
             )
+        if alike(*(self.forms[name] for name in HALVES)):
+            self.say(
+                "direction",
+                "note",
+                "One half of the batch has no text that the other has not, and confirms nothing: "
+                "whether a step of the loss moves probability to idle experts is not judged. Give "
+                "a batch of different rows.",
+            )
+            return
         measured = [moves]
         for name in HALVES:
             half = self.run(name)

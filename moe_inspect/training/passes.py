@@ -214,6 +214,22 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     return found
 
 
+def alike(a: Batch, b: Batch) -> bool:
+    """Whether every row of one of two batches is among those of the other."""
+
+    def rows_of(batch: Batch) -> list[list[Tensor]]:
+        given = batch.values() if isinstance(batch, Mapping) else batch
+        tensors = [batch] if torch.is_tensor(batch) else [v for v in given if torch.is_tensor(v)]
+        B = next(len(v) for v in tensors if v.dim() > 1)
+        return [[v[row] for v in tensors if v.dim() > 1 and len(v) == B] for row in range(B)]
+
+    def within(some: list[list[Tensor]], others: list[list[Tensor]]) -> bool:
+        return all(any(all(map(torch.equal, row, of)) for of in others) for row in some)
+
+    rows, others = rows_of(a), rows_of(b)
+    return within(rows, others) or within(others, rows)
+
+
 def _masked(batch: Mapping[str, Any], ids: Tensor, model: Any) -> dict[str, Batch]:
     mask, found = batch.get("attention_mask"), dict[str, Batch]()
     mask = torch.ones_like(ids) if mask is None else mask
