@@ -123,6 +123,39 @@ def test_a_published_bug_is_named(planted: Any, function: Any, kind: str, says: 
     assert kinds(audit) & named == {kind}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_finite_number_is_critical(planted: Any, value: float) -> None:
+    audit = planted(lambda *a: by_router(*a) * value)
+    assert not audit.ok
+    assert [f.kind for f in audit.findings] == ["loss_not_finite"]
+    assert f"is {value}:" in str(audit)
+
+
+def test_a_negative_coefficient_is_critical(planted: Any) -> None:
+    assert "loss_negative" not in kinds(planted(by_router))
+    audit = planted(by_router, coefficient=-0.01)
+    assert "coefficient of the balancing loss is -0.01: a negative" in text(audit, "loss_negative")
+    assert not audit.ok
+    built = model(router_aux_loss_coef=-0.02)
+    assert "is -0.02: a negative" in text(audit_loss(built, batch()), "loss_negative")
+    assert "loss_negative" not in kinds(planted(lambda *a: -by_router(*a), coefficient=-0.01))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_wherever_it_is_called(put: Put, mode: Any) -> None:
+    put(modeling_mixtral, load_balancing_loss_func=by_router)
+    built = model()
+    with mode():
+        audit = audit_loss(built, batch())
+        assert not torch.is_grad_enabled()
+    assert "in every router, by autograd and as measured" in text(audit, "loss_moves")
+    assert audit.ok
+    with torch.inference_mode():
+        built = zoo.build("mixtral")
+    with pytest.raises(MoeInspectError, match="inference_mode, and has no gradients"):
+        audit_loss(built, batch())
+
+
 def test_a_router_that_returns_probabilities_as_its_logits_is_named(put: Put) -> None:
     """As those of Mixtral once did (transformers #45120)."""
     forward = modeling_mixtral.MixtralTopKRouter.forward

@@ -214,6 +214,7 @@ class _Audit:
             values[form] = float(self.loss(of).detach())
             routed[form] = [r._replace(logits_TE=r.logits_TE.detach()) for r in of.routed]
         matches = self._value(values, routed)
+        self._sign(matches)
         found: dict[str, Any] = {"moves_R": self._gradient(matches)}
         if self.switch and not self.is_own and any(values.values()):
             found["added"], found["accumulated"] = self._added()
@@ -251,6 +252,18 @@ class _Audit:
             )
         else:
             self.say("none", "note", "The model reports no balancing loss.")
+
+    def _sign(self, matches: list[Match]) -> None:
+        """A loss that is negative itself has a negative coefficient by right."""
+        negated = not self.is_own and bool(matches) and matches[0].factor < 0
+        if self.coefficient is not None and self.coefficient < 0 and not negated:
+            self.say(
+                "negative",
+                "critical",
+                f"The coefficient of the balancing loss is {self.coefficient:g}: a negative one "
+                "makes training raise the loss, and with it the imbalance.",
+                coefficient=self.coefficient,
+            )
 
     # --- which formula its value is
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes
@@ -48,6 +49,11 @@ class Passes(RoutingSums):
         self, model: Any, routers: Sequence[RouterSpec] | None, inputs: InputsOf | None
     ) -> None:
         self.outer, inner = model, unwrapped(model, by_path=bool(routers))
+        if any(of.is_inference() for of in (*inner.parameters(), *inner.buffers())):
+            raise MoeInspectError(
+                "the model was made or loaded under torch.inference_mode, and has no gradients: "
+                "load it outside"
+            )
         sites = recordable(inner, routers, None)
         super().__init__(inner, sites, inputs)
         self.attachment = Attachment(model, inner, sites, "tap", ("logits",), self)
@@ -181,6 +187,7 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     of every second row, where it has none; and packed into one row. A model of transformers gets
     labels, as some compute no loss without."""
     model, found = passes.model, dict[str, Batch]()
+    batch = tree_map_only(Tensor, _with_graph, batch)
     values = batch.values() if isinstance(batch, Mapping) else batch
     values = [batch] if torch.is_tensor(batch) else list(values)
     B = next((len(v) for v in values if torch.is_tensor(v) and v.dim() > 1), 0)
@@ -228,6 +235,11 @@ def alike(a: Batch, b: Batch) -> bool:
 
     rows, others = rows_of(a), rows_of(b)
     return within(rows, others) or within(others, rows)
+
+
+def _with_graph(tensor: Tensor) -> Tensor:
+    """What is made under torch.inference_mode can be in no graph."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _masked(batch: Mapping[str, Any], ids: Tensor, model: Any) -> dict[str, Batch]:
