@@ -222,6 +222,43 @@ def test_a_loss_that_no_switch_turns_off_is_not_said_to_train_nothing(put: Put) 
     assert np.isnan(audit.added)
 
 
+def test_a_forward_that_hands_on_its_arguments_is_judged() -> None:
+    built = model()
+
+    class Twice(type(built)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            if out.loss is not None and out.aux_loss is not None:
+                out.loss = out.loss + self.router_aux_loss_coef * out.aux_loss
+            return out
+
+    built.__class__ = Twice
+    audit = audit_loss(built, batch())
+    assert audit.added == pytest.approx(2, rel=0.01)
+    assert "loss_doubled" in kinds(audit)
+
+
+def test_a_training_loss_that_cannot_be_judged_is_said_to_be_so(put: Put) -> None:
+    forward = modeling_mixtral.MixtralForCausalLM.forward
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    ids = batch()["input_ids"]
+    for given, of, why in (
+        (ids, forward, "the batch is no dict."),
+        ((ids,), forward, "the batch is no dict."),
+        (batch(), hidden, "its forward has no argument output_router_logits."),
+    ):
+        put(modeling_mixtral.MixtralForCausalLM, forward=of)
+        audit = audit_loss(model(), given)
+        assert why in text(audit, "loss_added")
+        assert audit.formula is not None
+        assert np.isnan(audit.added)
+    put(modeling_mixtral.MixtralForCausalLM, forward=forward)
+    assert "loss_added" not in {f.kind for f in audit_loss(model(), batch()).findings}
+
+
 # --- the gradient
 
 
@@ -519,8 +556,31 @@ def test_a_loss_that_is_not_there_or_no_batch_is_one_line() -> None:
     built.loss = lambda shown: None
     audit = audit_loss(built, tokens, lambda output: output["balance"])
     assert "finds no balancing loss" in text(audit, "loss_off")
-    with pytest.raises(MoeInspectError, match="needs a batch"):
-        audit_loss(model(), {"input_ids": given["input_ids"][0]})
+    padding = given | {"attention_mask": torch.zeros_like(given["attention_mask"])}
+    for wrong, says in (
+        ({"input_ids": given["input_ids"][0]}, "needs a batch with a tensor"),
+        (7, "needs a batch of tensors, not a int"),
+        (padding, "needs a batch with tokens: this one is padding alone"),
+    ):
+        with pytest.raises(MoeInspectError, match=says):
+            audit_loss(model(), wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"loss": 7}, r"loss=7 is no function"),
+        ({"loss": lambda out: out["balance"]}, r"fails on the output of a pass \(KeyError"),
+        ({"loss": lambda out: out.balance}, r"fails on the output of a pass \(AttributeError"),
+        ({"loss": lambda out: out.logits}, r"has the shape \[6, 24, 300\]"),
+        ({"loss": lambda out: "a"}, r"gives a str, not a number"),
+        ({"coefficient": "high"}, r"coefficient='high' is no finite number"),
+        ({"coefficient": float("nan")}, r"coefficient=nan is no finite number"),
+    ],
+)
+def test_an_option_that_is_wrong_is_one_line(options: Any, says: str) -> None:
+    with pytest.raises(MoeInspectError, match=says):
+        audit_loss(model(), batch(), **options)
 
 
 def test_a_router_spec_shows_a_loss() -> None:

@@ -171,7 +171,10 @@ class _Audit:
         self.found.append(finding(f"loss_{kind}", severity, text, None, **values))
 
     def loss(self, run: Pass) -> Tensor:
-        value = torch.as_tensor(self.found_in(run))
+        found = self.found_in(run)
+        if not isinstance(found, Tensor | Real):
+            raise MoeInspectError(f"loss=… gives a {type(found).__name__}, not a number")
+        value = torch.as_tensor(found)
         if value.numel() != 1:
             raise MoeInspectError(
                 f"the balancing loss has the shape {[*value.shape]}: loss=… should give one number"
@@ -216,7 +219,7 @@ class _Audit:
         matches = self._value(values, routed)
         self._sign(matches)
         found: dict[str, Any] = {"moves_R": self._gradient(matches)}
-        if self.switch and not self.is_own and any(values.values()):
+        if not self.is_own and any(values.values()):
             found["added"], found["accumulated"] = self._added()
         if matches:
             found |= matches[0]._asdict()
@@ -395,10 +398,19 @@ class _Audit:
     def _added(self) -> tuple[float, float]:
         """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
         halves, whose language losses are divided by the tokens of both."""
-        coefficient, nan = self.coefficient, math.nan
-        if not coefficient or "labels" not in self.forms["as given"]:
-            if coefficient == 0:
-                self.say("off", "warning", "The coefficient of the balancing loss is 0.")
+        coefficient, nan, given = self.coefficient, math.nan, self.forms["as given"]
+        if coefficient == 0:
+            self.say("off", "warning", "The coefficient of the balancing loss is 0.")
+            return nan, nan
+        lacks = {
+            f"its forward has no argument {SWITCH_ON}": not self.switch,
+            "no coefficient is known": coefficient is None,
+            "the batch is no dict": not isinstance(given, Mapping),
+            "it is given no labels": not (isinstance(given, Mapping) and "labels" in given),
+        }
+        if why := next((said for said, lack in lacks.items() if lack), ""):
+            said = f"Whether the training loss has the balancing loss is not judged: {why}."
+            self.say("added", "note", said)
             return nan, nan
 
         def part(form: str, **more: Any) -> tuple[float, float, float, float] | None:

@@ -165,10 +165,15 @@ def default_loss(output: Any) -> Any:
 
 
 def accepts(model: Any, name: str) -> bool:
-    """Whether its forward has this argument; "**": any."""
-    parameters = inspect.signature(model.forward).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return name in parameters or (name == "**" and any_name)
+    """Whether its forward has this argument, or hands it on to a forward that it replaces, as
+    `*args, **kwargs` do; "**": any."""
+    replaced = (vars(of).get("forward") for of in type(model).__mro__)
+    for forward in (model.forward, *filter(None, replaced)):
+        parameters = inspect.signature(forward).parameters
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if name in parameters or not any_name or name == "**":
+            return name in parameters or (any_name and name == "**")
+    return False
 
 
 def coefficient_of(model: Any) -> float | None:
@@ -188,6 +193,8 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     labels, as some compute no loss without."""
     model, found = passes.model, dict[str, Batch]()
     batch = tree_map_only(Tensor, _with_graph, batch)
+    if not isinstance(batch, Mapping | Sequence | Tensor):
+        raise MoeInspectError(f"audit_loss needs a batch of tensors, not a {type(batch).__name__}")
     values = batch.values() if isinstance(batch, Mapping) else batch
     values = [batch] if torch.is_tensor(batch) else list(values)
     B = next((len(v) for v in values if torch.is_tensor(v) and v.dim() > 1), 0)
