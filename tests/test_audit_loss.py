@@ -131,6 +131,29 @@ def test_a_loss_that_is_no_finite_number_is_critical(planted: Any, value: float)
     assert f"is {value}:" in str(audit)
 
 
+def test_a_loss_whose_gradient_or_other_passes_are_no_number_is_critical(planted: Any) -> None:
+    def by_root(*args: Any) -> Tensor:
+        value = by_router(*args)
+        return value + 0 * (value - value).sqrt().nan_to_num()
+
+    assert "is no finite number" in text(planted(by_root), "loss_not_finite")
+
+    def of_few(logits: Any, *args: Any) -> Tensor:
+        value = by_router(logits, *args)
+        return value * float("nan") if len(logits[0]) == 72 else value
+
+    assert 'is nan in the pass "first half"' in text(planted(of_few), "loss_not_finite")
+
+
+def test_a_row_whose_second_half_is_padding_has_no_halves(planted: Any) -> None:
+    ids = batch(lengths=[48])["input_ids"]
+    mask = (torch.arange(48) < 20).long()[None]
+    audit = planted(by_router, {"input_ids": ids, "attention_mask": mask})
+    assert Formula("router") in [audit.formula, *audit.either]
+    assert "not judged" in text(audit, "loss_direction")
+    assert audit.ok
+
+
 def test_a_negative_coefficient_is_critical(planted: Any) -> None:
     assert "loss_negative" not in kinds(planted(by_router))
     audit = planted(by_router, coefficient=-0.01)

@@ -108,7 +108,7 @@ def audit_loss(
     model        any model that `moe_inspect.record` takes, in the mode in which it is trained; in
                  float32, as 16 bits tell fewer formulas apart
     batch        what it is called with: a dict of arguments, a tuple, or the only argument. Some
-                 hundred tokens of real text, in several rows
+                 hundred tokens of real text, in several rows that differ
     loss         the output of a pass → the loss; by default what a model of transformers reports
     coefficient  by which the training loss has it; by default as the config states it
     update       what updates the selection biases after a step, where routers have some. It runs
@@ -116,7 +116,7 @@ def audit_loss(
     routers, inputs
                  as of `moe_inspect.record`
 
-    Raises MoeInspectError for a dense model."""
+    Raises MoeInspectError for a dense model, and for options that are no such thing."""
     _refuse(loss, coefficient)
     grads = torch.is_grad_enabled()  # as `update` is called
     with (
@@ -206,16 +206,17 @@ class _Audit:
         if self.found_in(run) is None:
             self._none()
             return {}
-        if not isfinite(value := float(self.loss(run).detach())):
-            said = f"The balancing loss of the batch is {value}: training has no loss at all."
-            self.say("not_finite", "critical", said)
-            return {}
         values, routed = dict[str, float](), dict[str, list[Routed]]()
         others = {f"other weights {seed}": seed for seed in range(OTHERS)}
         for form in (*self.forms, *others):
             of = self._with_other_weights(others[form]) if form in others else self.run(form)
             values[form] = float(self.loss(of).detach())
             routed[form] = [r._replace(logits_TE=r.logits_TE.detach()) for r in of.routed]
+        if bad := [form for form, value in values.items() if not isfinite(value)]:
+            where = "" if bad[0] == "as given" else f' in the pass "{bad[0]}"'
+            said = f"The balancing loss is {values[bad[0]]}{where}: a step of it breaks the model."
+            self.say("not_finite", "warning" if bad[0] in others else "critical", said)
+            return {}
         matches = self._value(values, routed)
         self._sign(matches)
         found: dict[str, Any] = {"moves_R": self._gradient(matches)}
@@ -398,13 +399,13 @@ class _Audit:
     def _added(self) -> tuple[float, float]:
         """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
         halves, whose language losses are divided by the tokens of both."""
-        coefficient, nan, given = self.coefficient, math.nan, self.forms["as given"]
-        if coefficient == 0:
+        coefficient, nan, given = self.coefficient or 0.0, math.nan, self.forms["as given"]
+        if self.coefficient == 0:
             self.say("off", "warning", "The coefficient of the balancing loss is 0.")
             return nan, nan
         lacks = {
             f"its forward has no argument {SWITCH_ON}": not self.switch,
-            "no coefficient is known": coefficient is None,
+            "no coefficient is known": not coefficient,
             "the batch is no dict": not isinstance(given, Mapping),
             "it is given no labels": not (isinstance(given, Mapping) and "labels" in given),
         }
@@ -465,7 +466,7 @@ class _Audit:
                 f"The config states a balancing loss with coefficient {coefficient:g} and "
                 f"{SWITCH_ON}=False: training as it says adds none. Set {SWITCH_ON}=True.",
             )
-        if not accepts(self.model, "**"):
+        if not accepts(self.model, "**") or HALVES[0] not in self.forms:
             return ratio, nan
         labels = [self.forms[name]["labels"] for name in HALVES]
         items = torch.tensor(sum(int((of[:, 1:] != -100).sum()) for of in labels))
@@ -498,6 +499,12 @@ class _Audit:
             what = "0 at every router" if loss.requires_grad else "none: it is detached"
             said = f"The gradient of the balancing loss is {what}. It moves nothing."
             self.say("no_gradient", "critical", said)
+            return unknown
+        if not isfinite(norm):
+            said = (
+                "The gradient of the balancing loss is no finite number: a step breaks the model."
+            )
+            self.say("not_finite", "critical", said)
             return unknown
         if not all(r.logits_TE.requires_grad for r in run.routed):
             return unknown
@@ -588,7 +595,8 @@ class _Audit:
                 "A short step along the gradient does not lower the loss as the gradient says: it "
                 "is an estimate (as PhiMoE's SparseMixer makes on purpose), or wrong.",
             )
-        if alike(*(self.forms[name] for name in HALVES)):
+        halves = [self.forms[name] for name in HALVES if name in self.forms]
+        if not halves or alike(*halves):
             self.say(
                 "direction",
                 "note",

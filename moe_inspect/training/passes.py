@@ -188,10 +188,11 @@ def coefficient_of(model: Any) -> float | None:
 
 
 def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
-    """The batch as given; its halves, as two accumulation steps have them; with padding at the end
-    of every second row, where it has none; and packed into one row. A model of transformers gets
-    labels, as some compute no loss without."""
+    """The batch as given; its halves, as two accumulation steps have them, where both have tokens;
+    with padding at the end of every second row, where it has none; and packed into one row. A model
+    of transformers gets labels, as some compute no loss without."""
     model, found = passes.model, dict[str, Batch]()
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map_only(Tensor, _with_graph, batch)
     if not isinstance(batch, Mapping | Sequence | Tensor):
         raise MoeInspectError(f"audit_loss needs a batch of tensors, not a {type(batch).__name__}")
@@ -215,6 +216,9 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
             found[name] = half(batch, end)
         else:
             found[name] = tuple(half(value, end) for value in batch)
+    masks = [of.get("attention_mask") for of in found.values() if isinstance(of, Mapping)]
+    if any(torch.is_tensor(mask) and not bool(mask.any()) for mask in masks):
+        found = {"as given": batch}  # half of one row may be padding alone
     given: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {}
     ids = given.get("input_ids")
     if not torch.is_tensor(ids) or ids.dim() != 2 or not hasattr(model, "config"):
