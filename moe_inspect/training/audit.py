@@ -117,7 +117,7 @@ def audit_loss(
                  as of `moe_inspect.record`
 
     Raises MoeInspectError for a dense model, and for options that are no such thing."""
-    _refuse(loss, coefficient)
+    _refuse(batch, loss, coefficient)
     grads = torch.is_grad_enabled()  # as `update` is called
     with (
         torch.inference_mode(False),
@@ -127,7 +127,9 @@ def audit_loss(
         return _Audit(passes, batch, loss, coefficient).done(update)
 
 
-def _refuse(loss: object, coefficient: object) -> None:
+def _refuse(batch: object, loss: object, coefficient: object) -> None:
+    if not isinstance(batch, Mapping | Sequence | Tensor):
+        raise MoeInspectError(f"audit_loss needs a batch of tensors, not a {type(batch).__name__}")
     if not (loss is None or callable(loss)):
         raise MoeInspectError(
             f"loss={loss!r} is no function: give one of the output of a pass, as in "

@@ -194,8 +194,6 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     model, found = passes.model, dict[str, Batch]()
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map_only(Tensor, _with_graph, batch)
-    if not isinstance(batch, Mapping | Sequence | Tensor):
-        raise MoeInspectError(f"audit_loss needs a batch of tensors, not a {type(batch).__name__}")
     values = batch.values() if isinstance(batch, Mapping) else batch
     values = [batch] if torch.is_tensor(batch) else list(values)
     B = next((len(v) for v in values if torch.is_tensor(v) and v.dim() > 1), 0)
@@ -218,7 +216,8 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
             found[name] = tuple(half(value, end) for value in batch)
     masks = [of.get("attention_mask") for of in found.values() if isinstance(of, Mapping)]
     if any(torch.is_tensor(mask) and not bool(mask.any()) for mask in masks):
-        found = {"as given": batch}  # half of one row may be padding alone
+        for name in HALVES:  # half of one row may be padding alone
+            del found[name]
     given: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {}
     ids = given.get("input_ids")
     if not torch.is_tensor(ids) or ids.dim() != 2 or not hasattr(model, "config"):
