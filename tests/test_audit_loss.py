@@ -123,6 +123,62 @@ def test_a_published_bug_is_named(planted: Any, function: Any, kind: str, says: 
     assert kinds(audit) & named == {kind}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_finite_number_is_critical(planted: Any, value: float) -> None:
+    audit = planted(lambda *a: by_router(*a) * value)
+    assert not audit.ok
+    assert [f.kind for f in audit.findings] == ["loss_not_finite"]
+    assert f"is {value}:" in str(audit)
+
+
+def test_a_loss_whose_gradient_or_other_passes_are_no_number_is_critical(planted: Any) -> None:
+    def by_root(*args: Any) -> Tensor:
+        value = by_router(*args)
+        return value + 0 * (value - value).sqrt().nan_to_num()
+
+    assert "is no finite number" in text(planted(by_root), "loss_not_finite")
+
+    def of_few(logits: Any, *args: Any) -> Tensor:
+        value = by_router(logits, *args)
+        return value * float("nan") if len(logits[0]) == 72 else value
+
+    assert 'is nan in the pass "first half"' in text(planted(of_few), "loss_not_finite")
+
+
+def test_a_row_whose_second_half_is_padding_has_no_halves(planted: Any) -> None:
+    ids = batch(lengths=[48])["input_ids"]
+    mask = (torch.arange(48) < 20).long()[None]
+    audit = planted(by_router, {"input_ids": ids, "attention_mask": mask})
+    assert Formula("router") in [audit.formula, *audit.either]
+    assert "not judged" in text(audit, "loss_direction")
+    assert audit.ok
+
+
+def test_a_negative_coefficient_is_critical(planted: Any) -> None:
+    assert "loss_negative" not in kinds(planted(by_router))
+    audit = planted(by_router, coefficient=-0.01)
+    assert "coefficient of the balancing loss is -0.01: a negative" in text(audit, "loss_negative")
+    assert not audit.ok
+    built = model(router_aux_loss_coef=-0.02)
+    assert "is -0.02: a negative" in text(audit_loss(built, batch()), "loss_negative")
+    assert "loss_negative" not in kinds(planted(lambda *a: -by_router(*a), coefficient=-0.01))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_wherever_it_is_called(put: Put, mode: Any) -> None:
+    put(modeling_mixtral, load_balancing_loss_func=by_router)
+    built = model()
+    with mode():
+        audit = audit_loss(built, batch())
+        assert not torch.is_grad_enabled()
+    assert "in every router, by autograd and as measured" in text(audit, "loss_moves")
+    assert audit.ok
+    with torch.inference_mode():
+        built = zoo.build("mixtral")
+    with pytest.raises(MoeInspectError, match="inference_mode, and has no gradients"):
+        audit_loss(built, batch())
+
+
 def test_a_router_that_returns_probabilities_as_its_logits_is_named(put: Put) -> None:
     """As those of Mixtral once did (transformers #45120)."""
     forward = modeling_mixtral.MixtralTopKRouter.forward
@@ -166,6 +222,64 @@ def test_a_loss_that_is_silently_off_is_named() -> None:
     tokens = audit_loss(zoo.build("openai_privacy_filter"), batch("openai_privacy_filter"))
     assert "the model reports none" in text(tokens, "loss_off")  # (its labels are no token ids)
     assert kinds(audit_loss(zoo.build("deepseek_v3"), batch("deepseek_v3"))) == set()
+
+
+def test_a_loss_that_no_switch_turns_off_is_not_said_to_train_nothing(put: Put) -> None:
+    forward = modeling_mixtral.MixtralForCausalLM.forward
+
+    def always(
+        self: Any,
+        input_ids: Any,
+        attention_mask: Any = None,
+        labels: Any = None,
+        output_router_logits: Any = None,
+        **more: Any,
+    ) -> Any:
+        given = {"attention_mask": attention_mask, "labels": labels, "output_router_logits": True}
+        return forward(self, input_ids, **given, **more)
+
+    put(modeling_mixtral.MixtralForCausalLM, forward=always)
+    audit = audit_loss(model(), batch())
+    assert "with output_router_logits=False too" in text(audit, "loss_added")
+    assert "loss_off" not in kinds(audit)
+    assert np.isnan(audit.added)
+
+
+def test_a_forward_that_hands_on_its_arguments_is_judged() -> None:
+    built = model()
+
+    class Twice(type(built)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            if out.loss is not None and out.aux_loss is not None:
+                out.loss = out.loss + self.router_aux_loss_coef * out.aux_loss
+            return out
+
+    built.__class__ = Twice
+    audit = audit_loss(built, batch())
+    assert audit.added == pytest.approx(2, rel=0.01)
+    assert "loss_doubled" in kinds(audit)
+
+
+def test_a_training_loss_that_cannot_be_judged_is_said_to_be_so(put: Put) -> None:
+    forward = modeling_mixtral.MixtralForCausalLM.forward
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    ids = batch()["input_ids"]
+    for given, of, why in (
+        (ids, forward, "the batch is no dict."),
+        ((ids,), forward, "the batch is no dict."),
+        (batch(), hidden, "its forward has no argument output_router_logits."),
+    ):
+        put(modeling_mixtral.MixtralForCausalLM, forward=of)
+        audit = audit_loss(model(), given)
+        assert why in text(audit, "loss_added")
+        assert audit.formula is not None
+        assert np.isnan(audit.added)
+    put(modeling_mixtral.MixtralForCausalLM, forward=forward)
+    assert "loss_added" not in {f.kind for f in audit_loss(model(), batch()).findings}
 
 
 # --- the gradient
@@ -300,6 +414,21 @@ def test_a_pooled_loss_moves_a_layer_the_wrong_way() -> None:
     assert [move < 0 for move in audit.moves_R] == worse
     said = f"In layer {layer} a step of the loss moves probability to the busy experts"
     assert said in text(audit, "loss_direction")
+
+
+def test_halves_of_the_same_text_confirm_no_direction(planted: Any) -> None:
+    row = batch(lengths=[24])["input_ids"]
+    for rows in (row.repeat(6, 1), torch.cat([row.repeat(5, 1), batch()["input_ids"][-1:]])):
+        audit = planted(lambda *a: -by_router(*a), {"input_ids": rows})
+        assert "confirms nothing" in text(audit, "loss_direction")
+        assert "loss_direction" not in kinds(audit)
+        assert "loss_moves" not in {f.kind for f in audit.findings}
+    tokens = {"tokens": row.repeat(4, 1), "padding_mask": torch.zeros(4, 24) > 0}
+    built = probed()
+    built.loss = Formula("router").value
+    audit = audit_loss(built, tokens, lambda out: out["balance"])
+    assert "confirms nothing" in text(audit, "loss_direction")
+    assert "confirms nothing" not in text(planted(by_router), "loss_direction")
 
 
 def test_weights_gradients_and_buffers_are_left_as_they_were() -> None:
@@ -450,8 +579,31 @@ def test_a_loss_that_is_not_there_or_no_batch_is_one_line() -> None:
     built.loss = lambda shown: None
     audit = audit_loss(built, tokens, lambda output: output["balance"])
     assert "finds no balancing loss" in text(audit, "loss_off")
-    with pytest.raises(MoeInspectError, match="needs a batch"):
-        audit_loss(model(), {"input_ids": given["input_ids"][0]})
+    padding = given | {"attention_mask": torch.zeros_like(given["attention_mask"])}
+    for wrong, says in (
+        ({"input_ids": given["input_ids"][0]}, "needs a batch with a tensor"),
+        (7, "needs a batch of tensors, not a int"),
+        (padding, "needs a batch with tokens: this one is padding alone"),
+    ):
+        with pytest.raises(MoeInspectError, match=says):
+            audit_loss(model(), wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"loss": 7}, r"loss=7 is no function"),
+        ({"loss": lambda out: out["balance"]}, r"fails on the output of a pass \(KeyError"),
+        ({"loss": lambda out: out.balance}, r"fails on the output of a pass \(AttributeError"),
+        ({"loss": lambda out: out.logits}, r"has the shape \[6, 24, 300\]"),
+        ({"loss": lambda out: "a"}, r"gives a str, not a number"),
+        ({"coefficient": "high"}, r"coefficient='high' is no finite number"),
+        ({"coefficient": float("nan")}, r"coefficient=nan is no finite number"),
+    ],
+)
+def test_an_option_that_is_wrong_is_one_line(options: Any, says: str) -> None:
+    with pytest.raises(MoeInspectError, match=says):
+        audit_loss(model(), batch(), **options)
 
 
 def test_a_router_spec_shows_a_loss() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +43,7 @@ from moe_inspect.training.passes import (
     Pass,
     Passes,
     accepts,
+    alike,
     coefficient_of,
     default_loss,
     forms_of,
@@ -105,7 +108,7 @@ def audit_loss(
     model        any model that `moe_inspect.record` takes, in the mode in which it is trained; in
                  float32, as 16 bits tell fewer formulas apart
     batch        what it is called with: a dict of arguments, a tuple, or the only argument. Some
-                 hundred tokens of real text, in several rows
+                 hundred tokens of real text, in several rows that differ
     loss         the output of a pass → the loss; by default what a model of transformers reports
     coefficient  by which the training loss has it; by default as the config states it
     update       what updates the selection biases after a step, where routers have some. It runs
@@ -113,9 +116,27 @@ def audit_loss(
     routers, inputs
                  as of `moe_inspect.record`
 
-    Raises MoeInspectError for a dense model."""
-    with Passes(model, routers, inputs).attached() as passes:
+    Raises MoeInspectError for a dense model, and for options that are no such thing."""
+    _refuse(batch, loss, coefficient)
+    grads = torch.is_grad_enabled()  # as `update` is called
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grads),
+        Passes(model, routers, inputs).attached() as passes,
+    ):
         return _Audit(passes, batch, loss, coefficient).done(update)
+
+
+def _refuse(batch: object, loss: object, coefficient: object) -> None:
+    if not isinstance(batch, Mapping | Sequence | Tensor):
+        raise MoeInspectError(f"audit_loss needs a batch of tensors, not a {type(batch).__name__}")
+    if not (loss is None or callable(loss)):
+        raise MoeInspectError(
+            f"loss={loss!r} is no function: give one of the output of a pass, as in "
+            'loss=lambda output: output["balance"]'
+        )
+    if coefficient is not None and not (isinstance(coefficient, Real) and isfinite(coefficient)):
+        raise MoeInspectError(f"coefficient={coefficient!r} is no finite number")
 
 
 class _Audit:
@@ -152,21 +173,39 @@ class _Audit:
         self.found.append(finding(f"loss_{kind}", severity, text, None, **values))
 
     def loss(self, run: Pass) -> Tensor:
-        return torch.as_tensor(self.loss_of(run.output)).sum()
+        found = self.found_in(run)
+        if not isinstance(found, Tensor | Real):
+            raise MoeInspectError(f"loss=… gives a {type(found).__name__}, not a number")
+        value = torch.as_tensor(found)
+        if value.numel() != 1:
+            raise MoeInspectError(
+                f"the balancing loss has the shape {[*value.shape]}: loss=… should give one number"
+            )
+        return value.reshape(())
+
+    def found_in(self, run: Pass) -> Any:
+        try:
+            return self.loss_of(run.output)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise MoeInspectError(f"loss=… fails on the output of a pass ({why})") from error
 
     def run(self, form: str = "as given") -> Pass:
         return self.passes.run(self.forms[form], **self.switch)
 
     def done(self, update: Callable[[], object] | None) -> LossAudit:
         run = self.run()
+        if not all(bool(r.real_T.any()) for r in run.routed):
+            raise MoeInspectError("audit_loss needs a batch with tokens: this one is padding alone")
         self.found += [*bias_findings(self.passes, run, self.run)]
         if update is not None:
             self.found += [*update_findings(self.passes, update, self.run)]
-        audited = self._audit(run)
+        with torch.enable_grad():
+            audited = self._audit(run)
         return LossAudit(most_important_first(self.found), **audited)
 
     def _audit(self, run: Pass) -> dict[str, Any]:
-        if self.loss_of(run.output) is None:
+        if self.found_in(run) is None:
             self._none()
             return {}
         values, routed = dict[str, float](), dict[str, list[Routed]]()
@@ -175,9 +214,15 @@ class _Audit:
             of = self._with_other_weights(others[form]) if form in others else self.run(form)
             values[form] = float(self.loss(of).detach())
             routed[form] = [r._replace(logits_TE=r.logits_TE.detach()) for r in of.routed]
+        if bad := [form for form, value in values.items() if not isfinite(value)]:
+            where = "" if bad[0] == "as given" else f' in the pass "{bad[0]}"'
+            said = f"The balancing loss is {values[bad[0]]}{where}: a step of it breaks the model."
+            self.say("not_finite", "warning" if bad[0] in others else "critical", said)
+            return {}
         matches = self._value(values, routed)
+        self._sign(matches)
         found: dict[str, Any] = {"moves_R": self._gradient(matches)}
-        if self.switch and not self.is_own and any(values.values()):
+        if not self.is_own and any(values.values()):
             found["added"], found["accumulated"] = self._added()
         if matches:
             found |= matches[0]._asdict()
@@ -213,6 +258,18 @@ class _Audit:
             )
         else:
             self.say("none", "note", "The model reports no balancing loss.")
+
+    def _sign(self, matches: list[Match]) -> None:
+        """A loss that is negative itself has a negative coefficient by right."""
+        negated = not self.is_own and bool(matches) and matches[0].factor < 0
+        if self.coefficient is not None and self.coefficient < 0 and not negated:
+            self.say(
+                "negative",
+                "critical",
+                f"The coefficient of the balancing loss is {self.coefficient:g}: a negative one "
+                "makes training raise the loss, and with it the imbalance.",
+                coefficient=self.coefficient,
+            )
 
     # --- which formula its value is
 
@@ -344,18 +401,30 @@ class _Audit:
     def _added(self) -> tuple[float, float]:
         """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
         halves, whose language losses are divided by the tokens of both."""
-        coefficient, nan = self.coefficient, math.nan
-        if not coefficient or "labels" not in self.forms["as given"]:
-            if coefficient == 0:
-                self.say("off", "warning", "The coefficient of the balancing loss is 0.")
+        coefficient, nan, given = self.coefficient or 0.0, math.nan, self.forms["as given"]
+        if self.coefficient == 0:
+            self.say("off", "warning", "The coefficient of the balancing loss is 0.")
+            return nan, nan
+        lacks = {
+            f"its forward has no argument {SWITCH_ON}": not self.switch,
+            "no coefficient is known": not coefficient,
+            "the batch is no dict": not isinstance(given, Mapping),
+            "it is given no labels": not (isinstance(given, Mapping) and "labels" in given),
+        }
+        if why := next((said for said, lack in lacks.items() if lack), ""):
+            said = f"Whether the training loss has the balancing loss is not judged: {why}."
+            self.say("added", "note", said)
             return nan, nan
 
-        def part(form: str, **more: Any) -> tuple[float, float, float, float]:
-            """Of the loss: where it is on, as the coefficient says, by default; and the rest."""
+        def part(form: str, **more: Any) -> tuple[float, float, float, float] | None:
+            """Of the loss: where it is on, as the coefficient says, by default; and the rest. None
+            where the model does not turn it off."""
             on, off, default = (
                 self.passes.run(self.forms[form], **more, **switch).output
                 for switch in (self.switch, {SWITCH_ON: False}, {})
             )
+            if (left := default_loss(off)) is not None and bool(torch.as_tensor(left).any()):
+                return None
             z_losses = (getattr(on, f"{s}_z_loss", None) for s in ("encoder", "decoder"))
             z = sum(float(of.detach()) for of in z_losses if of is not None)
             z *= getattr(self.model.config, "router_z_loss_coef", 0)
@@ -363,7 +432,15 @@ class _Audit:
             loss, rest, given = (float(of.loss.detach()) for of in (on, off, default))
             return loss - rest, said, given - rest, rest
 
-        added, said, default, rest = part("as given")
+        if (parts := part("as given")) is None:
+            self.say(
+                "added",
+                "note",
+                f"The model reports its balancing loss with {SWITCH_ON}=False too: whether the "
+                "loss with labels has it cannot be told.",
+            )
+            return nan, nan
+        added, said, default, rest = parts
         if 20 * EPS * abs(rest) > SAME * abs(said):
             what = "The coefficient is too small to see whether the loss with labels has its part."
             self.say("added", "note", what)
@@ -391,11 +468,12 @@ class _Audit:
                 f"The config states a balancing loss with coefficient {coefficient:g} and "
                 f"{SWITCH_ON}=False: training as it says adds none. Set {SWITCH_ON}=True.",
             )
-        if not accepts(self.model, "**"):
+        if not accepts(self.model, "**") or HALVES[0] not in self.forms:
             return ratio, nan
         labels = [self.forms[name]["labels"] for name in HALVES]
         items = torch.tensor(sum(int((of[:, 1:] != -100).sum()) for of in labels))
-        both = [part(name, num_items_in_batch=items) for name in HALVES]
+        halves = (part(name, num_items_in_batch=items) for name in HALVES)
+        both = [of for of in halves if of is not None]
         accumulated = 2 * sum(of[0] for of in both) / sum(of[1] for of in both)
         if abs(accumulated - 2 * ratio) < 2 * SAME * abs(ratio):
             self.say(
@@ -423,6 +501,12 @@ class _Audit:
             what = "0 at every router" if loss.requires_grad else "none: it is detached"
             said = f"The gradient of the balancing loss is {what}. It moves nothing."
             self.say("no_gradient", "critical", said)
+            return unknown
+        if not isfinite(norm):
+            said = (
+                "The gradient of the balancing loss is no finite number: a step breaks the model."
+            )
+            self.say("not_finite", "critical", said)
             return unknown
         if not all(r.logits_TE.requires_grad for r in run.routed):
             return unknown
@@ -513,6 +597,16 @@ class _Audit:
                 "A short step along the gradient does not lower the loss as the gradient says: it "
                 "is an estimate (as PhiMoE's SparseMixer makes on purpose), or wrong.",
             )
+        halves = [self.forms[name] for name in HALVES if name in self.forms]
+        if not halves or alike(*halves):
+            self.say(
+                "direction",
+                "note",
+                "One half of the batch has no text that the other has not, and confirms nothing: "
+                "whether a step of the loss moves probability to idle experts is not judged. Give "
+                "a batch of different rows.",
+            )
+            return
         measured = [moves]
         for name in HALVES:
             half = self.run(name)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes
@@ -48,6 +49,11 @@ class Passes(RoutingSums):
         self, model: Any, routers: Sequence[RouterSpec] | None, inputs: InputsOf | None
     ) -> None:
         self.outer, inner = model, unwrapped(model, by_path=bool(routers))
+        if any(of.is_inference() for of in (*inner.parameters(), *inner.buffers())):
+            raise MoeInspectError(
+                "the model was made or loaded under torch.inference_mode, and has no gradients: "
+                "load it outside"
+            )
         sites = recordable(inner, routers, None)
         super().__init__(inner, sites, inputs)
         self.attachment = Attachment(model, inner, sites, "tap", ("logits",), self)
@@ -159,10 +165,15 @@ def default_loss(output: Any) -> Any:
 
 
 def accepts(model: Any, name: str) -> bool:
-    """Whether its forward has this argument; "**": any."""
-    parameters = inspect.signature(model.forward).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return name in parameters or (name == "**" and any_name)
+    """Whether its forward has this argument, or hands it on to a forward that it replaces, as
+    `*args, **kwargs` do; "**": any."""
+    replaced = (vars(of).get("forward") for of in type(model).__mro__)
+    for forward in (model.forward, *filter(None, replaced)):
+        parameters = inspect.signature(forward).parameters
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if name in parameters or not any_name or name == "**":
+            return name in parameters or (any_name and name == "**")
+    return False
 
 
 def coefficient_of(model: Any) -> float | None:
@@ -177,10 +188,12 @@ def coefficient_of(model: Any) -> float | None:
 
 
 def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
-    """The batch as given; its halves, as two accumulation steps have them; with padding at the end
-    of every second row, where it has none; and packed into one row. A model of transformers gets
-    labels, as some compute no loss without."""
+    """The batch as given; its halves, as two accumulation steps have them, where both have tokens;
+    with padding at the end of every second row, where it has none; and packed into one row. A model
+    of transformers gets labels, as some compute no loss without."""
     model, found = passes.model, dict[str, Batch]()
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    batch = tree_map_only(Tensor, _with_graph, batch)
     values = batch.values() if isinstance(batch, Mapping) else batch
     values = [batch] if torch.is_tensor(batch) else list(values)
     B = next((len(v) for v in values if torch.is_tensor(v) and v.dim() > 1), 0)
@@ -201,6 +214,10 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
             found[name] = half(batch, end)
         else:
             found[name] = tuple(half(value, end) for value in batch)
+    masks = [of.get("attention_mask") for of in found.values() if isinstance(of, Mapping)]
+    if any(torch.is_tensor(mask) and not bool(mask.any()) for mask in masks):
+        for name in HALVES:  # half of one row may be padding alone
+            del found[name]
     given: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {}
     ids = given.get("input_ids")
     if not torch.is_tensor(ids) or ids.dim() != 2 or not hasattr(model, "config"):
@@ -212,6 +229,27 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
         name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
         found = {form: {"labels": of[name], **of} for form, of in found.items()}
     return found
+
+
+def alike(a: Batch, b: Batch) -> bool:
+    """Whether every row of one of two batches is among those of the other."""
+
+    def rows_of(batch: Batch) -> list[list[Tensor]]:
+        given = batch.values() if isinstance(batch, Mapping) else batch
+        tensors = [batch] if torch.is_tensor(batch) else [v for v in given if torch.is_tensor(v)]
+        B = next(len(v) for v in tensors if v.dim() > 1)
+        return [[v[row] for v in tensors if v.dim() > 1 and len(v) == B] for row in range(B)]
+
+    def within(some: list[list[Tensor]], others: list[list[Tensor]]) -> bool:
+        return all(any(all(map(torch.equal, row, of)) for of in others) for row in some)
+
+    rows, others = rows_of(a), rows_of(b)
+    return within(rows, others) or within(others, rows)
+
+
+def _with_graph(tensor: Tensor) -> Tensor:
+    """What is made under torch.inference_mode can be in no graph."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _masked(batch: Mapping[str, Any], ids: Tensor, model: Any) -> dict[str, Batch]:
