@@ -311,7 +311,7 @@ def test_what_is_recorded_is_read_before_it_is_deleted(
     check_rows(trace)
     check_weights(trace)
     there = [path for path in server.traces.paths if path.exists()]
-    assert len(server.traces.paths) > 3 * len(there)
+    assert len(server.traces.paths) > len(there)  # others were deleted
     assert not seen[0]._rows  # given
     assert len(seen[0]._traces) <= len(there) + 1
     with inside.recording_inside(tmp_path / "log") as variables:

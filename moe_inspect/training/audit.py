@@ -25,6 +25,7 @@ from moe_inspect.reporting.verdict.findings import (
     most_important_first,
 )
 from moe_inspect.text import first_line
+from moe_inspect.training.added import EPS, SAME, added
 from moe_inspect.training.bias import bias_findings, update_findings
 from moe_inspect.training.formulas import (
     BY_LOGITS,
@@ -58,9 +59,7 @@ LossOf = Callable[[Any], Any]  # the output of a pass → its balancing loss, No
 Gradients = dict[int, Tensor]  # by the id of the weight
 
 ALONG = 0.02  # cosine of two gradients below which neither goes along the other
-SAME = 0.05  # relative difference of two numbers that should be one
 OTHERS = 2  # passes with other routers
-EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,8 @@ class _Audit:
         self._sign(matches)
         found: dict[str, Any] = {"moves_R": self._gradient(matches)}
         if not self.is_own and any(values.values()):
-            found["added"], found["accumulated"] = self._added()
+            given = self.passes, self.forms, self.switch, self.coefficient
+            found["added"], found["accumulated"] = added(*given, self.say)
         if matches:
             found |= matches[0]._asdict()
             found["either"] = [match.formula for match in matches[1:]]
@@ -395,96 +395,6 @@ class _Audit:
                 "selection bias, groups or capacity: the loss balances a load that does not run.",
                 share=float(apart),
             )
-
-    # --- whether the training loss has it
-
-    def _added(self) -> tuple[float, float]:
-        """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
-        halves, whose language losses are divided by the tokens of both."""
-        coefficient, nan, given = self.coefficient or 0.0, math.nan, self.forms["as given"]
-        if self.coefficient == 0:
-            self.say("off", "warning", "The coefficient of the balancing loss is 0.")
-            return nan, nan
-        lacks = {
-            f"its forward has no argument {SWITCH_ON}": not self.switch,
-            "no coefficient is known": not coefficient,
-            "the batch is no dict": not isinstance(given, Mapping),
-            "it is given no labels": not (isinstance(given, Mapping) and "labels" in given),
-        }
-        if why := next((said for said, lack in lacks.items() if lack), ""):
-            said = f"Whether the training loss has the balancing loss is not judged: {why}."
-            self.say("added", "note", said)
-            return nan, nan
-
-        def part(form: str, **more: Any) -> tuple[float, float, float, float] | None:
-            """Of the loss: where it is on, as the coefficient says, by default; and the rest. None
-            where the model does not turn it off."""
-            on, off, default = (
-                self.passes.run(self.forms[form], **more, **switch).output
-                for switch in (self.switch, {SWITCH_ON: False}, {})
-            )
-            if (left := default_loss(off)) is not None and bool(torch.as_tensor(left).any()):
-                return None
-            z_losses = (getattr(on, f"{s}_z_loss", None) for s in ("encoder", "decoder"))
-            z = sum(float(of.detach()) for of in z_losses if of is not None)
-            z *= getattr(self.model.config, "router_z_loss_coef", 0)
-            said = coefficient * float(default_loss(on).detach()) + z
-            loss, rest, given = (float(of.loss.detach()) for of in (on, off, default))
-            return loss - rest, said, given - rest, rest
-
-        if (parts := part("as given")) is None:
-            self.say(
-                "added",
-                "note",
-                f"The model reports its balancing loss with {SWITCH_ON}=False too: whether the "
-                "loss with labels has it cannot be told.",
-            )
-            return nan, nan
-        added, said, default, rest = parts
-        if 20 * EPS * abs(rest) > SAME * abs(said):
-            what = "The coefficient is too small to see whether the loss with labels has its part."
-            self.say("added", "note", what)
-            return nan, nan
-        ratio = added / said
-        if abs(ratio) < SAME:
-            self.say(
-                "off",
-                "critical",
-                "The balancing loss is reported, and is no part of the loss with labels: it trains "
-                "nothing.",
-            )
-        elif abs(ratio - 1) > SAME:
-            self.say(
-                "doubled" if abs(ratio - 2) < SAME else "scaled",
-                "critical",
-                f"The loss with labels has {ratio:.3g} times the balancing loss that the "
-                f"coefficient {coefficient:g} says.",
-                ratio=ratio,
-            )
-        elif abs(default / said) < SAME:
-            self.say(
-                "off",
-                "critical" if self.model.training else "warning",
-                f"The config states a balancing loss with coefficient {coefficient:g} and "
-                f"{SWITCH_ON}=False: training as it says adds none. Set {SWITCH_ON}=True.",
-            )
-        if not accepts(self.model, "**") or HALVES[0] not in self.forms:
-            return ratio, nan
-        labels = [self.forms[name]["labels"] for name in HALVES]
-        items = torch.tensor(sum(int((of[:, 1:] != -100).sum()) for of in labels))
-        halves = (part(name, num_items_in_batch=items) for name in HALVES)
-        both = [of for of in halves if of is not None]
-        accumulated = 2 * sum(of[0] for of in both) / sum(of[1] for of in both)
-        if abs(accumulated - 2 * ratio) < 2 * SAME * abs(ratio):
-            self.say(
-                "accumulated",
-                "warning",
-                "With gradient accumulation over N passes the balancing loss weighs N times as "
-                "much (measured with 2): it is added in each pass, where the language loss is "
-                "divided by the tokens of all (num_items_in_batch).",
-                ratio=accumulated,
-            )
-        return ratio, accumulated
 
     # --- its gradient
 
