@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import httpx
@@ -68,7 +68,7 @@ class RoutedAnswer:
     token_ids: np.ndarray
     name: str
     ids: list[np.ndarray]
-    weights: list[np.ndarray] | None = None
+    weights: list[np.ndarray] = field(default_factory=list)
 
     def fed(self, prompt: np.ndarray) -> np.ndarray:
         """The tokens that were fed."""

@@ -338,7 +338,7 @@ class EngineRun:
                 domain=domain,
                 domains=list(self._codes),
                 ids=of_spans([a.ids for a in answers], spans),
-                weights=of_spans([a.weights or [] for a in answers], spans) or None,
+                weights=of_spans([a.weights for a in answers], spans) or None,
                 documents=documents if step == 0 else [],
                 phase="decode" if step else "prefill",
                 group=number if sequences[0].continued else None,
