@@ -17,7 +17,8 @@ from benchmarks.gpu.bench import Bench, by_graph, host_us
 from benchmarks.gpu.micro import a_choice
 from moe_inspect.capture.engine import rows as code
 from moe_inspect.capture.engine.settings import Settings
-from moe_inspect.capture.engine.steps import Scheduled, StepRecorder
+from moe_inspect.capture.engine.step import Scheduled
+from moe_inspect.capture.engine.steps import StepRecorder
 
 
 def engine(bench: Bench) -> None:
@@ -115,8 +116,8 @@ def steps(rows: code.Rows, n: int, settings: Settings) -> Callable[[], Any]:
     link: Any = SimpleNamespace(error=None)
     recorder = StepRecorder(rows, settings, lambda _: link)
     tokens = torch.zeros(n, dtype=torch.int32, device=rows.device)
-    requests, none = [f"r{i}" for i in range(n)], np.zeros(n, np.int64)
-    of = Scheduled(requests, np.arange(n + 1), none, none, none, tokens, tokens.long())
+    requests = [f"r{i}" for i in range(n)]
+    of = Scheduled(requests, range(n + 1), [0] * n, (), (), tokens, tokens.long())
 
     def step() -> None:
         recorder.after_step(n, set(), lambda: of)

@@ -1,6 +1,6 @@
 """The buffers that an engine's routers write their choices into, and what is taken of them behind a
 forward pass: on a GPU one launch per router, and one per step. Beside each Triton kernel stands its
-implementation in torch, which runs elsewhere.
+implementation in torch. On a CPU nothing is copied before the next step begins.
 
 L routers, T rows of a buffer, m rows that are recorded, K slots, E experts.
 """
@@ -12,14 +12,18 @@ from __future__ import annotations
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.selfcheck import SelfCheck
+from moe_inspect.errors import MoeInspectError
 
 try:
     import triton
@@ -30,9 +34,11 @@ except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
 BLOCK = 1024  # slots per program
+COUNT_AT = 1024  # rows that wait on a CPU to be counted
 SELF_CHECK = SelfCheck(__name__)
-# tokens and positions [m], ids and weights [L, m, K], and logits [L, m, E] or None
-Taken = list[Tensor | None]
+# tokens and positions [m], ids and weights [L, m, K], and logits [L, m, E] or None: tensors of a
+# GPU, arrays and Held of a CPU
+Taken = list[Any]
 
 
 class Rows:
@@ -40,7 +46,7 @@ class Rows:
     lies behind a step's own rows is padding, or left of earlier steps. On a GPU what is taken lies
     in `staged`, of the same size, until the host has it. All of it is allocated here, before the
     engine measures how much memory is left for its cache. Without `weights` nothing is taken, and
-    rows are only counted."""
+    rows are only counted. `compiled`: whether torch.compile may trace through the routers."""
 
     def __init__(
         self,
@@ -49,10 +55,12 @@ class Rows:
         logits: bool,
         device: torch.device,
         weights: bool = True,
+        compiled: bool = True,
     ):
-        self.shape, self.E, self.device = shape, E, device
+        self.shape, self.E, self.device, self.compiled = shape, E, device, compiled
         L, T, K = shape
-        rows = -(-T // 16) * 16  # so that each router's part is aligned
+        on_host = device.type == "cpu" and not kernels.runs_triton(torch.empty(0, device=device))
+        rows = 1 if on_host else -(-T // 16) * 16  # so that each router's part is aligned
         half = {"dtype": torch.float16, "device": device}
         self.ids = torch.full((L, rows, K), -1, dtype=torch.int16, device=device)
         self.weights = torch.zeros(L, rows, K, **half) if weights else None
@@ -61,10 +69,13 @@ class Rows:
         self._of_router = [[None if t is None else t[r] for t in self._kept] for r in range(L)]
         # of each router, between two places for what is no expert and so routes nowhere
         self.sums = torch.zeros(L, E + 2, dtype=torch.int64, device=device)
-        self._first = (torch.arange(L, device=device) * (E + 2) + 1).view(L, 1, 1)
+        self.first = (torch.arange(L, device=device) * (E + 2) + 1).view(L, 1, 1)
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self.every = torch.arange(rows, device=device)
         self.staged = self.staging() if kernels.runs_triton(self.ids) else None
+        self.host = HostRows(self) if on_host else None
+        self.key = len(ROWS)
+        ROWS.append(self)
 
     def staging(self) -> Taken:
         """Room for what is taken, uninitialized."""
@@ -76,7 +87,8 @@ class Rows:
     @property
     def counts(self) -> Tensor:
         """Assignments so far, by router and expert: [L × E]."""
-        return self.sums[:, 1:-1].reshape(-1)
+        sums = self.sums if self.host is None else torch.from_numpy(self.host.sums())
+        return sums[:, 1:-1].reshape(-1)
 
     @property
     def nbytes(self) -> int:
@@ -87,9 +99,11 @@ class Rows:
     def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
         """In the forward pass: a router's choice, of logical experts."""
         given = ids_TK, weights_TK, logits_TE, self.E
-        if torch.compiler.is_compiling():  # it would trace into the function
+        if self.compiled and torch.compiler.is_compiling():  # it would trace into the function
             to = (None if t is None else t[router] for t in self._kept)
-            torch.ops.moe_inspect.keep_rows(*to, *given)
+            torch.ops.moe_inspect.keep_rows(*to, *given, self.key, router)
+        elif self.host is not None:
+            self.host.keep(router, ids_TK, weights_TK, logits_TE)
         else:
             ids, weights, logits = self._of_router[router]
             _keep(ids, weights, logits, *given)
@@ -104,6 +118,8 @@ class Rows:
     ) -> Taken:
         """Behind the forward pass: adds the first `counted` rows to the counts, and returns the m
         at the indices `picked`, or the first ones. `tokens`, `positions`: of all rows."""
+        if self.host is not None:
+            return self.host.take(counted, m, picked, tokens, positions)
         if (rows := max(counted, m)) > len(self.every):
             raise ValueError(f"{rows} rows of a buffer of {len(self.every)}")
         code = take_torch
@@ -115,8 +131,88 @@ class Rows:
 
     def count(self, n: int) -> None:
         ids_LNK = self.ids.narrow(1, 0, n).clamp(-1, self.E)
-        at = torch.add(ids_LNK, self._first).view(-1)
+        at = torch.add(ids_LNK, self.first).view(-1)
         self.sums.view(-1).scatter_add_(0, at, self._one.expand(len(at)))
+
+
+@dataclass
+class Held:
+    """What the routers returned in a step, of which some rows and columns are wanted: m rows, the
+    first ones unless they are `picked`."""
+
+    of_routers: Sequence[Tensor]
+    m: int
+    picked: Tensor | None
+    width: int
+    dtype: torch.dtype
+
+
+def arrays_of(steps: Sequence[Held]) -> list[np.ndarray]:
+    """Of each step [L, m, width]. All at once, as it takes long to look at each tensor."""
+    shape, of_routers = (sum(held.m for held in steps), steps[0].width), list[Tensor]()
+    whole = all(held.picked is None for held in steps)
+    for of in zip(*(held.of_routers for held in steps), strict=True):
+        if not whole or (values := torch.cat(of)).shape != shape:
+            # some returned padding, or shared experts, which stand behind the routed ones
+            ats = [slice(0, held.m) if held.picked is None else held.picked for held in steps]
+            values = torch.cat([t[at, : shape[1]] for t, at in zip(of, ats, strict=True)])
+        if values.shape != shape:
+            raise ValueError(f"a router returned {tuple(values.shape)}, not {shape}")
+        of_routers.append(values)
+    array = torch.stack(of_routers).to(steps[0].dtype).numpy()
+    return np.split(array, np.cumsum([held.m for held in steps])[:-1], axis=1)
+
+
+class HostRows:
+    """On a CPU nothing is copied in the forward pass: there a copy takes ten times what it takes
+    elsewhere, as neither its code nor Python's is in the core's caches. What routers return is
+    held, as no engine writes into it (vLLM 0.32, SGLang 0.5.23), and read where there is time.
+    Rows are counted many at a time, and for whoever asks: so what was counted and what waits are
+    replaced at once."""
+
+    def __init__(self, of: Rows):
+        self.of = of
+        self.held = self._none = [None] * of.shape[0]
+        self.counted: tuple[np.ndarray, list[Held]] = of.sums.numpy(), []
+        self.waiting = 0  # rows
+
+    def keep(self, router: int, *given: Tensor | None) -> None:
+        self.held[router] = given
+
+    def take(
+        self,
+        counted: int,
+        m: int,
+        picked: Tensor | None,
+        tokens: Tensor | None,
+        positions: Tensor | None,
+    ) -> Taken:
+        held, self.held = self.held, self._none.copy()
+        if None in held:
+            raise MoeInspectError(f"router {held.index(None)} chose no experts in a forward pass")
+        of, K = self.of, self.of.shape[2]
+        ids, weights, logits = zip(*held, strict=True)
+        if counted:
+            self.counted[1].append(Held(ids, counted, None, K, torch.int16))
+            self.waiting += counted
+            if self.waiting >= COUNT_AT:
+                self.counted, self.waiting = (self.sums(), []), 0
+        if tokens is None or positions is None or of.weights is None:
+            return []
+        at = slice(0, m) if picked is None else picked.numpy()
+        of_rows = tokens.numpy()[at].copy(), positions.numpy()[at].copy()
+        wanted = (ids, K, torch.int16), (weights, K, torch.float16), (logits, of.E, torch.float16)
+        held = [Held(values, m, picked, width, dtype) for values, width, dtype in wanted]
+        return [*of_rows, *held[:2], None if of.logits is None else held[2]]
+
+    def sums(self) -> np.ndarray:
+        """With those that wait."""
+        sums, waiting = self.counted
+        if not waiting:
+            return sums
+        ids_LNK = np.concatenate(arrays_of(list(waiting)), axis=1).clip(-1, self.of.E)
+        at = (ids_LNK + self.of.first.numpy()).ravel()
+        return sums + np.bincount(at, minlength=sums.size).reshape(sums.shape)
 
 
 # --- in the forward pass
@@ -149,13 +245,18 @@ def _copy(rows: Tensor, values: Tensor) -> None:
     rows[:n, :width].copy_(values[:n, :width])
 
 
+ROWS: list[Rows] = []  # of this process, as a compiled graph calls them
 FAULTS: list[Exception] = []  # of a compiled graph, until the recorder looks
 
 
 def _keep_in_graph(*given: Any) -> None:
-    """A fault of ours would end the engine's forward pass."""
+    """A fault of ours would end the engine's forward pass. A graph uses its memory again."""
+    *to_and_given, key, router = given
     try:
-        _keep(*given)
+        if (host := ROWS[key].host) is not None:
+            host.keep(router, *(None if t is None else t.clone() for t in to_and_given[3:6]))
+        else:
+            _keep(*to_and_given)
     except Exception as error:
         FAULTS[:] = [error]
 
@@ -168,12 +269,15 @@ def keep_torch(
         _copy(to_weights, weights)
 
 
+SCHEMA = (
+    "(Tensor(a!) to_ids, Tensor(b!)? to_weights, Tensor(c!)? to_logits, Tensor ids, "
+    "Tensor weights, Tensor? logits, int E, int rows, int router) -> ()"
+)
 torch.library.custom_op(
     "moe_inspect::keep_rows",
     _keep_in_graph,
     mutates_args=("to_ids", "to_weights", "to_logits"),
-    schema="(Tensor(a!) to_ids, Tensor(b!)? to_weights, Tensor(c!)? to_logits, Tensor ids, "
-    "Tensor weights, Tensor? logits, int E) -> ()",
+    schema=SCHEMA,
 ).register_fake(lambda *_: None)
 
 

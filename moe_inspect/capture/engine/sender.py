@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.capture.engine.settings import CORES, Settings
-from moe_inspect.capture.engine.steps import Rows, StepRecorder
+from moe_inspect.capture.engine.steps import Rows, StepRecorder, arrive
 from moe_inspect.errors import writing
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
 
 log = logging.getLogger(__name__)
-EVERY_S = 0.05
+EVERY_S = 0.2
 COUNTS_EVERY_S = 1.0
 CLOSE_S = 5.0  # engines kill workers that take longer to stop
 # the writer gets no GPU and one thread
@@ -125,8 +125,7 @@ class Sender(threading.Thread):
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
         if steps:
             try:
-                for step in steps:
-                    step.arrive()
+                arrive(steps)
                 # waits for the one that writes; meanwhile the queue fills, and the engine drops
                 self._send("steps", steps, recorder.dropped - self._dropped)
             except Exception:

@@ -13,15 +13,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moe_inspect.capture.engine.settings import KEY, Settings, is_asked, tell_why
+from moe_inspect.capture.engine.step import Scheduled, edges_of
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from moe_inspect.capture.engine.steps import Scheduled
 
 log = logging.getLogger("sglang.moe_inspect")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # in a config
@@ -232,22 +229,19 @@ class Seam:
         self.recorder.after_step(n, ended, lambda: self._whose(batch))
 
     def _whose(self, batch: Any) -> Scheduled:
-        from moe_inspect.capture.engine.steps import Scheduled
-
         requests, mode = list(batch.rids), batch.forward_mode
         R = len(requests)
-        drafts, rows = np.zeros(R, np.int64), np.ones(R, np.int64)
+        drafts, rows = list[int](), [1] * R
         if mode.is_target_verify():  # the last token, and a tree of drafts behind it
-            drafts[:] = len(batch.input_ids) // R - 1
-            rows += drafts
+            rows = [len(batch.input_ids) // R] * R
+            drafts = [n - 1 for n in rows]
         elif mode.is_extend():
-            rows[:] = batch.extend_seq_lens_cpu
-        edges = np.concatenate([[0], np.cumsum(rows)])
+            rows = map(int, batch.extend_seq_lens_cpu)
         # a request that has ended meanwhile was decoding
         known = [self.prompts.get(request, (0, 2**31)) for request in requests]
-        prompts, ends = np.array(known).reshape(R, 2).T
+        prompts, ends = [prompt for prompt, _ in known], [end for _, end in known]
         tokens, positions = batch.input_ids, batch.positions
-        return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
+        return Scheduled(requests, edges_of(rows), prompts, drafts, ends, tokens, positions)
 
     def after_sampling(self, judged: Any) -> None:
         """The third that is returned: of each request the rows of the step that are the answer's,

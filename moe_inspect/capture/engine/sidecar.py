@@ -264,11 +264,11 @@ class Traces:
             self.known.pop(request, None)
         keep_N, of_requests = np.ones(len(step.tokens), bool), list[tuple[int, int, int, int]]()
         for i, request in enumerate(step.requests):
-            start, end, prompt = int(step.edges[i]), int(step.edges[i + 1]), int(step.prompts[i])
+            start, end, prompt = step.edges[i], step.edges[i + 1], step.prompts[i]
             first, rows = int(step.positions[start]), end - start
-            if drafts := int(step.drafts[i]):
+            if step.drafts and (drafts := step.drafts[i]):
                 # accepted ones beyond the end of the answer are none of its tokens
-                most = max(int(step.ends[i]) - first, rows - drafts)
+                most = max(step.ends[i] - first, rows - drafts)
                 accepted = step.accepted(i)[:most]
                 keep_N[start:end] = False
                 keep_N[start + accepted] = True

@@ -5,11 +5,47 @@ L routers, n tokens, K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, compress
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Scheduled:
+    """Whose rows a step has. `edges`: where each request's begin, and the end. `prompts`: tokens of
+    each prompt. Where something is speculated, `drafts`: how many of each request's rows, its last
+    ones, are; `ends`: the position at which each request ends at the latest. `tokens`,
+    `positions`: of the rows, [T] or longer, where the engine has them."""
+
+    requests: Sequence[str]
+    edges: Sequence[int]
+    prompts: Sequence[int]
+    drafts: Sequence[int]
+    ends: Sequence[int]
+    tokens: Tensor
+    positions: Tensor
+
+    def only(self, wanted: Sequence[bool]) -> tuple[Scheduled, np.ndarray]:
+        """Of some requests; and which rows these are."""
+        sizes = np.diff(self.edges)
+        rows = np.flatnonzero(np.repeat(wanted, sizes))
+        requests, sizes, prompts, drafts, ends = (
+            list(compress(of, wanted))
+            for of in (self.requests, sizes.tolist(), self.prompts, self.drafts, self.ends)
+        )
+        edges = edges_of(sizes)
+        return Scheduled(requests, edges, prompts, drafts, ends, self.tokens, self.positions), rows
+
+
+def edges_of(sizes: Iterable[int]) -> list[int]:
+    """Where parts of these sizes begin that follow each other, and where the last one ends."""
+    return list(accumulate(sizes, initial=0))
 
 
 @dataclass
@@ -21,10 +57,10 @@ class Step:
 
     number: int
     requests: Sequence[str]
-    edges: np.ndarray
-    prompts: np.ndarray
-    drafts: np.ndarray
-    ends: np.ndarray
+    edges: Sequence[int]
+    prompts: Sequence[int]
+    drafts: Sequence[int]  # none where nothing is speculated
+    ends: Sequence[int]
     ended: set[str]
     tokens: Any  # [n]
     positions: Any  # [n]
@@ -49,8 +85,8 @@ class Step:
 
     def accepted(self, request: int) -> np.ndarray:
         """Which of the request's rows are no rejected drafts."""
-        rows = int(self.edges[request + 1] - self.edges[request])
-        drafts = int(self.drafts[request])
+        rows = self.edges[request + 1] - self.edges[request]
+        drafts = self.drafts[request]
         if not drafts or self.sampled is None:
             return np.arange(rows - drafts)
         sampled = self.sampled[request]

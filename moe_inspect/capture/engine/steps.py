@@ -12,17 +12,16 @@ import queue
 import socket
 import time
 import zlib
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Set
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.engine.rows import FAULTS, Rows
+from moe_inspect.capture.engine.rows import FAULTS, Held, Rows, arrays_of
 from moe_inspect.capture.engine.settings import Settings, share
-from moe_inspect.capture.engine.step import Step
+from moe_inspect.capture.engine.step import Scheduled, Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
@@ -40,35 +39,15 @@ def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
     return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
 
 
-@dataclass
-class Scheduled:
-    """Whose rows a step has. `edges`: int [requests + 1], where each request's begin. `prompts`:
-    tokens of each prompt; `drafts`: how many of each request's rows, its last ones, are
-    speculated; `ends`: the position at which each request ends at the latest. `tokens`,
-    `positions`: of the rows, [T] or longer, where the engine has them."""
-
-    requests: Sequence[str]
-    edges: np.ndarray
-    prompts: np.ndarray
-    drafts: np.ndarray
-    ends: np.ndarray
-    tokens: Tensor
-    positions: Tensor
-
-    def only(self, wanted: Sequence[bool]) -> tuple[Scheduled, Any]:
-        """Of some requests; and which rows these are."""
-        if all(wanted):
-            return self, slice(0, int(self.edges[-1]))
-        wanted_R = np.array(wanted, bool)
-        sizes = np.diff(self.edges)
-        edges = np.concatenate([[0], np.cumsum(sizes[wanted_R])])
-        rows = np.flatnonzero(np.repeat(wanted_R, sizes))
-        requests = [r for r, kept in zip(self.requests, wanted, strict=True) if kept]
-        prompts, drafts, ends = (of[wanted_R] for of in (self.prompts, self.drafts, self.ends))
-        of = replace(
-            self, requests=requests, edges=edges, prompts=prompts, drafts=drafts, ends=ends
-        )
-        return of, rows
+def arrive(steps: list[Step]) -> None:
+    """Has the arrays of steps that follow each other, in the thread that hands them over."""
+    for name in ("ids", "weights", "logits") if steps else ():
+        held = [getattr(step, name) for step in steps]
+        if isinstance(held[0], Held):
+            for step, array in zip(steps, arrays_of(held), strict=True):
+                setattr(step, name, array)
+    for step in steps:
+        step.arrive()
 
 
 class Link(Protocol):
@@ -115,7 +94,7 @@ class StepRecorder:
 
     def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
         """In the forward pass: a router's choice."""
-        if torch.compiler.is_compiling():
+        if self.rows.compiled and torch.compiler.is_compiling():
             self.rows.keep(router, ids_TK, weights_TK, logits_TE)
         elif self.error is None:
             try:
@@ -152,7 +131,7 @@ class StepRecorder:
         step, wanted = self._held
         try:
             (step.sampled,), copied = self._to_host([sampled_R.clone()])
-            step.wanted = wanted
+            step.wanted = wanted or None
             step.copied = copied or step.copied  # the later event, of the same stream
             self._release()
         except Exception as error:
@@ -178,9 +157,11 @@ class StepRecorder:
 
     def _take(self, counted: int, of: Scheduled | None) -> None:
         """Counts the first `counted` rows, and queues those of the requests that are sampled."""
-        wanted = [] if of is None else [self._is_sampled(request) for request in of.requests]
-        of, rows = of.only(wanted) if of is not None and any(wanted) else (None, None)
-        L, n = self.rows.shape[0], 0 if of is None else int(of.edges[-1])
+        wanted, rows = list[bool](), None
+        if of is not None and self.sample < 1:
+            wanted = [self._is_sampled(request) for request in of.requests]
+            of, rows = of.only(wanted) if any(wanted) else (None, None)
+        L, n = self.rows.shape[0], 0 if of is None else of.edges[-1]
         size = n * self.bytes_per_row
         if self.taken - self.sent + size > self.room:
             self.dropped += n * L
@@ -190,7 +171,7 @@ class StepRecorder:
                 self.rows.take(counted)
             return
         picked = None
-        if not isinstance(rows, slice):
+        if rows is not None:
             picked = torch.from_numpy(rows)
             picked = picked if self._copies is None else picked.pin_memory()
             picked = picked.to(self.rows.device, non_blocking=True)
@@ -208,7 +189,7 @@ class StepRecorder:
         )
         self.taken += size
         self.recorded += n * L
-        if of.drafts.any():
+        if any(of.drafts):
             self._held = step, wanted
         else:
             self.queue.put(step)
@@ -227,7 +208,7 @@ class StepRecorder:
         return host, copied
 
     def _is_sampled(self, request: str) -> bool:
-        return self.sample >= 1 or zlib.crc32(request.encode()) < self.sample * 2**32
+        return zlib.crc32(request.encode()) < self.sample * 2**32
 
     # --- from outside
 

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.capture.engine.settings import PATH, Settings, is_asked, tell_why
+from moe_inspect.capture.engine.step import Scheduled, edges_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from moe_inspect.capture.engine.steps import Scheduled
 
 log = logging.getLogger("vllm.moe_inspect")
 
@@ -80,10 +79,13 @@ def _seam_of(wrapper: Any) -> Seam | None:
 def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm.distributed.parallel_state import get_tp_group
 
+    from moe_inspect.capture.engine.rows import SCHEMA
+
     settings, more = Settings.read(), wrapper.vllm_config.additional_config
     if isinstance(more, dict):
         # a part of the key of torch.compile's cache: a graph compiled without us records nothing
-        more["moe_inspect"] = f"logits {settings.logits}, replays {settings.replay is not None}"
+        asked = f"logits {settings.logits}, replays {settings.replay is not None}"
+        more["moe_inspect"] = f"{asked}, {SCHEMA}"
     loaded = wrapper.worker.load_model(*args, **kwargs)
     runner, config = wrapper.worker.model_runner, wrapper.vllm_config
     if settings.replay is not None:  # a benchmark of other routes would be wrong: this may raise
@@ -130,8 +132,9 @@ class Seam:
         T = max([config.scheduler_config.max_num_batched_tokens, *sizes])
         E, K = moe.num_logical_experts, moe.experts_per_token
         traces = settings.trace is not None
-        sizes = len(layers), T, K
-        rows = Rows(sizes, E, settings.logits and traces, runner.device, weights=traces)
+        sizes, compiled = (len(layers), T, K), bool(config.compilation_config.mode)
+        logits, device = settings.logits and traces, runner.device
+        rows = Rows(sizes, E, logits, device, weights=traces, compiled=compiled)
         log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         about = _about(config) | {
             "layers": [layer.layer_id for layer in layers],
@@ -174,24 +177,21 @@ class Seam:
     def _whose(self, scheduled: Any) -> Scheduled:
         """Tokens and positions are those on the device: with asynchronous scheduling the host's
         come too late."""
-        from moe_inspect.capture.engine.steps import Scheduled
-
         runner = self.runner
         if hasattr(runner, "req_states"):  # model runner V2
             batch = runner.execute_model_state.input_batch
             requests, tokens, positions = list(batch.req_ids), batch.input_ids, batch.positions
-            edges = np.array(batch.query_start_loc_np[: batch.num_reqs + 1])
-            prompts = np.array(runner.req_states.prompt_len.np[batch.idx_mapping_np])
+            edges = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
+            prompts = runner.req_states.prompt_len.np[batch.idx_mapping_np].tolist()
         else:
             requests = list(runner.input_batch.req_ids)
             tokens, positions = runner.input_ids.gpu, runner.positions
-            rows = [scheduled.num_scheduled_tokens[request] for request in requests]
-            edges = np.concatenate([[0], np.cumsum(rows)])
-            prompts = np.array([runner.requests[r].num_prompt_tokens for r in requests])
-        drafts, ends = np.zeros(len(requests), np.int64), np.full(len(requests), 2**31)
+            edges = edges_of(map(scheduled.num_scheduled_tokens.__getitem__, requests))
+            prompts = [runner.requests[r].num_prompt_tokens for r in requests]
+        drafts, ends = list[int](), list[int]()
         if speculated := scheduled.scheduled_spec_decode_tokens:
-            drafts[:] = [len(speculated.get(request, ())) for request in requests]
-            ends[:] = [self.ends.get(request, 2**31) for request in requests]
+            drafts = [len(speculated.get(request, ())) for request in requests]
+            ends = [self.ends.get(request, 2**31) for request in requests]
         return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
 
     def _watch(self, router: Any, n: int) -> None:
@@ -241,6 +241,8 @@ def recordable_layers(model: Any, config: Any) -> list[Any]:
             f"{', '.join(sorted(hidden))} chooses the experts inside its kernel, where nobody sees "
             "the weights: choose another with vLLM's --moe-backend"
         )
+    if any(getattr(layer.router, "zero_expert_type", None) for layer in layers):
+        raise MoeInspectError("its routers return expert 0 where they chose a zero expert")
     parallel, moe = config.parallel_config, layers[0].moe_config
     unseen = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
