@@ -172,7 +172,7 @@ class HostRows:
 
     def __init__(self, of: Rows):
         self.of = of
-        self.held = self._none = [None] * of.shape[0]
+        self.held: list[Any] = [None] * of.shape[0]
         self.counted: tuple[np.ndarray, list[Held]] = of.sums.numpy(), []
         self.waiting = 0  # rows
 
@@ -187,7 +187,7 @@ class HostRows:
         tokens: Tensor | None,
         positions: Tensor | None,
     ) -> Taken:
-        held, self.held = self.held, self._none.copy()
+        held, self.held = self.held, [None] * len(self.held)
         if None in held:
             raise MoeInspectError(f"router {held.index(None)} chose no experts in a forward pass")
         of, K = self.of, self.of.shape[2]
@@ -200,10 +200,13 @@ class HostRows:
         if tokens is None or positions is None or of.weights is None:
             return []
         at = slice(0, m) if picked is None else picked.numpy()
-        of_rows = tokens.numpy()[at].copy(), positions.numpy()[at].copy()
-        wanted = (ids, K, torch.int16), (weights, K, torch.float16), (logits, of.E, torch.float16)
-        held = [Held(values, m, picked, width, dtype) for values, width, dtype in wanted]
-        return [*of_rows, *held[:2], None if of.logits is None else held[2]]
+        return [
+            tokens.numpy()[at].copy(),
+            positions.numpy()[at].copy(),
+            Held(ids, m, picked, K, torch.int16),
+            Held(weights, m, picked, K, torch.float16),
+            None if of.logits is None else Held(logits, m, picked, of.E, torch.float16),
+        ]
 
     def sums(self) -> np.ndarray:
         """With those that wait."""

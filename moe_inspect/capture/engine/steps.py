@@ -68,8 +68,8 @@ class StepRecorder:
         self.rows, self.settings, self.rank, self.start = rows, settings, rank, start
         self.on, self.sample, self.counting = settings.start, settings.sample, settings.metrics
         self.room = int(settings.queue_mb * 1e6)
-        decision = K * (rows.ids.itemsize + 2)
-        self.bytes_per_row = L * (decision + (0 if rows.logits is None else 2 * rows.E))
+        size = 2 if rows.host is None else 4  # of a value: what is held is as routers return it
+        self.bytes_per_row = L * size * (2 * K + (0 if rows.logits is None else rows.E))
         # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
         self.placed: Callable[[], np.ndarray | None] = lambda: None
         self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
