@@ -14,6 +14,7 @@ import inspect
 import math
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -424,7 +425,9 @@ NONE, NOT_COMPUTED = "none is stated, none is computed", "no loss is computed"
 BIASES = {"good": "of the choice alone"}  # by the severity of what is found
 
 
+@cache
 def audited(family: str) -> tuple[Any, LossAudit]:
+    """Once: its row of the page and its test say what the same audit finds."""
     model = build(family, **SEVERAL.get(family, {}))
     return model, audit_loss(model, inputs(family, LOSS_LENGTHS[: 1 if family in ALONE else None]))
 
