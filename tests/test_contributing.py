@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, in_one_process
 from tests.support.synthetic import write_counts
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -29,8 +30,7 @@ class Copy:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        skip = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(Path(moe_inspect.__file__).parent, root / "moe_inspect", ignore=skip)
+        shutil.copytree(Path(moe_inspect.__file__).parent, root / "moe_inspect")
 
     def follow(self, title: str) -> list[str]:
         """Writes the files and inserts the lines of a section. Returns the files."""
@@ -64,8 +64,12 @@ class Copy:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def cli(self, *arguments: object) -> str:
-        return self.python("-m", "moe_inspect", *arguments)
+    def cli(self, *commands: str, fails: int = 0) -> list[str]:
+        """What commands print, all in one process. The last of them may fail: its error."""
+        done = in_one_process(self.root, *map(shlex.split, commands), PYTHONPATH=str(self.root))
+        codes = [0] * (len(done) - 1) + [fails]
+        assert [one.returncode for one in done] == codes, "\n".join(one.stderr for one in done)
+        return [one.stderr if one.returncode else one.stdout for one in done]
 
 
 @pytest.fixture
@@ -83,38 +87,45 @@ def test_the_blocks_are_formatted_and_linted(copy: Copy) -> None:
 
 def test_a_metric(copy: Copy) -> None:
     copy.follow("Add a metric")
-    assert "spread" in copy.cli("report", "--list-metrics", "--format", "csv")
-    rows = [json.loads(line) for line in _table(copy, SAMPLE, "balance")]
-    for row in rows:
+    listed, balance, gate = copy.cli(
+        "report --list-metrics --format csv",
+        f"report {SAMPLE} --table balance --format json",
+        f"report {SAMPLE} --fail-above spread=0.01",
+        fails=3,
+    )
+    assert "spread" in listed
+    for row in map(json.loads, balance.splitlines()):
         least = row["max_over_mean"] * row["min_over_max"]
         assert row["spread"] == pytest.approx(row["max_over_mean"] - least)
-    with pytest.raises(AssertionError, match="spread"):
-        copy.cli("report", SAMPLE, "--fail-above", "spread=0.01")
+    assert "spread" in gate
 
 
 def test_a_chart(copy: Copy) -> None:
     copy.follow("Add a chart")
     write_counts(copy.root / "t", [np.full((1, 8), 200)], 2)  # few charts are drawn of it
-    copy.cli("report", "t", "--plots", "plots", "--html", "page.html")
+    copy.cli("report t --plots plots --html page.html")
     assert {p.name for p in (copy.root / "plots").iterdir()} >= {"entropy.png", "entropy.svg"}
     assert "Entropy of the load" in (copy.root / "page.html").read_text(encoding="utf-8")
 
 
 def test_an_importer(copy: Copy) -> None:
     copy.follow("Add an importer")
-    assert "tally" in copy.cli("import", "--help")
     (copy.root / "code.tally.json").write_text(json.dumps({"1": [3, 1, 2, 0], "3": [1, 1, 2, 2]}))
-    copy.cli("import", "auto", "code.tally.json", "-o", "t", "--top-k", "2")
-    copy.cli("verify", "t")
-    rows = [json.loads(line) for line in _table(copy, "t", "load")]
+    shown, *_, load = copy.cli(
+        "import --help",
+        "import auto code.tally.json -o t --top-k 2",
+        "verify t",
+        "report t --table load --format json",
+    )
+    assert "tally" in shown
+    rows = [json.loads(line) for line in load.splitlines()]
     assert [r["assignments"] for r in rows if r["layer"] == 1] == [3, 1, 2, 0]
     assert [r["assignments"] for r in rows if r["layer"] == 3] == [1, 1, 2, 2]
 
 
 def test_a_recorded_value(copy: Copy) -> None:
     copy.follow("Add a recorded value")
-    copy.cli("trace", "demo", "-o", "t", "--token-loss", "--max-tokens", 300)
-    copy.cli("verify", "t")
+    copy.cli("trace demo -o t --token-loss --max-tokens 300", "verify t")
     tokens = pd.read_parquet(copy.root / "t/tokens")
     known = tokens["loss_nats"].notna()
     assert (tokens["best_nats"].notna() == known).all()
@@ -124,13 +135,9 @@ def test_a_recorded_value(copy: Copy) -> None:
 
 def test_a_command(copy: Copy) -> None:
     copy.follow("Add a command")
-    assert "List the busiest expert of each layer." in copy.cli("--help")
-    rows = copy.cli("busiest", SAMPLE, "--format", "json").splitlines()
-    assert [json.loads(row)["layer"] for row in rows] == [0, 1, 2, 3]
-
-
-def _table(copy: Copy, trace: object, table: str) -> list[str]:
-    return copy.cli("report", trace, "--table", table, "--format", "json").splitlines()
+    shown, rows = copy.cli("--help", f"busiest {SAMPLE} --format json")
+    assert "List the busiest expert of each layer." in shown
+    assert [json.loads(row)["layer"] for row in rows.splitlines()] == [0, 1, 2, 3]
 
 
 TOY = """
