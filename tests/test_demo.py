@@ -2,9 +2,6 @@
 
 import json
 import math
-import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -56,28 +53,6 @@ def test_corpus_documents_differ_and_have_60_to_200_tokens_that_round_trip(token
         token_ids = tokenizer(text)["input_ids"]
         assert 60 <= len(token_ids) <= 200, path
         assert tokenizer.decode(token_ids, skip_special_tokens=True) == text
-
-
-def test_corpus_python_compiles():
-    for text in texts_of("python"):
-        compile(text, "a document", "exec")
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_corpus_c_compiles_without_a_warning():
-    command = shlex.split("cc -x c -std=c11 -Wall -Wextra -Werror -fsyntax-only -")
-    for text in texts_of("c"):
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-
-def test_corpus_metamath_statements_and_scopes_are_closed():
-    for text in texts_of("metamath"):
-        tokens = text.split()
-        assert tokens.count("${") == tokens.count("$}")
-        assert tokens.count("$(") == tokens.count("$)")
-        statements = sum(tokens.count(keyword) for keyword in ("$p", "$a", "$e", "$d", "$c"))
-        assert tokens.count("$.") == statements > 0
 
 
 def test_model_is_small_and_bfloat16_with_8_experts_and_top_2(tokenizer):
