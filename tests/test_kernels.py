@@ -108,15 +108,15 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
 
 # --- compiled ahead of time
 
-COMPILED_WHOLE = list(TARGETS) if WHOLE else ["sm_90"]
-EVERY = 7
+EVERY = 1 if WHOLE else 7
+STORES = "record E|dispatch 1/1 E|rows (kept|taken)"  # whose stores are looked at
 Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, Rows]:
-    """Every variant for `COMPILED_WHOLE`, every n-th for the other targets, in one process."""
-    wanted = [gpu if gpu in COMPILED_WHOLE else f"{gpu}/{EVERY}" for gpu in TARGETS]
+    """Some variants for each target (`make test-ptx`: all), in one process."""
+    wanted = [f"{gpu}/{EVERY}" + f"+{STORES}" * (gpu == "sm_90") for gpu in TARGETS]
     found: dict[str, Rows] = {gpu: [] for gpu in TARGETS}
     for row in lines_of("tests.support.aot", *wanted):
         found[row["gpu"]].append(row)
@@ -132,22 +132,21 @@ def stored(row: dict[str, Any], bits: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_nothing_spills(gpu: str, compiled: dict[str, Rows]) -> None:
-    assert len(compiled["sm_90"]) > 100
-    assert len(compiled[gpu]) >= len(compiled["sm_90"]) // (1 if gpu in COMPILED_WHOLE else EVERY)
+    assert len(compiled[gpu]) > 150 // EVERY
     for row in compiled[gpu]:
         assert row["stack"] == row["spills"] == 0, row
         assert 0 < row["registers"] <= 255, row
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", [g for g in COMPILED_WHOLE if g.startswith("sm")])
+@pytest.mark.parametrize("gpu", [g for g in TARGETS if g.startswith("sm")] if WHOLE else ["sm_90"])
 def test_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
     """Eight ids in 64 bits, from 256 experts on in 128; eight weights in 128; four in half."""
     kinds = re.compile(r"(record |dispatch 1/)(?!.* off)")
     recording = [row for row in compiled[gpu] if kinds.match(row["kernel"])]
     for k, ids, weights in (("E64 k8", 64, 128), ("E256 k8", 128, 128), ("E60 k4", 32, 64)):
         rows = [r for r in recording if k in r["kernel"]]
-        assert len(rows) >= 8
+        assert len(rows) >= 4
         for row in rows:
             assert stored(row, ids), row
             assert stored(row, weights), row

@@ -1,5 +1,6 @@
 """Compiles kernel variants ahead of time, without a GPU, and prints one JSON line per variant:
-`python -m tests.support.aot sm_90 sm_80/3`, without TRITON_INTERPRET. /3: every third."""
+`python -m tests.support.aot sm_90 "sm_80/3+rows"`, without TRITON_INTERPRET. /3: every third, and
++rows: those whose names this matches."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,12 @@ def resources(found: Any) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "spills": local}
 
 
-def main(gpu: str, every: int = 1) -> None:
+def main(gpu: str, every: int, also: str) -> None:
     backend, arch, warp = TARGETS[gpu]
     target = GPUTarget(backend, arch, warp)
-    for name, launch, types in islice(variants(), 0, None, every):
+    for n, (name, launch, types) in enumerate(variants()):
+        if n % every and not (also and re.match(also, name)):
+            continue
         found = compiled(launch, types, target)
         stored = re.findall(r"st\.global[.\w]*?(v\d\.\w+|b\d+)", found.asm.get("ptx", ""))
         stores = sorted(set(stored))
@@ -183,5 +185,6 @@ def main(gpu: str, every: int = 1) -> None:
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:]:
-        gpu, _, every = wanted.partition("/")
-        main(gpu, int(every or 1))
+        gpu, _, some = wanted.partition("/")
+        every, _, also = some.partition("+")
+        main(gpu, int(every or 1), also)
