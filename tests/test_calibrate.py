@@ -221,11 +221,11 @@ def test_a_quarter_of_the_corpus_foretells_the_whole(demo: Trace, minimum: int):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
-@pytest.mark.parametrize("minimum", [64, 128])
-def test_a_quarter_of_real_prompts_foretells_the_whole(tmp_path: Path, minimum: int):
-    """Of which one has 41 % of the tokens, and ten fewer than 10 each."""
+def test_a_quarter_of_real_prompts_foretells_the_whole(tmp_path: Path):
+    """Of which one has 41 % of the tokens, and ten fewer than 10 each. In every fourth layer."""
     trace = import_trace("moe-beyond", [REAL / "deepseek_v2_lite_tokens"], tmp_path / "t")
-    found = held(*loads(trace), minimum, 200)
+    load_SE, *of_documents = loads(trace)
+    found = held(load_SE[::4], *of_documents, 64, 200)
     for share, (asked, holds, ratio) in found.items():
         assert asked > 100
         assert holds >= 0.9 * asked, (share, holds, asked)
