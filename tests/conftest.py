@@ -41,9 +41,9 @@ OpenPage = Callable[..., "Opened"]
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
-    "experts zoo kernels benchmarks selfcheck prune placement readme cli_trace ranks "
-    "before_call counting mutations loading wrapped report_cli mutations_analysis page "
-    "page_sizes commit_every ptx docs kinds"
+    "zoo experts audit_loss kernels benchmarks selfcheck prune placement readme cli_trace ranks "
+    "before_call counting mutations calibrate loading wrapped real_data report_cli contributing "
+    "mutations_analysis alarms page page_sizes commit_every ptx docs kinds"
 )
 
 
