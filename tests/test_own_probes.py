@@ -127,8 +127,11 @@ def test_only_some_layers_are_recorded(tmp_path: Path) -> None:
             own.record_once(own.gpt(), tmp_path / "t", layers=layers, overwrite=True)
 
 
-@pytest.mark.parametrize("ids", [torch.uint8, torch.int16, torch.int32, torch.int64])
-@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+INTEGERS = torch.uint8, torch.int16, torch.int32, torch.int64
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(("ids", "weights"), zip(INTEGERS, FLOATS, strict=True))
 def test_any_dtypes_are_recorded(tmp_path: Path, ids: Any, weights: Any) -> None:
     def probing(n: int) -> None:
         i, w = shown(n)

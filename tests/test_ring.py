@@ -186,7 +186,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [shard_of(folder / str(n), [batch])[0] for n, batch in enumerate(BATCHES)]
 
 
-@pytest.mark.parametrize("page_rows", [16, 32, 4096])
+@pytest.mark.parametrize("page_rows", [16, 4096])
 @pytest.mark.parametrize(
     ("capture", "stream"), [("tap", None), ("dispatch", None), ("auto", LateStream)]
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,7 @@ def executed(model: Any, call: Callable[[Any], Any]) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("by", ["name", "position"])
-@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize(("kind", "by"), zip(WRAPPED, cycle(("name", "position"))))
 def test_a_wrapped_model_is_recorded(kind: str, by: str, one_rank: None, tmp_path: Path) -> None:
     wrapped = WRAPPED[kind](build("olmoe"))
     call = (lambda m: m(**INPUTS)) if by == "name" else lambda m: m(IDS, MASK)
