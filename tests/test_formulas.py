@@ -18,13 +18,11 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.simulate.decode import simulate_decode
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.support.synthetic import routers, write_counts
-from tests.test_simulate_cache import naive
 
 E, K, L, S, WINDOW = 6, 3, 2, 13, 40
 
@@ -470,48 +468,6 @@ def test_a_decode_step_is_of_one_position(made: Made, phase: str | None) -> None
         assert row.from_marginals == pytest.approx((1 - (1 - activation_E) ** row.batch).sum())
         each = activation_E.sum() * row.batch / np.mean(steps)
         assert row.tokens_per_expert == pytest.approx(each)
-
-
-def test_what_verifying_drafts_costs_and_yields(made: Made) -> None:
-    table = simulate_decode(
-        made.trace, batches=[1, 3], drafts=[2, 1], acceptances=[0.4, 1], phase="prefill"
-    ).tables["speculation"]
-    here = np.flatnonzero(~made.generated)
-    at = dict(zip(zip(made.sequence[here], made.position[here], strict=True), here, strict=True))
-
-    def reads(B: int, first: int, length: int) -> np.ndarray:
-        """Distinct experts [L, steps] of `length` tokens in a row that end at `first` or later."""
-        steps = [
-            [at[s, p - i] for s in there[n : n + B] for i in range(length)]
-            for p in range(first, made.position.max() + 1)
-            for there in [[s for s in range(S) if (s, p) in at]]
-            for n in range(0, len(there) - B + 1, B)
-        ]
-        return np.array([[chosen[t].any(0).sum() for t in steps] for chosen in made.chosen])
-
-    for row in table.itertuples():
-        d, a, least = row.draft, row.acceptance, row.break_even
-        with_draft, without = reads(row.batch, d, d + 1), reads(row.batch, d, 1)
-        cost = with_draft.mean() / without.mean()
-        gained = d + 1 if a == 1 else (1 - a ** (d + 1)) / (1 - a)
-        found = [row.steps, row.distinct_experts, row.relative_cost, row.tokens_per_step]
-        expected = [with_draft.shape[1], with_draft.mean(), cost, gained]
-        assert [*found, row.speedup] == pytest.approx([*expected, gained / cost])
-        assert math.isnan(least) if d == 0 else 0 < least < 1
-        assert d == 0 or (1 - least ** (d + 1)) / (1 - least) == pytest.approx(cost, abs=1e-4)
-    for _, of in table.groupby(["batch", "acceptance"]):
-        assert of["draft"][of["best"]].tolist() == [of["draft"][of["speedup"].idxmax()]]
-
-
-@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
-@pytest.mark.parametrize("slots", [3, 4])
-def test_a_cache_serves_sequence_after_sequence(made: Made, policy: str, slots: int) -> None:
-    table = simulate_cache(made.trace, slots=[slots], policies=[policy]).tables["cache"]
-    by_T = np.argsort(made.sequence, kind="stable")
-    for r in range(L):
-        ids_KT = made.ids[r][by_T].T
-        expected = [naive(policy, ids_KT, slots), (ids_KT >= 0).sum()]
-        assert table.loc[r, ["hits", "accesses"]].tolist() == expected
 
 
 def test_a_generated_token_is_a_group_of_its_own_where_sequences_are_groups(made: Made) -> None:
