@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from moe_inspect.importers import MODULES
 from tests.support import foreign, fuzz
 from tests.support.importing import refused
+from tests.support.sweep import WHOLE
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(
+    max_examples=25 if WHOLE else 10, deadline=None, suppress_health_check=list(HealthCheck)
+)
 VALUES = (st.none(), st.booleans(), st.integers(-3, 300), st.integers(), st.floats())
 JSON = st.recursive(
     st.one_of(*VALUES, st.text(max_size=5)),

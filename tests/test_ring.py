@@ -22,6 +22,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
 from tests.conftest import Put
 from tests.support.families import build
+from tests.support.sweep import WHOLE
 from tests.support.zoo import token_batch
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def test_the_largest_pass_that_fits_is_held_wherever_it_begins() -> None:
 
 @pytest.mark.parametrize("drop", [False, True])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 if WHOLE else 50, deadline=None)
 def test_what_comes_out_is_what_went_in(drop: bool, data: st.DataObject) -> None:
     """With dropping, what is kept is right and the rest is counted."""
     sizes = data.draw(st.lists(st.integers(0, 90 if drop else 40), min_size=1, max_size=30))

@@ -16,6 +16,7 @@ from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
 from moe_inspect.simulate.decode import DecodeSteps, before, independent, simulate_decode
 from tests.conftest import ROOT
 from tests.support.foreign import gguf_file
+from tests.support.sweep import WHOLE
 from tests.support.synthetic import uniform_ids, write_trace
 
 Stream = tuple[np.ndarray, int, int]  # ids_KT, E, slots
@@ -62,14 +63,14 @@ def hits_so_far(ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int = 0
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120 if WHOLE else 60, deadline=None)
 @given(case=streams(most_experts=6, most_tokens=40))
 def test_hits_equal_a_naive_implementation(name: str, case: Stream):
     ids_KT, E, slots = case
     assert hits_so_far(ids_KT, E, slots, name, cuts=3)[-1] == naive(name, ids_KT, slots)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 if WHOLE else 40, deadline=None)
 @given(case=streams(most_experts=30, most_tokens=200))
 def test_belady_hits_at_least_as_often_as_any_policy(case: Stream):
     ids_KT, E, slots = case
@@ -192,7 +193,7 @@ def test_uniform_routing_formula(E: int, k: int, of_8: float, of_32: float, tmp_
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4), st.sampled_from([6, 70]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if WHOLE else 30, deadline=None)
 def test_steps_equal_a_brute_force_in_any_parts(seed: int, batch: int, parts: int, E: int) -> None:
     """Four sequences in random turns, with gaps. Tokens in a row are those of one part."""
     rng = np.random.default_rng(seed)

@@ -21,6 +21,7 @@ from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.simulate.routing_algorithms import ALGORITHMS, Algorithm, RouterScores, largest
 from moe_inspect.simulate.shards import expert_capacity
 from tests.conftest import ROOT
+from tests.support.sweep import WHOLE
 from tests.support.synthetic import uniform_ids, write_trace
 
 VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
@@ -105,7 +106,7 @@ def test_top_p_sums_in_double_precision():
             assert ALGORITHMS["top-p"].choose(made, p + 1e-6, {})[t].sum() == k
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 if WHOLE else 50, deadline=None)
 @given(*(st.integers(*ends) for ends in ((1, 40), (1, 6), (1, 3), (1, 12), (0, 2**32))))
 def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed: int):
     scores_TE = np.random.default_rng(seed).random((T, E))
@@ -291,7 +292,7 @@ def routing(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if WHOLE else 30, deadline=None)
 @given(case=routing(), size=st.integers(1, 15))
 def test_drops_equal_a_brute_force(order: str, case: tuple[np.ndarray, np.ndarray, int], size: int):
     ids_TK, weight_TK, E = case
