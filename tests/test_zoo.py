@@ -141,6 +141,7 @@ def version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+@pytest.mark.usefixtures("nothing_is_compiled")
 @pytest.mark.parametrize("family", sample(BUILT, 3))
 def test_a_choice_is_not_changed_after_it_was_handed_over(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
