@@ -128,7 +128,7 @@ CASES = {
     "text": Case("good: ", "one follows words", "another model", None),
 }  # fmt: skip
 
-CALLS = ("finding", "Misalignment")
+CALLS = ("finding",)
 # rooms that judge a model or a server, not a trace: in test_audit_loss, test_doctor and
 # test_conformance
 OF_MODELS = {"conformance", "doctor", "training"}

@@ -16,7 +16,7 @@ import pytest
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, Shape, TransferTime
-from moe_inspect.simulate.placement.rebalancing import Ageing, ageing
+from moe_inspect.simulate.placement.pricing import Ageing, ageing
 from moe_inspect.simulate.prices import LOW_LATENCY, Prices
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.sampling import StepLoads, decisions_of, draw_steps, step_loads

@@ -160,19 +160,18 @@ _DEAD = (
     f"{_BALANCE} An expert without tokens gets no gradient and stays dead: add noise to the router "
     "(arXiv:1701.06538), or raise the capacity factor where tokens are dropped (arXiv:2101.03961)."
 )
-_DRIFT = (
-    "A lower learning rate of the router, or warm-up, keeps the choice stable (arXiv:2202.08906); "
-    "the router's z-loss keeps its logits small (arXiv:2202.08906)."
-)
-_LOGITS = (
-    "Raise the coefficient of the router's z-loss, or lower its learning rate (arXiv:2202.08906)."
-)
 ADVICE: Mapping[str, str] = {
     "dead_experts": _DEAD,
     "starved_experts": _DEAD,
     "min_over_max": _DEAD,
-    "drift": _DRIFT,
-    "z_loss": _LOGITS,
+    "drift": (
+        "A lower learning rate of the router, or warm-up, keeps the choice stable "
+        "(arXiv:2202.08906); the router's z-loss keeps its logits small (arXiv:2202.08906)."
+    ),
+    "z_loss": (
+        "Raise the coefficient of the router's z-loss, or lower its learning rate "
+        "(arXiv:2202.08906)."
+    ),
     GPU_LOAD: (
         "The plan was made for other traffic: make one for this, by `moe-inspect simulate "
         "placement`."
@@ -362,9 +361,8 @@ class Alarms:
         return self._alarm(at, fault_E, value, by_chance, window)
 
     def _stays(self, at: _Standing) -> np.ndarray:
-        """Which experts have been at fault in as many windows as the rule says, are starved in all
-        of these together, and that beyond chance: the windows since an expert is at fault are
-        pooled. bool [E]"""
+        """Which experts have been at fault in as many windows as the rule says, and are starved in
+        all of these together, beyond chance. bool [E]"""
         fair_E = at.tokens_E * at.k / len(at.tokens_E)
         long_E = (at.windows_E >= at.rule.windows) & (at.load_E < bal.STARVED * fair_E)
         if not at.rule.beyond_chance or not long_E.any():

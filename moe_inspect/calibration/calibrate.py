@@ -23,7 +23,8 @@ from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics import coverage as cov
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.balance import nan_for_zero
-from moe_inspect.calibration.choose import Choice, Wanted, choose
+from moe_inspect.calibration.choose import Choice, Wanted
+from moe_inspect.calibration.choose import choose as choose_documents
 from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Band, Chart, Line, Mark, Panel, Points, Rule
@@ -210,28 +211,14 @@ def calibrate(
     if choose is not None:
         budget = None if choose == "all" else choose
         wanted = Wanted(minimum=min_tokens, budget=budget, keep_mixture=keep_mixture)
-        picked = _choose(opened, selection, wanted)
+        picked = choose_documents(opened, selection, wanted)
     given = {"min_tokens": min_tokens, "choose": choose, "keep_mixture": keep_mixture or None}
     given |= {"layers": layers, "domains": domains, "phase": phase}
     python = python_call("calibrate", [opened], given)
     return Calibration(opened, selection, min_tokens, counts, known, picked, python)
 
 
-_choose = choose
-
-
 # --- tables
-
-
-def _pairs(made: Calibration) -> dict[str, np.ndarray]:
-    """The columns layer, router, expert of each pair."""
-    routers, of = made.selection.routers, made.trace.routers
-    sizes = [of[r].experts for r in routers]
-    return {
-        "layer": np.repeat([of[r].layer for r in routers], sizes),
-        "router": np.repeat(routers, sizes),
-        "expert": np.concatenate([np.arange(E) for E in sizes]),
-    }
 
 
 @registered()
@@ -247,8 +234,11 @@ def coverage(made: Calibration) -> pd.DataFrame:
     low_P, high_P = np.concatenate([_interval(counts, r) for r in routers], axis=1)
     by_domain_DP = np.concatenate([counts.assignments_DE(r) for r in routers], axis=1)
     main_P = by_domain_DP.argmax(0)
+    sizes = [made.trace.routers[r].experts for r in routers]
     columns = {
-        **_pairs(made),
+        "layer": np.repeat([made.trace.routers[r].layer for r in routers], sizes),
+        "router": np.repeat(routers, sizes),
+        "expert": np.concatenate([np.arange(E) for E in sizes]),
         "tokens": load_P,
         "tokens_low": low_P,
         "tokens_high": high_P,
@@ -310,18 +300,12 @@ def _counted(load_P: np.ndarray, minimum: int) -> dict[str, float]:
     }
 
 
-GATED = ("coverage", "under_minimum", "without_tokens", "fewest_tokens")
-
-
-@registered(by_router=GATED)
+@registered(by_router=("coverage", "under_minimum", "without_tokens", "fewest_tokens"))
 def coverage_by_layer(made: Calibration) -> pd.DataFrame:
     """One row per router: how many of its experts have the minimum."""
     rows = [
-        {
-            "layer": made.trace.routers[r].layer,
-            "router": r,
-            **_counted(made.counts.load_E(r), made.minimum),
-        }
+        {"layer": made.trace.routers[r].layer, "router": r}
+        | _counted(made.counts.load_E(r), made.minimum)
         for r in made.selection.routers
     ]
     return pd.DataFrame(rows)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting.samples import WholeDocuments, every_document
+from moe_inspect.analysis.counting.samples import every_document
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.errors import MoeInspectError
@@ -49,13 +49,14 @@ class Pool:
         return Pool(document_S, tokens_S, domain_S, self.load_SP[of], self.domains)
 
     def row(self, s: int) -> tuple[np.ndarray, np.ndarray]:
-        """The experts that a document uses, and its tokens of each."""
         at = slice(*self.load_SP.indptr[s : s + 2])
         return self.load_SP.indices[at], self.load_SP.data[at]
 
 
 def parts_of(trace: Trace, selection: Selection, domains: list[str]) -> Iterator[Pool]:
     """The documents of a trace, shard by shard. A domain that is new is appended to `domains`."""
+    from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
+
     code = {label: d for d, label in enumerate(domains)}
     for part in every_document(trace, selection):
         for label in part.domain_S:
@@ -63,13 +64,8 @@ def parts_of(trace: Trace, selection: Selection, domains: list[str]) -> Iterator
                 code[label] = len(domains)
                 domains.append(label)
         domain_S = np.array([code[label] for label in part.domain_S], np.int64)
-        yield Pool(part.document_S, part.tokens_S, domain_S, _sparse(part), domains)
-
-
-def _sparse(part: WholeDocuments) -> Matrix:
-    from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
-
-    return sparse.hstack([sparse.csr_matrix(of_SE) for of_SE in part.load_SE.values()], "csr")
+        load_SP = sparse.hstack([*map(sparse.csr_matrix, part.load_SE.values())], "csr")
+        yield Pool(part.document_S, part.tokens_S, domain_S, load_SP, domains)
 
 
 def joined(pools: list[Pool]) -> Pool:
@@ -328,10 +324,8 @@ def choose(trace: Trace, selection: Selection, wanted: Wanted) -> Choice:
     order = Greedy(pool, wanted, share_D).run()
     if wanted.budget is None and not wanted.keep_mixture:
         order = without_needless(pool, order, wanted.minimum)
-    chosen, priced = (
-        pool.rows(np.array(order, np.int64)),
-        prices(pool, wanted, share_D, need_P, order),
-    )
+    chosen = pool.rows(np.array(order, np.int64))
+    priced = prices(pool, wanted, share_D, need_P, order)
     drawn_RS = _drawn(tokens_S, int(chosen.tokens_S.sum()))
     random_RP, profit = np.zeros((RANDOM, len(load_P)), np.int64), 0.0
     again = [pool] if whole else parts_of(trace, selection, domains)

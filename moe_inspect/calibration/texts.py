@@ -23,7 +23,6 @@ PLAIN = ".txt"
 
 
 def write_texts(trace: Trace, chosen: Pool, path: Path, tokens: bool, data: Sequence[str]) -> int:
-    """See `Calibration.write_texts`."""
     if path.suffix not in (PLAIN, ".jsonl"):
         raise MoeInspectError(f"-o {path}: texts are written as .jsonl or .txt")
     if path.suffix == PLAIN and tokens:
@@ -43,8 +42,7 @@ def write_texts(trace: Trace, chosen: Pool, path: Path, tokens: bool, data: Sequ
 
 
 def _texts(trace: Trace, domain_of: dict[int, str], data: Sequence[str]) -> dict[int, Any]:
-    """The texts of documents by number: from the corpus that the trace was recorded of, else from
-    its tokens."""
+    """The texts of documents by number: from the corpus that was traced, else from the tokens."""
     plan: dict[str, Any] = (trace.manifest.get("corpus") or {}).get("plan") or {}
     if "sources" not in plan:
         if data:

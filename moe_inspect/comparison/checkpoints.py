@@ -116,15 +116,13 @@ def saturation_curves(data: Checkpoints) -> Chart:
 
 
 def misaligned(data: Checkpoints) -> Iterator[Finding]:
-    """What is numbered otherwise in a checkpoint."""
     for made in data.comparisons:
         for one in made.misaligned:
             said = f"{made.a.path} (A) and {made.b.path} (B): {one.text}"
-            yield finding(one.kind, "critical", said, option=one.option)
+            yield finding(one.kind, "critical", said, option=one.values["option"])
 
 
 def settling(data: Checkpoints) -> Iterator[Finding]:
-    """When the routing settles."""
     rows = data.tables["saturation"]
     mean = rows.groupby("checkpoint")["overlap"].mean()
     chance = float(rows["overlap_by_chance"].mean())

@@ -48,7 +48,6 @@ class OfLoads(result.Paired):
 
     @property
     def why(self) -> str:
-        """Why decisions cannot be compared."""
         of = dict.fromkeys(str(trace.path) for trace in self.traces if trace.counts_only)
         return f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only, no decisions"
 
@@ -79,9 +78,8 @@ class OfLoads(result.Paired):
 
     @cached_property
     def paired(self) -> list[np.ndarray]:
-        """The load of the documents that both traces have, by pair of routers; none where there
-        are none. Int [2, U, E], by cluster of documents if the traces have the same ones, else by
-        document."""
+        """The load of the documents that both traces have, by pair of routers, if any. Int [2, U,
+        E], by cluster of documents if the traces have the same ones, else by document."""
         if self.why_not("agreement"):
             return []
         if any(self.sets.only):

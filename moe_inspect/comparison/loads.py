@@ -32,11 +32,7 @@ from moe_inspect.analysis.metrics.windows import step_floors, step_total_variati
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison import documents, result
 from moe_inspect.comparison.aligning.pairing import layers_named
-from moe_inspect.comparison.decisions.verdict import (
-    Collapse,
-    p_over_documents,
-    said_of_collapse,
-)
+from moe_inspect.comparison.decisions.verdict import Collapse, p_over_documents, said_of_collapse
 from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES, Row
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.tables.registry import table
@@ -466,7 +462,6 @@ def by_step(data: Loads) -> Iterator[Finding]:
 
 
 def _since(data: Loads, rows: pd.DataFrame) -> str:
-    """Since which step which layers differ, the earliest first."""
     steps, said = data.steps, list[str]()
     for since, of in rows.groupby("since_step"):
         first = since == steps.first_W[0]
@@ -494,7 +489,6 @@ def said_of_balance(data: Loads) -> Iterator[Finding]:
 
 
 def warnings(data: Loads) -> Iterator[Finding]:
-    """What to know of a trace before believing its figures."""
     for side in SIDES:
         if said := data.reports[side].warning:
             yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)

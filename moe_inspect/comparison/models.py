@@ -53,7 +53,6 @@ class Models(result.Comparison):
         }
 
     def of_sides(self, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-        """The rows of each trace of a table."""
         return {side: rows[rows["trace"] == side] for side in SIDES}
 
     @property
@@ -335,12 +334,8 @@ def texts(data: Models) -> Iterator[Finding]:
         "Share of the entropy of the first choice that a span's text explains (beyond shuffled "
         f"spans): {', '.join(said)}.{apart}"
     )
-    values: Row = {
-        "explained_a": a,
-        "explained_b": b,
-        "difference_low": low,
-        "difference_high": high,
-    }
+    values: Row = {"explained_a": a, "explained_b": b}
+    values |= {"difference_low": low, "difference_high": high}
     yield finding("vocabulary", "note", text, **values)
 
 

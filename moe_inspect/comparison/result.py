@@ -16,14 +16,7 @@ from moe_inspect.comparison.aligning.pairing import layers_named, routers_of_one
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
-from moe_inspect.reporting.tables.registry import (
-    AsColumns,
-    Excerpt,
-    LazyTables,
-    Table,
-    highest_rows,
-    table,
-)
+from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, highest_rows, table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
 from moe_inspect.reporting.verdict.gate import gated
@@ -77,7 +70,7 @@ class Comparison(Shown):
         self.traces, self.a, self.b = list(traces), traces[0], traces[-1]
         self.trace = self.a  # the one whose routers name what is compared
         self.given = given  # the keywords of `compare` that are not as by default
-        self.tables = Tables(self)
+        self.tables = LazyTables(self, self.kind.tables, self.why_not)
 
     def label(self, r: int) -> str:
         """The layer of a router of it, in words."""
@@ -198,19 +191,6 @@ class Comparison(Shown):
             footer=f"{kind.footer} Made by moe-inspect.",
         )
         return page_html(page)
-
-
-class Tables(LazyTables):
-    """The tables of a comparison; one that others have is refused with the reason."""
-
-    def __init__(self, made: Comparison):
-        super().__init__(made, made.kind.tables)
-        self._why_not = made.why_not
-
-    def as_made(self, name: str) -> pd.DataFrame | AsColumns:
-        if name not in self and (why := self._why_not(name)):
-            raise MoeInspectError(why)
-        return super().as_made(name)
 
 
 @dataclass(frozen=True)

@@ -135,13 +135,11 @@ async def _check(
         network = load_model(name, config, dtype="float32", device="cpu")
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
         taken = min(positions, about["max_model_len"] or positions) - protocol.reserved(0)
-        answers = list[Answer]()
+        answers, asked = list[Answer](), Asked(http, protocol, served)
         for case in cases:
             progress(case)
             for asks in CASES[case][1](Draw(served.vocabulary, taken)):
-                found = await asyncio.gather(
-                    *(_answers(http, protocol, served, case, ask) for ask in asks)
-                )
+                found = await asyncio.gather(*(asked.answers(case, ask) for ask in asks))
                 answers += [answer for of_ask in found for answer in of_ask]
     if all(answer.routed_TLK is None for answer in answers):
         raise MoeInspectError(f"{root_of(http)} answers no request: {answers[0].said}")
@@ -169,81 +167,70 @@ async def _named(http: httpx.AsyncClient, protocol: EngineProtocol) -> str:
     return name
 
 
-async def _answers(
-    http: httpx.AsyncClient, protocol: EngineProtocol, served: Served, case: str, ask: Ask
-) -> list[Answer]:
-    """Of a request that is to stop early, both."""
-    if ask.leaves:
-        with contextlib.suppress(TimeoutError, MoeInspectError):
-            await asyncio.wait_for(_sent(http, protocol, served, ask), LEAVES_AFTER_S)
-        return []
-    found = await _once(http, protocol, served, case, ask)
-    if ask.own_stop and len(found[0].made) > STOP_AT:
-        found += await _once(http, protocol, served, case, ask, (found[0].made[STOP_AT - 1],))
-    return found
+@dataclass(frozen=True)
+class Asked:
+    """A server, how it is asked, and what it serves."""
 
+    http: httpx.AsyncClient
+    protocol: EngineProtocol
+    served: Served
 
-async def _once(
-    http: httpx.AsyncClient,
-    protocol: EngineProtocol,
-    served: Served,
-    case: str,
-    ask: Ask,
-    stop: Sequence[int] = (),
-) -> list[Answer]:
-    """An Answer for each that was asked for."""
-    try:
-        data = await _sent(http, protocol, served, ask, stop)
-        return [_read(protocol, served, Answer(case, ask), answer) for answer in data]
-    except MoeInspectError as error:
-        return [Answer(case, ask, said=str(error))]
+    async def answers(self, case: str, ask: Ask) -> list[Answer]:
+        """Of a request that is to stop early, both."""
+        if ask.leaves:
+            with contextlib.suppress(TimeoutError, MoeInspectError):
+                await asyncio.wait_for(self._sent(ask), LEAVES_AFTER_S)
+            return []
+        found = await self._once(case, ask)
+        if ask.own_stop and len(found[0].made) > STOP_AT:
+            found += await self._once(case, ask, (found[0].made[STOP_AT - 1],))
+        return found
 
+    async def _once(self, case: str, ask: Ask, stop: Sequence[int] = ()) -> list[Answer]:
+        try:
+            data = await self._sent(ask, stop)
+            return [self._read(Answer(case, ask), answer) for answer in data]
+        except MoeInspectError as error:
+            return [Answer(case, ask, said=str(error))]
 
-async def _sent(
-    http: httpx.AsyncClient,
-    protocol: EngineProtocol,
-    served: Served,
-    ask: Ask,
-    stop: Sequence[int] = (),
-) -> list[Json]:
-    """The JSON of each answer. Nothing is retried: what a server refuses is a finding."""
-    salt = ask.salt or uuid.uuid4().hex
-    request = Request(np.array(ask.prompt, np.int32), ask.most, ask.temperature, 0, salt)
-    body = protocol.body(request, served)
-    sampling: Json = body.get("sampling_params", body)
-    sampling |= {"ignore_eos": True} if not stop else {"stop_token_ids": list(stop)}
-    sampling |= {"n": ask.answers} if ask.answers > 1 else {}
-    try:
-        response = await http.post(protocol.path, json=body)
-        data = response.json()
-    except (httpx.HTTPError, ValueError) as error:
-        said = first_line(error) or type(error).__name__
-        raise MoeInspectError(f"no answer: {said}") from None
-    if response.status_code != 200:
-        raise MoeInspectError(f"HTTP {response.status_code}: {str(data)[:200]}")
-    answers: list[Any] = data if isinstance(data, list) else [data]
-    if not (answers and all(isinstance(answer, dict) for answer in answers)):
-        raise MoeInspectError(f"no answer: {str(data)[:200]}")
-    choices = answers[0].get("choices")
-    if isinstance(choices, list) and len(choices) > 1:  # of one prompt
-        answers = [{**answers[0], "choices": [choice]} for choice in choices]
-    if len(answers) != ask.answers:
-        raise MoeInspectError(f"{plural(len(answers), 'answer')} where {ask.answers} were asked")
-    return answers
+    async def _sent(self, ask: Ask, stop: Sequence[int] = ()) -> list[Json]:
+        """The JSON of each answer. Nothing is retried: what a server refuses is a finding."""
+        salt = ask.salt or uuid.uuid4().hex
+        request = Request(np.array(ask.prompt, np.int32), ask.most, ask.temperature, 0, salt)
+        body = self.protocol.body(request, self.served)
+        sampling: Json = body.get("sampling_params", body)
+        sampling |= {"ignore_eos": True} if not stop else {"stop_token_ids": list(stop)}
+        sampling |= {"n": ask.answers} if ask.answers > 1 else {}
+        try:
+            response = await self.http.post(self.protocol.path, json=body)
+            data = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise MoeInspectError(f"no answer: {first_line(error)}") from None
+        if response.status_code != 200:
+            raise MoeInspectError(f"HTTP {response.status_code}: {str(data)[:200]}")
+        answers: list[Any] = data if isinstance(data, list) else [data]
+        if not (answers and all(isinstance(answer, dict) for answer in answers)):
+            raise MoeInspectError(f"no answer: {str(data)[:200]}")
+        choices = answers[0].get("choices")
+        if isinstance(choices, list) and len(choices) > 1:  # of one prompt
+            answers = [{**answers[0], "choices": [choice]} for choice in choices]
+        if len(answers) != ask.answers:
+            said = f"{plural(len(answers), 'answer')} where {ask.answers} were asked"
+            raise MoeInspectError(said)
+        return answers
 
-
-def _read(protocol: EngineProtocol, served: Served, answer: Answer, data: Json) -> Answer:
-    reply = protocol.read(data)
-    made, routed_TBK = reply.token_ids, protocol.routed(reply, served)
-    if not isinstance(made, list) or not made:
-        raise MoeInspectError(f"no generated token ids: {str(made)[:80]}")
-    layers = [router.layer for router in served.routers]
-    if routed_TBK.shape[1:] != (served.blocks, served.top_k):
-        raise MoeInspectError(
-            f"routed experts of shape {routed_TBK.shape}, not [tokens, {served.blocks}, "
-            f"{served.top_k}]"
-        )
-    return replace(answer, made=tuple(made), routed_TLK=routed_TBK[:, layers])
+    def _read(self, answer: Answer, data: Json) -> Answer:
+        reply, served = self.protocol.read(data), self.served
+        made, routed_TBK = reply.token_ids, self.protocol.routed(reply, served)
+        if not isinstance(made, list) or not made:
+            raise MoeInspectError(f"no generated token ids: {str(made)[:80]}")
+        if routed_TBK.shape[1:] != (served.blocks, served.top_k):
+            raise MoeInspectError(
+                f"routed experts of shape {routed_TBK.shape}, not [tokens, {served.blocks}, "
+                f"{served.top_k}]"
+            )
+        layers = [router.layer for router in served.routers]
+        return replace(answer, made=tuple(made), routed_TLK=routed_TBK[:, layers])
 
 
 def expected(network: Any, sequences: Iterable[tuple[int, ...]]) -> Mapping[Any, Reference]:
@@ -345,7 +332,6 @@ def _undecided(of: Reference, at: int, got_TLK: np.ndarray) -> np.ndarray:
 
 
 def _first(answer: Answer, of: Reference, at: int, wrong_TL: np.ndarray) -> str:
-    """Where the first wrong decision is."""
     assert answer.routed_TLK is not None
     token, router = (int(index) for index in np.argwhere(wrong_TL)[0])
     position, P = at + token, len(answer.ask.prompt)

@@ -178,18 +178,12 @@ def _recording(network: PreTrainedModel, capture: str) -> Iterator[None]:
         yield
 
 
-def examined(
-    name: str,
-    measure: bool = True,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> Facts:
+def examined(name: str, measure: bool = True, **options: Any) -> Facts:
     """The model, its captures, and with `measure` their costs. `options`: of `load_model`."""
     phase("loading the model")
-    of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    of_hub = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     config, tokenizer = load_config(name, **of_hub), load_tokenizer(name, **of_hub)
-    network = load_model(name, config, **of_hub, **options)
+    network = load_model(name, config, **options)
     sites = find_routers(network)
     possible = captures_of(network, sites)
     parameter = next(network.parameters())

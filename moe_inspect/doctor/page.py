@@ -78,7 +78,6 @@ def missing_for_capture() -> str | None:
 
 
 def devices() -> Iterator[Facts]:
-    """The CPU, then each GPU."""
     import torch
 
     from moe_inspect.capture.hook.selfcheck import driver_version

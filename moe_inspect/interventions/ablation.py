@@ -179,7 +179,6 @@ def ablate_held_out(
 def pairs(
     sites: list[Site], layers: Sequence[int] | None, experts: Sequence[int] | None
 ) -> list[tuple[int, int]]:
-    """The (router, expert) pairs asked for."""
     wanted = {site.path for site in in_layers(sites, layers)}
     most = max(site.experts for site in sites)
     if experts is not None and max(experts, default=-1) >= most:
@@ -246,7 +245,6 @@ class Below:
 
     @contextmanager
     def remembered(self) -> Iterator[None]:
-        """A pass of the whole model runs."""
         below = {n - 1 for n in self._block_of.values() if n > 0} if self.usable else set[int]()
         outputs: dict[int, list[Tensor]] = {n: [] for n in below}
         with ExitStack() as hooks:

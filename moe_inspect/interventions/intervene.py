@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from weakref import WeakSet
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -64,15 +64,8 @@ def _by_site(sites: Sequence[Site], layers: Layers, name: str) -> dict[int, list
 _TOLD: WeakSet[torch.nn.Module] = WeakSet()  # whose user knows that weights are shared out
 
 
-@dataclass
-class Done:
-    """What was done at a router. `rows` counts padding where nothing tells it from tokens."""
-
-    how: str = ""
-    rows: int = 0
-    decisions: int = 0
-    assignments: int = 0
-    weights: int = 0
+# what is counted at a router; `rows` counts padding where nothing tells it from tokens
+COUNTED = ["rows", "decisions", "assignments", "weights"]
 
 
 class Intervention:
@@ -105,7 +98,7 @@ class Intervention:
         self.shuffle, self._of_rows = shuffle, replay is not None or shuffle is not None
         self._check()
         self.replay = Replay(open_trace(replay), self.sites) if replay is not None else None
-        self.done = [Done() for _ in self.sites]
+        self.how, self._done_R4 = [""] * len(self.sites), np.zeros((len(self.sites), 4), np.int64)
         self._attachment = _Attachment(model, self)
         self._attachment.one_thread = self._of_rows
         self._inputs = PassInputs(CallReader(self.model, self.sites, inputs))
@@ -125,7 +118,6 @@ class Intervention:
         }
 
     def _check(self) -> None:
-        """MoeInspectError for what a router's layer does not allow."""
         for r, site in enumerate(self.sites):
             dropped, forced = len(self.drop.get(r, ())), len(self.force.get(r, ()))
             if self.changes(r) and site.adapter is not None and site.adapter.fixed:
@@ -141,7 +133,6 @@ class Intervention:
                 )
 
     def changes(self, r: int) -> bool:
-        """Whether anything is changed at site r."""
         return self._of_rows or r in self.drop or r in self.force
 
     def __enter__(self) -> Intervention:
@@ -166,7 +157,7 @@ class Intervention:
         except BaseException:
             del ALTERED[self.model]
             raise
-        shared = [site for r, site in enumerate(self.sites) if self.done[r].how == rules.SHARED_OUT]
+        shared = [site for r, site in enumerate(self.sites) if self.how[r] == rules.SHARED_OUT]
         if shared and self.model not in _TOLD:  # (an ablation intervenes thousands of times)
             _TOLD.add(self.model)
             more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
@@ -191,10 +182,9 @@ class Intervention:
         included), of `decisions` that were changed, of `assignments` that went to another expert,
         and of `weights` that are not the router's own for that expert. Where a router itself chose
         among the rest, only what was changed afterwards is counted."""
-        return pd.DataFrame(
-            {"layer": site.layer, "router": r, "name": site.path, **asdict(self.done[r])}
-            for r, site in enumerate(self.sites)
-        )
+        rows = [(s.layer, r, s.path, self.how[r]) for r, s in enumerate(self.sites)]
+        frame = pd.DataFrame(rows, columns=["layer", "router", "name", "how"])
+        return frame.join(pd.DataFrame(self._done_R4, columns=COUNTED))
 
     # --- called by the attachment around a forward pass
 
@@ -241,14 +231,9 @@ class Intervention:
         if made is None:
             return None
         counts = torch.stack([made.moved_T > 0, made.moved_T, made.given_T]).sum(1).tolist()
-        decisions, assignments, weights = counts
         with self._counting:
-            done = self.done[r]
-            done.rows += len(ids_TK)
-            done.decisions += decisions
-            done.assignments += assignments
-            done.weights += weights
-        return made if assignments or weights else None
+            self._done_R4[r] += [len(ids_TK), *counts]
+        return made if any(counts) else None
 
     def _made(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
         T, device, site = len(ids_TK), ids_TK.device, self.sites[r]
@@ -313,11 +298,11 @@ class _Attachment(Attachment):
         if not of.changes(r):
             return
         if r in of.drop:
-            of.done[r].how = rules.how_dropped(site)
+            of.how[r] = rules.how_dropped(site)
             if (router := rules.logits_seen(site)) is not None:
                 self._mask_logits(router, of.dropped[r])
         else:
-            of.done[r].how = "forced" if r in of.force else "replayed" if of.replay else "shuffled"
+            of.how[r] = "forced" if r in of.force else "replayed" if of.replay else "shuffled"
         at_call, module = site.adapter is None or site.adapter.at_call, site.module
         register = module.register_forward_pre_hook if at_call else module.register_forward_hook
         self._keep(register(functools.partial(self._instead, r), with_kwargs=True, prepend=True))

@@ -49,7 +49,6 @@ def beyond(router: Module | None) -> int:
 
 
 def how_dropped(site: Site) -> str:
-    """How experts are dropped at this site."""
     among = site.adapter is not None and site.adapter.among is not None
     return RESELECTED if among or logits_seen(site) is not None else SHARED_OUT
 

@@ -78,13 +78,9 @@ def gains(r: Recorded, pairs: Pairs, shifts: Sequence[int], layers: list[int]) -
     return gain_NSL
 
 
-def spread_over(L: int, most: int) -> list[int]:
-    return np.unique(np.linspace(0, L - 1, min(L, most)).astype(int)).tolist()
-
-
 def best_shift(r: Recorded, pairs: Pairs, far: int) -> tuple[float, int, int]:
     """Its p-value, the shift, and how many pairs tell."""
-    layers = spread_over(r.L, MOST_LAYERS)
+    layers = np.unique(np.linspace(0, r.L - 1, min(r.L, MOST_LAYERS)).astype(int)).tolist()
     tried = [s for s in range(-NEAR, NEAR + 1) if s]
     longest = int(np.diff(np.append(r.begin_S, r.T)).max())
     beyond = [s for s in range(-far, far + 1) if NEAR < abs(s) < longest - 1]
@@ -101,12 +97,6 @@ def best_shift(r: Recorded, pairs: Pairs, far: int) -> tuple[float, int, int]:
     p_SX = tail(gain_NSX, number * len(upto))
     i, x = np.unravel_index(p_SX.argmin(), p_SX.shape)
     return float(p_SX[i, x]), tried[i], int((gain_NSX[:, i, x] != 0).sum())
-
-
-def part_of(r: Recorded, begin: int, end: int) -> Recorded:
-    which_T = np.zeros(r.T, bool)
-    which_T[begin:end] = True
-    return r.kept(which_T)
 
 
 def shifts(r: Recorded) -> Iterator[Finding]:
@@ -126,9 +116,9 @@ def shifts(r: Recorded) -> Iterator[Finding]:
         for begin in range(first, max(end - WINDOW // 2, first + 1), WINDOW)
     ]
     windows = windows[:: -(-len(windows) // MOST_WINDOWS) or 1]
-    found_at = list[tuple[int, int, float, int, int]]()
+    found_at, at_T = list[tuple[int, int, float, int, int]](), np.arange(r.T)
     for begin, end in windows if len(windows) > 1 else ():
-        part = part_of(r, begin, end)
+        part = r.kept((at_T >= begin) & (at_T < end))
         of = same_id(part.token_id_T, MOST_PAIRS)
         if len(of[0]) >= 2 * NEAR:
             p, shift, n = best_shift(part, of, 0)
@@ -207,11 +197,11 @@ def usual(r: Recorded, known: Recorded) -> np.ndarray:
     return _excess(np.random.default_rng([SEED, r.T]), known.slots_KTL, known, pairs)
 
 
-def habits(r: Recorded, known: Recorded) -> Iterator[Finding]:
+def habits(r: Recorded, known: Recorded, usual_NL: np.ndarray) -> Iterator[Finding]:
     """Layers beside those of a right recording of the model: what each token has in common with one
     of its id there, beyond what it has with another. known: with the same layers."""
-    usual_NL, (a, b) = usual(r, known), _across(r.token_id_T, known.token_id_T)
-    if not len(usual_NL):
+    a, b = _across(r.token_id_T, known.token_id_T)
+    if not len(usual_NL) or len(a) < 2 * NEAR:
         return
     L, usual_L, rng = r.L, usual_NL.mean(0), np.random.default_rng([SEED, len(a)])
     excess_MNL = np.stack([_excess(rng, r.slots_KTL, known, (a, b), by) for by in range(L)])

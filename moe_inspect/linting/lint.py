@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_inspect.comparison.mismatch import integers_of
 from moe_inspect.errors import MoeInspectError, check_whole
-from moe_inspect.linting import by_config, by_text, rows
+from moe_inspect.linting import by_text, rows
 from moe_inspect.linting.recorded import Recorded, found
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
@@ -22,7 +22,8 @@ Check = Callable[[Recorded], Iterator[tuple[Finding, np.ndarray]]]
 # each without what those before have found
 ROWS: tuple[Check, ...] = (
     *(rows.filled, rows.out_of_range, rows.layers_filled, rows.twice, rows.repeated_rows),
-    *(rows.repeated_block, rows.layer_copied, rows.sorted_ids, rows.loads),
+    *(rows.repeated_block, rows.layer_copied, rows.sorted_ids, rows.loads, rows.groups),
+    rows.weights,
 )
 
 
@@ -101,8 +102,10 @@ def wrong_lengths(rows_of: int, tokens: int, name: str, S: int) -> Finding:
     return found("lengths", what, rows=rows_of, tokens=tokens)
 
 
-def findings(r: Recorded, known: Recorded | None = None) -> Iterator[Finding]:
-    """What every check finds. known: a right recording of the same layers."""
+def findings(
+    r: Recorded, known: Recorded | None = None, usual_NL: np.ndarray | None = None
+) -> Iterator[Finding]:
+    """What every check finds. known: a right recording of the same layers, with its `usual_NL`."""
     chosen = False  # whether tokens are left out for their experts
     for check in ROWS:
         if chosen and check is rows.loads:
@@ -117,12 +120,10 @@ def findings(r: Recorded, known: Recorded | None = None) -> Iterator[Finding]:
                 left_T |= which
         if left_T.all() or left_L.all():
             return
-        if known is not None:
-            known = known.without_layers(left_L)
+        if known is not None and usual_NL is not None:
+            known, usual_NL = known.without_layers(left_L), usual_NL[:, ~left_L]
         r = r.kept(~left_T).without_layers(left_L)
-    yield from by_config.groups(r)
-    yield from by_config.weights(r)
     shifted = [*by_text.shifts(r)]
     yield from shifted
-    if known is not None and not shifted:
-        yield from by_text.habits(r, known)
+    if known is not None and usual_NL is not None and not shifted:
+        yield from by_text.habits(r, known, usual_NL)

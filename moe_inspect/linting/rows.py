@@ -1,5 +1,5 @@
-"""What no router does, or hardly ever by chance: checks of the rows alone, in the order in which
-they are made. What one has found is left out by those that follow.
+"""What no router does, or hardly ever by chance, or not by the model's config: checks of the rows
+alone, in the order in which they are made. What one has found is left out by those that follow.
 
 T tokens, N of them that are looked at, L layers, K slots, E experts, D distinct rows.
 """
@@ -15,6 +15,8 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.importers.responses import WARM_UP
 from moe_inspect.importers.routed import repeated
 from moe_inspect.linting.recorded import LEVEL, Recorded, found
+from moe_inspect.model.config import groups_of
+from moe_inspect.model.families import language_config
 from moe_inspect.reporting.verdict.data_checks import silent_ranks
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural
@@ -24,6 +26,8 @@ SEEN = 4  # times that a row was there before, and distances, that are looked at
 MOST_RUN = 2**14  # tokens on which is judged how long routers go on to choose alike
 SHORT = 8  # tokens in a row from which rows that were there before are looked at
 EVEN_FROM = 16  # assignments per expert from which a load may be called too even
+SHARE = 0.01  # of a layer's decisions: fewer are left to rounding, and to ties
+APART = 1e-2  # of a weight, or of a sum, which half precision does not make
 Left = np.ndarray  # bool [T] or [L]: what a check has found, for the next to leave out
 NOTHING = np.zeros(0, bool)
 
@@ -124,13 +128,8 @@ def out_of_range(r: Recorded) -> Iterator[tuple[Finding, Left]]:
 def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     """Layers whose slots all hold one number, or all the experts 0 … K−1."""
     slots, K, E = r.slots_KTL, r.K, r.experts
-    first = slots[:, :8]
-    constant_L = (first == first[:1, :1]).all((0, 1)) if K > 1 else np.zeros(r.L, bool)
-    counted_L = (first == np.arange(K)[:, None, None]).all((0, 1)) & ~constant_L
-    for n in np.flatnonzero(constant_L | counted_L):
-        of = slots[:, :, n]
-        constant_L[n] &= bool((of == of[:1, :1]).all())
-        counted_L[n] &= bool((of == np.arange(K)[:, None]).all())
+    constant_L = (slots == slots[:1, :1]).all((0, 1)) if K > 1 else np.zeros(r.L, bool)
+    counted_L = (slots == np.arange(K)[:, None, None]).all((0, 1)) & ~constant_L
     if constant_L.any():
         named = r.named(constant_L)
         values = sorted({int(slots[0, 0, n]) for n in np.flatnonzero(constant_L).tolist()})
@@ -271,9 +270,7 @@ def sorted_ids(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     ascend by 1 ÷ K! each; and n experts in a row, of which each is together with the next
     somewhere, have one order of n!."""
     slots, K = r.slots_KTL, r.K
-    if K < 2 or r.by_weight is False or not (slots[1:, :32] > slots[:-1, :32]).all():
-        return
-    if not (slots[1:] > slots[:-1]).all():
+    if K < 2 or r.by_weight is False or not (slots[1:] > slots[:-1]).all():
         return
     log_p = 0.0
     for n in range(r.L):
@@ -325,3 +322,59 @@ def loads(r: Recorded) -> Iterator[tuple[Finding, Left]]:
                 f"{mean_L1[n, 0]:,.0f} on average (layer {r.layers[n]})."
             )
             yield found("even_load", what, float(p_L.min())), NOTHING
+
+
+# --- what the config says: groups, and gate weights
+
+
+def groups(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    """Decisions with experts of more groups than a token goes to."""
+    parts, most, _ = groups_of(r.config)
+    if parts < 2 or most >= min(parts, r.K) or r.experts % parts:
+        return
+    group_KTL = np.sort(np.where(r.slots_KTL < 0, r.slots_KTL[:1], r.slots_KTL), axis=0)
+    group_KTL //= r.experts // parts
+    number_TL = 1 + (group_KTL[1:] != group_KTL[:-1]).sum(0)
+    wrong_L = (number_TL > most).mean(0)
+    if (at := np.flatnonzero(wrong_L > SHARE)).size:
+        what = (
+            f"In {r.named(at)} up to {wrong_L.max():.0%} of the decisions have experts of more "
+            f"than {most} of {parts} groups, in one of {number_TL.max()}."
+        )
+        values = {"share": float(wrong_L.max()), "groups": parts, "allowed": most}
+        yield found("groups", what, **values), NOTHING
+
+
+def weights(r: Recorded) -> Iterator[tuple[Finding, Left]]:
+    w = r.weights_KTL
+    if w is None or not r.T:
+        return
+    w = np.where(r.slots_KTL < 0, 0, w)
+    top_TL = np.abs(w).max(0)
+    if r.by_weight and r.K > 1:
+        wrong_TL = w[0] < w.max(0) - APART * top_TL
+        if (wrong_L := wrong_TL.mean(0)).max() > SHARE:
+            at = np.flatnonzero(wrong_L > SHARE)
+            what = (
+                f"In {r.named(at)} slot 0, which is said to be the first choice, has not the "
+                f"largest weight in {wrong_L.max():.0%} of the decisions."
+            )
+            yield found("first_choice", what, share=float(wrong_L.max())), NOTHING
+    config = language_config(dict(r.config))
+    stated, scale = config.get("norm_topk_prob"), config.get("routed_scaling_factor")
+    # where it says no, the k best may still be all that the softmax is of
+    if stated is not True or r.K < 2:
+        return
+    full_TL = (r.slots_KTL >= 0).all(0)
+    sum_TL = w.sum(0)
+    sums = {1.0, float(scale)} if isinstance(scale, int | float) else {1.0}
+    is_one_TL = np.logical_or.reduce([np.abs(sum_TL - s) <= APART * s for s in sums])
+    share_L = (is_one_TL & full_TL).sum(0) / np.maximum(full_TL.sum(0), 1)
+    mean = float(sum_TL[full_TL].mean()) if full_TL.any() else 1.0
+    if (at := np.flatnonzero((share_L < 1 - SHARE) & full_TL.any(0))).size:
+        what = (
+            f"The config says that weights are normalised (norm_topk_prob), and in {r.named(at)} "
+            f"they sum to {mean:.3g} on average, to {' or '.join(f'{s:g}' for s in sorted(sums))} "
+            f"in {share_L[at].min():.0%} of the decisions."
+        )
+        yield found("weight_sums", what, sum=mean), NOTHING

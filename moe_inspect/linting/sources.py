@@ -21,12 +21,12 @@ from moe_inspect.importers.run import import_trace
 from moe_inspect.linting import by_text
 from moe_inspect.linting.lint import findings, narrow, wrong_lengths
 from moe_inspect.linting.recorded import LEVEL, Recorded
-from moe_inspect.model.config import ModelFacts, read_facts
+from moe_inspect.model.config import read_facts
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, address, open_trace, shards_of
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.schema import MANIFEST
+from moe_inspect.trace.schema import MANIFEST, Router
 from moe_inspect.trace.shard import Shard, codes
 
 MOST_CELLS = 2**25  # tokens · routers · slots that are looked at
@@ -63,8 +63,7 @@ def lint_trace(
     trace: Trace | str | Path, *, against: Against = None, where: str | None = None
 ) -> Linted:
     """Lints a trace: its first tokens, up to MOST_CELLS of tokens × routers × slots. against: a
-    right trace of the same model, on any text: are its layers in the same order? where: what the
-    trace was made of."""
+    right trace of the same model, on any text. where: what the trace was made of."""
     opened = open_trace(trace)
     where = where or address(opened)
     if opened.counts_only:
@@ -92,9 +91,10 @@ def _linted(
         if right is not None and (beside is None or beside.L != r.L):
             said = f"{address(against)} has other routers than {where}"
             raise MoeInspectError(f"{said}: lint against a trace of the same model")
-        listed += findings(r, beside)
-        if beside is not None:
-            compared += int((by_text.tail(by_text.usual(r, beside), r.L) < LEVEL).sum())
+        usual_NL = None if beside is None else by_text.usual(r, beside)
+        listed += findings(r, beside, usual_NL)
+        if usual_NL is not None:
+            compared += int((by_text.tail(usual_NL, r.L) < LEVEL).sum())
         tokens[group[0]] = r.T  # of a stack, whose routers see the same
         routers, all_whole = routers + r.L, all_whole and whole
     return Linted(
@@ -114,11 +114,8 @@ def lint(trace: Trace, *, against: Against = None) -> list[Finding]:
 
 
 def recorded(trace: Trace) -> Iterator[tuple[Group, Recorded, bool]]:
-    """Of each kind of routers, the first tokens in the order of their sequences, and whether that
-    is all."""
-    groups = dict[Group, list[int]]()
-    for n, router in enumerate(trace.routers):
-        groups.setdefault((router.stack, router.experts, router.top_k), []).append(n)
+    """Of each kind of routers, the first tokens by sequence, and whether that is all."""
+    groups = _grouped(trace.routers, range(len(trace.routers)))
     most = MOST_CELLS // sum(router.top_k for router in trace.routers)
     config = (trace.manifest.get("model") or {}).get("config")
     for group, routers in groups.items():
@@ -242,7 +239,7 @@ def _of_responses(
             Recorded(narrow(routed_TBK[:, at]), of[1], at, id_T, begin_R, config=config),
             len(routed_TBK) == came.rows,
         )
-        for of, at in _routers(context.facts, B, K, context, path).items()
+        for of, at in _routers(context, path, B, K).items()
     ]
     return _linted(groups, against, path, came.rows, [*_lengths(kept)])
 
@@ -257,21 +254,24 @@ def _ids(response: Response) -> np.ndarray:
     return id_T
 
 
-def _routers(
-    facts: ModelFacts | None, B: int, K: int, context: ImportContext, path: str
-) -> dict[Group, list[int]]:
+def _grouped(routers: Sequence[Router], numbers: Iterable[int]) -> dict[Group, list[int]]:
+    groups = dict[Group, list[int]]()
+    for router, n in zip(routers, numbers, strict=True):
+        groups.setdefault((router.stack, router.experts, router.top_k), []).append(n)
+    return groups
+
+
+def _routers(context: ImportContext, path: str, B: int, K: int) -> dict[Group, list[int]]:
     """The layers of each kind of routers; without a config all, dense ones too."""
-    if facts is None:
+    if (facts := context.facts) is None:
         return {("", context.known_experts(path), context.top_k or K): [*range(B)]}
     if facts.layers != B:
         raise MoeInspectError(
             f"{path} has {B} layers, the model's config {facts.layers}: is it the config of this "
             "model?"
         )
-    groups = dict[Group, list[int]]()
-    for router in facts.routers():
-        groups.setdefault((router.stack, router.experts, router.top_k), []).append(router.layer)
-    return groups
+    routers = facts.routers()
+    return _grouped(routers, (router.layer for router in routers))
 
 
 def _lengths(came: Sequence[Response]) -> Iterator[Finding]:

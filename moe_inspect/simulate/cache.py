@@ -149,13 +149,10 @@ def simulate_cache(
 def _replay(
     trace: Trace, routers: Sequence[int], sizes: Sequence[int], names: Sequence[str]
 ) -> dict[int, Cache]:
-    """The caches of these routers after the whole trace."""
     caches = {r: Cache(trace.routers[r].experts, sizes, names) for r in routers}
     for shard in shards_of(trace, "simulating cache"):
         for r, (order_T, phase_T), ids_KT in routed(shard, routers, partial(_order, shard)):
-            if order_T is not None:
-                ids_KT = np.ascontiguousarray(ids_KT[:, order_T])
-            caches[r].feed(ids_KT, phase_T)
+            caches[r].feed(np.ascontiguousarray(ids_KT[:, order_T]), phase_T)
     return caches
 
 
@@ -174,19 +171,15 @@ def _sizes(trace: Trace, chosen: Iterable[int], slots: int | Sequence[int] | Non
     return sizes
 
 
-def _order(shard: Shard, router: int, seen: Seen) -> tuple[np.ndarray | None, np.ndarray]:
-    """The order in which batch size 1 runs these tokens (None: as they lie), and their phases in
-    that order."""
+def _order(shard: Shard, router: int, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which batch size 1 runs these tokens, and their phases in that order."""
     table = shard.tokens(["sequence", "phase"])
     code_T, labels = codes(table["phase"])
     phase_T = np.array([PHASES.index(label) for label in labels], np.uint8)[code_T][seen]
     _, first, of_T = np.unique(
         table["sequence"].to_numpy()[seen], return_index=True, return_inverse=True
     )
-    began_T = first[of_T]
-    if (np.diff(began_T) >= 0).all():
-        return None, phase_T
-    order_T = np.argsort(began_T, kind="stable")
+    order_T = np.argsort(first[of_T], kind="stable")
     return order_T, phase_T[order_T]
 
 
@@ -286,8 +279,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
 
 
 def hot_set(once: pd.DataFrame, size: int) -> str:
-    """Whether the busiest experts of each layer get enough accesses to be worth caching. once: one
-    row per router."""
+    """Whether the busiest experts are worth caching. once: one row per router."""
     if (HOT * once["even_share"] >= 1).all():
         return (
             f"A hot set worth caching? {size} slots hold nearly all experts: simulate fewer slots."

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.tasks import summed
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Chart, Line, Panel, look
@@ -211,12 +212,8 @@ class Groups:
     def start_R(self) -> np.ndarray:
         return run_edges(self.domain_T, *self.tenth_PT)
 
-    @cached_property
-    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.summed(None)
-
-    def summed(self, made_T: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """made_T (None: 1 each) summed by domain, int64 [D], and by tenth, int64 [P, N]."""
+    def summed(self, made_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """made_T summed by domain, int64 [D], and by tenth, int64 [P, N]."""
         by_tenth = [np.bincount(tenth_T, made_T, 10) for tenth_T in self.tenth_PT]
         made_D = np.bincount(self.domain_T, made_T, len(self.domains))
         return made_D.astype(np.int64), np.stack(by_tenth).astype(np.int64)
@@ -261,8 +258,7 @@ def drops_of(
     factors: tuple[float, ...],
     order: Order,
 ) -> tuple[Drops, np.ndarray, np.ndarray]:
-    """Queues the assignments of one router in one shard: its drops, worst_T and best_T of
-    `dropped`."""
+    """Queues the assignments of one router in one shard; also worst_T and best_T of `dropped`."""
     of = shard.trace.routers[router]
     (k, T), E, F = ids_KT.shape, of.experts, len(factors)
     size_G = np.diff(groups.start_G)
@@ -277,10 +273,7 @@ def drops_of(
         visit_N = np.lexsort((-weight_N, np.tile(np.repeat(np.arange(len(size_G)), size_G), k)))
     load_GE, level_KT = np.zeros((len(size_G), E), np.int32), np.empty((k, T), np.uint8)
     queue(ids_KT, groups.start_G, of_G, level_SC, visit_N, order == "token", load_GE, level_KT)
-    if T and ids_KT.min() < 0:
-        made_D, made_PN = groups.summed((ids_KT >= 0).sum(0))
-    else:
-        made_D, made_PN = (tokens * k for tokens in groups.tokens)
+    made_D, made_PN = groups.summed((ids_KT >= 0).sum(0))
     last_FD, last_FPN, worst_T, best_T = dropped(level_KT, groups, F)
     drops = Drops(
         T,
@@ -337,9 +330,7 @@ def dropped(
     uint8, NOWHERE where there is none."""
     last_FD = np.zeros((F, len(groups.domains)), np.int64)
     last_FPN = np.zeros((F, len(POSITIONS), 10), np.int64)
-    there_KT = level_KT
-    if level_KT.max(initial=0) == NOWHERE:
-        there_KT = np.where(level_KT == NOWHERE, np.uint8(0), level_KT)
+    there_KT = np.where(level_KT == NOWHERE, np.uint8(0), level_KT)
     worst_T, first_R = there_KT.max(0, initial=0), groups.start_R[:-1]
     for f in range(int(worst_T.max(initial=0))):
         # uint8 holds it: a token has fewer slots than 256
@@ -368,10 +359,10 @@ def _tables(trace: Trace, counted: Counted, settings: Settings) -> dict[str, pd.
             at = {**router, "capacity_factor": factor}
             lost = int(sum(of_domain_F[f] for of_domain_F in dropped_F.values()))
             row = {
-                "simulated_drop_rate": _share(lost, made),
-                "tokens_hit": _share(int(drops.hit_F[f]), drops.decisions),
-                "tokens_lost": _share(int(drops.lost_F[f]), drops.decisions),
-                "unused_capacity": 1 - _share(made - lost, int(drops.room_F[f])),
+                "simulated_drop_rate": ratio(lost, made),
+                "tokens_hit": ratio(drops.hit_F[f], drops.decisions),
+                "tokens_lost": ratio(drops.lost_F[f], drops.decisions),
+                "unused_capacity": 1 - ratio(made - lost, drops.room_F[f]),
                 "groups": drops.groups,
                 "decisions": drops.decisions,
                 "assignments": made,
@@ -409,12 +400,8 @@ def _tables(trace: Trace, counted: Counted, settings: Settings) -> dict[str, pd.
 
 
 def _rate(made: int, dropped: int) -> dict[str, float]:
-    rate = _share(int(dropped), int(made))
+    rate = ratio(dropped, made)
     return {"assignments": int(made), "dropped": int(dropped), "simulated_drop_rate": rate}
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
 
 
 def _group(group: int | str) -> str:
@@ -467,13 +454,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     rate_of = rate_of[routers]
     x = np.arange(len(routers), dtype=float)
     by_layer = tuple(
-        Line(
-            x,
-            rate_of.loc[f].to_numpy(float),
-            f"capacity factor {f:g}",
-            *look(i),
-            dots=True,
-        )
+        Line(x, rate_of.loc[f].to_numpy(float), f"capacity factor {f:g}", *look(i), dots=True)
         for i, f in enumerate(factors)
     )
     factor = factors[len(factors) // 2]

@@ -16,9 +16,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from itertools import product
+from itertools import cycle, product
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,10 +29,10 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.tasks import by_router, by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_bytes, weight_bytes
-from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
-from moe_inspect.simulate import result, speculation
+from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
+from moe_inspect.simulate import result
 from moe_inspect.simulate.kernels_numba import fill_steps
-from moe_inspect.simulate.result import Labels, Settings, Tables
+from moe_inspect.simulate.result import Frame, Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, count_taken, routed, taken
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, shards_of
@@ -61,8 +62,7 @@ class DecodeSteps:
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
     def add(self, ids_KT: np.ndarray, position_T: np.ndarray, before_T: np.ndarray) -> None:
-        """before_T: int64, which of these tokens is the one before it in its sequence, −1 for
-        none."""
+        """before_T: int64, which of these tokens comes before it in its sequence, −1 for none."""
         if not len(position_T):
             return
         more = int(position_T.max()) + 1 - self.filled_NBP.shape[2]
@@ -160,7 +160,7 @@ def simulate_decode(
     }
     if drafts:
         reached = [r for r, of in steps.items() if of.tokens]
-        tables["speculation"] = speculation.table(rows[rows["router"].isin(reached)], accepted)
+        tables["speculation"] = speculated(rows[rows["router"].isin(reached)], accepted)
     settings: Settings = {
         "batches": sizes,
         "drafts": drafts,
@@ -184,8 +184,7 @@ def _steps(
     drafts: Sequence[int],
 ) -> dict[int, DecodeSteps]:
     """The steps of these routers after the whole trace. Positions of generated tokens count from
-    the first selected token of the sequence, the end of its prompt. Tokens in a row are those of
-    one shard."""
+    the end of their prompt. Tokens in a row are those of one shard."""
     steps = {r: DecodeSteps(trace.routers[r].experts, sizes, drafts) for r in routers}
     first_of = dict[tuple[str, int, int], int]()  # (stack, rank, sequence) → its position
 
@@ -210,8 +209,7 @@ def _steps(
 
     for shard in shards_of(trace, "simulating decode"):
         for r, (taken_N, *of_T), ids_KN in routed(shard, routers, partial(selected, shard)):
-            whole = taken_N.all()
-            steps[r].add(ids_KN if whole else np.ascontiguousarray(ids_KN[:, taken_N]), *of_T)
+            steps[r].add(np.ascontiguousarray(ids_KN[:, taken_N]), *of_T)
     return steps
 
 
@@ -312,7 +310,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "FLOPs per byte)."
         )
     if "speculation" in tables:
-        sentences += speculation.sentences(tables["speculation"], settings["too_few"])
+        sentences += _of_drafts(tables["speculation"], settings["too_few"])
     return [*sentences, f"Simulated: steps of the same position of different sequences, from {of}."]
 
 
@@ -334,7 +332,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
     )
     batches = Axis("sequences decoded together", tuple(f"{batch:g}" for batch in mean.index))
     panels = [Panel(marks, batches, Axis("distinct experts per step", low=0))]
-    if "speculation" in tables and (drafts := speculation.panel(tables["speculation"])).marks:
+    if "speculation" in tables and (drafts := _when_drafts_pay(tables["speculation"])).marks:
         panels.append(drafts)
     return Chart(
         "Experts of a decode step",
@@ -343,3 +341,110 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
         text=result.SIMULATED + "Bars go from the layer with the fewest to the one with the most.",
         name="decode",
     )
+
+
+# --- speculative decoding: what verifying drafts costs and yields, and the best draft length
+
+
+def weights_read(layers: Frame) -> float:
+    """Bytes that a step reads, or experts where the size of one is unknown. NaN where a layer has
+    no such step. layers: a row per router."""
+    distinct_L = layers["distinct_experts"]
+    bytes_L = layers["bytes_per_token"] * layers["batch"] * (layers["draft"] + 1)
+    known = bytes_L.isna().equals(distinct_L.isna())
+    return float((bytes_L if known else distinct_L).sum(skipna=False))
+
+
+def tokens_gained(acceptance: float, draft: int) -> float:
+    """Expected tokens of a sequence per step: the draft tokens before the first that is rejected,
+    and one of the model's own. Σ_{n=0..d} a^n = (1 − a^(d+1)) / (1 − a). arXiv:2211.17192."""
+    return sum(acceptance**n for n in range(draft + 1))
+
+
+def break_even(draft: int, cost: float) -> float:
+    """The least acceptance, to 10⁻⁶, at which a step yields as many times the tokens of one without
+    a draft as it costs; NaN if none below 1 is enough."""
+    enough = bisect_left(range(10**6), cost, key=lambda n: tokens_gained(n / 10**6, draft))
+    return enough / 10**6 if enough < 10**6 else np.nan
+
+
+def speculated(rows: Frame, acceptances: Sequence[float]) -> pd.DataFrame:
+    """What drafts cost and yield, relative to steps without at the same positions. rows: per
+    router, batch size and draft length `at`, one without and one with the draft."""
+    made = list[dict[str, Any]]()
+    for (batch, draft), both in rows.groupby(["batch", "at"]):
+        plain, layers = both[both["draft"] == 0], both[both["draft"] == draft]
+        alone = weights_read(plain)
+        relative = weights_read(layers) / alone if alone > 0 else np.nan
+        means = layers[["distinct_experts", "independent", "from_marginals"]].mean(skipna=False)
+        for acceptance in acceptances:
+            gained = tokens_gained(acceptance, draft)
+            made.append(
+                {
+                    "batch": batch,
+                    "draft": draft,
+                    "acceptance": acceptance,
+                    "steps": layers["steps"].min(),
+                    **means,
+                    "relative_cost": relative,
+                    "tokens_per_step": gained,
+                    "speedup": gained / relative,
+                    "break_even": break_even(draft, relative) if draft and relative > 0 else np.nan,
+                }
+            )
+    rows = pd.DataFrame(made)
+    speedups = rows["speedup"].dropna().groupby([rows["batch"], rows["acceptance"]])
+    return rows.assign(best=rows.index.isin(speedups.idxmax()))
+
+
+def _of_drafts(table: Frame, too_few: bool) -> list[str]:
+    """too_few: the trace has too little data to advise a draft length."""
+    said = []
+    for batch, mine in table.groupby("batch"):
+        drafted = mine[mine["draft"] > 0].dropna(subset=["speedup"])
+        if drafted.empty:
+            continue
+        last, least = drafted.iloc[-1], drafted["break_even"].iloc[-1]
+        best = (
+            f"at {row.acceptance:g} "
+            + (f"{plural(row.draft, 'token')} ({row.speedup:.2f}x)" if row.draft else "none")
+            for row in mine[mine["best"]].sort_values("acceptance").itertuples()
+        )
+        of_draft = (
+            f"{plural(batch, 'sequence')} with drafts of {plural(last['draft'], 'token')}: a step "
+            f"reads {last['distinct_experts']:.1f} experts per layer (mean of "
+            f"{plural(last['steps'], 'step')}; if tokens chose independently: "
+            f"{last['from_marginals']:.1f}), {last['relative_cost']:.2f}x the weights of one "
+            "without drafts"
+        )
+        pays = f"from an acceptance of {least:.2f}" if least < 1 else "at no acceptance below 1"
+        advice = f", which pays {pays}. Best draft by acceptance: {', '.join(best)}"
+        said.append(f"{of_draft}{'' if too_few else advice}.")
+    if said and not too_few:
+        said.append(
+            "Drafts cost the expert weights that verifying them reads, as long as steps are "
+            "memory-bound. The draft model costs too, and makes drafts worth less than this; "
+            "weights that a step reads once for all its tokens make them worth more."
+        )
+    stepped = table.loc[(table["draft"] == 0) & (table["steps"] > 0), "batch"]
+    none = table[(table["steps"] == 0) & table["batch"].isin(stepped)]
+    said += [
+        f"No step of {plural(batch, 'sequence')} with drafts of "
+        f"{', '.join(map(str, drafts))} tokens: too few sequences are that long."
+        for batch, drafts in none.groupby("batch")["draft"].unique().items()
+    ]
+    return said
+
+
+def _when_drafts_pay(table: Frame) -> Panel:
+    """Break-even acceptance by draft length, a line per batch size."""
+    drafted = table[table["draft"] > 0].drop_duplicates(["batch", "draft"])
+    names = drafted["draft"].unique()
+    at = np.arange(len(names), dtype=float)
+    marks = tuple(
+        Line(at, mine["break_even"].to_numpy(), plural(batch, "sequence"), colour, dots=True)
+        for (batch, mine), colour in zip(drafted.groupby("batch"), cycle(SERIES), strict=False)
+        if mine["break_even"].notna().any()
+    )
+    x = Axis("draft tokens", tuple(map(str, names)))
+    return Panel(marks, x, Axis("break-even acceptance", low=0, high=1), "When drafts pay")

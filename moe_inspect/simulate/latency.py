@@ -33,6 +33,7 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError, first_line, reading
 from moe_inspect.files import read_small
+from moe_inspect.text import cut
 from moe_inspect.trace.output_dir import output_file
 
 SHIPPED = Path(__file__).with_suffix(".json")
@@ -67,6 +68,7 @@ OF_RANK = ["hidden", "inter", "top_k", "experts"]
 WHOLE_SHAPE = ["hidden", "whole_inter", "experts", "top_k"]
 CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
 FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
+PAIR = 1.5  # weight of a pair's error, against a row's 1
 MOST = 1e9  # of any number in a table of one's own: of larger ones sums and products overflow
 
 
@@ -145,7 +147,7 @@ def checked(
     tokens_SE: np.ndarray, shape: Shape, handed_S: np.ndarray | float | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """As float64, handed_S of each step. MoeInspectError for what is no load of a rank."""
-    for name in ("hidden", "inter", "top_k", "experts"):
+    for name in OF_RANK:
         value = getattr(shape, name)
         if not (isinstance(value, Real) and 1 <= float(value) < math.inf):
             raise MoeInspectError(f"a shape whose {name} is {value!r}: give a number from 1")
@@ -187,9 +189,8 @@ def features(
     """float64 [steps, features]: what each constant is multiplied with, in the order of START."""
     if dtype not in BYTES:
         raise MoeInspectError(f"no size of a weight is known of {dtype}: one of {', '.join(BYTES)}")
-    tokens_SE = np.asarray(tokens_SE, np.float64)
     rows_S, used_S = tokens_SE.sum(1), (tokens_SE > 0).sum(1)
-    given_S = rows_S / shape.top_k if handed_S is None else np.asarray(handed_S, np.float64)
+    given_S = rows_S / shape.top_k if handed_S is None else handed_S
     weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
     one = np.ones(len(tokens_SE))
     choices_S = given_S * shape.top_k / 1e9
@@ -219,18 +220,16 @@ def times(features_SF: np.ndarray, constants_F: np.ndarray) -> np.ndarray:
     return cost_SF[:, :LINEAR].sum(1) + bound_S * (1 + least_S**power) ** (1 / power)
 
 
-def fit(
-    features_SF: np.ndarray, ms_S: np.ndarray, pairs_P2: np.ndarray, weight: float = 1.5
-) -> dict[str, float]:
+def fit(features_SF: np.ndarray, ms_S: np.ndarray, pairs_P2: np.ndarray) -> dict[str, float]:
     """Constants whose times, and whose ratios of pairs of rows (imbalanced, balanced), are nearest
-    in logs. pairs_P2: int [pairs, 2], rows; weight: of a pair's error, against a row's 1."""
+    in logs. pairs_P2: int [pairs, 2], rows."""
     from scipy.optimize import least_squares
 
     log_ms_S, (imbalanced_P, balanced_P) = np.log(ms_S), pairs_P2.T
 
     def error(log_constants: np.ndarray) -> np.ndarray:
         error_S = np.log(times(features_SF, np.exp(log_constants))) - log_ms_S
-        return np.r_[error_S, weight * (error_S[imbalanced_P] - error_S[balanced_P])]
+        return np.r_[error_S, PAIR * (error_S[imbalanced_P] - error_S[balanced_P])]
 
     # far below and above any constant of a GPU: a term that nothing needs ends at the bottom
     start = np.log(list(START.values()))
@@ -264,17 +263,13 @@ class TransferTime:
         return self.launch_ms + gb_S * self.ms_per_gb
 
 
+@dataclass
 class LatencyModel:
     """Kernels and transfers, as a file of constants holds them."""
 
-    def __init__(
-        self,
-        kernels: Sequence[KernelTime],
-        transfers: Sequence[TransferTime] = (),
-        source: str = "",
-    ):
-        self.kernels, self.transfers = list(kernels), list(transfers)
-        self.source = source
+    kernels: Sequence[KernelTime]
+    transfers: Sequence[TransferTime] = ()
+    source: str = ""
 
     @classmethod
     def fit(cls, table: str | Path | pd.DataFrame) -> LatencyModel:
@@ -302,8 +297,7 @@ class LatencyModel:
             kernels = [KernelTime(**entry) for entry in held["kernels"]]
             transfers = [TransferTime(**entry) for entry in held.get("transfers", ())]
             for kernel in kernels:
-                known = {name: kernel.constants.get(name) for name in START}
-                check(f"{path}: {kernel.name}", known)
+                check(f"{path}: {kernel.name}", dict.fromkeys(START) | kernel.constants)
             for way in transfers:
                 known = {"launch_ms": way.launch_ms, "ms_per_gb": way.ms_per_gb}
                 check(f"{path}: {way.gpu}/{way.kernel}", known)
@@ -451,9 +445,7 @@ def counts_of(cell: Any) -> np.ndarray:
 def shown(cell: Any) -> str:
     """In a line that is not long."""
     said = " ".join((repr(cell) if isinstance(cell, str) else str(cell)).split())
-    if said in ("nan", "None", "<NA>", "''", "[]"):
-        return "empty"
-    return said if len(said) <= 80 else said[:79] + "…"
+    return "empty" if said in ("nan", "None", "<NA>", "''", "[]") else cut(said, 80)
 
 
 @dataclass
@@ -525,7 +517,6 @@ class Measured:
         return KernelTime(*self.name, constants=rounded, errors=errors, measured=measured)
 
     def errors(self, ours_S: np.ndarray | None) -> dict[str, float | int | None]:
-        """Of times of ours, where there are any."""
         return summary(self.of_imbalance(ours_S), self.of_times(ours_S))
 
     def of_times(self, ours_S: np.ndarray | None) -> np.ndarray:
@@ -533,7 +524,6 @@ class Measured:
         return np.empty(0) if ours_S is None else np.abs(np.log(ours_S / self.ms_S))
 
     def of_imbalance(self, ours_S: np.ndarray | None) -> np.ndarray:
-        """Errors [pairs] of the cost of imbalance."""
         if ours_S is None:
             return np.empty(0)
         log_P2 = np.log(ours_S / self.ms_S)[self.pairs_P2]

@@ -7,7 +7,7 @@ N tokens of a step, S steps, P physical slots, G GPUs, k experts of a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -63,11 +63,6 @@ class Prices:
         """By how much costs of imbalance err in the median; None where that was not measured."""
         return self.kernel.errors.get("imbalance_error_median")
 
-    @property
-    def time_error(self) -> float | None:
-        """By how much times err in the median."""
-        return self.kernel.errors.get("time_error_median")
-
     def expert_gb(self, shape: Shape) -> float:
         """10^9 bytes of an expert's weights, as the kernel reads them."""
         weights = (3 if shape.gated else 2) * shape.hidden * shape.inter
@@ -81,19 +76,16 @@ class Prices:
         if sent:
             between = " (between nodes none were measured)" if nodes > 1 else ""
             what = f"experts, and DeepEP's transfers on one node{between},"
-        err, time, doubt = self.error, self.time_error, self.kernel.doubt()
-        beyond = sorted({self.kernel.extrapolated(shape, N) for shape in shapes} - {""})
-        return (
-            f"times of {what} as measured of {self.kernel.name} ({self.source})"
-            + (f", whose costs of imbalance err by {err:.0%} in the median" if err else "")
-            + (f", and the times themselves by {time:.0%}" if err and time else "")
-            + (f": {doubt}" if doubt else "")
-            + (
-                f"; extrapolated beyond all that was measured: {', '.join(beyond)}"
-                if beyond
-                else ""
-            )
-        )
+        said = f"times of {what} as measured of {self.kernel.name} ({self.source})"
+        if self.error:
+            said += f", whose costs of imbalance err by {self.error:.0%} in the median"
+            if time := self.kernel.errors.get("time_error_median"):
+                said += f", and the times themselves by {time:.0%}"
+        if doubt := self.kernel.doubt():
+            said += f": {doubt}"
+        if beyond := sorted({self.kernel.extrapolated(shape, N) for shape in shapes} - {""}):
+            said += f"; extrapolated beyond all that was measured: {', '.join(beyond)}"
+        return said
 
     def of(self, loads: StepLoads, shape: Shape, N: int) -> Times:
         (S, P), G = loads.slots_SP.shape, loads.reached_SG.shape[1]
@@ -140,20 +132,13 @@ def even(N: int, shape: Shape, P: int, G: int) -> StepLoads:
     return StepLoads(slots_P[None], np.full((1, G), reached))
 
 
-def prices_of(
-    gpu: str | None,
-    engine: str | None,
-    dtype: str | None,
-    kernel: str | None,
-    latency: str | Path | None,
-) -> Prices:
-    """The only kernel with these names, of the constants of `latency` or of those that are part of
-    moe-inspect, and the transfers of its GPU. MoeInspectError where there is not one kernel."""
+def prices_of(named: Mapping[str, str | None], latency: str | Path | None) -> Prices:
+    """The only kernel with these names (gpu, engine, dtype, kernel), of the constants of `latency`
+    or the shipped ones, and the transfers of its GPU. MoeInspectError where there is not one."""
     model = LatencyModel.from_file(latency or SHIPPED)
-    named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
     wanted = {name: value for name, value in named.items() if value is not None}
     known = list(dict.fromkeys(each.gpu for each in model.kernels))
-    if gpu is None and len(known) != 1:
+    if named["gpu"] is None and len(known) != 1:
         raise MoeInspectError(f"times are of a GPU: give --gpu, one of {', '.join(known)}")
     found = model.kernel(**wanted)
     # of those with several settings, the one with the most of the GPU, the last

@@ -147,8 +147,7 @@ def simulation(
     shown: tuple[str, ...],
 ) -> Simulation:
     """With what its tables come to in words and in a picture. Its name is that of the first of
-    them. `few`: as `too_few` says; the verdict then advises nothing (the setting of that
-    name)."""
+    them. `few`: as `too_few` says; the verdict then advises nothing."""
     settings["too_few"] = bool(few)
     labels = {r: layer_label(trace.routers, r) for r in range(len(trace.routers))}
     said, drawn = verdict(tables, settings, labels), chart(tables, settings, labels)

@@ -56,20 +56,14 @@ def draw_steps(
     steps = list[StepTokens]()
     for size in sizes:
         blocks = min(MOST_BLOCKS, len(document_D), total // size)
-        most = STEPS_OF_A_BLOCK * size  # tokens that a block needs
-        dealt = [_until(order_D[b::blocks], tokens_D, most) for b in range(blocks)]
-        rank_D = np.full(len(document_D), -1)
-        block_D = np.full(len(document_D), -1)
-        for b, of_block in enumerate(dealt):
-            rank_D[of_block], block_D[of_block] = np.arange(len(of_block)), b
+        rank_D, block_D = np.full((2, len(document_D)), -1)
+        for b in range(blocks):
+            dealt = order_D[b::blocks]
+            before = np.cumsum(tokens_D[dealt]) - tokens_D[dealt]
+            dealt = dealt[before < STEPS_OF_A_BLOCK * size]  # so many tokens are needed
+            rank_D[dealt], block_D[dealt] = np.arange(len(dealt)), b
         steps.append(_numbered(trace, wanted, size, document_D, rank_D, block_D, decoding))
     return steps
-
-
-def _until(order_D: np.ndarray, tokens_D: np.ndarray, most: int) -> np.ndarray:
-    """The first of these documents that have so many tokens together."""
-    before_D = np.cumsum(tokens_D[order_D]) - tokens_D[order_D]
-    return order_D[before_D < most]
 
 
 def _numbered(

@@ -11,10 +11,9 @@ N tokens of a step, S steps, B blocks of documents, E experts, P physical slots,
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial, reduce
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,8 @@ from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.analysis.metrics.uncertainty import student
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.spec import (
-    Axis,
-    Band,
-    Bars,
-    Chart,
-    Line,
-    Mark,
-    Panel,
-    Points,
-    Rule,
-    known_interval,
-)
-from moe_inspect.simulate import result
+from moe_inspect.reporting.charts import spec
+from moe_inspect.simulate import result, sampling
 from moe_inspect.simulate.latency import Shape
 from moe_inspect.simulate.placement.plan import placed_by
 from moe_inspect.simulate.placement.policies import contiguous, layouts_of
@@ -52,17 +40,7 @@ from moe_inspect.simulate.prices import (
     shape_of,
 )
 from moe_inspect.simulate.result import Frame, Labels, Settings, Tables
-from moe_inspect.simulate.sampling import (
-    COUNTED,
-    FEWEST_BLOCKS,
-    SEED,
-    StepLoads,
-    chance_ids,
-    draw_steps,
-    from_load,
-    loads_of_steps,
-    step_loads,
-)
+from moe_inspect.simulate.sampling import COUNTED, FEWEST_BLOCKS, SEED, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, open_trace
@@ -110,7 +88,8 @@ def simulate_step(
         raise MoeInspectError(
             f"steps of {', '.join(map(str, sizes))} tokens: give numbers from 1 to {MOST_TOKENS:,}"
         )
-    prices = prices_of(gpu, engine, dtype, kernel, latency)
+    named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
+    prices = prices_of(named, latency)
     selection = select(trace, layers, domains, phase)
     placed, physical = dict[int, np.ndarray](), None
     if placement is not None:
@@ -163,8 +142,7 @@ def _parts(trace: Trace, selection: Selection) -> list[tuple[str, Selection]]:
 
 @dataclass(frozen=True)
 class PlacedLayers:
-    """The MoE layers under a plan. `plan`: the expert of each slot, by router; `shapes`: of
-    its layer."""
+    """`plan`: the expert of each slot, by router; `shapes`: of its layer."""
 
     trace: Trace
     prices: Prices
@@ -180,15 +158,20 @@ class PlacedLayers:
         for N, block_S, loads in self.sampled(selection, sizes):
             if not loads:
                 continue
-            costs = [Cost.of(self, r, N, block_S, of) for r, of in loads.items()]
-            whole = reduce(operator.add, costs)
+            costs = {r: self.costs(r, N, of) for r, of in loads.items()}
+            whole = [sum(of[1:], of[0]) for of in zip(*costs.values(), strict=True)]
             key = {"phase": selection.phase, "domain": domain, "tokens": N}
             known = not self.trace.counts_only
-            yield key | {"layer": None, "router": None} | whole.row(N, known)
-            if not domain:
-                for r, cost in zip(loads, costs, strict=True):
-                    layer = self.trace.routers[r].layer
-                    yield key | {"layer": layer, "router": r} | cost.row(N, known)
+            yield key | {"layer": None, "router": None} | _row(whole, block_S, N, known)
+            for r, cost in costs.items() if not domain else ():
+                layer = self.trace.routers[r].layer
+                yield key | {"layer": layer, "router": r} | _row(cost, block_S, N, known)
+
+    def costs(self, router: int, N: int, loads: StepLoads) -> list[Times]:
+        """Of the steps of one layer: as the trace routes, by chance, and evenly loaded."""
+        shape, spread = self.shapes[router], len(self.plan[router])
+        every = loads, self.chance(router, N), even(N, shape, spread, self.gpus)
+        return [self.prices.of(of, shape, N) for of in every]
 
     def sampled(
         self, selection: Selection, sizes: Sequence[int]
@@ -203,14 +186,14 @@ class PlacedLayers:
                     # of each size and layer, whatever else is asked for
                     rng, k = np.random.default_rng([SEED, r]), trace.routers[r].top_k
                     if (load_E := counts.load_E(r)).any():
-                        loads[r] = from_load(rng, load_E, N, k, COUNTED, self.plan[r], G)
+                        loads[r] = sampling.from_load(rng, load_E, N, k, COUNTED, self.plan[r], G)
                 yield N, np.arange(COUNTED), loads
             return
         routers = [r for r in selection.routers if trace.routers[r].sees(selection.phase or "")]
         wanted = partial(taken, selection=selection)
-        for steps in draw_steps(trace, wanted, sizes, selection.phase == "decode"):
+        for steps in sampling.draw_steps(trace, wanted, sizes, selection.phase == "decode"):
             if len(steps.block_S) and routers:
-                [loads] = loads_of_steps(trace, routers, steps, [self.plan], G)
+                [loads] = sampling.loads_of_steps(trace, routers, steps, [self.plan], G)
                 yield steps.tokens, steps.block_S, loads
 
     def chance(self, router: int, N: int) -> StepLoads:
@@ -218,68 +201,47 @@ class PlacedLayers:
         k, P, rng = self.trace.routers[router].top_k, len(self.plan[router]), np.random.default_rng
         each_P = np.arange(P)
         if self.trace.counts_only:  # drawn as those of the trace
-            return from_load(rng([SEED, router, 1]), np.ones(P), N, k, DRAWS, each_P, self.gpus)
+            drawn = rng([SEED, router, 1]), np.ones(P), N, k, DRAWS
+            return sampling.from_load(*drawn, each_P, self.gpus)
         pool_KT = _pool(P, k)
         ids_KT = pool_KT[:, rng([SEED, router]).integers(pool_KT.shape[1], size=DRAWS * N)]
-        return step_loads(ids_KT, np.repeat(np.arange(DRAWS), N), DRAWS, each_P, self.gpus)
+        step_T = np.repeat(np.arange(DRAWS), N)
+        return sampling.step_loads(ids_KT, step_T, DRAWS, each_P, self.gpus)
 
 
 @cache
 def _pool(E: int, k: int) -> np.ndarray:
     """Tokens that choose uniformly at random, for steps by chance."""
-    return chance_ids(np.random.default_rng(SEED), E, k, POOL)
+    return sampling.chance_ids(np.random.default_rng(SEED), E, k, POOL)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The steps of one layer, or of several: as the trace routes, by chance, and evenly loaded.
-    block_S: the block of each step of the trace."""
-
-    block_S: np.ndarray
-    found: Times
-    by_chance: Times
-    evenly: Times
-
-    @classmethod
-    def of(
-        cls, placed: PlacedLayers, r: int, N: int, block_S: np.ndarray, loads: StepLoads
-    ) -> Cost:
-        chance, shape, P = placed.chance(r, N), placed.shapes[r], len(placed.plan[r])
-        spread = even(N, shape, P, placed.gpus)
-        return cls(block_S, *(placed.prices.of(x, shape, N) for x in (loads, chance, spread)))
-
-    def __add__(self, other: Cost) -> Cost:
-        times = zip(self.times, other.times, strict=True)
-        return Cost(self.block_S, *(one + another for one, another in times))
-
-    @property
-    def times(self) -> tuple[Times, Times, Times]:
-        return self.found, self.by_chance, self.evenly
-
-    def row(self, N: int, documents_known: bool) -> dict[str, object]:
-        """`documents_known`: or there is no interval, and p is that of independent tokens."""
-        ms_S, chance_D = self.found.total, self.by_chance.total
-        ms, chance, even = (float(times.total.mean()) for times in self.times)
-        _, of_S, steps_B = np.unique(self.block_S, return_inverse=True, return_counts=True)
-        ms_B, reach, p = np.bincount(of_S, ms_S) / steps_B, np.nan, np.nan
-        if (B := len(ms_B)) >= FEWEST_BLOCKS:
-            error = ms_B.std(ddof=1) / math.sqrt(B)
-            reach = student(B) * error if documents_known else np.nan
-            error = math.hypot(error, chance_D.std(ddof=1) / math.sqrt(DRAWS))
-            p = p_apart(ms, chance, error, B)
-        return {
-            "steps": len(ms_S),
-            "ms": ms,
-            "even_ms": even,
-            "chance_ms": chance,
-            **{f"{f.name}_ms": float(getattr(self.found, f.name).mean()) for f in fields(Times)},
-            "cost": ms / even - 1,
-            "cost_low": (ms - reach) / even - 1,
-            "cost_high": (ms + reach) / even - 1,
-            "cost_by_chance": chance / even - 1,
-            "p": p,
-            "tokens_per_s": N / ms * 1e3,
-        }
+def _row(
+    costs: Sequence[Times], block_S: np.ndarray, N: int, documents_known: bool
+) -> dict[str, object]:
+    """block_S: the block of each step of the trace. `documents_known`: or there is no interval, and
+    p is that of independent tokens."""
+    found, by_chance, _ = costs
+    ms, chance, even = (float(times.total.mean()) for times in costs)
+    _, of_S, steps_B = np.unique(block_S, return_inverse=True, return_counts=True)
+    ms_B, reach, p = np.bincount(of_S, found.total) / steps_B, np.nan, np.nan
+    if (B := len(ms_B)) >= FEWEST_BLOCKS:
+        error = ms_B.std(ddof=1) / math.sqrt(B)
+        reach = student(B) * error if documents_known else np.nan
+        error = math.hypot(error, by_chance.total.std(ddof=1) / math.sqrt(DRAWS))
+        p = p_apart(ms, chance, error, B)
+    return {
+        "steps": len(block_S),
+        "ms": ms,
+        "even_ms": even,
+        "chance_ms": chance,
+        **{f"{f.name}_ms": float(getattr(found, f.name).mean()) for f in fields(Times)},
+        "cost": ms / even - 1,
+        "cost_low": (ms - reach) / even - 1,
+        "cost_high": (ms + reach) / even - 1,
+        "cost_by_chance": chance / even - 1,
+        "p": p,
+        "tokens_per_s": N / ms * 1e3,
+    }
 
 
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
@@ -344,8 +306,7 @@ def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
 
 
 def _known(row: Any, settings: Settings, among: int) -> bool:
-    """Whether the cost is neither chance nor the error of the times. `among`: the costs that this
-    one is picked from."""
+    """Whether the cost is neither chance nor the error of the times. `among`: so many costs."""
     if settings["error"] is None:
         return False
     cost = math.log1p(row["cost"])
@@ -365,11 +326,11 @@ def turning_point(rows: Frame, settings: Settings) -> tuple[int, int] | None:
     return (saves, costs) if saves and costs and saves < costs else None
 
 
-def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart | None:
     """Of each phase: the time and the cost by tokens of a step, and what the time of each layer is
     made of."""
     table, layers = tables["step"], tables["step_layers"]
-    several, panels = table["phase"].nunique() > 1, list[Panel]()
+    several, panels = table["phase"].nunique() > 1, list[spec.Panel]()
     whole = table[table["domain"] == ""]
     for phase, mine in whole.groupby("phase", sort=False, dropna=False):
         of = f" of {phase}" if several else ""
@@ -377,7 +338,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
         largest = layers[layers["tokens"] == mine["tokens"].max()]
         same = largest["phase"] == phase if several else slice(None)
         panels.append(_by_layer(largest[same], label_of, of))
-    return Chart(
+    return spec.Chart(
         "What imbalance costs",
         f"Milliseconds of the MoE layers of a step on {plural(settings['gpus'], 'GPU')}, by times "
         f"of {settings['kernel']}",
@@ -387,35 +348,40 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
     )
 
 
-def _by_tokens(rows: Frame, settings: Settings, of: str) -> Iterator[Panel]:
+def _by_tokens(rows: Frame, settings: Settings, of: str) -> Iterator[spec.Panel]:
     x, even = np.arange(len(rows), dtype=float), rows["even_ms"].to_numpy()
-    axis = Axis("tokens of a step, over all GPUs", tuple(f"{n:,}" for n in rows["tokens"]))
+    axis = spec.Axis("tokens of a step, over all GPUs", tuple(f"{n:,}" for n in rows["tokens"]))
     cost, chance, *ends = (
         rows[name].to_numpy(float) for name in ("cost", "cost_by_chance", "cost_low", "cost_high")
     )
 
-    def lines(scaled: Callable[[np.ndarray], np.ndarray]) -> tuple[Line, Line]:
-        low, high = known_interval(*map(scaled, ends))
+    def lines(scaled: Callable[[np.ndarray], np.ndarray]) -> tuple[spec.Line, spec.Line]:
+        low, high = spec.known_interval(*map(scaled, ends))
         return (
-            Line(x, scaled(chance), "by chance", "c3", "dot"),
-            Line(x, scaled(cost), "the trace", "c1", "", True, low, high),
+            spec.Line(x, scaled(chance), "by chance", "c3", "dot"),
+            spec.Line(x, scaled(cost), "the trace", "c1", "", True, low, high),
         )
 
-    marks = Line(x, even, "even load", "baseline", "dash"), *lines(lambda cost: (1 + cost) * even)
-    yield Panel(marks, axis, Axis("ms of the MoE layers", low=0), f"Time{of}")
-    turns, band = turning_point(rows, settings), list[Mark]()
+    marks = (
+        spec.Line(x, even, "even load", "baseline", "dash"),
+        *lines(lambda cost: (1 + cost) * even),
+    )
+    yield spec.Panel(marks, axis, spec.Axis("ms of the MoE layers", low=0), f"Time{of}")
+    turns, band = turning_point(rows, settings), list[spec.Mark]()
     if turns:
         at = np.searchsorted(rows["tokens"], turns).astype(float)
         most = 100 * np.nanmax([cost, *ends])
         name = "imbalance turns from saving time to costing it"
-        band.append(Band(at, np.zeros(2), np.full(2, most), name))
-    marks = *band, Rule(0, "even load", "baseline", "dash"), *lines(lambda cost: 100 * cost)
-    yield Panel(marks, axis, Axis("% of the time of an even load"), f"Cost of imbalance{of}")
+        band.append(spec.Band(at, np.zeros(2), np.full(2, most), name))
+    marks = *band, spec.Rule(0, "even load", "baseline", "dash"), *lines(lambda cost: 100 * cost)
+    yield spec.Panel(
+        marks, axis, spec.Axis("% of the time of an even load"), f"Cost of imbalance{of}"
+    )
 
 
-def _by_layer(rows: Frame, label_of: Labels, of: str) -> Panel:
+def _by_layer(rows: Frame, label_of: Labels, of: str) -> spec.Panel:
     """Bars on each other."""
-    x, below, bars = np.arange(len(rows), dtype=float), np.zeros(len(rows)), list[Mark]()
+    x, below, bars = np.arange(len(rows), dtype=float), np.zeros(len(rows)), list[spec.Mark]()
     for name, ms, colour in (
         ("experts, mean GPU", rows["experts_ms"] - rows["waiting_ms"], "c1"),
         ("waiting for the busiest GPU", rows["waiting_ms"], "c2"),
@@ -424,9 +390,11 @@ def _by_layer(rows: Frame, label_of: Labels, of: str) -> Panel:
     ):
         if ms.any():
             top = below + ms.fillna(0).to_numpy(float)
-            bars.append(Bars(x, below, top, name, colour))
+            bars.append(spec.Bars(x, below, top, name, colour))
             below = top
-    even = Points(x, rows["even_ms"].to_numpy(float), "all of it, of an even load", "c7", "tick")
-    layers = Axis("layer", tuple(label_of[r] for r in rows["router"]))
+    even = spec.Points(
+        x, rows["even_ms"].to_numpy(float), "all of it, of an even load", "c7", "tick"
+    )
+    layers = spec.Axis("layer", tuple(label_of[r] for r in rows["router"]))
     title = f"Each layer, with {rows['tokens'].iloc[0]:,} tokens{of}"
-    return Panel((*bars, even), layers, Axis("ms", low=0), title)
+    return spec.Panel((*bars, even), layers, spec.Axis("ms", low=0), title)

@@ -72,7 +72,6 @@ class Webhook:
 
 
 def actions_of(on_alarm: str | Action | Sequence[str | Action]) -> list[str | Action]:
-    """The actions asked for, checked."""
     actions = [on_alarm] if isinstance(on_alarm, str) or callable(on_alarm) else list(on_alarm)
     for action in actions:
         if not callable(action) and action not in NAMED:

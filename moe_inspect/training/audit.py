@@ -18,15 +18,9 @@ from torch import Tensor
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, selection_bias, text_config
-from moe_inspect.reporting.verdict.findings import (
-    Finding,
-    Severity,
-    finding,
-    most_important_first,
-)
+from moe_inspect.reporting.verdict.findings import Finding, Severity, finding, most_important_first
 from moe_inspect.text import first_line
-from moe_inspect.training.added import EPS, SAME, added
-from moe_inspect.training.bias import bias_findings, update_findings
+from moe_inspect.training.checks import EPS, SAME, added, bias_findings, update_findings
 from moe_inspect.training.formulas import (
     BY_LOGITS,
     OF_CHOSEN,
@@ -230,8 +224,7 @@ class _Audit:
         return found
 
     def _with_other_weights(self, seed: int) -> Pass:
-        """The batch as given, with routers that choose otherwise: the formula is the same, and even
-        load becomes uneven."""
+        """The batch as given, with routers that choose otherwise: even load becomes uneven."""
         kept = [(p, p.detach().clone()) for p in self.weights.values()]
         try:
             with torch.random.fork_rng(), torch.no_grad():
@@ -437,9 +430,8 @@ class _Audit:
         if not value.requires_grad:
             return {key: torch.zeros_like(p) for key, p in self.weights.items()}
         of = [*self.weights.values()]
-        found = torch.autograd.grad(value, of, retain_graph=True, allow_unused=True)
-        pairs = zip(self.weights.items(), found, strict=True)
-        return {key: torch.zeros_like(p) if g is None else g for (key, p), g in pairs}
+        found = torch.autograd.grad(value, of, retain_graph=True, materialize_grads=True)
+        return dict(zip(self.weights, found, strict=True))
 
     def _same_gradient(self, real: Gradients, expected: Gradients, match: Match) -> None:
         """Whether its gradient is that of the formula whose value it has."""
@@ -532,38 +524,26 @@ class _Audit:
         wrong = [r for r in in_all(lambda c: c < -ALONG) if not after[r] < 0]
         still = in_all(lambda c: abs(c) < ALONG / 10)
         right = [r for r in in_all(lambda c: c > ALONG) if not after[r] > 0]
-        where = "in this batch and in each half of it"
-        if wrong:
-            self.say(
-                "direction",
-                "critical",
-                f"In {self.passes.labels(wrong)} a step of the loss moves probability to the busy "
-                f"experts, {where}.",
-                routers=wrong,
-            )
-        if still:
-            self.say(
-                "direction",
-                "critical",
-                f"In {self.passes.labels(still)} a step of the loss moves no probability from busy "
-                f"experts to idle ones, {where}.",
-                routers=still,
-            )
-        if unsure := [r for r in judged if r not in {*wrong, *still, *right}]:
-            self.say(
-                "direction",
-                "note",
-                f"In {self.passes.labels(unsure)} the batch and its halves do not agree on where a "
-                "step of the loss moves probability.",
-                routers=unsure,
-            )
+        unsure = [r for r in judged if r not in {*wrong, *still, *right}]
+        step, where = "a step of the loss moves", "in this batch and in each half of it"
+        to_idle = "probability from busy experts to idle ones"
+        halves_differ = f"the batch and its halves do not agree on where {step} probability"
+        cases: tuple[tuple[list[int], Severity, str], ...] = (
+            (wrong, "critical", f"{step} probability to the busy experts, {where}"),
+            (still, "critical", f"{step} no {to_idle}, {where}"),
+            (unsure, "note", halves_differ),
+        )
+        for which, severity, said in cases:
+            if which:
+                text = f"In {self.passes.labels(which)} {said}."
+                self.say("direction", severity, text, routers=which)
         if right == judged:
             self.say(
                 "moves",
                 "good",
-                "A step of the loss moves probability from busy experts to idle ones in every "
-                + (f"{only}" if only else "router")
-                + (", by autograd and as measured." if agrees else ", by autograd."),
+                f"A step of the loss moves {to_idle} in every {only or 'router'}, by autograd"
+                + " and as measured" * bool(agrees)
+                + ".",
             )
 
 

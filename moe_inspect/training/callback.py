@@ -158,8 +158,7 @@ def _say(findings: Sequence[Finding], state: State) -> None:
 
 
 def _trainer_that_calls() -> Trainer | None:
-    """The Trainer whose training calls this callback: a callback is not told. None where something
-    else calls it."""
+    """The Trainer that calls this callback, which is not told; None where something else does."""
     frame = sys._getframe(1)
     while frame is not None:
         if isinstance(found := frame.f_locals.get("self"), Trainer):

@@ -13,12 +13,8 @@ import torch
 
 from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule, refuse_gpus
-from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.probes import Probes
-from moe_inspect.capture.hook.stack import Sinks
 from moe_inspect.errors import MoeInspectError, check_whole
-from moe_inspect.model.find import recordable
-from moe_inspect.model.wrapped import is_compiled, unwrapped
+from moe_inspect.model.wrapped import is_compiled
 from moe_inspect.training import metrics as shown
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
 
     from moe_inspect.capture.options import InputsOf
     from moe_inspect.model.custom.spec import RouterSpec
-    from moe_inspect.model.routers import Site
     from moe_inspect.trace.schema import Router
 
 PREFIX = "routing/"
@@ -98,7 +93,6 @@ class RoutingMonitor:
                 check_whole(name, n, 1)
         if detail not in shown.DETAILS:
             raise MoeInspectError(f"no detail {detail!r}: choose from {', '.join(shown.DETAILS)}")
-        self.model = unwrapped(model, by_path=bool(routers))
         self.path = Path(path) if path is not None else None
         self.every, self.log_steps, self.detail, self.group = every, log_steps, detail, group
         self.flush_steps = flush_steps or log_steps
@@ -106,16 +100,8 @@ class RoutingMonitor:
         self.rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
         refuse_gpus(self.rules)
         self.resume_step, self.overwrite = resume_step, overwrite
-        sites = recordable(self.model, routers, layers)
-        # without sites, probes will show them
-        logits = not sites or any(site.logits_module is not None for site in sites)
-        self._sums = RoutingSums(self.model, sites, inputs)
-        extras = ("logits",) if logits else ()
-        self._attachment = Attachment(model, self.model, sites, "tap", extras, self._sums)
-        for r, sinks in enumerate(self._attachment.sinks):
-            self._sums.receive(r, sinks)
-        add, scopes = None if sites else self._add, self._attachment.scopes
-        self._attachment.probes = Probes(scopes, add, self.model, layers, need_logits=False)
+        self._sums = RoutingSums(model, routers, layers, inputs)
+        self.model, self._attachment = self._sums.model, self._sums.attachment
         self._pauses = is_compiled(model)
         self.steps = resume_step
         self.should_stop = False
@@ -131,13 +117,6 @@ class RoutingMonitor:
     def routers(self) -> list[Router]:
         """The routers, once a pass has run."""
         return self._sums.routers
-
-    def _add(self, site: Site) -> Sinks:
-        """One more router, which a probe shows in the first pass."""
-        self._sums.add_router(site)
-        sinks = self._attachment.add(site)
-        self._sums.receive(len(self._sums.sites) - 1, sinks)
-        return sinks
 
     # --- attach and detach
 
@@ -253,7 +232,7 @@ class RoutingMonitor:
         drops_R = np.array([site.drops for site in self._sums.sites])
         rate_R = drop_rate_R(taken.load, taken.tokens_R, self.routers)
         rate_R = np.where(drops_R, rate_R, np.nan)
-        found = {"aux_loss": taken.aux_loss_R, "z_loss": taken.z_loss_R}
+        found = dict(zip(("aux_loss", "z_loss"), taken.losses_2R, strict=True))
         if training:
             found["bias_range"] = self._sums.bias_range()
         return {**found, DROP_RATE: rate_R}

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.stack import Sinks
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.find import no_routers, recordable
-from moe_inspect.model.routers import Site, selection_bias, text_config
-from moe_inspect.model.wrapped import unwrapped
+from moe_inspect.model.find import no_routers
+from moe_inspect.model.routers import selection_bias, text_config
 from moe_inspect.text import layer_label, ranges
 from moe_inspect.training.formulas import Routed
 from moe_inspect.training.sums import RoutingSums
@@ -48,27 +45,16 @@ class Passes(RoutingSums):
     def __init__(
         self, model: Any, routers: Sequence[RouterSpec] | None, inputs: InputsOf | None
     ) -> None:
-        self.outer, inner = model, unwrapped(model, by_path=bool(routers))
-        if any(of.is_inference() for of in (*inner.parameters(), *inner.buffers())):
+        super().__init__(model, routers, None, inputs)
+        if any(of.is_inference() for of in (*self.model.parameters(), *self.model.buffers())):
             raise MoeInspectError(
                 "the model was made or loaded under torch.inference_mode, and has no gradients: "
                 "load it outside"
             )
-        sites = recordable(inner, routers, None)
-        super().__init__(inner, sites, inputs)
-        self.attachment = Attachment(model, inner, sites, "tap", ("logits",), self)
-        for r, sinks in enumerate(self.attachment.sinks):
-            self.receive(r, sinks)
-        add, scopes = None if sites else self._add_probed, self.attachment.scopes
-        self.attachment.probes = Probes(scopes, add, inner, None, need_logits=False)
-
-    def _add_probed(self, site: Site) -> Sinks:
-        self.add_router(site)
-        self.receive(len(self.sites) - 1, sinks := self.attachment.add(site))
-        return sinks
 
     def receive(self, r: int, sinks: Sinks) -> None:
-        sinks["logits"].keeps_graph = True
+        if "logits" in sinks:
+            sinks["logits"].keeps_graph = True
         super().receive(r, sinks)
 
     @contextmanager
@@ -141,7 +127,6 @@ class Passes(RoutingSums):
         return f"layer{'s' * (len(names) > 1)} {said}"
 
     def biases(self) -> dict[int, Tensor]:
-        """The selection bias of each router that has one."""
         found = ((r, selection_bias(site, self.model)) for r, site in enumerate(self.sites))
         return {r: bias for r, bias in found if bias is not None}
 
@@ -193,7 +178,8 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     of transformers gets labels, as some compute no loss without."""
     model, found = passes.model, dict[str, Batch]()
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    batch = tree_map_only(Tensor, _with_graph, batch)
+    # what is made under torch.inference_mode can be in no graph
+    batch = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, batch)
     values = batch.values() if isinstance(batch, Mapping) else batch
     values = [batch] if torch.is_tensor(batch) else list(values)
     B = next((len(v) for v in values if torch.is_tensor(v) and v.dim() > 1), 0)
@@ -245,11 +231,6 @@ def alike(a: Batch, b: Batch) -> bool:
 
     rows, others = rows_of(a), rows_of(b)
     return within(rows, others) or within(others, rows)
-
-
-def _with_graph(tensor: Tensor) -> Tensor:
-    """What is made under torch.inference_mode can be in no graph."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _masked(batch: Mapping[str, Any], ids: Tensor, model: Any) -> dict[str, Batch]:

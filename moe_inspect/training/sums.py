@@ -11,22 +11,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.inputs.arguments import CallReader, mask_of
+from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.stack import Sinks, router_at
 from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.find import no_routers
+from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.routers import Site, selection_bias
+from moe_inspect.model.wrapped import unwrapped
 from moe_inspect.trace.schema import Router
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from moe_inspect.model.custom.spec import RouterSpec
 
 Tokens = dict[str, int | Tensor]  # by stack
 RECENT = 32  # steps whose loads are kept apart, for the max_vio of a step
@@ -98,8 +103,7 @@ class DeviceSums:
             )
         )
         aux_R = self.experts_R * product_R / (load_R * tokens_R).clamp(min=1e-20)
-        losses_2R = self.losses_22R[int(training)]
-        losses_2R += torch.stack([aux_R, self.z_R / tokens_R.clamp(min=1)])
+        self.losses_22R[int(training)] += torch.stack([aux_R, self.z_R / tokens_R.clamp(min=1)])
 
     def end_step(self, n: int) -> None:
         self.total_3C[TRAINING] += self.total_3C[STEP]
@@ -115,15 +119,14 @@ class DeviceSums:
 class WindowSums:
     """What was summed, on the host. `load`: assignments, int64 [E] of each router. `recent`: those
     of each of the last steps, at most RECENT, int64 [S, E] of each router. `tokens_R`; `passes`:
-    forward passes, of all ranks; `aux_loss_R`, `z_loss_R`: means over passes, NaN where the model
-    shows no logits."""
+    forward passes, of all ranks; `losses_2R`: auxiliary and z-loss, means over passes, NaN where
+    the model shows no logits."""
 
     load: list[np.ndarray]
     recent: list[np.ndarray]
     tokens_R: np.ndarray
     passes: int
-    aux_loss_R: np.ndarray
-    z_loss_R: np.ndarray
+    losses_2R: np.ndarray
 
     def plus(self, later: WindowSums) -> WindowSums:
         """The sums of both, of which the other's steps come later."""
@@ -133,20 +136,26 @@ class WindowSums:
             [np.concatenate(both) for both in zip(self.recent, later.recent, strict=True)],
             self.tokens_R + later.tokens_R,
             n + m,
-            (n * self.aux_loss_R + m * later.aux_loss_R) / (n + m),
-            (n * self.z_loss_R + m * later.z_loss_R) / (n + m),
+            (n * self.losses_2R + m * later.losses_2R) / (n + m),
         )
 
 
 class RoutingSums:
-    """Receives the events of an Attachment (its `Records`). A pass in which the model is in
-    training mode and gradients are on is training; every other is evaluation. `is_counted`:
+    """Receives the events of its `attachment` to a model, wrapped or not. A pass in which the model
+    is in training mode and gradients are on is training; every other is evaluation. `is_counted`:
     whether training passes are, until it is changed. `sites`: without any, probes show them in the
-    first pass (`add_router`). `inputs`: how to read the arguments of the model's calls."""
+    first pass. `routers`, `layers`, `inputs`: as of `RoutingMonitor`."""
 
-    def __init__(self, model: torch.nn.Module, sites: list[Site], inputs: InputsOf | None = None):
-        self.model, self.sites = model, sites
-        self._reader = CallReader(model, sites, inputs)
+    def __init__(
+        self,
+        outer: Any,
+        routers: Sequence[RouterSpec] | None,
+        layers: Sequence[int] | None,
+        inputs: InputsOf | None,
+    ):
+        self.outer, self.model = outer, unwrapped(outer, by_path=bool(routers))
+        self.sites = sites = recordable(self.model, routers, layers)
+        self._reader = CallReader(self.model, sites, inputs)
         self.routers: list[Router] = []  # once a pass has shown their top-k
         self.is_counted, self.is_training = True, False
         self._stacks = list(dict.fromkeys([s.stack for s in sites] or [""]))
@@ -158,6 +167,13 @@ class RoutingSums:
         self._tokens: list[Tokens] = [dict.fromkeys(self._stacks, 0) for _ in range(3)]
         self._counting = False
         self._begin_pass()
+        logits = not sites or any(site.logits_module is not None for site in sites)
+        extras = ("logits",) if logits else ()
+        self.attachment = Attachment(outer, self.model, sites, "tap", extras, self)
+        for r, sinks in enumerate(self.attachment.sinks):
+            self.receive(r, sinks)
+        add, scopes = None if sites else self._add_probed, self.attachment.scopes
+        self.attachment.probes = Probes(scopes, add, self.model, layers, need_logits=False)
 
     def _begin_pass(self) -> None:
         self._rows: dict[str, int] = {}  # of each stack that was fed
@@ -169,7 +185,7 @@ class RoutingSums:
         # calls in the first pass: "" or "logits", router, first row, and ids or logits
         self._early: list[tuple[str, int, int, Tensor]] = []
 
-    def add_router(self, site: Site) -> None:
+    def _add_probed(self, site: Site) -> Sinks:
         """One more router, which a probe shows in the first pass."""
         if self._place:
             raise MoeInspectError(
@@ -179,6 +195,8 @@ class RoutingSums:
         self.sites.append(site)
         for seen in self._seen.values():
             seen.append(0)
+        self.receive(len(self.sites) - 1, sinks := self.attachment.add(site))
+        return sinks
 
     def receive(self, r: int, sinks: Sinks) -> None:
         """Has the sinks of router r pass on what they receive."""
@@ -336,16 +354,16 @@ class RoutingSums:
         passes, *tokens = (round(float(n[0])) for n in parts[3 * len(of_device) :])
         tokens_of = dict(zip(self._stacks, tokens, strict=True))
         load, recent = list[np.ndarray](), list[np.ndarray]()
-        losses_R2 = np.full((len(self.sites), 2), np.nan)
+        losses_2R = np.full((2, len(self.sites)), np.nan)
         for r, ((on, n), site) in enumerate(zip(self._place, self.sites, strict=True)):
             total_C, recent_S, losses = of_device[id(on)]
             mine = slice(on.first[n], on.first[n] + site.experts)
             load.append(total_C[mine].astype(np.int64))
             recent.append(recent_S.reshape(S, on.C)[:, mine].astype(np.int64))
             if r in self._shows_logits and passes:
-                losses_R2[r] = losses.reshape(2, on.R)[:, n] / passes
+                losses_2R[:, r] = losses.reshape(2, on.R)[:, n] / passes
         tokens_R = np.array([tokens_of[site.stack] for site in self.sites])
-        return WindowSums(load, recent, tokens_R, passes, losses_R2[:, 0], losses_R2[:, 1])
+        return WindowSums(load, recent, tokens_R, passes, losses_2R)
 
     def bias_range(self) -> np.ndarray:
         """The range of each router's selection bias, float [R]; NaN where it has none. Waits for

@@ -307,7 +307,6 @@ def _numbered(key_G: np.ndarray) -> np.ndarray:
 
 
 def _same_content(a: Runs, b: Runs, pairs: np.ndarray) -> np.ndarray:
-    """bool [P]: whether all token ids are the same."""
     of_a, of_b = pairs.T
     return (a.content_G[of_a] == b.content_G[of_b]) & (a.tokens_G[of_a] == b.tokens_G[of_b])
 
@@ -435,7 +434,6 @@ class AlignedRows:
         return np.array_equal(a.rows, of_b[0].rows)
 
     def take(self, keep_T: np.ndarray) -> AlignedRows:
-        """Of these tokens only."""
         of_a, of_b = ([part.take(keep_T) for part in side] for side in self.sides)
         of_b = [part for part in of_b if len(part.at)]
         tokens = self.unit_T, self.cell_T, self.document_T, self.last_T

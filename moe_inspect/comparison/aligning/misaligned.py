@@ -6,7 +6,7 @@ T tokens of the sample, L routers of A, M routers of B, E experts, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.comparison.aligning.align import AlignedRows, Alignment, align, rows_of_shard
 from moe_inspect.comparison.aligning.pairing import layers_named, same_places
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.misrecorded import (
     LAYERS,
     OF_ANOTHER_ROUTER,
@@ -39,14 +40,7 @@ SHIFTS = (-2, -1, 1, 2)
 SHUFFLES = 20
 
 
-@dataclass(frozen=True)
-class Misalignment:
-    kind: str
-    text: str  # what was found, with the evidence
-    option: str  # what mends it, "" where no option does
-    values: Mapping[str, Any]
-
-
+Row = dict[str, Any]
 Pair = tuple[int, int]  # a router of A and one of B
 Chosen = tuple[np.ndarray, np.ndarray]  # bool [T, E]: the experts chosen in A, in B
 
@@ -75,7 +69,6 @@ class SampledRows:
 
     @cached_property
     def own(self) -> dict[Pair, float]:
-        """The agreement of the routers as they are compared."""
         return {pair: agreement(*self.both(pair)) for pair in self.pairs}
 
     @cached_property
@@ -110,9 +103,10 @@ def first_sample(alignment: Alignment, pairs: Sequence[Pair]) -> SampledRows | N
 
 def misalignments(
     alignment: Alignment, pairs: Sequence[Pair], routers: Sequence[int]
-) -> list[Misalignment]:
+) -> list[Finding]:
     """What is numbered otherwise in B, in the stack of the first router; nothing where the routing
-    is alike as it is compared. routers: those of A that are selected."""
+    is alike as it is compared. Its value `option` is what mends it, "" where no option does.
+    routers: those of A that are selected."""
     sample = first_sample(alignment, pairs)
     if sample is None or sample.rows.alike:
         return []
@@ -171,7 +165,7 @@ def _evidence(value: float, before: float) -> str:
     return f"agreement beyond chance {value:.1%}, {before:.1%} as compared"
 
 
-def _routes_shifted(sample: SampledRows) -> Misalignment | None:
+def _routes_shifted(sample: SampledRows) -> Finding | None:
     """B's routes one or two tokens further on, in the same document."""
     before, T, document_T = mean(sample.own.values()), len(sample.rows), sample.rows.document_T
 
@@ -190,13 +184,14 @@ def _routes_shifted(sample: SampledRows) -> Misalignment | None:
         f"B's routes are shifted by {plural(abs(shift), 'token')}: B's token n{shift:+d} has the "
         f"routes of A's token n ({_evidence(value, before)})."
     )
-    values = {"shift": shift, "agreement": value, "agreement_as_compared": before}
-    return Misalignment("routes_shifted", text, f"{SHIFT_ROUTES} {shift}", values)
+    values: Row = {"option": f"{SHIFT_ROUTES} {shift}", "shift": shift}
+    values |= {"agreement": value, "agreement_as_compared": before}
+    return finding("routes_shifted", "critical", text, **values)
 
 
 def _layers_moved(
     sample: SampledRows, routers_a: list[int], routers_b: list[int]
-) -> Misalignment | None:
+) -> Finding | None:
     """Routers of A whose decisions are those of another layer of B than is compared with it."""
     a, b = (trace.routers for trace in sample.traces)
     paired, own, good = dict(sample.pairs), sample.own, {m for _, m in sample.good}
@@ -215,7 +210,8 @@ def _layers_moved(
         return None
     routers, others, found, compared = zip(*moved, strict=True)
     evidence = f"({_evidence(mean(found), mean(compared))})"
-    values: dict[str, object] = {
+    values: Row = {
+        "option": "",
         "agreement": mean(found),
         "agreement_as_compared": mean(compared),
         "layers_a": [a[r].layer for r in routers],
@@ -227,17 +223,17 @@ def _layers_moved(
             f"Layers are numbered differently: B's layer n is A's n{step:+d} {evidence}. One may "
             "skip dense layers, or start again at each pipeline stage."
         )
-        option = f"{SHIFT_LAYERS} {step}"
-        return Misalignment("layers_shifted", text, option, values | {"shift": step})
+        values |= {"option": f"{SHIFT_LAYERS} {step}", "shift": step}
+        return finding("layers_shifted", "critical", text, **values)
     names = [f"A's {layer_label(a, r)} is B's {layer_label(b, m)}" for r, m, *_ in moved]
     said = f"{join_first(names, 4, ', ')} {evidence}."
     if {*routers} <= paired.keys() and {*others} <= {*paired.values()}:
-        return Misalignment("layers_swapped", f"Layers are swapped: {said}", "", values)
+        return finding("layers_swapped", "critical", f"Layers are swapped: {said}", **values)
     text = f"Layers are numbered differently: {said} Each pipeline stage may start again at 0."
-    return Misalignment("layers_renumbered", text, "", values)
+    return finding("layers_renumbered", "critical", text, **values)
 
 
-def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
+def _experts_renumbered(sample: SampledRows) -> Finding | None:
     """Experts matched by the tokens they share in one half of the sample, judged in the other."""
     moved, own = list[tuple[int, float, float]](), sample.own
     fit_T = half_of(len(sample.rows))
@@ -258,11 +254,12 @@ def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
         f"tokens, they agree (beyond chance {value:.1%}, {before:.1%} as compared). Physical ids "
         "or a permuted checkpoint cause this."
     )
-    values = {"routers": [*routers], "agreement": value, "agreement_as_compared": before}
-    return Misalignment("experts_renumbered", text, "", values)
+    values: Row = {"option": "", "routers": [*routers]}
+    values |= {"agreement": value, "agreement_as_compared": before}
+    return finding("experts_renumbered", "critical", text, **values)
 
 
-def _foreign(sample: SampledRows) -> Misalignment | None:
+def _foreign(sample: SampledRows) -> Finding | None:
     """Few routers that agree no more than by chance, between others that agree: a model that
     differs would differ from there on. Of tokens that would tell an agreement from chance."""
     a, own, good = sample.traces[0].routers, sample.own, [r for r, _ in sample.good]
@@ -281,8 +278,9 @@ def _foreign(sample: SampledRows) -> Misalignment | None:
         f"{OF_ANOTHER_ROUTER}."
     )
     left = ranges({a[r].layer for r, _ in own if r not in bad})
-    values = {"routers": bad, "agreement": value, "agreement_elsewhere": others}
-    return Misalignment("routes_of_another_router", text, f"{LAYERS} {left}", values)
+    values: Row = {"option": f"{LAYERS} {left}", "routers": bad}
+    values |= {"agreement": value, "agreement_elsewhere": others}
+    return finding("routes_of_another_router", "critical", text, **values)
 
 
 def matched_overlaps(

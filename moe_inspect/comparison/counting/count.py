@@ -167,8 +167,6 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is compared."""
-
     a: Trace
     b: Trace
     routers: tuple[tuple[int, int], ...]  # (router of A, router of B) of equal shape

@@ -22,10 +22,7 @@ LOGITS_DECIDE = 0.9  # share of decisions that take the largest logits, from whi
 
 def unequal(a: Slots, b: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int64 [N]: the decisions of which any slot differs; their experts in A and in B, [K, N]."""
-    differs_T = a[0] != b[0]
-    for of_a_T, of_b_T in zip(a[1:], b[1:], strict=True):
-        differs_T |= of_a_T != of_b_T
-    at = np.flatnonzero(differs_T)
+    at = np.flatnonzero(np.any([x_T != y_T for x_T, y_T in zip(a, b, strict=True)], axis=0))
     a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (a, b))
     return at, a_KN, b_KN
 
@@ -128,8 +125,7 @@ def margins(trace: Trace, routers: list[int]) -> Margins | None:
 
 
 def logit_margin(logits_TE: np.ndarray, slots: Slots) -> np.ndarray:
-    """float32 [T]: the k-th largest logit minus the next; NaN where an expert was chosen whose
-    logit is below that."""
+    """float32 [T]: the k-th largest logit minus the next; NaN where an expert below was chosen."""
     k, parts = len(slots), [EMPTY]
     for t in range(0, len(logits_TE), BLOCK):
         part_TE = logits_TE[t : t + BLOCK].astype(np.float32)

@@ -11,7 +11,7 @@ from moe_inspect.analysis.counting.engine import too_many_pairs
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.comparison.aligning.align import Alignment, align, all_alike, check_tokens
-from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
+from moe_inspect.comparison.aligning.misaligned import misalignments
 from moe_inspect.comparison.counting.count import (
     ComparisonCounts,
     Job,
@@ -24,6 +24,7 @@ from moe_inspect.comparison.counting.count import (
 from moe_inspect.comparison.counting.kernels import Margins, margins
 from moe_inspect.comparison.result import Paired, PairSettings
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural
 from moe_inspect.trace.manifest import refuse_while_written
 from moe_inspect.trace.reader import Trace
@@ -92,7 +93,6 @@ class Decisions(Paired):
 
     @property
     def why_no_margins(self) -> str:
-        """Why it is unknown how close decisions were."""
         if self.alike:
             return f"{self.a.path} and {self.b.path} are the same files"
         if "logits" not in self.a.tables:
@@ -100,7 +100,7 @@ class Decisions(Paired):
         return f"the routers of {self.a.path} do not choose by their logits alone"
 
     @cached_property
-    def misaligned(self) -> list[Misalignment]:
+    def misaligned(self) -> list[Finding]:
         return misalignments(self.alignment, self.pairs, self.selection.routers)
 
     @cached_property
@@ -215,5 +215,4 @@ class Decisions(Paired):
 
     @cached_property
     def mismatched(self) -> int:
-        """Decisions with another set of experts."""
         return int(self.hits()[0].sum())

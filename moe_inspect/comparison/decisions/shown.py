@@ -96,7 +96,6 @@ def tenths_map(data: Decisions, name: str) -> spec.Chart | str:
 
 
 def growth(data: Decisions) -> spec.Chart | str:
-    """Whether tokens that have differed differ again."""
     if not data.mismatched or len(data.pairs) < 2:
         return ""
     table = data.tables["depth"]

@@ -13,12 +13,7 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
-from moe_inspect.analysis.metrics.uncertainty import (
-    FEWEST_DOCUMENTS,
-    SEED,
-    ratio_interval,
-    special,
-)
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, ratio_interval, special
 from moe_inspect.comparison.aligning.align import DECILES
 from moe_inspect.comparison.aligning.misaligned import matched_overlaps
 from moe_inspect.comparison.counting.count import OF_LOSSES, UNIT, Sums
@@ -261,8 +256,7 @@ RECORDED = {
 
 
 def recorded_otherwise(data: Decisions) -> Facts:
-    """What the manifests say differently of how the two were recorded: dtype → ("float32",
-    "bfloat16")."""
+    """How the two were recorded differently: dtype → ("float32", "bfloat16")."""
     found = Facts()
     for part, names in RECORDED.items():
         manifests = [trace.manifest for trace in data.traces]
@@ -393,8 +387,7 @@ def _worth_of(data: Decisions, r: int, sums: Sums) -> pd.DataFrame:
 def _change(
     name: str, values: np.ndarray, load: np.ndarray, weights_RU: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Mean of B ÷ mean of A − 1 of each expert, and its 95 % interval over documents. values, load:
-    [2, U, E]."""
+    """Mean of B ÷ mean of A − 1 of each expert, and its 95 % interval. values, load: [2, U, E]."""
 
     def relative(sums: np.ndarray, of: np.ndarray) -> np.ndarray:
         mean = sums / nan_for_zero(of)

@@ -8,6 +8,7 @@ Each check takes the comparison and returns its findings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,21 +34,19 @@ FEWEST_LAST = 5
 
 
 def is_misaligned(data: Decisions) -> bool:
-    """Whether decisions are compared that do not belong together, so that what differs means
-    nothing."""
+    """Whether decisions are compared that do not belong together."""
     return any(True for check in (misaligned, zero_filled, last_token) for _ in check(data))
 
 
 def misaligned(data: Decisions) -> Iterator[Finding]:
     """The same routing under another numbering."""
     for one in data.misaligned:
-        text = one.text + (f" Add {one.option}." if one.option else "")
-        yield finding(one.kind, "critical", text, option=one.option, **one.values)
+        option = one.values["option"]
+        yield replace(one, text=f"{one.text} Add {option}.") if option else one
 
 
 def zero_filled(data: Decisions) -> Iterator[Finding]:
-    """Tokens that one trace sends to expert 0 in every slot: not routing, but memory that was set
-    to zero."""
+    """Tokens that one trace sends to expert 0 in every slot: memory that was set to zero."""
     option = DROP_ZERO_FILLED
     for name, n in (("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)):
         if n and _zeros_by_chance(data, name, n) < ALPHA:
@@ -443,7 +442,6 @@ def unchecked(data: Decisions) -> Iterator[Finding]:
 
 
 def recorded(data: Decisions) -> Iterator[Finding]:
-    """How the two were recorded otherwise."""
     apart = recorded_otherwise(data)
     if apart and data.mismatched:
         said = [
@@ -482,7 +480,6 @@ OF_ALIGNED: tuple[Check, ...] = (noise, growth, collapsed, below_chance, load, d
 
 
 def findings(data: Decisions) -> Iterator[Finding]:
-    """What every check finds."""
     left_out = OF_ALIGNED if is_misaligned(data) else ()
     for check in CHECKS:
         if check not in left_out:

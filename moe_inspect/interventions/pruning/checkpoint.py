@@ -163,7 +163,6 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
 
 
 def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the new checkpoint, by name."""
     files = [source / WEIGHTS]
     if not files[0].exists():  # transformers, too, reads an index only then
         listed = _read_json(source / INDEX)["weight_map"]

@@ -62,10 +62,16 @@ def as_frame(columns: AsColumns) -> pd.DataFrame:
 
 
 class LazyTables(Mapping[str, "pd.DataFrame"]):
-    """name → DataFrame of what `data` holds, made when first asked for."""
+    """name → DataFrame of what `data` holds, made when first asked for. `why_not`: why it has no
+    table of a name that others have."""
 
-    def __init__(self, data: object, tables: Mapping[str, Table] = TABLES):
-        self._data, self._tables = data, tables
+    def __init__(
+        self,
+        data: object,
+        tables: Mapping[str, Table] = TABLES,
+        why_not: Callable[[str], str | None] | None = None,
+    ):
+        self._data, self._tables, self._why_not = data, tables, why_not
         self._made: dict[str, pd.DataFrame | AsColumns] = {}
 
     def __getitem__(self, name: str) -> pd.DataFrame:
@@ -75,6 +81,8 @@ class LazyTables(Mapping[str, "pd.DataFrame"]):
 
     def as_made(self, name: str) -> pd.DataFrame | AsColumns:
         """A table as it is when nothing but writing it is wanted."""
+        if name not in self and self._why_not and (why := self._why_not(name)):
+            raise MoeInspectError(why)
         check_table(name, self._tables)
         if name not in self._made:
             self._made[name] = self._tables[name].make(self._data)

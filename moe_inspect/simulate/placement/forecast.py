@@ -158,9 +158,8 @@ def kriging(
 @njit(nogil=True, cache=True)
 def descend_windows(slots_GS, each_EM, fitted_E, limit):  # type: ignore[no-untyped-def]
     """Exchanges slots in place, as long as the sum over windows of the busiest GPU's load falls.
-    each_EM: load of a replica in each window.
-    fitted_E: load of a replica on the whole part fitted to, of which no GPU may get more than
-    `limit`."""
+    each_EM: load of a replica in each window; fitted_E: on the whole part fitted to, of which no
+    GPU may get more than `limit`."""
     G, S = slots_GS.shape
     E, M = each_EM.shape
     has_GE, load_GM, fitted_G = np.zeros((G, E), np.bool_), np.zeros((G, M)), np.zeros(G)

@@ -141,7 +141,8 @@ def simulate_placement(
     ):
         if is_wrong:
             raise MoeInspectError(said)
-    pricing = pricing_of(gpu, engine, dtype, kernel, latency, batch_tokens, sweep, memory_gb)
+    named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
+    pricing = pricing_of(named, latency, batch_tokens, sweep, memory_gb)
     among = None
     if apart:
         among = workloads_of(traces, every, 1 + len(others), fit_domains, fit_phase, weights)
@@ -151,8 +152,8 @@ def simulate_placement(
     empty = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
     fewer_ranks = bool(minimize) and "local-search" in names
     place = partial(_placed, empty, among, slack if fewer_ranks else None)
-    plans, judging = place(layouts, names)
-    tables = tables_of(plans, fitting.ranks_reached(judging), dispatch == "lp")
+    plans = place(layouts, names)
+    tables = tables_of(plans, fitting.ranks_reached(plans.judging), dispatch == "lp")
     if among:
         tables["judged"] = among.table(plans, tables["windows"])
         slowdown = tables["policies"].set_index("policy")["slowdown"]
@@ -161,12 +162,12 @@ def simulate_placement(
     times = dict[str, PlanTimes]()
     if pricing:
         judged = among.judged or among.fitted if among else [workload(trace, selection)]
-        priced, times = pricing.added(tables, plans, judging, judged, ONLINE)
+        priced, times = pricing.added(tables, plans, judged, ONLINE)
         strongest = "local-search" if "local-search" in names else names[-1]
         sizes = {
             P: layouts_of(trace, selection, gpus, nodes, P, groups) for P in sorted(sweep or ())
         }
-        every = ((P, *place(of, [strongest])) for P, of in sizes.items())
+        every = ((P, place(of, [strongest])) for P, of in sizes.items())
         tables |= pricing.swept(every, judged)
     best, same = "local-search", list[str]()
     if not fewer_ranks:
@@ -175,7 +176,7 @@ def simulate_placement(
             best, *same = alike(tables["policies"], POLICIES, worth(priced["error"]))
     tables["plan"] = plan_table(plans, best)
     layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
-    if pricing and judging:  # tokens are told apart
+    if pricing and plans.judging:  # tokens are told apart
         sent = traffic_of(times[best].sent_GG, layout.nodes)
         tables["traffic"] = sent.assign(policy=best)[["policy", *sent]]
     settings: Settings = {
@@ -196,7 +197,7 @@ def simulate_placement(
         "layers": trace.blocks,
         "moe_layers": sorted({r.layer for r in trace.routers}),
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
-        "counts_only": not judging,
+        "counts_only": not plans.judging,
     }
     few = among.too_few if among else too_few(trace, selection)
     return simulation(trace, few, tables, settings, verdict, chart, ("policies",))
@@ -208,10 +209,8 @@ def _placed(
     slack: float | None,
     layouts: dict[int, Layout],
     policies: Sequence[str],
-) -> tuple[fitting.PlacementPlans, list[fitting.PlacementPlans]]:
-    """The plans of these policies; and the same on the tokens of each trace that they are judged
-    on, none where there are only counts. `slack`: for plans of local-search that reach fewer
-    GPUs."""
+) -> fitting.PlacementPlans:
+    """The plans of these policies. `slack`: for plans of local-search that reach fewer GPUs."""
     plans = replace(empty, layouts=layouts, of={})
     several = among is not None and len(among.fitted) > 1
     for r in tracked(plans.selection.routers, "placing", "routers"):
@@ -221,10 +220,10 @@ def _placed(
     if slack is not None:
         fitting.reach_fewer(plans, "local-search", slack)
     if among is None:
-        return plans, [] if plans.trace.counts_only else [plans]
+        return plans if plans.trace.counts_only else replace(plans, judging=[plans])
     windows, loads = among.windows(judged=True)
     plans = replace(plans, windows=windows, loads=loads)
-    return plans, [*among.judging(plans)]
+    return replace(plans, judging=[*among.judging(plans)])
 
 
 def _seen(

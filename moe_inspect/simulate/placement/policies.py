@@ -101,8 +101,7 @@ def shares(expert_P: np.ndarray, E: int, parts: int) -> np.ndarray:
 
 
 def colocated(expert_P: np.ndarray, gpus: int) -> int:
-    """Replicas that share a GPU with another of the same expert, of experts with no more replicas
-    than there are GPUs."""
+    """Replicas on a GPU with another of the same expert, of experts with at most one per GPU."""
     slots_GS = np.sort(expert_P.reshape(gpus, -1), axis=1)
     few_E = np.bincount(expert_P) <= gpus
     return int(((slots_GS[:, 1:] == slots_GS[:, :-1]) & few_E[slots_GS[:, 1:]]).sum())

@@ -1,13 +1,16 @@
 """What plans of `simulate placement` cost in milliseconds: the steps of the judged part, with the
-times of a kernel that was measured (`latency`).
+times of a kernel that was measured (`latency`). And what it costs to rebalance, and how often that
+pays: the experts that GPUs are sent, at the measured bandwidth between them, against what a plan
+loses as it ages.
 
-N tokens of a step, B blocks of documents, G GPUs.
+N tokens of a step, B blocks of documents, W windows, V plans, each fitted on a window, E experts, P
+slots, G GPUs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -16,31 +19,15 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics.windows import FEWEST_WINDOWS
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.placement.policies import Layout
-from moe_inspect.simulate.placement.rebalancing import Place, rebalancing
+from moe_inspect.simulate import sampling
+from moe_inspect.simulate.placement.policies import Layout, contiguous, shares
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
 from moe_inspect.simulate.placement.workloads import Workload
-from moe_inspect.simulate.prices import (
-    MOST_TOKENS,
-    Prices,
-    even,
-    p_apart,
-    prices_of,
-    shape_of,
-)
+from moe_inspect.simulate.prices import MOST_TOKENS, Prices, even, p_apart, prices_of, shape_of
 from moe_inspect.simulate.result import Settings
-from moe_inspect.simulate.sampling import (
-    COUNTED,
-    FEWEST_BLOCKS,
-    MOST_BLOCKS,
-    SEED,
-    StepLoads,
-    draw_steps,
-    from_load,
-    joined,
-    loads_of_steps,
-)
+from moe_inspect.simulate.sampling import COUNTED, FEWEST_BLOCKS, MOST_BLOCKS, SEED, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
 from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.shard import Shard
@@ -83,15 +70,13 @@ class PlanTimes:
 
 
 BATCH_TOKENS = 4096  # of a step, by default
+Place = Callable[[np.ndarray, Layout], np.ndarray]
 # settings
 PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "memory_gb", "ageing", "in_order"
 
 
 def pricing_of(
-    gpu: str | None,
-    engine: str | None,
-    dtype: str | None,
-    kernel: str | None,
+    named: Mapping[str, str | None],
     latency: str | Path | None,
     tokens: int | None,
     sweep: Sequence[int] | None,
@@ -99,24 +84,19 @@ def pricing_of(
 ) -> Pricing | None:
     """None where no GPU is given. MoeInspectError for settings that do not go together, and a
     kernel that was not measured."""
-    for is_wrong, said in (
-        (
-            not (gpu or latency) and (engine or dtype or kernel or sweep or tokens is not None),
+    if not (named["gpu"] or latency) and (any(named.values()) or sweep or tokens is not None):
+        raise MoeInspectError(
             "--engine, --dtype, --kernel, --batch-tokens and --sweep are of measured times: give "
-            "--gpu",
-        ),
-        (memory_gb is not None and not sweep, "--memory-gb is for --sweep"),
-        (
-            tokens is not None and not 1 <= tokens <= MOST_TOKENS,
-            f"steps of {tokens} tokens: give a number from 1 to {MOST_TOKENS:,}",
-        ),
-    ):
-        if is_wrong:
-            raise MoeInspectError(said)
-    if gpu is None and latency is None:
-        return None
+            "--gpu"
+        )
+    if memory_gb is not None and not sweep:
+        raise MoeInspectError("--memory-gb is for --sweep")
     tokens = BATCH_TOKENS if tokens is None else tokens
-    return Pricing(prices_of(gpu, engine, dtype, kernel, latency), tokens, memory_gb)
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise MoeInspectError(f"steps of {tokens} tokens: give a number from 1 to {MOST_TOKENS:,}")
+    if named["gpu"] is None and latency is None:
+        return None
+    return Pricing(prices_of(named, latency), tokens, memory_gb)
 
 
 @dataclass(frozen=True)
@@ -131,16 +111,15 @@ class Pricing:
         self,
         tables: dict[str, pd.DataFrame],
         plans: PlacementPlans,
-        judging: Sequence[PlacementPlans],
         judged: Sequence[Workload],
         places: Mapping[str, Place],
     ) -> tuple[Settings, dict[str, PlanTimes]]:
         """Adds the times to the table `policies`, and the table `rebalancing`, of the first of
         `places` that there are plans of. The settings PRICED, and the times."""
         prices, N = self.prices, self.tokens
-        times, unpriced = self.times(plans, judging, judged)
+        times, unpriced = self.times(plans, judged)
         layout = next(iter(plans.layouts.values()))
-        in_order = self.in_order(plans, judging, judged, times.get("contiguous"))
+        in_order = self.in_order(plans, judged, times.get("contiguous"))
         columns = self.columns(times, in_order, layout.nodes)
         tables["policies"] = tables["policies"].merge(columns, "left", "policy")
         ageing = None
@@ -154,15 +133,10 @@ class Pricing:
         return dict(zip(PRICED, of, strict=True)), times
 
     def in_order(
-        self,
-        plans: PlacementPlans,
-        judging: Sequence[PlacementPlans],
-        judged: Sequence[Workload],
-        contiguous: PlanTimes | None,
+        self, plans: PlacementPlans, judged: Sequence[Workload], contiguous: PlanTimes | None
     ) -> PlanTimes | None:
-        """Of experts in order, without replicas: what a server has before it places any. Of
-        `contiguous`, which has replicas where there are slots for them, where the GPUs cannot share
-        experts evenly."""
+        """Of experts in order, without replicas, as a server has them at first; of `contiguous`,
+        which may have replicas, where the GPUs cannot share experts evenly."""
         experts = {r: plans.trace.routers[r].experts for r in plans.layouts}
         slots = {r: layout.slots for r, layout in plans.layouts.items()}
         uneven = any(E % plans.layouts[r].gpus for r, E in experts.items())
@@ -172,19 +146,17 @@ class Pricing:
             "layouts": {r: replace(plans.layouts[r], slots=E) for r, E in experts.items()},
             "of": {(r, "in order"): np.arange(E) for r, E in experts.items()},
         }
-        alone = replace(plans, **of), [replace(one, **of) for one in judging]
-        return self.times(*alone, judged)[0]["in order"]
+        alone = replace(plans, **of, judging=[replace(one, **of) for one in plans.judging])
+        return self.times(alone, judged)[0]["in order"]
 
     def swept(
-        self,
-        every: Iterable[tuple[int, PlacementPlans, Sequence[PlacementPlans]]],
-        judged: Sequence[Workload],
+        self, every: Iterable[tuple[int, PlacementPlans]], judged: Sequence[Workload]
     ) -> dict[str, pd.DataFrame]:
         """The table `sweep`, a row per number of slots, where there are any; `every`: each with the
         plans of one policy."""
         times, rows = list[PlanTimes](), list[dict[str, object]]()
-        for slots, plans, judging in every:
-            [(policy, of)] = self.times(plans, judging, judged)[0].items()
+        for slots, plans in every:
+            [(policy, of)] = self.times(plans, judged)[0].items()
             times.append(of)
             experts = {plans.trace.routers[r].experts for r in plans.selection.routers}
             row = {"physical_experts": slots, "redundant": slots - max(experts)}
@@ -211,17 +183,16 @@ class Pricing:
         return {"ms": of.ms, "even_ms": of.even, "tokens_per_s": self.tokens / of.ms * 1e3}
 
     def times(
-        self,
-        plans: PlacementPlans,
-        judging: Sequence[PlacementPlans],
-        judged: Sequence[Workload],
+        self, plans: PlacementPlans, judged: Sequence[Workload]
     ) -> tuple[dict[str, PlanTimes], list[str]]:
-        """By policy; and which of the text is too little for a step. `judging`: the plans on the
-        tokens that they are judged on; `judged`: their counts, where there are only these.
+        """By policy; and which of the text is too little for a step. `judged`: the counts of what
+        plans are judged on, where there are only these.
         MoeInspectError where there is no step at all, or no size of experts is known."""
         N, trace = self.tokens, plans.trace
         policies = list(dict.fromkeys(name for _, name in plans.of))
-        parts = _drawn(judging, policies, N) if judging else _by_counts(plans, judged, policies, N)
+        parts = _drawn(plans.judging, policies, N)
+        if not plans.judging:
+            parts = _by_counts(plans, judged, policies, N)
         found = {name: PlanTimes([], [], 0.0, []) for name in policies}
         evenly, weights, without = list[float](), list[float](), list[str]()
         for what, weight, block_S, loads in parts:
@@ -232,9 +203,8 @@ class Pricing:
             for name, of in zip(policies, loads, strict=True):
                 ms_S = sum(self.prices.of(x, shape_of(trace, r), N).total for r, x in of.items())
                 found[name].parts.append(np.bincount(of_S, ms_S) / steps_B)
-                found[name].sent.append(
-                    np.sum([x.sent_GG for x in of.values()], axis=0) / len(block_S)
-                )
+                sent_GG = np.sum([x.sent_GG for x in of.values()], axis=0)
+                found[name].sent.append(sent_GG / len(block_S))
             evenly.append(sum(self.evenly(trace, r, plans.layouts[r]) for r in loads[0]))
             weights.append(weight)
         if not weights:
@@ -246,10 +216,9 @@ class Pricing:
         return {n: PlanTimes(of.parts, share, mean, of.sent) for n, of in found.items()}, without
 
     def evenly(self, trace: Trace, router: int, layout: Layout) -> float:
-        """Milliseconds of a layer whose slots have the same load, and whose tokens choose at
-        random."""
-        N, G, shape = self.tokens, layout.gpus, shape_of(trace, router)
-        spread = even(N, shape, layout.slots, G)
+        """Milliseconds of a layer of evenly loaded slots, whose tokens choose at random."""
+        N, shape = self.tokens, shape_of(trace, router)
+        spread = even(N, shape, layout.slots, layout.gpus)
         return float(self.prices.of(spread, shape, N).total.item())
 
     def columns(
@@ -270,7 +239,6 @@ class Pricing:
 
 
 def traffic_of(sent_GG: np.ndarray, nodes: int) -> pd.DataFrame:
-    """A row per pair of GPUs."""
     gpu_N, to_N = np.indices(sent_GG.shape).reshape(2, -1)
     same_N = _same_node(len(sent_GG), nodes).reshape(-1)
     columns = {"gpu_from": gpu_N, "gpu_to": to_N, "same_node": same_N}
@@ -281,10 +249,7 @@ def _crossing(sent_GG: np.ndarray, nodes: int) -> dict[str, float]:
     """The shares of what GPUs send that go to another GPU of the node, and to another node."""
     whole, own = sent_GG.sum(), np.trace(sent_GG)
     within = sent_GG[_same_node(len(sent_GG), nodes)].sum()
-    return {
-        "intra_node": float((within - own) / whole),
-        "inter_node": float(1 - within / whole),
-    }
+    return {"intra_node": float((within - own) / whole), "inter_node": float(1 - within / whole)}
 
 
 def _same_node(G: int, nodes: int) -> np.ndarray:
@@ -320,8 +285,8 @@ def _drawn(judging: Sequence[PlacementPlans], policies: Sequence[str], N: int) -
             if not tokens[phase] or not routers:
                 continue
             what = " of ".join(filter(None, (phase, PurePath(address(trace)).name)))
-            [steps] = draw_steps(trace, mine, [N], phase == "decode")
-            loads = loads_of_steps(trace, routers, steps, placed, G)
+            [steps] = sampling.draw_steps(trace, mine, [N], phase == "decode")
+            loads = sampling.loads_of_steps(trace, routers, steps, placed, G)
             yield what, tokens[phase] / sum(tokens.values()), steps.block_S, loads
 
 
@@ -346,6 +311,125 @@ def _by_counts(
             rng = np.random.default_rng([SEED, r])  # the same for equal plans
             if (whole_E := load_BE[r].sum(0)).any():  # a block without load has that of all
                 of_B = (load_E if load_E.any() else whole_E for load_E in load_BE[r])
-                of[r] = joined([from_load(rng, load_E, N, *drawn) for load_E in of_B])
+                loads_B = [sampling.from_load(rng, load_E, N, *drawn) for load_E in of_B]
+                of[r] = sampling.joined(loads_B)
         if loads[0]:
             yield one.name, 1.0, np.repeat(np.arange(blocks), S), loads
+
+
+# --- changes of the plan
+
+SHUFFLES = 999
+LINK = "alltoall"  # the transfer whose bandwidth experts are moved at
+
+
+@dataclass(frozen=True)
+class Ageing:
+    """`lost`: ms of a step that a plan loses per window of age; `most`: with the greatest age here;
+    `p`: that the order of the windows does not matter; all NaN where `unknown` says why."""
+
+    lost: float = math.nan
+    most: float = math.nan
+    p: float = math.nan
+    unknown: str = ""
+
+
+def rebalancing(
+    plans: PlacementPlans, policy: str, place: Place, prices: Prices, N: int
+) -> tuple[pd.DataFrame, Ageing]:
+    """Of this policy, for steps of N tokens: a row for the plan after experts in order, and one per
+    window whose own plan follows that of the window before. `plans`: on windows of time, or on
+    workloads, which have no order."""
+    in_order = dict[int, np.ndarray]()
+    for r, layout in plans.layouts.items():
+        E = plans.trace.routers[r].experts
+        without = layout if E % layout.gpus else replace(layout, slots=E)  # replicas
+        in_order[r] = contiguous(plans.loads[r][0], without)
+    planned = {r: plans.of[r, policy] for r in plans.selection.routers}
+    first = {"window": None, "policy": policy, **moved(plans, in_order, planned, prices)}
+    if plans.windows.names or plans.trace.counts_only:
+        return pd.DataFrame([first]), Ageing(unknown="the loads have no order in time")
+    W, gap = len(plans.windows.edge_W) - 1, _spanned(plans)
+    fitted = [
+        {r: place(plans.loads[r][v], layout) for r, layout in plans.layouts.items()}
+        for v in range(W)
+    ]
+    ms_VW = _priced(plans, fitted, prices, N)
+    rows = [
+        {"window": w, "policy": policy, **moved(plans, fitted[w - 1], fitted[w], prices)}
+        | {"ms_before": ms_VW[w - 1, w], "ms_first": ms_VW[0, w]}
+        for w in range(1, W)
+    ]
+    table = pd.DataFrame([first, *rows]).astype({"window": "Int64"})
+    if W < FEWEST_WINDOWS:
+        return table, Ageing(unknown=f"it takes {FEWEST_WINDOWS} windows (--window)")
+    if gap > W // 4:
+        return table, Ageing(unknown="documents last longer than a window")
+    return table, ageing(ms_VW, gap)
+
+
+def moved(
+    plans: PlacementPlans,
+    before: dict[int, np.ndarray],
+    after: dict[int, np.ndarray],
+    prices: Prices,
+) -> dict[str, float]:
+    """10^9 bytes of the experts that GPUs lack, of all and of the GPU that is sent most, and the
+    time of that one: NaN where no link was measured."""
+    gb_G = np.zeros(1)
+    for r, layout in plans.layouts.items():
+        E, shape = plans.trace.routers[r].experts, shape_of(plans.trace, r)
+        had_EG, has_EG = (shares(of[r], E, layout.gpus) > 0 for of in (before, after))
+        gb_G = gb_G + (has_EG & ~had_EG).sum(0) * prices.expert_gb(shape)
+    link, most = prices.transfers.get(LINK), float(gb_G.max())
+    ms = float(link.predict(np.array([most]), 1e9).item()) if link and most else math.nan
+    return {"moved_gb": float(gb_G.sum()), "moved_gb_of_gpu": most, "move_ms": ms if most else 0.0}
+
+
+def _priced(
+    plans: PlacementPlans, fitted: list[dict[int, np.ndarray]], prices: Prices, N: int
+) -> np.ndarray:
+    """Milliseconds of a step of window w's load, under the plan of window v. float64 [V, W]"""
+    W = len(plans.windows.edge_W) - 1
+    ms_VW = np.zeros((len(fitted), W))
+    for r, layout in plans.layouts.items():
+        shape, expert_VP = shape_of(plans.trace, r), np.stack([of[r] for of in fitted])
+        for w, load_E in enumerate(plans.loads[r]):
+            if load_E.any():
+                loads = sampling.expected(load_E, N, shape.top_k, expert_VP, layout.gpus)
+                ms_VW[:, w] += prices.of(loads, shape, N).total
+    return ms_VW
+
+
+def _spanned(plans: PlacementPlans) -> int:
+    """Windows that the longest document goes on for after its first."""
+    parts = list[pd.DataFrame]()
+    for shard in plans.trace.shards:
+        taken_T = taken(shard, plans.selection)
+        window_T = window_of(shard, taken_T, plans.windows)[taken_T]
+        document_T = shard.tokens(["document"])["document"].to_numpy()[taken_T]
+        frame = pd.DataFrame({"document": document_T, "window": window_T})
+        parts.append(frame.drop_duplicates())
+    windows = pd.concat(parts).groupby("document")["window"]
+    return int((windows.max() - windows.min()).max())
+
+
+def ageing(ms_VW: np.ndarray, gap: int) -> Ageing:
+    """The time of each plan in each window is a part of the plan's, a part of the window's, and
+    `lost` × the windows between them (least squares). Chance: the windows in any order (Mantel's
+    test). Pairs up to `gap` apart, which may share a document, are left out."""
+    W = len(ms_VW)
+    v, w = np.indices(ms_VW.shape)
+    age_VW = np.abs(v - w).astype(float)
+    kept_VW = age_VW > gap
+    own = np.eye(W)
+    basis = np.hstack([np.repeat(own, W, 0), np.tile(own, (W, 1))])[kept_VW.ravel()]
+    age_N = age_VW[kept_VW]
+    rest_N = age_N - basis @ np.linalg.lstsq(basis, age_N, rcond=None)[0]
+    rest_VW = np.zeros(ms_VW.shape)
+    rest_VW[kept_VW] = rest_N / (rest_N @ rest_N)
+    lost, rng, beyond = float((ms_VW * rest_VW).sum()), np.random.default_rng(SEED), 1
+    for _ in range(SHUFFLES):
+        order_W = rng.permutation(W)
+        beyond += float((ms_VW[np.ix_(order_W, order_W)] * rest_VW).sum()) >= lost
+    return Ageing(lost, lost * (W - 1), beyond / (SHUFFLES + 1))

@@ -27,8 +27,7 @@ SMALLEST = 1e-9  # relative; below this a gain is rounding
 
 
 class Placement:
-    """A placement under search. slots_GS: expert of each slot; copies_GE: replicas of an expert on
-    a GPU."""
+    """slots_GS: expert of each slot; copies_GE: replicas of an expert on a GPU."""
 
     def __init__(self, load_E: np.ndarray, slots_GS: np.ndarray):
         self.load_E, self.slots_GS = load_E, slots_GS.copy()
@@ -52,7 +51,6 @@ class Placement:
         return self.replicas_E > len(self.slots_GS)
 
     def takes(self, gpu: int, expert: int) -> bool:
-        """Whether another of the expert's replicas can come to the GPU."""
         return bool(self.copies_GE[gpu, expert] == 0 or self.free_E[expert])
 
     def put(self, gpu: int, slot: int, expert: int) -> None:
@@ -155,8 +153,7 @@ def separated(state: Placement) -> Placement | None:
 
 
 def descend(state: Placement) -> None:
-    """Exchanges a slot of the busiest GPU for that of another, the best exchange first, as long as
-    it helps."""
+    """Exchanges a slot of the busiest GPU for another's, the best first, as long as it helps."""
     S, free_E = state.slots_GS.shape[1], state.free_E
     takes_EG = (state.copies_GE == 0).T | free_E[:, None]
     while True:

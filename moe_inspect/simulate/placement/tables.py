@@ -100,7 +100,8 @@ def tables_of(
             row["lp_max_over_mean"] = _over(least_W, mean_W, judged)
         rows.append(row)
         for w, load_E in enumerate(load_WE):
-            ratio = _ratio(load_E @ share_EG)
+            load_G = load_E @ share_EG
+            ratio = float(load_G.max() / load_G.mean()) if load_G.any() else np.nan
             row = {
                 "window": w,
                 **({"workload": windows.names[w]} if apart else {}),
@@ -118,13 +119,8 @@ def tables_of(
     return {"placement": table, "policies": _by_policy(table), "windows": pd.DataFrame(by_window)}
 
 
-def _ratio(load_G: np.ndarray) -> float:
-    return float(load_G.max() / load_G.mean()) if load_G.any() else np.nan
-
-
 def _waits(load_WE: np.ndarray, share_EG: np.ndarray, apart: bool) -> tuple[float, float]:
-    """Load of the busiest GPU, and mean load, of all windows together; of workloads, the sums
-    over them."""
+    """Load of the busiest GPU, and mean load, of all windows together; of workloads, their sums."""
     load_WG = (load_WE if apart else load_WE.sum(0, keepdims=True)) @ share_EG
     return float(load_WG.max(1).sum()), float(load_WG.mean(1).sum())
 

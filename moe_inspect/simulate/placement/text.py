@@ -124,7 +124,6 @@ def _unseen(tables: Tables) -> bool:
 
 
 def _aged(tables: Tables, settings: Settings, policy: str) -> list[str]:
-    """How the plan ages, and what cannot be told of it."""
     said, unknown = list[str](), list[str]()
     if "judged" in tables:
         said += _on_workloads(tables, policy)
@@ -187,8 +186,7 @@ def _on(row: dict[str, Any]) -> str:
 
 
 def _priced(tables: Tables, rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
-    """`rows`: of the table `policies`; `unseen`: whether plans are judged on other text than they
-    are fitted on."""
+    """`rows`: of the table `policies`; `unseen`: whether plans are judged on unseen text."""
     said = _eplb(rows, settings, unseen)
     if "rebalancing" in tables:
         said += _rebalanced(tables, rows, settings)
@@ -201,13 +199,8 @@ def _priced(tables: Tables, rows: dict[str, Any], settings: Settings, unseen: bo
         )
     if "sweep" in tables:
         said.append(_knee(tables["sweep"], settings))
-    return [
-        *said,
-        *(
-            f"No step of {settings['batch_tokens']:,} tokens in {what}, which is not in the times."
-            for what in settings["unpriced"]
-        ),
-    ]
+    steps = f"No step of {settings['batch_tokens']:,} tokens in"
+    return said + [f"{steps} {of}, which is not in the times." for of in settings["unpriced"]]
 
 
 def _eplb(rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
@@ -244,7 +237,6 @@ def _doubt(row: Any, first: Any, settings: Settings) -> str:
 
 
 def _rebalanced(tables: Tables, rows: dict[str, Any], settings: Settings) -> list[str]:
-    """What a change of the plan costs, and how often it pays."""
     table, ageing, N = tables["rebalancing"], settings["ageing"], settings["batch_tokens"]
     start, again = table.iloc[0], table.iloc[1:].drop(columns="window").mean(numeric_only=True)
     mine, first, error = rows[start["policy"]], settings["in_order"], settings["error"]
@@ -346,8 +338,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
 
 
 def _by_layer(whole: Frame, policies: list[str], label_of: Labels, title: str) -> spec.Panel:
-    """Dots of the policies beside each other; of many layers a heatmap, in which those that tie do
-    not hide each other."""
+    """Dots of the policies beside each other; of many layers a heatmap, where ties stay seen."""
     wide = whole.pivot(index="policy", columns="router", values="max_over_mean").loc[policies]
     layers = spec.Axis("layer", tuple(label_of[r] for r in wide.columns))
     ratio_PL = wide.to_numpy(float)
@@ -404,7 +395,6 @@ def _by_window(by_window: Frame, settings: Settings) -> spec.Panel:
 
 
 def _by_pair(traffic: Frame) -> spec.Panel:
-    """Tokens of a step from GPU to GPU."""
     wide = traffic.pivot(index="gpu_from", columns="gpu_to", values="tokens_per_step")
     sent_GG = wide.to_numpy(float)
     scale = spec.amount("tokens of a step", 0, sent_GG, 1)

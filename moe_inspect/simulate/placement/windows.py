@@ -64,7 +64,8 @@ class FitWindows:
 @dataclass(frozen=True)
 class PlacementPlans:
     """The expert of every slot, int64 [P], by (router, policy), with what the plans were made from.
-    `loads`: assignments of each router's experts by window, int64 [W, E]."""
+    `loads`: assignments of each router's experts by window, int64 [W, E]. `judging`: the same plans
+    on the tokens of each trace that they are judged on, none where there are only counts."""
 
     trace: Trace
     selection: Selection
@@ -72,6 +73,7 @@ class PlacementPlans:
     layouts: dict[int, Layout]
     loads: dict[int, np.ndarray]
     of: dict[tuple[int, str], np.ndarray]
+    judging: Sequence[PlacementPlans] = ()
 
 
 def fit_windows_of(

@@ -28,8 +28,7 @@ from moe_inspect.trace.reader import Trace, address
 
 @dataclass(frozen=True)
 class Workload:
-    """`selection`: what it was counted in, maybe with others; `units_U`: bool, which of the counts
-    are its own."""
+    """`selection`: what was counted; `units_U`: bool, which of the counts are its own."""
 
     name: str
     trace: Trace
@@ -165,7 +164,8 @@ def workloads_of(
 ) -> Workloads:
     """Fitted on: the first `fit` traces, or these domains or this phase of the first.
     MoeInspectError where two traces are the same or of different routers, or weights do not fit."""
-    paths, shapes = [address(trace) for trace in traces], [_shapes(trace) for trace in traces]
+    paths = [address(trace) for trace in traces]
+    shapes = [[(of.layer, of.stack, of.experts) for of in trace.routers] for trace in traces]
     for n, path in enumerate(paths):
         if path in paths[:n]:
             raise MoeInspectError(f"{path} is given twice: give each trace once")
@@ -196,12 +196,7 @@ def workloads_of(
     return Workloads(fitted, judged, weight_W)
 
 
-def _shapes(trace: Trace) -> list[tuple[int, str, int]]:
-    return [(router.layer, router.stack, router.experts) for router in trace.routers]
-
-
 def workload(trace: Trace, selection: Selection, name: str = "") -> Workload:
-    """All that is selected."""
     counts = count_trace(trace, selection)
     return Workload(name, trace, selection, counts, np.ones(len(counts.units), bool))
 
