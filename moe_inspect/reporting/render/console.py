@@ -175,4 +175,5 @@ def _cell(value: object, most: float) -> str:
     if is_missing(value):
         return "-"
     cell = number(value) if is_number else printable(str(value))
-    return cell if most == math.inf or cell_len(cell) <= most else set_cell_size(cell, int(most) - 1) + "…"
+    fits = most == math.inf or cell_len(cell) <= most
+    return cell if fits else set_cell_size(cell, int(most) - 1) + "…"
