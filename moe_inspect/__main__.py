@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 an error that the user can fix, 2 usage, 3 a
     gate failed, 130 interrupted."""
-    gc.set_threshold(10_000)  # of what is imported nothing is garbage
+    gc.set_threshold(100_000)  # of what is imported nothing is garbage
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         # glibc would give the memory of each freed array back to the system, and get it again
         mallopt(M_MMAP_THRESHOLD, 2**25)

@@ -84,11 +84,11 @@ def number(value: object) -> str:
     value."""
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, int | numbers.Integral):
+    if isinstance(value, numbers.Integral):
         return f"{int(value):,}"
     if is_missing(value):
         return "–"
-    if isinstance(value, float | numbers.Real):
+    if isinstance(value, numbers.Real):
         real = float(value)
         return f"{real:,.3f}" if abs(real) >= 0.001 or real == 0 else f"{real:.1e}"
     return readable(value)

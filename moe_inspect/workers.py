@@ -3,16 +3,13 @@ in `analysis.tasks`. Results come back in the order of their tasks, whoever does
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from typing import Protocol, TypeVar
 
 from moe_inspect.errors import MoeInspectError
@@ -70,6 +67,9 @@ class Processes:
         self.width = width
 
     def __enter__(self) -> Processes:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
         # not forked: threads of this process may hold locks
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(self.width, context, _begin)
@@ -85,7 +85,7 @@ class Processes:
             yield from in_order(
                 lambda task: self._pool.submit(function, *shared, *task), tasks, self.width + 1
             )
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise MoeInspectError(
                 "a process that parses lines was killed, often out of memory: give fewer "
                 "--workers (workers=)"
@@ -94,6 +94,9 @@ class Processes:
 
 def _begin() -> None:
     """In a process that begins: Ctrl-C is for its parent, with which it ends."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if (parent := multiprocessing.parent_process()) is not None:
 

@@ -158,7 +158,7 @@ MUTATIONS = {
     "first choices of the second slot": ("analysis.counting.kernels_numpy", "slots[:1], of.D, E)", "slots[1:2], of.D, E)", by_hand),
     "weights are of one domain": ("analysis.counting.router_counts", "self.kernels.weight_sum(rows.domain_T, self.slots", "self.kernels.weight_sum(rows.domain_T * 0, self.slots", by_hand),
     "weights of the first slot": ("analysis.counting.kernels_numpy", "np.concatenate(weights), size", "np.concatenate(weights[:1] * len(weights)), size", by_hand),
-    "nowhere is an expert": ("analysis.counting.kernels_numpy", "return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)", "return (row_T.astype(np.int64) * (E + 1) + np.minimum(np.stack(slots), E - 1)).reshape(-1)", by_hand),
+    "nowhere is an expert": ("analysis.counting.kernels_numpy", "(first_T.astype(narrow) + np.stack(slots))", "(first_T.astype(narrow) + np.minimum(np.stack(slots), E - 1))", by_hand),
     "what routed nowhere is not told": ("analysis.counting.router_counts", "of.router.top_k * len(of.slots[0]) - int(load_BE.sum())", "0 * int(load_BE.sum())", by_hand),
     "pairs over the edges of sequences": ("analysis.counting.kernels_numpy", "same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])]", "same_T = np.r_[False, d[1:] == d[:-1]]", in_sequences),
     "pairs over gaps": ("analysis.counting.kernels_numpy", "same_T & np.r_[False, p[1:] == p[:-1] + 1]", "same_T & np.r_[False, p[1:] > p[:-1]]", by("counting.test_tokens_that_do_not_follow_each_other_are_no_pair")),

@@ -18,7 +18,6 @@ from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial, reduce
 from hashlib import sha256
-from importlib.metadata import distributions
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -252,6 +251,8 @@ def _identity(manifest: Mapping[str, object]) -> str:
 
 
 def installed() -> dict[str, str]:
+    from importlib.metadata import distributions
+
     there = {package: list(distributions(name=package)) for package in ALIKE}
     return {package: found[0].version if found else "none" for package, found in there.items()}
 

@@ -92,14 +92,16 @@ def to_stdout() -> Iterator[None]:
 
 def _csv(table: Any, file: BinaryIO, safe: bool) -> None:
     # the csv module does not quote a carriage return, and readers end the row there
-    texts = (table[name].tolist() for name in table if table[name].dtype.kind not in "iufb")
-    returns = any(isinstance(text, str) and "\r" in text for column in texts for text in column)
+    blocks = range(0, max([0, *(len(table[name]) for name in table)]), ROWS)
+    others = [table[name] for name in table if table[name].dtype.kind not in "iufb"]
+    texts = (column[first : first + ROWS].tolist() for column in others for first in blocks)
+    returns = any(isinstance(text, str) and "\r" in text for part in texts for text in part)
     quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
     rows = csv.writer(text, lineterminator="\n", quoting=quoting)
     try:
         rows.writerow(table)
-        for first in range(0, max([0, *(len(table[name]) for name in table)]), ROWS):
+        for first in blocks:
             columns = [_cells(table[name][first : first + ROWS], safe) for name in table]
             rows.writerows(zip(*columns, strict=True))
     finally:

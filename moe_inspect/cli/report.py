@@ -177,14 +177,16 @@ def report(
 
 def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[Gate]) -> None:
     """Counts everything that is asked for in one pass over the rows."""
-    from moe_inspect.reporting.charts.spec import tables_of_charts
     from moe_inspect.reporting.verdict.gate import gated
 
     of_text = ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
     tables = [table] if table else of_text
-    drawn = show.html is not None or show.plots is not None
-    of_charts = tables_of_charts(() if show.html else show.only) if drawn else []
-    made.prepare([*tables, *(gated()[gate.metric] for gate in gates), *of_charts])
+    counted = [*tables, *(gated()[gate.metric] for gate in gates)]
+    if show.html is not None or show.plots is not None:
+        from moe_inspect.reporting.charts.spec import tables_of_charts
+
+        counted += tables_of_charts(() if show.html else show.only)
+    made.prepare(counted)
     advance = phase("computing", len(tables), "tables")
     for name in tables:  # what is counted when it is asked for
         table_of(made, name)
@@ -195,11 +197,12 @@ def _failed(
     made: Report, gates: Sequence[Gate], rules: Sequence[Rule], window: int | None
 ) -> list[str]:
     """A line per gate that failed and per alarm that the rules raise."""
-    from moe_inspect.alarms.of_trace import alarms_of
     from moe_inspect.reporting.verdict.gate import breaches
 
     failed = [f"failed: {line}" for line in breaches(made, gates)]
     if rules:
+        from moe_inspect.alarms.of_trace import alarms_of
+
         alarms = alarms_of(made.trace, rules, made.selection, window)
         failed += [f"alarm: {alarm.text}" for alarm in alarms]
         failed += [f"help: {text}" for text in dict.fromkeys(a.help for a in alarms)]

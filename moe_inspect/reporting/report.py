@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, Excerpt, check_table
@@ -19,6 +17,7 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
+    from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.render.html import Section
     from moe_inspect.reporting.render.texts import Amount
 
@@ -104,7 +103,9 @@ class Report(ReportData, Shown):
         return excerpts_of(self)
 
     def charts(self) -> tuple[list[Chart], list[str]]:
-        return spec.draw_charts(self)
+        from moe_inspect.reporting.charts.spec import draw_charts
+
+        return draw_charts(self)
 
     def page(self, more: Iterable[Section | str] = (), text: Amount = None) -> str:
         """The page, as one string of HTML. `more`: sections to add after its charts, or texts that
@@ -115,11 +116,15 @@ class Report(ReportData, Shown):
         return report_page(self, [*([self.costs.section()] if self.costs else []), *more], text)
 
     def first_chart(self) -> Chart | str:
-        return spec.chart_of(self, "load")
+        from moe_inspect.reporting.charts.spec import chart_of
+
+        return chart_of(self, "load")
 
     def chart_named(self, name: str) -> Chart:
-        spec.check_chart(name)
-        made = spec.chart_of(self, name)
+        from moe_inspect.reporting.charts.spec import chart_of, check_chart
+
+        check_chart(name)
+        made = chart_of(self, name)
         if isinstance(made, str):
             raise MoeInspectError(made or f"this trace has no data for the chart {name!r}")
         return made

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, ClassVar, TextIO, cast
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.later import pd
 from moe_inspect.progress import tracked
-from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import no_such
@@ -23,6 +22,8 @@ from moe_inspect.trace.reader import Trace, address
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from moe_inspect.reporting.charts.spec import Chart
 
 LEAST_OF_TABLE = 9  # lines of a table with two rows in a text
 # lines of a table besides its rows and what is said of those left out: an empty one, the title, the
@@ -120,7 +121,7 @@ class Shown(ABC):
         if (left := len(rows.columns) - CELL_COLUMNS) > 0:
             caption += f" (+ {left} more columns)"
         chart, png = self.first_chart(), b""
-        if isinstance(chart, Chart):
+        if chart and not isinstance(chart, str):
             png = picture(draw(chart), "png", dpi=100)
         return template("notebook.html").render(
             made=self,

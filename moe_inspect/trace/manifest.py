@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 
 from moe_inspect.errors import Damaged, MoeInspectError
@@ -160,6 +159,8 @@ def refuse_while_written(root: Path | Remote, manifest: Json) -> None:
 
 def this_process() -> Json:
     """What a manifest's `capture` states of the process that writes it."""
+    from importlib.metadata import version
+
     return {
         "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

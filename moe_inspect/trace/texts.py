@@ -85,9 +85,12 @@ def document(trace: Trace, number: int, *, layer: int | None = None) -> pd.DataF
         for router in routers:
             routing = shard.routing(router)
             of_it = np.isin(routing["token"].to_numpy(), tokens["token"].to_numpy())
-            parts.append(routing.filter(pa.array(of_it)).to_pandas())
-    found = tokens[shown].reset_index(names="order").merge(pd.concat(parts), on="token")
-    return found.sort_values(["order", "router"], ignore_index=True).drop(columns="order")
+            parts.append(routing.filter(pa.array(of_it)))
+    found = pa.concat_tables(parts, promote_options="permissive").to_pandas()
+    at_N = pd.Index(tokens["token"]).get_indexer(found.pop("token"))
+    by_N = np.lexsort((found["router"], at_N))
+    rows = tokens[shown].take(at_N[by_N]).reset_index(drop=True)
+    return pd.concat([rows, found.take(by_N).reset_index(drop=True)], axis=1)
 
 
 def requests(trace: Trace) -> pd.DataFrame:

@@ -138,7 +138,10 @@ def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) 
 
 def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
     """row · (E + 1) + expert, slot by slot: the last column takes what routed nowhere."""
-    return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)
+    first_T = row_T.astype(np.int64) * (E + 1)
+    # the narrower, the faster
+    narrow = np.min_scalar_type(int(first_T.max(initial=0)) + E)
+    return (first_T.astype(narrow) + np.stack(slots)).reshape(-1)
 
 
 def sorted_rows(row_T: np.ndarray, X: int) -> tuple[np.ndarray, np.ndarray]:

@@ -77,8 +77,10 @@ def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.nd
 def shuffled_within(document_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random order of the tokens in which each has the place of one of its own document: what the
     tokens of a document have in common stays, and so is not taken for anything else. int64 [T]"""
-    order_T, drawn_T = np.empty(len(document_T), np.int64), rng.random(len(document_T))
-    order_T[np.argsort(document_T, kind="stable")] = np.lexsort((drawn_T, document_T))
+    order_T, any_T = np.empty(len(document_T), np.int64), np.argsort(rng.random(len(document_T)))
+    number_T = document_T - document_T.min(initial=document_T.max(initial=0))
+    number_T = number_T.astype(np.min_scalar_type(number_T.max(initial=0)))  # 16 bits: by radix
+    order_T[np.argsort(number_T, kind="stable")] = any_T[np.argsort(number_T[any_T], kind="stable")]
     return order_T
 
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from moe_inspect.text import is_missing, number, printable
@@ -100,7 +101,8 @@ def print_frame(
             lines = [wrap(line, subsequent_indent=" " * before) for line in lines]
         console.print(Text(table_row(names, widths, right), style="bold"), soft_wrap=True)
         rule = "─" * (before + widths[-1])
-        console.print(Text("\n".join([rule, *lines])), soft_wrap=True)
+        text = "\n".join([rule, *lines, ""]).expandtabs()
+        console.print(Segments([Segment(text)]), soft_wrap=True)  # faster than a Text
     shown = len(parts[0]) if fitting else len(cells)
     return shown + sum(value != "" for value in constant.values())
 
@@ -169,8 +171,9 @@ def table_row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str
 
 def _cell(value: object, most: float) -> str:
     """A value in at most so many columns of the terminal."""
-    is_number = not isinstance(value, bool) and isinstance(value, int | float | Real)
+    is_number = not isinstance(value, bool) and isinstance(value, Real)
     if is_missing(value):
         return "-"
     cell = number(value) if is_number else printable(str(value))
-    return cell if cell_len(cell) <= most else set_cell_size(cell, int(most) - 1) + "…"
+    fits = most == math.inf or cell_len(cell) <= most
+    return cell if fits else set_cell_size(cell, int(most) - 1) + "…"
