@@ -7,12 +7,8 @@ documents. All seeds are fixed: the same trace gives the same report.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from functools import cache, lru_cache
-from importlib import import_module
-from types import ModuleType
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
@@ -209,25 +205,10 @@ def interval(
 
 
 def special(name: str) -> Callable[..., np.ndarray]:
-    """A function of scipy.special."""
-    return getattr(_compiled(), name)
+    """A function of scipy.special, which is slow to import."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-
-@cache
-def _compiled() -> Any:
-    """The module with scipy.special's compiled functions. Its package would import what other array
-    libraries need, and NumPy's tests, which takes 0.2 s: an empty one stands in for it."""
-    import scipy  # pyright: ignore[reportMissingTypeStubs]
-
-    name = "scipy.special"
-    if name in sys.modules:
-        return sys.modules[name]
-    package = sys.modules[name] = ModuleType(name)
-    package.__path__ = [f"{folder}/special" for folder in scipy.__path__]
-    try:
-        return import_module(f"{name}._ufuncs")
-    finally:
-        del sys.modules[name]
+    return getattr(special, name)
 
 
 def student_p(t: np.ndarray, freedom: float) -> np.ndarray:
