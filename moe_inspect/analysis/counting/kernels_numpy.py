@@ -42,11 +42,6 @@ class Order:
     size_S: np.ndarray
     first_S: np.ndarray
 
-    @cached_property
-    def in_place(self) -> bool:
-        """Whether the tokens lie in this order already."""
-        return bool((self.by_T == np.arange(len(self.by_T))).all())
-
 
 def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndarray) -> Order:
     """The steps of a generated sequence are in other batches than its prompt, so neighbours are not
@@ -203,7 +198,7 @@ def by_slot(slots: Slots, E: int) -> np.ndarray:
 
 def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
     """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an
-    expert in common. int64 [U]. E: what a slot holds that routed nowhere; 2**16 where none did."""
+    expert in common. int64 [U]"""
     assert token_rows.order is not None
     by_T, after = token_rows.order.by_T, np.flatnonzero(token_rows.order.follows_T)
     ids_TK = np.stack(slots).T[by_T]
