@@ -12,8 +12,6 @@ from functools import cached_property
 
 import numpy as np
 
-from moe_inspect.trace.runs import run_edges
-
 Slots = tuple[np.ndarray, ...]
 BLOCK = 2**22  # cells of a temporary table
 
@@ -62,8 +60,7 @@ def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndar
 @dataclass(frozen=True)
 class TokenRows:
     """The row of each token of a shard in the tables by unit, domain, batch and window, and how
-    many rows each table has; how tokens follow each other, where that was asked for. start_G:
-    where a run of tokens of one unit, batch and window begins, and the end."""
+    many rows each table has; how tokens follow each other, where that was asked for."""
 
     unit_T: np.ndarray
     domain_T: np.ndarray
@@ -74,10 +71,6 @@ class TokenRows:
     B: int
     W: int
     order: Order | None = None
-
-    @cached_property
-    def start_G(self) -> np.ndarray:
-        return run_edges(self.unit_T, self.batch_T, self.window_T)
 
     @cached_property
     def tokens_B(self) -> np.ndarray:
@@ -100,24 +93,12 @@ def loads(
     """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U,
     E], [D, E], [B, E], [W, E]"""
     of = token_rows
-    first_DE = load(of.domain_T, slots[:1], of.D, E)
-    tables = ((of.unit_T, of.U), (of.batch_T, of.B), (of.window_T, of.W))
-    at_G, tokens_G = of.start_G[:-1], np.diff(of.start_G)
-    if len(at_G) * E > len(slots) * len(of.unit_T):  # a table of the runs is longer than the slots
-        units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in tables)
-    else:
-        load_GE = load(np.repeat(np.arange(len(at_G)), tokens_G), slots, len(at_G), E)
-        units_UE, batches_BE, windows_WE = (_summed(row_T[at_G], load_GE, X) for row_T, X in tables)
-    return units_UE, first_DE, batches_BE, windows_WE
-
-
-def _summed(row_G: np.ndarray, load_GE: np.ndarray, X: int) -> np.ndarray:
-    """The sum of the loads that belong to each row. int64 [X, E]"""
-    by_G = np.argsort(row_G, kind="stable")
-    edges = run_edges(row_G[by_G])[:-1]
-    total_XE = np.zeros((X, load_GE.shape[1]), np.int64)
-    total_XE[row_G[by_G[edges]]] = np.add.reduceat(load_GE[by_G], edges)
-    return total_XE
+    return (
+        load(of.unit_T, slots, of.U, E),
+        load(of.domain_T, slots[:1], of.D, E),
+        load(of.batch_T, slots, of.B, E),
+        load(of.window_T, slots, of.W, E),
+    )
 
 
 def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
