@@ -291,23 +291,6 @@ def test_supported_pairs_are_those_of_the_whole_table(made: Report, name: str):
     pd.testing.assert_frame_equal(rows.reset_index(drop=True), expected.reset_index(drop=True))
 
 
-@pytest.mark.parametrize("top", [1, 3, 20, 0])
-def test_supported_pairs_are_found_without_ranking_all(top: int):
-    rng, found = np.random.default_rng(0), 0
-    for experts, tokens, effect in [(6, 30, 1.0), (40, 300, np.nan), (40, 9_000, 5.0)]:
-        load_E, load_N = (rng.integers(0, tokens, n) for n in (experts, experts + 3))
-        expected_EN = np.outer(load_E, load_N) / tokens
-        count_EN = rng.poisson(expected_EN * rng.lognormal(0, 0.3, expected_EN.shape))
-        both = PairEvidence(count_EN, expected_EN, load_E, load_N, count_EN.size, effect)
-        expert, other = both.top(top)
-        supported = both.evidence((expert, other))["supported"]
-        assert both.listed(top) == len(expert)
-        ours = np.stack(both.supported(top))
-        np.testing.assert_array_equal(ours, [expert[supported], other[supported]])
-        found += ours.shape[1]
-    assert found > 20
-
-
 def test_pictures_and_page_show_what_is_supported(made: Report):
     lift_EE = supported_lift(chosen_together(made, 0))
     assert lift_EE[7, 8] > 3

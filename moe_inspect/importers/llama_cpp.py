@@ -51,11 +51,6 @@ class _Matrix:
     load: dict[int, np.ndarray]
     energy: dict[int, np.ndarray] | None
 
-    def top_k(self, layer: int) -> int | None:
-        """Σ counts ÷ tokens, where that is a whole number."""
-        k, rest = divmod(int(self.load[layer].sum()), self.tokens)
-        return k if k and not rest else None
-
 
 def _is_old(name: str, head: bytes) -> bool:
     return name.endswith(".dat") and head[:4] != MAGIC and b"blk." in head
@@ -175,9 +170,10 @@ def _energy(made: Gguf, layer: int, experts: int) -> np.ndarray | None:
 
 
 def _routers(context: ImportContext, found: list[_Matrix]) -> list[Router]:
-    """k is what the user or the config says, else that of most layers."""
-    top_k, votes = context.top_k, Counter(f.top_k(layer) for f in found for layer in f.load)
-    del votes[None]
+    """k is what the user or the config says, else Σ counts ÷ tokens of most layers, where that is a
+    whole number."""
+    of_layers = (divmod(int(load_E.sum()), f.tokens) for f in found for load_E in f.load.values())
+    top_k, votes = context.top_k, Counter(k for k, rest in of_layers if k and not rest)
     if not top_k and not context.facts:
         top_k = votes.most_common(1)[0][0] if votes else context.known_top_k(found[0].path)
     routers: list[Router] = []

@@ -233,9 +233,7 @@ def recorded_runs(routed_TBK: np.ndarray) -> list[slice]:
 def identical_run(routed_TBK: np.ndarray) -> int:
     """The longest run of consecutive tokens with the same decisions in every block."""
     same_T = np.zeros(len(routed_TBK), bool)
-    # few, in a real dump: the rest is looked at for these alone
-    rows = np.flatnonzero((routed_TBK[1:, -1] == routed_TBK[:-1, -1]).all(1))
-    same_T[rows + 1] = (routed_TBK[rows + 1] == routed_TBK[rows]).all((1, 2))
+    same_T[1:] = (routed_TBK[1:] == routed_TBK[:-1]).all((1, 2))
     breaks = np.append(np.flatnonzero(~same_T), len(same_T))
     return int(np.diff(breaks).max(initial=0))
 

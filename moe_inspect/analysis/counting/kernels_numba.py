@@ -2,11 +2,10 @@
 same names, arguments and results (those with float sums to rounding), an order of magnitude faster,
 without the GIL.
 
-T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, G runs
-of tokens, U units, B batches, W windows, D domains, X rows, M + 1 frequencies. slots: K arrays [T],
-as they were decoded; their number is part of the type, so that the compiler unrolls. A slot that
-routed nowhere holds E, and tables have one more column for it, which is cut off: no branch. What
-bounds most of these is one store a cycle.
+T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, U
+units, B batches, W windows, D domains, X rows, M + 1 frequencies. slots: K arrays [T], as they were
+decoded; their number is part of the type, so that the compiler unrolls. A slot that routed nowhere
+holds E, and tables have one more column for it, which is cut off: no branch.
 """
 
 # numba infers the types of what it compiles
@@ -16,7 +15,6 @@ bounds most of these is one store a cycle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -25,40 +23,20 @@ from numba import njit
 from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, Visits
 
 ONE = np.uint32(1)
-# bytes; of which the lower address bits say where in the nearest cache something goes
-PAGE, LINE = 4096, 64
 BFLOAT16_SHIFT, FLOAT16_SHIFT = 16, 13  # bits of a float32 that the rounding leaves 0
 TINY = float(np.finfo(np.float32).tiny)  # for 0 times its logarithm
-SHORT = 16  # tokens of a run below which its load is counted in place
 
 
 @njit(nogil=True, cache=True)
-def _loads(
-    slots, start_G, unit_T, domain_T, batch_T, window_T, total_UE, first_DE, total_BE, total_WE
-):  # type: ignore[no-untyped-def]
-    run_E = np.zeros(total_UE.shape[1], np.uint32)
-    for g in range(len(start_G) - 1):
-        start, end = start_G[g], start_G[g + 1]
-        of_u_E, of_b_E = total_UE[unit_T[start]], total_BE[batch_T[start]]
-        of_w_E, first_E = total_WE[window_T[start]], first_DE[domain_T[start]]
-        if end - start < SHORT:
-            for t in range(start, end):
-                first_E[np.uint64(slots[0][t])] += 1
-                for j in range(len(slots)):
-                    e = np.uint64(slots[j][t])
-                    of_u_E[e] += 1
-                    of_b_E[e] += 1
-                    of_w_E[e] += 1
-        else:
-            for t in range(start, end):
-                first_E[np.uint64(slots[0][t])] += 1
-                for j in range(len(slots)):
-                    run_E[np.uint64(slots[j][t])] += 1
-            for e in range(len(run_E)):
-                of_u_E[e] += run_E[e]
-                of_b_E[e] += run_E[e]
-                of_w_E[e] += run_E[e]
-                run_E[e] = 0
+def _loads(slots, unit_T, domain_T, batch_T, window_T, total_UE, first_DE, total_BE, total_WE):  # type: ignore[no-untyped-def]
+    for t in range(len(unit_T)):
+        of_u_E, of_b_E, of_w_E = total_UE[unit_T[t]], total_BE[batch_T[t]], total_WE[window_T[t]]
+        first_DE[domain_T[t], np.uint64(slots[0][t])] += ONE
+        for j in range(len(slots)):
+            e = np.uint64(slots[j][t])
+            of_u_E[e] += ONE
+            of_b_E[e] += ONE
+            of_w_E[e] += ONE
 
 
 def loads(
@@ -67,7 +45,7 @@ def loads(
     """uint32 [U, E], [D, E], [B, E], [W, E]"""
     of = token_rows
     tables = [np.zeros((rows, E + 1), np.uint32) for rows in (of.U, of.D, of.B, of.W)]
-    _loads(slots, of.start_G, of.unit_T, of.domain_T, of.batch_T, of.window_T, *tables)
+    _loads(slots, of.unit_T, of.domain_T, of.batch_T, of.window_T, *tables)
     units_UE, first_DE, batches_BE, windows_WE = (table[:, :E] for table in tables)
     return units_UE, first_DE, batches_BE, windows_WE
 
@@ -124,39 +102,10 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
 
 
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint16 or uint32 [E, N], twice"""
-    pairs, arguments = len(slots[0]) * len(slots) * len(next_slots), (slots, _staggered(next_slots))
-    total_EN, first_EN = _pairs(_transitions, arguments, pairs, [(E, N), (E, N)])
-    return total_EN, first_EN
-
-
-def _pairs(
-    count: Callable[..., None],
-    arguments: tuple[Slots, ...],
-    pairs: int,
-    shapes: list[tuple[int, int]],
-) -> list[np.ndarray]:
-    """Tables of one shard, so that they stay in the nearest caches, in the narrower type where it
-    holds them. A decision that names an expert twice can make a cell count more than there are
-    tokens: what wraps around, the first table's sum falls short of `pairs`."""
-    tables: list[np.ndarray] = []
-    for kind in (np.uint16, np.uint32) if len(arguments[0][0]) < 2**16 else (np.uint32,):
-        tables = [np.zeros((E + 1, N + 1), kind) for E, N in shapes]
-        count(*arguments, *tables)
-        if tables[0].sum(dtype=np.int64) == pairs:
-            break
-    return [table[:-1, :-1] for table in tables]
-
-
-def _staggered(slots: Slots) -> Slots:
-    """Copies that lie a line of the cache further into the page each. Arrow begins every buffer at
-    a page: read side by side, the slots of two routers would all need the same lines of the nearest
-    cache, which holds fewer."""
-    T, size = len(slots[0]), slots[0].itemsize
-    rows_KX = np.empty((len(slots), (-(-T * size // PAGE) * PAGE + LINE) // size), slots[0].dtype)
-    for row_X, slot_T in zip(rows_KX, slots, strict=True):
-        row_X[:T] = slot_T
-    return tuple(row_X[:T] for row_X in rows_KX)
+    """uint32 [E, N], twice"""
+    total_EN, first_EN = np.zeros((2, E + 1, N + 1), np.uint32)
+    _transitions(slots, next_slots, total_EN, first_EN)
+    return total_EN[:E, :N], first_EN[:E, :N]
 
 
 @njit(nogil=True, cache=True)
@@ -169,10 +118,10 @@ def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
 
 
 def by_slot(slots: Slots, E: int) -> np.ndarray:
-    """uint16 or uint32 [E, E]"""
-    pairs = len(slots[0]) * len(slots) * (len(slots) - 1) // 2
-    [total_EE] = _pairs(_by_slot, (slots,), pairs, [(E, E)])
-    return total_EE
+    """uint32 [E, E]"""
+    total_EE = np.zeros((E + 1, E + 1), np.uint32)
+    _by_slot(slots, total_EE)
+    return total_EE[:E, :E]
 
 
 @njit(nogil=True, cache=True)
@@ -272,53 +221,31 @@ def accumulate(
         _accumulate(any_XE, first_XE, visits.by_N, visits.row_N, ids_TK, slots)
 
 
-BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache
 ONE_64 = np.uint64(1)
 F_BITS = np.uint64(7)  # of f, below the window since which it is that
 F_MASK = np.uint64(2**7 - 1)
 
 
 @njit(nogil=True, cache=True)
-def _meet(before_T, after_T, common_T):  # type: ignore[no-untyped-def]
-    for t in range(len(common_T)):
-        common_T[t] |= before_T[t] == after_T[t]
-
-
-@njit(nogil=True, cache=True)
-def _repetition(before, after, follows_T, unit_T, first_U, any_U):  # type: ignore[no-untyped-def]
-    """Slot by slot, many tokens at once."""
-    common = np.empty(BLOCK, np.bool_)
-    for start in range(1, len(follows_T), BLOCK):
-        end = min(start + BLOCK, len(follows_T))
-        common_T = common[: end - start]
-        common_T[:] = False
-        for i in range(len(before)):
-            for j in range(len(after)):
-                _meet(before[i][start - 1 : end - 1], after[j][start:end], common_T)
-        unit, first, either = unit_T[start], 0, 0
-        for t in range(start, end):
-            if unit_T[t] != unit:
-                first_U[unit] += first
-                any_U[unit] += either
-                unit, first, either = unit_T[t], 0, 0
-            first += follows_T[t] & (before[0][t - 1] == after[0][t])
-            either += follows_T[t] & common_T[t - start]
-        first_U[unit] += first
-        any_U[unit] += either
+def _repetition(slots, by_T, follows_T, unit_T, nowhere, first_U, any_U):  # type: ignore[no-untyped-def]
+    for index in range(1, len(by_T)):
+        if follows_T[index]:
+            before, t, common = by_T[index - 1], by_T[index], False
+            for i in range(len(slots)):
+                e = slots[i][before]
+                for j in range(len(slots)):
+                    common |= (e == slots[j][t]) & (e < nowhere)
+            e = slots[0][t]
+            first_U[unit_T[t]] += (e == slots[0][before]) & (e < nowhere)
+            any_U[unit_T[t]] += common
 
 
 def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 [U], twice"""
     assert token_rows.order is not None
-    by_T, follows_T, unit_T = token_rows.order.by_T, token_rows.order.follows_T, token_rows.unit_T
-    if not token_rows.order.in_place:
-        slots, unit_T = tuple(slot_T[by_T] for slot_T in slots), unit_T[by_T]
-    before = slots
-    if E < 2**16:  # nowhere is nothing to have in common
-        slots = tuple(slot_T.astype(np.uint16) for slot_T in slots)
-        before = tuple(np.where(slot_T == E, np.uint16(2**16 - 1), slot_T) for slot_T in slots)
-    first_U, any_U = np.zeros(token_rows.U, np.int64), np.zeros(token_rows.U, np.int64)
-    _repetition(before, slots, follows_T, unit_T, first_U, any_U)
+    by_T, follows_T = token_rows.order.by_T, token_rows.order.follows_T
+    first_U, any_U = np.zeros((2, token_rows.U), np.int64)
+    _repetition(slots, by_T, follows_T, token_rows.unit_T, E, first_U, any_U)
     return first_U, any_U
 
 

@@ -12,8 +12,6 @@ from functools import cached_property
 
 import numpy as np
 
-from moe_inspect.trace.runs import run_edges
-
 Slots = tuple[np.ndarray, ...]
 BLOCK = 2**22  # cells of a temporary table
 
@@ -42,11 +40,6 @@ class Order:
     size_S: np.ndarray
     first_S: np.ndarray
 
-    @cached_property
-    def in_place(self) -> bool:
-        """Whether the tokens lie in this order already."""
-        return bool((self.by_T == np.arange(len(self.by_T))).all())
-
 
 def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndarray) -> Order:
     """The steps of a generated sequence are in other batches than its prompt, so neighbours are not
@@ -67,8 +60,7 @@ def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndar
 @dataclass(frozen=True)
 class TokenRows:
     """The row of each token of a shard in the tables by unit, domain, batch and window, and how
-    many rows each table has; how tokens follow each other, where that was asked for. start_G:
-    where a run of tokens of one unit, batch and window begins, and the end."""
+    many rows each table has; how tokens follow each other, where that was asked for."""
 
     unit_T: np.ndarray
     domain_T: np.ndarray
@@ -79,10 +71,6 @@ class TokenRows:
     B: int
     W: int
     order: Order | None = None
-
-    @cached_property
-    def start_G(self) -> np.ndarray:
-        return run_edges(self.unit_T, self.batch_T, self.window_T)
 
     @cached_property
     def tokens_B(self) -> np.ndarray:
@@ -105,24 +93,12 @@ def loads(
     """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U,
     E], [D, E], [B, E], [W, E]"""
     of = token_rows
-    first_DE = load(of.domain_T, slots[:1], of.D, E)
-    tables = ((of.unit_T, of.U), (of.batch_T, of.B), (of.window_T, of.W))
-    at_G, tokens_G = of.start_G[:-1], np.diff(of.start_G)
-    if len(at_G) * E > len(slots) * len(of.unit_T):  # a table of the runs is longer than the slots
-        units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in tables)
-    else:
-        load_GE = load(np.repeat(np.arange(len(at_G)), tokens_G), slots, len(at_G), E)
-        units_UE, batches_BE, windows_WE = (_summed(row_T[at_G], load_GE, X) for row_T, X in tables)
-    return units_UE, first_DE, batches_BE, windows_WE
-
-
-def _summed(row_G: np.ndarray, load_GE: np.ndarray, X: int) -> np.ndarray:
-    """The sum of the loads that belong to each row. int64 [X, E]"""
-    by_G = np.argsort(row_G, kind="stable")
-    edges = run_edges(row_G[by_G])[:-1]
-    total_XE = np.zeros((X, load_GE.shape[1]), np.int64)
-    total_XE[row_G[by_G[edges]]] = np.add.reduceat(load_GE[by_G], edges)
-    return total_XE
+    return (
+        load(of.unit_T, slots, of.U, E),
+        load(of.domain_T, slots[:1], of.D, E),
+        load(of.batch_T, slots, of.B, E),
+        load(of.window_T, slots, of.W, E),
+    )
 
 
 def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
@@ -206,7 +182,7 @@ def by_slot(slots: Slots, E: int) -> np.ndarray:
 
 def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
     """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an
-    expert in common. int64 [U]. E: what a slot holds that routed nowhere; 2**16 where none did."""
+    expert in common. int64 [U]"""
     assert token_rows.order is not None
     by_T, after = token_rows.order.by_T, np.flatnonzero(token_rows.order.follows_T)
     ids_TK = np.stack(slots).T[by_T]

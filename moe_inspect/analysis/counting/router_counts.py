@@ -312,8 +312,7 @@ def _pairs(of: RouterDecisions, counts: RouterCounts) -> None:
 
 def _repetition(of: RouterDecisions, counts: RouterCounts) -> None:
     counts.pairs_U = of.token_rows.pairs_U.copy()
-    nowhere = of.E if counts.null_slots else 2**16
-    first_same_U, counts.any_same_U = of.kernels.repetition(of.slots, of.token_rows, nowhere)
+    first_same_U, counts.any_same_U = of.kernels.repetition(of.slots, of.token_rows, of.E)
     counts.first_same_U = first_same_U if of.router.first_choice_known else None
 
 

@@ -13,7 +13,7 @@ of the sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -56,14 +56,24 @@ def document_loads(trace: Trace, selection: Selection) -> DocumentLoads:
     """Of at most DOCUMENTS documents, fewer where the model has very many experts."""
     cells = sum(trace.routers[r].experts for r in selection.routers)
     document_S, domain_S, domains = _documents(trace, selection, min(DOCUMENTS, LOADS // cells))
-    shapes = {r: (len(document_S), trace.routers[r].experts) for r in selection.routers}
-    load_SE = {r: np.zeros(shape, np.int32) for r, shape in shapes.items()}
     asked = selection, document_S, is_long(trace, selection)
-    for parts in by_shard(trace, "counting documents", _loads_of, *asked):
-        for rows, load_by_router in parts:
-            for r, load_RE in load_by_router.items():
-                load_SE[r][rows] += load_RE
+    parts = by_shard(trace, "counting documents", _loads_of, *asked)
+    load_SE = _added(trace, selection, len(document_S), chain.from_iterable(parts))
     return DocumentLoads(document_S, domain_S, domains, load_SE)
+
+
+Part = tuple[np.ndarray, dict[int, np.ndarray]]  # rows of documents, and their loads by router
+
+
+def _added(
+    trace: Trace, selection: Selection, S: int, parts: Iterable[Part]
+) -> dict[int, np.ndarray]:
+    """load_SE of S documents, by router."""
+    load_SE = {r: np.zeros((S, trace.routers[r].experts), np.int32) for r in selection.routers}
+    for rows, load_by_router in parts:
+        for r, load_RE in load_by_router.items():
+            load_SE[r][rows] += load_RE
+    return load_SE
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,8 @@ def every_document(trace: Trace, selection: Selection) -> Iterator[WholeDocument
         number_S, tokens_S = _tokens_of(shard, selection)
         for first in range(0, len(number_S), most):
             document_S = number_S[first : first + most]
-            shapes = {r: (len(document_S), trace.routers[r].experts) for r in selection.routers}
-            load_SE = {r: np.zeros(shape, np.int32) for r, shape in shapes.items()}
-            for rows, load_by_router in _loads_of(shard, selection, document_S, fast):
-                for r, load_RE in load_by_router.items():
-                    load_SE[r][rows] += load_RE
+            parts = _loads_of(shard, selection, document_S, fast)
+            load_SE = _added(trace, selection, len(document_S), parts)
             labels = [domain_of[d] for d in document_S.tolist()]
             yield WholeDocuments(document_S, labels, tokens_S[first : first + most], load_SE)
 
@@ -106,12 +113,10 @@ def _tokens_of(shard: Shard, selection: Selection) -> tuple[np.ndarray, np.ndarr
     return np.array(kept, np.int64), np.array([of[d] for d in kept], np.int64)
 
 
-def _loads_of(
-    shard: Shard, selection: Selection, document_S: np.ndarray, fast: bool
-) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
+def _loads_of(shard: Shard, selection: Selection, document_S: np.ndarray, fast: bool) -> list[Part]:
     """By stack: which documents of the sample the shard has tokens of, and the load of each of
     them, by router, int32 [R, E]."""
-    found = list[tuple[np.ndarray, dict[int, np.ndarray]]]()
+    found = list[Part]()
     if shard.trace.counts_only:
         return [_loads_counted(shard, selection, document_S)]
     for seen, routers in _by_stack(shard, selection):
@@ -125,9 +130,7 @@ def _loads_of(
     return found
 
 
-def _loads_counted(
-    shard: Shard, selection: Selection, document_S: np.ndarray
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def _loads_counted(shard: Shard, selection: Selection, document_S: np.ndarray) -> Part:
     table = shard.counts()
     at_N, rows, row_N = _sampled_rows(document_S, table["document"].to_numpy())
     names = "router", "expert", "assignments"

@@ -71,7 +71,6 @@ def forecast(
     tokens_U: np.ndarray,
     strata_U: np.ndarray,
     minimum: int,
-    R: int = DRAWS,
 ) -> Forecast | None:
     """assignments: int64 [U, E] of each router. strata_U: the domain of each unit; the mixture of
     domains is that of the units where each domain has FEWEST_DOCUMENTS of them. None with fewer
@@ -93,20 +92,20 @@ def forecast(
     documents = unc.effective_documents(tokens_U.astype(float))
     length = float((tokens_U.astype(float) ** 2).sum() / tokens)  # of the document of a token
     rng = np.random.default_rng([unc.SEED, len(tokens_U), len(load_P)])
-    error_RP, luck_RP = (_together(residual_UP, R, rng) for _ in range(2))
+    error_RP, luck_RP = (_together(residual_UP, rng) for _ in range(2))
     freedom = max(min(documents - len(np.unique(strata_U)), _directions(residual_UP)), 1.0)
-    widened_R = freedom / rng.chisquare(freedom, R)
-    needed_RP = np.empty((R, len(load_P)))
+    widened_R = freedom / rng.chisquare(freedom, DRAWS)
+    needed_RP = np.empty((DRAWS, len(load_P)))
     router_P = np.repeat(np.arange(len(assignments)), [of_UE.shape[1] for of_UE in assignments])
     size_L = np.bincount(router_P)
     # variance of the rates of a router's experts ÷ their mean, drawn towards that of all routers
     apart_P = (load_P / mean_P - 1) ** 2
     apart_L = (np.bincount(router_P, apart_P) + LIKE_ALL * apart_P.mean()) / (size_L + LIKE_ALL)
-    known_L = rng.chisquare(size_L + LIKE_ALL - 1, (R, len(size_L))) / (size_L + LIKE_ALL - 1)
+    known_L = rng.chisquare(size_L + LIKE_ALL - 1, (DRAWS, len(size_L))) / (size_L + LIKE_ALL - 1)
     spread_P = np.ones(len(load_P))
     effect_P, more_P = np.ones(len(load_P)), np.maximum(minimum - load_P, 0)
     enough_P = load_P >= minimum
-    for r in range(R):
+    for r in range(DRAWS):
         for _ in range(3):  # the error depends on the rate, and how far the rate is drawn on both
             shape_P = 1 / spread_P + load_P / effect_P
             scaled_P = shape_P / (1 / spread_P + mean_P / effect_P)
@@ -131,14 +130,14 @@ def _directions(residual_UP: np.ndarray) -> float:
     return float(np.trace(common_UU) ** 2 / max((common_UU**2).sum(), 1e-300))
 
 
-def _together(residual_UP: np.ndarray, R: int, rng: np.random.Generator) -> np.ndarray:
+def _together(residual_UP: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Standard normal errors that go together as the documents' do, float64 [R, P]."""
     size_P = np.sqrt((residual_UP**2).sum(0))
     known_P = size_P > 0
-    error_RP = rng.standard_normal((R, len(residual_UP))) @ (
+    error_RP = rng.standard_normal((DRAWS, len(residual_UP))) @ (
         residual_UP / np.where(known_P, size_P, 1)
     )
-    error_RP[:, ~known_P] = rng.standard_normal((R, int((~known_P).sum())))
+    error_RP[:, ~known_P] = rng.standard_normal((DRAWS, int((~known_P).sum())))
     return error_RP
 
 

@@ -188,15 +188,15 @@ def coactivation(data: ReportData) -> Chart | str:
     table, listed = pairs.supported_pairs(data, "coactivation")
     if not listed:
         return "co-activation: with one expert per token there are no pairs"
-    if not (table["lift"] > 1).any():
+    if not (n := int((table["lift"] > 1).sum())):
         return f"co-activation: no pair {BEYOND}"
     drawn = Chart(
         "Chosen together",
         "Pairs of experts that one decision chooses, relative to chance",
         (),
         text="Pairs of experts that one decision chooses together more often than chance, those "
-        f"with the most evidence first: {_supported(table, listed)} Each card lists its expert's "
-        "partners.",
+        f"with the most evidence first: {n:,} of the {listed:,} pairs listed have enough. Each "
+        "card lists its expert's partners.",
         definitions={
             "probability": "P(other chosen, given expert chosen), over all pairs of slots; "
             "(k − 1)/(E − 1) by chance.",
@@ -216,14 +216,14 @@ def transitions(data: ReportData) -> Chart | str:
     table, listed = pairs.supported_pairs(data, "transitions")
     if not listed:
         return "transitions: no two layers follow each other"
-    if not (table["lift"] > 1).any():
+    if not (n := int((table["lift"] > 1).sum())):
         return f"transitions: no link {BEYOND}"
     drawn = Chart(
         "From layer to layer",
         "Experts of one layer and the next, relative to chance",
         (),
         text="Where the tokens of an expert go at the next layer more often than chance, the links "
-        f"with the most evidence first: {_supported(table, listed)}",
+        f"with the most evidence first: {n:,} of the {listed:,} pairs listed have enough.",
         definitions={
             "probability": "P(next expert chosen at the next MoE layer, given expert chosen here), "
             "over all pairs of slots.",
@@ -289,8 +289,3 @@ def supported_lift(counted: PairEvidence) -> np.ndarray:
     lift = counted.count_EN[possible] / counted.expected_EN[possible]
     lift_EN[possible] = np.where(counted.evidence(possible)["supported"], lift, np.nan)
     return lift_EN
-
-
-def _supported(table: pd.DataFrame, listed: int) -> str:
-    n = int((table["lift"] > 1).sum())
-    return f"{n:,} of the {listed:,} pairs listed have enough."

@@ -112,12 +112,12 @@ def page_html(page: Page) -> str:
     groups = {name: [_placed(one, taken) for one in of] for name, of in groups.items()}
     in_order = [*([lead] if lead else []), *chain.from_iterable(groups.values())]
     advance = phase("writing page", len(in_order) + 1, "sections")
-    tables, downloads, panels = Json(), Json(), list[Json]()
+    tables, panels = Json(), list[Json]()
     for one in in_order:
-        if one.table is not None:
-            tables[one.name] = table_json(one.table, links=one.links)
         if one.download is not None:
-            downloads[one.name] = table_json(one.download, len(one.download))
+            tables[one.name] = table_json(one.download, len(one.download))
+        elif one.table is not None:
+            tables[one.name] = table_json(one.table, links=one.links)
         if one.chart is not None and not one.chart.interactive:
             panels += map(panel_json, one.chart.panels)
         advance(1)
@@ -136,7 +136,7 @@ def page_html(page: Page) -> str:
         palette=Markup(palette_css()),
         style=Markup("".join(map(asset, STYLES))),
         script=Markup(script),
-        payload=packed({"panels": panels, "map": page.map_data, "tables": tables | downloads}),
+        payload=packed({"panels": panels, "map": page.map_data, "tables": tables}),
     )
     advance(1)
     return written

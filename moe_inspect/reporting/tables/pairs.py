@@ -120,8 +120,10 @@ def supported_pairs(data: ReportData, name: str) -> tuple[pd.DataFrame, int]:
         nonlocal listed
         if (both := pairs_of(data, r)) is None:
             return None
-        listed += both.listed(data.top)
-        return columns_of(data, r, both, both.supported(data.top))
+        expert, other = both.top(data.top)
+        listed += len(expert)
+        supported = both.evidence((expert, other))["supported"]
+        return columns_of(data, r, both, (expert[supported], other[supported]))
 
     if (key := (supported_pairs, name)) not in data.made:
         frame = pd.DataFrame(load.rows_per_router(data, columns))
@@ -244,62 +246,19 @@ class PairEvidence:
     def top(self, top: int) -> Listed:
         """The `top` partners of each expert with the most evidence, among those it is ever chosen
         with; 0: all. Returns (expert, partner)."""
-        N, found = self.count_EN.shape[1], list[tuple[np.ndarray, ...]]()
-        top = min(top or N, N)
-        for of, count_EN, expected_EN, most_EN in self._blocks():
-            # the deviance orders pairs as their evidence does, and is faster to compute
-            order_EN = -unc.signed_deviance(count_EN, expected_EN, most_EN)
-            order_EN[count_EN <= 0] = np.inf
-            last_E = np.partition(order_EN, top - 1, axis=1)[:, top - 1]
-            expert, other = np.nonzero((order_EN <= last_E[:, None]) & (order_EN < np.inf))
-            found.append((of.start + expert, other, order_EN[expert, other]))
-        return _first(top, *map(np.concatenate, zip(*found, strict=True)))
-
-    def listed(self, top: int) -> int:
-        """How many pairs `top` gives."""
-        met_E = np.count_nonzero(self.count_EN > 0, axis=1)
-        return int(np.minimum(met_E, top or self.count_EN.shape[1]).sum())
-
-    def supported(self, top: int) -> Listed:
-        """The supported ones of the pairs that `top` gives, in the same order.
-
-        A binomial tail of n trials is at least exp(−deviance ÷ 2) ÷ √(8n), and the deviance ÷ 2 at
-        most the χ² of the count: where that is too small, no logarithm is taken. A pair that is
-        ranked before a supported one above chance has more evidence, so is not left out either; a
-        pair below chance is listed only where fewer than `top` are above."""
-        effect, N = load.at_least_1(self.effect), self.count_EN.shape[1]
-        trials = max(float(min(self.load_E.max(), self.load_N.max())), self.count_EN.max(), effect)
-        least = np.log(self.tested / ALPHA) - np.log(8 * trials / effect) / 2
-        found, top = list[tuple[np.ndarray, ...]](), min(top or N, N)
-        for of, count_EN, expected_EN, most_EN in self._blocks():
-            beyond_EN = count_EN - expected_EN
-            few_E = np.count_nonzero(beyond_EN > 0, axis=1) < top
-            np.maximum(beyond_EN, 0, out=beyond_EN)
-            beyond_EN *= beyond_EN
-            beyond_EN *= most_EN
-            most_EN -= expected_EN
-            most_EN *= expected_EN
-            most_EN *= max(least, 0) * effect
-            kept_EN = (beyond_EN > most_EN) | few_E[:, None]
-            expert, other = np.nonzero(kept_EN & (count_EN > 0))
-            found.append((of.start + expert, other))
-        expert, other = map(np.concatenate, zip(*found, strict=True))
-        pairs = expert, other
-        most = _most(self.count_EN[pairs], self.load_E[expert], self.load_N[other])
-        order = -unc.signed_deviance(self.count_EN[pairs], self.expected_EN[pairs], most)
-        expert, other = _first(top, expert, other, order)
-        supported = self.evidence((expert, other))["supported"]
-        return expert[supported], other[supported]
-
-    def _blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
-        """The rows of some experts after the other: count, expected, and how often the two could be
-        chosen together."""
-        E, N = self.count_EN.shape
+        (E, N), found = self.count_EN.shape, list[Listed]()
         step = max(1, pairs.BLOCK // N)
         for of in (slice(at, at + step) for at in range(0, E, step)):
             count_EN = self.count_EN[of]
             most_EN = _most(count_EN, self.load_E[of, None], self.load_N)
-            yield of, count_EN, self.expected_EN[of], most_EN.astype(float)
+            # the deviance orders pairs as their evidence does, and is faster to compute
+            order_EN = -unc.signed_deviance(count_EN, self.expected_EN[of], most_EN)
+            order_EN[count_EN <= 0] = np.inf
+            first_EN = np.argsort(order_EN, axis=1, kind="stable")[:, : top or N]
+            expert, rank = np.nonzero(np.take_along_axis(order_EN, first_EN, 1) < np.inf)
+            found.append((of.start + expert, first_EN[expert, rank]))
+        experts, others = zip(*found, strict=True)
+        return np.concatenate(experts), np.concatenate(others)
 
     def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
@@ -354,14 +313,6 @@ def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
     loads = row_E / counts.routers[after].top_k, column_N / counts.routers[r].top_k
     effect = load.design_effects(data)[r]
     return PairEvidence(next_EN, expected_EN, *loads, max(tested, 1), effect)
-
-
-def _first(top: int, expert: np.ndarray, other: np.ndarray, order: np.ndarray) -> Listed:
-    """Those of the `top` first in order of each expert, expert by expert."""
-    by_evidence = np.lexsort((order, expert))
-    expert, other = expert[by_evidence], other[by_evidence]
-    listed = np.arange(len(expert)) - np.searchsorted(expert, expert) < top  # of equals, some
-    return expert[listed], other[listed]
 
 
 def _most(count: np.ndarray, load: np.ndarray, other_load: np.ndarray) -> np.ndarray:

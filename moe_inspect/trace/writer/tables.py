@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -265,28 +264,29 @@ def write_part(
     if "token" in columns.names:
         encodings["token"] = "DELTA_BINARY_PACKED"
     rows = 0
-    with draft_of(path) as draft, open(draft, "wb", buffering=2**20) as file:
-        sink = _HashingFile(file)
+    with draft_of(path) as draft:
         # (pyarrow's stubs know only one value for all columns)
-        with pq.ParquetWriter(
-            pa.PythonFile(sink, "w"),
-            columns,
-            compression=codecs,  # pyright: ignore[reportArgumentType]
-            compression_level={name: 1 for name, codec in codecs.items() if codec == "zstd"},
-            use_dictionary=labels,  # pyright: ignore[reportArgumentType]
-            column_encoding=encodings,
-            write_statistics=[f.name for f in columns if f.name in STATISTICS],  # pyright: ignore[reportArgumentType]
-            write_page_checksum=True,
-        ) as writer:
+        with (
+            open(draft, "wb", buffering=2**20) as file,
+            pq.ParquetWriter(
+                file,
+                columns,
+                compression=codecs,  # pyright: ignore[reportArgumentType]
+                compression_level={name: 1 for name, codec in codecs.items() if codec == "zstd"},
+                use_dictionary=labels,  # pyright: ignore[reportArgumentType]
+                column_encoding=encodings,
+                write_statistics=[f.name for f in columns if f.name in STATISTICS],  # pyright: ignore[reportArgumentType]
+                write_page_checksum=True,
+            ) as writer,
+        ):
             for make in groups:
                 part = make()
                 rows += len(part)
                 writer.write_table(part, row_group_size=max(len(part), 1))
-        file.flush()
         with open(draft, "rb") as written:
-            footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
-    stated = {"rows": rows, "bytes": sink.size, "footer_crc32": footer_crc32}
-    return {**stated, "sha256": sink.digest.hexdigest()}
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+            size, footer_crc32 = written.tell(), checksums.footer_crc32(pa.PythonFile(written))
+    return {"rows": rows, "bytes": size, "footer_crc32": footer_crc32, "sha256": sha256}
 
 
 def write_shard(
@@ -315,27 +315,3 @@ def vocabulary_bytes(vocabulary: pa.Table) -> bytes:
     words = vocabulary.cast(schema.VOCABULARY_SCHEMA)
     pq.write_table(words, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
-
-
-class _HashingFile:
-    """A file that computes the sha256 while it is written, so that no byte is read again."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        self.file.write(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        self.closed = True
