@@ -294,10 +294,10 @@ def trace_engine(
     progress      called with (tokens done, tokens in all or None) after every batch
 
     Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.capture.server.run import trace_engine as run
+    from moe_inspect.capture.server.run import EngineRun
 
     chosen = replace(options or EngineOptions(), **changes)
-    return run(url, output_location(out), engine, model_config, chosen, progress)
+    return EngineRun(url, output_location(out), engine, model_config, chosen).run(progress)
 
 
 def _balance_table(totals: Totals) -> pd.DataFrame:

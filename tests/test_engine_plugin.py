@@ -9,6 +9,7 @@ import os
 import pickle
 import queue
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -47,6 +48,7 @@ from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.in_engine import EngineMetrics
 from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
+from tests.conftest import ROOT
 from tests.support.damage import disk_of
 from tests.support.watched import waited
 
@@ -234,6 +236,34 @@ def test_a_value_that_is_none_is_named(name: str, value: str, expected: str) -> 
     assert str(error.value) == f"MOE_INSPECT_{name} is {value!r}, not {expected}"
 
 
+def test_a_mistyped_variable_is_named_with_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether anything is recorded or not; none that is read anywhere, and by one process."""
+    for name in [name for name in os.environ if name.startswith("MOE_INSPECT_")]:
+        monkeypatch.delenv(name)
+    source = "".join(path.read_text() for path in (ROOT / "moe_inspect").rglob("*.py"))
+    read = {*map(str.upper, vars(Settings())), *re.findall(r"\bMOE_INSPECT_([A-Z_]+)", source)}
+    for name in read - {"TRACE", "METRICS", "REPLAY"}:
+        monkeypatch.setenv(f"MOE_INSPECT_{name}", "1")
+    vllm.register()
+    assert not caplog.messages
+    for name in ("SAMPEL", "TRACES"):
+        monkeypatch.setenv(f"MOE_INSPECT_{name}", "runs")
+    for register in (vllm.register, sglang.register):
+        caplog.clear()
+        register()
+        assert sorted(caplog.messages) == [
+            "moe-inspect: it reads no MOE_INSPECT_SAMPEL; the nearest is MOE_INSPECT_SAMPLE",
+            "moe-inspect: it reads no MOE_INSPECT_TRACES; the nearest is MOE_INSPECT_TRACE",
+        ]
+    caplog.clear()
+    of_settings = "moe_inspect.capture.engine.settings"
+    monkeypatch.setattr(f"{of_settings}.parent_process", lambda: "the server")
+    vllm.register()
+    assert not caplog.messages
+
+
 def test_an_engine_without_the_variable_loads_nothing(tmp_path: Path) -> None:
     """Nor does it need vLLM, which would be imported where it is set."""
     code = (
@@ -248,7 +278,6 @@ def test_an_engine_without_the_variable_loads_nothing(tmp_path: Path) -> None:
     said = subprocess.run(run, env=asked, capture_output=True, text=True)
     assert said.returncode == 0, "the engine goes on"
     assert "nothing is recorded" in said.stderr
-    assert (tmp_path / "x").is_dir(), "serve-trace tells it from an engine without the plugin"
 
 
 # --- what is taken of a step
@@ -483,6 +512,56 @@ def test_routers_that_hide_a_choice_are_refused(monkeypatch: pytest.MonkeyPatch)
     model.router = router()
     with pytest.raises(MoeInspectError, match="chose a zero expert"):
         vllm.recordable_layers(model, None)
+
+
+WRONG = "nothing is recorded: MOE_INSPECT_SAMPLE is '2', not a share from 0 to 1"
+
+
+@pytest.fixture
+def wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_INSPECT_TRACE", str(tmp_path / "runs"))
+    monkeypatch.setenv("MOE_INSPECT_SAMPLE", "2")
+    monkeypatch.setattr(vllm.Endpoint, "refused", "")
+    monkeypatch.setattr(sglang.Here, "refused", "")
+
+
+@pytest.mark.usefixtures("wrong")
+def test_vllms_server_says_which_variable_is_wrong(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers only say that they have no such method."""
+    monkeypatch.setitem(sys.modules, "fastapi", SimpleNamespace(Body=lambda *_: None))
+    routes = dict[str, Any]()
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace()))
+    app.add_api_route = lambda _, answer, methods: routes.update({methods[0]: answer})
+    vllm.Endpoint().attach_router(app)
+
+    def answer(_: Any) -> Any:
+        return asyncio.run(routes["GET"]())
+
+    with served({"/v1/moe_inspect": answer}) as url:
+        said = cli("engine", url, check=1).stderr
+        assert said.startswith("error: the engine does not run the plugin (")
+        vllm.register()
+        assert cli("engine", url, check=1).stderr == f"error: {WRONG}\n"
+
+
+@pytest.mark.usefixtures("wrong")
+def test_sglangs_state_says_which_variable_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooked = dict[str, Any]()
+    registry = SimpleNamespace(register=lambda target, hook, _: hooked.update({target: hook}))
+    for name in ("sglang", "sglang.srt", "sglang.srt.plugins"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    hooks = SimpleNamespace(HookRegistry=registry, HookType=SimpleNamespace(AROUND=0))
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", hooks)
+    sglang.register()
+    (get,) = (hook for target, hook in hooked.items() if target.endswith("get_internal_state"))
+    state = get(lambda *_: SimpleNamespace(internal_state={}), None, None).internal_state
+    assert state["moe_inspect"] == {"refused": WRONG}
+    assert not any("load_model" in target for target in hooked)
+    monkeypatch.setenv("MOE_INSPECT_SAMPLE", "1")
+    sglang.register()
+    assert any("load_model" in target for target in hooked)
 
 
 def test_the_state_of_sglang_is_its_own_but_for_our_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -778,18 +857,20 @@ def test_what_is_dropped_behind_the_last_trace_is_in_the_next(
     assert (dropped, last.n_tokens) == ([0, 50 * L], 0)
 
 
+@pytest.mark.parametrize("by", ["trace", "directory"])
 def test_watch_goes_on_with_the_trace_that_follows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while there is none yet, as long as the process that writes is there."""
     monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
+    watched = tmp_path if by == "directory" else None
     settings = Settings(tmp_path, max_gb=1e-6)
     engine, traces, session = Engine(settings), Traces(about(settings), describe), None
     for n in range(3):
         engine.step(("a", 10 * n, 10 * n + 10))
         traces.write(engine.recorder.link.taken(), 5 * n)  # type: ignore[attr-defined]
         traces.catch_up(wait=True)
-        session = session or WatchSession(traces.paths[0], WatchOptions())
+        session = session or WatchSession(watched or traces.paths[0], WatchOptions())
         for _ in range(3):
             session.update()
         assert (session.watched.tokens, session.watched.status) == (10 * n + 10, "recording")
@@ -900,12 +981,45 @@ def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path
         assert set(again.documents().source) == {"b"}
 
 
-def test_a_full_disk_ends_the_recording_and_says_so(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_recording_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though nothing follows the step whose trace cannot be begun."""
     with disk_of(1500), recording(Settings(tmp_path)) as engine:
-        waited(lambda: engine.step(("a", 0, 10)) or engine.recorder.link.error)
-        error = engine.recorder.command("status")["error"]
-    assert error.startswith("the trace cannot be written: ")
-    assert "File too large" in error
+        engine.step(("a", 0, 10))
+        waited(lambda: engine.recorder.link.error)
+        state = engine.recorder.command("status")
+    assert state["error"] == f"cannot write {tmp_path}: File too large"
+    assert not state["on"]
+    assert (state["decisions"], state["dropped"]) == (0, 10 * L)
+    assert state["error"] in caplog.text
+
+
+def test_what_a_full_disk_takes_is_a_trace_and_the_rest_is_dropped(tmp_path: Path) -> None:
+    """Though nothing follows the steps that fill it."""
+    with disk_of(9000), recording(Settings(tmp_path, text=False)) as engine:
+        engine.step(("a", 0, 10))
+        waited(lambda: committed(tmp_path, 10))
+        for n in range(30):
+            engine.step((f"b{n}", 0, T))
+        waited(lambda: engine.recorder.link.error)
+        state = engine.recorder.command("status")
+    (path,) = tmp_path.iterdir()
+    trace = fine(path, "interrupted")
+    assert trace.n_tokens * L == state["decisions"] == 10 * L
+    assert trace.manifest["counts"]["dropped"] == state["dropped"] == 30 * T * L
+    assert state["error"] == f"cannot write {tmp_path}: File too large"
+
+
+def test_a_disk_that_is_full_at_the_end_is_in_the_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody else hears it then."""
+    with disk_of(1500), recording(Settings(tmp_path)) as engine:
+        engine.step(("a", 0, 10))
+    said = list[str]()
+    waited(lambda: said.append(capfd.readouterr().err) or "File too large" in "".join(said))
+    assert f"moe-inspect: cannot write {tmp_path}: File too large\n" in "".join(said)
 
 
 def test_what_a_worker_sent_before_it_ended_is_read() -> None:
@@ -929,7 +1043,8 @@ def test_a_directory_that_is_gone_ends_the_recording(tmp_path: Path) -> None:
         waited(lambda: committed(folder, 10))
         folder.rename(tmp_path / "elsewhere")
         waited(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
-        assert "No such file or directory" in engine.recorder.command("status")["error"]
+        error = engine.recorder.command("status")["error"]
+        assert error == f"cannot write {folder}: No such file or directory"
 
 
 WORKER = """

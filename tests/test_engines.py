@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
+import signal
 import socket
 import socketserver
 import threading
@@ -599,6 +601,40 @@ def test_ctrl_c_closes_the_trace(traced: Traced, tmp_path: Path) -> None:
     cut = moe_inspect.open_trace(tmp_path / "t")
     assert cut.manifest["status"] == "interrupted"
     check_rows(cut)
+
+
+@pytest.mark.usefixtures("committed_at_once")
+@pytest.mark.parametrize("inside", [False, True])
+def test_ctrl_c_in_the_first_batch_keeps_what_was_answered(
+    inside: bool, model: str, traced: Traced, tmp_path: Path
+) -> None:
+    """Of two batches, whose answers come in another order; `--resume` makes both whole."""
+    options: dict[str, Any] = {"batch_tokens": 1000, "max_tokens": 1500, "generate": 3}
+
+    def server(name: str) -> Server:
+        return WithPlugin(tmp_path / name, model) if inside else Server()
+
+    whole, stopped = traced(server("1"), "whole", **options), server("2")
+
+    def delay_s(n: int) -> float:
+        if n == 30:
+            time.sleep(0.3)  # what was answered is committed
+            os.kill(os.getpid(), signal.SIGINT)
+        return 10.0 if n == 3 else 0.0
+
+    stopped.delay_s = delay_s
+    with pytest.raises(KeyboardInterrupt):
+        traced(stopped, **options)
+    assert moe_inspect.verify(tmp_path / "t").ok
+    cut = moe_inspect.open_trace(tmp_path / "t")
+    check_rows(cut)
+    assert cut.manifest["status"] == "interrupted"
+    assert 20 < cut.tokens().sequence.nunique() < whole.tokens().sequence.nunique()
+    assert cut.tokens().batch.min() == 0
+    resumed = traced(server("3"), resume=True, **options)
+    assert resumed.manifest["status"] == "complete"
+    assert resumed.tokens().equals(whole.tokens())
+    assert resumed.routing().equals(whole.routing())
 
 
 def test_usage(cli_here: Cli) -> None:

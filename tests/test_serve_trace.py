@@ -100,8 +100,11 @@ def test_the_engine_is_started_traced_and_stopped(
     port = said[0].removeprefix("starting vllm on port ").partition(";")[0]
     assert said[0].endswith("; its log is runs/t.engine.log")
     assert said[1].startswith("vllm answers after ")
-    assert said[2].startswith("1,0")
-    assert said[3:] == ["stopping vllm"]
+    assert said[2].endswith(
+        ": no plugin is known of: the trace has what the server returns, without gate weights"
+    )
+    assert said[3].startswith("1,0")
+    assert said[4:] == ["stopping vllm"]
     log = (tmp_path / "runs/t.engine.log").read_text()
     added = f"--enable-return-routed-experts --host 127.0.0.1 --port {port}"
     assert log == f"called with {' '.join(map(str, command[1:]))} {added}\n"
@@ -142,14 +145,27 @@ def test_an_engine_with_the_plugin_records_for_itself(
         assert variables == {}
 
 
+@pytest.mark.parametrize(
+    ("plugin", "why"),
+    [
+        ("silent", "/traces has no rows of a first request after 0.5 s: "),
+        ("refused", "is not used: nothing is recorded: no MoE layer: "),  # which is not waited for
+    ],
+)
 def test_an_engine_whose_plugin_does_not_record_is_asked(
-    model: str, does: Does, cli_here: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plugin: str,
+    why: str,
+    model: str,
+    does: Does,
+    cli_here: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inside, "PROBE_S", 0.5)
-    does(plugin="silent")
+    does(plugin=plugin)
     done = cli_here("serve-trace", "-o", "t", *CORPUS, "--", "vllm", "serve", model)
     assert "what its plugin records is not used: " in done.stderr
-    assert "/traces has no rows of a first request after 0.5 s: " in done.stderr
+    assert why in done.stderr
     trace = moe_inspect.open_trace(tmp_path / "t")
     check_rows(trace)
     assert not trace.has_weights
@@ -168,6 +184,10 @@ def test_what_was_recorded_before_the_engine_died_is_kept_and_resumed(
     kept = moe_inspect.open_trace(tmp_path / "t").n_tokens
     assert nobody_is_left(tmp_path)
     does()
+    other = cli_here(*arguments, "--max-tokens", 999, "--resume", *command, check=1)
+    assert other.stderr == (
+        "error: t was made with max tokens 1000, not 999: resume with the same, or --overwrite\n"
+    )
     cli_here(*arguments, "--resume", *command)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert 0 < kept < trace.n_tokens
@@ -274,6 +294,7 @@ def test_the_log_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("-- vllm serve ./nowhere", 1, "./nowhere"),
         ("-- vllm serve demo --port=x", 1, "--port x of the engine is no port"),
         ("--resume --overwrite -- vllm serve demo", 2, "--overwrite replaces it: give only one"),
+        ("--data nowhere -- vllm serve demo", 1, "no text at nowhere"),
         ("--device cpu -- vllm serve demo", 2, "No such option: --device"),
     ],
 )

@@ -168,6 +168,33 @@ def test_by_a_url(tmp_path: Path) -> None:
     assert np.array_equal(looks.watched.total.load, load_of(root))
 
 
+def test_of_a_directory_of_traces_the_newest_is_followed(tmp_path: Path) -> None:
+    """Also one that comes later: of its tokens alone. Two that are written do not take turns."""
+    place = tmp_path / "runs"
+    looks = Looks(place)
+    assert looks.seen == ("waiting", 0)
+    for n, name in ((1, "z"), (2, "old")):
+        written(place / name, L, E, n)
+        os.utime(place / name / "trace.json", (n, n))
+    assert looks.seen == ("complete", 512)
+    assert looks.follower.path == place / "old"
+    with (
+        writer(place / "b", L, E, commit_every=AT_ONCE) as b,
+        writer(place / "a", L, E, commit_every=AT_ONCE) as a,
+    ):
+        os.utime(place / "b" / "trace.json", (3, 3))
+        assert looks.seen == ("recording", 0)
+        assert looks.follower.path == place / "a"
+        for _ in committed(place / "b", b, batches(L, E, 2)):
+            assert looks.seen == ("recording", 0)
+        for n in committed(place / "a", a, batches(L, E, 2)):
+            assert looks.seen == ("recording", n * 256)
+    assert looks.seen == ("complete", 512)
+    (place / ".draft.tmp").mkdir()
+    shutil.copy(place / "z/trace.json", place / ".draft.tmp")
+    assert looks.seen == ("complete", 512)
+
+
 def test_an_import_is_followed_where_it_is_written(tmp_path: Path) -> None:
     draft, target = tmp_path / f".t.{os.getpid()}-ab12.tmp", tmp_path / "t"
     looks = Looks(target)

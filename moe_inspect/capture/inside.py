@@ -14,17 +14,18 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
 
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.engine.control import tell_by
-from moe_inspect.capture.engine.settings import variable
+from moe_inspect.capture.engine.settings import REFUSED, variable
 from moe_inspect.capture.server.client import Json, Refused
 from moe_inspect.capture.server.protocols import RoutedAnswer, Served
 from moe_inspect.errors import MoeInspectError
@@ -40,8 +41,27 @@ PROBE_S = 60.0  # the same, of the first request: a process describes the model 
 # of an engine that is started for one run, whatever the user's own variables say
 ALL_OF_IT = {"sample": "1", "start": "on", "logits": "0", "text": "1", "queue_mb": "4096"}
 ALL_OF_IT |= {"max_gb": "1", "keep": "0"}  # who reads deletes what was read
-# directory of the traces of the plugin in the engine that was started for this run
-started_with: ContextVar[Path | None] = ContextVar("started_with", default=None)
+
+
+class Started(NamedTuple):
+    """An engine that was started for this run. `folder`: of its plugin's traces, None where the
+    user's own variables name one; `began_at`: where in its log it began."""
+
+    folder: Path | None
+    log: Path
+    began_at: int
+
+    def refused(self) -> str | None:
+        """Why its plugin records nothing, by the log."""
+        if not self.log.is_file():  # as /dev/null
+            return None
+        with open(self.log, "rb") as file:
+            file.seek(self.began_at if self.began_at <= self.log.stat().st_size else 0)
+            found = re.search(rf"moe-inspect: ({REFUSED}.*)", file.read().decode(errors="replace"))
+        return None if found is None else found[1]
+
+
+started_with: ContextVar[Started | None] = ContextVar("started_with", default=None)
 
 
 @contextmanager
@@ -49,17 +69,21 @@ def recording_inside(log: Path) -> Iterator[dict[str, str]]:
     """Variables for an engine that is started for a run: its plugin, if it has it, records into a
     directory that is deleted at the end, beside the engine's log. None where the user's own
     variables name a directory."""
-    if os.environ.get(variable("trace")):
-        yield {}
-        return
+    began_at = log.stat().st_size if log.is_file() else 0
     where = log.parent if log.is_file() else None  # not beside /dev/null
-    # what writes may outlive the engine by a moment
-    kept = tempfile.TemporaryDirectory(prefix=f"{log.stem}-", dir=where, ignore_cleanup_errors=True)
-    with kept as place:
-        folder = Path(place).absolute() / "traces"  # which the plugin makes before it serves
-        before = started_with.set(folder)
+    folder, variables = None, dict[str, str]()
+    with ExitStack() as kept:
+        if not os.environ.get(variable("trace")):
+            # what writes may outlive the engine by a moment
+            place = tempfile.TemporaryDirectory(
+                prefix=f"{log.stem}-", dir=where, ignore_cleanup_errors=True
+            )
+            # which the plugin makes before it serves
+            folder = Path(kept.enter_context(place)).absolute() / "traces"
+            variables = {variable(n): v for n, v in {"trace": str(folder), **ALL_OF_IT}.items()}
+        before = started_with.set(Started(folder, log, began_at))
         try:
-            yield {variable(n): v for n, v in {"trace": str(folder), **ALL_OF_IT}.items()}
+            yield variables
         finally:
             started_with.reset(before)
 
@@ -67,8 +91,11 @@ def recording_inside(log: Path) -> Iterator[dict[str, str]]:
 async def traces_inside(http: httpx.AsyncClient) -> Path | None:
     """The directory of the traces of the plugin in a server's engines. None where there is no
     plugin, as far as can be known; MoeInspectError where what it records is of no use."""
-    started = started_with.get()
-    return started if started is not None and started.is_dir() else await told_inside(http)
+    told, started = await told_inside(http), started_with.get()
+    if started is not None and (refused := started.refused()) is not None:
+        raise MoeInspectError(refused)
+    folder = started.folder if started is not None else None
+    return folder if folder is not None and folder.is_dir() else told
 
 
 async def told_inside(http: httpx.AsyncClient) -> Path | None:
@@ -155,18 +182,26 @@ class Inside:
             await asyncio.wait([asked], timeout=LOOK_S)
             self.look()
         answer, within_s = asked.result(), PROBE_S if is_probe else LOST_S
-        key, until = self._key(answer.name), time.monotonic() + within_s
-        assert key is not None
-        while (routes := self._routes(key, answer.fed(row.ids))) is None:
+        until = time.monotonic() + within_s
+        while (found := self.found(row, answer)) is None:
             if self.look():
                 until = time.monotonic() + within_s
             elif time.monotonic() > until:
                 raise MoeInspectError(self._lacks(row, is_probe))
             else:
                 await asyncio.sleep(LOOK_S)
+        key = self._key(answer.name)
+        assert key is not None
         self._given = key[0]
         self._rows = {k: rows for k, rows in self._rows.items() if k[0] > self._given}
-        return replace(answer, ids=routes[0], weights=routes[1])
+        return found
+
+    def found(self, row: TokenSequence, answer: RoutedAnswer) -> RoutedAnswer | None:
+        """The answer with its decisions and weights, if all were read and none was given."""
+        if (key := self._key(answer.name)) is None:
+            return None
+        routes = self._routes(key, answer.fed(row.ids))
+        return None if routes is None else replace(answer, ids=routes[0], weights=routes[1])
 
     def _lacks(self, row: TokenSequence, is_probe: bool) -> str:
         why = str(self.error or "they were dropped or not written: see the engine's log")
@@ -246,7 +281,8 @@ class Inside:
         if known.closed and self._began:
             if follows := trace.manifest["capture"].get("followed_by"):
                 self._traces.setdefault(self.folder / follows, Followed())
-            if self.folder == started_with.get():
+            started = started_with.get()
+            if started is not None and self.folder == started.folder:
                 with suppress(OSError, MoeInspectError):
                     remove_trace(path)
         return new

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -215,6 +215,16 @@ def may_resume(output_dir: Path | Remote, options: CorpusOptions) -> bool:
 def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int) -> ResumePoint:
     """Where the trace continues. MoeInspectError for another plan, while a writer is still running,
     and where what was committed is damaged or missing."""
+    refuse_other_plan(output_dir, record)
+    with writing(output_dir):
+        return resume_point(output_dir, rank)
+
+
+def refuse_other_plan(
+    output_dir: Path | Remote, record: dict[str, object], unknown: Collection[str] = ()
+) -> None:
+    """MoeInspectError where the trace was made with other settings, or is being written. `unknown`:
+    settings that are not known yet."""
     manifest = read_manifest(output_dir)
     refuse_while_written(output_dir, manifest)
     then = manifest.get("corpus", {}).get("plan")
@@ -224,13 +234,11 @@ def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int)
         )
     for key in dict.fromkeys([*record, *then]):  # what is not stated is as it is by default
         before, now = then.get(key), record.get(key)
-        if before != now:
+        if before != now and key not in unknown:
             raise MoeInspectError(
                 f"{output_dir} was made with {_difference(key, before, now)}: resume with the "
                 "same, or --overwrite"
             )
-    with writing(output_dir):
-        return resume_point(output_dir, rank)
 
 
 def complete_now(output_dir: Path | Remote, plan: Plan) -> None:

@@ -33,7 +33,8 @@ documents_option, alarm_option, page_option = map(in_panel, ("Documents", "Alarm
 def watch(
     *,
     trace: str = argument(
-        "Directory or URL (s3://…) of a trace that is being written, or will be.",
+        "Directory or URL (s3://…) of a trace that is being written, or will be; of a directory of "
+        "traces the newest.",
         "TRACE",
         autocompletion=complete,
         default=REQUIRED,

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -405,7 +404,7 @@ def serve_trace(
     Examples:
     moe-inspect serve-trace -o runs/a -- vllm serve allenai/OLMoE-1B-7B-0924
     moe-inspect serve-trace -o runs/a -- sglang serve --model-path ./model --tp 2"""
-    from moe_inspect.api import trace_engine
+    from moe_inspect.capture.options import EngineOptions
     from moe_inspect.capture.server.serve import read_command, serve_engine
 
     if not command:
@@ -431,7 +430,11 @@ def serve_trace(
     }
     refuse_early(write, None, common["revision"], config)
     need_torch()  # while nothing waits for it
+    quiet()
+    from moe_inspect.capture.server.run import EngineRun
+
     place = write.place
+    run = EngineRun(read.url, place, read.engine, config, EngineOptions(**common))
     log = engine_log or Path(f"{place.name if isinstance(place, Remote) else place}.engine.log")
     stop_cleanly()
     print_stderr(f"starting {read.name} on port {read.port}; its log is {log}")
@@ -448,8 +451,7 @@ def serve_trace(
             ready = True
             print_stderr(f"{served.name} answers after {time.monotonic() - began:.0f} s")
             try:
-                run = partial(trace_engine, served.url, write.output, **common)
-                record(partial(run, engine=served.engine, model_config=config), write)
+                record(run.run, write)
             finally:
                 print_stderr(f"stopping {served.name}")
     except KeyboardInterrupt:

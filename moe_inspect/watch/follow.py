@@ -137,7 +137,8 @@ class _Rank:
 
 class Follower:
     """`poll` counts what was committed since the last call. `path`: a directory, or a URL that
-    fsspec reads; the trace need not exist yet, and is the next one once an engine goes on there.
+    fsspec reads; the trace need not exist yet, and is the next one once an engine goes on there. Of
+    a directory of traces the newest is followed, also one that comes later.
     `of_process`: only the trace that this process writes there. MoeInspectError where it stays
     unreadable."""
 
@@ -159,6 +160,8 @@ class Follower:
         self._before: TraceHeader | None = None  # which the one that is followed now follows
         self._seen_recording = False
         self._dropped_before = 0  # of all before it
+        self._folder, self._seen = self.path, set[Path]()  # traces in it
+        self._is_another = False  # than the one before, which it does not follow
 
     def poll(self) -> News:
         news = News(WAITING)
@@ -179,9 +182,23 @@ class Follower:
             news.status = RECORDING  # one that cannot be read has not ended well
             if self._failed > 1:  # its writer may have replaced what was just listed
                 news.trouble = first_line(error)
+        if not news.left_tokens and self._moves_on():
+            return self.poll()
         self._dropped_before *= not news.again
         news.dropped = self._dropped_before + _dropped(self.header)
         return news
+
+    def _moves_on(self) -> bool:
+        """To the newest trace in a directory of traces, where new ones have come."""
+        if isinstance(self._folder, Remote) or self._of_process is not None:
+            return False
+        # (a hidden one is a draft)
+        there = {file.parent for file in self._folder.glob(f"[!.]*/{schema.MANIFEST}")}
+        new, self._seen = there - self._seen - {self.path}, self._seen | there
+        if new:
+            self.path = max(new, key=_written_s)
+            self._ranks, self._before, self._is_another = {}, None, True
+        return bool(new)
 
     @property
     def writer(self) -> str:
@@ -242,7 +259,8 @@ class Follower:
         header = TraceHeader(at, read_manifest(at))
         if self._of_process not in (None, header.manifest.get("capture", {}).get("pid")):
             raise FileNotFoundError(f"{at} is of another process")
-        again = before is not None and before.routers != header.routers
+        again = before is not None and (self._is_another or before.routers != header.routers)
+        self._is_another = False
         if at != self._at or again:
             self._dropped_before += _dropped(self._before)
             self._lines, self._before = {}, None
@@ -272,6 +290,14 @@ class Follower:
         )
         self._no_writer = 0 if at_work else self._no_writer + 1
         return KILLED if self._no_writer >= SURE_POLLS else RECORDING
+
+
+def _written_s(trace: Path) -> float:
+    """When its manifest was written last."""
+    try:
+        return (trace / schema.MANIFEST).stat().st_mtime
+    except FileNotFoundError:  # it was deleted meanwhile
+        return 0.0
 
 
 def _dropped(header: TraceHeader | None) -> int:

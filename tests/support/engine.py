@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moe_inspect.capture.engine.settings import tell_why
+from moe_inspect.errors import MoeInspectError
 
 LAYERS, EXPERTS, K, DENSE, VOCABULARY, END = 2, 8, 3, 0, 300, 1  # of the tiny DeepSeek-V3
 KEY = "sesame"
@@ -197,7 +201,7 @@ def main() -> None:
     `dies`, what it says before it ends with code 3; `pids`, a file for its process id and that of a
     process that it starts in a session of its own; both take no SIGTERM where `stubborn`; `after`:
     at which request it is killed; `plugin`: it has the plugin, which records or, where it is
-    "silent", has only made its directory."""
+    "silent" or "refused", has only made its directory, and says why it is refused."""
     does: dict[str, Any] = json.loads(os.environ.get("ENGINE_DOES", "{}"))
     print("called with", *sys.argv[1:], flush=True)
     if does.get("stubborn"):
@@ -214,7 +218,9 @@ def main() -> None:
         from tests.support import engine_plugin  # which takes seconds to import
 
         server = engine_plugin.started(Path(os.environ["MOE_INSPECT_TRACE"]), sys.argv[2])
-        server.records &= does["plugin"] != "silent"
+        server.records &= does["plugin"] is True
+        if does["plugin"] == "refused":
+            tell_why(logging.getLogger("vllm"), MoeInspectError("no MoE layer"))
         server.returns = True
     server.key = does.get("key")
     if "--enable-return-routed-experts" not in sys.argv:

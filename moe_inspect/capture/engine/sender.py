@@ -138,7 +138,8 @@ class Sender(threading.Thread):
             if last or now - self._counted_s > COUNTS_EVERY_S:
                 self._counted_s = now
                 self._send_counts()
-        self._listen()
+        if self._listen():
+            raise BrokenPipeError
 
     def _send_counts(self) -> None:
         recorder = self.recorder
@@ -186,18 +187,21 @@ class Sender(threading.Thread):
             with suppress(OSError):
                 self._process.stdin.close()
 
-    def _listen(self, wait: bool = False) -> None:
-        """Takes what the process that writes has said; with `wait`, until it has ended."""
+    def _listen(self, wait: bool = False) -> bool:
+        """Takes what the process that writes has said; with `wait`, until it has ended. Whether it
+        has."""
         if self._process is None:
-            return
-        file = self._process.stdout.fileno()
+            return False
+        file, ended = self._process.stdout.fileno(), False
         os.set_blocking(file, wait)
         with suppress(BlockingIOError):
             while chunk := os.read(file, 2**16):
                 self._heard += chunk
+            ended = True
         *lines, self._heard = self._heard.split(b"\n")
         for line in lines:
             self._told |= json.loads(line)
+        return ended
 
     def _forget_gauges(self) -> None:
         """What it last said in /metrics is true no more. Counters stay: they are sums."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from logging import Logger
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line
 
+REFUSED = "nothing is recorded"
 PREFIX = "MOE_INSPECT_"
+OTHERS = ("API_KEY", "SELFCHECK")  # variables that others of moe-inspect read
 PATH = "/v1/moe_inspect"  # of the endpoint: below /v1 engines ask for their API key, if any
 KEY = "moe_inspect"  # of the internal state that SGLang's server shows and takes
 # before an engine binds its threads to cores: what it starts later would share the first one
@@ -133,16 +136,25 @@ def variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
-def tell_why(log: Logger, error: Exception) -> None:
-    """Why nothing is recorded, in a line if the user can mend it. The directory is made, so that
-    who started the engine can tell it from one without the plugin."""
-    with suppress(OSError):
-        if trace := os.environ.get(variable("trace"), "").strip():
-            Path(trace).mkdir(parents=True, exist_ok=True)
-    if isinstance(error, MoeInspectError):
-        log.error("moe-inspect: nothing is recorded: %s", error)
-    else:
-        log.error("moe-inspect: nothing is recorded", exc_info=error)
+def tell_why(log: Logger, error: Exception) -> str:
+    """Why nothing is recorded, in a line, which is also returned. `serve-trace` finds it in the
+    log."""
+    ours = isinstance(error, MoeInspectError)
+    said = f"{REFUSED}: {'' if ours else f'{type(error).__name__}: '}{first_line(error)}"
+    log.error("moe-inspect: %s", said, exc_info=None if ours else error)
+    return said
+
+
+def tell_unknown(log: Logger) -> None:
+    """Names variables that nobody reads, in the first of an engine's processes."""
+    known = [variable(name) for name in (*(one.name for one in fields(Settings)), *OTHERS)]
+    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in known]
+    if unknown and parent_process() is None:
+        from difflib import get_close_matches
+
+        for name in unknown:
+            (nearest,) = get_close_matches(name, known, n=1, cutoff=0)
+            log.warning("moe-inspect: it reads no %s; the nearest is %s", name, nearest)
 
 
 def is_asked() -> bool:

@@ -13,7 +13,14 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moe_inspect.capture.engine.settings import KEY, Settings, is_asked, tell_why
+from moe_inspect.capture.engine.settings import (
+    KEY,
+    REFUSED,
+    Settings,
+    is_asked,
+    tell_unknown,
+    tell_why,
+)
 from moe_inspect.capture.engine.step import Scheduled, edges_of
 from moe_inspect.errors import MoeInspectError
 
@@ -28,31 +35,37 @@ JUDGED = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3")
 
 def register() -> None:
     """SGLang calls it in each of its processes."""
+    tell_unknown(log)
     if not is_asked():
         return
+    root = "sglang.srt"
+    state = f"{root}.managers.scheduler_components.internal_state"
+    around = {  # which say why nothing is recorded, too
+        f"{state}.SchedulerInternalStateController.get_internal_state": _get_state,
+        f"{state}.SchedulerInternalStateController.set_internal_state": _set_state,
+    }
     try:
         settings = Settings.read()
         if settings.replay is not None:
             log.warning("moe-inspect: MOE_INSPECT_REPLAY is for vLLM: nothing is replayed")
         if not settings.is_active:
             return
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-        root = "sglang.srt"
-        state = f"{root}.managers.scheduler_components.internal_state"
-        around = {
+        around |= {
             f"{root}.model_executor.model_runner.ModelRunner.load_model": _load_model,
             f"{root}.model_executor.model_runner.ModelRunner.forward": _forward,
             f"{root}.layers.moe.topk._post_process_topk_ids": _choose,
             f"{root}.speculative.eagle_utils.eagle_sample": _judge,
             f"{root}.managers.scheduler.Scheduler.run_batch": _run_batch,
             f"{root}.managers.scheduler.Scheduler.process_batch_result": _process_result,
-            f"{state}.SchedulerInternalStateController.get_internal_state": _get_state,
-            f"{state}.SchedulerInternalStateController.set_internal_state": _set_state,
         }
+    except MoeInspectError as error:  # the engine goes on
+        Here.refused = tell_why(log, error)
+    try:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
         for target, hook in around.items():
             HookRegistry.register(target, hook, HookType.AROUND)
-    except Exception as error:  # the engine goes on
+    except Exception as error:
         tell_why(log, error)
 
 
@@ -75,8 +88,7 @@ def _load_model(load: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
         if get_parallel().tp_rank == 0:  # the others of its group see the same tokens
             Here.seam = Seam(runner, Settings.read())
     except Exception as error:  # the engine goes on
-        Here.refused = str(error)
-        tell_why(log, error)
+        Here.refused = tell_why(log, error)
     return loaded
 
 
@@ -150,7 +162,7 @@ def _set_state(set_state: Callable[..., Any], controller: Any, request: Any) -> 
 
 def _command(what: str, value: str = "") -> dict[str, Any]:
     if Here.seam is None:
-        return {"refused": f"nothing is recorded: {Here.refused or 'another process does'}"}
+        return {"refused": Here.refused or f"{REFUSED}: another process does"}
     return Here.seam.recorder.command(what, value)
 
 

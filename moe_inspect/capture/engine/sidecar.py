@@ -101,14 +101,12 @@ def run(chunks: queue.Queue[bytes], metrics: Callable[[dict[str, Any]], Metrics]
         tell(pid=os.getpid())
         write_all(Sent(chunks), metrics, tell)
     except MoeInspectError as error:
-        cause = error.__cause__  # the writer speaks of --resume, which there is not here
         said = str(error)
-        if isinstance(cause, OSError):
-            said = f"the trace cannot be written: {first_line(cause)}"
     except BaseException as error:
         traceback.print_exc()
         said = f"{type(error).__name__}: {first_line(error)}"
     if said:
+        print_stderr(f"moe-inspect: {said}")  # the worker may have ended
         tell(error=said[:2000])
     os._exit(1 if said else 0)  # the thread that reads may wait for ever
 
@@ -127,12 +125,19 @@ def write_all(
     raw.idle = written.catch_up
     status = "interrupted"
     try:
-        written.catch_up()
-        for message in received:
-            written.take(*message)
-            status = "complete" if message[0] == "end" else status
-    finally:
-        written.close(status)
+        try:
+            written.catch_up()
+            for message in received:
+                written.take(*message)
+                status = "complete" if message[0] == "end" else status
+        finally:
+            written.close(status)
+    except MoeInspectError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        # the writer speaks of --resume, which there is not here
+        said = f"cannot write {about['trace']}: {first_line(error.__cause__)}"
+        raise MoeInspectError(said) from None
 
 
 class Written:
@@ -180,8 +185,10 @@ class Written:
 
     def close(self, status: str) -> None:
         if self.traces is not None:
-            self.traces.close(status)
-            self.tell(committed=self.traces.committed)
+            try:
+                self.traces.close(status)
+            finally:
+                self.tell(committed=self.traces.committed)
 
 
 @dataclass
@@ -220,7 +227,7 @@ class Traces:
 
     def _begin(self) -> None:
         self.known: dict[str, Sequence] = {}
-        self.documents = self.sequences = 0
+        self.documents = self.sequences = self.given = 0  # the last: decisions
         self.looked_s = time.monotonic()
 
     def write(self, steps: list[Step], dropped: int) -> None:
@@ -235,6 +242,8 @@ class Traces:
             while self.waiting:
                 self._write(*self.waiting.popleft())
             self.waiting_bytes = 0
+        if self.writer is not None:
+            self.writer.check()
 
     def _write(self, steps: list[Step], dropped: int) -> None:
         documents = list[Document]()
@@ -242,7 +251,9 @@ class Traces:
         if parts:
             self.writer = self.writer or self._open()
             self.note_dropped(dropped)
-            self.writer.write(self._batch(parts, documents))
+            batch = self._batch(parts, documents)
+            self.given += len(batch.token_id) * len(batch.ids)
+            self.writer.write(batch)
             if time.monotonic() - self.looked_s > LOOK_S:
                 self.looked_s, size = time.monotonic(), size_of(self.paths[-1])
                 self.written_bytes = self.before_bytes + size
@@ -362,6 +373,8 @@ class Traces:
     def _end(self, status: str) -> None:
         writer, self.writer = self.writer, None
         if writer is not None:
+            if writer.failed:
+                writer.dropped += self.given - writer.decisions
             self.dropped += writer.dropped
             try:
                 writer.close(status, quiet=status != "complete")

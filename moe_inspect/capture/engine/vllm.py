@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.capture.engine.settings import PATH, Settings, is_asked, tell_why
+from moe_inspect.capture.engine.settings import (
+    PATH,
+    Settings,
+    is_asked,
+    tell_unknown,
+    tell_why,
+)
 from moe_inspect.capture.engine.step import Scheduled, edges_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
@@ -29,6 +35,7 @@ log = logging.getLogger("vllm.moe_inspect")
 
 def register() -> None:
     """vLLM calls it in each of its processes, before there are workers."""
+    tell_unknown(log)
     if not is_asked():
         return
     try:
@@ -46,7 +53,7 @@ def register() -> None:
             )
         _wrap_workers()
     except Exception as error:  # the engine goes on
-        tell_why(log, error)
+        Endpoint.refused = tell_why(log, error)
 
 
 def _wrap_workers() -> None:
@@ -96,8 +103,7 @@ def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
         if settings.is_active and get_tp_group().is_first_rank:
             wrapper.moe_inspect_seam = Seam(runner, config, settings)
     except Exception as error:  # the engine goes on
-        wrapper.moe_inspect_refused = str(error)
-        tell_why(log, error)
+        wrapper.moe_inspect_refused = tell_why(log, error)
     return loaded
 
 
@@ -114,7 +120,7 @@ def _command(wrapper: Any, what: str, value: str = "") -> Any:
     if (seam := _seam_of(wrapper)) is not None:
         return seam.recorder.command(what, value)
     refused = vars(wrapper).get("moe_inspect_refused")
-    return None if refused is None else {"refused": f"nothing is recorded: {refused}"}
+    return None if refused is None else {"refused": refused}
 
 
 class Seam:
@@ -308,9 +314,11 @@ def _about(config: Any) -> dict[str, Any]:
 
 
 class Endpoint:
-    """GET and POST {"command", "value"} at PATH. vLLM adds it where VLLM_PLUGINS names us."""
+    """GET and POST {"command", "value"} at PATH. vLLM adds it where VLLM_PLUGINS names us.
+    `refused`: why nothing is recorded, as far as this process knows."""
 
     name = "moe_inspect"
+    refused = ""
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
@@ -322,9 +330,9 @@ class Endpoint:
         async def answer(what: str, value: str = "") -> dict[str, Any]:
             try:
                 return {"engines": await ask_engines(app.state.engine_client, what, value)}
-            except Exception as error:  # as where a variable is wrong: the log says which
-                refused = f"the engine does not run the plugin ({first_line(error)}): see its log"
-                return {"engines": [{"refused": refused}]}
+            except Exception as error:  # as where a variable is wrong
+                why = f"the engine does not run the plugin ({first_line(error)}): see its log"
+                return {"engines": [{"refused": self.refused or why}]}
 
         async def status() -> dict[str, Any]:
             return await answer("status")

@@ -10,9 +10,10 @@ import re
 import sys
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,11 +21,12 @@ import numpy as np
 
 from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
-from moe_inspect.capture.inside import Inside, told_inside, traces_inside
+from moe_inspect.capture.inside import Inside, started_with, told_inside, traces_inside
 from moe_inspect.capture.open_trace import (
     complete_now,
     may_resume,
     process_facts,
+    refuse_other_plan,
     resume_from,
 )
 from moe_inspect.capture.options import EngineOptions
@@ -55,36 +57,22 @@ SECRET = re.compile(r"--.*(key|token)")
 PROBE_TOKENS = 4  # of the request that shows whether the plugin records
 AHEAD_INSIDE = 8  # × as many sequences may wait for the plugin's traces as are in flight
 Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or None)
-# a batch whose answers are awaited: the number of its first pass, and what it holds
-Ahead = tuple[int, list[TokenSequence], list[Document], list[asyncio.Task[RoutedAnswer]]]
-
-
-def trace_engine(
-    url: str,
-    output_dir: Path | Remote,
-    engine: str,
-    model_config: str,
-    options: EngineOptions,
-    progress: Progress | None = None,
-) -> Trace:
-    """See `moe_inspect.trace_engine`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise MoeInspectError(
-            "tracing an engine takes one process: start it without torchrun; raise --concurrency"
-        )
-    resume = may_resume(output_dir, options)
-    plan = Plan(find_sources(options.data, leave_out=output_dir), options)
-    run = EngineRun(url, output_dir, engine, model_config, options)
-    # the lock comes before reading what decides how to resume
-    with hold(output_dir) if resume else nullcontext() as run.lock:
-        asyncio.run(run.record(plan, progress))
-    return Trace(output_dir)
+# a batch whose answers are awaited: the number of its first pass, what it holds, and of its first
+# sequences the answers with their decisions
+Ahead = tuple[
+    int,
+    list[TokenSequence],
+    list[Document],
+    list[asyncio.Task[RoutedAnswer]],
+    list[RoutedAnswer],
+]
 
 
 class EngineRun:
     """Asks an engine, "vllm" or "sglang", for the sequences of a plan, and writes the trace, which
     is created with its first batch, and closed whether the run succeeds or fails. `model_config`:
-    directory or hub id of the model's config and tokenizer. `lock`: of the trace to resume."""
+    directory or hub id of the model's config and tokenizer. What is wrong without the server is
+    refused before `run`. `lock`: of the trace to resume."""
 
     def __init__(
         self,
@@ -94,35 +82,59 @@ class EngineRun:
         model_config: str,
         options: EngineOptions,
     ):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise MoeInspectError(
+                "tracing an engine takes one process: start it without torchrun; raise "
+                "--concurrency"
+            )
         self.url, self.output_dir, self.engine, self.options = url, output_dir, engine, options
+        self.resumes = may_resume(output_dir, options)
+        self.plan = Plan(find_sources(options.data, leave_out=output_dir), options)
         self.protocol, self.model_config = protocols.ENGINES[engine], model_config
         of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         self.config = load_config(model_config, **of_hub)
         self.tokenizer = load_tokenizer(model_config, **of_hub)
+        if self.resumes:
+            known = self._record(replace(self.plan, max_length=options.max_length or 0))
+            unknown = ["model", "weights", *["max_length"] * (options.max_length is None)]
+            refuse_other_plan(output_dir, known, unknown)
         self.lock: Lock | None = None
         self._own_lock: Lock | None = None
         self._writer: TraceWriter | None = None
+        self._is_whole = True  # what is written
         self._codes: dict[str, int] = {}  # of the domains
         self._name = f"moe-inspect-{uuid.uuid4().hex}-"  # of a request, before its number
         self._inside: Inside | None = None
         self._notify = wait_notifier()
 
-    async def record(self, plan: Plan, progress: Progress | None) -> None:
+    def run(self, progress: Progress | None = None) -> Trace:
+        # the lock comes before reading what decides how to resume
+        with hold(self.output_dir) if self.resumes else nullcontext() as self.lock:
+            asyncio.run(self._run(progress))
+        return Trace(self.output_dir)
+
+    def _record(self, plan: Plan) -> Json:
+        """The settings that a resumed run must share, as far as they are known without the
+        server."""
+        layers = self.options.layers
+        return {
+            **plan.record(),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "engine": self.engine,
+            "revision": self.options.revision,
+            "config": schema.fingerprint(comparable(self.config)),
+            "layers": sorted(layers) if layers is not None else None,
+        }
+
+    async def _run(self, progress: Progress | None) -> None:
         options, config = self.options, self.config
         kind, routers = protocols.routers_of(config, options.trust_remote_code)
         limits = options.timeout_s, options.concurrency
         async with client(self.url, options.api_key, *limits) as http:
             about = await protocols.ask_about(http, self.protocol, config)
-            plan = replace(plan, max_length=self._longest_sequence(about["max_model_len"]))
-            record = {  # the settings that a resumed run must share
-                **plan.record(),
-                "tokenizer": tokenizer_fingerprint(self.tokenizer),
-                "engine": self.engine,
-                "model": about["model"],
-                "revision": options.revision,
-                "config": schema.fingerprint(comparable(config)),
-                "layers": sorted(options.layers) if options.layers is not None else None,
-            }
+            longest = self._longest_sequence(about["max_model_len"])
+            plan = replace(self.plan, max_length=longest)
+            record = {**self._record(plan), "model": about["model"]}
             start, weights = None, None
             if self.lock is not None:
                 earlier = read_manifest(self.output_dir)
@@ -187,9 +199,10 @@ class EngineRun:
         self, http: httpx.AsyncClient, served: Served, first: TokenSequence, needed: bool
     ) -> Inside | None:
         """What the plugin inside the engine records, where it does: the beginning of the first
-        sequence is asked for, and has to be there. Else a line says why; where weights are `needed`
-        it is an error."""
+        sequence is asked for, and has to be there. Else a line says why, unless nobody knows of a
+        plugin in an engine that runs anyway; where weights are `needed` it is an error."""
         why, asked = f"{root_of(http)}: no plugin is known of", None
+        is_told = started_with.get() is not None
         try:
             if (traces := await traces_inside(http)) is not None:
                 inside = Inside(traces, served, self._name)
@@ -206,13 +219,14 @@ class EngineRun:
             if asked is not None:
                 asked.result()  # the server's own fault
             why = f"{root_of(http)}: what its plugin records is not used: {error}"
-            if not needed:
-                print_stderr(f"{why}: the trace has what the server returns, without gate weights")
+            is_told = True
         if needed:
             raise MoeInspectError(
                 f"{why}, but {self.output_dir} has gate weights, which only the plugin inside an "
                 "engine records: start the engine with it as before, or --overwrite"
             )
+        if is_told:
+            print_stderr(f"{why}: the trace has what the server returns, without gate weights")
         return None
 
     async def _answer(
@@ -255,6 +269,7 @@ class EngineRun:
         ahead: deque[Ahead] = deque()
         most_ahead = options.concurrency * (AHEAD_INSIDE if served.inside else 1)
         numbers, done = itertools.count(1), start.tokens if start is not None else 0
+        opened = partial(self._open, manifest, served, start)
 
         async def answer(number: int, row: TokenSequence) -> RoutedAnswer:
             async with in_flight:
@@ -262,16 +277,17 @@ class EngineRun:
 
         async def write_next() -> None:
             nonlocal done
-            number, batch, documents, tasks = ahead[0]
-            if self._inside is None:
-                answers = [await task for task in tasks]
-            else:
-                answers = [await self._inside.routed(*of) for of in zip(batch, tasks, strict=True)]
+            number, batch, documents, tasks, answers = ahead[0]
+            for row, task in zip(batch, tasks, strict=True):
+                routed = task if self._inside is None else self._inside.routed(row, task)
+                answers.append(await routed)
+            self._is_whole = False
             ahead.popleft()
             for routed in self._passes(number, batch, documents, answers):
-                self._writer = self._writer or self._open(manifest, served, start)
+                self._writer = self._writer or opened()
                 self._writer.write(routed)
                 done += len(routed.token_id)
+            self._is_whole = True
             if progress is not None:
                 progress(done, plan.estimated_tokens())
 
@@ -280,16 +296,48 @@ class EngineRun:
                 if start is not None and n * passes < start.next_batch:
                     continue
                 tasks = [asyncio.create_task(answer(next(numbers), row)) for row in batch]
-                ahead.append((n * passes, batch, documents, tasks))
+                ahead.append((n * passes, batch, documents, tasks, []))
                 while sum(len(a[3]) for a in list(ahead)[1:]) >= most_ahead:
                     await write_next()
             while ahead:
                 await write_next()
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            self._keep_answered(ahead, opened)
+            raise
         finally:
-            left = [task for *_, tasks in ahead for task in tasks]
+            left = [task for _, _, _, tasks, _ in ahead for task in tasks]
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+
+    def _keep_answered(self, ahead: Iterable[Ahead], opened: Callable[[], TraceWriter]) -> None:
+        """What was answered of batches that are not whole; nothing in the middle of writing one."""
+        if not self._is_whole:
+            return
+        if self._inside is not None:
+            self._inside.look()
+        found, declared = list[RoutedBatch](), list[Document]()
+        for number, batch, documents, tasks, given in ahead:
+            answers = [*given, *map(self._answer_of, batch[len(given) :], tasks[len(given) :])]
+            there = [(r, a) for r, a in zip(batch, answers, strict=True) if a is not None]
+            declared += documents
+            if there:
+                rows, of_rows = map(list, zip(*there, strict=True))
+                new = [d for d in declared if any(d.document == row.document for row in rows)]
+                declared = [d for d in declared if d not in new]
+                passes = self._passes(number, rows, new, of_rows)
+                found += [replace(routed, group=None) for routed in passes]
+        if found:
+            self._writer = self._writer or opened()
+            self._writer.unfinished = found
+
+    def _answer_of(
+        self, row: TokenSequence, task: asyncio.Task[RoutedAnswer]
+    ) -> RoutedAnswer | None:
+        """With its decisions, if all that is there."""
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            return None
+        return task.result() if self._inside is None else self._inside.found(row, task.result())
 
     def _open(self, manifest: Json, served: Served, start: ResumePoint | None) -> TraceWriter:
         if self.lock is None:

@@ -172,6 +172,9 @@ class TraceWriter:
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
         self.dropped = 0  # decisions that the recorder made but could not hand over
+        # of batches that are not whole: it is committed early at the close, and recorded again by
+        # whoever resumes
+        self.unfinished: list[RoutedBatch] = []
         # own status → that of all ranks, when they have closed
         self.others: Callable[[str], str] = lambda status: status
         # merged into the manifest's sections when the background thread is done
@@ -240,7 +243,7 @@ class TraceWriter:
         return self._error is not None
 
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
-        self._raise()
+        self.check()
         assert self._thread.is_alive(), "written to after close"
         highest = int(batch.token_id.max(initial=0)) if isinstance(batch, RoutedBatch) else 0
         if highest >= MOST_TOKEN_IDS:
@@ -256,7 +259,7 @@ class TraceWriter:
         finally:
             self._release()
         if not quiet:
-            self._raise()
+            self.check()
 
     def _close(self, status: str) -> None:
         if self._thread.is_alive():
@@ -266,11 +269,7 @@ class TraceWriter:
             if status != "complete":
                 del self._pending.batches[self._pending.of_closed_groups() :]
             if self._error is None:
-                if self._pending.batches:
-                    self._commit_routing()
-                if self._counted:
-                    self._commit_counts()
-                self._early.remove_replaced(older_than_s=0)
+                self._commit_rest()
         except OSError as error:
             self._error = error
         for section, values in self.at_close.items():
@@ -290,11 +289,22 @@ class TraceWriter:
         if interrupted is not None:
             raise interrupted
 
+    def _commit_rest(self) -> None:
+        if self._pending.batches:
+            self._commit_routing()
+        if self._counted:
+            self._commit_counts()
+        self._early.remove_replaced(older_than_s=0)
+        if self.unfinished:
+            self._pending.batches = self.unfinished
+            self._commit_routing(early=True)
+
     def _write_manifest(self) -> None:
         if self.rank == 0:
             write_manifest(self.root, self.manifest)
 
-    def _raise(self) -> None:
+    def check(self) -> None:
+        """Raises what ended the background thread, as `write` does."""
         if isinstance(self._error, OSError):
             safe = f"{self.tokens:,} tokens are safe there: mend it and go on with --resume"
             said = f"cannot write {self.root}: {first_line(self._error)}; {safe}"
