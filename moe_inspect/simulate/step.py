@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ class PlacedLayers:
             if not loads:
                 continue
             costs = {r: self.costs(r, N, of) for r, of in loads.items()}
-            whole = [sum(of[1:], of[0]) for of in zip(*costs.values(), strict=True)]
+            whole = [reduce(add, of) for of in zip(*costs.values(), strict=True)]
             key = {"phase": selection.phase, "domain": domain, "tokens": N}
             known = not self.trace.counts_only
             yield key | {"layer": None, "router": None} | _row(whole, block_S, N, known)

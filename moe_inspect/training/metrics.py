@@ -83,7 +83,8 @@ def balance_moved(uneven_SR: np.ndarray, routers: Sequence[Router]) -> Finding:
     first_NR, last_NR = uneven_SR[: S // 3], uneven_SR[-(S // 3) :]
     change_R = last_NR.mean(0) - first_NR.mean(0)
     with warnings.catch_warnings(action="ignore"):  # of steps that do not vary
-        moved_R = ttest_ind(first_NR, last_NR, equal_var=False).pvalue < MOVED_P / R
+        welch: Any = ttest_ind(first_NR, last_NR, equal_var=False)
+    moved_R = welch.pvalue < MOVED_P / R
     better, worse = (np.flatnonzero(moved_R & (sign * change_R < 0)) for sign in (1, -1))
 
     def said(which: np.ndarray, how: str) -> str:
