@@ -115,7 +115,8 @@ class Rows:
         elif self.host is not None:
             self.host.keep(router, *choice)
         else:
-            _keep(*self._of_router[router], *choice, self.E)
+            ids, weights, logits, physicals = self._of_router[router]
+            _keep(ids, weights, logits, physicals, *choice, self.E)
 
     def take(
         self,

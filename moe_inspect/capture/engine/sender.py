@@ -129,10 +129,9 @@ class Sender(threading.Thread):
             try:
                 arrive(steps)
                 for step in steps:
-                    if np.array_equal(step.replicas, self._replicas):
+                    known, self._replicas = self._replicas, step.replicas
+                    if known is not None and np.array_equal(known, step.replicas):
                         step.replicas = None
-                    else:
-                        self._replicas = step.replicas
                 # waits for the one that writes; meanwhile the queue fills, and the engine drops
                 self._send("steps", steps, recorder.dropped - self._dropped)
             except Exception:

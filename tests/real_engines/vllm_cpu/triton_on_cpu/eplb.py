@@ -1,10 +1,11 @@
 """What keeps vLLM from balancing the load over replicas of experts (EPLB) on a CPU: two checks that
-it runs on a GPU, which are lifted, and its kernel for experts on CPUs, which knows none of other
-ranks. A plugin of vLLM."""
+it runs on a GPU, which are lifted; streams and events of a GPU; and its kernel for experts on CPUs,
+which knows none of other ranks. A plugin of vLLM."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec, module_from_spec
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,13 +13,15 @@ from unittest.mock import patch
 def register() -> None:
     if find_spec("triton") is None:
         return
+    import torch
     from triton.runtime.interpreter import InterpreterBuilder
     from vllm.config import parallel
+    from vllm.distributed.eplb import eplb_communicator, eplb_state
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.layers.fused_moe.router import base_router
     from vllm.platforms import current_platform
 
-    parallel.current_platform = AsGPU(current_platform)
+    parallel.current_platform = Instead(current_platform, is_cuda_alike=lambda: True)
     # for GPUs it has a kernel that maps experts to their replicas, else a function without effect
     again = module_from_spec(spec := find_spec(base_router.__name__))
     with patch.object(type(current_platform), "is_cuda_alike", lambda _: True):
@@ -27,18 +30,25 @@ def register() -> None:
     InterpreterBuilder.create_atomic_rmw = masked(InterpreterBuilder.create_atomic_rmw)
     CPUUnquantizedExperts.apply = of_this_rank(CPUUnquantizedExperts.apply)
 
+    done = SimpleNamespace(record=none, synchronize=none, elapsed_time=lambda _: 0.0)
+    accelerator = Instead(torch.accelerator, current_stream=lambda: done)
+    eplb_communicator.torch = Instead(torch, accelerator=accelerator)
+    eplb_state.torch = Instead(torch, Event=lambda **_: done)
 
-class AsGPU:
-    """The platform, to who asks whether it is a GPU."""
 
-    def __init__(self, platform: Any):
-        self.platform = platform
+def none() -> None:
+    pass
+
+
+class Instead:
+    """What something is, but for some of its attributes."""
+
+    def __init__(self, of: Any, **instead: Any):
+        self.of = of
+        vars(self).update(instead)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.platform, name)
-
-    def is_cuda_alike(self) -> bool:
-        return True
+        return getattr(self.of, name)
 
 
 def masked(create: Any) -> Any:
