@@ -10,6 +10,7 @@ import pickle
 import queue
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,12 +27,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from moe_inspect import Trace, merge, open_trace, verify
-from moe_inspect.capture.engine import rows, sglang, sidecar, vllm
+from moe_inspect.capture.engine import rows, sender, sglang, sidecar, vllm
 from moe_inspect.capture.engine.control import tell
 from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
@@ -42,6 +45,7 @@ from moe_inspect.capture.engine.steps import Rows, StepRecorder, arrive, shares_
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.derived.sample import sample as sample_of
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.watch import follow
 from moe_inspect.watch.follow import Follower, News, Piece
@@ -49,7 +53,7 @@ from moe_inspect.watch.in_engine import EngineMetrics
 from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from tests.conftest import ROOT
-from tests.support.damage import disk_of
+from tests.support.damage import disk_of, restate
 from tests.support.watched import waited
 
 L, E, K, T = 4, 8, 2, 64  # of the bundled model; T: rows of the buffer
@@ -71,6 +75,7 @@ def about(settings: Settings, **changed: object) -> dict[str, Any]:
         "paths": [f"model.layers.{n}.experts" for n in range(L)],
         "experts": E,
         "top_k": K,
+        "physicals": False,
         **vars(settings),
     }
     return facts | changed
@@ -98,11 +103,18 @@ class Engine:
     position) → each time that it was computed, the experts of each layer in ascending order."""
 
     def __init__(
-        self, settings: Settings, start: Callable[[StepRecorder], Any] = Kept, rank: int = 0
+        self,
+        settings: Settings,
+        start: Callable[[StepRecorder], Any] = Kept,
+        rank: int = 0,
+        replicas: torch.Tensor | None = None,
     ):
+        """`replicas`: the expert that each physical one is a replica of, [L, P]."""
         traces, device = settings.trace is not None, torch.device("cpu")
-        self.rows = Rows((L, T, K), E, settings.logits, device, weights=traces)
+        shape, self.replicas = (L, T, K), replicas
+        self.rows = Rows(shape, E, settings.logits, device, traces, physicals=replicas is not None)
         self.recorder = StepRecorder(self.rows, settings, start, rank)
+        self.recorder.replicas = lambda: self.replicas
         self.random = np.random.default_rng(rank)
         self.expected: dict[tuple[str, int], list[list[tuple[int, ...]]]] = {}
         self.assignments = np.zeros((L, E), np.int64)
@@ -123,7 +135,8 @@ class Engine:
         for layer in range(L):
             logits = torch.from_numpy(self.random.normal(size=(n + 3, E)).astype(np.float32))
             weights, ids = logits.softmax(1).topk(K)
-            self.rows.keep(layer, ids.int(), weights, logits)  # three rows are padding
+            physicals = None if self.replicas is None else self.one_of_each(layer, ids)
+            self.rows.keep(layer, ids.int(), weights, logits, physicals)  # 3 rows are padding
             self.assignments[layer] += np.bincount(ids[:n].reshape(-1), minlength=E)
             of.append(np.sort(ids[:n].numpy(), 1))
         for i, (request, first, end) in enumerate(spans):
@@ -147,6 +160,12 @@ class Engine:
         if drafts:
             sampled = [drafts.get(request, (0, 0))[1] + 1 for request in requests]
             self.recorder.after_sampling(torch.tensor(sampled))
+
+    def one_of_each(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
+        """A replica of each expert, at random."""
+        assert self.replicas is not None
+        found = self.replicas[layer] == ids[..., None]
+        return (found * torch.from_numpy(self.random.random(found.shape))).argmax(-1)
 
     def serve(self, requests: int = 12, name: str = "r") -> None:
         """Requests of many lengths, four at once."""
@@ -925,12 +944,184 @@ def test_ranks_are_merged(tmp_path: Path) -> None:
     assert held(merged) == expected
 
 
+# --- replicas of experts
+
+
+def spread(seed: int) -> torch.Tensor:
+    """10 physical experts per layer, two of them second replicas. [L, P]"""
+    draw = np.random.default_rng(seed)
+    return torch.from_numpy(np.array([draw.permutation([*range(E), 1, 2]) for _ in range(L)]))
+
+
+def rearrange(engine: Engine, rank: int = 0) -> None:
+    """Serves, with another map of all layers, then of one, then with the same elsewhere."""
+    for n in range(4):
+        if n == 1:
+            engine.replicas = spread(rank + 2)
+        elif n == 2:
+            assert engine.replicas is not None
+            engine.replicas[1] = engine.replicas[1].flip(0)
+        elif n == 3:
+            assert engine.replicas is not None
+            engine.replicas = engine.replicas.clone()
+        engine.serve(4, f"rank{rank}-{n}-")
+
+
+def balanced(folder: Path, rank: int = 0) -> tuple[Engine, Path]:
+    """An engine whose map changes, and its trace."""
+    settings = Settings(folder)
+    engine = Engine(settings, rank=rank, replicas=spread(rank))
+    rearrange(engine, rank)
+    (path,) = written(engine, settings, rank=rank, physicals=True)
+    return engine, path
+
+
+def check_replicas(trace: Trace, expected: dict[Any, Any]) -> pd.DataFrame:
+    """Each decision's physical experts are replicas of its experts, by the accessor alone."""
+    assert held(trace) == expected
+    batches = trace.tokens()[["token", "batch"]]
+    rows = trace.routing().merge(batches, on="token").sort_values("batch", kind="stable")
+    for j in range(K):
+        of, by = rows.assign(physical=rows[f"physical_{j}"]), ["layer", "router", "physical"]
+        found = pd.merge_asof(of, trace.replicas(), on="batch", by=by)
+        assert (found.expert == found[f"expert_{j}"]).all()
+    return rows
+
+
+def test_vllms_router_has_chosen_replicas_when_they_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model, not of its draft model."""
+    weights, ids = torch.rand(3, K), torch.tensor([[0, 1], [2, 3], [7, 0]])
+    router = SimpleNamespace(
+        _compute_routing=lambda hidden, logits: (weights, ids),
+        _apply_eplb_mapping=lambda ids: (ids + 8).int(),
+    )
+    moe = SimpleNamespace(num_logical_experts=E, experts_per_token=K)
+    layer = SimpleNamespace(moe_config=moe, router=router, layer_id=0, layer_name="0")
+    monkeypatch.setattr(vllm, "recordable_layers", lambda *_: [layer])
+    made = lambda rows, settings, _: StepRecorder(rows, settings, Kept)  # noqa: E731
+    monkeypatch.setattr(sender, "recorder_of", made)
+    maps = {name: SimpleNamespace(physical_to_logical_map=spread(n)) for n, name in enumerate("dm")}
+    state = SimpleNamespace(model_states=maps)
+    device = torch.device("cpu")
+    runner = SimpleNamespace(get_model=lambda: None, device=device, eplb_state=state)
+    model = dict.fromkeys(("model", "revision", "tokenizer", "trust_remote_code", "dtype"), "m")
+    named = SimpleNamespace(**model, compute_hash=lambda: "m", get_vocab_size=lambda: 9)
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, mode=0),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=T),
+        model_config=named,
+        parallel_config=SimpleNamespace(data_parallel_rank=0),
+        speculative_config=None,
+    )
+    recorder = vllm.Seam(runner, config, Settings(tmp_path)).recorder
+    for _ in range(2):
+        chosen = router._compute_routing(None, weights)
+        assert torch.equal(router._apply_eplb_mapping(chosen[1]), ids + 8)
+    tokens = torch.arange(3)
+    recorder.after_step(3, set(), lambda: Scheduled(["a"], [0, 3], [3], [], [], tokens, tokens))
+    (step,) = recorder.link.taken()  # type: ignore[attr-defined]
+    assert step.ids.tolist() == [ids.tolist()]
+    assert step.physicals.tolist() == [(ids + 8).tolist()]
+    assert step.replicas.tolist() == maps["m"].physical_to_logical_map.tolist()
+    assert recorder.replicas() is maps["m"].physical_to_logical_map
+
+
+def test_replicas_are_recorded_and_when_they_change(tmp_path: Path) -> None:
+    with recording(Settings(tmp_path), replicas=spread(0)) as engine:
+        rearrange(engine)
+    trace = waited(lambda: (t := committed(tmp_path, 1)) and t.status == "complete" and t)
+    assert fine(trace.path).n_tokens
+    rows = check_replicas(trace, engine.expected)
+    for layer in range(L):  # both replicas of expert 1 are chosen
+        of = rows[(rows.layer == layer) & (rows.expert_0 == 1)]
+        assert (of.groupby("batch").physical_0.nunique() > 1).any()
+    changed = trace.replicas().groupby("batch").layer.unique().map(sorted).tolist()
+    assert changed == [[0, 1, 2, 3], [0, 1, 2, 3], [1]]
+    assert (trace.replicas().groupby(["batch", "layer"]).size() == 10).all()
+
+
+def test_merged_and_sampled_traces_keep_replicas(tmp_path: Path) -> None:
+    expected, paths = {}, []
+    for rank in (0, 1):
+        engine, path = balanced(tmp_path / "runs", rank)
+        expected |= engine.expected
+        paths.append(path)
+    check_replicas(merge(paths, tmp_path / "all"), expected)
+    assert fine(tmp_path / "all").replicas().batch.nunique() == 6
+    some = sample_of(tmp_path / "all", tmp_path / "some", documents=9)
+    sources = set(some.documents().source)
+    check_replicas(some, {key: of for key, of in expected.items() if key[0] in sources})
+    without = Engine(Settings(tmp_path / "runs"))
+    without.serve(4)
+    (plain,) = written(without, Settings(tmp_path / "runs"), rank=2)
+    with pytest.raises(MoeInspectError, match="has no physical experts"):
+        open_trace(plain).replicas()
+    with pytest.raises(MoeInspectError, match=r"has physical_j, .* does not"):
+        merge([*paths, plain], tmp_path / "mixed")
+
+
+def stating(path: Path, change: Callable[[list[dict[str, Any]]], object] | None) -> None:
+    """Changes what the file of decisions states of replicas; None: it states nothing."""
+    name = "routing/part-0-0.parquet"
+    table = pq.read_table(path / name)
+    stated = json.loads((table.schema.metadata or {})[b"replicas"])
+    if change is not None:
+        change(stated)
+    metadata = None if change is None else {"replicas": json.dumps(stated)}
+    pq.write_table(table.replace_schema_metadata(metadata), path / name)
+    restate(path, name)
+
+
+WRONG: dict[str, Callable[[list[dict[str, Any]]], object] | None] = {
+    "its metadata have no replicas": None,
+    "router of entry 0 is not one of 0 to 3": lambda of: of[0].update(router=4),
+    "batch of entry 1 is not one of 0 to": lambda of: of[1].update(batch=-1),
+    "experts of entry 2 are not a list of −1 to 7": lambda of: of[2]["experts"].append(8),
+    "experts of entry 0 are not a list": lambda of: of[0].update(experts=[[0]]),
+    "entry 8 is of forward pass 1, after a later one": lambda of: of[8].update(batch=1),
+    "unexpected keyword argument 'more'": lambda of: of[0].update(more=1),
+    "a replica of expert -1 in forward pass": lambda of: of[0].update(batch=2),
+}
+
+
+def test_a_wrong_replica_is_found(tmp_path: Path) -> None:
+    _, whole = balanced(tmp_path / "runs")
+    for n, (said, change) in enumerate(WRONG.items()):
+        path = tmp_path / f"{n}"
+        shutil.copytree(whole, path)
+        stating(path, change)
+        assert said in str(verify(path).violation)
+    path, name = tmp_path / "one", "routing/part-0-0.parquet"
+    shutil.copytree(whole, path)
+    table = pq.read_table(path / name)
+    at = table.schema.get_field_index("physical_1")
+    column = table["physical_1"].to_pylist()
+    column[33] = (column[33] + 1) % 10 if column[33] < 9 else 10
+    table = table.set_column(at, table.schema.field(at), pa.array(column, pa.uint16()))
+    pq.write_table(table, path / name)
+    restate(path, name)
+    found = verify(path)
+    assert (found.ok, found.row) == (False, 33)
+    assert f"physical_1 is {column[33]}, a replica of expert" in str(found.violation)
+    late = list[int]()
+
+    def a_pass_late(of: list[dict[str, Any]]) -> None:
+        late.append(of[5]["batch"])
+        of[5]["batch"] += 1
+
+    stating(whole, a_pass_late)
+    assert f"in forward pass {late[0]}, expert_" in str(verify(whole).violation)
+
+
 # --- the process that writes
 
 
 @contextmanager
-def recording(settings: Settings) -> Iterator[Engine]:
-    engine = Engine(settings, lambda recorder: Sender(recorder, about(settings)))
+def recording(settings: Settings, replicas: torch.Tensor | None = None) -> Iterator[Engine]:
+    facts = about(settings, physicals=replicas is not None)
+    engine = Engine(settings, lambda recorder: Sender(recorder, facts), replicas=replicas)
     try:
         yield engine
     finally:

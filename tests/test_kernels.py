@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_inspect.capture.engine.rows import Rows as EngineRows
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernel_reference import Case, assert_close, choice, tape_for
 from tests.support.aot import TARGETS, lines_of
@@ -94,13 +95,15 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(kernels, case))
     kept = lambda T: (torch.zeros(T, 4).short(), torch.zeros(T, 4).half())  # noqa: E731
-    scores = torch.rand(20, 60)
+    scores, to_scores = torch.rand(20, 60), torch.zeros(17, 60).half()
+    of = 60, EngineRows((1, 20, 4), 60, False, torch.device("cpu")).key, 0
     for op, args in (
         (ops.dispatch, (ids, None, 60, *kernels._parts(None))),
         (ops.dispatch, (ids, weights, 60, *parts())),
         (ops.record, (ids, weights, *parts())),
-        (ops.keep_rows, (*kept(20), None, ids, weights, None, 60)),
-        (ops.keep_rows, (*kept(17), torch.zeros(17, 60).half(), ids, weights, scores, 60)),
+        (ops.keep_rows, (*kept(20), None, None, ids, weights, None, None, *of)),
+        (ops.keep_rows, (*kept(17), to_scores, None, ids, weights, scores, None, *of)),
+        (ops.keep_rows, (*kept(20), None, kept(20)[0], ids, weights, None, ids + 1, *of)),
     ):
         found = torch.library.opcheck(op.default, args, test_utils=tests)
         assert set(found.values()) == {"SUCCESS"}

@@ -36,7 +36,7 @@ def long_parquet(trace: Trace, output: Path) -> None:
 def long_schema(trace: Trace) -> pa.Schema:
     """The key, the expert, what was recorded of the slot, and the facts of its token."""
     kinds = [(name, pa.uint16()) for name in ("layer", "router", "slot", "expert")]
-    values = [(value, pa.float32()) for value in _values(trace)]
+    values = [(value, schema.value_type(value)) for value in _values(trace)]
     facts = [f for f in schema.tokens_schema(trace.has_loss) if f.name != "token"]
     return pa.schema([("token", pa.int64()), *kinds, *values, *facts])
 

@@ -18,6 +18,7 @@ from moe_inspect.trace.answers import Answers
 from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
+from moe_inspect.trace.replicas import changes
 from moe_inspect.trace.shard import JoinedShards, Shard
 from moe_inspect.trace.shard_list import are_replaced, committed_shards
 
@@ -133,6 +134,22 @@ class Trace(Answers, TraceHeader):
         self._refuse_counts("decisions")
         chosen = self.router_index(layer, router)
         return self._frame("routing", [s.routing(r) for r in chosen for s in self.shards])
+
+    def replicas(self) -> pd.DataFrame:
+        """Where an engine balanced the load over replicas of experts: from forward pass `batch` on,
+        until the next row of the same router and physical expert, that is a replica of `expert`
+        (−1: of none). A row per physical expert of each map."""
+        if schema.PHYSICAL not in self.slot_values:
+            raise MoeInspectError(f"{self.path} has no physical experts: no engine recorded any")
+        placed = changes(one for shard in self.shards for one in shard.replicas())
+        rows = [
+            (one.batch, self.routers[one.router].layer, one.router, physical, expert)
+            for one in placed
+            for physical, expert in enumerate(one.experts)
+        ]
+        names = ("batch", "layer", "router", "physical", "expert")
+        kinds = dict(zip(names, ("i4", "u2", "u2", "u2", "i4"), strict=True))
+        return pd.DataFrame(rows, columns=[*kinds]).astype(kinds)
 
     def tokens(self) -> pd.DataFrame:
         self._refuse_counts("tokens")

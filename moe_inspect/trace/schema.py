@@ -67,8 +67,10 @@ EXTRAS = {
 OF_SLOTS = {name: of for name, of in EXTRAS.items() if not of.per_expert}
 # of an empty slot: the expert that dropped it
 DROPPED = "dropped_expert"
+# where an engine balances the load over replicas of experts: the one that a slot was served by
+PHYSICAL = "physical"
 # of a slot, beside its expert: recorded where capture.weights, capture.norms … is true
-SLOT_VALUES = ("weight", *(name[:-1] for name in OF_SLOTS), DROPPED)
+SLOT_VALUES = ("weight", *(name[:-1] for name in OF_SLOTS), PHYSICAL, DROPPED)
 DOCUMENTS = pa.schema(
     [("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())]
 )
@@ -120,6 +122,11 @@ def tokens_schema(loss: bool) -> pa.Schema:
     return pa.schema([*TOKENS, *((name, pa.float32()) for name in LOSS)]) if loss else TOKENS
 
 
+def value_type(value: str) -> pa.DataType:
+    """Type of the columns of one of SLOT_VALUES but DROPPED."""
+    return pa.uint16() if value == PHYSICAL else pa.float32()
+
+
 def routing_schema(
     routers: Sequence[Router], values: Sequence[str], nullable: bool = True
 ) -> pa.Schema:
@@ -129,8 +136,8 @@ def routing_schema(
     slots, ids = range(max(r.top_k for r in routers)), id_dtype(routers)
     fields = [pa.field(*key, nullable=False) for key in DECISION]
     fields += [pa.field(f"expert_{j}", ids, nullable) for j in slots]
-    sizes = [value for value in values if value != DROPPED]
-    fields += [pa.field(f"{v}_{j}", pa.float32(), nullable) for v in sizes for j in slots]
+    others = [value for value in values if value != DROPPED]
+    fields += [pa.field(f"{v}_{j}", value_type(v), nullable) for v in others for j in slots]
     fields += [pa.field(f"{DROPPED}_{j}", ids) for j in slots if DROPPED in values]
     return pa.schema(fields)
 
@@ -191,6 +198,10 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
 }
 OPTIONAL_GLOSSARY = {  # by what capture states
     **{name: {f"{name[:-1]}_j": of.meaning} for name, of in OF_SLOTS.items()},
+    "physicals": {
+        "physical_j": "physical expert that slot j was served by: a replica of expert_j, as "
+        "replicas in the metadata of the file says"
+    },
     "dropped_experts": {
         "dropped_expert_j": "the expert that slot j was meant for, and whose capacity dropped it"
     },

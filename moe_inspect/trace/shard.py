@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import Damaged, MoeInspectError
-from moe_inspect.trace import parts, slot_order
+from moe_inspect.trace import parts, replicas, slot_order
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.parts import FileRows, Stated
+from moe_inspect.trace.replicas import Placed
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.shard_list import ShardFiles, are_replaced
 
@@ -130,13 +131,18 @@ class Shard:
         return self.slot_values(router, "weight")
 
     def slot_values(self, router: int, value: str) -> tuple[np.ndarray, ...]:
-        """One of `schema.SLOT_VALUES` that the trace has, an array a slot: float32 [T], 0 where it
-        routed nowhere."""
+        """One of `schema.SLOT_VALUES` that the trace has, an array a slot: [T], 0 where it routed
+        nowhere."""
         return tuple(numbers(column) for column in self._slots(router, value))
 
     def weights(self, router: int) -> np.ndarray:
         """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
         return np.stack(self.slot_weights(router)).T
+
+    def replicas(self) -> list[Placed]:
+        """Which experts the physical ones are replicas of, from which forward pass on."""
+        columns, name = self.schema("routing"), self.files.paths["routing"]
+        return replicas.read(columns, name, self.trace.routers)
 
     def logits(self, router: int) -> np.ndarray:
         """float16 [T, E], the router logits."""
@@ -211,6 +217,9 @@ class JoinedShards(Shard):
 
     def schema(self, name: str) -> pa.Schema:
         return pa.unify_schemas([part.schema(name) for part in self.parts])
+
+    def replicas(self) -> list[Placed]:
+        return replicas.changes(one for part in self.parts for one in part.replicas())
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return _joined([part.table(name, columns) for part in self.parts])

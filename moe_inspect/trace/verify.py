@@ -27,6 +27,7 @@ from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
 from moe_inspect.trace.parts import FileRows
 from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
+from moe_inspect.trace.replicas import Maps
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, check_counts, codes
 
@@ -169,7 +170,8 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
 def _rules_of_rows(trace: Trace, positions: bool) -> list[str]:
     """What was checked of the rows. `positions`: whether these were."""
     counts, weights = trace.counts_only, trace.has_weights
-    values = [value for value in trace.slot_values if value not in ("weight", schema.DROPPED)]
+    ids = "weight", schema.DROPPED, schema.PHYSICAL
+    values = [value for value in trace.slot_values if value not in ids]
     of_values = "of outputs finite, not negative, present exactly where an expert is"
     rules = {
         "every expert of every router listed once": counts,
@@ -185,6 +187,9 @@ def _rules_of_rows(trace: Trace, positions: bool) -> list[str]:
         ),
         "no weights recorded": not counts and not weights,
         **{f"{value}s {of_values}": not counts for value in values},
+        "physical experts are replicas of the slots' experts, by the map of their forward pass": (
+            not counts and schema.PHYSICAL in trace.slot_values
+        ),
         "dropped experts < E, only in slots without an expert, none twice in a decision": (
             not counts and trace.has_dropped
         ),
@@ -368,6 +373,10 @@ def _check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> No
     trace, values = shard.trace, shard.trace.slot_values
     slots = range(max(r.top_k for r in trace.routers))
     columns = [f"{name}_{j}" for name in ("expert", *values) for j in slots]
+    batch_T, maps = np.zeros(0), None
+    if schema.PHYSICAL in values:
+        batch_T = shard.tokens(["batch"])["batch"].to_numpy()
+        maps = Maps(shard.replicas(), len(trace.routers))
     for r, rows, table in _parts_of_routers(shard, "routing", columns, phase_T):
         K = trace.routers[r].top_k
         ids = _experts(rows, table, slots, "expert", trace.routers[r], r)
@@ -389,6 +398,9 @@ def _check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> No
         for value in values:
             if value != schema.DROPPED:
                 _check_values(rows, table, ids, value)
+        if maps is not None:
+            batch_N = batch_T[table["token"].to_numpy() - shard.files.first_token]
+            _check_physical(rows, table, ids, batch_N, r, maps)
         # as the manifest states: what does not state its order is put in order as it is read
         if trace.has_weights and trace.stated_routers[r].first_choice_known:
             weights = [  # of slots that routed nowhere the least: they are last
@@ -425,6 +437,18 @@ def _check_values(rows: FileRows, table: pa.Table, ids: list[np.ndarray], value:
         rows.refuse((id_N >= 0) & ~there_N, f"{name} is null, expert_{j} is there")
         rows.refuse(there_N & (id_N < 0), f"{name} is there, expert_{j} is null")
         rows.expect_size(name, column.fill_null(0).to_numpy(), least)
+
+
+def _check_physical(
+    rows: FileRows, table: pa.Table, ids: list[np.ndarray], batch_N: np.ndarray, r: int, maps: Maps
+) -> None:
+    """Each physical expert is a replica of the slot's expert."""
+    for j, id_N in enumerate(ids):
+        physical_N = table[f"{schema.PHYSICAL}_{j}"].fill_null(0).to_numpy()
+        found_N = maps.experts(r, batch_N, physical_N)
+        said = f"{schema.PHYSICAL}_{j} is {{}}, a replica of expert {{}} in forward pass {{}}, "
+        said += f"expert_{j} is {{}}"
+        rows.refuse((id_N >= 0) & (found_N != id_N), said, physical_N, found_N, batch_N, id_N)
 
 
 def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:

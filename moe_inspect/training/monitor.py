@@ -232,7 +232,9 @@ class RoutingMonitor:
         drops_R = np.array([site.drops for site in self._sums.sites])
         rate_R = drop_rate_R(taken.load, taken.tokens_R, self.routers)
         rate_R = np.where(drops_R, rate_R, np.nan)
-        found: dict[str, np.ndarray] = dict(aux_loss=taken.losses_2R[0], z_loss=taken.losses_2R[1])
+        found: dict[str, np.ndarray] = dict(
+            zip(("aux_loss", "z_loss"), taken.losses_2R, strict=True)
+        )
         if training:
             found["bias_range"] = self._sums.bias_range()
         return {**found, DROP_RATE: rate_R}

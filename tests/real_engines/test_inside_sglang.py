@@ -91,6 +91,26 @@ def named(texts: Sequence[list[int]], prefix: str = "r") -> dict[str, list[int]]
     return {f"{prefix}{n}": text for n, text in enumerate(texts)}
 
 
+def test_replicas(tmp_path: Path, record_property: Property) -> None:
+    """One rank, so a map that stays. `compared` verifies that each physical expert is a replica of
+    the one that was chosen."""
+    L, E = 3, 16
+    maps = [[*range(E)[::-1], layer, 3] for layer in range(L)]
+    where = "--init-expert-location", json.dumps({"physical_to_logical_map": maps})
+    more = ONE_BY_ONE, "--ep-num-redundant-experts", "2", *where
+    with served(tmp_path, "Qwen3-MoE", *more) as (url, model):
+        asked = asyncio.run(answers(url, named(prompts())))
+        traces_in(tmp_path)
+    (path,) = closed_in(tmp_path)
+    trace = moe_inspect.open_trace(path)
+    assert trace.replicas().expert.tolist() == [expert for of in maps for expert in of]
+    rows = trace.routing(layer=1)
+    assert set(rows.physical_0[rows.expert_0 == 3]) == {E - 1 - 3, E + 1}
+    tokens, equal, total = compared([path], asked, model)
+    row = f"| SGLang {version('sglang')} | Qwen3-MoE | replicas of experts"
+    record_property("plugin-sglang", f"{row} | {tokens:,} | {equal:,} of {total:,} |")
+
+
 NAMES = [n for n in MODELS if ("sglang", n) not in OTHERWISE]
 
 

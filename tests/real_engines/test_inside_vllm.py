@@ -268,6 +268,41 @@ def test_rejected_drafts_are_absent(tmp_path: Path, record_property: Property) -
     recorded(record_property, "bundled Mixtral", "runner V1, n-gram speculation", numbers)
 
 
+EPLB = {
+    "tensor_parallel_size": 2,
+    "enable_expert_parallel": True,
+    "enable_eplb": True,
+    "eplb_config": {
+        "num_redundant_experts": 2,
+        "window_size": 8,
+        "step_interval": 16,
+        "use_async": False,  # its thread needs a stream of a GPU
+    },
+}
+
+
+def test_replicas_while_experts_are_rearranged(
+    tmp_path: Path, record_property: Property, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two ranks. `compared` verifies that each physical expert is a replica of the one that was
+    chosen, by the map of its step."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model = save("bundled Mixtral", tmp_path / "model")
+    asked = generated(tmp_path, model, "V2", engine=EPLB)
+    (path,) = closed_in(tmp_path)
+    trace, (L, E, P) = moe_inspect.open_trace(path), (4, 8, 10)
+    maps = trace.replicas()
+    assert len(maps) % P == 0
+    first = maps[maps.batch == maps.batch.min()]
+    assert first.expert.tolist() == [*range(E), 0, 1] * L  # as vLLM begins
+    assert maps.batch.nunique() > 2, "experts were rearranged seldom"
+    rows = trace.routing().merge(trace.tokens()[["token", "batch"]], on="token")
+    of_first = rows[(rows.batch < maps.batch[maps.batch > maps.batch.min()].min())]
+    assert set(of_first[of_first.expert_0 == 0].physical_0) == {0, 8}, "one replica is used"
+    numbers = compared([path], asked, model)
+    recorded(record_property, "bundled Mixtral", "runner V2, eager, EPLB on two ranks", numbers)
+
+
 # --- a server
 
 

@@ -57,7 +57,8 @@ NO_TAPE = kernels.TapeArguments(*("constexpr",) * len(kernels.TapeArguments._fie
 OFF = {"tape": NO_TAPE, "weights": None}
 IN_ORDER = {"inverse": None, "offsets": None}
 NO_SIZES = {"norms": None, "peaks": None}
-KEPT = {"to_ids": "*i16", "to_weights": "*fp16"}
+KEPT = {"to_ids": "*i16", "to_weights": "*fp16", "physicals": None, "to_physicals": None}
+REPLICAS = {"physicals": "*i16", "to_physicals": "*i16"}
 TAKEN = {**KEPT, "ids": "*i16", "weights": "*fp16", "picked": "*i64"}
 TAKEN |= {"positions": "*i64", "rows": "i32:16", "counted": "i32", "m": "i32", "sums": "*i64"}
 ABSENT = ("weights", "picked", "tokens", "positions")
@@ -96,10 +97,12 @@ def _variants_of(E: int, K: int) -> Iterator[Variant]:
             measured = {**taped, **y, "tape": NO_TAPE, "norms": "*fp32", "peaks": "*fp32"}
             yield f"combine + sizes {name} of {columns}", combine(columns=columns), measured
         router = {**KEPT, "weights": own, "ids": "*i64" if weight == "bf16" else "*i32"}
-        yield f"rows kept {name}", rows._keep_launch(K, K, K), router
+        yield f"rows kept {name}", rows._keep_launch(K, K, K, K), router
+        replicas = {**router, **REPLICAS, "physicals": router["ids"]}
+        yield f"rows kept {name}, replicas", rows._keep_launch(K, K, K, K), replicas
     ids_alone = {**KEPT, "ids": "*i64", "weights": None, "to_weights": None}
-    yield f"rows kept {of_shape}, ids alone", rows._keep_launch(K, K, K), ids_alone
-    for name, types in (("taken", TAKEN), ("counted", COUNTED)):
+    yield f"rows kept {of_shape}, ids alone", rows._keep_launch(K, K, K, K), ids_alone
+    for name, types in (("taken", TAKEN), ("counted", COUNTED), ("replicas", TAKEN | REPLICAS)):
         yield f"rows {name} {of_shape}", rows._take_launch(K, E), types
     yield f"record alone {of_shape}", kernels._record_launch(K, True), taped
     yield f"dispatch 1/1 off {of_shape}", kernels._one_launch(K, E, kernels.ONE_LAUNCH), OFF

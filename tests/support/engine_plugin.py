@@ -55,7 +55,7 @@ class WithPlugin(Server):
         about = {"engine": "vllm", "version": "0", "model": model, "tokenizer": model}
         about |= {"revision": None, "trust_remote_code": False, "vocabulary": VOCABULARY}
         about |= {"dtype": "float32", "device": "cpu", "rank": 0, "experts": EXPERTS, "top_k": K}
-        about |= {"layers": [DENSE + 1], "paths": ["experts"]}
+        about |= {"layers": [DENSE + 1], "paths": ["experts"], "physicals": False}
         folder.mkdir(parents=True, exist_ok=True)
         self.traces = Traces(about | vars(settings or Settings(folder, text=text)), describe)
         self.steps = 0
@@ -93,7 +93,7 @@ class WithPlugin(Server):
         weights = np.tile(np.array(WEIGHTS, np.float16), (1, n, 1))
         edges, ends = np.array([0, n]), np.full(1, 2**31)
         whose = [name], edges, np.array([P]), none, ends, set[str]()
-        step = Step(self.steps, *whose, token, position, ids, weights, None, bytes=n)
+        step = Step(self.steps, *whose, token, position, ids, weights, *[None] * 2, bytes=n)
         self.traces.write([step], 0)
 
     def about(self, path: str) -> dict[str, Any] | None:

@@ -36,8 +36,8 @@ except ImportError:  # no Triton on this platform: the torch implementations run
 BLOCK = 1024  # slots per program
 COUNT_AT = 1024  # rows that wait on a CPU to be counted
 SELF_CHECK = SelfCheck(__name__)
-# tokens and positions [m], ids and weights [L, m, K], and logits [L, m, E] or None: tensors of a
-# GPU, arrays and Held of a CPU
+# tokens and positions [m], ids and weights [L, m, K], logits [L, m, E] or None, and physical ids
+# [L, m, K] or None: tensors of a GPU, arrays and Held of a CPU
 Taken = list[Any]
 
 
@@ -46,7 +46,8 @@ class Rows:
     lies behind a step's own rows is padding, or left of earlier steps. On a GPU what is taken lies
     in `staged`, of the same size, until the host has it. All of it is allocated here, before the
     engine measures how much memory is left for its cache. Without `weights` nothing is taken, and
-    rows are only counted. `compiled`: whether torch.compile may trace through the routers."""
+    rows are only counted. `compiled`: whether torch.compile may trace through the routers;
+    `physicals`: whether experts have replicas, of which one is chosen."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Rows:
         device: torch.device,
         weights: bool = True,
         compiled: bool = True,
+        physicals: bool = False,
     ):
         self.shape, self.E, self.device, self.compiled = shape, E, device, compiled
         L, T, K = shape
@@ -65,7 +67,8 @@ class Rows:
         self.ids = torch.full((L, rows, K), -1, dtype=torch.int16, device=device)
         self.weights = torch.zeros(L, rows, K, **half) if weights else None
         self.logits = torch.zeros(L, rows, E, **half) if logits else None
-        self._kept = self.ids, self.weights, self.logits
+        self.physicals = torch.full_like(self.ids, -1) if physicals and weights else None
+        self._kept = self.ids, self.weights, self.logits, self.physicals
         self._of_router = [[None if t is None else t[r] for t in self._kept] for r in range(L)]
         # of each router, between two places for what is no expert and so routes nowhere
         self.sums = torch.zeros(L, E + 2, dtype=torch.int64, device=device)
@@ -80,7 +83,7 @@ class Rows:
     def staging(self) -> Taken:
         """Room for what is taken, uninitialized."""
         if self.weights is None:
-            return [None] * 5
+            return [None] * 6
         of_rows = [self.every.new_empty(len(self.every), dtype=torch.int32) for _ in range(2)]
         return [*of_rows, *(None if t is None else torch.empty_like(t) for t in self._kept)]
 
@@ -96,17 +99,24 @@ class Rows:
         held = [*self._kept, self.sums, self.every, *(self.staged or ())]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
-    def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
-        """In the forward pass: a router's choice, of logical experts."""
-        given = ids_TK, weights_TK, logits_TE, self.E
+    def keep(
+        self,
+        router: int,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        logits_TE: Tensor,
+        physicals_TK: Tensor | None = None,
+    ) -> None:
+        """In the forward pass: a router's choice, of logical experts, and their replicas."""
+        choice = ids_TK, weights_TK, logits_TE, physicals_TK
         if self.compiled and torch.compiler.is_compiling():  # it would trace into the function
             to = (None if t is None else t[router] for t in self._kept)
-            torch.ops.moe_inspect.keep_rows(*to, *given, self.key, router)
+            torch.ops.moe_inspect.keep_rows(*to, *choice, self.E, self.key, router)
         elif self.host is not None:
-            self.host.keep(router, ids_TK, weights_TK, logits_TE)
+            self.host.keep(router, *choice)
         else:
-            ids, weights, logits = self._of_router[router]
-            _keep(ids, weights, logits, *given)
+            ids, weights, logits, physicals = self._of_router[router]
+            _keep(ids, weights, logits, physicals, *choice, self.E)
 
     def take(
         self,
@@ -124,7 +134,7 @@ class Rows:
             raise ValueError(f"{rows} rows of a buffer of {len(self.every)}")
         code = take_torch
         if self.staged is not None:
-            ids, weights, _ = self._of_router[0]
+            ids, weights, *_ = self._of_router[0]
             trusted = SELF_CHECK.trusts("rows", None, self.E, ids, weights, None)
             code = take_triton if trusted else take_torch
         return code(self, counted, m, picked, tokens, positions)
@@ -191,7 +201,7 @@ class HostRows:
         if None in held:
             raise MoeInspectError(f"router {held.index(None)} chose no experts in a forward pass")
         of, K = self.of, self.of.shape[2]
-        ids, weights, logits = zip(*held, strict=True)
+        ids, weights, logits, physicals = zip(*held, strict=True)
         if counted:
             self.counted[1].append(Held(ids, counted, None, K, torch.int16))
             self.waiting += counted
@@ -206,6 +216,7 @@ class HostRows:
             Held(ids, m, picked, K, torch.int16),
             Held(weights, m, picked, K, torch.float16),
             None if of.logits is None else Held(logits, m, picked, of.E, torch.float16),
+            None if of.physicals is None else Held(physicals, m, picked, K, torch.int16),
         ]
 
     def sums(self) -> np.ndarray:
@@ -225,9 +236,11 @@ def _keep(
     to_ids: Tensor,
     to_weights: Tensor | None,
     to_logits: Tensor | None,
+    to_physicals: Tensor | None,
     ids: Tensor,
     weights: Tensor,
     logits: Tensor | None,
+    physicals: Tensor | None,
     E: int,
 ) -> None:
     """More columns than a row has are fused shared experts, behind the routed ones; more rows than
@@ -235,7 +248,7 @@ def _keep(
     code, recorded = keep_torch, None if to_weights is None else weights
     if kernels.runs_triton(to_ids) and SELF_CHECK.trusts("rows", None, E, ids, recorded, None):
         code = keep_triton
-    code(to_ids, to_weights, ids, recorded)
+    code(to_ids, to_weights, ids, recorded, to_physicals, physicals)
     if to_logits is not None and logits is not None:
         _copy(to_logits, logits)
 
@@ -257,7 +270,7 @@ def _keep_in_graph(*given: Any) -> None:
     *to_and_given, key, router = given
     try:
         if (host := ROWS[key].host) is not None:
-            host.keep(router, *(None if t is None else t.clone() for t in to_and_given[3:6]))
+            host.keep(router, *(None if t is None else t.clone() for t in to_and_given[4:8]))
         else:
             _keep(*to_and_given)
     except Exception as error:
@@ -265,21 +278,28 @@ def _keep_in_graph(*given: Any) -> None:
 
 
 def keep_torch(
-    to_ids: Tensor, to_weights: Tensor | None, ids: Tensor, weights: Tensor | None
+    to_ids: Tensor,
+    to_weights: Tensor | None,
+    ids: Tensor,
+    weights: Tensor | None,
+    to_physicals: Tensor | None = None,
+    physicals: Tensor | None = None,
 ) -> None:
     _copy(to_ids, ids)
-    if to_weights is not None and weights is not None:
-        _copy(to_weights, weights)
+    for to, given in ((to_weights, weights), (to_physicals, physicals)):
+        if to is not None and given is not None:
+            _copy(to, given)
 
 
 SCHEMA = (
-    "(Tensor(a!) to_ids, Tensor(b!)? to_weights, Tensor(c!)? to_logits, Tensor ids, "
-    "Tensor weights, Tensor? logits, int E, int rows, int router) -> ()"
+    "(Tensor(a!) to_ids, Tensor(b!)? to_weights, Tensor(c!)? to_logits, Tensor(d!)? to_physicals, "
+    "Tensor ids, Tensor weights, Tensor? logits, Tensor? physicals, int E, int rows, int router) "
+    "-> ()"
 )
 torch.library.custom_op(
     "moe_inspect::keep_rows",
     _keep_in_graph,
-    mutates_args=("to_ids", "to_weights", "to_logits"),
+    mutates_args=("to_ids", "to_weights", "to_logits", "to_physicals"),
     schema=SCHEMA,
 ).register_fake(lambda *_: None)
 
@@ -300,8 +320,8 @@ def take_torch(
     if tokens is None or positions is None or of.weights is None:
         return []
     at = slice(0, m) if picked is None else picked
-    logits = None if of.logits is None else of.logits[:, at]
-    taken = [tokens[at], positions[at], of.ids[:, at], of.weights[:, at], logits]
+    of_routers = (None if t is None else t[:, at] for t in of._kept)
+    taken = [tokens[at], positions[at], *of_routers]
     # the next step overwrites the rows; picked ones are a copy already
     return taken if picked is not None else [None if t is None else t.clone() for t in taken]
 
@@ -310,10 +330,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T"])
     def _keep_kernel(
-        ids, weights, to_ids, to_weights, T,
-        K: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+        ids, weights, physicals, to_ids, to_weights, to_physicals, T,
+        K: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, PHYSICALS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The first K values of T rows, which have as many as IDS and WEIGHTS say."""
+        """The first K values of T rows, which have as many as IDS, WEIGHTS and PHYSICALS say."""
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < T * K
         expert = tl.load(ids + i // K * IDS + i % K, mask=inside)
@@ -321,11 +342,14 @@ if triton is not None:
         if to_weights is not None:
             weight = tl.load(weights + i // K * WEIGHTS + i % K, mask=inside)
             tl.store(to_weights + i, weight.to(tl.float16), mask=inside)
+        if to_physicals is not None:
+            replica = tl.load(physicals + i // K * PHYSICALS + i % K, mask=inside)
+            tl.store(to_physicals + i, replica.to(tl.int16), mask=inside)
 
     @triton.jit(do_not_specialize=["counted", "m"])
     def _take_kernel(
-        ids, weights, picked, tokens, positions, sums,
-        to_tokens, to_positions, to_ids, to_weights, E, rows, counted, m,
+        ids, weights, physicals, picked, tokens, positions, sums,
+        to_tokens, to_positions, to_ids, to_weights, to_physicals, E, rows, counted, m,
         K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program counts and copies some slots of one router."""
@@ -343,6 +367,8 @@ if triton is not None:
             to = router * m * K + i
             tl.store(to_ids + to, tl.load(ids + at, mask=inside), mask=inside)
             tl.store(to_weights + to, tl.load(weights + at, mask=inside), mask=inside)
+            if to_physicals is not None:
+                tl.store(to_physicals + to, tl.load(physicals + at, mask=inside), mask=inside)
             if router == 0:  # its programs have m slots at least
                 inside = i < m
                 row = tl.load(picked + i, mask=inside, other=0)
@@ -352,8 +378,9 @@ if triton is not None:
                 tl.store(to_positions + i, position, mask=inside)
 
     @cache
-    def _keep_launch(K: int, ids: int, weights: int) -> Launch:
-        constants = {"K": K, "IDS": ids, "WEIGHTS": weights, "BLOCK": BLOCK}
+    def _keep_launch(K: int, ids: int, weights: int, physicals: int) -> Launch:
+        widths = {"IDS": ids, "WEIGHTS": weights, "PHYSICALS": physicals}
+        constants = {"K": K, **widths, "BLOCK": BLOCK}
         return Launch(_keep_kernel, constants)
 
     @cache
@@ -362,16 +389,21 @@ if triton is not None:
         return Launch(_take_kernel, {"K": K, "BINS": bins, "BLOCK": BLOCK})
 
     def keep_triton(
-        to_ids: Tensor, to_weights: Tensor | None, ids: Tensor, weights: Tensor | None
+        to_ids: Tensor,
+        to_weights: Tensor | None,
+        ids: Tensor,
+        weights: Tensor | None,
+        to_physicals: Tensor | None = None,
+        physicals: Tensor | None = None,
     ) -> None:
         T, K = min(len(ids), len(to_ids)), to_ids.shape[1]
         if T == 0:
             return
-        width = K if weights is None else weights.shape[1]
-        given = ids.contiguous(), None if weights is None else weights.contiguous()
-        _keep_launch(K, ids.shape[1], width)(
-            ids.get_device(), (-(-T * K // BLOCK), 1), ids.numel(), (*given, to_ids, to_weights),
-            (), (), (T,), kernels.NOTHING,
+        kept = ids, weights, None if to_physicals is None else physicals
+        given = [None if t is None else t.contiguous() for t in kept]
+        _keep_launch(K, *(K if t is None else t.shape[1] for t in given))(
+            ids.get_device(), (-(-T * K // BLOCK), 1), ids.numel(),
+            (*given, to_ids, to_weights, to_physicals), (), (), (T,), kernels.NOTHING,
         )  # fmt: skip
 
     def take_triton(
@@ -384,24 +416,26 @@ if triton is not None:
     ) -> Taken:
         """Returns views of what is staged."""
         assert of.staged is not None
-        (L, rows, K), (*to, to_logits) = of.ids.shape, of.staged
+        (L, rows, K), (*to, to_logits, to_physicals) = of.ids.shape, of.staged
         # what is None is not read: all is taken, or nothing
         of_rows = (of.every if t is None else t for t in (picked, tokens, positions))
         picked, tokens, positions = of_rows if of.weights is not None else (None, None, None)
-        read = of.ids, of.weights, picked, tokens, positions, of.sums
+        read = of.ids, of.weights, of.physicals, picked, tokens, positions, of.sums
         _take_launch(K, of.E)(
             of.ids.get_device(), (-(-max(counted, m) * K // BLOCK), L), of.ids.numel(),
-            (*read, *to), (), (of.E, rows), (counted, m), kernels.NOTHING,
+            (*read, *to, to_physicals), (), (of.E, rows), (counted, m), kernels.NOTHING,
         )  # fmt: skip
         if not m or of.weights is None:
             return []
-        staged_tokens, staged_positions, ids, weights = to
-        taken = [staged_tokens[:m], staged_positions[:m]]
-        taken += [t.view(-1)[: L * m * K].view(L, m, K) for t in (ids, weights)]
-        if to_logits is None:
-            return [*taken, None]
-        logits = to_logits.view(-1)[: L * m * of.E].view(L, m, of.E)
-        return [*taken, torch.index_select(of.logits, 1, picked[:m], out=logits)]
+        of_rows, of_slots = [t[:m] for t in to[:2]], (*to[2:], to_logits, to_physicals)
+        widths = K, K, of.E, K
+        ids, weights, logits, physicals = (
+            None if t is None else t.view(-1)[: L * m * width].view(L, m, width)
+            for t, width in zip(of_slots, widths, strict=True)
+        )
+        if logits is not None:
+            torch.index_select(of.logits, 1, picked[:m], out=logits)
+        return [*of_rows, ids, weights, logits, physicals]
 
     rows_triton = keep_triton, take_triton  # for the self-check
 rows_torch = keep_torch, take_torch

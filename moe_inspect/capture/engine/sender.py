@@ -70,6 +70,7 @@ def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRe
         "version": version(about["engine"]),
         "experts": rows.E,
         "top_k": rows.shape[2],
+        "physicals": rows.physicals is not None,
         "device": str(rows.device),
         **vars(settings),
     }
@@ -90,6 +91,7 @@ class Sender(threading.Thread):
         self._heard, self._told = b"", dict[str, Any]()
         self._stated_drops = 0
         self._placed: np.ndarray | None = None
+        self._replicas: np.ndarray | None = None  # as the one that writes knows them
         self.start()
 
     def run(self) -> None:
@@ -126,6 +128,10 @@ class Sender(threading.Thread):
         if steps:
             try:
                 arrive(steps)
+                for step in steps:
+                    known, self._replicas = self._replicas, step.replicas
+                    if known is not None and np.array_equal(known, step.replicas):
+                        step.replicas = None
                 # waits for the one that writes; meanwhile the queue fills, and the engine drops
                 self._send("steps", steps, recorder.dropped - self._dropped)
             except Exception:

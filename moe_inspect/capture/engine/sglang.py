@@ -102,11 +102,18 @@ def _choose(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Before logical experts become physical ones, and padding and shared experts are marked."""
-    if Here.seam is not None and topk_config.allow_routed_experts_capture:
-        Here.seam.keep(layer_id, topk_ids, topk_weights, router_logits)
+    """Before padding and shared experts are marked. Where experts have replicas, they become
+    physical experts there, others than the logical ones that are given."""
+    seam = Here.seam if topk_config.allow_routed_experts_capture else None
+    if seam is not None and not seam.replicates:
+        seam.keep(layer_id, topk_ids, topk_weights, router_logits)
     given = topk_ids, topk_weights, topk_config, router_logits, layer_id
-    return post_process(*given, *args, **kwargs)
+    made = post_process(*given, *args, **kwargs)
+    if seam is not None and seam.replicates:
+        physicals, _, without_shared = made
+        physicals = physicals if without_shared is None else without_shared
+        seam.keep(layer_id, topk_ids, topk_weights, router_logits, physicals)
+    return made
 
 
 def _run_batch(run: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kw: Any) -> Any:
@@ -116,9 +123,12 @@ def _run_batch(run: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, 
 
 
 def _forward(forward: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kw: Any) -> Any:
+    seam = None if runner.is_draft_worker else Here.seam
+    if seam is not None:
+        seam.before_step()
     output = forward(runner, batch, *args, **kw)
-    if Here.seam is not None and not runner.is_draft_worker:
-        Here.seam.after_step(batch)
+    if seam is not None:
+        seam.after_step(batch)
     return output
 
 
@@ -171,6 +181,7 @@ class Seam:
 
     def __init__(self, runner: Any, settings: Settings):
         import torch
+        from sglang.srt.runtime_context import get_exec
 
         from moe_inspect.capture.engine.sender import recorder_of
         from moe_inspect.capture.engine.steps import Rows
@@ -189,7 +200,8 @@ class Seam:
         self.T = prefill + max((server.max_running_requests or 0) * verified, 4096)
         shape = len(routers), self.T, K
         traces, device = settings.trace is not None, torch.device(runner.device)
-        rows = Rows(shape, E, settings.logits and traces, device, weights=traces)
+        self.replicates = get_exec().moe.ep_dispatch_algorithm is not None
+        rows = Rows(shape, E, settings.logits and traces, device, traces, physicals=self.replicates)
         log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         about = _about(server, config) | {
             "layers": list(routers),
@@ -197,15 +209,29 @@ class Seam:
         }
 
         self.recorder = recorder_of(rows, settings, about)
+        self.recorder.replicas = lambda: self.replicas
+        self.replicas: Tensor | None = None  # of the forward pass, which may end with others
+        self.places = torch.tensor(list(routers), device=device)
         # of each request that is not over, the end of its prompt, and of its answer at the latest
         self.prompts: dict[str, tuple[int, int]] = {}
         self.ended: set[str] = set()
 
-    def keep(self, layer: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
-        """In the forward pass."""
+    def before_step(self) -> None:
+        if not self.replicates:
+            return
+        try:
+            from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+            found = get_global_expert_location_metadata()
+            self.replicas = found.physical_to_logical_map[self.places]
+        except Exception as error:
+            self.recorder.stop(error)
+
+    def keep(self, layer: int, *choice: Tensor) -> None:
+        """In the forward pass: a router's choice, as `Rows.keep` takes it."""
         if (n := self.layers.get(layer)) is not None:
             self.unseen.discard(layer)
-            self.recorder.keep(n, ids_TK, weights_TK, logits_TE)
+            self.recorder.keep(n, *choice)
 
     def note_prompts(self, requests: list[Any]) -> None:
         try:

@@ -218,6 +218,7 @@ class Traces:
         self.waiting: deque[tuple[list[Step], int]] = deque()
         self.waiting_bytes = 0
         self.writer: TraceWriter | None = None
+        self.replicas: np.ndarray | None = None  # as of the last step
         self._begin()
 
     @property
@@ -273,6 +274,9 @@ class Traces:
         requests that begin."""
         for request in step.ended:
             self.known.pop(request, None)
+        if step.replicas is None:
+            step.replicas = self.replicas
+        self.replicas = step.replicas
         keep_N, of_requests = np.ones(len(step.tokens), bool), list[tuple[int, int, int, int]]()
         for i, request in enumerate(step.requests):
             start, end, prompt = step.edges[i], step.edges[i + 1], step.prompts[i]
@@ -312,6 +316,7 @@ class Traces:
         token_N = np.concatenate([part.step.tokens[part.kept] for part in parts]).astype(np.int32)
         in_prompt_N = np.concatenate([part.in_prompt for part in parts])
         numbers = [part.step.number for part in parts]
+        extras = [name for name in ("physicals", "logits") if self.about[name]]
         dtype = np.uint8 if E <= 255 else np.uint16
         nowhere = np.iinfo(dtype).max
         return RoutedBatch(
@@ -330,7 +335,8 @@ class Traces:
             weights=joined("weights"),
             documents=documents,
             phases=np.where(in_prompt_N, PREFILL, DECODE),
-            extras={"logits": joined("logits")} if self.about["logits"] else {},
+            extras={name: joined(name) for name in extras},
+            replicas={part.step.number: part.step.replicas for part in parts},
         )
 
     def _open(self) -> TraceWriter:
@@ -343,6 +349,7 @@ class Traces:
             {**manifest, "capture": {**manifest["capture"], **own}},
             routers,
             logits=self.about["logits"],
+            physicals=self.about["physicals"],
             vocabulary=vocabulary,
             commit_every=COMMIT_S,
         )

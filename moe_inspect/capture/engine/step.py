@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+ARRAYS = ("tokens", "positions", "ids", "weights", "logits", "physicals", "sampled", "replicas")
+
 
 @dataclass
 class Scheduled:
@@ -67,17 +69,21 @@ class Step:
     ids: Any  # [L, n, K]
     weights: Any  # [L, n, K]
     logits: Any  # [L, n, E] or None
+    physicals: Any  # [L, n, K] or None
     bytes: int
     copied: Any = None  # an event
     # [requests of the engine's step, until `arrive`: those recorded], or [requests, rows]
     sampled: Any = None
     wanted: Any = None  # which of them are recorded
+    # where experts have replicas, the expert that each of a router is a replica of, [L, P]; None as
+    # it is handed over where that has not changed
+    replicas: Any = None
 
     def arrive(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
             self.copied = None
-        for name in ("tokens", "positions", "ids", "weights", "logits", "sampled"):
+        for name in ARRAYS:
             if hasattr(value := getattr(self, name), "cpu"):
                 setattr(self, name, value.cpu().numpy())
         if self.wanted is not None:

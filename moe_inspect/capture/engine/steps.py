@@ -41,7 +41,7 @@ def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
 
 def arrive(steps: list[Step]) -> None:
     """Has the arrays of steps that follow each other, in the thread that hands them over."""
-    for name in ("ids", "weights", "logits") if steps else ():
+    for name in ("ids", "weights", "logits", "physicals") if steps else ():
         held = [getattr(step, name) for step in steps]
         if isinstance(held[0], Held):
             for step, array in zip(steps, arrays_of(held), strict=True):
@@ -69,9 +69,12 @@ class StepRecorder:
         self.on, self.sample, self.counting = settings.start, settings.sample, settings.metrics
         self.room = int(settings.queue_mb * 1e6)
         size = 2 if rows.host is None else 4  # of a value: what is held is as routers return it
-        self.bytes_per_row = L * size * (2 * K + (0 if rows.logits is None else rows.E))
+        values = K * (2 if rows.physicals is None else 3) + (0 if rows.logits is None else rows.E)
+        self.bytes_per_row = L * size * values
         # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
         self.placed: Callable[[], np.ndarray | None] = lambda: None
+        # where experts have replicas, the expert that each of a router is a replica of, [L, P]
+        self.replicas: Callable[[], Tensor | None] = lambda: None
         self.queue: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self.steps = self.recorded = self.dropped = 0  # steps; decisions that were queued, or not
         self.taken = 0  # bytes that were queued
@@ -92,13 +95,13 @@ class StepRecorder:
                 rows.take(0, 1, None, rows.every.to(kind), rows.every)
         self.link = start(self)
 
-    def keep(self, router: int, ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor) -> None:
-        """In the forward pass: a router's choice."""
+    def keep(self, router: int, *choice: Tensor) -> None:
+        """In the forward pass: a router's choice, as `Rows.keep` takes it."""
         if self.rows.compiled and torch.compiler.is_compiling():
-            self.rows.keep(router, ids_TK, weights_TK, logits_TE)
+            self.rows.keep(router, *choice)
         elif self.error is None:
             try:
-                self.rows.keep(router, ids_TK, weights_TK, logits_TE)
+                self.rows.keep(router, *choice)
             except Exception as error:
                 self.stop(error)
 
@@ -178,7 +181,9 @@ class StepRecorder:
         if self._copies is not None:  # what was taken before is on its way from the same place
             torch.accelerator.current_stream().wait_stream(self._copies)
         taken = self.rows.take(counted, n, picked, of.tokens, of.positions)
-        arrays, copied = self._to_host(taken)
+        replicas = self.replicas()  # the next forward pass may have others
+        taken.append(None if replicas is None else replicas.to(torch.int16, copy=True))
+        (*arrays, replicas), copied = self._to_host(taken)
         ended, self._ended = self._ended, set()
         self._live.update(of.requests)
         step = Step(
@@ -186,6 +191,7 @@ class StepRecorder:
             *arrays,
             bytes=size,
             copied=copied,
+            replicas=replicas,
         )
         self.taken += size
         self.recorded += n * L

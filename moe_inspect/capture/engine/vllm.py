@@ -139,8 +139,8 @@ class Seam:
         E, K = moe.num_logical_experts, moe.experts_per_token
         traces = settings.trace is not None
         sizes, compiled = (len(layers), T, K), bool(config.compilation_config.mode)
-        logits, device = settings.logits and traces, runner.device
-        rows = Rows(sizes, E, logits, device, weights=traces, compiled=compiled)
+        logits, device, eplb = settings.logits and traces, runner.device, eplb_of(runner, config)
+        rows = Rows(sizes, E, logits, device, traces, compiled, physicals=eplb is not None)
         log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         about = _about(config) | {
             "layers": [layer.layer_id for layer in layers],
@@ -148,14 +148,16 @@ class Seam:
         }
 
         self.recorder = recorder_of(rows, settings, about)
-        self.recorder.placed = lambda: placed(runner, layers)
+        self.recorder.placed = lambda: placed(layers, eplb)
+        if eplb is not None:
+            self.recorder.replicas = lambda: eplb.physical_to_logical_map
         self.speculates = config.speculative_config is not None
         self.ends: dict[str, int] = {}
         self.sampled: Tensor | None = None
         if self.speculates:
             self._watch_sampling()
         for n, layer in enumerate(layers):  # last: what has failed before is in no forward pass
-            self._watch(layer.router, n)
+            self._watch(layer.router, n, eplb is not None)
 
     def after_step(self, scheduled: Any) -> None:
         try:
@@ -200,16 +202,32 @@ class Seam:
             ends = [self.ends.get(request, 2**31) for request in requests]
         return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
 
-    def _watch(self, router: Any, n: int) -> None:
-        """Keeps what a router chooses, before EPLB maps it to physical experts."""
+    def _watch(self, router: Any, n: int, replicas: bool) -> None:
+        """Keeps what a router chooses; with `replicas`, when EPLB has mapped it to physical
+        experts."""
         compute: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
+        chosen = list[Any]()  # weights and logits, until experts are mapped
 
         def watched(hidden: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
             weights, ids = compute(hidden, logits, *args, **kwargs)
-            self.recorder.keep(n, ids, weights, logits)
+            if replicas:
+                chosen[:] = weights, logits
+            else:
+                self.recorder.keep(n, ids, weights, logits)
             return weights, ids
 
         router._compute_routing = watched
+        if not replicas:
+            return
+        to_physical: Callable[[Tensor], Tensor] = router._apply_eplb_mapping
+
+        def mapped(ids: Tensor) -> Tensor:
+            physicals = to_physical(ids)
+            self.recorder.keep(n, ids, *chosen, physicals)
+            chosen.clear()
+            return physicals
+
+        router._apply_eplb_mapping = mapped
 
     def _watch_sampling(self) -> None:
         """Keeps how many tokens each request of a step is given."""
@@ -270,7 +288,13 @@ def recordable_layers(model: Any, config: Any) -> list[Any]:
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
-def placed(runner: Any, layers: list[Any]) -> np.ndarray | None:
+def eplb_of(runner: Any, config: Any) -> Any:
+    """EPLB's state of the model, of a draft model it has another; None where there is no EPLB."""
+    state = getattr(runner, "eplb_state", None)
+    return None if state is None else state.model_states[config.model_config.compute_hash()]
+
+
+def placed(layers: list[Any], eplb: Any) -> np.ndarray | None:
     """The share of each expert's load that each rank of expert parallelism gets, [L, E, G]: by
     EPLB's map of now, else as vLLM places experts once."""
     from moe_inspect.capture.engine.steps import shares_of
@@ -279,12 +303,8 @@ def placed(runner: Any, layers: list[Any]) -> np.ndarray | None:
     E, G = moe.num_logical_experts, moe.ep_size
     if G == 1:
         return None
-    state = getattr(runner, "eplb_state", None) or getattr(
-        getattr(runner, "eplb", None), "state", None
-    )
-    if state is not None:
-        (of_model, *_) = state.model_states.values()
-        return shares_of(of_model.physical_to_logical_map.cpu().numpy(), E, G)
+    if eplb is not None:
+        return shares_of(eplb.physical_to_logical_map.cpu().numpy(), E, G)
     from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 
     strategy = layers[0].routed_experts.expert_map_manager.placement_strategy

@@ -211,14 +211,17 @@ def check_dispatch(kernels: ModuleType, case: Case, dispatch: Callable[..., Disp
 def check_rows(rows: ModuleType, case: Case, run: tuple[Callable[..., None], Any]) -> None:
     """`run`: of the module `rows`, what keeps a router's choice and what takes rows of all. A
     fourth of the T rows is padding; behind them are rows of a larger forward pass. Without weights
-    they are counted alone."""
+    they are counted alone. Experts have replicas where T is above 7."""
     (keep, take), chosen = run, [t for t in choice(case) if t is not None]
     if case.skew == "zipf":  # a shared expert is behind the routed ones
         chosen = [torch.cat([t, t[:, :1]], 1) for t in chosen]
     T, K, E, n = case.T, case.K, case.E, case.T - case.T // 4
     counts_only = len(chosen) == 1
-    of = rows.Rows((LANES, T + 3, K), E, False, torch.device(case.device), not counts_only)
-    kept = [of.ids] if counts_only else [of.ids, of.weights]
+    shape, device = (LANES, T + 3, K), torch.device(case.device)
+    of = rows.Rows(shape, E, False, device, not counts_only, physicals=T > 7)
+    kept = [t for t in (of.ids, of.weights, of.physicals) if t is not None]
+    if of.physicals is not None:
+        chosen.append(chosen[0][:, :K].flip(0) + E)
     for buffer in (*kept, of.sums):
         buffer.fill_(POISON)
     for lane in range(LANES):
@@ -226,7 +229,7 @@ def check_rows(rows: ModuleType, case: Case, run: tuple[Callable[..., None], Any
         if counts_only:
             keep(to[0], None, given[0], None)
         else:
-            keep(*to, *given)
+            keep(*to[:2], *given[:2], *to[2:], *given[2:])
     wanted = [torch.stack([t.roll(n, 0)[:, :K] for n in range(LANES)]).cpu() for t in chosen]
     wanted = [t.to(buffer.dtype) for t, buffer in zip(wanted, kept, strict=True)]
     for buffer, want in zip(kept, wanted, strict=True):
@@ -244,7 +247,8 @@ def check_rows(rows: ModuleType, case: Case, run: tuple[Callable[..., None], Any
         of.staged = of.staging()
         staged = [buffer.fill_(POISON) for buffer in of.staged if buffer is not None]
         given = tokens.int().to(case.device), positions.to(case.device)
-        taken = take(of, counted, m, picked, *(given if m else (None, None)))
+        found = take(of, counted, m, picked, *(given if m else (None, None)))
+        taken = [t for t in found if t is not None]
         counts_LE += load_LE * (counted > 0)
         require(of.counts.view(LANES, E).tolist() == counts_LE.tolist(), "the counts")
         rows_of = tokens[at], positions[at], *(t[:, at] for t in wanted)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import schema
+from moe_inspect.trace import replicas, schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.files.checksums import Json
@@ -106,6 +106,9 @@ class Target:
 
         bf16 = trace.manifest["capture"].get("weight_dtype") == "bfloat16"
         columns = {table: _columns(shard, table) for table in trace.tables}
+        if schema.PHYSICAL in trace.slot_values:
+            stated = replicas.metadata(shard.replicas(), batches)
+            columns["routing"] = columns["routing"].with_metadata(stated)
         groups, change = dict[str, list[partial[pa.Table]]](), {**change, "token": renumbered}
         for table, of_table in columns.items():
             of_routers = len(trace.routers) if table in ("routing", "logits") else 1

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.text import storable
-from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace import replicas, schema, slot_order
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import draft_of, sync_directory
 from moe_inspect.trace.files.checksums import Json
@@ -73,7 +73,11 @@ def routing_columns(trace: TraceHeader, batches: list[RoutedBatch]) -> pa.Schema
         for b in batches
         for ids, r in zip(b.ids, trace.stated_routers, strict=True)
     )
-    return schema.routing_schema(trace.stated_routers, trace.slot_values, nullable=nullable)
+    columns = schema.routing_schema(trace.stated_routers, trace.slot_values, nullable=nullable)
+    if schema.PHYSICAL not in trace.slot_values:
+        return columns
+    maps = [one for batch in batches for one in batch.replicas.items()]
+    return columns.with_metadata(replicas.metadata(replicas.of_passes(maps)))
 
 
 def routing_table(
@@ -115,13 +119,15 @@ def routing_table(
 
 
 def _values(batches: list[RoutedBatch], r: int, value: str) -> np.ndarray | None:
-    """One of `schema.SLOT_VALUES`, float32 [K, T] in the order of the batches, sizes rounded; None
-    where they have none."""
+    """One of `schema.SLOT_VALUES`, [K, T], sizes rounded; None where the batches have none."""
     is_weight = value == "weight"
     found = [b.weights if is_weight else b.extras.get(f"{value}s") for b in batches]
-    parts = [_widened(of_routers[r]) for of_routers in found if of_routers is not None]
+    parts = [of_routers[r] for of_routers in found if of_routers is not None]
     if not parts:
         return None
+    if value == schema.PHYSICAL:
+        return _slot_major([part.astype(np.uint16) for part in parts], np.uint16)
+    parts = [_widened(part) for part in parts]
     values_KT = _slot_major(parts, np.float32)
     return values_KT if is_weight else _rounded(values_KT)
 
@@ -257,9 +263,10 @@ def write_part(
     # time on them. Of the bytes of a bf16 weight two are zero and one is nearly always the same:
     # lz4 takes a third of zstd's time to read and half to write, for a fifth more of space; fp16's
     # third byte has 3 bits of use, which only an entropy coder finds
-    codec_of = {"expert": "none", "weight": "lz4" if bf16 else "zstd"}
-    codecs = {f.name: codec_of.get(f.name[:6], "zstd") for f in columns}
-    labels = [f.name for f in columns if f.name in DICTIONARY or f.name.startswith("expert")]
+    codec_of = {"expert": "none", "physical": "none", "weight": "lz4" if bf16 else "zstd"}
+    codecs = {f.name: codec_of.get(f.name.partition("_")[0], "zstd") for f in columns}
+    ids = ("expert", schema.PHYSICAL)
+    labels = [f.name for f in columns if f.name in DICTIONARY or f.name.startswith(ids)]
     encodings = {f.name: "BYTE_STREAM_SPLIT" for f in columns if pa.types.is_float32(f.type)}
     if "token" in columns.names:
         encodings["token"] = "DELTA_BINARY_PACKED"
