@@ -78,7 +78,9 @@ ROWS = {
     "positions are tokens": ("tl.load(positions + row", "tl.load(tokens + row"),
     "torch: ids of no expert are counted": ("clamp(-1, self.E)", "clamp(0, self.E)"),
     "torch: padding is counted": ("self.ids.narrow(1, 0, n)", "self.ids"),
-    "torch: not what is picked": ("slice(0, m) if picked is None else picked", "slice(0, m)"),
+    "replicas are as wide as ids": ("i // K * PHYSICALS", "i // K * IDS"),
+    "replicas are experts": ("tl.load(physicals + at", "tl.load(ids + at"),
+    "torch: not what is picked": ("else t[:, at] for t in", "else t[:, :m] for t in"),
 }  # fmt: skip
 RING = {
     "a page is released a page too early": ("self.released = position // self.P\n", "self.released = position // self.P + 1\n"),
