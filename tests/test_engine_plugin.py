@@ -1074,7 +1074,7 @@ def stating(path: Path, change: Callable[[list[dict[str, Any]]], object] | None)
     restate(path, name)
 
 
-WRONG: dict[str, Callable[[list[dict[str, Any]]], object] | None] = {
+MISSTATED: dict[str, Callable[[list[dict[str, Any]]], object] | None] = {
     "its metadata have no replicas": None,
     "router of entry 0 is not one of 0 to 3": lambda of: of[0].update(router=4),
     "batch of entry 1 is not one of 0 to": lambda of: of[1].update(batch=-1),
@@ -1088,7 +1088,7 @@ WRONG: dict[str, Callable[[list[dict[str, Any]]], object] | None] = {
 
 def test_a_wrong_replica_is_found(tmp_path: Path) -> None:
     _, whole = balanced(tmp_path / "runs")
-    for n, (said, change) in enumerate(WRONG.items()):
+    for n, (said, change) in enumerate(MISSTATED.items()):
         path = tmp_path / f"{n}"
         shutil.copytree(whole, path)
         stating(path, change)
