@@ -4,6 +4,7 @@ experts. `make test-vllm` runs it inside a real one."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -24,6 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -1184,6 +1187,42 @@ def test_a_full_disk_ends_the_recording_and_says_so(
     assert not state["on"]
     assert (state["decisions"], state["dropped"]) == (0, 10 * L)
     assert state["error"] in caplog.text
+
+
+def test_what_the_last_commit_could_not_write_was_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(tmp_path)
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    traces = Traces(about(settings), describe)
+    traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+    traces.catch_up(wait=True)
+    monkeypatch.setattr("moe_inspect.trace.writer.write_shard", Mock(side_effect=OSError("full")))
+    with pytest.raises(MoeInspectError, match="full"):
+        traces.close("complete")
+    counts = open_trace(traces.paths[0]).manifest["counts"]
+    assert counts == {"tokens": 0, "decisions": 0, "dropped": 10 * L}
+
+
+def test_of_a_step_only_what_is_recorded_stays_in_memory(tmp_path: Path) -> None:
+    """On a CPU, where it is not copied at once."""
+    engine = Engine(Settings(tmp_path, sample=0.5))
+    logits_of = list[Any]()
+    keep = engine.rows.host.keep  # type: ignore[union-attr]
+
+    def noted(router: int, *given: torch.Tensor) -> None:
+        logits_of.append(weakref.ref(given[2]))
+        keep(router, *given)
+
+    engine.rows.host.keep = noted  # type: ignore[union-attr,method-assign]
+    sampled = [name for name in map(str, range(40)) if engine.recorder._is_sampled(name)]
+    left = next(name for name in map(str, range(40)) if name not in sampled)
+    engine.step((sampled[0], 0, 1), (left, 0, 60))
+    gc.collect()
+    assert not any(of() is not None for of in logits_of)
+    step = engine.recorder.queue.get()
+    assert all(len(t) == 1 for held in (step.ids, step.weights) for t in held.of_routers)
 
 
 def test_what_a_full_disk_takes_is_a_trace_and_the_rest_is_dropped(tmp_path: Path) -> None:

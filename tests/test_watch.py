@@ -168,6 +168,30 @@ def test_by_a_url(tmp_path: Path) -> None:
     assert np.array_equal(looks.watched.total.load, load_of(root))
 
 
+def test_of_two_ranks_in_a_directory_one_is_followed_on(tmp_path: Path) -> None:
+    """Whose traces have successors."""
+    looks = Looks(tmp_path)
+
+    def begun(name: str) -> TraceWriter:
+        open_writer = writer(tmp_path / name, L, E, commit_every=AT_ONCE).__enter__()
+        list(committed(tmp_path / name, open_writer, batches(L, E, 2)))
+        return open_writer
+
+    writers = {rank: begun(f"{rank}-0000") for rank in ("other", "followed")}
+    assert looks.seen == ("recording", 512)
+    followed = looks.follower.path.name.removesuffix("-0000")
+    for rank in sorted(writers, key=followed.__eq__):  # the other one first
+        writers[rank].at_close = {"capture": {"followed_by": f"{rank}-0001"}}
+        writers[rank].close()
+        writers[rank] = begun(f"{rank}-0001")
+        looks.look()
+    looks.look()
+    assert looks.follower.path.name == f"{followed}-0001"
+    assert looks.seen == ("recording", 1024)
+    for open_writer in writers.values():
+        open_writer.close()
+
+
 def test_of_a_directory_of_traces_the_newest_is_followed(tmp_path: Path) -> None:
     """Also one that comes later: of its tokens alone. Two that are written do not take turns."""
     place = tmp_path / "runs"

@@ -297,7 +297,9 @@ class LatencyModel:
             kernels = [KernelTime(**entry) for entry in held["kernels"]]
             transfers = [TransferTime(**entry) for entry in held.get("transfers", ())]
             for kernel in kernels:
-                check(f"{path}: {kernel.name}", dict.fromkeys(START) | kernel.constants)
+                check(
+                    f"{path}: {kernel.name}", {name: kernel.constants.get(name) for name in START}
+                )
             for way in transfers:
                 known = {"launch_ms": way.launch_ms, "ms_per_gb": way.ms_per_gb}
                 check(f"{path}: {way.gpu}/{way.kernel}", known)

@@ -137,8 +137,8 @@ class Trace(Answers, TraceHeader):
 
     def replicas(self) -> pd.DataFrame:
         """Where an engine balanced the load over replicas of experts: from forward pass `batch` on,
-        until the next row of the same router and physical expert, that is a replica of `expert`
-        (−1: of none). A row per physical expert of each map."""
+        until the next `batch` of the same router, that is a replica of `expert` (−1: of none). A
+        row per physical expert of each map."""
         if schema.PHYSICAL not in self.slot_values:
             raise MoeInspectError(f"{self.path} has no physical experts: no engine recorded any")
         placed = changes(one for shard in self.shards for one in shard.replicas())

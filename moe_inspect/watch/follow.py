@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,16 @@ class Piece(Window):
             tokens=self.tokens - counted.tokens,
             decisions=self.decisions - counted.decisions,
         )
+
+
+def _successors(traces: Iterable[Path]) -> set[Path]:
+    """The traces that an engine goes on with: whoever follows the one before follows it."""
+    found = set[Path]()
+    for path in traces:
+        with suppress(MoeInspectError, OSError):  # one that is just written, or deleted
+            name = read_manifest(path).get("capture", {}).get("followed_by")
+            found |= {path.parent / Path(str(name)).name} if name else set()
+    return found
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
@@ -194,7 +205,10 @@ class Follower:
             return False
         # (a hidden one is a draft)
         there = {file.parent for file in self._folder.glob(f"[!.]*/{schema.MANIFEST}")}
-        new, self._seen = there - self._seen - {self.path}, self._seen | there
+        new = there - self._seen - {self.path}
+        if new and self._seen:
+            new -= _successors(there)
+        self._seen |= there
         if new:
             self.path = max(new, key=_written_s)
             self._ranks, self._before, self._is_another = {}, None, True

@@ -12,10 +12,12 @@ from __future__ import annotations
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -68,8 +70,8 @@ class Rows:
         self.weights = torch.zeros(L, rows, K, **half) if weights else None
         self.logits = torch.zeros(L, rows, E, **half) if logits else None
         self.physicals = torch.full_like(self.ids, -1) if physicals and weights else None
-        self._kept = self.ids, self.weights, self.logits, self.physicals
-        self._of_router = [[None if t is None else t[r] for t in self._kept] for r in range(L)]
+        self.kept = self.ids, self.weights, self.logits, self.physicals
+        self._of_router = [[None if t is None else t[r] for t in self.kept] for r in range(L)]
         # of each router, between two places for what is no expert and so routes nowhere
         self.sums = torch.zeros(L, E + 2, dtype=torch.int64, device=device)
         self.first = (torch.arange(L, device=device) * (E + 2) + 1).view(L, 1, 1)
@@ -77,15 +79,15 @@ class Rows:
         self.every = torch.arange(rows, device=device)
         self.staged = self.staging() if kernels.runs_triton(self.ids) else None
         self.host = HostRows(self) if on_host else None
-        self.key = len(ROWS)
-        ROWS.append(self)
+        self.key = next(KEYS)
+        ROWS[self.key] = self
 
     def staging(self) -> Taken:
         """Room for what is taken, uninitialized."""
         if self.weights is None:
             return [None] * 6
         of_rows = [self.every.new_empty(len(self.every), dtype=torch.int32) for _ in range(2)]
-        return [*of_rows, *(None if t is None else torch.empty_like(t) for t in self._kept)]
+        return [*of_rows, *(None if t is None else torch.empty_like(t) for t in self.kept)]
 
     @property
     def counts(self) -> Tensor:
@@ -96,7 +98,7 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """What it holds of the device's memory."""
-        held = [*self._kept, self.sums, self.every, *(self.staged or ())]
+        held = [*self.kept, self.sums, self.every, *(self.staged or ())]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def keep(
@@ -110,7 +112,7 @@ class Rows:
         """In the forward pass: a router's choice, of logical experts, and their replicas."""
         choice = ids_TK, weights_TK, logits_TE, physicals_TK
         if self.compiled and torch.compiler.is_compiling():  # it would trace into the function
-            to = (None if t is None else t[router] for t in self._kept)
+            to = (None if t is None else t[router] for t in self.kept)
             torch.ops.moe_inspect.keep_rows(*to, *choice, self.E, self.key, router)
         elif self.host is not None:
             self.host.keep(router, *choice)
@@ -147,12 +149,11 @@ class Rows:
 
 @dataclass
 class Held:
-    """What the routers returned in a step, of which some rows and columns are wanted: m rows, the
-    first ones unless they are `picked`."""
+    """What the routers returned in a step, of which the first m rows and some columns are wanted:
+    behind them stand padding, and shared experts."""
 
     of_routers: Sequence[Tensor]
     m: int
-    picked: Tensor | None
     width: int
     dtype: torch.dtype
 
@@ -160,12 +161,12 @@ class Held:
 def arrays_of(steps: Sequence[Held]) -> list[np.ndarray]:
     """Of each step [L, m, width]. All at once, as it takes long to look at each tensor."""
     shape, of_routers = (sum(held.m for held in steps), steps[0].width), list[Tensor]()
-    whole = all(held.picked is None for held in steps)
+    whole = all(len(held.of_routers[0]) == held.m for held in steps)
     for of in zip(*(held.of_routers for held in steps), strict=True):
         if not whole or (values := torch.cat(of)).shape != shape:
-            # some returned padding, or shared experts, which stand behind the routed ones
-            ats = [slice(0, held.m) if held.picked is None else held.picked for held in steps]
-            values = torch.cat([t[at, : shape[1]] for t, at in zip(of, ats, strict=True)])
+            values = torch.cat(
+                [t[: held.m, : held.width] for t, held in zip(of, steps, strict=True)]
+            )
         if values.shape != shape:
             raise ValueError(f"a router returned {tuple(values.shape)}, not {shape}")
         of_routers.append(values)
@@ -186,8 +187,17 @@ class HostRows:
         self.counted: tuple[np.ndarray, list[Held]] = of.sums.numpy(), []
         self.waiting = 0  # rows
 
-    def keep(self, router: int, *given: Tensor | None) -> None:
-        self.held[router] = given
+    def keep(
+        self,
+        router: int,
+        ids: Tensor,
+        weights: Tensor,
+        logits: Tensor | None,
+        physicals: Tensor | None = None,
+    ) -> None:
+        of = self.of  # what is not recorded is the engine's to free
+        recorded = weights if of.weights is not None else None
+        self.held[router] = ids, recorded, logits if of.logits is not None else None, physicals
 
     def take(
         self,
@@ -200,24 +210,32 @@ class HostRows:
         held, self.held = self.held, [None] * len(self.held)
         if None in held:
             raise MoeInspectError(f"router {held.index(None)} chose no experts in a forward pass")
-        of, K = self.of, self.of.shape[2]
-        ids, weights, logits, physicals = zip(*held, strict=True)
+        of = self.of
+        ids, *others = zip(*held, strict=True)
         if counted:
-            self.counted[1].append(Held(ids, counted, None, K, torch.int16))
+            self.counted[1].append(Held(ids, counted, of.shape[2], torch.int16))
             self.waiting += counted
             if self.waiting >= COUNT_AT:
-                self.counted, self.waiting = (self.sums(), []), 0
+                self._count()
         if tokens is None or positions is None or of.weights is None:
             return []
         at = slice(0, m) if picked is None else picked.numpy()
-        return [
-            tokens.numpy()[at].copy(),
-            positions.numpy()[at].copy(),
-            Held(ids, m, picked, K, torch.int16),
-            Held(weights, m, picked, K, torch.float16),
-            None if of.logits is None else Held(logits, m, picked, of.E, torch.float16),
-            None if of.physicals is None else Held(physicals, m, picked, K, torch.int16),
-        ]
+        taken: Taken = [tokens.numpy()[at].copy(), positions.numpy()[at].copy()]
+        for kept, values in zip(of.kept, (ids, *others), strict=True):
+            if kept is not None and picked is not None:  # the other rows are not to wait
+                values = [of_router[picked] for of_router in values]
+            # as wide as the buffers that a GPU would have
+            made = None if kept is None else Held(values, m, kept.shape[2], kept.dtype)
+            taken.append(made)
+        return taken
+
+    def _count(self) -> None:
+        waiting, self.waiting = self.counted, 0
+        try:
+            self.counted = self.sums(), []
+        finally:
+            if self.counted is waiting:  # what cannot be counted would fail again
+                self.counted = waiting[0], []
 
     def sums(self) -> np.ndarray:
         """With those that wait."""
@@ -261,7 +279,8 @@ def _copy(rows: Tensor, values: Tensor) -> None:
     rows[:n, :width].copy_(values[:n, :width])
 
 
-ROWS: list[Rows] = []  # of this process, as a compiled graph calls them
+# of this process, as a compiled graph calls them
+KEYS, ROWS = itertools.count(), WeakValueDictionary[int, Rows]()
 FAULTS: list[Exception] = []  # of a compiled graph, until the recorder looks
 
 
@@ -270,7 +289,8 @@ def _keep_in_graph(*given: Any) -> None:
     *to_and_given, key, router = given
     try:
         if (host := ROWS[key].host) is not None:
-            host.keep(router, *(None if t is None else t.clone() for t in to_and_given[4:8]))
+            choice = zip(to_and_given[:4], to_and_given[4:8], strict=True)
+            host.keep(router, *(None if to is None else t.clone() for to, t in choice))
         else:
             _keep(*to_and_given)
     except Exception as error:

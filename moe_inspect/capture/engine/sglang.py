@@ -104,13 +104,19 @@ def _choose(
 ) -> Any:
     """Before padding and shared experts are marked. Where experts have replicas, they become
     physical experts there, others than the logical ones that are given."""
-    seam = Here.seam if topk_config.allow_routed_experts_capture else None
+    seam = Here.seam
+    if seam is not None and not getattr(topk_config, "allow_routed_experts_capture", True):
+        seam = None
     if seam is not None and not seam.replicates:
         seam.keep(layer_id, topk_ids, topk_weights, router_logits)
     given = topk_ids, topk_weights, topk_config, router_logits, layer_id
     made = post_process(*given, *args, **kwargs)
     if seam is not None and seam.replicates:
-        physicals, _, without_shared = made
+        try:
+            physicals, _, without_shared = made
+        except ValueError as error:  # as of another version
+            seam.recorder.stop(error)
+            return made
         physicals = physicals if without_shared is None else without_shared
         seam.keep(layer_id, topk_ids, topk_weights, router_logits, physicals)
     return made

@@ -380,12 +380,11 @@ class Traces:
     def _end(self, status: str) -> None:
         writer, self.writer = self.writer, None
         if writer is not None:
-            if writer.failed:
-                writer.dropped += self.given - writer.decisions
-            self.dropped += writer.dropped
+            writer.given = self.given
             try:
                 writer.close(status, quiet=status != "complete")
             finally:
+                self.dropped += writer.dropped
                 self.before += writer.decisions
                 self.before_bytes += size_of(self.paths[-1])
                 self.written_bytes = self.before_bytes

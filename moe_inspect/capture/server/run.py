@@ -329,6 +329,7 @@ class EngineRun:
                 found += [replace(routed, group=None) for routed in passes]
         if found:
             self._writer = self._writer or opened()
+        if self._writer is not None:
             self._writer.unfinished = found
 
     def _answer_of(

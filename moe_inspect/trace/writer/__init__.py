@@ -172,9 +172,12 @@ class TraceWriter:
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
         self.dropped = 0  # decisions that the recorder made but could not hand over
+        # where what is lost cannot be recorded again, the decisions that were to be written: those
+        # that are missing at a failed close were dropped
+        self.given: int | None = None
         # of batches that are not whole: it is committed early at the close, and recorded again by
-        # whoever resumes
-        self.unfinished: list[RoutedBatch] = []
+        # whoever resumes. None: the last batch may not be whole either
+        self.unfinished: list[RoutedBatch] | None = None
         # own status → that of all ranks, when they have closed
         self.others: Callable[[str], str] = lambda status: status
         # merged into the manifest's sections when the background thread is done
@@ -266,7 +269,7 @@ class TraceWriter:
             self._queue.put(None)
             self._thread.join()
         try:
-            if status != "complete":
+            if status != "complete" and self.unfinished is None:
                 del self._pending.batches[self._pending.of_closed_groups() :]
             if self._error is None:
                 self._commit_rest()
@@ -279,6 +282,8 @@ class TraceWriter:
             self.manifest["status"] = self.others("interrupted" if self._error else status)
         except KeyboardInterrupt as error:  # while waiting for other ranks
             self.manifest["status"], interrupted = "interrupted", error
+        if self._error is not None and self.given is not None:
+            self.dropped += self.given - self.decisions
         self.manifest["counts"]["dropped"] = self.dropped
         try:
             if self.rank == 0:

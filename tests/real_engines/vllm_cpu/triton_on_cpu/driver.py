@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import Benchmarker, DriverBase
@@ -40,3 +41,11 @@ class InterpretedDriver(DriverBase):
         from triton.testing import do_bench
 
         return do_bench
+
+
+def argmax(array: np.ndarray, axis: int | None = None, keepdims: bool = False) -> np.ndarray:
+    """As a GPU does, of NaN alone too, which vLLM's warm-up feeds to its sampler."""
+    return np.argmax(np.where(np.isnan(array), -np.inf, array), axis, keepdims=keepdims)
+
+
+np.nanargmax = argmax  # the interpreter's
