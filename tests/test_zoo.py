@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
 
 import moe_inspect
 from moe_inspect.capture.hook.stack import Stack
@@ -76,37 +75,27 @@ def last_matrices(owner: torch.nn.Module, experts: int) -> list[torch.Tensor]:
 
 def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     """bool [T, E]: the positions whose output changes when an expert's last matrix does. The output
-    of the block that holds the experts, given what it was given, or where that does not run by
-    itself of the whole layer."""
+    of the block that holds the experts, or where that does not run by itself of the whole layer."""
     T = len(fed_to(site, inputs))
     parent = model.get_submodule(site.path.rpartition(".")[0])
     owner = parent if site.adapter is not None and not site.adapter.at_call else site.module
     inside = re.match(r".*?(?:layers|blocks|block|h)\.\d+(?=\.)", site.path)
     last = last_matrices(owner, site.experts)
-    layer: list[Any] = []
-    given: list[Any] = []
+    seen: dict[str, list[torch.Tensor]] = {"block": [], "layer": []}
 
-    def output() -> torch.Tensor:
-        if given:
-            args, kwargs = tree_map_only(torch.Tensor, torch.clone, given[0])
-            out = parent(*args, **kwargs)
-        else:
-            model(**inputs)
-            out = layer[-1]
-        return (out[0] if isinstance(out, tuple) else out).reshape(T, -1)
+    def watch(name: str, module: Any, args: Any, out: Any) -> None:
+        seen[name].append((out[0] if isinstance(out, tuple) else out).reshape(T, -1))
 
     with ExitStack() as hooks, torch.no_grad():
-        whole = model.get_submodule(inside[0])
-        hooks.callback(whole.register_forward_hook(lambda *of: layer.append(of[-1])).remove)
-        first = parent.register_forward_pre_hook(lambda *of: given.append(of[1:]), with_kwargs=True)
+        for name, module in (("block", parent), ("layer", model.get_submodule(inside[0]))):
+            hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
         model(**inputs)
-        first.remove()
-        outputs = [output()]
         for e in range(site.experts):
             kept = last[e].clone()
             last[e] *= -3
-            outputs.append(output())
+            model(**inputs)
             last[e].copy_(kept)
+    outputs = seen["block"] or seen["layer"]
     return np.stack([(x != outputs[0]).any(-1).numpy() for x in outputs[1:]], 1)
 
 

@@ -31,7 +31,7 @@ def engine(bench: Bench) -> None:
 
 def measure(bench: Bench, name: str, T: int, n: int, E: int, K: int, L: int) -> None:
     kind, found = bench.device.type, dict[str, list[float]]()
-    rows = code.Rows((L, T, K), E, False, torch.device(kind))
+    rows = code.Rows((L, T, K), E, False, torch.device(kind), buffers=True)
     fed = [a_choice(bench, T, E, K) for _ in range(L)]
     tokens = torch.arange(T, device=kind, dtype=torch.int32)
     some = torch.arange(0, n, 100, device=kind)

@@ -49,7 +49,7 @@ class Rows:
     in `staged`, of the same size, until the host has it. All of it is allocated here, before the
     engine measures how much memory is left for its cache. Without `weights` nothing is taken, and
     rows are only counted. `compiled`: whether torch.compile may trace through the routers;
-    `physicals`: whether experts have replicas, of which one is chosen."""
+    `physicals`: whether experts have replicas, of which one is chosen; `buffers`: on a CPU too."""
 
     def __init__(
         self,
@@ -60,11 +60,12 @@ class Rows:
         weights: bool = True,
         compiled: bool = True,
         physicals: bool = False,
+        buffers: bool = False,
     ):
         self.shape, self.E, self.device, self.compiled = shape, E, device, compiled
         L, T, K = shape
-        on_host = device.type == "cpu" and not kernels.runs_triton(torch.empty(0, device=device))
-        rows = 1 if on_host else -(-T // 16) * 16  # so that each router's part is aligned
+        buffers |= device.type != "cpu" or kernels.runs_triton(torch.empty(0))
+        rows = -(-T // 16) * 16 if buffers else 1  # so that each router's part is aligned
         half = {"dtype": torch.float16, "device": device}
         self.ids = torch.full((L, rows, K), -1, dtype=torch.int16, device=device)
         self.weights = torch.zeros(L, rows, K, **half) if weights else None
@@ -78,7 +79,7 @@ class Rows:
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self.every = torch.arange(rows, device=device)
         self.staged = self.staging() if kernels.runs_triton(self.ids) else None
-        self.host = HostRows(self) if on_host else None
+        self.host = None if buffers else HostRows(self)
         self.key = next(KEYS)
         ROWS[self.key] = self
 
@@ -340,7 +341,7 @@ def take_torch(
     if tokens is None or positions is None or of.weights is None:
         return []
     at = slice(0, m) if picked is None else picked
-    of_routers = (None if t is None else t[:, at] for t in of._kept)
+    of_routers = (None if t is None else t[:, at] for t in of.kept)
     taken = [tokens[at], positions[at], *of_routers]
     # the next step overwrites the rows; picked ones are a copy already
     return taken if picked is not None else [None if t is None else t.clone() for t in taken]
