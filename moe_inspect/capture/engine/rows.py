@@ -187,18 +187,18 @@ class HostRows:
         self.held: list[Any] = [None] * of.shape[0]
         self.counted: tuple[np.ndarray, list[Held]] = of.sums.numpy(), []
         self.waiting = 0  # rows
+        self.weighs, self.scores = of.weights is not None, of.logits is not None
 
     def keep(
         self,
         router: int,
         ids: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         logits: Tensor | None,
         physicals: Tensor | None = None,
     ) -> None:
-        of = self.of  # what is not recorded is the engine's to free
-        recorded = weights if of.weights is not None else None
-        self.held[router] = ids, recorded, logits if of.logits is not None else None, physicals
+        weights = weights if self.weighs else None  # what is not recorded is the engine's to free
+        self.held[router] = ids, weights, logits if self.scores else None, physicals
 
     def take(
         self,

@@ -66,6 +66,7 @@ class StepRecorder:
     ):
         L, _, K = rows.shape
         self.rows, self.settings, self.rank, self.start = rows, settings, rank, start
+        self._keep = rows.keep if rows.host is None else rows.host.keep
         self.on, self.sample, self.counting = settings.start, settings.sample, settings.metrics
         self.room = int(settings.queue_mb * 1e6)
         size = 2 if rows.host is None else 4  # of a value: what is held is as routers return it
@@ -101,7 +102,7 @@ class StepRecorder:
             self.rows.keep(router, *choice)
         elif self.error is None:
             try:
-                self.rows.keep(router, *choice)
+                self._keep(router, *choice)
             except Exception as error:
                 self.stop(error)
 
