@@ -212,9 +212,9 @@ class HostRows:
         if None in held:
             raise MoeInspectError(f"router {held.index(None)} chose no experts in a forward pass")
         of = self.of
-        ids, *others = zip(*held, strict=True)
+        choices = list(zip(*held, strict=True))
         if counted:
-            self.counted[1].append(Held(ids, counted, of.shape[2], torch.int16))
+            self.counted[1].append(Held(choices[0], counted, of.shape[2], torch.int16))
             self.waiting += counted
             if self.waiting >= COUNT_AT:
                 self._count()
@@ -222,21 +222,20 @@ class HostRows:
             return []
         at = slice(0, m) if picked is None else picked.numpy()
         taken: Taken = [tokens.numpy()[at].copy(), positions.numpy()[at].copy()]
-        for kept, values in zip(of.kept, (ids, *others), strict=True):
+        for kept, values in zip(of.kept, choices, strict=True):
             if kept is not None and picked is not None:  # the other rows are not to wait
                 values = [of_router[picked] for of_router in values]
             # as wide as the buffers that a GPU would have
-            made = None if kept is None else Held(values, m, kept.shape[2], kept.dtype)
-            taken.append(made)
+            taken.append(None if kept is None else Held(values, m, kept.shape[2], kept.dtype))
         return taken
 
     def _count(self) -> None:
-        waiting, self.waiting = self.counted, 0
+        self.waiting = 0
         try:
             self.counted = self.sums(), []
-        finally:
-            if self.counted is waiting:  # what cannot be counted would fail again
-                self.counted = waiting[0], []
+        except Exception:  # it would fail again
+            self.counted = self.counted[0], []
+            raise
 
     def sums(self) -> np.ndarray:
         """With those that wait."""
