@@ -117,6 +117,15 @@ def cli(tmp_path: Path) -> Cli:
     return run
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A command that runs in this process leaves handlers of its own, as its process would end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """As `cli`, in this process, which has imported everything: it saves a second or five."""
@@ -125,7 +134,6 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["moe-inspect", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "12")
         code = 0
         try:
@@ -133,9 +141,6 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
                 main()
         except SystemExit as done:
             code = int(done.code or 0)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))
         done = subprocess.CompletedProcess(sys.argv, code, said, complained)
         if check is not None:
