@@ -43,7 +43,7 @@ from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings, variable
 from moe_inspect.capture.engine.sidecar import Traces
-from moe_inspect.capture.engine.step import Scheduled, Step
+from moe_inspect.capture.engine.step import Scheduled, Step, split
 from moe_inspect.capture.engine.steps import Rows, StepRecorder, arrive, shares_of
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
@@ -93,7 +93,8 @@ class Kept:
     def taken(self) -> list[Step]:
         recorder = self.recorder
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
-        arrive(steps)
+        if steps:
+            split(steps, arrive(steps))
         recorder.sent += sum(step.bytes for step in steps)
         return steps
 
@@ -1159,8 +1160,9 @@ def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path
         engine.step(("a", 0, 10))
         waited(lambda: committed(tmp_path, 10))
         time.sleep(1)  # and the engine knows it
+        engine.step(("a", 10, 11))
         os.kill(writer_of(tmp_path), signal.SIGKILL)
-        waited(lambda: engine.step(("a", 10, 11)) or engine.recorder.link.error)
+        waited(lambda: engine.step(("a", 11, 12)) or engine.recorder.link.error)
         state = engine.recorder.command("status")
         assert not state["on"]
         assert state["error"].startswith("the process that writes has ended")
@@ -1326,7 +1328,7 @@ def test_the_process_that_writes_imports_neither_torch_nor_transformers(tmp_path
     sent = [
         ("about", about(settings) | own),
         ("counts", engine.recorder.counts.numpy(), facts),
-        ("steps", engine.recorder.link.taken(), 0),  # type: ignore[attr-defined]
+        ("steps", engine.recorder.link.taken(), {}, 0),  # type: ignore[attr-defined]
         ("end", 0),
     ]
     (tmp_path / "prometheus").mkdir()

@@ -13,9 +13,11 @@ from __future__ import annotations
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -36,7 +38,7 @@ except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
 BLOCK = 1024  # slots per program
-COUNT_AT = 1024  # rows that wait on a CPU to be counted
+COUNT_AT = 4096  # rows that wait on a CPU to be counted, where nobody asks
 SELF_CHECK = SelfCheck(__name__)
 # tokens and positions [m], ids and weights [L, m, K], logits [L, m, E] or None, and physical ids
 # [L, m, K] or None: tensors of a GPU, arrays and Held of a CPU
@@ -159,8 +161,9 @@ class Held:
     dtype: torch.dtype
 
 
-def arrays_of(steps: Sequence[Held]) -> list[np.ndarray]:
-    """Of each step [L, m, width]. All at once, as it takes long to look at each tensor."""
+def joined(steps: Sequence[Held]) -> np.ndarray:
+    """Of all steps, one behind the other: [L, their rows, width]. At once, as it takes long to look
+    at each tensor."""
     shape, of_routers = (sum(held.m for held in steps), steps[0].width), list[Tensor]()
     whole = all(len(held.of_routers[0]) == held.m for held in steps)
     for of in zip(*(held.of_routers for held in steps), strict=True):
@@ -171,22 +174,21 @@ def arrays_of(steps: Sequence[Held]) -> list[np.ndarray]:
         if values.shape != shape:
             raise ValueError(f"a router returned {tuple(values.shape)}, not {shape}")
         of_routers.append(values)
-    array = torch.stack(of_routers).to(steps[0].dtype).numpy()
-    return np.split(array, np.cumsum([held.m for held in steps])[:-1], axis=1)
+    return torch.stack(of_routers).to(steps[0].dtype).numpy()
 
 
 class HostRows:
     """On a CPU nothing is copied in the forward pass: there a copy takes ten times what it takes
     elsewhere, as neither its code nor Python's is in the core's caches. What routers return is
     held, as no engine writes into it (vLLM 0.32, SGLang 0.5.23), and read where there is time.
-    Rows are counted many at a time, and for whoever asks: so what was counted and what waits are
-    replaced at once."""
+    Rows are counted many at a time, in whichever thread asks."""
 
     def __init__(self, of: Rows):
         self.of = of
         self.held: list[Any] = [None] * of.shape[0]
-        self.counted: tuple[np.ndarray, list[Held]] = of.sums.numpy(), []
-        self.waiting = 0  # rows
+        self.total = of.sums.numpy()
+        self.waiting, self.rows = deque[Held](), 0  # to be counted
+        self.counting = Lock()
         self.weighs, self.scores = of.weights is not None, of.logits is not None
 
     def keep(
@@ -214,10 +216,10 @@ class HostRows:
         of = self.of
         choices = list(zip(*held, strict=True))
         if counted:
-            self.counted[1].append(Held(choices[0], counted, of.shape[2], torch.int16))
-            self.waiting += counted
-            if self.waiting >= COUNT_AT:
-                self._count()
+            self.waiting.append(Held(choices[0], counted, of.shape[2], torch.int16))
+            self.rows += counted
+            if self.rows >= COUNT_AT:
+                self.sums()
         if tokens is None or positions is None or of.weights is None:
             return []
         at = slice(0, m) if picked is None else picked.numpy()
@@ -229,22 +231,16 @@ class HostRows:
             taken.append(None if kept is None else Held(values, m, kept.shape[2], kept.dtype))
         return taken
 
-    def _count(self) -> None:
-        self.waiting = 0
-        try:
-            self.counted = self.sums(), []
-        except Exception:  # it would fail again
-            self.counted = self.counted[0], []
-            raise
-
     def sums(self) -> np.ndarray:
-        """With those that wait."""
-        sums, waiting = self.counted
-        if not waiting:
-            return sums
-        ids_LNK = np.concatenate(arrays_of(list(waiting)), axis=1).clip(-1, self.of.E)
-        at = (ids_LNK + self.of.first.numpy()).ravel()
-        return sums + np.bincount(at, minlength=sums.size).reshape(sums.shape)
+        """With those that wait. What cannot be counted waits no more: it would fail again."""
+        with self.counting:
+            self.rows = 0
+            if steps := [self.waiting.popleft() for _ in range(len(self.waiting))]:
+                ids_LNK = joined(steps).clip(-1, self.of.E)
+                at = (ids_LNK + self.of.first.numpy()).ravel()
+                new = np.bincount(at, minlength=self.total.size)
+                self.total = self.total + new.reshape(self.total.shape)
+            return self.total
 
 
 # --- in the forward pass

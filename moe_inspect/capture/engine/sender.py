@@ -27,7 +27,7 @@ from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
 
 log = logging.getLogger(__name__)
-EVERY_S = 0.2
+EVERY_S = 0.2  # what is recorded is handed over
 COUNTS_EVERY_S = 1.0
 CLOSE_S = 5.0  # engines kill workers that take longer to stop
 # the writer gets no GPU and one thread
@@ -97,7 +97,8 @@ class Sender(threading.Thread):
     def run(self) -> None:
         try:
             self._begin()
-            while not self._ending.wait(EVERY_S):
+            traces = self.recorder.settings.trace is not None
+            while not self._ending.wait(EVERY_S if traces else COUNTS_EVERY_S):
                 self._hand_over()
             self._hand_over(last=True)
             self._send("end", self.recorder.dropped - self._dropped)
@@ -127,13 +128,13 @@ class Sender(threading.Thread):
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
         if steps:
             try:
-                arrive(steps)
+                arrays = arrive(steps)
                 for step in steps:
                     known, self._replicas = self._replicas, step.replicas
                     if known is not None and np.array_equal(known, step.replicas):
                         step.replicas = None
                 # waits for the one that writes; meanwhile the queue fills, and the engine drops
-                self._send("steps", steps, recorder.dropped - self._dropped)
+                self._send("steps", steps, arrays, recorder.dropped - self._dropped)
             except Exception:
                 self._lose(steps)
                 raise
@@ -141,7 +142,7 @@ class Sender(threading.Thread):
             self._handed += self._decisions(steps)
         if recorder.settings.metrics:
             now = time.monotonic()
-            if last or now - self._counted_s > COUNTS_EVERY_S:
+            if last or now - self._counted_s >= COUNTS_EVERY_S:
                 self._counted_s = now
                 self._send_counts()
         if self._listen():
@@ -167,7 +168,7 @@ class Sender(threading.Thread):
         pipe.flush()
 
     def _decisions(self, steps: list[Any]) -> int:
-        return sum(len(step.tokens) for step in steps) * self.recorder.rows.shape[0]
+        return sum(step.edges[-1] for step in steps) * self.recorder.rows.shape[0]
 
     def _lose(self, steps: list[Any]) -> None:
         self.recorder.sent += sum(step.bytes for step in steps)
@@ -184,8 +185,8 @@ class Sender(threading.Thread):
         self._lose([queue.get() for _ in range(queue.qsize())])
         if self.recorder.settings.trace is not None:  # on their way, or not committed yet
             self.recorder.lost += self._handed - self._told.get("committed", 0)
-        self.error = said
         self._forget_gauges()
+        self.error = said
         log.error("moe-inspect: recording has stopped, the engine goes on: %s", said)
 
     def _close_pipe(self) -> None:

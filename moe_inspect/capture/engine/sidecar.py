@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_inspect.capture.engine.described import Described, ask
-from moe_inspect.capture.engine.step import Step
+from moe_inspect.capture.engine.step import Step, split
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
@@ -159,7 +159,9 @@ class Written:
             written = {} if traces is None else {"written_bytes": traces.written_bytes}
             self._count(values[0], **values[1], **written)
         elif traces is not None and kind == "steps":
-            traces.write(*values)
+            steps, arrays, dropped = values
+            split(steps, arrays)
+            traces.write(steps, dropped)
         elif traces is not None:  # the end
             traces.catch_up(wait=True)
             traces.note_dropped(*values)

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-ARRAYS = ("tokens", "positions", "ids", "weights", "logits", "physicals", "sampled", "replicas")
+OF_ROWS = "tokens", "positions", "ids", "weights", "logits", "physicals"
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Step:
         if self.copied is not None:
             self.copied.synchronize()
             self.copied = None
-        for name in ARRAYS:
+        for name in (*OF_ROWS, "sampled", "replicas"):
             if hasattr(value := getattr(self, name), "cpu"):
                 setattr(self, name, value.cpu().numpy())
         if self.wanted is not None:
@@ -99,3 +99,13 @@ class Step:
         if sampled.ndim:
             return sampled[sampled >= 0]
         return np.arange(min(rows - drafts + max(int(sampled) - 1, 0), rows))
+
+
+def split(steps: Sequence[Step], arrays: dict[str, np.ndarray | None]) -> None:
+    """Gives steps that follow each other their rows of these arrays."""
+    ends = np.cumsum([step.edges[-1] for step in steps])[:-1]
+    for name, array in arrays.items():
+        if array is not None:
+            parts = np.split(array, ends, axis=min(array.ndim - 1, 1))
+            for step, part in zip(steps, parts, strict=True):
+                setattr(step, name, part)

@@ -12,16 +12,16 @@ import queue
 import socket
 import time
 import zlib
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.engine.rows import FAULTS, Held, Rows, arrays_of
+from moe_inspect.capture.engine.rows import FAULTS, Held, Rows, joined
 from moe_inspect.capture.engine.settings import Settings, share
-from moe_inspect.capture.engine.step import Scheduled, Step
+from moe_inspect.capture.engine.step import OF_ROWS, Scheduled, Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
@@ -39,15 +39,21 @@ def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
     return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
 
 
-def arrive(steps: list[Step]) -> None:
-    """Has the arrays of steps that follow each other, in the thread that hands them over."""
-    for name in ("ids", "weights", "logits", "physicals") if steps else ():
-        held = [getattr(step, name) for step in steps]
-        if isinstance(held[0], Held):
-            for step, array in zip(steps, arrays_of(held), strict=True):
-                setattr(step, name, array)
+def arrive(steps: Sequence[Step]) -> dict[str, np.ndarray | None]:
+    """Takes from steps that follow each other what they have by row, and joins it: in the thread
+    that hands them over, which would take long for each by itself."""
+    arrays = dict[str, np.ndarray | None]()
     for step in steps:
         step.arrive()
+    for name in OF_ROWS:
+        values = [getattr(step, name) for step in steps]
+        if isinstance(values[0], Held):
+            arrays[name] = joined(values)
+        elif values[0] is not None:
+            arrays[name] = np.concatenate(values, axis=min(values[0].ndim - 1, 1))
+        for step in steps:
+            setattr(step, name, None)
+    return arrays
 
 
 class Link(Protocol):
