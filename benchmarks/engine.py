@@ -1,11 +1,14 @@
 """What recording inside a serving engine costs: a real vLLM on the bundled model, in which the
-plugin's hooks are put in and taken out again between rounds of half a second, in random order.
+plugin's hooks are put in and taken out again between decode steps, in random order.
 
-    build/venv-vllm/bin/python -m benchmarks.engine --rounds 150
+    build/venv-vllm/bin/python -m benchmarks.engine --rounds 300
 
-`make test-vllm` makes that environment. All ways are measured in one process, as two processes
-differ by more than what is measured. CPU seconds are those of the engine's process with all its
-threads, without the process that writes, which has a core of its own where there are two."""
+`make test-vllm` makes that environment. Steps that follow each other are compared, as a machine's
+speed changes from second to second by more than what is measured: "no plugin" stands among the ways
+twice, and its ratio to itself says how far the others can be trusted. A step is what the engine's
+thread does. The thread that hands over what was recorded competes with it for the interpreter: its
+CPU seconds are added as if the engine waited for all of them. The process that writes is not in it:
+it has a core of its own where there are two."""
 
 # pyright: reportMissingImports=false
 # (vLLM is not installed where types are checked)
@@ -13,6 +16,7 @@ threads, without the process that writes, which has a core of its own where ther
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,16 +24,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.stats import trim_mean
 
 from benchmarks.measuring import ROOT, machine, write_results
 from moe_inspect.demo import MODEL_DIR
 
-PROMPT, GENERATE, REQUESTS = 64, 32, 16
-NO_PLUGIN = "no plugin"
-PAUSE_S = 0.05
+PROMPT, GENERATE = 64, 128
+NO_PLUGIN, AGAIN = "no plugin", "no plugin, again"
+THREAD_S = 10.0
 # "no plugin" is `execute_model` wrapped, and nothing else
 ENVIRONMENT = {
     "MOE_INSPECT_METRICS": "1",
@@ -48,7 +55,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--at-once", type=int, default=8)
     arguments = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
@@ -95,7 +102,7 @@ class Hooks:
 
     def put(self, way: str) -> None:
         self.take_out()
-        if way != NO_PLUGIN:
+        if way not in (NO_PLUGIN, AGAIN):
             self.worker.moe_inspect_seam = self.seams[way]
             for router, watched in zip(self.routers, self.watching[way], strict=True):
                 router._compute_routing = watched
@@ -106,56 +113,84 @@ def compare(place: Path, rounds: int, at_once: int) -> dict[str, Any]:
 
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "seed": 0}
     options |= {"enable_prefix_caching": False, "gpu_memory_utilization": 0.2}
-    llm = LLM(str(MODEL_DIR), max_num_seqs=at_once, max_num_batched_tokens=256, **options)
+    llm = LLM(str(MODEL_DIR), max_num_seqs=at_once, max_num_batched_tokens=1024, **options)
     sampling = SamplingParams(max_tokens=GENERATE, temperature=0, ignore_eos=True)
-    draw = random.Random(0)
-    prompts: Any = [
-        {"prompt_token_ids": [draw.randrange(5, 3000) for _ in range(PROMPT)]}
-        for _ in range(REQUESTS)
-    ]
+    draw, numbers = random.Random(0), itertools.count()
+    prompts = [[draw.randrange(5, 3000) for _ in range(PROMPT)] for _ in range(at_once)]
 
-    def a_round() -> tuple[float, float]:
-        began, cpu = time.perf_counter(), time.process_time()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - began, time.process_time() - cpu
+    def decode_steps() -> Iterator[Callable[[], Any]]:
+        for prompt in prompts:
+            given: Any = {"prompt_token_ids": prompt}
+            llm.llm_engine.add_request(str(next(numbers)), given, sampling)
+        llm.llm_engine.step()  # all prompts
+        for _ in range(GENERATE - 2):
+            yield llm.llm_engine.step
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+
+    def a_round() -> None:
+        for step in decode_steps():
+            step()
 
     hooks, loads = Hooks(llm, place), [os.getloadavg()[0]]
-    ways = [NO_PLUGIN, *hooks.seams]
-    wall_s, cpu_s = ({way: list[float]() for way in ways} for _ in range(2))
-    for n in range(-3, rounds):  # three to warm up
-        for way in draw.sample(ways, len(ways)):
-            hooks.put(way)
-            time.sleep(PAUSE_S)
-            wall, cpu = a_round()
+    step_s: dict[str, list[float]] = {way: [] for way in (NO_PLUGIN, AGAIN, *hooks.seams)}
+    for n in range(-1, rounds):  # one to warm up
+        order = list[str]()
+        for step in decode_steps():
+            order = order or draw.sample(list(step_s), len(step_s))
+            hooks.put(way := order.pop())
+            began = time.perf_counter()
+            step()
             if n >= 0:
-                wall_s[way].append(wall)
-                cpu_s[way].append(cpu)
+                step_s[way].append(time.perf_counter() - began)
+        for took in step_s.values():  # whole blocks of steps
+            del took[min(map(len, step_s.values())) :]
         loads.append(os.getloadavg()[0])
-    tokens, found = REQUESTS * (PROMPT + GENERATE), dict[str, Any]()
-    for way in ways:
-        found[way] = {
-            "tokens_per_s_median": round(tokens / statistics.median(wall_s[way])),
-            "tokens_per_s_fastest": round(tokens / min(wall_s[way])),
-            "wall": compared(wall_s[way], wall_s[NO_PLUGIN]),
-            "cpu": compared(cpu_s[way], cpu_s[NO_PLUGIN]),
-        }
-        if way != NO_PLUGIN:
-            hooks.put(way)
-            found[way] |= hook_cost(hooks.seams[way].recorder, a_round)
     load = [round(f(loads), 2) for f in (min, statistics.median, max)]
-    about = {"rounds": rounds, "at_once": at_once, "tokens_per_round": tokens}
-    return {**about, "load_average_least_median_most": load, "ways": found}
+    about = {"rounds": rounds, "at_once": at_once, "steps_of_each": len(step_s[NO_PLUGIN])}
+    return {
+        **about,
+        "load_average_least_median_most": load,
+        "ways": of_ways(step_s, hooks, a_round),
+    }
+
+
+def of_ways(
+    step_s: dict[str, list[float]], hooks: Hooks, a_round: Callable[[], Any]
+) -> dict[str, Any]:
+    found = dict[str, Any]()
+    for way, took in step_s.items():
+        found[way] = {"us_a_step": round(statistics.median(took) * 1e6)}
+        found[way]["step"] = step = compared(took, step_s[NO_PLUGIN])
+        if way in hooks.seams:
+            hooks.put(way)
+            recorder = hooks.seams[way].recorder
+            share = thread_share(recorder.link, a_round)
+            found[way] |= {
+                "thread_share": round(share, 4),
+                "cost": round(step["ratio"] + share, 4),
+                **hook_cost(recorder, a_round),
+            }
+    return found
 
 
 def compared(took: list[float], without: list[float]) -> dict[str, Any]:
-    """Ratios of seconds: the median of the rounds' with its quartiles, and of the least."""
-    ratios = [this / none for this, none in zip(took, without, strict=True)]
-    low, middle, high = statistics.quantiles(ratios)
-    return {
-        "ratio_median": round(middle, 4),
-        "ratio_quartiles": [round(low, 4), round(high, 4)],
-        "ratio_least": round(min(took) / min(without), 4),
-    }
+    """The mean ratio of steps of the same block, without the tenth at either end; and where 95 in
+    100 of the means lie of as many blocks, drawn again."""
+    logs = np.log(took) - np.log(without)
+    again = np.random.default_rng(0).choice(logs, (2000, len(logs)))
+    low, high = np.exp(np.quantile(trim_mean(again, 0.1, axis=1), (0.025, 0.975)))
+    ratio = np.exp(trim_mean(logs, 0.1))
+    return {"ratio": round(float(ratio), 4), "interval": [round(float(x), 4) for x in (low, high)]}
+
+
+def thread_share(sender: Any, a_round: Callable[[], Any]) -> float:
+    """CPU seconds of the thread that hands over, by second of serving."""
+    clock = time.pthread_getcpuclockid(sender.ident)
+    began, cpu = time.perf_counter(), time.clock_gettime(clock)
+    while (took := time.perf_counter() - began) < THREAD_S:
+        a_round()
+    return (time.clock_gettime(clock) - cpu) / took
 
 
 def hook_cost(recorder: Any, a_round: Callable[[], Any]) -> dict[str, Any]:
