@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,4 +49,16 @@ def argmax(array: np.ndarray, axis: int | None = None, keepdims: bool = False) -
     return np.argmax(np.where(np.isnan(array), -np.inf, array), axis, keepdims=keepdims)
 
 
-np.nanargmax = argmax  # the interpreter's
+def register() -> None:
+    """Has the interpreter do what compiled code does."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    np.nanargmax = argmax
+    load = InterpreterBuilder.create_masked_load
+
+    def load_by_integers(builder: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        """vLLM's search of n-grams has such masks."""
+        mask.data = mask.data.astype(bool)
+        return load(builder, pointers, mask, *args)
+
+    InterpreterBuilder.create_masked_load = load_by_integers
