@@ -247,16 +247,20 @@ class PairEvidence:
         """The `top` partners of each expert with the most evidence, among those it is ever chosen
         with; 0: all. Returns (expert, partner)."""
         (E, N), found = self.count_EN.shape, list[Listed]()
-        step = max(1, pairs.BLOCK // N)
+        step, most = max(1, pairs.BLOCK // N), min(top or N, N)
         for of in (slice(at, at + step) for at in range(0, E, step)):
             count_EN = self.count_EN[of]
             most_EN = _most(count_EN, self.load_E[of, None], self.load_N)
             # the deviance orders pairs as their evidence does, and is faster to compute
             order_EN = -unc.signed_deviance(count_EN, self.expected_EN[of], most_EN)
             order_EN[count_EN <= 0] = np.inf
-            first_EN = np.argsort(order_EN, axis=1, kind="stable")[:, : top or N]
-            expert, rank = np.nonzero(np.take_along_axis(order_EN, first_EN, 1) < np.inf)
-            found.append((of.start + expert, first_EN[expert, rank]))
+            # only those at least as good as the last wanted are sorted, as few are wanted
+            last_E1 = np.partition(order_EN, most - 1, axis=1)[:, most - 1 : most]
+            expert, other = np.nonzero((order_EN <= last_E1) & (order_EN < np.inf))
+            order = np.lexsort((order_EN[expert, other], expert))
+            expert, other = expert[order], other[order]
+            rank = np.arange(len(expert)) - np.searchsorted(expert, expert)
+            found.append((of.start + expert[rank < most], other[rank < most]))
         experts, others = zip(*found, strict=True)
         return np.concatenate(experts), np.concatenate(others)
 
