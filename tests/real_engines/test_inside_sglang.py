@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from moe_inspect.capture.engine.control import tell
 from tests.real_engines.load import prompts
 from tests.real_engines.models import MODELS, OTHERWISE, save
 from tests.real_engines.server import BIN, ENGINES, WITH_KERNELS
+from tests.real_engines.test_conformance import LATENT
 from tests.real_engines.test_inside_vllm import (
     Asked,
     Property,
@@ -65,21 +67,33 @@ def served(
             yield engine.url, model
 
 
-async def answers(url: str, named: dict[str, list[int]], stop: Sequence[int] = ()) -> list[Asked]:
-    """Requests by name, eight at once; each ends with one of the tokens `stop`."""
+async def answers(
+    url: str, named: dict[str, list[int]], stop: Sequence[int] = (), n: int = 1
+) -> list[Asked]:
+    """Requests by name, eight at once; each ends with one of the tokens `stop`. Of n answers to a
+    prompt each is a request whose name the engine makes up."""
     at_once = asyncio.Semaphore(8)
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
 
-        async def ask(name: str, prompt: list[int]) -> Asked:
-            sampling = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": not stop}
+        async def ask(name: str, prompt: list[int]) -> list[Asked]:
+            sampling = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": not stop, "n": n}
             sampling |= {"stop_token_ids": [*stop]} if stop else {}
             body = {"input_ids": prompt, "rid": name, "sampling_params": sampling}
             async with at_once:
-                answer: Any = (await http.post("/generate", json=body)).json()
-            cached = answer["meta_info"]["cached_tokens"]
-            return Asked(name, prompt, answer["output_ids"], cached, stopped=bool(stop))
+                made: Any = (await http.post("/generate", json=body)).json()
+            return [
+                Asked(
+                    one["meta_info"]["id"],
+                    prompt,
+                    one["output_ids"],
+                    one["meta_info"]["cached_tokens"],
+                    stopped=bool(stop),
+                )
+                for one in (made if n > 1 else [made])
+            ]
 
-        return list(await asyncio.gather(*(ask(n, p) for n, p in named.items())))
+        of_requests = await asyncio.gather(*(ask(name, p) for name, p in named.items()))
+        return [one for of_request in of_requests for one in of_request]
 
 
 def counted(url: str) -> float:
@@ -115,7 +129,12 @@ NAMES = [n for n in MODELS if ("sglang", n) not in OTHERWISE]
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*((n, (ONE_BY_ONE,)) for n in NAMES), ("bundled Mixtral", ())]
+    ("name", "options"),
+    [
+        *((n, (ONE_BY_ONE,)) for n in NAMES),
+        ("DeepSeek-V2", (ONE_BY_ONE, *LATENT)),
+        ("bundled Mixtral", ()),
+    ],
 )
 def test_every_decision(
     name: str, options: tuple[str, ...], tmp_path: Path, record_property: Property
@@ -148,6 +167,29 @@ def test_every_decision(
     run = "off and on" if options else "off and on, overlap schedule"
     row = f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |"
     record_property("plugin-sglang", row)
+
+
+def test_what_is_retracted_and_several_answers_to_a_prompt(
+    tmp_path: Path, record_property: Property, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed again is a sequence of its own. Before it answers a prompt several times,
+    SGLang computes it once, by a request that nobody asked for."""
+    monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
+    with served(tmp_path, "bundled Mixtral", ONE_BY_ONE) as (url, model):
+        asked = asyncio.run(answers(url, named(prompts())))
+        (path,) = traces_in(tmp_path)
+        several = prompts(30)[24:]
+        for prompt in several:
+            asked += asyncio.run(answers(url, {"several": prompt}, n=2))
+    closed_in(tmp_path)
+    trace, names = moe_inspect.open_trace(path), {one.request for one in asked}
+    assert trace.tokens().duplicated(["document", "position"]).any(), "nothing was retracted"
+    unasked = [name for name in trace.documents().source if name not in names]
+    asked += [Asked(name, p, [], None) for name, p in zip(unasked, several, strict=True)]
+    asked = [replace(one, cached=None) for one in asked]
+    tokens, equal, total = compared([path], asked, model)
+    row = f"| SGLang {version('sglang')} | bundled Mixtral | retracted, two answers to a prompt"
+    record_property("plugin-sglang", f"{row} | {tokens:,} | {equal:,} of {total:,} |")
 
 
 def first_layers(model: Path, place: Path) -> Path:
