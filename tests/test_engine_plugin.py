@@ -43,8 +43,8 @@ from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings, variable
 from moe_inspect.capture.engine.sidecar import Traces
-from moe_inspect.capture.engine.step import Scheduled, Step, split
-from moe_inspect.capture.engine.steps import Rows, StepRecorder, arrive, shares_of
+from moe_inspect.capture.engine.step import Scheduled, Step, split_rows
+from moe_inspect.capture.engine.steps import Rows, StepRecorder, join_rows, shares_of
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
@@ -94,7 +94,7 @@ class Kept:
         recorder = self.recorder
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
         if steps:
-            split(steps, arrive(steps))
+            split_rows(steps, join_rows(steps))
         recorder.sent += sum(step.bytes for step in steps)
         return steps
 
@@ -445,7 +445,7 @@ def test_counts_are_those_of_all_requests() -> None:
     """Whatever is sampled; and none of padding, or while it is off."""
     engine = Engine(Settings(Path("unused"), sample=0.0, metrics=True))
     engine.serve()
-    counts = engine.recorder.counts.view(L, E).numpy()
+    counts = engine.rows.counted()[1].view(L, E).numpy()
     assert (counts == engine.assignments).all()
     assert counts.sum() > 0
     engine.recorder.command("metrics", "off")
@@ -453,7 +453,44 @@ def test_counts_are_those_of_all_requests() -> None:
     engine.recorder.command("metrics", "on")
     engine.recorder.command("off")
     engine.step(("z", 10, 11))
-    assert (engine.recorder.counts.view(L, E).numpy() == counts).all()
+    assert (engine.rows.counted()[1].view(L, E).numpy() == counts).all()
+
+
+def test_counts_are_exact_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread counts."""
+    monkeypatch.setattr(rows, "COUNT_AT", 64)
+    engine = Engine(Settings(metrics=True))
+    found, ended = list[tuple[int, int]](), threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            tokens, counts = engine.rows.counted()
+            found.append((tokens, int(counts.sum())))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for n in range(300):
+        engine.step(("a", n, n + 1), ("b", n, n + 1))
+    ended.set()
+    asking.join()
+    assert all(counts == tokens * L * K for tokens, counts in found)
+    tokens, counts = engine.rows.counted()
+    assert tokens == 600
+    assert (counts.view(L, E).numpy() == engine.assignments).all()
+
+
+def test_what_cannot_be_counted_is_in_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "COUNT_AT", 64)
+    engine = Engine(Settings(metrics=True))
+    engine.step(("a", 0, 64))
+    for router in range(L):
+        ids = torch.zeros(63 if router == 2 else 64, K, dtype=torch.int32)
+        engine.recorder.keep(router, ids, torch.zeros(64, K), torch.zeros(64, E))
+    engine.recorder.after_step(64, set(), lambda: None)  # type: ignore[arg-type,return-value]
+    said = engine.recorder.command("status")["error"]
+    assert said.endswith("64 tokens not counted: a router returned (63, 2), not (64, 2)")
+    tokens, counts = engine.rows.counted()
+    assert (tokens, int(counts.sum())) == (64, 64 * L * K)
 
 
 def test_a_writer_that_follows_another_counts_and_drops_from_there_on(
@@ -486,6 +523,18 @@ def test_steps_that_do_not_arrive_are_lost_and_counted(monkeypatch: pytest.Monke
     state = engine.recorder.command("status")
     assert "ZeroDivisionError" in state["error"]
     assert (state["decisions"], state["dropped"], state["queued_bytes"]) == (0, 10 * L, 0)
+
+
+def test_drafts_that_are_judged_when_the_writer_has_ended_are_dropped() -> None:
+    engine = Engine(Settings(Path("unused")))
+    link: Any = engine.recorder.link
+    engine.recorder.after_sampling = lambda sampled: None
+    engine.step(("a", 0, 4), drafts={"a": (3, 1)})
+    del engine.recorder.after_sampling
+    link.error = "it was killed"
+    engine.recorder.after_sampling(torch.tensor([1]))
+    state = engine.recorder.command("status")
+    assert (state["decisions"], state["dropped"], state["queued_bytes"]) == (0, 4 * L, 0)
 
 
 def test_a_fault_of_ours_ends_the_recording_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +665,7 @@ def test_the_state_of_sglang_is_its_own_but_for_our_keys(monkeypatch: pytest.Mon
 
 def test_what_there_is_no_room_for_is_dropped_and_counted(tmp_path: Path) -> None:
     """And a sequence with a gap becomes two."""
-    settings = Settings(tmp_path, queue_mb=0.001)
+    settings = Settings(tmp_path, queue_mb=0.005)
     engine = Engine(settings)
     engine.step(("a", 0, 10))
     engine.step(("a", 10, 35), expect=False)  # beyond the room
@@ -736,7 +785,7 @@ def test_a_graph_that_is_replayed_without_python(launched: list[Callable[[], Non
             assert torch.equal(got, want.to(got.dtype))
         for layer in range(L):
             load_LE[layer] += np.bincount(ids[layer, :n].reshape(-1), minlength=E)
-        assert (rows.counts.view(L, E).numpy() == load_LE).all()
+        assert (rows.counted()[1].view(L, E).numpy() == load_LE).all()
 
 
 @pytest.mark.parametrize("logits", [False, True])
@@ -752,7 +801,7 @@ def test_its_kernels_record_what_torch_does(
     sources = set(trace.documents().source)
     assert 4 < len(sources) < 16
     assert held(trace) == {k: v for k, v in engine.expected.items() if k[0] in sources}
-    assert (engine.recorder.counts.view(L, E).numpy() == engine.assignments).all()
+    assert (engine.rows.counted()[1].view(L, E).numpy() == engine.assignments).all()
     if logits:
         best = trace.logits(layer=3).logits.map(lambda of: int(np.argmax(of)))
         assert (best.to_numpy() == trace.routing(layer=3).expert_0).all()
@@ -761,7 +810,7 @@ def test_its_kernels_record_what_torch_does(
 def test_its_kernels_count_where_nothing_is_recorded(launched: list[Callable[[], None]]) -> None:
     engine = Engine(Settings(metrics=True))
     engine.serve(20)
-    assert (engine.recorder.counts.view(L, E).numpy() == engine.assignments).all()
+    assert (engine.rows.counted()[1].view(L, E).numpy() == engine.assignments).all()
     assert engine.rows.nbytes < T * L * K * 2 + T * 8 + L * (E + 2) * 8 + 1, "ids alone"
 
 
@@ -863,7 +912,7 @@ def test_what_is_dropped_behind_the_last_trace_is_in_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sidecar, "LOOK_S", 0.0)
-    settings = Settings(tmp_path, max_gb=1e-6, queue_mb=0.001)
+    settings = Settings(tmp_path, max_gb=1e-6, queue_mb=0.006)
     engine = Engine(settings)
     traces = Traces(about(settings), describe)
     engine.step(("a", 0, 10))
@@ -1169,7 +1218,7 @@ def test_a_writer_that_is_killed_leaves_its_trace_and_on_starts_another(tmp_path
         (path,) = tmp_path.iterdir()
         # what it had been handed, and had not committed, is counted too
         assert fine(path, "interrupted").n_tokens * L == state["decisions"] == 10 * L
-        handed = engine.recorder.taken // engine.recorder.bytes_per_row
+        handed = engine.recorder.recorded // L
         assert state["dropped"] == (handed - 10) * L > 0
         assert engine.recorder.command("on")["on"]
         engine.step(("b", 0, 10))
@@ -1327,7 +1376,7 @@ def test_the_process_that_writes_imports_neither_torch_nor_transformers(tmp_path
     own = {"pid": os.getpid(), "process_start": process_start(os.getpid())}
     sent = [
         ("about", about(settings) | own),
-        ("counts", engine.recorder.counts.numpy(), facts),
+        ("counts", engine.rows.counted()[1].numpy(), facts),
         ("steps", engine.recorder.link.taken(), {}, 0),  # type: ignore[attr-defined]
         ("end", 0),
     ]
@@ -1416,7 +1465,7 @@ def test_a_series_per_expert_is_told_on_request(folder: Path) -> None:
     engine.serve()
     metrics = EngineMetrics(about(settings))
     tokens = int(engine.assignments.sum()) // (L * K)
-    metrics.add(engine.recorder.counts.numpy(), tokens=tokens, steps=9, dropped=0)
+    metrics.add(engine.rows.counted()[1].numpy(), tokens=tokens, steps=9, dropped=0)
     found = metrics_in(folder)
     for layer, load_E in enumerate(engine.assignments):
         for expert, load in enumerate(load_E):
@@ -1441,7 +1490,7 @@ def test_the_load_of_ranks_is_told_where_experts_are_parallel(folder: Path) -> N
     metrics = EngineMetrics(about(settings))
     tokens = int(engine.assignments.sum()) // (L * K)
     told: dict[str, Any] = {"tokens": tokens, "steps": 9, "dropped": 0}
-    metrics.add(engine.recorder.counts.numpy(), placed=placed, **told)
+    metrics.add(engine.rows.counted()[1].numpy(), placed=placed, **told)
     found, of_L2 = metrics_in(folder), engine.assignments.reshape(L, 2, -1).sum(2)
     for gpu in (0, 1):
         assert found["moe_inspect_gpu_assignments_total", str(gpu), "0"] == of_L2[:, gpu].sum()
@@ -1451,7 +1500,7 @@ def test_the_load_of_ranks_is_told_where_experts_are_parallel(folder: Path) -> N
     # it moves two experts, and gives a third a replica on each rank
     moved = np.tile([0, 1, 2, 4, 7, 3, 5, 6, 7, 7], (L, 1))
     before = found["moe_inspect_gpu_assignments_total", "0", "0"]
-    metrics.add(engine.recorder.counts.numpy(), placed=shares_of(moved, E, 2), **told)
+    metrics.add(engine.rows.counted()[1].numpy(), placed=shares_of(moved, E, 2), **told)
     load_E = engine.assignments.sum(0)
     first = load_E[[0, 1, 2, 4]].sum() + load_E[7] / 3
     now = metrics_in(folder)["moe_inspect_gpu_assignments_total", "0", "0"]

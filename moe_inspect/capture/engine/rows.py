@@ -38,7 +38,9 @@ except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
 BLOCK = 1024  # slots per program
-COUNT_AT = 4096  # rows that wait on a CPU to be counted, where nobody asks
+# rows that wait on a CPU until the engine's own thread counts them, as where the sender is blocked
+COUNT_AT = 4096
+FEWEST = 16  # rows that a step counts for: what is held of it takes as much memory
 SELF_CHECK = SelfCheck(__name__)
 # tokens and positions [m], ids and weights [L, m, K], logits [L, m, E] or None, and physical ids
 # [L, m, K] or None: tensors of a GPU, arrays and Held of a CPU
@@ -75,6 +77,7 @@ class Rows:
         self.physicals = torch.full_like(self.ids, -1) if physicals and weights else None
         self.kept = self.ids, self.weights, self.logits, self.physicals
         self._of_router = [[None if t is None else t[r] for t in self.kept] for r in range(L)]
+        self.tokens = 0  # that were given to be counted
         # of each router, between two places for what is no expert and so routes nowhere
         self.sums = torch.zeros(L, E + 2, dtype=torch.int64, device=device)
         self.first = (torch.arange(L, device=device) * (E + 2) + 1).view(L, 1, 1)
@@ -92,11 +95,14 @@ class Rows:
         of_rows = [self.every.new_empty(len(self.every), dtype=torch.int32) for _ in range(2)]
         return [*of_rows, *(None if t is None else torch.empty_like(t) for t in self.kept)]
 
-    @property
-    def counts(self) -> Tensor:
-        """Assignments so far, by router and expert: [L × E]."""
-        sums = self.sums if self.host is None else torch.from_numpy(self.host.sums())
-        return sums[:, 1:-1].reshape(-1)
+    def counted(self) -> tuple[int, Tensor]:
+        """Tokens so far, and their assignments by router and expert: [L × E]. On a GPU these may be
+        those of a step more."""
+        tokens, sums = self.tokens, self.sums
+        if self.host is not None:
+            tokens, total = self.host.count()
+            sums = torch.from_numpy(total)
+        return tokens, sums[:, 1:-1].reshape(-1)
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +139,7 @@ class Rows:
     ) -> Taken:
         """Behind the forward pass: adds the first `counted` rows to the counts, and returns the m
         at the indices `picked`, or the first ones. `tokens`, `positions`: of all rows."""
+        self.tokens += counted
         if self.host is not None:
             return self.host.take(counted, m, picked, tokens, positions)
         if (rows := max(counted, m)) > len(self.every):
@@ -164,17 +171,18 @@ class Held:
 def joined(steps: Sequence[Held]) -> np.ndarray:
     """Of all steps, one behind the other: [L, their rows, width]. At once, as it takes long to look
     at each tensor."""
-    shape, of_routers = (sum(held.m for held in steps), steps[0].width), list[Tensor]()
+    shape, L = (sum(held.m for held in steps), steps[0].width), len(steps[0].of_routers)
+    array_LNW = torch.empty(L, *shape, dtype=steps[0].dtype)
     whole = all(len(held.of_routers[0]) == held.m for held in steps)
-    for of in zip(*(held.of_routers for held in steps), strict=True):
+    for r, of in enumerate(zip(*(held.of_routers for held in steps), strict=True)):
         if not whole or (values := torch.cat(of)).shape != shape:
             values = torch.cat(
                 [t[: held.m, : held.width] for t, held in zip(of, steps, strict=True)]
             )
         if values.shape != shape:
             raise ValueError(f"a router returned {tuple(values.shape)}, not {shape}")
-        of_routers.append(values)
-    return torch.stack(of_routers).to(steps[0].dtype).numpy()
+        array_LNW[r] = values
+    return array_LNW.numpy()
 
 
 class HostRows:
@@ -186,8 +194,8 @@ class HostRows:
     def __init__(self, of: Rows):
         self.of = of
         self.held: list[Any] = [None] * of.shape[0]
-        self.total = of.sums.numpy()
-        self.waiting, self.rows = deque[Held](), 0  # to be counted
+        self.tokens, self.total = 0, of.sums.numpy()
+        self.waiting, self.rows_waiting = deque[Held](), 0  # to be counted
         self.counting = Lock()
         self.weighs, self.scores = of.weights is not None, of.logits is not None
 
@@ -217,9 +225,9 @@ class HostRows:
         choices = list(zip(*held, strict=True))
         if counted:
             self.waiting.append(Held(choices[0], counted, of.shape[2], torch.int16))
-            self.rows += counted
-            if self.rows >= COUNT_AT:
-                self.sums()
+            self.rows_waiting += max(counted, FEWEST)
+            if self.rows_waiting >= COUNT_AT and not self.counting.locked():
+                self.count()
         if tokens is None or positions is None or of.weights is None:
             return []
         at = slice(0, m) if picked is None else picked.numpy()
@@ -231,16 +239,22 @@ class HostRows:
             taken.append(None if kept is None else Held(values, m, kept.shape[2], kept.dtype))
         return taken
 
-    def sums(self) -> np.ndarray:
-        """With those that wait. What cannot be counted waits no more: it would fail again."""
+    def count(self) -> tuple[int, np.ndarray]:
+        """Tokens and sums, with those that wait. What cannot be counted waits no more: it would
+        fail again."""
         with self.counting:
-            self.rows = 0
+            self.rows_waiting = 0
             if steps := [self.waiting.popleft() for _ in range(len(self.waiting))]:
-                ids_LNK = joined(steps).clip(-1, self.of.E)
+                tokens = sum(step.m for step in steps)
+                try:
+                    ids_LNK = joined(steps).clip(-1, self.of.E)
+                except Exception as error:
+                    raise MoeInspectError(f"{tokens} tokens not counted: {error}") from error
                 at = (ids_LNK + self.of.first.numpy()).ravel()
                 new = np.bincount(at, minlength=self.total.size)
                 self.total = self.total + new.reshape(self.total.shape)
-            return self.total
+                self.tokens += tokens
+            return self.tokens, self.total
 
 
 # --- in the forward pass

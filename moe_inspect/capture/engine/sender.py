@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.capture.engine.settings import CORES, Settings
-from moe_inspect.capture.engine.steps import Rows, StepRecorder, arrive
+from moe_inspect.capture.engine.steps import Rows, StepRecorder, join_rows
 from moe_inspect.errors import writing
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
 
 log = logging.getLogger(__name__)
-EVERY_S = 0.2  # what is recorded is handed over
+# seconds between two hand-overs
+EVERY_S = 0.2
 COUNTS_EVERY_S = 1.0
 CLOSE_S = 5.0  # engines kill workers that take longer to stop
 # the writer gets no GPU and one thread
@@ -95,6 +96,8 @@ class Sender(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.sched_setaffinity(0, CORES)  # of this thread alone
         try:
             self._begin()
             traces = self.recorder.settings.trace is not None
@@ -128,7 +131,7 @@ class Sender(threading.Thread):
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
         if steps:
             try:
-                arrays = arrive(steps)
+                arrays = join_rows(steps)
                 for step in steps:
                     known, self._replicas = self._replicas, step.replicas
                     if known is not None and np.array_equal(known, step.replicas):
@@ -152,10 +155,11 @@ class Sender(threading.Thread):
         recorder = self.recorder
         dropped = recorder.dropped + recorder.lost
         facts: dict[str, Any] = {"steps": recorder.steps, "dropped": dropped}
-        tokens, counts = recorder.counted_tokens, recorder.counts.cpu().numpy().copy()
-        before_tokens, before = recorder.counted or (0, counts * 0)
-        new = tokens != before_tokens or (counts != before).any()  # seen one before the other
-        if new or dropped != self._stated_drops:
+        before_tokens, before = recorder.counted
+        # otherwise the GPU is not asked: it may be capturing a graph
+        if recorder.rows.tokens != before_tokens or dropped != self._stated_drops:
+            tokens, assignments = recorder.rows.counted()
+            counts = assignments.cpu().numpy().copy()
             placed, known = recorder.placed(), self._placed
             if placed is not None and (known is None or (placed != known).any()):
                 facts["placed"] = self._placed = placed
@@ -175,12 +179,14 @@ class Sender(threading.Thread):
         self.recorder.lost += self._decisions(steps)
 
     def _fail(self, error: Exception) -> None:
+        self.recorder.on = False  # nothing is queued any more
         self._close_pipe()
         self._listen(wait=not self._ending.is_set())
         said = self._told.get("error")
         if not said:
-            said = f"the process that writes has ended ({type(error).__name__})"
-            said += "" if isinstance(error, OSError) else f": {first_line(error)}"
+            said = f"recording has failed: {type(error).__name__}: {first_line(error)}"
+            if isinstance(error, BrokenPipeError):
+                said = "the process that writes has ended"
         queue = self.recorder.queue
         self._lose([queue.get() for _ in range(queue.qsize())])
         if self.recorder.settings.trace is not None:  # on their way, or not committed yet

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from logging import Logger
 from multiprocessing import parent_process
@@ -19,8 +20,18 @@ PREFIX = "MOE_INSPECT_"
 OTHERS = ("API_KEY", "SELFCHECK")  # variables that others of moe-inspect read
 PATH = "/v1/moe_inspect"  # of the endpoint: below /v1 engines ask for their API key, if any
 KEY = "moe_inspect"  # of the internal state that SGLang's server shows and takes
-# before an engine binds its threads to cores: what it starts later would share the first one
-CORES = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))
+
+
+def _cores() -> set[int]:
+    """Those of the parent too: an engine may have bound this process to one already."""
+    cores = set[int]()
+    for process in (0, os.getppid()):
+        with suppress(AttributeError, OSError):
+            cores |= os.sched_getaffinity(process)
+    return cores
+
+
+CORES = _cores()  # where we run; the engine's threads will be bound to some of them
 SWITCH = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_inspect.capture.engine.described import Described, ask
-from moe_inspect.capture.engine.step import Step, split
+from moe_inspect.capture.engine.step import Step, split_rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
@@ -160,7 +160,7 @@ class Written:
             self._count(values[0], **values[1], **written)
         elif traces is not None and kind == "steps":
             steps, arrays, dropped = values
-            split(steps, arrays)
+            split_rows(steps, arrays)
             traces.write(steps, dropped)
         elif traces is not None:  # the end
             traces.catch_up(wait=True)

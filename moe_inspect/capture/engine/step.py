@@ -101,11 +101,10 @@ class Step:
         return np.arange(min(rows - drafts + max(int(sampled) - 1, 0), rows))
 
 
-def split(steps: Sequence[Step], arrays: dict[str, np.ndarray | None]) -> None:
+def split_rows(steps: Sequence[Step], arrays: dict[str, np.ndarray]) -> None:
     """Gives steps that follow each other their rows of these arrays."""
     ends = np.cumsum([step.edges[-1] for step in steps])[:-1]
     for name, array in arrays.items():
-        if array is not None:
-            parts = np.split(array, ends, axis=min(array.ndim - 1, 1))
-            for step, part in zip(steps, parts, strict=True):
-                setattr(step, name, part)
+        parts = np.split(array, ends, axis=min(array.ndim - 1, 1))
+        for step, part in zip(steps, parts, strict=True):
+            setattr(step, name, part)

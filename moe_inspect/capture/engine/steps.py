@@ -25,6 +25,7 @@ from moe_inspect.capture.engine.step import OF_ROWS, Scheduled, Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
+TENSOR = 512  # bytes that one takes which holds little (measured: 455)
 
 
 def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
@@ -39,10 +40,10 @@ def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
     return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
 
 
-def arrive(steps: Sequence[Step]) -> dict[str, np.ndarray | None]:
-    """Takes from steps that follow each other what they have by row, and joins it: in the thread
-    that hands them over, which would take long for each by itself."""
-    arrays = dict[str, np.ndarray | None]()
+def join_rows(steps: Sequence[Step]) -> dict[str, np.ndarray]:
+    """Takes the arrays of rows from steps that follow each other, and joins them: to hand over each
+    by itself would take long."""
+    arrays = dict[str, np.ndarray]()
     for step in steps:
         step.arrive()
     for name in OF_ROWS:
@@ -78,6 +79,8 @@ class StepRecorder:
         size = 2 if rows.host is None else 4  # of a value: what is held is as routers return it
         values = K * (2 if rows.physicals is None else 3) + (0 if rows.logits is None else rows.E)
         self.bytes_per_row = L * size * values
+        held = 2 + (rows.logits is not None) + (rows.physicals is not None)
+        self.bytes_per_step = 0 if rows.host is None else L * held * TENSOR
         # the share of each expert's load that each rank of expert parallelism gets, [L, E, G]
         self.placed: Callable[[], np.ndarray | None] = lambda: None
         # where experts have replicas, the expert that each of a router is a replica of, [L, P]
@@ -87,9 +90,8 @@ class StepRecorder:
         self.taken = 0  # bytes that were queued
         # of these what has left the queue, and decisions that were lost on their way: the link's
         self.sent = self.lost = 0
-        # tokens whose experts are in `counts`; and of both what was handed over
-        self.counted_tokens = 0
-        self.counted: tuple[int, np.ndarray] | None = None
+        # tokens and their assignments, as they were handed over
+        self.counted = 0, np.zeros(L * rows.E, np.int64)
         self.seconds = 0.0  # of the engine's thread
         self.error: str | None = None
         self._live: set[str] = set()  # requests that the process that writes knows of
@@ -129,7 +131,6 @@ class StepRecorder:
                 recorded = self.settings.trace is not None and self.sample
                 counted = tokens if self.counting else 0
                 self._take(counted, whose() if recorded else None)
-                self.counted_tokens += counted
         except Exception as error:
             self.stop(error)
         self.seconds += time.perf_counter() - began
@@ -151,7 +152,11 @@ class StepRecorder:
         """Hands over the step that waited for its drafts to be judged."""
         if self._held is not None:
             step, self._held = self._held[0], None
-            self.queue.put(step)
+            if self.link.error is None:
+                self.queue.put(step)
+            else:  # nobody takes it
+                self.sent += step.bytes
+                self.lost += step.edges[-1] * self.rows.shape[0]
 
     def stop(self, error: Exception) -> None:
         """The engine goes on without us."""
@@ -160,11 +165,6 @@ class StepRecorder:
         self.error = f"{type(error).__name__}: {first_line(error)}"
         log.exception("moe-inspect: recording has stopped")
 
-    @property
-    def counts(self) -> Tensor:
-        """Assignments so far, by router and expert: [L × E]."""
-        return self.rows.counts
-
     def _take(self, counted: int, of: Scheduled | None) -> None:
         """Counts the first `counted` rows, and queues those of the requests that are sampled."""
         wanted, rows = list[bool](), None
@@ -172,7 +172,7 @@ class StepRecorder:
             wanted = [self._is_sampled(request) for request in of.requests]
             of, rows = of.only(wanted) if any(wanted) else (None, None)
         L, n = self.rows.shape[0], 0 if of is None else of.edges[-1]
-        size = n * self.bytes_per_row
+        size = n * self.bytes_per_row + self.bytes_per_step
         if self.taken - self.sent + size > self.room:
             self.dropped += n * L
             of = None
