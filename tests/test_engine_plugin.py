@@ -463,19 +463,21 @@ def test_counts_are_exact_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     found, ended = list[tuple[int, int]](), threading.Event()
 
     def ask() -> None:
-        while not ended.is_set():
+        while not ended.wait(0.0005):
             tokens, counts = engine.rows.counted()
             found.append((tokens, int(counts.sum())))
 
-    asking = threading.Thread(target=ask)
+    asking, often = threading.Thread(target=ask), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     asking.start()
-    for n in range(300):
+    for n in range(1000):
         engine.step(("a", n, n + 1), ("b", n, n + 1))
     ended.set()
     asking.join()
+    sys.setswitchinterval(often)
     assert all(counts == tokens * L * K for tokens, counts in found)
     tokens, counts = engine.rows.counted()
-    assert tokens == 600
+    assert tokens == 2000
     assert (counts.view(L, E).numpy() == engine.assignments).all()
 
 
