@@ -456,6 +456,35 @@ def test_counts_are_those_of_all_requests() -> None:
     assert (engine.rows.counted()[1].view(L, E).numpy() == counts).all()
 
 
+def test_a_request_is_recorded_as_a_whole_or_not_at_all_when_the_share_changes() -> None:
+    engine = Engine(Settings(Path("unused"), sample=0.0))
+    link: Any = engine.recorder.link
+
+    def recorded(*spans: tuple[str, int, int], ended: tuple[str, ...] = ()) -> list[str]:
+        engine.step(*spans, ended=ended, expect=False)
+        return [request for step in link.taken() for request in step.requests]
+
+    assert recorded(("a", 0, 10)) == []
+    engine.recorder.command("sample", "1")
+    assert recorded(("a", 10, 11), ("b", 0, 5)) == ["b"]
+    engine.recorder.command("sample", "0")
+    assert recorded(("a", 11, 12), ("b", 5, 6), ("c", 0, 4)) == ["b"]
+    engine.recorder.command("sample", "1")
+    # another request of the name
+    assert recorded(("a", 0, 3), ("b", 6, 7), ended=("a",)) == ["a", "b"]
+
+
+def test_a_trace_of_replayed_routes_says_so(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "runs", replay=tmp_path / "real")
+    engine = Engine(settings)
+    engine.step(("a", 0, 10))
+    traces = Traces(about(settings), describe)
+    traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+    traces.close("complete")
+    said = f"chose what those of {tmp_path / 'real'} chose, as the engine replayed it"
+    assert any(said in str(finding) for finding in fine(traces.paths[0]).report().findings)
+
+
 def test_counts_are_exact_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever thread counts."""
     monkeypatch.setattr(rows, "COUNT_AT", 64)

@@ -6,7 +6,6 @@ import io
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import threading

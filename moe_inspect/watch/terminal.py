@@ -204,7 +204,9 @@ def status_line(session: WatchSession) -> str:
     if watched.status == WAITING:
         return printable(f"waiting for a trace at {session.path}")
     parts = [f"{time.strftime('%H:%M:%S')} {watched.status}", plural(watched.tokens, "token")]
-    if (rates := watched.rates()) is not None:
+    if watched.left_tokens:
+        parts.append(f"{watched.left_tokens:,} to be counted")
+    if watched.status == RECORDING and (rates := watched.rates()) is not None:
         parts.append(f"{rates[0]:,.0f} tokens/s")
     if watched.window is not None:
         r = watched.worst_routers[0]

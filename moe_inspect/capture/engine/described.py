@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
@@ -37,7 +38,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is for people
     manifest, routers, vocabulary = describe(pickle.load(sys.stdin.buffer))
     plain = json.loads(json.dumps(manifest))  # a version of torch's own class would import it
-    with os.fdopen(answer, "wb") as file:
+    with suppress(BrokenPipeError), os.fdopen(answer, "wb") as file:  # who asked may have ended
         pickle.dump((plain, routers, vocabulary), file)
 
 
@@ -67,6 +68,9 @@ def describe(about: dict[str, Any]) -> Described:
             schema.Router(layer, path.rpartition(".")[2], path, E, K)
             for layer, path in zip(layers, paths, strict=True)
         ]
+    if about["replay"]:
+        said = f"its routers chose what those of {about['replay']} chose, as the engine replayed it"
+        model["note"] = f"{said}: this is no routing of the model"
     if about["text"]:
         try:
             tokenizer = load_tokenizer(about["tokenizer"], **of_hub)

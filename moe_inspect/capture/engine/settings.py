@@ -106,7 +106,7 @@ class Settings:
     max_gb: float = _setting(
         4.0,
         _number(1e-6, 1e6, "gigabytes, above 0"),
-        "size of a trace at which it is closed and the next one begun",
+        "size of a trace at which it is closed and the next one begun; looked at every two seconds",
         "4",
     )
     keep: int = _setting(

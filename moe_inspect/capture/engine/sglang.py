@@ -208,7 +208,8 @@ class Seam:
         traces, device = settings.trace is not None, torch.device(runner.device)
         self.replicates = get_exec().moe.ep_dispatch_algorithm is not None
         rows = Rows(shape, E, settings.logits and traces, device, traces, physicals=self.replicates)
-        log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
+        if rows.host is None:
+            log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         about = _about(server, config) | {
             "layers": list(routers),
             "paths": [f"layers.{layer}" for layer in routers],

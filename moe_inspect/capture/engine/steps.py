@@ -94,8 +94,10 @@ class StepRecorder:
         self.counted = 0, np.zeros(L * rows.E, np.int64)
         self.seconds = 0.0  # of the engine's thread
         self.error: str | None = None
-        self._live: set[str] = set()  # requests that the process that writes knows of
-        self._ended: set[str] = set()  # of these, what it is to be told
+        # requests that the process that writes knows of, and those that are not recorded; both stay
+        # so until they end, whatever the share of requests becomes
+        self._live, self._skipped = set[str](), set[str]()
+        self._ended: set[str] = set()  # of the first, what it is to be told
         self._held: tuple[Step, list[bool]] | None = None
         gpu = rows.device.type != "cpu"
         self._copies = torch.Stream(rows.device) if gpu else None
@@ -124,11 +126,12 @@ class StepRecorder:
             # a compiled graph runs on, and fails in each step
             if (fault := FAULTS.pop() if FAULTS else None) and self.error is None:
                 raise fault
-            if self._live and ended:
+            if ended:
                 self._ended |= ended & self._live
                 self._live -= ended
+                self._skipped -= ended
             if self.on and tokens and self.link.error is None:
-                recorded = self.settings.trace is not None and self.sample
+                recorded = self.settings.trace is not None
                 counted = tokens if self.counting else 0
                 self._take(counted, whose() if recorded else None)
         except Exception as error:
@@ -168,7 +171,7 @@ class StepRecorder:
     def _take(self, counted: int, of: Scheduled | None) -> None:
         """Counts the first `counted` rows, and queues those of the requests that are sampled."""
         wanted, rows = list[bool](), None
-        if of is not None and self.sample < 1:
+        if of is not None and (self.sample < 1 or self._skipped):
             wanted = [self._is_sampled(request) for request in of.requests]
             of, rows = of.only(wanted) if any(wanted) else (None, None)
         L, n = self.rows.shape[0], 0 if of is None else of.edges[-1]
@@ -221,7 +224,12 @@ class StepRecorder:
         return host, copied
 
     def _is_sampled(self, request: str) -> bool:
-        return zlib.crc32(request.encode()) < self.sample * 2**32
+        if request in self._live:
+            return True
+        if request in self._skipped or zlib.crc32(request.encode()) >= self.sample * 2**32:
+            self._skipped.add(request)
+            return False
+        return True
 
     # --- from outside
 

@@ -141,7 +141,8 @@ class Seam:
         sizes, compiled = (len(layers), T, K), bool(config.compilation_config.mode)
         logits, device, eplb = settings.logits and traces, runner.device, eplb_of(runner, config)
         rows = Rows(sizes, E, logits, device, traces, compiled, physicals=eplb is not None)
-        log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
+        if rows.host is None:
+            log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
         about = _about(config) | {
             "layers": [layer.layer_id for layer in layers],
             "paths": [layer.layer_name for layer in layers],
