@@ -482,7 +482,7 @@ def test_a_trace_of_replayed_routes_says_so(tmp_path: Path) -> None:
     traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
     traces.close("complete")
     said = f"chose what those of {tmp_path / 'real'} chose, as the engine replayed it"
-    assert any(said in str(finding) for finding in fine(traces.paths[0]).report().findings)
+    assert any(said in str(finding) for finding in fine(traces.paths[0]).report().verdict())
 
 
 def test_counts_are_exact_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
