@@ -5,10 +5,10 @@ plugin's hooks are put in and taken out again between decode steps, in random or
 
 `make test-vllm` makes that environment. Steps that follow each other are compared, as a machine's
 speed changes from second to second by more than what is measured: "no plugin" stands among the ways
-twice, and its ratio to itself says how far the others can be trusted. A step is what the engine's
-thread does. The thread that hands over what was recorded competes with it for the interpreter: its
-CPU seconds are added as if the engine waited for all of them. The process that writes is not in it:
-it has a core of its own where there are two."""
+twice: the others are compared with both, and its ratio to itself says how exact that is. A step is
+what the engine's thread does. The thread that hands over what was recorded competes with it for the
+interpreter: its CPU seconds are added. The process that writes is not in it: it runs on the other
+core, of two."""
 
 # pyright: reportMissingImports=false
 # (vLLM is not installed where types are checked)
@@ -158,30 +158,36 @@ def compare(place: Path, rounds: int, at_once: int) -> dict[str, Any]:
 def of_ways(
     step_s: dict[str, list[float]], hooks: Hooks, a_round: Callable[[], Any]
 ) -> dict[str, Any]:
-    found = dict[str, Any]()
-    for way, took in step_s.items():
-        found[way] = {"us_a_step": round(statistics.median(took) * 1e6)}
-        found[way]["step"] = step = compared(took, step_s[NO_PLUGIN])
-        if way in hooks.seams:
-            hooks.put(way)
-            recorder = hooks.seams[way].recorder
-            share = thread_share(recorder.link, a_round)
-            found[way] |= {
-                "thread_share": round(share, 4),
-                "cost": round(step["ratio"] + share, 4),
-                **hook_cost(recorder, a_round),
-            }
+    found: dict[str, Any] = {NO_PLUGIN: {"us_a_step": us(step_s[NO_PLUGIN])}}
+    found[AGAIN] = compared(step_s[AGAIN], np.array(step_s[NO_PLUGIN]))
+    without_s = (np.array(step_s[NO_PLUGIN]) + step_s[AGAIN]) / 2
+    costs = hook_costs(hooks, a_round)
+    for way in hooks.seams:
+        hooks.put(way)
+        share = thread_share(hooks.seams[way].recorder.link, a_round)
+        found[way] = {**compared(step_s[way], without_s), "thread_share": round(share, 4)}
+        found[way] |= {"cost": round(found[way]["ratio"] + share, 4), **costs[way]}
     return found
 
 
-def compared(took: list[float], without: list[float]) -> dict[str, Any]:
-    """The mean ratio of steps of the same block, without the tenth at either end; and where 95 in
-    100 of the means lie of as many blocks, drawn again."""
-    logs = np.log(took) - np.log(without)
-    again = np.random.default_rng(0).choice(logs, (2000, len(logs)))
-    low, high = np.exp(np.quantile(trim_mean(again, 0.1, axis=1), (0.025, 0.975)))
-    ratio = np.exp(trim_mean(logs, 0.1))
-    return {"ratio": round(float(ratio), 4), "interval": [round(float(x), 4) for x in (low, high)]}
+def us(took: list[float]) -> int:
+    return round(statistics.median(took) * 1e6)
+
+
+def compared(took: list[float], without_s: np.ndarray) -> dict[str, Any]:
+    """The ratio of the seconds of all steps, and where 95 in 100 such ratios lie of as many blocks,
+    drawn again; and `typical`, the mean ratio of a block without the tenth at either end."""
+    both = np.stack([took, without_s])
+    again = np.random.default_rng(0).choice(both, (2000, both.shape[1]), axis=1).sum(2)
+    low, high = np.quantile(again[0] / again[1], (0.025, 0.975))
+    typical = np.exp(trim_mean(np.log(both[0] / both[1]), 0.1))
+    ratio, *interval = (round(float(x), 4) for x in (both[0].sum() / both[1].sum(), low, high))
+    return {
+        "us_a_step": us(took),
+        "ratio": ratio,
+        "interval": interval,
+        "typical": round(float(typical), 4),
+    }
 
 
 def thread_share(sender: Any, a_round: Callable[[], Any]) -> float:
@@ -193,31 +199,37 @@ def thread_share(sender: Any, a_round: Callable[[], Any]) -> float:
     return (time.clock_gettime(clock) - cpu) / took
 
 
-def hook_cost(recorder: Any, a_round: Callable[[], Any]) -> dict[str, Any]:
+def hook_costs(hooks: Hooks, a_round: Callable[[], Any]) -> dict[str, dict[str, Any]]:
     """Microseconds per step: of what follows a step, as the plugin counts it; and of the copies in
-    the forward pass, timed in rounds of their own. The least of ten rounds."""
-    keep, spent = recorder.keep, [0.0]
-
-    def timed(*given: Any) -> None:
-        began = time.perf_counter()
-        keep(*given)
-        spent[0] += time.perf_counter() - began
-
-    recorder.keep = timed
-    behind, within = list[float](), list[float]()
-    for _ in range(10):
-        seconds, steps, spent[0] = recorder.seconds, recorder.steps, 0.0
-        a_round()
-        made = recorder.steps - steps
-        behind.append((recorder.seconds - seconds) / made * 1e6)
-        within.append(spent[0] / made * 1e6)
-    recorder.keep = keep
-    state = recorder.command("status")
-    return {
-        "us_behind_a_step": round(min(behind), 1),
-        "us_in_a_step": round(min(within), 1),
-        **{name: state[name] for name in ("steps", "decisions", "dropped", "error")},
+    the forward pass, timed in rounds of their own. Medians of rounds, each way in turn."""
+    spent_us: dict[str, dict[str, list[float]]] = {
+        way: {"us_behind_a_step": [], "us_in_a_step": []} for way in hooks.seams
     }
+    for _ in range(15):
+        for way, seam in hooks.seams.items():
+            hooks.put(way)
+            recorder, spent = seam.recorder, [0.0]
+            keep = recorder.keep
+
+            def timed(*given: Any, keep: Any = keep, spent: list[float] = spent) -> None:
+                began = time.perf_counter()
+                keep(*given)
+                spent[0] += time.perf_counter() - began
+
+            recorder.keep = timed
+            seconds, steps = recorder.seconds, recorder.steps
+            a_round()
+            made, recorder.keep = recorder.steps - steps, keep
+            spent_us[way]["us_behind_a_step"].append((recorder.seconds - seconds) / made * 1e6)
+            spent_us[way]["us_in_a_step"].append(spent[0] / made * 1e6)
+    found = dict[str, dict[str, Any]]()
+    for way, seam in hooks.seams.items():
+        state = seam.recorder.command("status")
+        assert not state["error"], state
+        assert not state["dropped"], state
+        found[way] = {name: round(statistics.median(us), 1) for name, us in spent_us[way].items()}
+        found[way] |= {name: state[name] for name in ("steps", "decisions", "dropped")}
+    return found
 
 
 if __name__ == "__main__":

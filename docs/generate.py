@@ -194,17 +194,16 @@ def engine_cost() -> str:
     """A row per way to record inside vLLM that `benchmarks.engine` has measured."""
     folder = Path(__file__).parent.parent / "benchmarks/results"
     path = folder / "engine-intel-xeon-processor-2-cores.json"
-    head = ("", "step ÷ no plugin", "95 % interval", "thread", "cost", "in a step", "behind it")
+    head = ("", "steps ÷ no plugin", "95 % interval", "typical step", "thread", "cost")
+    head += ("in a step", "behind it")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     ways = json.loads(path.read_text(encoding="utf-8"))["measured"]["ways"]
     for way, of in [*ways.items()][1:]:
-        low, high = of["step"]["interval"]
-        cells = [way, f"{of['step']['ratio']:.3f}", f"{low:.3f} to {high:.3f}"]
-        if "cost" in of:
-            cells += [f"{of['thread_share']:.3f}", f"{of['cost']:.3f}"]
-            cells += [f"{of[name]:.0f} µs" for name in ("us_in_a_step", "us_behind_a_step")]
-        else:
-            cells += [""] * 4
+        low, high = of["interval"]
+        cells = [way, f"{of['ratio']:.3f}", f"{low:.3f} to {high:.3f}", f"{of['typical']:.3f}"]
+        cells += [f"{of[name]:.3f}" if name in of else "" for name in ("thread_share", "cost")]
+        for name in ("us_in_a_step", "us_behind_a_step"):
+            cells.append(f"{of[name]:.0f} µs" if name in of else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -91,7 +91,7 @@ class StepRecorder:
         # of these what has left the queue, and decisions that were lost on their way: the link's
         self.sent = self.lost = 0
         # tokens and their assignments, as they were handed over
-        self.counted = 0, np.zeros(L * rows.E, np.int64)
+        self.counted: tuple[int, np.ndarray] = 0, np.zeros(L * rows.E, np.int64)
         self.seconds = 0.0  # of the engine's thread
         self.error: str | None = None
         # requests that the process that writes knows of, and those that are not recorded; both stay
