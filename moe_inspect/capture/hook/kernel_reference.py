@@ -250,7 +250,7 @@ def check_rows(rows: ModuleType, case: Case, run: tuple[Callable[..., None], Any
         found = take(of, counted, m, picked, *(given if m else (None, None)))
         taken = [t for t in found if t is not None]
         counts_LE += load_LE * (counted > 0)
-        require(of.counts.view(LANES, E).tolist() == counts_LE.tolist(), "the counts")
+        require(of.counted()[1].view(LANES, E).tolist() == counts_LE.tolist(), "the counts")
         rows_of = tokens[at], positions[at], *(t[:, at] for t in wanted)
         for buffer, got, want in zip(staged, taken, rows_of, strict=False):
             require(torch.equal(got.cpu(), want.to(got.dtype)), f"{m} rows that are taken")
