@@ -485,6 +485,24 @@ def test_a_trace_of_replayed_routes_says_so(tmp_path: Path) -> None:
     assert any(said in str(finding) for finding in fine(traces.paths[0]).report().verdict())
 
 
+def test_a_comparison_without_text_says_that_requests_have_other_names(tmp_path: Path) -> None:
+    made = list[Any]()
+    for place, request in (("1", "a"), ("2", "a"), ("3", "b")):
+        settings = Settings(tmp_path / place, text=False)
+        engine = Engine(settings)
+        engine.step((request, 0, 10))
+        traces = Traces(about(settings), describe)
+        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.close("complete")
+        made.append(fine(traces.paths[0]))
+    same, other = (
+        [str(found) for found in made[0].compare(made[n]).verdict() if "no token ids" in str(found)]
+        for n in (1, 2)
+    )
+    assert "other texts" not in same[0]
+    assert 'the same source in both ("a" and "b"): they may be other texts' in other[0]
+
+
 def test_counts_are_exact_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever thread counts."""
     monkeypatch.setattr(rows, "COUNT_AT", 64)

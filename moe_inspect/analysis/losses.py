@@ -52,6 +52,15 @@ class CellLosses:
         with_itself_S = self.loss_S - mean_C[self.cell_S]
         return with_itself_S * (self.count_C / np.maximum(self.count_C - 1, 1))[self.cell_S]
 
+    @cached_property
+    def residual_UC(self) -> Any:
+        """The sum of the residuals of each document in each cell, a sparse matrix."""
+        from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
+
+        shape = int(self.unit_S.max(initial=-1)) + 1, len(self.count_C)
+        of: Any = sparse.coo_array((self.residual_S, (self.unit_S, self.cell_S)), shape)
+        return of.tocsr()
+
 
 @dataclass(frozen=True)
 class ExpertLosses:
@@ -147,14 +156,10 @@ def _by_document(
     [U, E] each"""
     from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
 
-    of: Any = sparse.coo_array
     units, unit_N = np.unique(explained.unit_S[token_N], return_inverse=True)
     U, C, cell_N = len(units), len(explained.count_C), explained.cell_S[token_N]
     at_N = unit_N * E + expert_N
     sum_UE = np.bincount(at_N, explained.residual_S[token_N], U * E).reshape(U, E)
-    there_S = np.flatnonzero(np.isin(explained.unit_S, units))
-    at_S = np.searchsorted(units, explained.unit_S[there_S]), explained.cell_S[there_S]
-    residual_UC = of((explained.residual_S[there_S], at_S), shape=(U, C)).tocsr()
-    share_CE = of((1 / explained.count_C[cell_N], (cell_N, expert_N)), shape=(C, E)).tocsr()
-    sum_UE -= np.asarray((residual_UC @ share_CE).toarray())
+    shares: Any = sparse.coo_array((1 / explained.count_C[cell_N], (cell_N, expert_N)), (C, E))
+    sum_UE -= np.asarray((explained.residual_UC[units] @ shares.tocsr()).toarray())
     return sum_UE, np.bincount(at_N, minlength=U * E).reshape(U, E)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
@@ -435,10 +436,24 @@ def missing_tokens(data: Decisions) -> Iterator[Finding]:
 
 
 def unchecked(data: Decisions) -> Iterator[Finding]:
-    """Whether the tokens are the same could not be checked."""
-    if not data.alignment.ids_known:
-        text = "At least one trace has no token ids: tokens are matched by document and position "
-        yield finding("unchecked", "note", f"{text}alone.")
+    """Whether the tokens are the same could not be checked, and what speaks against it."""
+    if data.alignment.ids_known:
+        return
+    text = "At least one trace has no token ids: tokens are matched by document and position alone"
+    sources = [trace.documents().set_index("document")["source"].dropna() for trace in data.traces]
+    both = pd.concat(sources, axis=1, join="inner", keys=("a", "b"))
+    # two runs may state the same files by different paths
+    names = both.apply(lambda of: of.str.rpartition("/")[2])
+    if both.empty or (names["a"] == names["b"]).any():
+        yield finding("unchecked", "note", f"{text}.")
+        return
+    first = " and ".join(f'"{cut(source, 40)}"' for source in both.iloc[0])
+    yield finding(
+        "unchecked",
+        "warning",
+        f"{text}, and no document of the same number has the same source in both ({first}): they "
+        "may be other texts, of which such a comparison says nothing.",
+    )
 
 
 def recorded(data: Decisions) -> Iterator[Finding]:
