@@ -89,8 +89,8 @@ def serve(steps: int, settings: Settings) -> dict[str, Any]:
         while recorder.taken - recorder.sent > WAITING:
             time.sleep(0.01)
         if n + 1 in at:
-            pid = recorder.link._told["pid"]  # type: ignore[attr-defined]
-            measured.append({"steps": n + 1, "worker_mib": peak("self"), "writer_mib": peak(pid)})
+            of = {"worker_mib": peak("self"), "writer_mib": peak(told["pid"])}
+            measured.append({"steps": n + 1, **of})
     counted = int(rows.counted()[1].sum())
     recorder.close()
     while Path(f"/proc/{told['pid']}").exists():  # it closes the trace

@@ -443,8 +443,8 @@ def unchecked(data: Decisions) -> Iterator[Finding]:
     sources = [trace.documents().set_index("document")["source"].dropna() for trace in data.traces]
     both = pd.concat(sources, axis=1, join="inner", keys=("a", "b"))
     # two runs may state the same files by different paths
-    names = both.apply(lambda of: of.str.rpartition("/")[2])
-    if both.empty or (names["a"] == names["b"]).any():
+    names = [[str(source).rpartition("/")[2] for source in both[side]] for side in both]
+    if any(a == b for a, b in zip(*names, strict=True)) or both.empty:
         yield finding("unchecked", "note", f"{text}.")
         return
     first = " and ".join(f'"{cut(source, 40)}"' for source in both.iloc[0])
