@@ -1621,7 +1621,8 @@ def of_vllm(fleet: Fleet) -> dict[str, Callable[[Any], Any]]:
 
 
 def test_sglang_is_switched_by_the_state_of_its_server() -> None:
-    sent, states = list[Any](), [{"moe_inspect": {"on": False}}, {"moe_inspect": {"on": True}}]
+    engines = [{"rank": 1, "on": True}, {"rank": 0, "on": False}]  # as they come in
+    sent, states = list[Any](), [{"moe_inspect": engine} for engine in engines]
 
     def taken(body: Any) -> list[bool]:
         sent.append(body["server_args"])
@@ -1629,7 +1630,7 @@ def test_sglang_is_switched_by_the_state_of_its_server() -> None:
 
     shown = {"/set_internal_state": taken, "/server_info": lambda _: {"internal_states": states}}
     with served(shown) as url:
-        assert tell(url, "sample", "0.25") == [{"on": False}, {"on": True}]
+        assert tell(url, "sample", "0.25") == engines[::-1]
         tell(url, "metrics", "off")
         tell(url, "off")
         assert sent == [
