@@ -192,6 +192,10 @@ def test_tokens_have_the_colours_and_routes_of_the_trace(shown: Shown) -> None:
     for mode in ("first", "weight", "margin"):
         page.locator("#text-mode").select_option(mode)
         colours[mode] = page.colours()
+    page.view.get_by_label("Switch between light and dark").click()  # still by margin
+    assert page.colours() != colours["margin"]
+    page.view.get_by_label("Switch between light and dark").click()
+    assert page.colours() == colours["margin"]
     by_expert = dict(zip(mine["expert_0"], colours["first"], strict=True))
     assert colours["first"] == [by_expert[expert] for expert in mine["expert_0"]]
     assert len(set(colours["first"])) > 4

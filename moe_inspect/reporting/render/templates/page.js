@@ -15,8 +15,12 @@ moe.decoded = (mark) => {
   return { ...mark, values: Array.from({ length: bytes.length / 2 }, (_, i) => value(codes.getUint16(2 * i, true))) };
 };
 
-// lines take their colours from the style; cells do not
-moe.recolour = () => moe.plots.filter((plot) => plot.panel.marks.some((mark) => mark.kind === "heatmap")).forEach((plot) => plot.redraw());
+// lines take their colours from the style; cells do not, nor do tokens, which text.js redraws
+moe.recoloured = [];
+moe.recolour = () => {
+  moe.plots.filter((plot) => plot.panel.marks.some((mark) => mark.kind === "heatmap")).forEach((plot) => plot.redraw());
+  moe.recoloured.forEach((draw) => draw());
+};
 
 // name → function (place, data, page): fills a section's widget
 moe.widgets = {};

@@ -329,7 +329,7 @@ moe.widgets.text = (place, data, page) => {
   });
 
   new ResizeObserver(place_ids).observe(body);
-  moe.recoloured?.push(draw);
+  moe.recoloured.push(draw);
   moe.text = {
     routes,
     // the map and the cards choose the layer and the expert
