@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import os
+import shutil
 import signal
 import socket
 import socketserver
@@ -332,6 +333,25 @@ def test_a_trace_that_was_deleted_before_it_was_read_is_one_line(
     server = WithPlugin(tmp_path / "runs", model)
     turning(server, monkeypatch, keep=1)
     says = r"-\d{4} was deleted before it was read: set MOE_INSPECT_KEEP higher; .*--resume$"
+    with pytest.raises(MoeInspectError, match=says):
+        traced(server, max_tokens=900)
+
+
+def test_traces_that_go_with_their_engine_are_one_line(
+    model: str, traced: Traced, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(inside, "LOST_S", 1.5)
+    server = WithPlugin(tmp_path / "runs", model)
+    record = server.record
+
+    def recorded(*of: Any) -> None:
+        if len(server.requests) < 3:
+            record(*of)
+        else:
+            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+    monkeypatch.setattr(server, "record", recorded)
+    says = r"lack rows of .*: the directory is gone: has the engine ended\?; .*--resume$"
     with pytest.raises(MoeInspectError, match=says):
         traced(server, max_tokens=900)
 

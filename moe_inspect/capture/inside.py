@@ -205,7 +205,9 @@ class Inside:
 
     def _lacks(self, row: TokenSequence, is_probe: bool) -> str:
         why = str(self.error or "they were dropped or not written: see the engine's log")
-        if self._deleted is not None:
+        if not self.folder.is_dir():
+            why = "the directory is gone: has the engine ended?"
+        elif self._deleted is not None:
             keep = variable("keep")
             why = f"{self._deleted.name} was deleted before it was read: set {keep} higher"
         if is_probe:
