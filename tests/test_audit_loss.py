@@ -687,7 +687,7 @@ def steps(change: float, S: int = 60, R: int = 4, seed: int = 0) -> np.ndarray:
 
 
 def test_a_load_that_moves_is_told_from_noise() -> None:
-    routers = own_routers(4)
+    routers = [Router(layer, "", f"layers.{layer}", 8, 2) for layer in range(4)]
     said = [balance_moved(steps(0, seed=n), routers).severity for n in range(200)]
     assert said.count("note") >= 195  # one run in a hundred by chance
     for change, severity, how in ((-0.2, "good", "more"), (0.2, "warning", "less")):
@@ -697,10 +697,6 @@ def test_a_load_that_moves_is_told_from_noise() -> None:
     still = balance_moved(steps(0), routers)
     assert "neither more nor less even in any layer" in still.text
     assert "11 steps are too few to tell" in balance_moved(steps(-0.2, S=11), routers).text
-
-
-def own_routers(n: int) -> Any:
-    return [Router(layer, "", f"layers.{layer}", 8, 2) for layer in range(n)]
 
 
 # --- the families of transformers
