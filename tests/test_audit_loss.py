@@ -192,17 +192,6 @@ def test_a_router_that_returns_probabilities_as_its_logits_is_named(put: Put) ->
     assert "loss_softmax_twice" in kinds(audit_loss(model(), batch()))
 
 
-def test_a_loss_that_is_added_twice_is_named() -> None:
-    built = model()
-    built.router_aux_loss_coef *= 2  # of which the config knows nothing
-    audit = audit_loss(built, batch())
-    assert audit.added == pytest.approx(2, rel=0.01)
-    assert "2 times the balancing loss that the coefficient 0.001 says" in text(
-        audit, "loss_doubled"
-    )
-    assert "loss_accumulated" in kinds(audit)
-
-
 def test_a_loss_that_is_silently_off_is_named() -> None:
     audit = audit_loss(model(on=False), batch())
     assert "output_router_logits=False: training as it says adds none" in text(audit, "loss_off")
@@ -245,7 +234,8 @@ def test_a_loss_that_no_switch_turns_off_is_not_said_to_train_nothing(put: Put) 
     assert np.isnan(audit.added)
 
 
-def test_a_forward_that_hands_on_its_arguments_is_judged() -> None:
+def test_a_loss_that_is_added_twice_is_named() -> None:
+    """By a forward that hands on its arguments."""
     built = model()
 
     class Twice(type(built)):
@@ -258,7 +248,9 @@ def test_a_forward_that_hands_on_its_arguments_is_judged() -> None:
     built.__class__ = Twice
     audit = audit_loss(built, batch())
     assert audit.added == pytest.approx(2, rel=0.01)
-    assert "loss_doubled" in kinds(audit)
+    says = "2 times the balancing loss that the coefficient 0.001 says"
+    assert says in text(audit, "loss_doubled")
+    assert "loss_accumulated" in kinds(audit)
 
 
 def test_a_training_loss_that_cannot_be_judged_is_said_to_be_so(put: Put) -> None:
