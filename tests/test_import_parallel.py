@@ -21,6 +21,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.workers import Processes
 from tests.conftest import Cli
 from tests.support import foreign
+from tests.support.damage import files_in
 from tests.support.foreign import FORMAT_OF, MAKERS
 from tests.support.importing import taken
 
@@ -66,11 +67,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def files(root: Path) -> dict[str, bytes]:
     """All but the manifest, which names its process and time."""
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in root.rglob("*")
-        if path.is_file() and path.name != "trace.json"
-    }
+    return {name: data for name, data in files_in(root).items() if name != "trace.json"}
 
 
 def stated(root: Path) -> dict[str, Any]:

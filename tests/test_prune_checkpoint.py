@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
 from tests.conftest import Cli
 from tests.support import zoo
+from tests.support.damage import disk_of
 from tests.test_intervene import with_experts
 
 DROP = {layer: [0, 5] for layer in (1, 3)}
@@ -239,13 +239,9 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match="are known by name in layer 7"):
         written(tmp_path / "a", tmp_path / "b", {**drop, 7: [0, 1, 2, 3]})
     # safetensors raises an error of its own for a full disk
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(MoeInspectError, match=r"^cannot write \S+/b: File too large \(os"):
-            written(tmp_path / "a", tmp_path / "b", drop)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = r"^cannot write \S+/b: File too large \(os"
+    with disk_of(20_000), pytest.raises(MoeInspectError, match=said):
+        written(tmp_path / "a", tmp_path / "b", drop)
     weights = (tmp_path / "a/model.safetensors").read_bytes()
     (tmp_path / "a/model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(MoeInspectError, match=r"^cannot read \S+/a/model\.safetensors: "):
