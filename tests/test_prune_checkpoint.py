@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -25,14 +24,11 @@ from moe_inspect.interventions.pruning.checkpoint import Pruned
 from moe_inspect.interventions.rules import beyond
 from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
-from moe_inspect.trace.files.atomic import draft_folder_of
-from moe_inspect.trace.files.lock import LOCK, hold, is_locked
 from tests.conftest import Cli
 from tests.support import zoo
+from tests.support.damage import disk_of
 from tests.test_intervene import with_experts
 
-# sixteen experts, so that twelve are left in DeepSeek's four groups
-WIDE = dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 16)
 DROP = {layer: [0, 5] for layer in (1, 3)}
 LOAD = """
 import sys, torch
@@ -47,8 +43,8 @@ torch.save(found, sys.argv[1])
 
 
 def saved(family: str, path: Path) -> Any:
-    """A tiny model, and its checkpoint: one tensor per expert, or (the last two) all in one."""
-    model = zoo.build(family, **WIDE)
+    """A tiny model of 16 experts, and its checkpoint."""
+    model = with_experts(family, 16)
     model.save_pretrained(path)
     return model
 
@@ -157,19 +153,6 @@ def test_a_signal_cleans_up(tmp_path: Path, cli_here: Cli, monkeypatch: pytest.M
     assert [f.name for f in tmp_path.iterdir()] == ["t"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    for name in (".b.1.tmp", ".b.2.tmp", ".c.1.tmp"):
-        # as the operating system does where its process is killed
-        hold(tmp_path / name).close_in_child()
-    running = hold(tmp_path / ".b.2.tmp")
-    (tmp_path / ".b.3.tmp").mkdir()
-    with draft_folder_of(tmp_path / "b") as (draft, _):
-        assert is_locked(draft)
-    running.release()
-    assert {f.name for f in tmp_path.iterdir()} == {"b", ".b.2.tmp", ".c.1.tmp"}
-    assert not (tmp_path / "b" / LOCK).exists()
-
-
 def test_file_by_file_and_blocks_beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved("qwen3_moe", tmp_path / "a")
     weights = load_file(tmp_path / "a/model.safetensors")
@@ -192,7 +175,7 @@ def test_file_by_file_and_blocks_beyond(tmp_path: Path, monkeypatch: pytest.Monk
     # and from there, once more
     again = Pruned({layer: [1] for layer in (1, 3)}, 14)
     checkpoint.write(tmp_path / "b", tmp_path / "c", again, lambda draft: {})
-    model = type(zoo.build("qwen3_moe", **WIDE)).from_pretrained(tmp_path / "c")
+    model = zoo.model_class("qwen3_moe").from_pretrained(tmp_path / "c")
     assert {site.experts for site in find_routers(model)} == {13}
 
 
@@ -256,13 +239,9 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match="are known by name in layer 7"):
         written(tmp_path / "a", tmp_path / "b", {**drop, 7: [0, 1, 2, 3]})
     # safetensors raises an error of its own for a full disk
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(MoeInspectError, match=r"^cannot write \S+/b: File too large \(os"):
-            written(tmp_path / "a", tmp_path / "b", drop)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = r"^cannot write \S+/b: File too large \(os"
+    with disk_of(20_000), pytest.raises(MoeInspectError, match=said):
+        written(tmp_path / "a", tmp_path / "b", drop)
     weights = (tmp_path / "a/model.safetensors").read_bytes()
     (tmp_path / "a/model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(MoeInspectError, match=r"^cannot read \S+/a/model\.safetensors: "):

@@ -19,6 +19,7 @@ import pyarrow.csv
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.metrics.worth import gate_score, token_score
 from moe_inspect.analysis.scores import ALL, scores_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import need_decisions
@@ -126,13 +127,10 @@ def _config(scores: Scores, top_p: float) -> dict[str, object]:
 
 
 def _scores(trace: Trace, counted: Counts, d: int) -> dict[str, Scores]:
-    """Share of the assignments; gate weight ÷ tokens. d: the domain."""
-    load_LE = [counted.assignments_DE(r)[d] for r in counted.indices]
-    sums = (of.weight_sum_DE for of in counted.of.values())
-    weight_LE = [sum_DE[d] for sum_DE in sums if sum_DE is not None]
-    tokens_L = [of_E.sum() / r.top_k for of_E, r in zip(load_LE, trace.routers, strict=True)]
-    gate_LE = [of_E / tokens for of_E, tokens in zip(weight_LE, tokens_L, strict=True)]
-    token_LE = [load_E / load_E.sum() for load_E in load_LE]
+    """d: the domain."""
+    token_LE = [token_score(counted.assignments_DE(r))[d] for r in counted.indices]
+    sums = ((r, of.weight_sum_DE) for r, of in counted.of.items())
+    gate_LE = [gate_score(of, counted.tokens_D_of(r))[d] for r, of in sums if of is not None]
     return {"token_scores": _by_layer(trace, token_LE), "gate_scores": _by_layer(trace, gate_LE)}
 
 

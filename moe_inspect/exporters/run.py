@@ -18,11 +18,10 @@ from moe_inspect.trace.reader import Trace, open_trace
 def exporters() -> dict[str, Callable[..., None]]:
     """The functions of MODULES, in their order: each takes a trace, the file to write and options
     of its own."""
-    functions = dict[str, Callable[..., None]]()
-    for name, (module, _) in MODULES.items():
-        loaded = importlib.import_module(f"moe_inspect.exporters.{module}")
-        functions[name] = getattr(loaded, module)
-    return functions
+    return {
+        name: getattr(importlib.import_module(f"moe_inspect.exporters.{module}"), module)
+        for name, (module, _) in MODULES.items()
+    }
 
 
 def options_of(exporter: Callable[..., None]) -> list[str]:

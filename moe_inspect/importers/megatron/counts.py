@@ -94,9 +94,7 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
         for w, load_DLE in enumerate(load_WDLE):
             if load_DLE.any():
                 last = max(i for i, window in windows.items() if window == w)
-                yield batch_of_counts(
-                    [load_DLE[:, r] for r in range(len(spots))], routers, domains, last
-                )
+                yield batch_of_counts(list(load_DLE.swapaxes(0, 1)), routers, domains, last)
 
     return Imported(
         routers,
