@@ -58,9 +58,7 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
     known experts, cold_P those to new ones, whose ranks are from known[0] on. rank_E and `known`
     carry on from call to call. Ranks are int8 or int16 from the least there is: what vector
     instructions compare is signed."""
-    least = -128 if rank_E.itemsize == 1 else -32768
-    front, zero, one = rank_E.dtype.type(least), rank_E.dtype.type(0), rank_E.dtype.type(1)
-    rank_8 = np.empty(8, rank_E.dtype)
+    least, kind = -128 if rank_E.itemsize == 1 else -32768, rank_E.dtype.type
     for t in range(len(phase_T)):
         at_E, new = at_PE[phase_T[t]], 0
         # the k experts of a decision are judged together, before any of them counts as used
@@ -73,34 +71,13 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
                     at_E[rank] += 1
                 else:
                     new += 1
-        # eight move to the front in one sweep of vector instructions over the ranks
-        for first in range(0, len(slots), 8):
-            moved = least
-            for k in range(first, min(first + 8, len(slots))):
-                e = slots[k][t]
-                rank_8[k - first] = rank_E[e] if e >= 0 else front
-                moved += e >= 0
-            for k in range(len(slots) - first, 8):
-                rank_8[k] = front
-            a, b, c, d = rank_8[0], rank_8[1], rank_8[2], rank_8[3]
-            f, g, h, j = rank_8[4], rank_8[5], rank_8[6], rank_8[7]
-            for i in range(len(rank_E)):
-                here = rank_E[i]
-                # one further back for each that was behind it
-                after = here + (one if here < a else zero)
-                after += one if here < b else zero
-                after += one if here < c else zero
-                after += one if here < d else zero
-                after += one if here < f else zero
-                after += one if here < g else zero
-                after += one if here < h else zero
-                after += one if here < j else zero
-                rank_E[i] = after
-            for k in range(first, min(first + 8, len(slots))):
-                e = slots[k][t]
-                if e >= 0:
-                    moved -= 1
-                    rank_E[e] = moved
+        for k in range(len(slots)):
+            e = slots[k][t]
+            if e >= 0:  # it moves to the front: those before it are one further back
+                own = rank_E[e]
+                for i in range(len(rank_E)):
+                    rank_E[i] = kind(rank_E[i] + kind(rank_E[i] < own))
+                rank_E[e] = least
         if new:
             cold_P[phase_T[t]] += new
             known[0] += new

@@ -159,11 +159,11 @@ def largest(
     """The k largest of values + add_E of each row; ties go to the lowest id. `room`: rows, in
     order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
     (T, E), kind = values_TE.shape, values_TE.dtype
-    drawn, made = (np.arange(T), np.ones(T, np.int32)), np.empty((T, E), bool)
-    of = k, np.full(E, add_E, kind), np.full(E, room, np.int32)
-    found = np.full(T, guess, kind), np.zeros(2), made, np.empty(E + 1, f"i{kind.itemsize}")
-    kernels.choose_largest(values_TE, *drawn, *of, *found)
-    return made
+    add_E, room_E = np.full(E, add_E, kind), np.full(E, room, np.int32)
+    guess_T, chosen_TE = np.full(T, guess, kind), np.empty((T, E), bool)
+    once = np.arange(T), np.ones(T, np.int32)
+    kernels.choose_largest(values_TE, *once, k, add_E, room_E, guess_T, chosen_TE)
+    return chosen_TE
 
 
 def reaching(values_TE: np.ndarray, k_T: np.ndarray, kth_T: np.ndarray) -> np.ndarray:
@@ -247,11 +247,9 @@ def _rounds(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
-    T, E = sample.scores_TE.shape
-    rate_R, guess_T = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP), np.zeros(T, np.float32)
-    of = *_rounds(T), rate_R, guess_T
-    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, *of)
-    return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
+    rounds = *_rounds(len(sample.scores_TE)), np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
+    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, *rounds)
+    return {"bias_E": bias_E, "load_E": np.zeros(len(bias_E), np.int64)}
 
 
 @algorithm(
