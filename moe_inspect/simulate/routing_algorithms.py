@@ -43,9 +43,8 @@ class RouterScores:
     @cached_property
     def below_TE(self) -> np.ndarray:
         """How far the logits are below each token's highest. float32"""
-        below_TE = self.logits_TE.astype(np.float32)
-        kernels.subtract_highest(below_TE)
-        return below_TE
+        logits_TE = self.logits_TE.astype(np.float32)
+        return logits_TE - logits_TE.max(1, keepdims=True)
 
     @cached_property
     def scores_TE(self) -> np.ndarray:
@@ -161,8 +160,7 @@ def largest(
     (T, E), kind = values_TE.shape, values_TE.dtype
     add_E, room_E = np.full(E, add_E, kind), np.full(E, room, np.int32)
     guess_T, chosen_TE = np.full(T, guess, kind), np.empty((T, E), bool)
-    once = np.arange(T), np.ones(T, np.int32)
-    kernels.choose_largest(values_TE, *once, k, add_E, room_E, guess_T, chosen_TE)
+    kernels.choose_largest(values_TE, np.arange(T), k, add_E, room_E, guess_T, chosen_TE)
     return chosen_TE
 
 
@@ -192,8 +190,10 @@ def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
 )
 def top_p(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
-    fewest = kernels.fewest(batch.sorted_TE, batch.total_T1[:, 0], value - 1e-6)
-    return reaching(batch.share_TE, *fewest)
+    share_TE = batch.sorted_TE[:, ::-1] / batch.total_T1
+    short_TE = share_TE.cumsum(1, dtype=np.float64) < value - 1e-6
+    k_T = np.minimum(short_TE.sum(1) + 1, share_TE.shape[1])
+    return reaching(batch.share_TE, k_T, np.take_along_axis(share_TE, k_T[:, None] - 1, 1)[:, 0])
 
 
 @algorithm(
@@ -206,13 +206,9 @@ def expert_choice(batch: RouterScores, value: float, state: State) -> np.ndarray
     arXiv:2202.09368)."""
     T, E = batch.scores_TE.shape
     even = min(-(-T * batch.k // E), T)  # its assignments if load were even, rounded up
-    scores_ET, chosen_TE = np.empty((E, T), batch.scores_TE.dtype), np.empty((T, E), bool)
-    kernels.transpose(batch.scores_TE, scores_ET)
-    scores_ET.partition(T - even, axis=1)
-    kth_E = scores_ET[:, -even]
-    room_E = even - np.count_nonzero(scores_ET[:, -even:] > kth_E[:, None], axis=1)
-    kernels.choose_of_columns(batch.scores_TE, kth_E.copy(), room_E, chosen_TE)
-    return chosen_TE
+    scores_ET = batch.scores_TE.T.copy()
+    kth_E = np.partition(scores_ET, T - even, axis=1)[:, T - even]
+    return np.ascontiguousarray(reaching(scores_ET, np.full(E, even), kth_E).T)
 
 
 @algorithm(
@@ -230,25 +226,20 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _rounds(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, by number:
-    where they start, which tokens, how often each."""
-    rng, every = np.random.default_rng(SEED), np.ones(T, np.int32)
-    times_RT = [
-        np.bincount(rng.integers(T, size=BIAS_TOKENS), minlength=T) if T > BIAS_TOKENS else every
-        for _ in range(WARM_UP)
-    ]
-    drawn = [np.flatnonzero(times_T) for times_T in times_RT]
-    start_R = np.cumsum([0, *map(len, drawn)])
-    times_N = [times_T[of] for times_T, of in zip(times_RT, drawn, strict=True)]
-    return start_R, np.concatenate(drawn), np.concatenate(times_N, dtype=np.int32)
+def _rounds(T: int) -> np.ndarray:
+    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, or all where
+    these are no more. int64 [R, N]"""
+    if T <= BIAS_TOKENS:
+        return np.tile(np.arange(T), (WARM_UP, 1))
+    drawn_RN = np.random.default_rng(SEED).integers(T, size=(WARM_UP, BIAS_TOKENS))
+    return np.sort(drawn_RN, axis=1)  # their order is of no matter, and quickest to read
 
 
 def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
-    rounds = *_rounds(len(sample.scores_TE)), np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
-    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, *rounds)
+    rate_R = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
+    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, _rounds(len(sample.scores_TE)), rate_R)
     return {"bias_E": bias_E, "load_E": np.zeros(len(bias_E), np.int64)}
 
 
