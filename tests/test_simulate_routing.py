@@ -28,8 +28,8 @@ VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
 
 
 def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> RouterScores:
-    logits_TE = logits_TE.astype(np.float16)
-    chosen_TE = largest(logits_TE.astype(np.float32), k)
+    logits_TE = logits_TE.astype(np.float16).astype(np.float32)
+    chosen_TE = largest(logits_TE, k)
     token_id_T = np.arange(len(logits_TE)) % 17
     return RouterScores(logits_TE, chosen_TE, token_id_T, k, scoring, 0)
 

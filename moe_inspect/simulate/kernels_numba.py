@@ -297,8 +297,8 @@ def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndar
 
 @njit(nogil=True, cache=True)
 def reached_sparse(ids_KT, sole_E, start_E, gpu_C, share_C, gpus):  # type: ignore[no-untyped-def]
-    """The same from a table of the GPUs of each expert (`ranks_reached.table_of`): quicker where
-    each expert is on one GPU, or there are very many GPUs."""
+    """The same from a table of the GPUs of each expert (`table_of` in placement/windows.py):
+    quicker where each expert is on one GPU, or there are very many GPUs."""
     K, T = ids_KT.shape
     sure_G, maybe_G = np.full(gpus, -1, np.int64), np.full(gpus, -1, np.int64)
     miss_G, total = np.zeros(gpus), 0.0
@@ -356,32 +356,23 @@ def anneal(ids_KM, slots_GS, load_E, limit, proposals, heat, seed):  # type: ign
     K, M = ids_KM.shape
     G, S = slots_GS.shape
     E = len(load_E)
-    copies_GE, replicas_E = np.zeros((G, E), np.int64), np.zeros(E, np.int64)
+    replicas_E, copies_GE = np.bincount(slots_GS.ravel(), minlength=E), np.zeros((G, E), np.int64)
+    for g in range(G):
+        copies_GE[g] = np.bincount(slots_GS[g], minlength=E)
     load_G = np.zeros(G)
-    for g in range(G):
-        for s in range(S):
-            copies_GE[g, slots_GS[g, s]] += 1
-            replicas_E[slots_GS[g, s]] += 1
-    for g in range(G):
-        for s in range(S):
-            load_G[g] += load_E[slots_GS[g, s]] / replicas_E[slots_GS[g, s]]
-    start_E = np.zeros(E + 1, np.int64)  # the decisions that chose each expert
-    for k in range(K):
-        for m in range(M):
-            if ids_KM[k, m] >= 0:
-                start_E[ids_KM[k, m] + 1] += 1
-    start_E = np.cumsum(start_E)
-    fill_E, decision_N = start_E[:-1].copy(), np.zeros(start_E[-1], np.int64)
+    for s in range(S):
+        load_G += (load_E / replicas_E)[slots_GS[:, s]]
+    # decision_N[start_E[e] : start_E[e + 1]]: the decisions that chose expert e
+    upto_E = np.cumsum(np.bincount(ids_KM.ravel() + 1, minlength=E + 1))
+    start_E = upto_E - upto_E[0]  # without those that route nowhere
+    decision_N = np.argsort(ids_KM.ravel(), kind="mergesort")[upto_E[0] :] % M
     sure_MG, miss_MG = np.zeros((M, G), np.int64), np.ones((M, G))
     for k in range(K):
         for m in range(M):
             e = ids_KM[k, m]
-            if e >= 0:
-                decision_N[fill_E[e]] = m
-                fill_E[e] += 1
-                for g in range(G):
-                    if copies_GE[g, e] > 0:
-                        _shift(sure_MG, miss_MG, m, g, replicas_E[e], 1)
+            for g in range(G if e >= 0 else 0):
+                if copies_GE[g, e] > 0:
+                    _shift(sure_MG, miss_MG, m, g, replicas_E[e], 1)
     np.random.seed(seed)
     for n in range(proposals):
         g, h = np.random.randint(G), np.random.randint(G)

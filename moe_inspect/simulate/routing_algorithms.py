@@ -28,9 +28,9 @@ SEED = 20_240_815
 class RouterScores:
     """A batch of tokens, with what the model's router computed for them.
 
-    model_TE: bool, the experts that the model chose. k: experts per token. scoring: the router's
-    activation. number: of the batch in the trace. blind: what algorithms without a router chose, by
-    their name, experts and choices: the same for all routers."""
+    logits_TE: float32. model_TE: bool, the experts that the model chose. k: experts per token.
+    scoring: the router's activation. number: of the batch in the trace. blind: what algorithms
+    without a router chose, by their name, experts and choices: the same for all routers."""
 
     logits_TE: np.ndarray
     model_TE: np.ndarray
@@ -42,15 +42,14 @@ class RouterScores:
 
     @cached_property
     def below_TE(self) -> np.ndarray:
-        """How far the logits are below each token's highest. float32"""
-        logits_TE = self.logits_TE.astype(np.float32)
-        return logits_TE - logits_TE.max(1, keepdims=True)
+        """How far the logits are below each token's highest."""
+        return self.logits_TE - self.logits_TE.max(1, keepdims=True)
 
     @cached_property
     def scores_TE(self) -> np.ndarray:
         """Sigmoid of the logits as in the model, or softmax, also where the trace does not say."""
         if self.scoring == "sigmoid":
-            return 1 / (1 + np.exp(-self.logits_TE.astype(np.float32)))
+            return 1 / (1 + np.exp(-self.logits_TE))
         scores_TE = np.exp(self.below_TE)
         return np.divide(scores_TE, scores_TE.sum(1, keepdims=True), out=scores_TE)
 

@@ -41,7 +41,7 @@ def choose_largest(values_TE, drawn_N, k, add_E, room_E, guess_T, chosen_NE):  #
                 bound += step if found > k else -step
             else:
                 bound = low + (high - low) / kind(2)
-                if bound == low or bound == high:  # neighbours: values of `high` are tied
+                if bound in (low, high):  # neighbours: values of `high` are tied
                     bound = low = high
         found = zero
         for e in range(E):
