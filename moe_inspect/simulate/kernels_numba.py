@@ -56,9 +56,7 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
     used last, so an access hits where the expert's rank in the order of last use (0 is the latest)
     is below s. slots: K arrays [T], −1 for none. load_E counts accesses, at_PE[p, rank] those to
     known experts, cold_P those to new ones, whose ranks are from known[0] on. rank_E and `known`
-    carry on from call to call. Ranks are int8 or int16 from the least there is: what vector
-    instructions compare is signed."""
-    least, kind = -128 if rank_E.itemsize == 1 else -32768, rank_E.dtype.type
+    carry on from call to call."""
     for t in range(len(phase_T)):
         at_E, new = at_PE[phase_T[t]], 0
         # the k experts of a decision are judged together, before any of them counts as used
@@ -66,9 +64,8 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
             e = slots[k][t]
             if e >= 0:
                 load_E[e] += 1
-                rank = np.int64(rank_E[e]) - least
-                if rank < known[0]:
-                    at_E[rank] += 1
+                if rank_E[e] < known[0]:
+                    at_E[rank_E[e]] += 1
                 else:
                     new += 1
         for k in range(len(slots)):
@@ -76,8 +73,8 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
             if e >= 0:  # it moves to the front: those before it are one further back
                 own = rank_E[e]
                 for i in range(len(rank_E)):
-                    rank_E[i] = kind(rank_E[i] + kind(rank_E[i] < own))
-                rank_E[e] = least
+                    rank_E[i] += rank_E[i] < own
+                rank_E[e] = 0
         if new:
             cold_P[phase_T[t]] += new
             known[0] += new
