@@ -120,8 +120,8 @@ class Algorithm:
 
     name: str
     choose: Choose
-    leaks: str
     use_when: str
+    leaks: str = ""
     setting: str = ""
     prepare: Callable[[RouterScores], State] | None = None
     blind: bool = False
@@ -130,18 +130,11 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def algorithm(
-    name: str,
-    use_when: str,
-    leaks: str = "",
-    setting: str = "",
-    prepare: Callable[[RouterScores], State] | None = None,
-    blind: bool = False,
-) -> Callable[[Choose], Choose]:
-    """Registers a function of (batch, value of its setting, state)."""
+def algorithm(name: str, use_when: str, **how: Any) -> Callable[[Choose], Choose]:
+    """Registers a function of (batch, value of its setting, state); `how`: fields of Algorithm."""
 
     def register(function: Choose) -> Choose:
-        ALGORITHMS[name] = Algorithm(name, function, leaks, use_when, setting, prepare, blind)
+        ALGORITHMS[name] = Algorithm(name, function, use_when, **how)
         return function
 
     return register
