@@ -283,13 +283,10 @@ def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndar
                 miss_G[g] *= row_G[g]
         for g in range(columns):
             missed_G[g] += miss_G[g]
-    reached_N = np.zeros(columns // gpus)
-    for n in range(len(reached_N)):
-        missed = 0.0
-        for g in range(n * gpus, (n + 1) * gpus):
-            missed += missed_G[g]
-        reached_N[n] = T * gpus - missed
-    return reached_N
+    missed_N = np.zeros(columns // gpus)
+    for g in range(columns):
+        missed_N[g // gpus] += missed_G[g]
+    return T * gpus - missed_N
 
 
 @njit(nogil=True, cache=True)

@@ -141,17 +141,13 @@ def algorithm(name: str, use_when: str, **how: Any) -> Callable[[Choose], Choose
 
 
 def largest(
-    values_TE: np.ndarray,
-    k: int,
-    add_E: float | np.ndarray = 0.0,
-    room: int = 2**31 - 1,
-    guess: float | np.ndarray = 0.0,
+    values_TE: np.ndarray, k: int, add_E: float | np.ndarray = 0.0, room: int = 2**31 - 1
 ) -> np.ndarray:
     """The k largest of values + add_E of each row; ties go to the lowest id. `room`: rows, in
-    order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
+    order, that take a column; then it is full. bool [T, E]"""
     (T, E), kind = values_TE.shape, values_TE.dtype
     add_E, room_E = np.full(E, add_E, kind), np.full(E, room, np.int32)
-    guess_T, chosen_TE = np.full(T, guess, kind), np.empty((T, E), bool)
+    guess_T, chosen_TE = np.zeros(T, kind), np.empty((T, E), bool)
     kernels.choose_largest(values_TE, np.arange(T), k, add_E, room_E, guess_T, chosen_TE)
     return chosen_TE
 
@@ -213,8 +209,7 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
-    room = expert_capacity(value, T, batch.k, E)
-    return largest(batch.scores_TE, batch.k, room=room, guess=batch.sorted_TE[:, -batch.k])
+    return largest(batch.scores_TE, batch.k, room=expert_capacity(value, T, batch.k, E))
 
 
 @lru_cache(maxsize=2)
