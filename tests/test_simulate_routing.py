@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,8 @@ VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
 
 
 def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> RouterScores:
-    logits_TE = logits_TE.astype(np.float16)
-    chosen_TE = largest(logits_TE.astype(np.float32), k)
+    logits_TE = logits_TE.astype(np.float16).astype(np.float32)
+    chosen_TE = largest(logits_TE, k)
     token_id_T = np.arange(len(logits_TE)) % 17
     return RouterScores(logits_TE, chosen_TE, token_id_T, k, scoring, 0)
 
@@ -69,15 +68,15 @@ def test_experts_a_token_and_what_leaks_the_future_says_so(of: Algorithm):
 
 
 @pytest.mark.parametrize("values", [1, 3, 1000])  # few of them: ties in every row
-def test_the_largest_are_those_of_a_stable_sort_whatever_is_guessed(values: int):
+def test_the_largest_are_those_of_a_stable_sort(values: int):
     rng = np.random.default_rng(0)
     values_TE = rng.integers(0, values, (300, 20)).astype(np.float32) / np.float32(7)
     order_TE = np.argsort(-values_TE, axis=1, kind="stable")
     for k in (1, 7, 20):
         expected = np.zeros((300, 20), bool)
         np.put_along_axis(expected, order_TE[:, :k], True, 1)
-        for guess in (np.nan, 0.5, np.sort(values_TE, axis=1)[:, -k]):
-            assert (largest(values_TE, k, guess=guess) == expected).all()
+        for added in (-50.0, 0.0):
+            assert (largest(values_TE + np.float32(added), k) == expected).all()
 
 
 def test_a_hash_is_of_the_token_id_alone():
@@ -114,14 +113,6 @@ def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed:
     for t in range(T):
         expected[t, [e for e in order_TE[t] if expected[:, e].sum() < room][:k]] = True
     assert (largest(scores_TE, k, room=room) == expected).all()
-
-
-def test_expert_choice_gives_every_expert_the_same():
-    made = batch(skewed())
-    chosen_TE = choose(ALGORITHMS["expert choice"], made)
-    assert chosen_TE.sum(0).tolist() == [50] * 8
-    worst_taken = np.where(chosen_TE, made.scores_TE, 1).min(0)
-    assert (worst_taken >= np.where(chosen_TE, 0, made.scores_TE).max(0)).all()
 
 
 def test_expert_choice_gives_ties_to_the_first_tokens():
@@ -344,7 +335,6 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     columns = ["capacity_factor", "simulated_drop_rate", "unused_capacity"]
     assert made.tables["capacity_needed"].iloc[0][columns].tolist() == [1.51, 0.0, 0.5]
     assert expert_capacity(1.5, 4, 1, 2) == 3  # one hundredth less is too little
-    assert ceil(1.1 * 100) == 111
     assert expert_capacity(1.1, 100, 1, 1) == 110
     assert expert_capacity(1.25, 7, 2, 8) == 3
     few, *said = made.verdict

@@ -38,7 +38,8 @@ from moe_inspect.trace.reader import Trace, open_trace
 if TYPE_CHECKING:
     from moe_inspect.reporting.render.html import Section
 
-# tokens of an expert: per input of its first matrices, and where these are unknown
+# tokens of an expert, as GPTQ was measured to need (docs/calibrate.md): per input of its first
+# matrices, and where these are unknown
 PER_INPUT, MINIMUM = 4, 512
 SHARES = (0.95, 0.99, 1.0)  # of the experts
 POINTS = 48  # of the chart
@@ -149,12 +150,6 @@ class Calibration(Shown):
         return write_texts(self.trace, self.choice.chosen, Path(path), tokens, data)
 
 
-def minimum_of(trace: Trace) -> int:
-    """What GPTQ was measured to need (docs/calibrate.md)."""
-    shape = expert_shape(trace, 0)
-    return MINIMUM if shape is None else PER_INPUT * shape[0]
-
-
 def calibrate(
     trace: Trace | str | Path,
     *,
@@ -180,7 +175,8 @@ def calibrate(
     documents are to be chosen from counts without documents."""
     opened = open_trace(trace)
     if min_tokens is None:
-        min_tokens = minimum_of(opened)
+        shape = expert_shape(opened, 0)
+        min_tokens = MINIMUM if shape is None else PER_INPUT * shape[0]
     check_whole("min_tokens", min_tokens)
     wrong = None
     if min_tokens < 1:

@@ -52,13 +52,12 @@ class Cache:
     cache holds is carried from shard to shard, in memory for E experts."""
 
     def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
-        P, kind = len(PHASES), np.int8 if E <= 256 else np.int16
+        P = len(PHASES)
         self.keys = [(name, size) for name in names for size in sizes]
         self.decisions_P, self.cold_P = np.zeros((2, P), np.int64)
         # of LRU, also where it is not asked for: it counts accesses
         self.load_E, self.at_PE = np.zeros(E, np.int64), np.zeros((P, E), np.int64)
-        self.known = np.zeros(1, np.int64)
-        self.rank_E = (np.arange(E) + np.iinfo(kind).min).astype(kind)
+        self.known, self.rank_E = np.zeros(1, np.int64), np.arange(E, dtype=np.int32)
         # of the others
         self.state = {(name, size): FRESH[name](E) for name, size in self.keys if name != "lru"}
         self.done = {key: np.zeros(P, np.int64) for key in self.state}

@@ -56,11 +56,7 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
     used last, so an access hits where the expert's rank in the order of last use (0 is the latest)
     is below s. slots: K arrays [T], −1 for none. load_E counts accesses, at_PE[p, rank] those to
     known experts, cold_P those to new ones, whose ranks are from known[0] on. rank_E and `known`
-    carry on from call to call. Ranks are int8 or int16 from the least there is: what vector
-    instructions compare is signed."""
-    least = -128 if rank_E.itemsize == 1 else -32768
-    front, zero, one = rank_E.dtype.type(least), rank_E.dtype.type(0), rank_E.dtype.type(1)
-    rank_8 = np.empty(8, rank_E.dtype)
+    carry on from call to call."""
     for t in range(len(phase_T)):
         at_E, new = at_PE[phase_T[t]], 0
         # the k experts of a decision are judged together, before any of them counts as used
@@ -68,39 +64,17 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
             e = slots[k][t]
             if e >= 0:
                 load_E[e] += 1
-                rank = np.int64(rank_E[e]) - least
-                if rank < known[0]:
-                    at_E[rank] += 1
+                if rank_E[e] < known[0]:
+                    at_E[rank_E[e]] += 1
                 else:
                     new += 1
-        # eight move to the front in one sweep of vector instructions over the ranks
-        for first in range(0, len(slots), 8):
-            moved = least
-            for k in range(first, min(first + 8, len(slots))):
-                e = slots[k][t]
-                rank_8[k - first] = rank_E[e] if e >= 0 else front
-                moved += e >= 0
-            for k in range(len(slots) - first, 8):
-                rank_8[k] = front
-            a, b, c, d = rank_8[0], rank_8[1], rank_8[2], rank_8[3]
-            f, g, h, j = rank_8[4], rank_8[5], rank_8[6], rank_8[7]
-            for i in range(len(rank_E)):
-                here = rank_E[i]
-                # one further back for each that was behind it
-                after = here + (one if here < a else zero)
-                after += one if here < b else zero
-                after += one if here < c else zero
-                after += one if here < d else zero
-                after += one if here < f else zero
-                after += one if here < g else zero
-                after += one if here < h else zero
-                after += one if here < j else zero
-                rank_E[i] = after
-            for k in range(first, min(first + 8, len(slots))):
-                e = slots[k][t]
-                if e >= 0:
-                    moved -= 1
-                    rank_E[e] = moved
+        for k in range(len(slots)):
+            e = slots[k][t]
+            if e >= 0:  # it moves to the front: those before it are one further back
+                own = rank_E[e]
+                for i in range(len(rank_E)):
+                    rank_E[i] += rank_E[i] < own
+                rank_E[e] = 0
         if new:
             cold_P[phase_T[t]] += new
             known[0] += new
@@ -309,19 +283,16 @@ def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndar
                 miss_G[g] *= row_G[g]
         for g in range(columns):
             missed_G[g] += miss_G[g]
-    reached_N = np.zeros(columns // gpus)
-    for n in range(len(reached_N)):
-        missed = 0.0
-        for g in range(n * gpus, (n + 1) * gpus):
-            missed += missed_G[g]
-        reached_N[n] = T * gpus - missed
-    return reached_N
+    missed_N = np.zeros(columns // gpus)
+    for g in range(columns):
+        missed_N[g // gpus] += missed_G[g]
+    return T * gpus - missed_N
 
 
 @njit(nogil=True, cache=True)
 def reached_sparse(ids_KT, sole_E, start_E, gpu_C, share_C, gpus):  # type: ignore[no-untyped-def]
-    """The same from a table of the GPUs of each expert (`ranks_reached.table_of`): quicker where
-    each expert is on one GPU, or there are very many GPUs."""
+    """The same from a table of the GPUs of each expert (`table_of` in placement/windows.py):
+    quicker where each expert is on one GPU, or there are very many GPUs."""
     K, T = ids_KT.shape
     sure_G, maybe_G = np.full(gpus, -1, np.int64), np.full(gpus, -1, np.int64)
     miss_G, total = np.zeros(gpus), 0.0
@@ -379,32 +350,23 @@ def anneal(ids_KM, slots_GS, load_E, limit, proposals, heat, seed):  # type: ign
     K, M = ids_KM.shape
     G, S = slots_GS.shape
     E = len(load_E)
-    copies_GE, replicas_E = np.zeros((G, E), np.int64), np.zeros(E, np.int64)
+    replicas_E, copies_GE = np.bincount(slots_GS.ravel(), minlength=E), np.zeros((G, E), np.int64)
+    for g in range(G):
+        copies_GE[g] = np.bincount(slots_GS[g], minlength=E)
     load_G = np.zeros(G)
-    for g in range(G):
-        for s in range(S):
-            copies_GE[g, slots_GS[g, s]] += 1
-            replicas_E[slots_GS[g, s]] += 1
-    for g in range(G):
-        for s in range(S):
-            load_G[g] += load_E[slots_GS[g, s]] / replicas_E[slots_GS[g, s]]
-    start_E = np.zeros(E + 1, np.int64)  # the decisions that chose each expert
-    for k in range(K):
-        for m in range(M):
-            if ids_KM[k, m] >= 0:
-                start_E[ids_KM[k, m] + 1] += 1
-    start_E = np.cumsum(start_E)
-    fill_E, decision_N = start_E[:-1].copy(), np.zeros(start_E[-1], np.int64)
+    for s in range(S):
+        load_G += (load_E / replicas_E)[slots_GS[:, s]]
+    # decision_N[start_E[e] : start_E[e + 1]]: the decisions that chose expert e
+    upto_E = np.cumsum(np.bincount(ids_KM.ravel() + 1, minlength=E + 1))
+    start_E = upto_E - upto_E[0]  # without those that route nowhere
+    decision_N = np.argsort(ids_KM.ravel(), kind="mergesort")[upto_E[0] :] % M
     sure_MG, miss_MG = np.zeros((M, G), np.int64), np.ones((M, G))
     for k in range(K):
         for m in range(M):
             e = ids_KM[k, m]
-            if e >= 0:
-                decision_N[fill_E[e]] = m
-                fill_E[e] += 1
-                for g in range(G):
-                    if copies_GE[g, e] > 0:
-                        _shift(sure_MG, miss_MG, m, g, replicas_E[e], 1)
+            for g in range(G if e >= 0 else 0):
+                if copies_GE[g, e] > 0:
+                    _shift(sure_MG, miss_MG, m, g, replicas_E[e], 1)
     np.random.seed(seed)
     for n in range(proposals):
         g, h = np.random.randint(G), np.random.randint(G)

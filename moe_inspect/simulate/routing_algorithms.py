@@ -28,9 +28,9 @@ SEED = 20_240_815
 class RouterScores:
     """A batch of tokens, with what the model's router computed for them.
 
-    model_TE: bool, the experts that the model chose. k: experts per token. scoring: the router's
-    activation. number: of the batch in the trace. blind: what algorithms without a router chose, by
-    their name, experts and choices: the same for all routers."""
+    logits_TE: float32. model_TE: bool, the experts that the model chose. k: experts per token.
+    scoring: the router's activation. number: of the batch in the trace. blind: what algorithms
+    without a router chose, by their name, experts and choices: the same for all routers."""
 
     logits_TE: np.ndarray
     model_TE: np.ndarray
@@ -42,16 +42,14 @@ class RouterScores:
 
     @cached_property
     def below_TE(self) -> np.ndarray:
-        """How far the logits are below each token's highest. float32"""
-        below_TE = self.logits_TE.astype(np.float32)
-        kernels.subtract_highest(below_TE)
-        return below_TE
+        """How far the logits are below each token's highest."""
+        return self.logits_TE - self.logits_TE.max(1, keepdims=True)
 
     @cached_property
     def scores_TE(self) -> np.ndarray:
         """Sigmoid of the logits as in the model, or softmax, also where the trace does not say."""
         if self.scoring == "sigmoid":
-            return 1 / (1 + np.exp(-self.logits_TE.astype(np.float32)))
+            return 1 / (1 + np.exp(-self.logits_TE))
         scores_TE = np.exp(self.below_TE)
         return np.divide(scores_TE, scores_TE.sum(1, keepdims=True), out=scores_TE)
 
@@ -122,8 +120,8 @@ class Algorithm:
 
     name: str
     choose: Choose
-    leaks: str
     use_when: str
+    leaks: str = ""
     setting: str = ""
     prepare: Callable[[RouterScores], State] | None = None
     blind: bool = False
@@ -132,38 +130,26 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def algorithm(
-    name: str,
-    use_when: str,
-    leaks: str = "",
-    setting: str = "",
-    prepare: Callable[[RouterScores], State] | None = None,
-    blind: bool = False,
-) -> Callable[[Choose], Choose]:
-    """Registers a function of (batch, value of its setting, state)."""
+def algorithm(name: str, use_when: str, **how: Any) -> Callable[[Choose], Choose]:
+    """Registers a function of (batch, value of its setting, state); `how`: fields of Algorithm."""
 
     def register(function: Choose) -> Choose:
-        ALGORITHMS[name] = Algorithm(name, function, leaks, use_when, setting, prepare, blind)
+        ALGORITHMS[name] = Algorithm(name, function, use_when, **how)
         return function
 
     return register
 
 
 def largest(
-    values_TE: np.ndarray,
-    k: int,
-    add_E: float | np.ndarray = 0.0,
-    room: int = 2**31 - 1,
-    guess: float | np.ndarray = 0.0,
+    values_TE: np.ndarray, k: int, add_E: float | np.ndarray = 0.0, room: int = 2**31 - 1
 ) -> np.ndarray:
     """The k largest of values + add_E of each row; ties go to the lowest id. `room`: rows, in
-    order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
+    order, that take a column; then it is full. bool [T, E]"""
     (T, E), kind = values_TE.shape, values_TE.dtype
-    drawn, made = (np.arange(T), np.ones(T, np.int32)), np.empty((T, E), bool)
-    of = k, np.full(E, add_E, kind), np.full(E, room, np.int32)
-    found = np.full(T, guess, kind), np.zeros(2), made, np.empty(E + 1, f"i{kind.itemsize}")
-    kernels.choose_largest(values_TE, *drawn, *of, *found)
-    return made
+    add_E, room_E = np.full(E, add_E, kind), np.full(E, room, np.int32)
+    guess_T, chosen_TE = np.zeros(T, kind), np.empty((T, E), bool)
+    kernels.choose_largest(values_TE, np.arange(T), k, add_E, room_E, guess_T, chosen_TE)
+    return chosen_TE
 
 
 def reaching(values_TE: np.ndarray, k_T: np.ndarray, kth_T: np.ndarray) -> np.ndarray:
@@ -192,8 +178,10 @@ def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
 )
 def top_p(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
-    fewest = kernels.fewest(batch.sorted_TE, batch.total_T1[:, 0], value - 1e-6)
-    return reaching(batch.share_TE, *fewest)
+    share_TE = batch.sorted_TE[:, ::-1] / batch.total_T1
+    short_TE = share_TE.cumsum(1, dtype=np.float64) < value - 1e-6
+    k_T = np.minimum(short_TE.sum(1) + 1, share_TE.shape[1])
+    return reaching(batch.share_TE, k_T, np.take_along_axis(share_TE, k_T[:, None] - 1, 1)[:, 0])
 
 
 @algorithm(
@@ -206,13 +194,9 @@ def expert_choice(batch: RouterScores, value: float, state: State) -> np.ndarray
     arXiv:2202.09368)."""
     T, E = batch.scores_TE.shape
     even = min(-(-T * batch.k // E), T)  # its assignments if load were even, rounded up
-    scores_ET, chosen_TE = np.empty((E, T), batch.scores_TE.dtype), np.empty((T, E), bool)
-    kernels.transpose(batch.scores_TE, scores_ET)
-    scores_ET.partition(T - even, axis=1)
-    kth_E = scores_ET[:, -even]
-    room_E = even - np.count_nonzero(scores_ET[:, -even:] > kth_E[:, None], axis=1)
-    kernels.choose_of_columns(batch.scores_TE, kth_E.copy(), room_E, chosen_TE)
-    return chosen_TE
+    scores_ET = batch.scores_TE.T.copy()
+    kth_E = np.partition(scores_ET, T - even, axis=1)[:, T - even]
+    return np.ascontiguousarray(reaching(scores_ET, np.full(E, even), kth_E).T)
 
 
 @algorithm(
@@ -225,33 +209,25 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
-    room = expert_capacity(value, T, batch.k, E)
-    return largest(batch.scores_TE, batch.k, room=room, guess=batch.sorted_TE[:, -batch.k])
+    return largest(batch.scores_TE, batch.k, room=expert_capacity(value, T, batch.k, E))
 
 
 @lru_cache(maxsize=2)
-def _rounds(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, by number:
-    where they start, which tokens, how often each."""
-    rng, every = np.random.default_rng(SEED), np.ones(T, np.int32)
-    times_RT = [
-        np.bincount(rng.integers(T, size=BIAS_TOKENS), minlength=T) if T > BIAS_TOKENS else every
-        for _ in range(WARM_UP)
-    ]
-    drawn = [np.flatnonzero(times_T) for times_T in times_RT]
-    start_R = np.cumsum([0, *map(len, drawn)])
-    times_N = [times_T[of] for times_T, of in zip(times_RT, drawn, strict=True)]
-    return start_R, np.concatenate(drawn), np.concatenate(times_N, dtype=np.int32)
+def _rounds(T: int) -> np.ndarray:
+    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, or all where
+    these are no more. int64 [R, N]"""
+    if T <= BIAS_TOKENS:
+        return np.tile(np.arange(T), (WARM_UP, 1))
+    drawn_RN = np.random.default_rng(SEED).integers(T, size=(WARM_UP, BIAS_TOKENS))
+    return np.sort(drawn_RN, axis=1)  # their order is of no matter, and quickest to read
 
 
 def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
-    T, E = sample.scores_TE.shape
-    rate_R, guess_T = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP), np.zeros(T, np.float32)
-    of = *_rounds(T), rate_R, guess_T
-    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, *of)
-    return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
+    rate_R = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
+    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, _rounds(len(sample.scores_TE)), rate_R)
+    return {"bias_E": bias_E, "load_E": np.zeros(len(bias_E), np.int64)}
 
 
 @algorithm(
