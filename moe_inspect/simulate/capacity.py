@@ -5,14 +5,15 @@ arXiv:2006.16668; Switch, arXiv:2101.03961); what comes later in its queue is dr
 later choices are those recorded: a real drop would change them.
 
 T tokens that reach a router, K slots, E experts, G groups, F capacity factors (ascending), S sizes
-of groups, D domains of a shard, P POSITIONS (in the document, in the group), N tenths.
+of groups, D domains of a shard, P POSITIONS (in the document, in the group), N tenths, R runs of
+tokens of one domain and the same tenths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -207,6 +208,10 @@ class Groups:
     tenth_PT: np.ndarray
     domains: list[str]
 
+    @cached_property
+    def start_R(self) -> np.ndarray:
+        return run_edges(self.domain_T, *self.tenth_PT)
+
     def summed(self, made_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """made_T summed by domain, int64 [D], and by tenth, int64 [P, N]."""
         by_tenth = [np.bincount(tenth_T, made_T, 10) for tenth_T in self.tenth_PT]
@@ -325,11 +330,15 @@ def dropped(
     uint8, NOWHERE where there is none."""
     last_FD = np.zeros((F, len(groups.domains)), np.int64)
     last_FPN = np.zeros((F, len(POSITIONS), 10), np.int64)
-    worst_T = np.where(level_KT == NOWHERE, np.uint8(0), level_KT).max(0, initial=0)
+    there_KT = np.where(level_KT == NOWHERE, np.uint8(0), level_KT)
+    worst_T, first_R = there_KT.max(0, initial=0), groups.start_R[:-1]
     for f in range(int(worst_T.max(initial=0))):
         # uint8 holds it: a token has fewer slots than 256
         last_T = (level_KT == f + 1).view(np.uint8).sum(0, dtype=np.uint8)
-        last_FD[f], last_FPN[f] = groups.summed(last_T)
+        last_R = np.add.reduceat(last_T, first_R, dtype=np.int64)
+        np.add.at(last_FD[f], groups.domain_T[first_R], last_R)
+        for p, tenth_T in enumerate(groups.tenth_PT):
+            np.add.at(last_FPN[f, p], tenth_T[first_R], last_R)
     return last_FD, last_FPN, worst_T, np.minimum(level_KT.min(0, initial=NOWHERE), worst_T)
 
 

@@ -31,6 +31,7 @@ from moe_inspect.trace.shard import Shard
 
 # by setting of an algorithm, the values that it is run with; None is the default
 ValuesOf = dict[str, Sequence[float] | None]
+INFINITE = 0x7C00  # the bits of a float16; NaN is above
 SAMPLE = 16_384  # tokens, at most, that an algorithm that learns is prepared on
 
 
@@ -47,9 +48,13 @@ class ShardTokens:
 
     def scored(self, shard: Shard, r: int, ids_KT: np.ndarray) -> algo.RouterScores:
         """With what a router computed for them, and what the model chose."""
-        router, logits_TE = shard.trace.routers[r], shard.logits(r).astype(np.float32)
+        router, logits_TE = shard.trace.routers[r], shard.logits(r)
         check_length(logits_TE, len(self.batch_T), r)
-        if not np.isfinite(logits_TE.max(1)).all():
+        bits_TE = logits_TE.view(np.uint16)
+        size_TE = bits_TE & 0x7FFF  # without the sign
+        highest = size_TE.max(initial=0)
+        unknown = highest > INFINITE or (highest == INFINITE and (bits_TE == INFINITE).any())
+        if unknown or (highest == INFINITE and (size_TE.min(1) == INFINITE).any()):
             raise MoeInspectError(
                 f"{shard.trace.path}: router {r} has logits that are NaN or +inf, or tokens "
                 "without any finite logit"

@@ -28,9 +28,9 @@ SEED = 20_240_815
 class RouterScores:
     """A batch of tokens, with what the model's router computed for them.
 
-    logits_TE: float32. model_TE: bool, the experts that the model chose. k: experts per token.
-    scoring: the router's activation. number: of the batch in the trace. blind: what algorithms
-    without a router chose, by their name, experts and choices: the same for all routers."""
+    model_TE: bool, the experts that the model chose. k: experts per token. scoring: the router's
+    activation. number: of the batch in the trace. blind: what algorithms without a router chose, by
+    their name, experts and choices: the same for all routers."""
 
     logits_TE: np.ndarray
     model_TE: np.ndarray
@@ -42,14 +42,16 @@ class RouterScores:
 
     @cached_property
     def below_TE(self) -> np.ndarray:
-        """How far the logits are below each token's highest."""
-        return self.logits_TE - self.logits_TE.max(1, keepdims=True)
+        """How far the logits are below each token's highest. float32"""
+        below_TE = self.logits_TE.astype(np.float32)
+        kernels.subtract_highest(below_TE)
+        return below_TE
 
     @cached_property
     def scores_TE(self) -> np.ndarray:
         """Sigmoid of the logits as in the model, or softmax, also where the trace does not say."""
         if self.scoring == "sigmoid":
-            return 1 / (1 + np.exp(-self.logits_TE))
+            return 1 / (1 + np.exp(-self.logits_TE.astype(np.float32)))
         scores_TE = np.exp(self.below_TE)
         return np.divide(scores_TE, scores_TE.sum(1, keepdims=True), out=scores_TE)
 
@@ -141,14 +143,19 @@ def algorithm(name: str, use_when: str, **how: Any) -> Callable[[Choose], Choose
 
 
 def largest(
-    values_TE: np.ndarray, k: int, add_E: float | np.ndarray = 0.0, room: int = 2**31 - 1
+    values_TE: np.ndarray,
+    k: int,
+    add_E: float | np.ndarray = 0.0,
+    room: int = 2**31 - 1,
+    guess: float | np.ndarray = 0.0,
 ) -> np.ndarray:
     """The k largest of values + add_E of each row; ties go to the lowest id. `room`: rows, in
-    order, that take a column; then it is full. bool [T, E]"""
+    order, that take a column; then it is full. `guess`: about the k-th largest. bool [T, E]"""
     (T, E), kind = values_TE.shape, values_TE.dtype
     add_E, room_E = np.full(E, add_E, kind), np.full(E, room, np.int32)
-    guess_T, chosen_TE = np.zeros(T, kind), np.empty((T, E), bool)
-    kernels.choose_largest(values_TE, np.arange(T), k, add_E, room_E, guess_T, chosen_TE)
+    guess_T, chosen_TE = np.full(T, guess, kind), np.empty((T, E), bool)
+    once = np.arange(T), np.ones(T, np.int32)
+    kernels.choose_largest(values_TE, *once, k, add_E, room_E, guess_T, chosen_TE)
     return chosen_TE
 
 
@@ -178,10 +185,8 @@ def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
 )
 def top_p(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
-    share_TE = batch.sorted_TE[:, ::-1] / batch.total_T1
-    short_TE = share_TE.cumsum(1, dtype=np.float64) < value - 1e-6
-    k_T = np.minimum(short_TE.sum(1) + 1, share_TE.shape[1])
-    return reaching(batch.share_TE, k_T, np.take_along_axis(share_TE, k_T[:, None] - 1, 1)[:, 0])
+    fewest = kernels.fewest(batch.sorted_TE, batch.total_T1[:, 0], value - 1e-6)
+    return reaching(batch.share_TE, *fewest)
 
 
 @algorithm(
@@ -194,9 +199,13 @@ def expert_choice(batch: RouterScores, value: float, state: State) -> np.ndarray
     arXiv:2202.09368)."""
     T, E = batch.scores_TE.shape
     even = min(-(-T * batch.k // E), T)  # its assignments if load were even, rounded up
-    scores_ET = batch.scores_TE.T.copy()
-    kth_E = np.partition(scores_ET, T - even, axis=1)[:, T - even]
-    return np.ascontiguousarray(reaching(scores_ET, np.full(E, even), kth_E).T)
+    scores_ET, chosen_TE = np.empty((E, T), batch.scores_TE.dtype), np.empty((T, E), bool)
+    kernels.transpose(batch.scores_TE, scores_ET)
+    scores_ET.partition(T - even, axis=1)
+    kth_E = scores_ET[:, -even]
+    room_E = even - np.count_nonzero(scores_ET[:, -even:] > kth_E[:, None], axis=1)
+    kernels.choose_of_columns(batch.scores_TE, kth_E.copy(), room_E, chosen_TE)
+    return chosen_TE
 
 
 @algorithm(
@@ -209,24 +218,30 @@ def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
-    return largest(batch.scores_TE, batch.k, room=expert_capacity(value, T, batch.k, E))
+    room = expert_capacity(value, T, batch.k, E)
+    return largest(batch.scores_TE, batch.k, room=room, guess=batch.sorted_TE[:, -batch.k])
 
 
 @lru_cache(maxsize=2)
-def _rounds(T: int) -> np.ndarray:
-    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, or all where
-    these are no more. int64 [R, N]"""
-    if T <= BIAS_TOKENS:
-        return np.tile(np.arange(T), (WARM_UP, 1))
-    drawn_RN = np.random.default_rng(SEED).integers(T, size=(WARM_UP, BIAS_TOKENS))
-    return np.sort(drawn_RN, axis=1)  # their order is of no matter, and quickest to read
+def _rounds(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each update of a bias that is fitted, BIAS_TOKENS of the T tokens at random, by number:
+    where they start, which tokens, how often each."""
+    rng, every = np.random.default_rng(SEED), np.ones(T, np.int32)
+    times_RT = [
+        np.bincount(rng.integers(T, size=BIAS_TOKENS), minlength=T) if T > BIAS_TOKENS else every
+        for _ in range(WARM_UP)
+    ]
+    drawn = [np.flatnonzero(times_T) for times_T in times_RT]
+    start_R = np.cumsum([0, *map(len, drawn)])
+    times_N = [times_T[of] for times_T, of in zip(times_RT, drawn, strict=True)]
+    return start_R, np.concatenate(drawn), np.concatenate(times_N, dtype=np.int32)
 
 
 def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
-    rate_R = np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
-    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, _rounds(len(sample.scores_TE)), rate_R)
+    rounds = *_rounds(len(sample.scores_TE)), np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP)
+    bias_E = kernels.fit_bias(sample.scores_TE, sample.k, *rounds)
     return {"bias_E": bias_E, "load_E": np.zeros(len(bias_E), np.int64)}
 
 

@@ -10,15 +10,18 @@ from numba import njit
 
 
 @njit(nogil=True, cache=True)
-def choose_largest(values_TE, drawn_N, k, add_E, room_E, guess_T, chosen_NE):  # type: ignore[no-untyped-def]
+def choose_largest(  # type: ignore[no-untyped-def]
+    values_TE, drawn_N, times_N, k, add_E, room_E, guess_T, chosen_NE
+):
     """In turn, each of the tokens drawn takes the experts of its k largest values + add_E, none of
-    −inf; ties go to the lowest id. room_E: how many tokens each expert takes still; a full one's
-    add_E becomes −inf. guess_T: about the k-th largest, which it becomes."""
+    −inf; ties go to the lowest id. times_N: how often it takes them. room_E: how many tokens each
+    expert takes still; a full one's add_E becomes −inf. guess_T: about the k-th largest, which it
+    becomes."""
     kind, zero = add_E.dtype.type, np.int32(0)
     none, E, row_E, apart = kind(-np.inf), len(add_E), np.empty_like(add_E), kind(0)
-    limited = room_E.min() <= len(drawn_N)
-    for n, t in enumerate(drawn_N):
-        there = zero
+    limited = room_E.min() <= times_N.sum()
+    for n in range(len(drawn_N)):
+        t, times, there = drawn_N[n], np.int32(times_N[n]), zero
         for e in range(E):
             row_E[e] = values_TE[t, e] + add_E[e]
             there = np.int32(there + np.int32(row_E[e] > none))
@@ -47,13 +50,13 @@ def choose_largest(values_TE, drawn_N, k, add_E, room_E, guess_T, chosen_NE):  #
         for e in range(E):
             above = row_E[e] > bound
             chosen_NE[n, e] = above
-            room_E[e] -= np.int32(above)
+            room_E[e] -= times if above else zero
             found = np.int32(found + np.int32(above))
         e = 0
         while found < k and bound > none:
             if row_E[e] == bound:
                 chosen_NE[n, e] = True
-                room_E[e] -= 1
+                room_E[e] -= times
                 found += 1
             e += 1
         if limited:
@@ -65,15 +68,17 @@ def choose_largest(values_TE, drawn_N, k, add_E, room_E, guess_T, chosen_NE):  #
 
 
 @njit(nogil=True, cache=True)
-def fit_bias(scores_TE, k, drawn_RN, rate_R):  # type: ignore[no-untyped-def]
-    """The bias after rounds, each of which chooses for the tokens drawn for it and then takes a
-    step."""
-    (T, E), N = scores_TE.shape, drawn_RN.shape[1]
+def fit_bias(scores_TE, k, start_R, drawn_N, times_N, rate_R):  # type: ignore[no-untyped-def]
+    """The bias after rounds, each of which chooses for the tokens drawn for it (their numbers from
+    start_R on) and then takes a step."""
+    (T, E), most = scores_TE.shape, np.diff(start_R).max()
     bias_E, room_E = np.zeros(E, np.float32), np.empty(E, np.int32)
-    guess_T, chosen_NE = np.zeros(T, np.float32), np.empty((N, E), np.bool_)
+    guess_T, chosen_NE = np.zeros(T, np.float32), np.empty((most, E), np.bool_)
     for r in range(len(rate_R)):
         room_E[:] = 2**31 - 1
-        choose_largest(scores_TE, drawn_RN[r], k, bias_E, room_E, guess_T, chosen_NE)
+        of = slice(start_R[r], start_R[r + 1])
+        drawn = drawn_N[of], times_N[of], k
+        choose_largest(scores_TE, *drawn, bias_E, room_E, guess_T, chosen_NE)
         step_bias(bias_E, -room_E, rate_R[r])
     return bias_E
 
@@ -81,7 +86,9 @@ def fit_bias(scores_TE, k, drawn_RN, rate_R):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def step_bias(bias_E, load_E, rate):  # type: ignore[no-untyped-def]
     """Moves each bias by the sign of mean − load."""
-    bias_E += (rate * np.sign(load_E.mean() - load_E)).astype(np.float32)
+    mean = load_E.mean()
+    for e in range(len(bias_E)):
+        bias_E[e] += np.float32(rate * np.sign(mean - load_E[e]))
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
@@ -116,6 +123,57 @@ def choose_reaching(values_TE, k_T, kth_T, chosen_TE):  # type: ignore[no-untype
             if values_TE[t, e] == x:
                 chosen_TE[t, e] = False
                 found -= 1
+
+
+@njit(nogil=True, cache=True)
+def transpose(values_TE, values_ET):  # type: ignore[no-untyped-def]
+    """In blocks that the first cache holds."""
+    T, E = values_TE.shape
+    for first in range(0, T, 16):
+        for e in range(E):
+            for t in range(first, min(first + 16, T)):
+                values_ET[e, t] = values_TE[t, e]
+
+
+@njit(nogil=True, cache=True)
+def choose_of_columns(values_TE, kth_E, room_E, chosen_TE):  # type: ignore[no-untyped-def]
+    """Each expert takes the tokens with values above kth_E and, of those with kth_E, the first for
+    which it has room."""
+    T, E = values_TE.shape
+    for t in range(T):
+        for e in range(E):
+            equal = (values_TE[t, e] == kth_E[e]) & (room_E[e] > 0)
+            chosen_TE[t, e] = (values_TE[t, e] > kth_E[e]) | equal
+            room_E[e] -= equal
+
+
+@njit(nogil=True, cache=True)
+def subtract_highest(values_TE):  # type: ignore[no-untyped-def]
+    """Makes each value how far it is below its row's highest."""
+    E = values_TE.shape[1]
+    for t in range(len(values_TE)):
+        highest = values_TE[t, 0]
+        for e in range(E):
+            highest = values_TE[t, e] if values_TE[t, e] > highest else highest
+        for e in range(E):
+            values_TE[t, e] -= highest
+
+
+@njit(nogil=True, cache=True)
+def fewest(sorted_TE, total_T, enough):  # type: ignore[no-untyped-def]
+    """How many of each row's values, from the last on, it takes to be `enough` of its total, or
+    all; and the share that the least of them is."""
+    T, E = sorted_TE.shape
+    k_T, kth_T = np.empty(T, np.int64), np.empty(T, sorted_TE.dtype)
+    for t in range(T):
+        k, share = 1, np.float32(sorted_TE[t, E - 1] / total_T[t])
+        found = np.float64(share)
+        while k < E and found < enough:
+            k += 1
+            share = np.float32(sorted_TE[t, E - k] / total_T[t])
+            found += share
+        k_T[t], kth_T[t] = k, share
+    return k_T, kth_T
 
 
 @njit(nogil=True, cache=True)
