@@ -553,7 +553,12 @@ LIES: dict[str, Lie] = {
     "a cut prompt": ("sglang", "edit", says("meta_info.prompt_tokens", 1), "ran another prompt"),
     "ids beyond the vocabulary": ("vllm", "edit", says(IDS, [VOCABULARY]), "list of ids below 300"),
     "no token ids": ("sglang", "edit", says("output_ids", None), "not a list of ids"),
-    "aborted": ("sglang", "edit", says("meta_info.finish_reason", {"type": "abort"}), "by 'abort'"),
+    "aborted": (
+        "sglang",
+        "edit",
+        says("meta_info.finish_reason", {"type": "abort"}),
+        "abort.*does the server stop",
+    ),
     "too many tokens": ("vllm", "edit", says(IDS, [3, 4]), "2 of 1 tokens were generated"),
     "a cached prefix left out": ("vllm", "routed", lambda a: a[1:], "0.33 return .* --no-enable"),
     "and by SGLang": ("sglang", "routed", lambda a: a[1:], "start the server with --disable-radix"),

@@ -28,9 +28,8 @@ def test_the_server_stops_and_another_goes_on(
         running = begun(first, out, options)
     _, said = running.communicate(timeout=300)
     assert running.returncode == 1, said
-    # with the engine its plugin's traces go: of what was answered last, rows may not have been read
-    why = re.escape(f"{first.url}: no answer after 6 attempts"), ".* lack rows .* directory is gone"
-    assert re.match(f"error: ({'|'.join(why)})", said.splitlines()[-1])
+    # no answer, one that the server aborted, or one whose rows went with its plugin's traces
+    assert re.match(r"error: .*continue with --resume$", said.splitlines()[-1])
     cut = moe_inspect.open_trace(out)
     assert cut.status == "interrupted"
     with serving(engine, name, tmp_path) as second:
