@@ -19,7 +19,7 @@ import pytest
 from moe_inspect import merge, open_trace
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.atomic import draft_folder_of, draft_of
-from moe_inspect.trace.files.lock import OLD, hold
+from moe_inspect.trace.files.lock import LOCK, OLD, hold, is_locked
 from moe_inspect.trace.output_dir import output_file
 from moe_inspect.trace.verify import verify
 from tests.support.synthetic import uniform_ids, write_trace
@@ -230,6 +230,19 @@ def test_a_folder_is_there_whole_or_not(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match=said), draft_folder_of(tmp_path / "f") as (draft, _):
         (draft / "b").write_text("whole")
     assert names(draft) == {"b"}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    for name in (".b.1.tmp", ".b.2.tmp", ".c.1.tmp"):
+        # as the operating system does where its process is killed
+        hold(tmp_path / name).close_in_child()
+    running = hold(tmp_path / ".b.2.tmp")
+    (tmp_path / ".b.3.tmp").mkdir()
+    with draft_folder_of(tmp_path / "b") as (draft, _):
+        assert is_locked(draft)
+    running.release()
+    assert names(tmp_path) == {"b", ".b.2.tmp", ".c.1.tmp"}
+    assert not (tmp_path / "b" / LOCK).exists()
 
 
 @pytest.fixture

@@ -557,7 +557,7 @@ LIES: dict[str, Lie] = {
         "sglang",
         "edit",
         says("meta_info.finish_reason", {"type": "abort"}),
-        "abort.*does the server stop",
+        "abort.*was the server stopped",
     ),
     "too many tokens": ("vllm", "edit", says(IDS, [3, 4]), "2 of 1 tokens were generated"),
     "a cached prefix left out": ("vllm", "routed", lambda a: a[1:], "0.33 return .* --no-enable"),

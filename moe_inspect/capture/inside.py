@@ -204,12 +204,13 @@ class Inside:
         return None if routes is None else replace(answer, ids=routes[0], weights=routes[1])
 
     def _lacks(self, row: TokenSequence, is_probe: bool) -> str:
-        why = str(self.error or "they were dropped or not written: see the engine's log")
         if not self.folder.is_dir():
             why = "the directory is gone: has the engine ended?"
         elif self._deleted is not None:
             keep = variable("keep")
             why = f"{self._deleted.name} was deleted before it was read: set {keep} higher"
+        else:
+            why = str(self.error or "they were dropped or not written: see the engine's log")
         if is_probe:
             return f"{self.folder} has no rows of a first request after {PROBE_S:g} s: {why}"
         return (

@@ -353,9 +353,9 @@ def anneal(ids_KM, slots_GS, load_E, limit, proposals, heat, seed):  # type: ign
     replicas_E, copies_GE = np.bincount(slots_GS.ravel(), minlength=E), np.zeros((G, E), np.int64)
     for g in range(G):
         copies_GE[g] = np.bincount(slots_GS[g], minlength=E)
-    load_G = np.zeros(G)
+    load_G, even_E = np.zeros(G), load_E / replicas_E
     for s in range(S):
-        load_G += (load_E / replicas_E)[slots_GS[:, s]]
+        load_G += even_E[slots_GS[:, s]]
     # decision_N[start_E[e] : start_E[e + 1]]: the decisions that chose expert e
     upto_E = np.cumsum(np.bincount(ids_KM.ravel() + 1, minlength=E + 1))
     start_E = upto_E - upto_E[0]  # without those that route nowhere

@@ -16,7 +16,7 @@ def choose_largest(  # type: ignore[no-untyped-def]
     """In turn, each of the tokens drawn takes the experts of its k largest values + add_E, none of
     −inf; ties go to the lowest id. times_N: how often it takes them. room_E: how many tokens each
     expert takes still; a full one's add_E becomes −inf. guess_T: about the k-th largest, which it
-    becomes."""
+    becomes. Guesses are finite, and so are values that are not −inf."""
     kind, zero = add_E.dtype.type, np.int32(0)
     none, E, row_E, apart = kind(-np.inf), len(add_E), np.empty_like(add_E), kind(0)
     limited = room_E.min() <= times_N.sum()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from moe_inspect.capture.hook.stack import Sinks
 from moe_inspect.errors import MoeInspectError
@@ -180,17 +180,26 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     # what is made under torch.inference_mode can be in no graph
     batch = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, batch)
-    if not (B := next((len(t) for t in _tensors(batch) if t.dim() > 1), 0)):
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    values = [batch] if torch.is_tensor(batch) else list(values)
+    B = next((len(v) for v in values if torch.is_tensor(v) and v.dim() > 1), 0)
+    if not B:
         raise MoeInspectError("audit_loss needs a batch with a tensor [rows, positions, …]")
 
-    def halves(value: Tensor) -> Sequence[Tensor]:
-        if not value.dim() or len(value) != B:
-            return value, value
-        return value.tensor_split(2, 0 if B > 1 or value.dim() == 1 else 1)
+    def half(value: Any, end: int) -> Any:
+        if not torch.is_tensor(value) or not value.dim() or len(value) != B:
+            return value
+        dim = 0 if B > 1 or value.dim() == 1 else 1
+        return value.tensor_split(2, dim)[end]
 
     found["as given"] = batch
     for end, name in enumerate(HALVES):
-        found[name] = tree_map_only(Tensor, lambda t, end=end: halves(t)[end], batch)
+        if isinstance(batch, Mapping):
+            found[name] = {key: half(value, end) for key, value in batch.items()}
+        elif torch.is_tensor(batch):
+            found[name] = half(batch, end)
+        else:
+            found[name] = tuple(half(value, end) for value in batch)
     masks = [of.get("attention_mask") for of in found.values() if isinstance(of, Mapping)]
     if any(torch.is_tensor(mask) and not bool(mask.any()) for mask in masks):
         for name in HALVES:  # half of one row may be padding alone
@@ -208,17 +217,14 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     return found
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [value for value in tree_leaves(batch) if torch.is_tensor(value)]
-
-
 def alike(a: Batch, b: Batch) -> bool:
     """Whether every row of one of two batches is among those of the other."""
 
     def rows_of(batch: Batch) -> list[list[Tensor]]:
-        tensors = [value for value in _tensors(batch) if value.dim() > 1]
-        B = len(tensors[0])
-        return [[value[row] for value in tensors if len(value) == B] for row in range(B)]
+        given = batch.values() if isinstance(batch, Mapping) else batch
+        tensors = [batch] if torch.is_tensor(batch) else [v for v in given if torch.is_tensor(v)]
+        B = next(len(v) for v in tensors if v.dim() > 1)
+        return [[v[row] for v in tensors if v.dim() > 1 and len(v) == B] for row in range(B)]
 
     def within(some: list[list[Tensor]], others: list[list[Tensor]]) -> bool:
         return all(any(all(map(torch.equal, row, of)) for of in others) for row in some)

@@ -44,7 +44,8 @@ async def tell_by(http: httpx.AsyncClient, command: str, value: str = "") -> lis
         )
     if refused := next((e["refused"] for e in engines if e.get("refused")), None):
         raise MoeInspectError(str(refused))
-    return engines
+    # SGLang gives them in the order in which they have answered
+    return sorted(engines, key=lambda engine: engine.get("rank", 0))
 
 
 async def _of_sglang(http: httpx.AsyncClient, command: str, value: str) -> list[Any] | None:
@@ -63,6 +64,5 @@ async def _of_sglang(http: httpx.AsyncClient, command: str, value: str) -> list[
         if answer.status_code not in (200, 404):
             raise MoeInspectError(f"{http.base_url}{path} refused: HTTP {answer.status_code}")
     info = await ask_once(http, "/server_info", None, TIMEOUT_S)
-    states = (info or {}).get("internal_states") or []  # as they came in
-    ours = [state[KEY] for state in states if KEY in state]
-    return sorted(ours, key=lambda engine: engine.get("rank", 0)) or None
+    states = (info or {}).get("internal_states") or []
+    return [state[KEY] for state in states if KEY in state] or None

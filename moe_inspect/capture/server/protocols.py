@@ -227,7 +227,7 @@ def read_answer(
         )
     least = {"length": request.max_tokens, "stop": 1}.get(str(reply.finish), sys.maxsize)
     if not least <= len(made) <= request.max_tokens:
-        aborted = ": does the server stop? when it is back, continue with --resume"
+        aborted = ": was the server stopped? Start it again, and continue with --resume"
         raise MoeInspectError(
             f"{len(made)} of {request.max_tokens} tokens were generated, and it ended by "
             f"{reply.finish!r}{aborted if reply.finish == 'abort' else ''}"
