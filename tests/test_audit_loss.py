@@ -192,6 +192,17 @@ def test_a_router_that_returns_probabilities_as_its_logits_is_named(put: Put) ->
     assert "loss_softmax_twice" in kinds(audit_loss(model(), batch()))
 
 
+def test_a_loss_that_is_added_twice_is_named() -> None:
+    built = model()
+    built.router_aux_loss_coef *= 2  # of which the config knows nothing
+    audit = audit_loss(built, batch())
+    assert audit.added == pytest.approx(2, rel=0.01)
+    assert "2 times the balancing loss that the coefficient 0.001 says" in text(
+        audit, "loss_doubled"
+    )
+    assert "loss_accumulated" in kinds(audit)
+
+
 def test_a_loss_that_is_silently_off_is_named() -> None:
     audit = audit_loss(model(on=False), batch())
     assert "output_router_logits=False: training as it says adds none" in text(audit, "loss_off")
@@ -234,8 +245,7 @@ def test_a_loss_that_no_switch_turns_off_is_not_said_to_train_nothing(put: Put) 
     assert np.isnan(audit.added)
 
 
-def test_a_loss_that_is_added_twice_is_named() -> None:
-    """By a forward that hands on its arguments."""
+def test_a_forward_that_hands_on_its_arguments_is_judged() -> None:
     built = model()
 
     class Twice(type(built)):
@@ -248,9 +258,7 @@ def test_a_loss_that_is_added_twice_is_named() -> None:
     built.__class__ = Twice
     audit = audit_loss(built, batch())
     assert audit.added == pytest.approx(2, rel=0.01)
-    says = "2 times the balancing loss that the coefficient 0.001 says"
-    assert says in text(audit, "loss_doubled")
-    assert "loss_accumulated" in kinds(audit)
+    assert "loss_doubled" in kinds(audit)
 
 
 def test_a_training_loss_that_cannot_be_judged_is_said_to_be_so(put: Put) -> None:
@@ -679,7 +687,7 @@ def steps(change: float, S: int = 60, R: int = 4, seed: int = 0) -> np.ndarray:
 
 
 def test_a_load_that_moves_is_told_from_noise() -> None:
-    routers = [Router(layer, "", f"layers.{layer}", 8, 2) for layer in range(4)]
+    routers = own_routers(4)
     said = [balance_moved(steps(0, seed=n), routers).severity for n in range(200)]
     assert said.count("note") >= 195  # one run in a hundred by chance
     for change, severity, how in ((-0.2, "good", "more"), (0.2, "warning", "less")):
@@ -689,6 +697,10 @@ def test_a_load_that_moves_is_told_from_noise() -> None:
     still = balance_moved(steps(0), routers)
     assert "neither more nor less even in any layer" in still.text
     assert "11 steps are too few to tell" in balance_moved(steps(-0.2, S=11), routers).text
+
+
+def own_routers(n: int) -> Any:
+    return [Router(layer, "", f"layers.{layer}", 8, 2) for layer in range(n)]
 
 
 # --- the families of transformers

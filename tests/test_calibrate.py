@@ -232,6 +232,21 @@ def test_a_quarter_of_real_prompts_foretells_the_whole(tmp_path: Path):
         assert 0.7 < ratio < 1.3
 
 
+def test_an_interval_that_ignores_documents_would_not_hold(demo: Trace):
+    """A control: as if each token were a document of its own."""
+    load_SE, tokens_S, _ = loads(demo)
+    rng, S, missed = np.random.default_rng(1), len(tokens_S), 0
+    for _ in range(50):
+        order = rng.permutation(S)
+        some = order[: S // 4]
+        load_P = np.concatenate(load_SE, 1)[some].sum(0)
+        needed_P = 1_024 * tokens_S[some].sum() / rng.poisson(load_P, (400, 32))
+        low, high = np.quantile(needed_P.max(1), [0.025, 0.975])
+        took_P = crossing(np.concatenate(load_SE, 1)[order], tokens_S[order], 1_024)
+        missed += not low <= took_P.max() <= high
+    assert missed > 15
+
+
 def write(root: Path, ids: list[np.ndarray], each: int, E: int, **more: Any) -> Trace:
     document = np.arange(len(ids[0])) // each
     return write_trace(root, ids, E, document=document, domain_of_document=("a",), **more)

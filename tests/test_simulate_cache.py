@@ -70,6 +70,17 @@ def test_hits_equal_a_naive_implementation(name: str, case: Stream):
     assert hits_so_far(ids_KT, E, slots, name, cuts=3)[-1] == naive(name, ids_KT, slots)
 
 
+@settings(max_examples=100 if WHOLE else 40, deadline=None)
+@given(case=streams(most_experts=30, most_tokens=200))
+def test_belady_hits_at_least_as_often_as_any_policy(case: Stream):
+    ids_KT, E, slots = case
+    hits = {name: hits_so_far(ids_KT, E, slots, name) for name in POLICIES}
+    for name in POLICIES:
+        # at every moment, not only in the end
+        assert (hits["belady"] >= hits[name]).all()
+        assert hits_so_far(ids_KT, E, slots, name, cuts=3)[-1] == hits[name][-1]
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_an_expert_named_twice_is_requested_once_and_over_256_are_told_apart(name: str):
     """The loops go by lists of distinct experts: they must not write beyond them."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from moe_inspect.simulate.decode import simulate_decode
 from moe_inspect.simulate.placement.placement import simulate_placement
@@ -54,7 +55,6 @@ SAID = {
     "cache --slots 2,4 --policy lru,belady --expert-mb 90 --gb-per-s 25": "tokens/s",
     "step --gpu h200 --engine vllm --dtype fp8": "what imbalance costs is within the error of the",
     "routing --layers 3 --top-k 1,2": "Simulated: a loss-free bias would bring layer 3 to 1.",
-    "placement --gpus 4 --policy contiguous,eplb --dispatch lp": "a linear program per window",
 }
 
 
@@ -67,17 +67,27 @@ def test_a_verdict_a_picture_and_a_page(line: str, cli_here: Cli, tmp_path: Path
     assert f"<title>moe-inspect simulate {command}" in (tmp_path / "page.html").read_text()
 
 
-def test_placement_writes_the_plan_of_each_engine(cli_here: Cli, tmp_path: Path) -> None:
-    policies = ["contiguous", "eplb", "local-search"]
-    made = simulate_placement(TRACE, gpus=4, physical_experts=12, policies=policies)
-    placed = "simulate", "placement", TRACE, "--gpus", 4, "--physical-experts", 12
-    placed += "--policy", ",".join(policies), "--html", "page.html"
-    for name, *engine in (("plan.json",), ("plan.yaml",), ("map.json", "vllm-ascend")):
-        done = cli_here(*placed, "-o", name, *("--plan-for" for _ in engine), *engine)
-        assert made.write_plan(tmp_path / f"own {name}", *engine) in done.stderr
-        assert (tmp_path / name).read_text() == (tmp_path / f"own {name}").read_text()
-        assert "by vLLM's convention" in done.stdout
-    assert "counts only" not in (tmp_path / "page.html").read_text()  # it does not apply
+def test_placement_writes_plan_picture_and_page(cli_here: Cli, tmp_path: Path) -> None:
+    placed = ["simulate", "placement", TRACE, "--gpus", 4, "--physical-experts", 12]
+    placed += ["--policy", "contiguous,eplb,local-search"]
+    done = cli_here(*placed, "-o", "plan.json", "--plots", ".", "--html", "page.html")
+    assert "by vLLM's convention" in done.stdout
+    assert "local-search, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
+    assert [sorted(set(row)) for row in plan] == [list(range(8))] * 4
+    assert (tmp_path / "placement.png").stat().st_size > 10_000
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>moe-inspect simulate placement" in page
+    assert "counts only" not in page  # a setting that does not apply
+    cli_here(*placed, "-o", "plan.yaml")
+    of_layers = yaml.safe_load((tmp_path / "plan.yaml").read_text())["initial_global_assignments"]
+    assert of_layers == dict(enumerate(plan))
+    done = cli_here(*placed, "--dispatch", "lp", "--plan-for", "vllm-ascend", "-o", "map.json")
+    assert "for vllm-ascend" in done.stderr
+    assert "linear program" in done.stdout
+    first = json.loads((tmp_path / "map.json").read_text())["layer_list"][0]["device_list"]
+    assert [e for device in first for e in device["device_expert"]] == plan[0]
+    assert {len(device["device_expert"]) for device in first} == {3}
 
 
 def test_bad_usage_exits_2_what_can_be_mended_1(cli_here: Cli, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_the_largest_are_those_of_a_stable_sort_whatever_is_guessed(values: int)
     for k in (1, 7, 20):
         expected = np.zeros((300, 20), bool)
         np.put_along_axis(expected, order_TE[:, :k], True, 1)
-        for guess in (-1e30, 0.5, 1e30, np.sort(values_TE, axis=1)[:, -k]):
+        for guess in (np.nan, 0.5, np.sort(values_TE, axis=1)[:, -k]):
             assert (largest(values_TE, k, guess=guess) == expected).all()
 
 
@@ -113,6 +114,14 @@ def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed:
     for t in range(T):
         expected[t, [e for e in order_TE[t] if expected[:, e].sum() < room][:k]] = True
     assert (largest(scores_TE, k, room=room) == expected).all()
+
+
+def test_expert_choice_gives_every_expert_the_same():
+    made = batch(skewed())
+    chosen_TE = choose(ALGORITHMS["expert choice"], made)
+    assert chosen_TE.sum(0).tolist() == [50] * 8
+    worst_taken = np.where(chosen_TE, made.scores_TE, 1).min(0)
+    assert (worst_taken >= np.where(chosen_TE, 0, made.scores_TE).max(0)).all()
 
 
 def test_expert_choice_gives_ties_to_the_first_tokens():
@@ -335,6 +344,7 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     columns = ["capacity_factor", "simulated_drop_rate", "unused_capacity"]
     assert made.tables["capacity_needed"].iloc[0][columns].tolist() == [1.51, 0.0, 0.5]
     assert expert_capacity(1.5, 4, 1, 2) == 3  # one hundredth less is too little
+    assert ceil(1.1 * 100) == 111
     assert expert_capacity(1.1, 100, 1, 1) == 110
     assert expert_capacity(1.25, 7, 2, 8) == 3
     few, *said = made.verdict

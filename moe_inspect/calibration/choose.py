@@ -57,9 +57,12 @@ def parts_of(trace: Trace, selection: Selection, domains: list[str]) -> Iterator
     """The documents of a trace, shard by shard. A domain that is new is appended to `domains`."""
     from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
 
+    code = {label: d for d, label in enumerate(domains)}
     for part in every_document(trace, selection):
-        domains += [label for label in dict.fromkeys(part.domain_S) if label not in domains]
-        code = {label: d for d, label in enumerate(domains)}
+        for label in part.domain_S:
+            if label not in code:
+                code[label] = len(domains)
+                domains.append(label)
         domain_S = np.array([code[label] for label in part.domain_S], np.int64)
         load_SP = sparse.hstack([*map(sparse.csr_matrix, part.load_SE.values())], "csr")
         yield Pool(part.document_S, part.tokens_S, domain_S, load_SP, domains)

@@ -16,7 +16,7 @@ def choose_largest(  # type: ignore[no-untyped-def]
     """In turn, each of the tokens drawn takes the experts of its k largest values + add_E, none of
     −inf; ties go to the lowest id. times_N: how often it takes them. room_E: how many tokens each
     expert takes still; a full one's add_E becomes −inf. guess_T: about the k-th largest, which it
-    becomes. Guesses are finite, and so are values that are not −inf."""
+    becomes. Values are finite or −inf."""
     kind, zero = add_E.dtype.type, np.int32(0)
     none, E, row_E, apart = kind(-np.inf), len(add_E), np.empty_like(add_E), kind(0)
     limited = room_E.min() <= times_N.sum()
@@ -26,7 +26,8 @@ def choose_largest(  # type: ignore[no-untyped-def]
             row_E[e] = values_TE[t, e] + add_E[e]
             there = np.int32(there + np.int32(row_E[e] > none))
         # a bound that k values are above, between a low one that more are above and a high one
-        low, high, bound, step = none, kind(np.inf), guess_T[t], apart
+        guess = guess_T[t] if np.isfinite(guess_T[t]) else kind(0)
+        low, high, bound, step = none, kind(np.inf), guess, apart
         if there <= k:
             low = high = bound = none
         while low < high:
@@ -63,7 +64,7 @@ def choose_largest(  # type: ignore[no-untyped-def]
             for e in range(E):
                 add_E[e] = add_E[e] if room_E[e] > 0 else none
         if bound > none:
-            apart += (abs(bound - guess_T[t]) / kind(2) - apart) / kind(8)
+            apart += (abs(bound - guess) / kind(2) - apart) / kind(8)
             guess_T[t] = bound
 
 
