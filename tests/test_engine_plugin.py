@@ -898,8 +898,8 @@ def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: b
 def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And not the forward pass. The step is not recorded."""
-    engine = Engine(Settings(tmp_path))
+    """And not the forward pass, nor another engine of the process. The step is not recorded."""
+    engine, other = Engine(Settings(tmp_path)), Engine(Settings(tmp_path))
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def router(logits_NE: torch.Tensor) -> torch.Tensor:
@@ -919,6 +919,7 @@ def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
         with monkeypatch.context() as patch:
             patch.setattr(rows.HostRows, "keep", fails)
             assert router(logits_NE).shape == (5,)
+        other.step(("b", position, position + 1))
         engine.step(("a", position, position + 1))
     assert sum("stopped" in record.message for record in caplog.records) == 1
     state = engine.recorder.command("status")
@@ -927,6 +928,7 @@ def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
     engine.step(("a", 13, 14))
     steps = engine.recorder.link.taken()  # type: ignore[attr-defined]
     assert [int(step.positions[0]) for step in steps] == [0, 13]
+    assert [int(step.positions[0]) for step in other.recorder.link.taken()] == [10, 11, 12]  # type: ignore[attr-defined]
 
 
 def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:

@@ -96,7 +96,8 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
     ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(kernels, case))
     kept = lambda T: (torch.zeros(T, 4).short(), torch.zeros(T, 4).half())  # noqa: E731
     scores, to_scores = torch.rand(20, 60), torch.zeros(17, 60).half()
-    of = 60, EngineRows((1, 20, 4), 60, False, torch.device("cpu")).key, 0
+    rows = EngineRows((1, 20, 4), 60, False, torch.device("cpu"), buffers=True)
+    of = 60, rows.key, 0
     for op, args in (
         (ops.dispatch, (ids, None, 60, *kernels._parts(None))),
         (ops.dispatch, (ids, weights, 60, *parts())),
@@ -107,6 +108,10 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
     ):
         found = torch.library.opcheck(op.default, args, test_utils=tests)
         assert set(found.values()) == {"SUCCESS"}
+        if op is ops.keep_rows:
+            op(*args)
+            assert torch.equal(args[0], ids[: len(args[0])].short())
+    assert rows.fault is None
 
 
 # --- compiled ahead of time

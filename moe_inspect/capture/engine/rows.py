@@ -85,6 +85,7 @@ class Rows:
         self.every = torch.arange(rows, device=device)
         self.staged = self.staging() if kernels.runs_triton(self.ids) else None
         self.host = None if buffers else HostRows(self)
+        self.fault: Exception | None = None  # of a compiled graph, until the recorder looks
         self.key = next(KEYS)
         ROWS[self.key] = self
 
@@ -291,20 +292,21 @@ def _copy(rows: Tensor, values: Tensor) -> None:
 
 # of this process, as a compiled graph calls them
 KEYS, ROWS = itertools.count(), WeakValueDictionary[int, Rows]()
-FAULTS: list[Exception] = []  # of a compiled graph, until the recorder looks
 
 
 def _keep_in_graph(*given: Any) -> None:
     """A fault of ours would end the engine's forward pass. A graph uses its memory again."""
     *to_and_given, key, router = given
+    if (rows := ROWS.get(key)) is None:  # nobody will read them
+        return
     try:
-        if (host := ROWS[key].host) is not None:
+        if rows.host is not None:
             choice = zip(to_and_given[:4], to_and_given[4:8], strict=True)
-            host.keep(router, *(None if to is None else t.clone() for to, t in choice))
+            rows.host.keep(router, *(None if to is None else t.clone() for to, t in choice))
         else:
             _keep(*to_and_given)
     except Exception as error:
-        FAULTS[:] = [error]
+        rows.fault = error
 
 
 def keep_torch(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.engine.rows import FAULTS, Held, Rows, joined
+from moe_inspect.capture.engine.rows import Held, Rows, joined
 from moe_inspect.capture.engine.settings import Settings, share
 from moe_inspect.capture.engine.step import OF_ROWS, Scheduled, Step
 from moe_inspect.text import first_line
@@ -124,7 +124,8 @@ class StepRecorder:
         try:
             self._release()
             # a compiled graph runs on, and fails in each step
-            if (fault := FAULTS.pop() if FAULTS else None) and self.error is None:
+            fault, self.rows.fault = self.rows.fault, None
+            if fault is not None and self.error is None:
                 raise fault
             if ended:
                 self._ended |= ended & self._live
