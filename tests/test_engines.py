@@ -337,10 +337,11 @@ def test_a_trace_that_was_deleted_before_it_was_read_is_one_line(
         traced(server, max_tokens=900)
 
 
-def test_traces_that_go_with_their_engine_are_one_line(
-    model: str, traced: Traced, tmp_path: Path, monkeypatch: Any
+@pytest.mark.parametrize("ended", [True, False])
+def test_traces_that_are_gone_are_one_line(
+    ended: bool, model: str, traced: Traced, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(inside, "LOST_S", 1.5)
+    """A server that has ended, perhaps with its traces, is one that does not answer."""
     server = WithPlugin(tmp_path / "runs", model)
     record = server.record
 
@@ -349,10 +350,11 @@ def test_traces_that_go_with_their_engine_are_one_line(
             record(*of)
         else:
             shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+            server.starting = ended
 
     monkeypatch.setattr(server, "record", recorded)
-    says = r"lack rows of .*: the directory is gone: has the engine ended\?; .*--resume$"
-    with pytest.raises(MoeInspectError, match=says):
+    why = "no answer after 6 attempts.*when" if ended else "lack rows of .*: the directory is gone"
+    with pytest.raises(MoeInspectError, match=f"{why}.*continue with --resume$"):
         traced(server, max_tokens=900)
 
 
@@ -475,6 +477,8 @@ def test_a_busy_server_is_asked_again_as_it_says(traced: Traced, capsys: Any) ->
         5: (500, {}, b""),
     }
     server.behave = lambda n, *_: asked_s.append(time.monotonic()) or busy.get(n)
+    aborts = says("choices.0.finish_reason", "abort")  # as where weights are updated
+    server.edit = lambda answer: aborts(answer) if len(server.requests) == 8 else None
     with serving(server) as url:
         # else any of the refusals may be told first
         trace = traced(url, concurrency=1)
@@ -482,7 +486,7 @@ def test_a_busy_server_is_asked_again_as_it_says(traced: Traced, capsys: Any) ->
     said = f"{url}: HTTP 503: starting; retrying in 0 s (attempt 1 of 6 failed)\n"
     assert said in capsys.readouterr().err
     assert asked_s[2] - asked_s[1] >= 0.5 > asked_s[3] - asked_s[2]
-    assert len(server.requests) == trace.tokens().sequence.nunique() + len(busy)
+    assert len(server.requests) == trace.tokens().sequence.nunique() + len(busy) + 1
 
 
 def test_a_server_that_stays_away_is_one_line_and_resumed(traced: Traced, tmp_path: Path) -> None:
@@ -553,11 +557,11 @@ LIES: dict[str, Lie] = {
     "a cut prompt": ("sglang", "edit", says("meta_info.prompt_tokens", 1), "ran another prompt"),
     "ids beyond the vocabulary": ("vllm", "edit", says(IDS, [VOCABULARY]), "list of ids below 300"),
     "no token ids": ("sglang", "edit", says("output_ids", None), "not a list of ids"),
-    "aborted": (
+    "aborted each time": (
         "sglang",
         "edit",
-        says("meta_info.finish_reason", {"type": "abort"}),
-        "abort.*was the server stopped",
+        says("meta_info.finish_reason", {"type": "abort", "message": "no\nroom"}),
+        "after 6 attempts, the last error: the server aborted a request: no room: .*--resume$",
     ),
     "too many tokens": ("vllm", "edit", says(IDS, [3, 4]), "2 of 1 tokens were generated"),
     "a cached prefix left out": ("vllm", "routed", lambda a: a[1:], "0.33 return .* --no-enable"),
@@ -715,7 +719,7 @@ def test_requests_that_wait_together_say_so_once(capsys: Any) -> None:
 async def ask(url: str, timeout_s: float, **how: Any) -> Any:
     async with engine_http.client(url, None, timeout_s, 1) as http:
         assert http.headers["accept-encoding"] == "identity"
-        return await engine_http.ask(http, "/generate", {}, **how)
+        return await engine_http.ask_for(lambda answer: answer, http, "/generate", dict, **how)
 
 
 @pytest.mark.parametrize("drips", ["headers", "body"])

@@ -26,7 +26,7 @@ import numpy as np
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.engine.control import tell_by
 from moe_inspect.capture.engine.settings import REFUSED, variable
-from moe_inspect.capture.server.client import Json, Refused
+from moe_inspect.capture.server.client import MODELS, Json, Refused, ask
 from moe_inspect.capture.server.protocols import RoutedAnswer, Served
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.routed import checked_ids
@@ -159,8 +159,8 @@ class Inside:
     and that of the attempt. What the traces of `folder` hold already is not read. `error`: of the
     last trace that could not be read."""
 
-    def __init__(self, folder: Path, served: Served, name: str):
-        self.folder = folder
+    def __init__(self, folder: Path, served: Served, name: str, http: httpx.AsyncClient):
+        self.folder, self.http = folder, http
         self.error: Exception | None = None
         self.routers = [served.routers[r] for r in served.chosen]
         self._named = re.compile(rf"{re.escape(name)}(\d+)-(\d+)")
@@ -177,7 +177,7 @@ class Inside:
     ) -> RoutedAnswer:
         """The answer of the task, with its decisions and weights, once these are committed; in the
         order of the numbers. MoeInspectError where the traces lack rows of it, and none of ours has
-        come for long."""
+        come for long, or the server has ended."""
         while not asked.done():  # what the engine deletes is read before
             await asyncio.wait([asked], timeout=LOOK_S)
             self.look()
@@ -186,7 +186,8 @@ class Inside:
         while (found := self.found(row, answer)) is None:
             if self.look():
                 until = time.monotonic() + within_s
-            elif time.monotonic() > until:
+            elif time.monotonic() > until or not self.folder.is_dir():
+                await ask(self.http, MODELS)  # a server that has ended is told as that
                 raise MoeInspectError(self._lacks(row, is_probe))
             else:
                 await asyncio.sleep(LOOK_S)
@@ -205,7 +206,7 @@ class Inside:
 
     def _lacks(self, row: TokenSequence, is_probe: bool) -> str:
         if not self.folder.is_dir():
-            why = "the directory is gone: has the engine ended?"
+            why = "the directory is gone"
         elif self._deleted is not None:
             keep = variable("keep")
             why = f"{self._deleted.name} was deleted before it was read: set {keep} higher"

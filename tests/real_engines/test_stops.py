@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -28,10 +27,9 @@ def test_the_server_stops_and_another_goes_on(
         running = begun(first, out, options)
     _, said = running.communicate(timeout=300)
     assert running.returncode == 1, said
-    # no answer, one that the server aborted, or one whose rows went with its plugin's traces
-    of_it = r": no answer after 6 attempts|, sequence \d+ .* ended by 'abort'"
-    why = f"{re.escape(first.url)}({of_it})|.* lack rows of sequence .*: the directory is gone"
-    assert re.match(f"error: ({why}).*continue with --resume$", said.splitlines()[-1])
+    last = said.splitlines()[-1]
+    assert last.startswith(f"error: {first.url}: no answer after 6 attempts")
+    assert last.endswith("continue with --resume")
     cut = moe_inspect.open_trace(out)
     assert cut.status == "interrupted"
     with serving(engine, name, tmp_path) as second:

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
@@ -18,6 +18,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 
 Json = dict[str, Any]  # an object
+T = TypeVar("T")
 ATTEMPTS = 6
 # between attempts, without a Retry-After header
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -31,8 +32,9 @@ MOST_BYTES, ERROR_BYTES = 2**24, 2**16
 server_ended: ContextVar[Callable[[], bool]] = ContextVar("server_ended", default=lambda: False)
 
 
-class _Retry(Exception):
-    """The request can be retried: the server is busy or starting, or the connection broke."""
+class Retry(Exception):
+    """The request can be retried: the server is busy, starting or ending, or the connection
+    broke."""
 
     def __init__(self, why: str, wait_s: float | None = None):
         super().__init__(why)
@@ -109,7 +111,7 @@ async def ask_once(
     try:
         async with asyncio.timeout(timeout_s):
             status, data = await _once(http, path, body, MOST_BYTES)
-    except (_Retry, TimeoutError) as error:
+    except (Retry, TimeoutError) as error:
         text = str(error) or f"no answer in {timeout_s:g} s"
         raise NotReady(
             f"no server is ready at {root}, {text}: check the address, and that the server is up"
@@ -131,15 +133,21 @@ def wait_notifier() -> Callable[[str, float], None]:
     return notify
 
 
-async def ask(
+async def ask(http: httpx.AsyncClient, path: str) -> Json | None:
+    """The JSON object in the response to a GET; None where the path does not exist (404)."""
+    return await ask_for(lambda answer: answer, http, path)
+
+
+async def ask_for(
+    read: Callable[[Json | None], T],
     http: httpx.AsyncClient,
     path: str,
-    body: Json | Callable[[], Json] | None = None,
+    body: Callable[[], Json] | None = None,
     most_bytes: int = MOST_BYTES,
     notify: Callable[[str, float], None] | None = None,
-) -> Json | None:
-    """The JSON object in the response to a POST of `body`, which a function makes for each attempt
-    (without a body: a GET); None where the path does not exist (404)."""
+) -> T:
+    """What `read` makes of the response to a POST of `body`, which is called for each attempt
+    (without it: a GET). `read` raises Retry to ask again."""
     root, notify = root_of(http), notify or wait_notifier()
 
     def tell_why(state: tenacity.RetryCallState) -> None:
@@ -148,24 +156,24 @@ async def ask(
         failed = f"attempt {state.attempt_number} of {ATTEMPTS} failed"
         notify(f"{root}: {error}; retrying in {wait_s:.0f} s ({failed})", wait_s)
 
-    async def once() -> tuple[int, bytes]:
-        return await _once(http, path, body() if callable(body) else body, most_bytes)
+    async def once() -> T:
+        status, data = await _once(http, path, body() if body else None, most_bytes)
+        return read(_json_object(root, path, status, data))
 
     attempts = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(_Retry),
+        retry=tenacity.retry_if_exception_type(Retry),
         stop=lambda state: state.attempt_number >= ATTEMPTS or server_ended.get()(),
         wait=_wait,
         before_sleep=tell_why,
         reraise=True,
     )
     try:
-        status, data = await attempts(once)
-    except _Retry as error:
+        return await attempts(once)
+    except Retry as error:
         raise MoeInspectError(
             f"{root}: no answer after {ATTEMPTS} attempts, the last error: {error}: when the "
             "server is back, continue with --resume"
         ) from None
-    return _json_object(root, path, status, data)
 
 
 def root_of(http: httpx.AsyncClient) -> str:
@@ -206,13 +214,13 @@ async def _once(
             status, data = response.status_code, await _body(response, path, most_bytes)
             if status in (408, 429) or status >= 500:
                 wait_s = _asked_wait(response.headers.get("retry-after"))
-                raise _Retry(f"HTTP {status}: {_message(data)}", wait_s)
+                raise Retry(f"HTTP {status}: {_message(data)}", wait_s)
             return status, data
     except TimeoutError as error:
-        raise _Retry(f"incomplete response after {http.timeout.read:g} s") from error
+        raise Retry(f"incomplete response after {http.timeout.read:g} s") from error
     except httpx.TransportError as error:
         said = f"{type(error).__name__}{f': {error}' if str(error) else ''}"
-        raise _Retry(f"no answer ({said})") from error
+        raise Retry(f"no answer ({said})") from error
     except httpx.HTTPError as error:
         raise MoeInspectError(f"cannot read the response of {path}: {first_line(error)}") from None
 

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 
 from moe_inspect.capture.hook.stack import router_at
-from moe_inspect.capture.server.client import MODELS, Json, ask, list_models, root_of
+from moe_inspect.capture.server.client import MODELS, Json, Retry, ask, list_models, root_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.routed import decode_sglang, decode_vllm, select_routers
 from moe_inspect.model.find import find_routers
@@ -77,14 +77,15 @@ class RoutedAnswer:
 
 @dataclass(frozen=True)
 class Reply:
-    """An unchecked response: the prompt it repeats, the generated tokens, the finish reason and the
-    routing as it is encoded, if there is one."""
+    """An unchecked response: the prompt it repeats, the generated tokens, the finish reason, the
+    routing as it is encoded, if there is one, and what an aborted request was aborted for."""
 
     prompt_ids: object
     prompt_tokens: object
     token_ids: object
     finish: object
     routed: object
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,12 @@ def _sglang_read(answer: Json) -> Reply:
     if not isinstance(facts, dict):
         raise MoeInspectError("the answer has no field meta_info: is this an SGLang server?")
     fed, made = facts.get("prompt_tokens"), answer.get("output_ids")
-    finish = facts.get("finish_reason")
-    finish = finish.get("type") if isinstance(finish, dict) else finish
-    return Reply(answer.get("prompt_token_ids"), fed, made, finish, facts.get("routed_experts"))
+    finish, why = facts.get("finish_reason"), ""
+    if isinstance(finish, dict):
+        why = f": {' '.join(str(finish['message']).split())[:300]}" if "message" in finish else ""
+        finish = finish.get("type")
+    routed = facts.get("routed_experts")
+    return Reply(answer.get("prompt_token_ids"), fed, made, finish, routed, why)
 
 
 ENGINES = {
@@ -208,10 +212,12 @@ def read_answer(
     engine: EngineProtocol, answer: Json | None, request: Request, served: Served
 ) -> RoutedAnswer:
     """The checked content of a response, without decisions where those recorded inside the engine
-    are taken; MoeInspectError where it is inconsistent."""
+    are taken; MoeInspectError where it is inconsistent, Retry where the server aborted it."""
     if answer is None:
         raise MoeInspectError(f"the server has no {engine.path}: does --engine match the server?")
     reply, P = engine.read(answer), len(request.ids)
+    if reply.finish == "abort":  # nobody asked for that: it stops, or makes room
+        raise Retry(f"the server aborted a request{reply.why}")
     # older servers do not repeat the prompt, but all say how long it was
     if reply.prompt_tokens != P or (
         reply.prompt_ids is not None and reply.prompt_ids != request.ids.tolist()
@@ -227,10 +233,9 @@ def read_answer(
         )
     least = {"length": request.max_tokens, "stop": 1}.get(str(reply.finish), sys.maxsize)
     if not least <= len(made) <= request.max_tokens:
-        aborted = ": was the server stopped? Start it again, and continue with --resume"
         raise MoeInspectError(
             f"{len(made)} of {request.max_tokens} tokens were generated, and it ended by "
-            f"{reply.finish!r}{aborted if reply.finish == 'abort' else ''}"
+            f"{reply.finish!r}"
         )
     if served.inside:
         return RoutedAnswer(np.array(made, np.int32), request.salt, [])

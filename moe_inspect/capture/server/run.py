@@ -33,7 +33,7 @@ from moe_inspect.capture.options import EngineOptions
 from moe_inspect.capture.server import protocols
 from moe_inspect.capture.server.client import (
     Json,
-    ask,
+    ask_for,
     client,
     root_of,
     split_url,
@@ -205,7 +205,7 @@ class EngineRun:
         is_told = started_with.get() is not None
         try:
             if (traces := await traces_inside(http)) is not None:
-                inside = Inside(traces, served, self._name)
+                inside = Inside(traces, served, self._name, http)
                 row = replace(first, ids=first.ids[:PROBE_TOKENS], continued=False)
                 probe = self._answer(http, replace(served, inside=True), 0, row)
                 asked = asyncio.create_task(probe)
@@ -244,13 +244,15 @@ class EngineRun:
             request = replace(request, salt=f"{self._name}{number}-{next(attempts)}")
             return protocol.body(request, served)
 
+        def read(response: Json | None) -> RoutedAnswer:
+            try:
+                return protocols.read_answer(protocol, response, request, served)
+            except MoeInspectError as error:
+                name = f"sequence {row.sequence} ({row.source})"
+                raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
+
         limit = protocols.most_bytes(request, served)
-        response = await ask(http, protocol.path, body, limit, self._notify)
-        try:
-            return protocols.read_answer(protocol, response, request, served)
-        except MoeInspectError as error:
-            name = f"sequence {row.sequence} ({row.source})"
-            raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
+        return await ask_for(read, http, protocol.path, body, limit, self._notify)
 
     async def _send(
         self,
