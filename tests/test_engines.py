@@ -477,7 +477,7 @@ def test_a_busy_server_is_asked_again_as_it_says(traced: Traced, capsys: Any) ->
         5: (500, {}, b""),
     }
     server.behave = lambda n, *_: asked_s.append(time.monotonic()) or busy.get(n)
-    aborts = says("choices.0.finish_reason", "abort")  # as where weights are updated
+    aborts = says("choices.0.finish_reason", "abort")
     server.edit = lambda answer: aborts(answer) if len(server.requests) == 8 else None
     with serving(server) as url:
         # else any of the refusals may be told first

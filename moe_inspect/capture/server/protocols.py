@@ -216,7 +216,7 @@ def read_answer(
     if answer is None:
         raise MoeInspectError(f"the server has no {engine.path}: does --engine match the server?")
     reply, P = engine.read(answer), len(request.ids)
-    if reply.finish == "abort":  # nobody asked for that: it stops, or makes room
+    if reply.finish == "abort":  # by itself: nobody else knows the request
         raise Retry(f"the server aborted a request{reply.why}")
     # older servers do not repeat the prompt, but all say how long it was
     if reply.prompt_tokens != P or (
