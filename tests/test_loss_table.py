@@ -90,7 +90,8 @@ def losses_of(rng: np.random.Generator, planted: float, S: int = 4000, E: int = 
 
 
 def found_in(of: SampledLosses) -> ExpertLosses:
-    found = by_expert(CellLosses.of(of), of.slots[0], 8)
+    explained = CellLosses.of(of)
+    (found,) = by_expert(explained, of.slots[0], 8, [explained.group()])
     add_p([found])
     return found
 
@@ -101,7 +102,7 @@ def test_a_token_is_compared_with_the_others_not_with_itself() -> None:
     harder_S = np.arange(S) % 2
     of = losses_of(np.random.default_rng(0), 0, S)
     explained = CellLosses(0.87 * harder_S, 0 * of.loss_S, np.arange(S) // 2, of.document_S)
-    found = by_expert(explained, (3 * harder_S,), 8)
+    (found,) = by_expert(explained, (3 * harder_S,), 8, [explained.group()])
     assert found.difference_nats[[3, 0]] == pytest.approx([0.87, -0.87])
 
 

@@ -7,7 +7,7 @@ experts, U clusters of documents, B random signs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -52,14 +52,24 @@ class CellLosses:
         with_itself_S = self.loss_S - mean_C[self.cell_S]
         return with_itself_S * (self.count_C / np.maximum(self.count_C - 1, 1))[self.cell_S]
 
-    @cached_property
-    def residual_UC(self) -> Any:
-        """The sum of the residuals of each document in each cell, a sparse matrix."""
+    def group(self, in_S: np.ndarray | None = None) -> Group:
+        """All tokens, or those `in_S`, which must be whole cells."""
         from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
 
+        part = slice(None) if in_S is None else in_S
         shape = int(self.unit_S.max(initial=-1)) + 1, len(self.count_C)
-        of: Any = sparse.coo_array((self.residual_S, (self.unit_S, self.cell_S)), shape)
-        return of.tocsr()
+        at = self.unit_S[part], self.cell_S[part]
+        of: Any = sparse.coo_array((self.residual_S[part], at), shape)
+        return Group(in_S, of.tocsr())
+
+
+@dataclass(frozen=True)
+class Group:
+    """in_S: its tokens, None: all. residual_UC: the sum of their residuals of each document in each
+    cell, a sparse matrix."""
+
+    in_S: np.ndarray | None
+    residual_UC: Any
 
 
 @dataclass(frozen=True)
@@ -89,24 +99,45 @@ class ExpertLosses:
 
 
 def by_expert(
-    explained: CellLosses, slots: Sequence[np.ndarray], E: int, in_S: np.ndarray | None = None
-) -> ExpertLosses:
-    """For one router. `slots`: the experts of each token, E where a slot routed nowhere. `in_S`:
-    only these tokens; they must be whole cells."""
-    expert_KS = np.stack(slots)
-    there_KS = expert_KS < E if in_S is None else (expert_KS < E) & in_S
-    token_N, expert_N = np.nonzero(there_KS)[1], expert_KS[there_KS].astype(np.int64)
-    load_E = np.bincount(expert_N, minlength=E)
+    explained: CellLosses, slots: Sequence[np.ndarray], E: int, groups: Iterable[Group]
+) -> Iterator[ExpertLosses]:
+    """For one router, of each group. `slots`: the experts of each token, E where a slot routed
+    nowhere."""
+    from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
 
+    expert_KS = np.stack(slots)
+    there_KS = expert_KS < E
+    token_N, expert_N = np.nonzero(there_KS)[1], expert_KS[there_KS].astype(np.int64)
+    cell_N = explained.cell_S[token_N]
+    has_others_N = explained.count_C[cell_N] > 1
+    of_N = cell_N[has_others_N], expert_N[has_others_N]
+    shape = len(explained.count_C), E
+    # of each cell, the share of its tokens that goes to each expert
+    share_CE: Any = sparse.coo_array((1 / explained.count_C[of_N[0]], of_N), shape).tocsr()
+    for group in groups:
+        in_N = slice(None) if group.in_S is None else group.in_S[token_N]
+        by_cell_UE = group.residual_UC @ share_CE
+        of_group = token_N[in_N], expert_N[in_N], has_others_N[in_N]
+        yield _of_group(explained, *of_group, by_cell_UE, E)
+
+
+def _of_group(
+    explained: CellLosses,
+    token_N: np.ndarray,
+    expert_N: np.ndarray,
+    has_others_N: np.ndarray,
+    by_cell_UE: Any,
+    E: int,
+) -> ExpertLosses:
+    load_E = np.bincount(expert_N, minlength=E)
     mean_loss_E, mean_entropy_E = (
         np.bincount(expert_N, values_S[token_N], E) / nan_for_zero(load_E)
         for values_S in (explained.loss_S, explained.entropy_S)
     )
-    has_others_N = explained.count_C[explained.cell_S[token_N]] > 1
     token_N, expert_N = token_N[has_others_N], expert_N[has_others_N]
     compared_E = np.bincount(expert_N, minlength=E)
     of_E = nan_for_zero(compared_E)
-    sum_UE, compared_UE = _by_document(explained, token_N, expert_N, E)
+    sum_UE, compared_UE = _by_document(explained, token_N, expert_N, by_cell_UE)
     sum_E = np.bincount(expert_N, explained.residual_S[token_N], E)
     difference_E, documents = sum_E / of_E, len(sum_UE)
     known = np.where(documents >= unc.FEWEST_DOCUMENTS, 1.0, np.nan)
@@ -148,18 +179,16 @@ def add_p(of_L: Sequence[ExpertLosses]) -> None:
 
 
 def _by_document(
-    explained: CellLosses, token_N: np.ndarray, expert_N: np.ndarray, E: int
+    explained: CellLosses, token_N: np.ndarray, expert_N: np.ndarray, by_cell_UE: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each document adds to the sum of an expert's residuals, and its assignments. A residual
     counts by how much more of the token than of its cell goes to the expert: the sum is the same,
     as those of a cell sum to 0, and what is hard of a whole document is not the expert's.
-    [U, E] each"""
-    from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
-
-    units, unit_N = np.unique(explained.unit_S[token_N], return_inverse=True)
-    U, C, cell_N = len(units), len(explained.count_C), explained.cell_S[token_N]
+    [U, E] each, of the documents that there are"""
+    units, E = by_cell_UE.shape
+    there_U = np.bincount(explained.unit_S[token_N], minlength=units) > 0
+    unit_N, U = (np.cumsum(there_U) - 1)[explained.unit_S[token_N]], int(there_U.sum())
     at_N = unit_N * E + expert_N
     sum_UE = np.bincount(at_N, explained.residual_S[token_N], U * E).reshape(U, E)
-    shares: Any = sparse.coo_array((1 / explained.count_C[cell_N], (cell_N, expert_N)), (C, E))
-    sum_UE -= np.asarray((explained.residual_UC[units] @ shares.tocsr()).toarray())
+    sum_UE -= by_cell_UE.toarray()[there_U]
     return sum_UE, np.bincount(at_N, minlength=U * E).reshape(U, E)

@@ -178,8 +178,10 @@ def report(
 def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[Gate]) -> None:
     """Counts everything that is asked for in one pass over the rows."""
     from moe_inspect.reporting.verdict.gate import gated
+    from moe_inspect.reporting.verdict.specialization import is_small
 
     of_text = ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
+    of_text += ["drift"] if is_small(made.trace) else []
     tables = [table] if table else of_text
     counted = [*tables, *(gated()[gate.metric] for gate in gates)]
     if show.html is not None or show.plots is not None:

@@ -49,7 +49,7 @@ def entry_of(made: Report) -> Entry:
     routers, worst, words = trace.routers, worst_of(made.loaded), words_of(trace)
     bits = {of: spec[f"{of}_mi_bits"] - spec[f"{of}_mi_null_bits"] for of in ("domain", "token")}
     committee, load = made.tables["committee"], made.tables["load"]
-    seed, model = untrained_seed(made), mapping(trace.manifest.get("model"))
+    seed, model = untrained_seed(trace), mapping(trace.manifest.get("model"))
     config = mapping(model.get("config"))
     name = _readable(model.get("id") or model.get("class") or "unknown")
     classes = config.get("architectures") or [model.get("class") or config.get("model_type")]

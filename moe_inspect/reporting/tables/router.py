@@ -155,10 +155,11 @@ def loss(data: ReportData) -> pd.DataFrame:
     by_group = dict[tuple[str | None, str | None], list[ExpertLosses]]()
     for of in sampled_losses(data.trace, data.selection) if data.trace.has_loss else ():
         explained = CellLosses.of(of)
+        groups = {(domain, phase): explained.group(in_S) for domain, phase, in_S in _groups(of)}
         for r in of.routers:
             layer, E = data.trace.routers[r].layer, data.trace.routers[r].experts
-            for domain, phase, in_S in _groups(of):
-                values = by_expert(explained, of.slots[r], E, in_S)
+            of_groups = by_expert(explained, of.slots[r], E, groups.values())
+            for (domain, phase), values in zip(groups, of_groups, strict=True):
                 of_rows = (layer, r, np.arange(E), domain, phase)
                 parts.append((dict(zip(keys, of_rows, strict=True)), values))
                 by_group.setdefault((domain, phase), []).append(values)

@@ -18,6 +18,7 @@ from moe_inspect.reporting.tables.summary import mapping
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, good, name_of, note, top_row
 from moe_inspect.text import plural
+from moe_inspect.trace.reader import Trace
 
 DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the id tells anything
 
@@ -45,7 +46,7 @@ def domain_specialization(data: ReportData) -> Finding | None:
     )
     values = {name: row[name] for name in ("domain_mi_bits", "domain_mi_null_bits")}
     values["routers"] = routers
-    if (seed := untrained_seed(data)) is not None:
+    if (seed := untrained_seed(data.trace)) is not None:
         said = (
             f"This model was never trained (random weights, seed {seed}), so nothing here is "
             f"specialisation: the information that the domain carries about the expert, {most}, "
@@ -132,7 +133,7 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
     if len(data.counts.domains) < 2 or _cannot_tell(data, table):
         return None
     real = _beyond_chance(table)
-    if real.empty or untrained_seed(data) is not None:
+    if real.empty or untrained_seed(data.trace) is not None:
         return None
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
     row, name = top_row(real, effect), "domain_mi_given_token"
@@ -236,9 +237,9 @@ def hard_tokens(data: ReportData) -> Finding | None:
     return note(said, row, expert=row["expert"], difference_nats=nats, experts=len(beyond))
 
 
-def untrained_seed(data: ReportData) -> int | None:
+def untrained_seed(trace: Trace) -> int | None:
     """The seed of a model whose weights were drawn at random, as far as the trace says so."""
-    plan = mapping(mapping(data.trace.manifest.get("corpus")).get("plan"))
+    plan = mapping(mapping(trace.manifest.get("corpus")).get("plan"))
     return plan.get("random_init")
 
 
@@ -268,7 +269,7 @@ UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each ha
 def committee(data: ReportData) -> Finding | None:
     """Experts that are among the k with the most load in every domain, where so many domains would
     hardly agree by chance, and that carry more than their even share."""
-    if data.counts.documents_unknown or untrained_seed(data) is not None:
+    if data.counts.documents_unknown or untrained_seed(data.trace) is not None:
         return None
     table = data.tables["committee"]
     standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
@@ -295,7 +296,7 @@ def committee(data: ReportData) -> Finding | None:
 def signature(data: ReportData) -> Finding | None:
     """Whether the nearest other document by routing is of the same domain more often than
     with the domains of documents of like length shuffled."""
-    if not _is_small(data) or len(data.counts.domains) < 2:
+    if not is_small(data.trace) or len(data.counts.domains) < 2:
         return None
     # of all routers together
     row = records(data.tables["signature"])[0]
@@ -318,7 +319,7 @@ def signature(data: ReportData) -> Finding | None:
 def paths(data: ReportData) -> Finding | None:
     """Whether tokens take fewer paths through the layers than layers that choose independently
     within a document give them, as far as paths are not as many as tokens."""
-    if data.counts.counts_only or not _is_small(data) or fnd.few_documents(data):
+    if data.counts.counts_only or not is_small(data.trace) or fnd.few_documents(data):
         return None
     table = data.tables["paths"]
     shuffled, value, high = (
@@ -348,7 +349,7 @@ def paths(data: ReportData) -> Finding | None:
 
 def drift(data: ReportData) -> Finding | None:
     """An expert whose share rises or falls through the whole trace."""
-    if not _is_small(data):
+    if not is_small(data.trace):
         return None
     table = data.tables["drift"]
     change = (table["trend_last"] - table["trend_first"]).abs()
@@ -365,7 +366,8 @@ def drift(data: ReportData) -> Finding | None:
     return note(said, row, expert=expert, first_quarter=first, last_quarter=last, routers=len(told))
 
 
-def _is_small(data: ReportData) -> bool:
+def is_small(trace: Trace) -> bool:
     """Whether a pass of its own over the trace costs little, and its weights are not random."""
-    small = not data.counts.documents_unknown and data.trace.n_decisions <= MOST_DECISIONS
-    return small and untrained_seed(data) is None
+    has_documents = trace.by_document or not trace.counts_only
+    few = has_documents and trace.n_decisions <= MOST_DECISIONS
+    return few and untrained_seed(trace) is None
