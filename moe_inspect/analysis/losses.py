@@ -52,15 +52,24 @@ class CellLosses:
         with_itself_S = self.loss_S - mean_C[self.cell_S]
         return with_itself_S * (self.count_C / np.maximum(self.count_C - 1, 1))[self.cell_S]
 
-    def group(self, in_S: np.ndarray | None = None) -> Group:
-        """All tokens, or those `in_S`, which must be whole cells."""
+    @cached_property
+    def residual_UC(self) -> Any:
+        """The sum of the residuals of each document in each cell, a sparse matrix."""
         from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
 
-        part = slice(None) if in_S is None else in_S
         shape = int(self.unit_S.max(initial=-1)) + 1, len(self.count_C)
-        at = self.unit_S[part], self.cell_S[part]
-        of: Any = sparse.coo_array((self.residual_S[part], at), shape)
-        return Group(in_S, of.tocsr())
+        of: Any = sparse.coo_array((self.residual_S, (self.unit_S, self.cell_S)), shape)
+        return of.tocsr()
+
+    def group(self, in_S: np.ndarray | None = None) -> Group:
+        """All tokens, or those `in_S`, which must be whole cells."""
+        of = self.residual_UC
+        if in_S is not None:
+            of, is_in_C = of.copy(), np.zeros(len(self.count_C), bool)
+            is_in_C[self.cell_S[in_S]] = True
+            of.data *= is_in_C[of.indices]
+            of.eliminate_zeros()
+        return Group(in_S, of)
 
 
 @dataclass(frozen=True)
