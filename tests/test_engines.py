@@ -337,11 +337,25 @@ def test_a_trace_that_was_deleted_before_it_was_read_is_one_line(
         traced(server, max_tokens=900)
 
 
-@pytest.mark.parametrize("ended", [True, False])
-def test_traces_that_are_gone_are_one_line(
-    ended: bool, model: str, traced: Traced, tmp_path: Path, monkeypatch: Any
+@pytest.mark.parametrize(
+    ("ended", "deleted", "why"),
+    [
+        (True, True, "no answer after 6 attempts.*when the server is back"),
+        (True, False, "no answer after 6 attempts.*when the server is back"),
+        (False, True, "lack rows of .*: the directory is gone"),
+    ],
+)
+def test_a_server_that_ends_or_traces_that_are_deleted_are_one_line(
+    ended: bool,
+    deleted: bool,
+    why: str,
+    model: str,
+    traced: Traced,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
-    """A server that has ended, perhaps with its traces, is one that does not answer."""
+    """Also where all requests were answered, and rows of them were not written."""
+    monkeypatch.setattr(inside, "LOST_S", 1.5)
     server = WithPlugin(tmp_path / "runs", model)
     record = server.record
 
@@ -349,11 +363,11 @@ def test_traces_that_are_gone_are_one_line(
         if len(server.requests) < 3:
             record(*of)
         else:
-            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
             server.starting = ended
+            if deleted:
+                shutil.rmtree(tmp_path / "runs", ignore_errors=True)
 
     monkeypatch.setattr(server, "record", recorded)
-    why = "no answer after 6 attempts.*when" if ended else "lack rows of .*: the directory is gone"
     with pytest.raises(MoeInspectError, match=f"{why}.*continue with --resume$"):
         traced(server, max_tokens=900)
 
@@ -561,7 +575,7 @@ LIES: dict[str, Lie] = {
         "sglang",
         "edit",
         says("meta_info.finish_reason", {"type": "abort", "message": "no\nroom"}),
-        "after 6 attempts, the last error: the server aborted a request: no room: .*--resume$",
+        r"6 attempts.*: sequence \d+ \(.*\): the server aborted a request: no room: .*--resume$",
     ),
     "too many tokens": ("vllm", "edit", says(IDS, [3, 4]), "2 of 1 tokens were generated"),
     "a cached prefix left out": ("vllm", "routed", lambda a: a[1:], "0.33 return .* --no-enable"),

@@ -112,6 +112,9 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
             op(*args)
             assert torch.equal(args[0], ids[: len(args[0])].short())
     assert rows.fault is None
+    (to, *others), ended = kept(20), 10**9  # rows that are no more
+    ops.keep_rows(to, *others, None, None, ids, weights, None, None, 60, ended, 0)
+    assert torch.equal(to, ids.short())
 
 
 # --- compiled ahead of time

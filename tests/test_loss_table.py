@@ -106,6 +106,18 @@ def test_a_token_is_compared_with_the_others_not_with_itself() -> None:
     assert found.difference_nats[[3, 0]] == pytest.approx([0.87, -0.87])
 
 
+def test_tokens_without_others_are_compared_with_none() -> None:
+    """Those of a whole domain, or of all that a router chose for."""
+    of = losses_of(np.random.default_rng(0), 0, 400)
+    of.token_id_S[:20], of.domain_S[:20] = np.arange(20) + 100, 2
+    explained, nowhere = CellLosses.of(of), (np.full(400, 8, np.uint16),)
+    for slots, in_S in ((of.slots[0], of.domain_S == 2), (nowhere, None)):
+        (found,) = by_expert(explained, slots, 8, [explained.group(in_S)])
+        add_p([found])
+        assert not found.compared.any()
+        assert np.isnan([found.difference_nats, found.difference_low, found.difference_p]).all()
+
+
 def smallest_p(rng: np.random.Generator, planted: float, difficulty: float) -> np.ndarray:
     """difference_p of an expert. Documents have a difficulty and a favourite expert."""
     of = losses_of(rng, planted)

@@ -65,7 +65,9 @@ class CellLosses:
         """All tokens, or those `in_S`, which must be whole cells."""
         of = self.residual_UC
         if in_S is not None:
-            of, is_in_C = of.copy(), np.zeros(len(self.count_C), bool)
+            # not summed from these tokens: in another order the last bits would be others
+            of = of.copy()
+            is_in_C = np.zeros(len(self.count_C), bool)
             is_in_C[self.cell_S[in_S]] = True
             of.data *= is_in_C[of.indices]
             of.eliminate_zeros()
@@ -193,11 +195,12 @@ def _by_document(
     """What each document adds to the sum of an expert's residuals, and its assignments. A residual
     counts by how much more of the token than of its cell goes to the expert: the sum is the same,
     as those of a cell sum to 0, and what is hard of a whole document is not the expert's.
-    [U, E] each, of the documents that there are"""
+    [U, E] each, of the documents with such tokens. `by_cell_UE`: of every document, its residuals
+    in each cell times the experts' shares of the cell."""
     units, E = by_cell_UE.shape
     there_U = np.bincount(explained.unit_S[token_N], minlength=units) > 0
     unit_N, U = (np.cumsum(there_U) - 1)[explained.unit_S[token_N]], int(there_U.sum())
     at_N = unit_N * E + expert_N
     sum_UE = np.bincount(at_N, explained.residual_S[token_N], U * E).reshape(U, E)
-    sum_UE -= by_cell_UE.toarray()[there_U]
+    sum_UE = sum_UE - by_cell_UE.toarray()[there_U]  # bincount of nothing is of integers
     return sum_UE, np.bincount(at_N, minlength=U * E).reshape(U, E)

@@ -186,9 +186,10 @@ class Inside:
         while (found := self.found(row, answer)) is None:
             if self.look():
                 until = time.monotonic() + within_s
-            elif time.monotonic() > until or not self.folder.is_dir():
-                await ask(self.http, MODELS)  # a server that has ended is told as that
-                raise MoeInspectError(self._lacks(row, is_probe))
+            elif time.monotonic() > until or not os.path.isdir(self.folder):
+                await ask(self.http, MODELS)  # raises if the server has ended
+                if not self.look():  # which may have waited
+                    raise MoeInspectError(self._lacks(row, is_probe))
             else:
                 await asyncio.sleep(LOOK_S)
         key = self._key(answer.name)
@@ -205,7 +206,7 @@ class Inside:
         return None if routes is None else replace(answer, ids=routes[0], weights=routes[1])
 
     def _lacks(self, row: TokenSequence, is_probe: bool) -> str:
-        if not self.folder.is_dir():
+        if is_gone := not os.path.isdir(self.folder):
             why = "the directory is gone"
         elif self._deleted is not None:
             keep = variable("keep")
@@ -213,7 +214,8 @@ class Inside:
         else:
             why = str(self.error or "they were dropped or not written: see the engine's log")
         if is_probe:
-            return f"{self.folder} has no rows of a first request after {PROBE_S:g} s: {why}"
+            after = "" if is_gone else f" after {PROBE_S:g} s"
+            return f"{self.folder} has no rows of a first request{after}: {why}"
         return (
             f"the plugin's traces in {self.folder} lack rows of sequence {row.sequence} "
             f"({row.source}): {why}; continue with --resume"

@@ -297,16 +297,16 @@ KEYS, ROWS = itertools.count(), WeakValueDictionary[int, Rows]()
 def _keep_in_graph(*given: Any) -> None:
     """A fault of ours would end the engine's forward pass. A graph uses its memory again."""
     *to_and_given, key, router = given
-    if (rows := ROWS.get(key)) is None:  # nobody will read them
-        return
+    rows = ROWS.get(key)  # which may have ended before the graph
     try:
-        if rows.host is not None:
+        if rows is not None and rows.host is not None:
             choice = zip(to_and_given[:4], to_and_given[4:8], strict=True)
             rows.host.keep(router, *(None if to is None else t.clone() for to, t in choice))
         else:
             _keep(*to_and_given)
     except Exception as error:
-        rows.fault = error
+        if rows is not None:
+            rows.fault = error
 
 
 def keep_torch(

@@ -33,8 +33,8 @@ server_ended: ContextVar[Callable[[], bool]] = ContextVar("server_ended", defaul
 
 
 class Retry(Exception):
-    """The request can be retried: the server is busy, starting or ending, or the connection
-    broke."""
+    """The request can be retried: the server is busy, starting or ending, it aborted the request,
+    or the connection broke."""
 
     def __init__(self, why: str, wait_s: float | None = None):
         super().__init__(why)
@@ -278,4 +278,9 @@ def _message(data: bytes) -> str:
     except (ValueError, RecursionError):
         text = data.decode(errors="replace")
     text = text.replace("Value error, ", "")  # pydantic's
-    return " ".join(text.split())[:300] or "no reason given"
+    return one_line(text) or "no reason given"
+
+
+def one_line(text: str) -> str:
+    """What a server says, short enough for a message."""
+    return " ".join(text.split())[:300]

@@ -16,7 +16,15 @@ import httpx
 import numpy as np
 
 from moe_inspect.capture.hook.stack import router_at
-from moe_inspect.capture.server.client import MODELS, Json, Retry, ask, list_models, root_of
+from moe_inspect.capture.server.client import (
+    MODELS,
+    Json,
+    Retry,
+    ask,
+    list_models,
+    one_line,
+    root_of,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.routed import decode_sglang, decode_vllm, select_routers
 from moe_inspect.model.find import find_routers
@@ -169,7 +177,7 @@ def _sglang_read(answer: Json) -> Reply:
     fed, made = facts.get("prompt_tokens"), answer.get("output_ids")
     finish, why = facts.get("finish_reason"), ""
     if isinstance(finish, dict):
-        why = f": {' '.join(str(finish['message']).split())[:300]}" if "message" in finish else ""
+        why = f": {one_line(str(finish['message']))}" if finish.get("message") else ""
         finish = finish.get("type")
     routed = facts.get("routed_experts")
     return Reply(answer.get("prompt_token_ids"), fed, made, finish, routed, why)
@@ -216,7 +224,7 @@ def read_answer(
     if answer is None:
         raise MoeInspectError(f"the server has no {engine.path}: does --engine match the server?")
     reply, P = engine.read(answer), len(request.ids)
-    if reply.finish == "abort":  # by itself: nobody else knows the request
+    if reply.finish == "abort":  # by the server itself: nobody else knows the request's name
         raise Retry(f"the server aborted a request{reply.why}")
     # older servers do not repeat the prompt, but all say how long it was
     if reply.prompt_tokens != P or (

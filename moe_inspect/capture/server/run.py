@@ -33,6 +33,7 @@ from moe_inspect.capture.options import EngineOptions
 from moe_inspect.capture.server import protocols
 from moe_inspect.capture.server.client import (
     Json,
+    Retry,
     ask_for,
     client,
     root_of,
@@ -245,10 +246,12 @@ class EngineRun:
             return protocol.body(request, served)
 
         def read(response: Json | None) -> RoutedAnswer:
+            name = f"sequence {row.sequence} ({row.source})"
             try:
                 return protocols.read_answer(protocol, response, request, served)
+            except Retry as error:
+                raise Retry(f"{name}: {error}") from None
             except MoeInspectError as error:
-                name = f"sequence {row.sequence} ({row.source})"
                 raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
 
         limit = protocols.most_bytes(request, served)

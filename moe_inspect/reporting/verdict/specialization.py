@@ -367,7 +367,7 @@ def drift(data: ReportData) -> Finding | None:
 
 
 def is_small(trace: Trace) -> bool:
-    """Whether a pass of its own over the trace costs little, and its weights are not random."""
+    """Whether the trace is small, its documents are known, and its model is trained."""
     has_documents = trace.by_document or not trace.counts_only
-    few = has_documents and trace.n_decisions <= MOST_DECISIONS
-    return few and untrained_seed(trace) is None
+    is_trained = untrained_seed(trace) is None
+    return has_documents and is_trained and trace.n_decisions <= MOST_DECISIONS
