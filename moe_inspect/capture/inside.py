@@ -190,6 +190,7 @@ class Inside:
                 await ask(self.http, MODELS)  # raises if the server has ended
                 if not self.look():  # which may have waited
                     raise MoeInspectError(self._lacks(row, is_probe))
+                until = time.monotonic() + within_s
             else:
                 await asyncio.sleep(LOOK_S)
         key = self._key(answer.name)
