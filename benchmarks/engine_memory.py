@@ -22,7 +22,7 @@ from benchmarks.measuring import machine, write_results
 from moe_inspect.capture.engine.rows import Rows
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings
-from moe_inspect.capture.engine.step import Scheduled
+from moe_inspect.capture.engine.step import Step
 from moe_inspect.capture.engine.steps import StepRecorder
 from moe_inspect.demo import MODEL_DIR
 
@@ -82,7 +82,7 @@ def serve(steps: int, settings: Settings) -> dict[str, Any]:
         recorder.after_step(
             AT_ONCE,
             ended,
-            lambda names=requests, of=positions: Scheduled(
+            lambda names=requests, of=positions: Step(
                 names, range(AT_ONCE + 1), [1] * AT_ONCE, (), (), tokens, of
             ),
         )

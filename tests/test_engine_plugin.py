@@ -43,7 +43,7 @@ from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings, variable
 from moe_inspect.capture.engine.sidecar import Traces
-from moe_inspect.capture.engine.step import Scheduled, Step, split_rows
+from moe_inspect.capture.engine.step import Step, split_rows
 from moe_inspect.capture.engine.steps import Rows, StepRecorder, join_rows, shares_of
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
@@ -151,7 +151,7 @@ class Engine:
                 self.expected.setdefault((request, position), []).append(chosen)
         requests = [request for request, *_ in spans]
         positions = np.concatenate([np.arange(a, b) for _, a, b in spans] or [np.zeros(0, int)])
-        scheduled = Scheduled(
+        scheduled = Step(
             requests,
             edges.tolist(),
             [self.prompts.get(request, 10) for request in requests],
@@ -755,7 +755,7 @@ def test_a_fault_of_ours_stops_the_recording_and_not_the_engine(tmp_path: Path) 
     engine = Engine(Settings(tmp_path))
     engine.step(("a", 0, 10))
 
-    def whose() -> Scheduled:
+    def whose() -> Step:
         raise RuntimeError("no such attribute")
 
     engine.recorder.after_step(3, set(), whose)
@@ -1124,7 +1124,7 @@ def test_vllms_router_has_chosen_replicas_when_they_are_kept(
         chosen = router._compute_routing(None, weights)
         assert torch.equal(router._apply_eplb_mapping(chosen[1]), ids + 8)
     tokens = torch.arange(3)
-    recorder.after_step(3, set(), lambda: Scheduled(["a"], [0, 3], [3], [], [], tokens, tokens))
+    recorder.after_step(3, set(), lambda: Step(["a"], [0, 3], [3], [], [], tokens, tokens))
     (step,) = recorder.link.taken()  # type: ignore[attr-defined]
     assert step.ids.tolist() == [ids.tolist()]
     assert step.physicals.tolist() == [(ids + 8).tolist()]
@@ -1309,7 +1309,7 @@ def test_what_the_last_commit_could_not_write_was_dropped(
 
 def test_of_a_step_only_what_is_recorded_stays_in_memory(tmp_path: Path) -> None:
     """On a CPU, where it is not copied at once."""
-    engine = Engine(Settings(tmp_path, sample=0.5))
+    engine = Engine(Settings(tmp_path, sample=0.5, metrics=True, logits=True))
     logits_of = list[Any]()
     keep = engine.rows.host.keep  # type: ignore[union-attr]
 
@@ -1324,7 +1324,7 @@ def test_of_a_step_only_what_is_recorded_stays_in_memory(tmp_path: Path) -> None
     gc.collect()
     assert not any(of() is not None for of in logits_of)
     step = engine.recorder.queue.get()
-    assert all(len(t) == 1 for held in (step.ids, step.weights) for t in held.of_routers)
+    assert all(len(t) == 1 for ids, weights, *_ in step.held.of_routers for t in (ids, weights))
 
 
 def test_what_a_full_disk_takes_is_a_trace_and_the_rest_is_dropped(tmp_path: Path) -> None:

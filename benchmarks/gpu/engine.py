@@ -17,7 +17,7 @@ from benchmarks.gpu.bench import Bench, by_graph, host_us
 from benchmarks.gpu.micro import a_choice
 from moe_inspect.capture.engine import rows as code
 from moe_inspect.capture.engine.settings import Settings
-from moe_inspect.capture.engine.step import Scheduled
+from moe_inspect.capture.engine.step import Step
 from moe_inspect.capture.engine.steps import StepRecorder
 
 
@@ -117,10 +117,10 @@ def steps(rows: code.Rows, n: int, settings: Settings) -> Callable[[], Any]:
     recorder = StepRecorder(rows, settings, lambda _: link)
     tokens = torch.zeros(n, dtype=torch.int32, device=rows.device)
     requests = [f"r{i}" for i in range(n)]
-    of = Scheduled(requests, range(n + 1), [0] * n, (), (), tokens, tokens.long())
+    of = requests, range(n + 1), [0] * n, (), (), tokens, tokens.long()
 
     def step() -> None:
-        recorder.after_step(n, set(), lambda: of)
+        recorder.after_step(n, set(), lambda: Step(*of))
         while not recorder.queue.empty():
             recorder.sent += recorder.queue.get().bytes
 

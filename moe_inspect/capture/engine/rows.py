@@ -43,7 +43,7 @@ COUNT_AT = 4096
 FEWEST = 16  # rows that a step counts for: what is held of it takes as much memory
 SELF_CHECK = SelfCheck(__name__)
 # tokens and positions [m], ids and weights [L, m, K], logits [L, m, E] or None, and physical ids
-# [L, m, K] or None: tensors of a GPU, arrays and Held of a CPU
+# [L, m, K] or None; of a CPU tokens, positions and a Held
 Taken = list[Any]
 
 
@@ -160,26 +160,34 @@ class Rows:
 
 @dataclass
 class Held:
-    """What the routers returned in a step, of which the first m rows and some columns are wanted:
+    """What each router returned in a step: ids, weights, logits, physical ids, of which `buffers`
+    has those that are recorded. The first m rows are wanted, and as many columns as a buffer has:
     behind them stand padding, and shared experts."""
 
-    of_routers: Sequence[Tensor]
+    of_routers: Sequence[Sequence[Tensor | None]]
     m: int
-    width: int
-    dtype: torch.dtype
+    buffers: Sequence[Tensor | None]
 
 
-def joined(steps: Sequence[Held]) -> np.ndarray:
-    """Of all steps, one behind the other: [L, their rows, width]. At once, as it takes long to look
-    at each tensor."""
-    shape, L = (sum(held.m for held in steps), steps[0].width), len(steps[0].of_routers)
-    array_LNW = torch.empty(L, *shape, dtype=steps[0].dtype)
-    whole = all(len(held.of_routers[0]) == held.m for held in steps)
-    for r, of in enumerate(zip(*(held.of_routers for held in steps), strict=True)):
+def joined_of(steps: Sequence[Held]) -> list[np.ndarray | None]:
+    """What is recorded of all steps."""
+    rows, found = [held.m for held in steps], list[np.ndarray | None]()
+    for n, buffer in enumerate(steps[0].buffers):
+        values: Any = [[of_router[n] for of_router in held.of_routers] for held in steps]
+        found.append(None if buffer is None else joined(values, rows, buffer))
+    return found
+
+
+def joined(steps: Sequence[Sequence[Tensor]], rows: Sequence[int], buffer: Tensor) -> np.ndarray:
+    """Values of each step and router, the first rows of each step, one behind the other: [L, all
+    rows, width of the buffer]. At once, as it takes long to look at each tensor."""
+    L, _, width = buffer.shape
+    shape = sum(rows), width
+    array_LNW = torch.empty(L, *shape, dtype=buffer.dtype)
+    whole = all(len(of[0]) == m for of, m in zip(steps, rows, strict=True))
+    for r, of in enumerate(zip(*steps, strict=True)):
         if not whole or (values := torch.cat(of)).shape != shape:
-            values = torch.cat(
-                [t[: held.m, : held.width] for t, held in zip(of, steps, strict=True)]
-            )
+            values = torch.cat([t[:m, :width] for t, m in zip(of, rows, strict=True)])
         if values.shape != shape:
             raise ValueError(f"a router returned {tuple(values.shape)}, not {shape}")
         array_LNW[r] = values
@@ -190,14 +198,17 @@ class HostRows:
     """On a CPU nothing is copied in the forward pass: there a copy takes ten times what it takes
     elsewhere, as neither its code nor Python's is in the core's caches. What routers return is
     held, as no engine writes into it (vLLM 0.32, SGLang 0.5.23), and read where there is time.
-    Rows are counted many at a time, in whichever thread asks."""
+    Rows are counted many at a time, in whichever thread asks. `viewed`: tokens and positions of the
+    last step and their memory, as vLLM's are always the same."""
 
     def __init__(self, of: Rows):
         self.of = of
         self.held: list[Any] = [None] * of.shape[0]
         self.tokens, self.total = 0, of.sums.numpy()
-        self.waiting, self.rows_waiting = deque[Held](), 0  # to be counted
+        # to be counted: ids of each router, and the number of rows
+        self.waiting, self.rows_waiting = deque[tuple[list[Tensor], int]](), 0
         self.counting = Lock()
+        self.viewed: Any = (None, None, ())
         self.weighs, self.scores = of.weights is not None, of.logits is not None
 
     def keep(
@@ -222,22 +233,24 @@ class HostRows:
         held, self.held = self.held, [None] * len(self.held)
         if None in held:
             raise MoeInspectError(f"router {held.index(None)} chose no experts in a forward pass")
-        of = self.of
-        choices = list(zip(*held, strict=True))
         if counted:
-            self.waiting.append(Held(choices[0], counted, of.shape[2], torch.int16))
+            self.waiting.append(([choice[0] for choice in held], counted))
             self.rows_waiting += max(counted, FEWEST)
             if self.rows_waiting >= COUNT_AT and not self.counting.locked():
                 self.count()
-        if tokens is None or positions is None or of.weights is None:
+        if tokens is None or positions is None or not self.weighs:
             return []
-        at = slice(0, m) if picked is None else picked.numpy()
-        taken: Taken = [tokens.numpy()[at].copy(), positions.numpy()[at].copy()]
-        for kept, values in zip(of.kept, choices, strict=True):
-            if kept is not None and picked is not None:  # the other rows are not to wait
-                values = [of_router[picked] for of_router in values]
-            # as wide as the buffers that a GPU would have
-            taken.append(None if kept is None else Held(values, m, kept.shape[2], kept.dtype))
+        if tokens is not self.viewed[0] or positions is not self.viewed[1]:
+            views = [memoryview(t.numpy()) for t in (tokens, positions)]
+            self.viewed = tokens, positions, views
+        *_, views = self.viewed
+        if picked is None:
+            taken: Taken = [memoryview(bytes(view[:m])).cast(view.format) for view in views]
+        else:
+            taken = [np.asarray(view)[picked.numpy()] for view in views]
+            # the other rows are not to wait
+            held = [[None if t is None else t[picked] for t in choice] for choice in held]
+        taken.append(Held(held, m, self.of.kept))
         return taken
 
     def count(self) -> tuple[int, np.ndarray]:
@@ -246,9 +259,10 @@ class HostRows:
         with self.counting:
             self.rows_waiting = 0
             if steps := [self.waiting.popleft() for _ in range(len(self.waiting))]:
-                tokens = sum(step.m for step in steps)
+                ids, rows = zip(*steps, strict=True)
+                tokens = sum(rows)
                 try:
-                    ids_LNK = joined(steps).clip(-1, self.of.E)
+                    ids_LNK = joined(ids, rows, self.of.ids).clip(-1, self.of.E)
                 except Exception as error:
                     raise MoeInspectError(f"{tokens} tokens not counted: {error}") from error
                 at = (ids_LNK + self.of.first.numpy()).ravel()

@@ -10,7 +10,7 @@ Read from SGLang 0.5.23. L routers, T rows, K slots, E experts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_inspect.capture.engine.settings import (
@@ -21,7 +21,7 @@ from moe_inspect.capture.engine.settings import (
     tell_unknown,
     tell_why,
 )
-from moe_inspect.capture.engine.step import Scheduled, edges_of
+from moe_inspect.capture.engine.step import Step, edges_of
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
@@ -273,10 +273,11 @@ class Seam:
             return
         self.recorder.after_step(n, ended, lambda: self._whose(batch))
 
-    def _whose(self, batch: Any) -> Scheduled:
+    def _whose(self, batch: Any) -> Step:
         requests, mode = list(batch.rids), batch.forward_mode
         R = len(requests)
-        drafts, rows = list[int](), [1] * R
+        drafts: Sequence[int] = ()
+        rows: Iterable[int] = [1] * R
         if mode.is_target_verify():  # the last token, and a tree of drafts behind it
             rows = [len(batch.input_ids) // R] * R
             drafts = [n - 1 for n in rows]
@@ -286,7 +287,7 @@ class Seam:
         known = [self.prompts.get(request, (0, 2**31)) for request in requests]
         prompts, ends = [prompt for prompt, _ in known], [end for _, end in known]
         tokens, positions = batch.input_ids, batch.positions
-        return Scheduled(requests, edges_of(rows), prompts, drafts, ends, tokens, positions)
+        return Step(requests, edges_of(rows), prompts, drafts, ends, tokens, positions)
 
     def after_sampling(self, judged: Any) -> None:
         """The third that is returned: of each request the rows of the step that are the answer's,

@@ -5,44 +5,14 @@ L routers, n tokens, K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import accumulate, compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 OF_ROWS = "tokens", "positions", "ids", "weights", "logits", "physicals"
-
-
-@dataclass
-class Scheduled:
-    """Whose rows a step has. `edges`: where each request's begin, and the end. `prompts`: tokens of
-    each prompt. Where something is speculated, `drafts`: how many of each request's rows, its last
-    ones, are; `ends`: the position at which each request ends at the latest. `tokens`,
-    `positions`: of the rows, [T] or longer, where the engine has them."""
-
-    requests: Sequence[str]
-    edges: Sequence[int]
-    prompts: Sequence[int]
-    drafts: Sequence[int]
-    ends: Sequence[int]
-    tokens: Tensor
-    positions: Tensor
-
-    def only(self, wanted: Sequence[bool]) -> tuple[Scheduled, np.ndarray]:
-        """Of some requests; and which rows these are."""
-        sizes = np.diff(self.edges)
-        rows = np.flatnonzero(np.repeat(wanted, sizes))
-        requests, sizes, prompts, drafts, ends = (
-            list(compress(of, wanted))
-            for of in (self.requests, sizes.tolist(), self.prompts, self.drafts, self.ends)
-        )
-        edges = edges_of(sizes)
-        return Scheduled(requests, edges, prompts, drafts, ends, self.tokens, self.positions), rows
 
 
 def edges_of(sizes: Iterable[int]) -> list[int]:
@@ -52,32 +22,49 @@ def edges_of(sizes: Iterable[int]) -> list[int]:
 
 @dataclass
 class Step:
-    """A step as it is handed over. `ended`: requests that ended before it. `sampled`: where some of
-    a request's rows are drafts, how many tokens it was given behind it, one more than were
-    accepted; where they are a tree, which of its rows are the answer's, and −1; None where that is
-    unknown. Arrays of a GPU are on their way until `arrive`."""
+    """Whose rows a step has, and, once it is recorded, the rows. `edges`: where each request's
+    begin, and the end. `prompts`: tokens of each prompt. Where something is speculated, `drafts`:
+    how many of each request's rows, its last ones, are; `ends`: the position at which each request
+    ends at the latest. `tokens`, `positions`: until it is recorded where the engine has them, [n]
+    or longer. Arrays of a GPU are on their way until `arrive`; of a CPU what the routers returned
+    is `held`, until many steps are joined."""
 
-    number: int
     requests: Sequence[str]
     edges: Sequence[int]
     prompts: Sequence[int]
     drafts: Sequence[int]  # none where nothing is speculated
     ends: Sequence[int]
-    ended: set[str]
     tokens: Any  # [n]
     positions: Any  # [n]
-    ids: Any  # [L, n, K]
-    weights: Any  # [L, n, K]
-    logits: Any  # [L, n, E] or None
-    physicals: Any  # [L, n, K] or None
-    bytes: int
-    copied: Any = None  # an event
-    # [requests of the engine's step, until `arrive`: those recorded], or [requests, rows]
-    sampled: Any = None
-    wanted: Any = None  # which of them are recorded
+    held: Any = field(init=False, default=None)
+    ids: Any = field(init=False, default=None)  # [L, n, K]
+    weights: Any = field(init=False, default=None)  # [L, n, K]
+    logits: Any = field(init=False, default=None)  # [L, n, E] or None
+    physicals: Any = field(init=False, default=None)  # [L, n, K] or None
+    number: int = field(init=False, default=0)
+    ended: Set[str] = field(init=False, default=frozenset())  # requests that ended before it
+    bytes: int = field(init=False, default=0)
+    copied: Any = field(init=False, default=None)  # an event
+    # where some of a request's rows are drafts, how many tokens it was given behind the step, one
+    # more than were accepted, [requests of the engine's step, until `arrive`: those recorded];
+    # where they are a tree, which of its rows are the answer's, and −1, [requests, rows]; None
+    # where that is unknown
+    sampled: Any = field(init=False, default=None)
+    wanted: Any = field(init=False, default=None)  # which requests are recorded, if not all
     # where experts have replicas, the expert that each of a router is a replica of, [L, P]; None as
     # it is handed over where that has not changed
-    replicas: Any = None
+    replicas: Any = field(init=False, default=None)
+
+    def only(self, wanted: Sequence[bool]) -> tuple[Step, np.ndarray]:
+        """Of some requests; and which rows these are."""
+        sizes = np.diff(self.edges)
+        rows = np.flatnonzero(np.repeat(wanted, sizes))
+        requests, sizes, prompts, drafts, ends = (
+            list(compress(of, wanted))
+            for of in (self.requests, sizes.tolist(), self.prompts, self.drafts, self.ends)
+        )
+        edges = edges_of(sizes)
+        return Step(requests, edges, prompts, drafts, ends, self.tokens, self.positions), rows
 
     def arrive(self) -> None:
         if self.copied is not None:

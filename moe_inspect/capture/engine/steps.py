@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.engine.rows import Held, Rows, joined
+from moe_inspect.capture.engine.rows import Rows, joined_of
 from moe_inspect.capture.engine.settings import Settings, share
-from moe_inspect.capture.engine.step import OF_ROWS, Scheduled, Step
+from moe_inspect.capture.engine.step import OF_ROWS, Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
@@ -48,12 +48,15 @@ def join_rows(steps: Sequence[Step]) -> dict[str, np.ndarray]:
         step.arrive()
     for name in OF_ROWS:
         values = [getattr(step, name) for step in steps]
-        if isinstance(values[0], Held):
-            arrays[name] = joined(values)
-        elif values[0] is not None:
+        if values[0] is not None:
             arrays[name] = np.concatenate(values, axis=min(values[0].ndim - 1, 1))
         for step in steps:
             setattr(step, name, None)
+    if steps[0].held is not None:
+        of_slots = zip(OF_ROWS[2:], joined_of([step.held for step in steps]), strict=True)
+        arrays |= {name: array for name, array in of_slots if array is not None}
+        for step in steps:
+            step.held = None
     return arrays
 
 
@@ -116,7 +119,7 @@ class StepRecorder:
             except Exception as error:
                 self.stop(error)
 
-    def after_step(self, tokens: int, ended: Set[str], whose: Callable[[], Scheduled]) -> None:
+    def after_step(self, tokens: int, ended: Set[str], whose: Callable[[], Step]) -> None:
         """Takes what a forward pass over so many tokens has left in the rows. `ended`: requests
         that ended before it. `whose` is only asked where something is recorded."""
         began = time.perf_counter()
@@ -132,9 +135,11 @@ class StepRecorder:
                 self._live -= ended
                 self._skipped -= ended
             if self.on and tokens and self.link.error is None:
-                recorded = self.settings.trace is not None
                 counted = tokens if self.counting else 0
-                self._take(counted, whose() if recorded else None)
+                if self.settings.trace is not None:
+                    self._take(counted, whose())
+                elif counted:
+                    self.rows.take(counted)
         except Exception as error:
             self.stop(error)
         self.seconds += time.perf_counter() - began
@@ -169,18 +174,18 @@ class StepRecorder:
         self.error = f"{type(error).__name__}: {first_line(error)}"
         log.exception("moe-inspect: recording has stopped")
 
-    def _take(self, counted: int, of: Scheduled | None) -> None:
+    def _take(self, counted: int, step: Step) -> None:
         """Counts the first `counted` rows, and queues those of the requests that are sampled."""
-        wanted, rows = list[bool](), None
-        if of is not None and (self.sample < 1 or self._skipped):
-            wanted = [self._is_sampled(request) for request in of.requests]
-            of, rows = of.only(wanted) if any(wanted) else (None, None)
-        L, n = self.rows.shape[0], 0 if of is None else of.edges[-1]
+        wanted: list[bool] = []
+        rows = None
+        if self.sample < 1 or self._skipped:
+            wanted = [self._is_sampled(request) for request in step.requests]
+            step, rows = step.only(wanted)
+        L, n = self.rows.shape[0], step.edges[-1]
         size = n * self.bytes_per_row + self.bytes_per_step
-        if self.taken - self.sent + size > self.room:
+        if full := self.taken - self.sent + size > self.room:
             self.dropped += n * L
-            of = None
-        if of is None:
+        if full or not step.requests:
             if counted:
                 self.rows.take(counted)
             return
@@ -191,22 +196,21 @@ class StepRecorder:
             picked = picked.to(self.rows.device, non_blocking=True)
         if self._copies is not None:  # what was taken before is on its way from the same place
             torch.accelerator.current_stream().wait_stream(self._copies)
-        taken = self.rows.take(counted, n, picked, of.tokens, of.positions)
+        taken = self.rows.take(counted, n, picked, step.tokens, step.positions)
         replicas = self.replicas()  # the next forward pass may have others
         taken.append(None if replicas is None else replicas.to(torch.int16, copy=True))
-        (*arrays, replicas), copied = self._to_host(taken)
-        ended, self._ended = self._ended, set()
-        self._live.update(of.requests)
-        step = Step(
-            *(self.steps, of.requests, of.edges, of.prompts, of.drafts, of.ends, ended),
-            *arrays,
-            bytes=size,
-            copied=copied,
-            replicas=replicas,
-        )
+        (*arrays, step.replicas), step.copied = self._to_host(taken)
+        if self.rows.host is None:
+            step.tokens, step.positions, *of_slots = arrays
+            step.ids, step.weights, step.logits, step.physicals = of_slots
+        else:
+            step.tokens, step.positions, step.held = arrays
+        step.number, step.bytes = self.steps, size
+        step.ended, self._ended = self._ended, set()
+        self._live.update(step.requests)
         self.taken += size
         self.recorded += n * L
-        if any(of.drafts):
+        if any(step.drafts):
             self._held = step, wanted
         else:
             self.queue.put(step)

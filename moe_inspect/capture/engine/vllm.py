@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from moe_inspect.capture.engine.settings import (
     tell_unknown,
     tell_why,
 )
-from moe_inspect.capture.engine.step import Scheduled, edges_of
+from moe_inspect.capture.engine.step import Step, edges_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 
@@ -133,6 +133,7 @@ class Seam:
 
         layers = recordable_layers(runner.get_model(), config)
         self.runner, moe = runner, layers[0].moe_config
+        self.is_v2 = hasattr(runner, "req_states")  # vLLM's model runner V2
         # a CUDA graph may be captured for more tokens than are ever scheduled
         sizes = config.compilation_config.cudagraph_capture_sizes or []
         T = max([config.scheduler_config.max_num_batched_tokens, *sizes])
@@ -183,11 +184,11 @@ class Seam:
         if self.speculates:
             self.recorder.after_sampling(self.sampled)
 
-    def _whose(self, scheduled: Any) -> Scheduled:
+    def _whose(self, scheduled: Any) -> Step:
         """Tokens and positions are those on the device: with asynchronous scheduling the host's
         come too late."""
         runner = self.runner
-        if hasattr(runner, "req_states"):  # model runner V2
+        if self.is_v2:
             batch = runner.execute_model_state.input_batch
             requests, tokens, positions = list(batch.req_ids), batch.input_ids, batch.positions
             edges = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
@@ -195,13 +196,17 @@ class Seam:
         else:
             requests = list(runner.input_batch.req_ids)
             tokens, positions = runner.input_ids.gpu, runner.positions
-            edges = edges_of(map(scheduled.num_scheduled_tokens.__getitem__, requests))
-            prompts = [runner.requests[r].num_prompt_tokens for r in requests]
-        drafts, ends = list[int](), list[int]()
+            n, states = len(requests), runner.requests
+            edges: Sequence[int] = range(n + 1)
+            if scheduled.total_num_scheduled_tokens != n:
+                edges = edges_of(map(scheduled.num_scheduled_tokens.__getitem__, requests))
+            prompts = [states[request].num_prompt_tokens for request in requests]
+        drafts: Sequence[int] = ()
+        ends: Sequence[int] = ()
         if speculated := scheduled.scheduled_spec_decode_tokens:
             drafts = [len(speculated.get(request, ())) for request in requests]
             ends = [self.ends.get(request, 2**31) for request in requests]
-        return Scheduled(requests, edges, prompts, drafts, ends, tokens, positions)
+        return Step(requests, edges, prompts, drafts, ends, tokens, positions)
 
     def _watch(self, router: Any, n: int, replicas: bool) -> None:
         """Keeps what a router chooses; with `replicas`, when EPLB has mapped it to physical
@@ -233,7 +238,7 @@ class Seam:
     def _watch_sampling(self) -> None:
         """Keeps how many tokens each request of a step is given."""
         runner = self.runner
-        name = "sample" if hasattr(runner, "req_states") else "_sample"
+        name = "sample" if self.is_v2 else "_sample"
         sample: Callable[..., Any] = getattr(runner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
