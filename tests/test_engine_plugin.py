@@ -94,7 +94,7 @@ class Kept:
         recorder = self.recorder
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
         if steps:
-            split_rows(steps, join_rows(steps))
+            split_rows(steps, join_rows(steps, recorder.rows.kept))
         recorder.sent += sum(step.bytes for step in steps)
         return steps
 
@@ -123,6 +123,8 @@ class Engine:
         self.expected: dict[tuple[str, int], list[list[tuple[int, ...]]]] = {}
         self.assignments = np.zeros((L, E), np.int64)
         self.prompts: dict[str, int] = {}
+        self.places = torch.zeros(2, 8 * T, dtype=torch.int64)  # tokens and positions of a step
+        self.tokens, self.positions = self.places
 
     def step(
         self,
@@ -151,14 +153,17 @@ class Engine:
                 self.expected.setdefault((request, position), []).append(chosen)
         requests = [request for request, *_ in spans]
         positions = np.concatenate([np.arange(a, b) for _, a, b in spans] or [np.zeros(0, int)])
+        self.places[:] = -1
+        self.positions[:n] = torch.from_numpy(positions)
+        self.tokens[:n] = self.positions[:n] * 7 % 3000
         scheduled = Step(
             requests,
             edges.tolist(),
             [self.prompts.get(request, 10) for request in requests],
             [drafts.get(request, (0, 0))[0] for request in requests] if drafts else [],
             [2**31] * len(requests) if drafts else [],
-            torch.from_numpy(positions * 7 % 3000),
-            torch.from_numpy(positions),
+            self.tokens,
+            self.positions,
         )
         self.recorder.after_step(n, set(ended), lambda: scheduled)
         if drafts:
@@ -1324,7 +1329,7 @@ def test_of_a_step_only_what_is_recorded_stays_in_memory(tmp_path: Path) -> None
     gc.collect()
     assert not any(of() is not None for of in logits_of)
     step = engine.recorder.queue.get()
-    assert all(len(t) == 1 for ids, weights, *_ in step.held.of_routers for t in (ids, weights))
+    assert all(len(t) == 1 for ids, weights, *_ in step.held for t in (ids, weights))
 
 
 def test_what_a_full_disk_takes_is_a_trace_and_the_rest_is_dropped(tmp_path: Path) -> None:

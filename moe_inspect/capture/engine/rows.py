@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -43,7 +42,7 @@ COUNT_AT = 4096
 FEWEST = 16  # rows that a step counts for: what is held of it takes as much memory
 SELF_CHECK = SelfCheck(__name__)
 # tokens and positions [m], ids and weights [L, m, K], logits [L, m, E] or None, and physical ids
-# [L, m, K] or None; of a CPU tokens, positions and a Held
+# [L, m, K] or None; of a CPU tokens, positions and what each router returned
 Taken = list[Any]
 
 
@@ -158,26 +157,6 @@ class Rows:
         self.sums.view(-1).scatter_add_(0, at, self._one.expand(len(at)))
 
 
-@dataclass
-class Held:
-    """What each router returned in a step: ids, weights, logits, physical ids, of which `buffers`
-    has those that are recorded. The first m rows are wanted, and as many columns as a buffer has:
-    behind them stand padding, and shared experts."""
-
-    of_routers: Sequence[Sequence[Tensor | None]]
-    m: int
-    buffers: Sequence[Tensor | None]
-
-
-def joined_of(steps: Sequence[Held]) -> list[np.ndarray | None]:
-    """What is recorded of all steps."""
-    rows, found = [held.m for held in steps], list[np.ndarray | None]()
-    for n, buffer in enumerate(steps[0].buffers):
-        values: Any = [[of_router[n] for of_router in held.of_routers] for held in steps]
-        found.append(None if buffer is None else joined(values, rows, buffer))
-    return found
-
-
 def joined(steps: Sequence[Sequence[Tensor]], rows: Sequence[int], buffer: Tensor) -> np.ndarray:
     """Values of each step and router, the first rows of each step, one behind the other: [L, all
     rows, width of the buffer]. At once, as it takes long to look at each tensor."""
@@ -199,7 +178,7 @@ class HostRows:
     elsewhere, as neither its code nor Python's is in the core's caches. What routers return is
     held, as no engine writes into it (vLLM 0.32, SGLang 0.5.23), and read where there is time.
     Rows are counted many at a time, in whichever thread asks. `viewed`: tokens and positions of the
-    last step and their memory, as vLLM's are always the same."""
+    last step and their memory, as those of vLLM's runner V1 are always the same."""
 
     def __init__(self, of: Rows):
         self.of = of
@@ -243,15 +222,14 @@ class HostRows:
         if tokens is not self.viewed[0] or positions is not self.viewed[1]:
             views = [memoryview(t.numpy()) for t in (tokens, positions)]
             self.viewed = tokens, positions, views
-        *_, views = self.viewed
+        views = self.viewed[2]
         if picked is None:
             taken: Taken = [memoryview(bytes(view[:m])).cast(view.format) for view in views]
         else:
             taken = [np.asarray(view)[picked.numpy()] for view in views]
             # the other rows are not to wait
             held = [[None if t is None else t[picked] for t in choice] for choice in held]
-        taken.append(Held(held, m, self.of.kept))
-        return taken
+        return [*taken, held]
 
     def count(self) -> tuple[int, np.ndarray]:
         """Tokens and sums, with those that wait. What cannot be counted waits no more: it would

@@ -131,7 +131,7 @@ class Sender(threading.Thread):
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
         if steps:
             try:
-                arrays = join_rows(steps)
+                arrays = join_rows(steps, recorder.rows.kept)
                 for step in steps:
                     known, self._replicas = self._replicas, step.replicas
                     if known is not None and np.array_equal(known, step.replicas):

@@ -25,9 +25,9 @@ class Step:
     """Whose rows a step has, and, once it is recorded, the rows. `edges`: where each request's
     begin, and the end. `prompts`: tokens of each prompt. Where something is speculated, `drafts`:
     how many of each request's rows, its last ones, are; `ends`: the position at which each request
-    ends at the latest. `tokens`, `positions`: until it is recorded where the engine has them, [n]
-    or longer. Arrays of a GPU are on their way until `arrive`; of a CPU what the routers returned
-    is `held`, until many steps are joined."""
+    ends at the latest. `tokens`, `positions`: before it is recorded the engine's own tensors, [n]
+    or longer, then a copy. Arrays of a GPU are on their way until `arrive`. Of a CPU the copies are
+    memoryviews, and what the routers returned is `held`, until many steps are joined."""
 
     requests: Sequence[str]
     edges: Sequence[int]
@@ -36,7 +36,8 @@ class Step:
     ends: Sequence[int]
     tokens: Any  # [n]
     positions: Any  # [n]
-    held: Any = field(init=False, default=None)
+    # what follows is no part of __init__, which runs in each step
+    held: Any = field(init=False, default=None)  # (ids, weights, logits, physicals) of each router
     ids: Any = field(init=False, default=None)  # [L, n, K]
     weights: Any = field(init=False, default=None)  # [L, n, K]
     logits: Any = field(init=False, default=None)  # [L, n, E] or None

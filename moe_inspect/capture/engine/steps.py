@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.engine.rows import Rows, joined_of
+from moe_inspect.capture.engine.rows import Rows, joined
 from moe_inspect.capture.engine.settings import Settings, share
 from moe_inspect.capture.engine.step import OF_ROWS, Step
 from moe_inspect.text import first_line
@@ -40,9 +40,10 @@ def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
     return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
 
 
-def join_rows(steps: Sequence[Step]) -> dict[str, np.ndarray]:
+def join_rows(steps: Sequence[Step], buffers: Sequence[Tensor | None]) -> dict[str, np.ndarray]:
     """Takes the arrays of rows from steps that follow each other, and joins them: to hand over each
-    by itself would take long."""
+    by itself would take long. `buffers`: of ids, weights, logits and physical ids, those that are
+    recorded."""
     arrays = dict[str, np.ndarray]()
     for step in steps:
         step.arrive()
@@ -52,11 +53,15 @@ def join_rows(steps: Sequence[Step]) -> dict[str, np.ndarray]:
             arrays[name] = np.concatenate(values, axis=min(values[0].ndim - 1, 1))
         for step in steps:
             setattr(step, name, None)
-    if steps[0].held is not None:
-        of_slots = zip(OF_ROWS[2:], joined_of([step.held for step in steps]), strict=True)
-        arrays |= {name: array for name, array in of_slots if array is not None}
-        for step in steps:
-            step.held = None
+    if steps[0].held is None:
+        return arrays
+    rows = [step.edges[-1] for step in steps]
+    for n, name in enumerate(OF_ROWS[2:]):
+        if (buffer := buffers[n]) is not None:
+            values = [[choice[n] for choice in step.held] for step in steps]
+            arrays[name] = joined(values, rows, buffer)
+    for step in steps:
+        step.held = None
     return arrays
 
 
@@ -175,17 +180,20 @@ class StepRecorder:
         log.exception("moe-inspect: recording has stopped")
 
     def _take(self, counted: int, step: Step) -> None:
-        """Counts the first `counted` rows, and queues those of the requests that are sampled."""
+        """Counts the first `counted` rows, and queues the step, filled with those of the requests
+        that are sampled."""
         wanted: list[bool] = []
-        rows = None
+        rows, nobody = None, not step.requests
         if self.sample < 1 or self._skipped:
             wanted = [self._is_sampled(request) for request in step.requests]
-            step, rows = step.only(wanted)
-        L, n = self.rows.shape[0], step.edges[-1]
+            nobody = not any(wanted)
+            if not nobody:
+                step, rows = step.only(wanted)
+        L, n = self.rows.shape[0], 0 if nobody else step.edges[-1]
         size = n * self.bytes_per_row + self.bytes_per_step
         if full := self.taken - self.sent + size > self.room:
             self.dropped += n * L
-        if full or not step.requests:
+        if full or nobody:
             if counted:
                 self.rows.take(counted)
             return
