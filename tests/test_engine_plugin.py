@@ -123,8 +123,7 @@ class Engine:
         self.expected: dict[tuple[str, int], list[list[tuple[int, ...]]]] = {}
         self.assignments = np.zeros((L, E), np.int64)
         self.prompts: dict[str, int] = {}
-        self.places = torch.zeros(2, 8 * T, dtype=torch.int64)  # tokens and positions of a step
-        self.tokens, self.positions = self.places
+        self.places = torch.zeros(2, 0, dtype=torch.int64)  # tokens and positions of a step
 
     def step(
         self,
@@ -153,6 +152,9 @@ class Engine:
                 self.expected.setdefault((request, position), []).append(chosen)
         requests = [request for request, *_ in spans]
         positions = np.concatenate([np.arange(a, b) for _, a, b in spans] or [np.zeros(0, int)])
+        if n > self.places.shape[1]:  # else the same place in each step
+            self.places = torch.empty(2, n + T, dtype=torch.int64)
+            self.tokens, self.positions = self.places
         self.places[:] = -1
         self.positions[:n] = torch.from_numpy(positions)
         self.tokens[:n] = self.positions[:n] * 7 % 3000

@@ -88,12 +88,11 @@ class WithPlugin(Server):
         self.traces.catch_up(wait=True)
 
     def step(self, name: str, P: int, position: np.ndarray, token: np.ndarray) -> None:
-        self.steps, n, none = self.steps + 1, len(token), np.zeros(1, int)
-        ids = decisions(token, position, DENSE + 1)[None]
-        weights = np.tile(np.array(WEIGHTS, np.float16), (1, n, 1))
-        edges, ends = np.array([0, n]), np.full(1, 2**31)
-        whose = [name], edges, np.array([P]), none, ends, set[str]()
-        step = Step(self.steps, *whose, token, position, ids, weights, *[None] * 2, bytes=n)
+        self.steps, n = self.steps + 1, len(token)
+        step = Step([name], [0, n], [P], [0], [2**31], token, position)
+        step.ids = decisions(token, position, DENSE + 1)[None]
+        step.weights = np.tile(np.array(WEIGHTS, np.float16), (1, n, 1))
+        step.number, step.bytes = self.steps, n
         self.traces.write([step], 0)
 
     def about(self, path: str) -> dict[str, Any] | None:
