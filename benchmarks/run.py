@@ -60,7 +60,7 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
     import torch
 
     from moe_inspect.capture.corpus.documents import find_sources
-    from moe_inspect.capture.corpus.plan import Plan
+    from moe_inspect.capture.corpus.plan import CorpusPlan
     from moe_inspect.capture.feed import Batch, prefill
     from moe_inspect.capture.options import RecordOptions
     from moe_inspect.capture.recorder import Recorder
@@ -69,7 +69,7 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer("demo")
     network = load_model("demo", load_config("demo")) if name == "bundled" else many_layers()
-    planned = list(Plan(find_sources([]), max_length=512).batches(tokenizer)) * times
+    planned = list(CorpusPlan(find_sources([]), max_length=512).batches(tokenizer)) * times
     batches = [Batch(n, *batch) for n, batch in enumerate(planned)]
     # what prefill() tells of its rows must go somewhere: it is never entered
     silent = Recorder(network, options=RecordOptions(counts_only=True))

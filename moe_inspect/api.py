@@ -230,11 +230,11 @@ def prune(
     progress     called with (forward passes done, in total) after each
 
     Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.interventions.pruning.run import Choice
+    from moe_inspect.interventions.pruning.run import PruningChoice
     from moe_inspect.interventions.pruning.run import prune as run
     from moe_inspect.trace.reader import open_trace
 
-    choice = Choice(
+    choice = PruningChoice(
         by=by, keep=keep, draws=draws, seed=seed, resume=Path(resume) if resume else None
     )
     return run(

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from moe_inspect.capture.corpus import tokenize
 from moe_inspect.capture.corpus.documents import CorpusStats, find_sources, interleaved
 from moe_inspect.capture.corpus.plan import (
+    CorpusPlan,
     Frame,
-    Plan,
     TokenSequence,
     batches,
     sequences,
@@ -158,7 +158,7 @@ def test_bad_places_are_one_clear_line(tmp_path: Path) -> None:
 
 def test_white_space_is_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": " \\n"}\n{"text": "x"}\n{"text": null}\n')
-    plan = Plan(find_sources([str(tmp_path / "a.jsonl")]))
+    plan = CorpusPlan(find_sources([str(tmp_path / "a.jsonl")]))
     assert sum(len(batch) for batch, _ in plan.batches(Characters([], []))) == 1
     stats = plan.stats
     assert (stats.documents, stats.empty_documents) == (1, 2)
@@ -231,10 +231,10 @@ def test_no_room_beside_the_special_tokens() -> None:
 
 def test_the_plan_sees_changed_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
-    before = Plan(find_sources([str(tmp_path / "a.txt")])).record()
-    assert before == Plan(find_sources([str(tmp_path / "a.txt")])).record()
+    before = CorpusPlan(find_sources([str(tmp_path / "a.txt")])).record()
+    assert before == CorpusPlan(find_sources([str(tmp_path / "a.txt")])).record()
     (tmp_path / "a.txt").write_text("two")
-    assert before != Plan(find_sources([str(tmp_path / "a.txt")])).record()
+    assert before != CorpusPlan(find_sources([str(tmp_path / "a.txt")])).record()
 
 
 # --- long texts, tokenized in pieces

@@ -100,7 +100,7 @@ def twice(path: Path) -> None:
     class Cache:
         def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
 
-    watched, cache = token_loss.Places(), Cache()
+    watched, cache = token_loss.CachePlaces(), Cache()
     watched.watch(cache)
     cache.reorder_cache(torch.tensor([1, 2, 0]))
     assert not watched.kept(3).any()

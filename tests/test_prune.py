@@ -22,7 +22,7 @@ from moe_inspect.interventions import ablation
 from moe_inspect.interventions.ablation import Below, HeldOut, ablate_held_out, open_held_out
 from moe_inspect.interventions.pruning import run
 from moe_inspect.interventions.pruning.measure import measure, of_overlap
-from moe_inspect.interventions.pruning.run import Choice, Pruning, prune_held_out
+from moe_inspect.interventions.pruning.run import Pruning, PruningChoice, prune_held_out
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.own import load_object
 from moe_inspect.model.routers import top_k_of
@@ -217,7 +217,7 @@ def said(pruning: Pruning, kind: str) -> str:
 
 def test_what_was_not_calibrated_on_may_lose_to_random(held_out: HeldOut, three: Trace) -> None:
     others = of_domains(held_out, "c", "german", "russian")
-    done = prune_held_out(others, three, Choice(by="reap", keep=0.75))
+    done = prune_held_out(others, three, PruningChoice(by="reap", keep=0.75))
     losses = done.losses.set_index(["plan", "domain"]).loss
     assert losses["reap", "(all)"] > losses["random", "(all)"] + 0.2
     assert "random is better than reap: a loss of 5.4" in said(done, "random")
@@ -226,7 +226,7 @@ def test_what_was_not_calibrated_on_may_lose_to_random(held_out: HeldOut, three:
     assert not said(done, "overlap")
     assert {n: len(of) for n, of in done.dropped.items()} == dict.fromkeys(range(4), 2)
     calibrated = of_domains(held_out, "english", "metamath", "python")
-    same = prune_held_out(calibrated, three, Choice(by="reap", keep=0.75, draws=2))
+    same = prune_held_out(calibrated, three, PruningChoice(by="reap", keep=0.75, draws=2))
     assert not said(same, "random")
     assert not said(same, "coverage")
     assert "30 of 30 held-out documents are in the calibration trace" in said(same, "overlap")
@@ -237,7 +237,7 @@ def test_scores_are_those_of_the_report_and_the_least_go(few: HeldOut, three: Tr
     table["aimer"] = 1 - table["aimer"]
     columns = {"reap": "reap", "ean": "ean_sum", "mean-norm": "mean_norm", "gate": "gate_sum"}
     for by, column in {**columns, "frequency": "assignments", "aimer": "aimer"}.items():
-        done = prune_held_out(few, three, Choice(by=by, keep=0.75, draws=1))
+        done = prune_held_out(few, three, PruningChoice(by=by, keep=0.75, draws=1))
         assert np.allclose(done.scores.score, table[column]), by
         for layer, gone in done.dropped.items():
             of = table[table.layer == layer].set_index("expert")[column]
@@ -274,14 +274,14 @@ def test_text_calibrated_on_is_found_however_it_is_cut(held_out: HeldOut, tmp_pa
 
 def test_rare_and_super_experts_are_named(few: HeldOut, tmp_path: Path) -> None:
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=60, output_norms=True)
-    done = prune_held_out(few, short, Choice(by="frequency", keep=0.75, draws=1))
+    done = prune_held_out(few, short, PruningChoice(by="frequency", keep=0.75, draws=1))
     assert "8 dropped experts had fewer than 32 assignments" in said(done, "few tokens")
     assert "record it with --output-peaks" in said(done, "super experts")
 
 
 def test_what_is_worth_most_alone_stays(few: HeldOut, tmp_path: Path) -> None:
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300)
-    choice = Choice(by="ablation", keep=0.75, draws=1, resume=tmp_path / "kept")
+    choice = PruningChoice(by="ablation", keep=0.75, draws=1, resume=tmp_path / "kept")
     passes: list[int] = []
     done = prune_held_out(few, short, choice, lambda n, total: passes.append(total))
     alone = moe_inspect.ablate("demo", max_tokens=300).experts
@@ -293,7 +293,7 @@ def test_what_is_worth_most_alone_stays(few: HeldOut, tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match="draws is 0"):
         prune_held_out(few, short, replace(choice, draws=0))
     with pytest.raises(MoeInspectError, match="which reap needs: record it with"):
-        prune_held_out(few, short, Choice(by="reap", keep=0.75))
+        prune_held_out(few, short, PruningChoice(by="reap", keep=0.75))
 
 
 def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from moe_inspect.capture.corpus.plan import Plan
+from moe_inspect.capture.corpus.plan import CorpusPlan
 from moe_inspect.capture.corpus.tokenize import Tokenizer
 from moe_inspect.capture.hook import probes
 from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
@@ -241,7 +241,7 @@ def refuse_other_plan(
             )
 
 
-def complete_now(output_dir: Path | Remote, plan: Plan) -> None:
+def complete_now(output_dir: Path | Remote, plan: CorpusPlan) -> None:
     """Sets the status to complete, where all else was committed."""
     manifest = read_manifest(output_dir)
     manifest["corpus"] |= plan.stats.record()

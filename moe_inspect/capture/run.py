@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_inspect.capture.corpus.documents import find_sources
-from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.corpus.plan import CorpusPlan, TokenSequence, longest_sequence
 from moe_inspect.capture.feed import Batch, decode, encode_decode, end_ids, feed_own, prefill
 from moe_inspect.capture.load import Unloaded, unloaded
 from moe_inspect.capture.open_trace import Planned, complete_now, may_resume, resume_from
@@ -57,7 +57,7 @@ def trace_model(
     if options.by_document and found.is_encoder_decoder:
         raise MoeInspectError("counts by document are not known of a model with an encoder")
     length = longest_sequence(options.max_length, found.config, options.generate)
-    plan = Plan(sources, options, length, encoded=found.is_encoder_decoder)
+    plan = CorpusPlan(sources, options, length, encoded=found.is_encoder_decoder)
     record = {
         **plan.record(),
         **found.record(),
@@ -87,7 +87,7 @@ class TraceRun:
     output_dir: Path | Remote
     options: TraceOptions
     ranks: Ranks
-    plan: Plan
+    plan: CorpusPlan
     record: dict[str, object]
 
     def run(self, start: ResumePoint | None, lock: Lock | None, progress: Progress | None) -> None:

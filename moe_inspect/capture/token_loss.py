@@ -76,7 +76,7 @@ def _tokens(call: CallInputs) -> np.ndarray:
     return call.token_BS.numpy() if call.token_BS is not None else np.full((call.B, call.S), -1)
 
 
-class Places:
+class CachePlaces:
     """Where the batch rows of a key-value cache went between passes: watches the `reorder_cache` of
     one cache at a time, which transformers calls."""
 
@@ -276,7 +276,7 @@ class TokenLosses:
         self._fed: Rows | CallInputs | None = None
         self._current: PassLosses | None = None
         self._held: Held | None = None
-        self._places, self._told = Places(), False
+        self._places, self._told = CachePlaces(), False
 
     def begin(self) -> None:
         """A forward pass begins; the one before it may have failed."""

@@ -26,7 +26,7 @@ training_option, weights_option = in_panel("Training"), in_panel("Weights")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsOptions(TableOptions):
+class FactTableOptions(TableOptions):
     """Of a command whose result is text, or every fact as a table."""
 
     format: Format | None = option(
@@ -64,7 +64,7 @@ def describe(
     gpu_hours: float | None = training_option(
         "Also show the model FLOPs utilisation that this many GPU-hours imply.", min=1
     ),
-    write: FactsOptions,
+    write: FactTableOptions,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.result import CHECKPOINT_TABLES, Comparison, Kind
+from moe_inspect.comparison.result import CHECKPOINT_TABLES, Comparison, ComparisonKind
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.registry import Excerpt, table
@@ -148,7 +148,7 @@ def settling(data: Checkpoints) -> Iterator[Finding]:
 
 
 OF_MEAN = ["overlap", "overlap_by_chance", "set_mismatch", "first_choice"]
-Checkpoints.kind = Kind(
+Checkpoints.kind = ComparisonKind(
     of="checkpoints",
     tables=CHECKPOINT_TABLES,
     main="saturation",

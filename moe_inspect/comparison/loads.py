@@ -559,7 +559,7 @@ def step_chart(data: Loads) -> spec.Chart | str:
 
 
 OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
-Loads.kind = result.Kind(
+Loads.kind = result.ComparisonKind(
     of="counts",
     tables=LOAD_TABLES,
     main="load_shift",

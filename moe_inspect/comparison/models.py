@@ -407,7 +407,7 @@ def _apart(frame: pd.DataFrame, most: int) -> pd.DataFrame:
 
 SPREAD = partial(Excerpt, "routers of both traces, spread over their depth", _apart)
 PLACE = ("layer", "router", "trace", "depth")
-Models.kind = result.Kind(
+Models.kind = result.ComparisonKind(
     of="different models",
     tables=MODEL_TABLES,
     main="verdict",

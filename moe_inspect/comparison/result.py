@@ -38,7 +38,7 @@ Facts = dict[str, Sequence[object]]  # key → its value in each trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind(Generic[Made]):
+class ComparisonKind(Generic[Made]):
     """How traces are compared, and how that is shown."""
 
     of: str  # what they hold, in words
@@ -64,7 +64,7 @@ class Comparison(Shown):
     MoeInspectError with the reason, which `why_not("agreement")` returns. `verdict()` is what they
     come to, in plain sentences. `print(comparison)` is one screen of it."""
 
-    kind: ClassVar[Kind[Any]]
+    kind: ClassVar[ComparisonKind[Any]]
 
     def __init__(self, traces: Sequence[Trace], given: Mapping[str, object]):
         self.traces, self.a, self.b = list(traces), traces[0], traces[-1]

@@ -24,7 +24,7 @@ from torch.nn import Module, ModuleList
 
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.capture.corpus.documents import find_sources
-from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.corpus.plan import CorpusPlan, TokenSequence, longest_sequence
 from moe_inspect.capture.feed import forward, forward_own, logits_of, padded
 from moe_inspect.capture.hook.stack import replaced
 from moe_inspect.capture.load import unloaded
@@ -110,7 +110,7 @@ def open_held_out(model: str, options: TraceOptions) -> HeldOut:
             f"{found.name} has an encoder and a decoder, and no loss on plain text: measure its "
             "own with moe_inspect.intervene(model, drop=…)"
         )
-    plan = Plan(sources, options, longest_sequence(options.max_length, found.config, 0))
+    plan = CorpusPlan(sources, options, longest_sequence(options.max_length, found.config, 0))
     batches = [sequences for sequences, _ in plan.batches(found.tokenizer)]
     source = ", ".join(options.data) or "the bundled corpus"
     if not any(len(s.ids) > 1 for batch in batches for s in batch):

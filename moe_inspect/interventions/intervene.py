@@ -24,7 +24,7 @@ from moe_inspect.capture.open_trace import ALTERED
 from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions import rules
-from moe_inspect.interventions.replay import Replay
+from moe_inspect.interventions.replay import DecisionReplay
 from moe_inspect.model.choices import Args, Called, Kwargs, called_with
 from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.find import no_routers, routers_in
@@ -97,7 +97,7 @@ class Intervention:
         self.force = _by_site(self.sites, force or {}, "force")
         self.shuffle, self._of_rows = shuffle, replay is not None or shuffle is not None
         self._check()
-        self.replay = Replay(open_trace(replay), self.sites) if replay is not None else None
+        self.replay = DecisionReplay(open_trace(replay), self.sites) if replay is not None else None
         self.how, self._done_R4 = [""] * len(self.sites), np.zeros((len(self.sites), 4), np.int64)
         self._attachment = _Attachment(model, self)
         self._attachment.one_thread = self._of_rows

@@ -19,7 +19,7 @@ from moe_inspect.model.routers import Site
 from moe_inspect.trace.reader import Trace
 
 
-class Replay:
+class DecisionReplay:
     """The decisions of `trace`, in memory, for a model with the routers `sites`.
 
     A sequence is recognised by its token ids when it is first fed, whole or from its beginning on,

@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.choices import Args, Call, Called, Choice, Kwargs
+from moe_inspect.model.choices import Args, Called, Choice, Kwargs, ModuleCall
 from moe_inspect.model.families import BEYOND
 from moe_inspect.model.routers import Site
 
@@ -215,7 +215,7 @@ def replaced(
 ) -> Called:
     """(args, kwargs) of a call that is read before it runs, else its output, with the choice `new`
     instead of `own`. MoeInspectError where the site does not show how."""
-    call = Call(site.module, args, kwargs, output)
+    call = ModuleCall(site.module, args, kwargs, output)
     if site.adapter is not None and site.adapter.replace is not None:
         return site.adapter.replace(call, *new)
     at_call = site.adapter is None or site.adapter.at_call

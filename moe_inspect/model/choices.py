@@ -25,7 +25,7 @@ Choice: TypeAlias = "tuple[Tensor, Tensor]"  # expert ids int [T, K], gate weigh
 GIVEN = "moe_inspect_choice"
 
 
-class Call(NamedTuple):
+class ModuleCall(NamedTuple):
     """Of a module; `output` is None where it is read before it runs."""
 
     module: Called
@@ -172,7 +172,7 @@ def _takes_mask_for_ids(experts_class: type) -> bool:
 # --- the call of an adapter with another choice
 
 
-def replace_llama4(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
+def replace_llama4(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     # the scores are what the experts are called with; of the logits all but the chosen are masked,
     # so that whoever chooses by them sees the same experts
     scores_TE, logits_TE = call.output
@@ -183,7 +183,7 @@ def replace_llama4(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     return _scattered(scores_TE, ids_TK, weights_TK), shown_TE
 
 
-def replace_jetmoe(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
+def replace_jetmoe(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     # what the experts are called with is sorted by expert; whoever reads the choice again takes it
     # from the logits, of which a softmax over the chosen gives the weights
     logits_TE, K = call.output[4], ids_TK.shape[1]
@@ -195,7 +195,7 @@ def replace_jetmoe(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     return order_S, order_S.div(K, rounding_mode="trunc"), gates_S, sizes, shown_TE
 
 
-def replace_aria(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
+def replace_aria(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     # they choose by the logits that they are handed, and weigh by a softmax over the chosen: these
     # weights, divided by their sum
     values = call.values
@@ -206,13 +206,13 @@ def replace_aria(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     return call.having(values)
 
 
-def replace_nllb(call: Call, ids_TK: Tensor, weights_TK: Tensor, nobody: int = 0) -> Called:
+def replace_nllb(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor, nobody: int = 0) -> Called:
     # its experts take for ids what they are handed as a mask
     nowhere = ids_TK < 0
     return call.choosing(ids_TK.masked_fill(nowhere, nobody), weights_TK.masked_fill(nowhere, 0))
 
 
-def replace_doge(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
+def replace_doge(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     # router and experts run in one function: its output is made again, as it makes it
     import torch
 
@@ -229,7 +229,7 @@ def replace_doge(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     return shared + experts.view(hidden.shape), logits
 
 
-def replace_switch(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
+def replace_switch(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     from torch.nn.functional import one_hot
 
     E = call.values[1].shape[-1]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from moe_inspect.model import choices
-from moe_inspect.model.choices import Args, Call, Called, Choice, Kwargs
+from moe_inspect.model.choices import Args, Called, Choice, Kwargs, ModuleCall
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,7 @@ class Adapter:
     applies: Callable[[Called], bool] = lambda module: True
     parameters: tuple[str, ...] = ()
     note: str = ""
-    replace: Callable[[Call, Tensor, Tensor], Called] | None = None
+    replace: Callable[[ModuleCall, Tensor, Tensor], Called] | None = None
     among: Callable[..., Choice] | None = None
     drops: Callable[[Called], bool] = lambda router: False
     dropped: Callable[[Called, Called], Tensor] | None = None

@@ -90,7 +90,7 @@ def atlas(
 
 
 @dataclass
-class Planned:
+class PlannedPage:
     """A page of the site. trace: None where the page is kept without its trace. entry: the one that
     is there, {} where there is none. content: the hash of the trace."""
 
@@ -101,11 +101,11 @@ class Planned:
 
 def _planned(
     traces: Sequence[Trace], before: Sequence[Entry], text: Amount, add: bool
-) -> list[Planned]:
+) -> list[PlannedPage]:
     """The pages in order, each with the entry of the same trace, else of one at its address."""
-    named = [Planned(trace, {}, content_of(trace)) for trace in traces]
+    named = [PlannedPage(trace, {}, content_of(trace)) for trace in traces]
     left = list(before)
-    same: list[Callable[[Planned, Entry], bool]] = [
+    same: list[Callable[[PlannedPage, Entry], bool]] = [
         lambda one, entry: entry["key"] == _key(one.content, text),
         lambda one, entry: one.trace is not None and entry["address"] == address(one.trace),
     ]
@@ -117,11 +117,11 @@ def _planned(
     if not add:
         return named
     of = {id(one.entry): one for one in named if one.entry}
-    there = [of.get(id(entry), Planned(None, entry)) for entry in before]
+    there = [of.get(id(entry), PlannedPage(None, entry)) for entry in before]
     return there + [one for one in named if not one.entry]
 
 
-def _make(directory: Directory, plan: Sequence[Planned], text: Amount) -> set[str]:
+def _make(directory: Directory, plan: Sequence[PlannedPage], text: Amount) -> set[str]:
     """Writes the pages that are not there as they would be; returns their names."""
     made, names = set[str](), {one.entry["name"] for one in plan if one.entry}
     directory.taken |= {one.entry["page"] for one in plan if one.entry}
@@ -157,9 +157,9 @@ def _free_name(trace: Trace, taken: set[str]) -> str:
     return next(one for one in tries if one not in taken)
 
 
-def _compare(plan: Sequence[Planned]) -> None:
+def _compare(plan: Sequence[PlannedPage]) -> None:
     """Fills in the saturation of the entries: of models of one shape, with the last of them."""
-    groups: dict[object, list[tuple[Planned, Trace]]] = {}
+    groups: dict[object, list[tuple[PlannedPage, Trace]]] = {}
     for one in plan:
         if one.trace is not None:
             groups.setdefault(_shape(one.trace), []).append((one, one.trace))

@@ -22,7 +22,7 @@ KEY = "replicas"
 MOST_BATCH = 2**31 - 1
 
 
-class Placed(NamedTuple):
+class PlacedExperts(NamedTuple):
     """From forward pass `batch` on, the physical experts 0, 1, … of a router are replicas of
     `experts`; −1 for none."""
 
@@ -31,19 +31,19 @@ class Placed(NamedTuple):
     experts: list[int]
 
 
-def of_passes(maps: Iterable[tuple[int, np.ndarray]]) -> list[Placed]:
+def of_passes(maps: Iterable[tuple[int, np.ndarray]]) -> list[PlacedExperts]:
     """Of the maps [L, P] of consecutive forward passes."""
-    found, last_LP = list[Placed](), None
+    found, last_LP = list[PlacedExperts](), None
     for batch, map_LP in maps:
         if map_LP is not last_LP:
-            found += [Placed(batch, r, experts) for r, experts in enumerate(map_LP.tolist())]
+            found += [PlacedExperts(batch, r, experts) for r, experts in enumerate(map_LP.tolist())]
         last_LP = map_LP
     return changes(found)
 
 
-def changes(placed: Iterable[Placed]) -> list[Placed]:
+def changes(placed: Iterable[PlacedExperts]) -> list[PlacedExperts]:
     """Without what held before."""
-    now, found = dict[int, list[int]](), list[Placed]()
+    now, found = dict[int, list[int]](), list[PlacedExperts]()
     for one in placed:
         if now.get(one.router) != one.experts:
             now[one.router] = one.experts
@@ -51,19 +51,19 @@ def changes(placed: Iterable[Placed]) -> list[Placed]:
     return found
 
 
-def metadata(placed: Iterable[Placed], batches: int = 0) -> dict[str, str]:
+def metadata(placed: Iterable[PlacedExperts], batches: int = 0) -> dict[str, str]:
     """What a file of decisions states. `batches`: added to the numbers of forward passes."""
     stated = [one._replace(batch=one.batch + batches)._asdict() for one in placed]
     return {KEY: json.dumps(stated, separators=(",", ":"))}
 
 
-def read(columns: pa.Schema, file: str, routers: list[Router]) -> list[Placed]:
+def read(columns: pa.Schema, file: str, routers: list[Router]) -> list[PlacedExperts]:
     """What a file states. Damaged where that is missing or impossible."""
     stated, now = (columns.metadata or {}).get(KEY.encode()), dict[int, int]()
     if stated is None:
         raise Damaged(file, f"its metadata have no {KEY}")
     try:
-        found = [Placed(**entry) for entry in parsed(stated)]
+        found = [PlacedExperts(**entry) for entry in parsed(stated)]
         for n, one in enumerate(found):
             _check(n, one, routers)
             if one.batch <= now.get(one.router, -1):
@@ -74,7 +74,7 @@ def read(columns: pa.Schema, file: str, routers: list[Router]) -> list[Placed]:
     return found
 
 
-def _check(n: int, one: Placed, routers: list[Router]) -> None:
+def _check(n: int, one: PlacedExperts, routers: list[Router]) -> None:
     for name, most in (("batch", MOST_BATCH), ("router", len(routers) - 1)):
         if type(value := getattr(one, name)) is not int or not 0 <= value <= most:
             raise ValueError(f"{name} of entry {n} is not one of 0 to {most}")
@@ -87,7 +87,7 @@ def _check(n: int, one: Placed, routers: list[Router]) -> None:
 class Maps:
     """Those of a shard, to look physical experts up in."""
 
-    def __init__(self, placed: Sequence[Placed], routers: int):
+    def __init__(self, placed: Sequence[PlacedExperts], routers: int):
         # from which forward pass on each holds [M]; and they, behind one of before [1 + M, P + 1]
         self._of_routers = list[tuple[np.ndarray, np.ndarray]]()
         for r in range(routers):

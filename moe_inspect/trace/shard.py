@@ -18,7 +18,7 @@ from moe_inspect.trace import parts, replicas, slot_order
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.parts import FileRows, Stated
-from moe_inspect.trace.replicas import Placed
+from moe_inspect.trace.replicas import PlacedExperts
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.shard_list import ShardFiles, are_replaced
 
@@ -139,7 +139,7 @@ class Shard:
         """float32 [T, K], the gate weights, 0 where a slot routed nowhere."""
         return np.stack(self.slot_weights(router)).T
 
-    def replicas(self) -> list[Placed]:
+    def replicas(self) -> list[PlacedExperts]:
         """Which experts the physical ones are replicas of, from which forward pass on."""
         columns, name = self.schema("routing"), self.files.paths["routing"]
         return replicas.read(columns, name, self.trace.routers)
@@ -218,7 +218,7 @@ class JoinedShards(Shard):
     def schema(self, name: str) -> pa.Schema:
         return pa.unify_schemas([part.schema(name) for part in self.parts])
 
-    def replicas(self) -> list[Placed]:
+    def replicas(self) -> list[PlacedExperts]:
         return replicas.changes(one for part in self.parts for one in part.replicas())
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:

@@ -37,7 +37,7 @@ LONG = 20_000_000
 
 
 @dataclass(frozen=True)
-class Request:
+class CountRequest:
     """What is counted, and `empty`: counts of nothing. `plans`: the tables by token id of each
     stack, where they were asked for; `top`: token ids per expert that are listed."""
 
@@ -75,7 +75,7 @@ def count_trace(
     total = no_counts(trace.routers, selection.routers, asked, sizes)
     fast, by_id = is_long(trace, selection, asked), "token_ids" in asked
     plans = token_ids.plans_of(trace, selection, every=not top) if by_id else {}
-    request = Request(selection, asked, windows, fast, total, plans, top)
+    request = CountRequest(selection, asked, windows, fast, total, plans, top)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     threads = threads if fast else 1  # what numpy counts holds the GIL
     if by_id:
@@ -146,7 +146,7 @@ def _counting(
 
 
 def _of_runs(
-    trace: Trace, request: Request, threads: int, progress: Callable[[int], None] | None
+    trace: Trace, request: CountRequest, threads: int, progress: Callable[[int], None] | None
 ) -> Iterator[Counts]:
     """The counts of every run of shards, in order. The routers of the last runs are shared out
     among threads, so that none is left with a whole run while others have nothing."""
@@ -168,7 +168,7 @@ def _of_runs(
 
 
 def _counts_of(
-    trace: Trace, request: Request, sent: bool, run: range, routers: tuple[int, ...]
+    trace: Trace, request: CountRequest, sent: bool, run: range, routers: tuple[int, ...]
 ) -> Counts:
     """The counts of a run of shards at some routers. `sent`: to another process."""
     asked = request.selection, request.wants, request.windows, request.fast, routers
@@ -185,7 +185,7 @@ def _counts_of(
 class RouterGroup:
     """The counts of some routers while shards are added, in their order."""
 
-    def __init__(self, request: Request, routers: Sequence[int]):
+    def __init__(self, request: CountRequest, routers: Sequence[int]):
         self.request, self.routers, self.counts = request, routers, empty_like(request.empty)
         listed = request.empty.routers
         self.tables = {
@@ -211,7 +211,7 @@ class RouterGroup:
 
 
 def _with_token_ids(
-    trace: Trace, request: Request, threads: int, progress: Callable[[int], None] | None
+    trace: Trace, request: CountRequest, threads: int, progress: Callable[[int], None] | None
 ) -> Counts:
     routers = request.selection.routers
     if trace.scheduler is not None:
@@ -226,7 +226,7 @@ def _with_token_ids(
     )
 
 
-def _groups(request: Request, routers: Sequence[int]) -> Iterator[list[int]]:
+def _groups(request: CountRequest, routers: Sequence[int]) -> Iterator[list[int]]:
     """Routers whose tables, those of pairs too, fit in TABLE_BYTES; at least one at a time."""
     group, total = list[int](), 0
     for r in routers:
@@ -242,7 +242,7 @@ def _groups(request: Request, routers: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _on_threads(
-    trace: Trace, request: Request, routers: list[int], threads: int, told: Advance
+    trace: Trace, request: CountRequest, routers: list[int], threads: int, told: Advance
 ) -> list[Counts]:
     """The counts of a group, in parts. While a shard is counted the tokens of the next are read."""
     n, by = min(threads, len(routers)), kernels(request.fast)
@@ -263,7 +263,7 @@ def _on_threads(
     return [group.result() for group in groups]
 
 
-def _on_a_worker(trace: Trace, routers: list[int], request: Request) -> dict[int, Counts]:
+def _on_a_worker(trace: Trace, routers: list[int], request: CountRequest) -> dict[int, Counts]:
     """The counts of these routers by groups, each under the first of its routers."""
     return {
         group[0]: part

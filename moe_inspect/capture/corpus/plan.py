@@ -28,7 +28,7 @@ WINDOW_BATCHES = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class CorpusPlan:
     """The batches, and what determines them. `max_length`: tokens of the longest sequence;
     `encoded`: the text is the input of an encoder."""
 

@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 
 from moe_inspect.capture.corpus.documents import find_sources
-from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.corpus.plan import CorpusPlan, TokenSequence, longest_sequence
 from moe_inspect.capture.inside import Inside, started_with, told_inside, traces_inside
 from moe_inspect.capture.open_trace import (
     complete_now,
@@ -90,7 +90,7 @@ class EngineRun:
             )
         self.url, self.output_dir, self.engine, self.options = url, output_dir, engine, options
         self.resumes = may_resume(output_dir, options)
-        self.plan = Plan(find_sources(options.data, leave_out=output_dir), options)
+        self.plan = CorpusPlan(find_sources(options.data, leave_out=output_dir), options)
         self.protocol, self.model_config = protocols.ENGINES[engine], model_config
         of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         self.config = load_config(model_config, **of_hub)
@@ -114,7 +114,7 @@ class EngineRun:
             asyncio.run(self._run(progress))
         return Trace(self.output_dir)
 
-    def _record(self, plan: Plan) -> Json:
+    def _record(self, plan: CorpusPlan) -> Json:
         """The settings that a resumed run must share, as far as they are known without the
         server."""
         layers = self.options.layers
@@ -261,7 +261,7 @@ class EngineRun:
         self,
         http: httpx.AsyncClient,
         served: Served,
-        plan: Plan,
+        plan: CorpusPlan,
         batches: Iterator[tuple[list[TokenSequence], list[Document]]],
         manifest: Json,
         start: ResumePoint | None,

@@ -226,7 +226,7 @@ def _of_b(
     return [*routes.values()]
 
 
-Decisions.kind = result.Kind(
+Decisions.kind = result.ComparisonKind(
     of="decisions",
     tables=result.TABLES,
     main="agreement",

@@ -79,7 +79,7 @@ class Pruning:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class PruningChoice:
     """How experts are chosen: the share `keep` of each layer by the scores `by`, beside `draws`
     choices at random from `seed` on. `resume`: the directory of an ablation's losses."""
 
@@ -94,7 +94,7 @@ def prune(
     model: str,
     options: TraceOptions,
     trace: Trace,
-    choice: Choice,
+    choice: PruningChoice,
     output: Path | None = None,
     progress: Progress | None = None,
 ) -> Pruning:
@@ -144,7 +144,7 @@ def prune(
 
 
 def prune_held_out(
-    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
+    held_out: HeldOut, trace: Trace, choice: PruningChoice, progress: Progress | None = None
 ) -> Pruning:
     """What goes by the score asked for, beside frequency and chance, and what is lost with it."""
     if choice.draws < 1:

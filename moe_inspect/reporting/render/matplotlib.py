@@ -88,7 +88,7 @@ class ColourBar(NamedTuple):
     height: float
 
 
-class Placed(NamedTuple):
+class PlacedPanel(NamedTuple):
     """A panel with all that its size depends on. title: its lines. height: of its axes; above: of
     its title, its legend and its colour bar; beside: of what stands left of its axes. bar: its own,
     where panels do not share one."""
@@ -160,7 +160,7 @@ class _Sheet:
         wide, high = self.figure.get_size_inches()
         self.figure.text(left / wide, 1 - top / high, plain(text), **style)
 
-    def _place(self, panel: spec.Panel, alone: bool) -> Placed:
+    def _place(self, panel: spec.Panel, alone: bool) -> PlacedPanel:
         lines = self._lines(panel.title, 9.5, self.breadth, "bold") if panel.title else []
         above = 0.08 + 0.18 * len(lines) if lines else 0
         legend_columns, bar = 0, None
@@ -182,9 +182,9 @@ class _Sheet:
             above += 0.14 + 0.155 * rows if rows else 0.05
         # room for the labels and the title of the vertical axis
         beside = self._widest([label for _, label in ticks]) + 0.09 + (0.2 if panel.y.title else 0)
-        return Placed(panel, lines, height, above, beside, ends, ticks, legend_columns, bar)
+        return PlacedPanel(panel, lines, height, above, beside, ends, ticks, legend_columns, bar)
 
-    def _panel(self, of: Placed, left: float, beside: float, top: float, above: float) -> None:
+    def _panel(self, of: PlacedPanel, left: float, beside: float, top: float, above: float) -> None:
         """left, top: where it begins; beside, above: what lies left of and above its axes."""
         panel, heatmap = of.panel, of.panel.heatmap
         # right of the axes, half of a label below their end
