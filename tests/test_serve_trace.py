@@ -296,6 +296,8 @@ def test_the_log_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("--resume --overwrite -- vllm serve demo", 2, "--overwrite replaces it: give only one"),
         ("--data nowhere -- vllm serve demo", 1, "no text at nowhere"),
         ("--device cpu -- vllm serve demo", 2, "No such option: --device"),
+        ("demo -o t -- vllm serve demo", 2, "'demo' stands before the options"),
+        ("-- wrapped -- vllm serve", 1, "no program wrapped: activate"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_started(

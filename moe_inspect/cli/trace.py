@@ -369,10 +369,23 @@ class ServedRequests(RequestOptions):
     panel = "Engine"
 
 
+def engine_command(command: list[str] | None) -> list[str] | None:
+    """The first word that is no option begins it, so that options behind that word are lost."""
+    before = command[: command.index("--")] if command and "--" in command else []
+    if {"-o", "--output"} & {*before}:
+        raise typer.BadParameter(
+            f"{before[0]!r} stands before the options: they come first, then -- and the command, "
+            "like -o runs/a -- vllm serve MODEL"
+        )
+    return command
+
+
 def serve_trace(
     *,
     command: list[str] | None = argument(
-        "The command that starts the engine, after two dashes: -- vllm serve MODEL …", "-- COMMAND"
+        "The command that starts the engine, after two dashes: -- vllm serve MODEL …",
+        "-- COMMAND",
+        callback=engine_command,
     ),
     engine: EngineName | None = served_option("The serving engine (default: by its command)."),
     model_config: str | None = served_option(
