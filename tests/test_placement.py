@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import report
 from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement import forecast
 from moe_inspect.simulate.placement.forecast import busiest, descend_windows, drawn, kriging
@@ -22,6 +23,7 @@ from moe_inspect.simulate.placement.search import CLOSE
 from moe_inspect.simulate.placement.tables import least_busiest
 from moe_inspect.simulate.placement.windows import reached, table_of
 from moe_inspect.simulate.result import Simulation
+from moe_inspect.trace.reader import open_trace
 from tests.conftest import ROOT
 from tests.support.drift import CASES, drifting, mean_over_windows
 from tests.support.exact import fits_apart
@@ -411,3 +413,32 @@ def test_a_linear_program_shares_replicas_as_well_as_can_be() -> None:
         found_W = least_busiest(load_WE, share_EG)
         assert found_W == pytest.approx(at_least_W)
         assert (found_W <= (load_WE @ share_EG).max(1) + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "said"),
+    [
+        (None, ""),
+        (144, ""),
+        (145, "the shortest of each 2,320 tokens first"),
+        (578, "the shortest of each 9,248 tokens first"),
+        (579, "the shortest first"),
+    ],
+)
+def test_documents_that_were_fed_by_length_are_said_to_be(
+    batch_tokens: int | None, said: str
+) -> None:
+    """9,254 tokens. Those of 16 batches are sorted together: over a quarter of them, or all."""
+    trace = open_trace(ROOT / "sample_traces/collapsed")
+    trace.manifest["corpus"]["plan"] = (
+        {} if batch_tokens is None else {"batch_tokens": batch_tokens}
+    )
+    assert bool(trace.fed_by_length) == bool(said)
+    assert said in trace.fed_by_length
+    assert (trace.fed_by_length in simulate_placement(trace, gpus=2).verdict) == bool(said)
+    whole = simulate_placement(trace, gpus=2, fit_share=1)
+    assert not any("by length" in one for one in whole.verdict)
+    [drifts] = [one.text for one in report(trace).verdict() if one.kind == "drift"]
+    assert drifts.endswith(
+        trace.fed_by_length or "Text that changes along the trace moves load too."
+    )

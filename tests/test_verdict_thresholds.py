@@ -64,9 +64,11 @@ def of_domains(
     return stub(of, domains=("code", "law"), by_domain=[np.array([first, second])], **given)
 
 
-def ties(rate: float, limit: float = 0.01, tables: tuple[str, ...] = ("logits",)) -> Any:
+def ties(
+    rate: float, limit: float = 0.01, tables: tuple[str, ...] = ("logits",), documents: int = 60
+) -> Any:
     rows = [{"layer": r, "router": r, "tie_rate": value} for r, value in ((0, 0.0), (1, rate))]
-    made = stub(row(EVEN), row(EVEN), router=rows, limits={"tie": limit})
+    made = stub(row(EVEN), row(EVEN), router=rows, limits={"tie": limit}, documents=documents)
     made.trace.tables = tables
     return made
 
@@ -141,7 +143,7 @@ SPOKEN = {
     "and what chance gives": (balance.balance, stub(near(1.1, expected_by_chance=1.02)), "expected by chance: 1.02x"),
     "or one figure": (balance.balance, stub(near(1.1)), "expected by chance: 1.01x)"),
     "counts, beyond any documents": (balance.balance, stub(near(1.4, expected_by_chance=1 + 0.4 / 31.63), counts_only=True), "Layer 0 is uneven"),
-    "counts, as long documents": (balance.balance, stub(near(1.4, expected_by_chance=1 + 0.4 / 31.62), counts_only=True), "Too little data to judge balance"),
+    "counts, as long documents": (balance.balance, stub(near(1.4, expected_by_chance=1 + 0.4 / 31.62), counts_only=True), "Counts alone cannot tell whether the load is even: at worst, in layer 0"),
     "counts have no interval": (balance.balance, stub(near(1.4, max_over_mean_low=math.nan), counts_only=True), "(no interval from counts alone; expected"),
     "an interval": (balance.balance, stub(near(1.2)), "(95% interval 1.19-"),
     "at the ceiling": (balance.balance, stub(row([500] + [0] * 7)), "expert 0 gets 8.00x the mean load (every token goes to it; expected"),
@@ -294,6 +296,11 @@ def test_sentences(case: str):
     assert (found is None) if says is None else (found is not None and says in found.text), found
 
 
+def test_ties_of_few_documents_are_no_warning():
+    severities = [specialization.router_ties(ties(0.01, documents=n)).severity for n in (7, 8)]
+    assert severities == ["note", "warning"]
+
+
 def told(
     *rows: dict[str, Any], documents: Any = (30, 30), seed: int | None = None, **given: Any
 ) -> str:
@@ -423,6 +430,14 @@ def test_capacity_names_the_worst_router():
     ]
     for sentence, said in zip(made.verdict, expected, strict=True):
         assert said in sentence
+    ends.loc[(r, "document", 10), "simulated_drop_rate"] = np.nan
+    tables = {**made.tables, "capacity_by_position": ends.reset_index()}
+    unknown = capacity_text.verdict(tables, dict(made.settings), dict(enumerate("0123")))
+    assert len(unknown) == len(expected) - 1, "a tenth without tokens"
+    wide = simulate_capacity(ROOT / "sample_traces/collapsed", capacity_factors=[64.0])
+    assert wide.verdict[0].endswith("forward pass, no layer would drop an assignment.")
+    assert "takes a factor of" in wide.verdict[1]
+    assert len(wide.verdict) == 2
     nothing = {**made.tables, "capacity": main.reset_index().assign(simulated_drop_rate=np.nan)}
     assert capacity_text.verdict(nothing, dict(made.settings), {}) == [
         "Simulated: no router made an assignment, so nothing could be dropped."
@@ -439,7 +454,9 @@ def test_decode_says_what_it_has_steps_of():
     chance = "(25% of them; expected by chance: 2.0)."
     assert sentences[0] == f"1 sequence reads 2.0 experts per layer and step {chance}"
     assert sentences[2] == "No step of 32 sequences: the trace has too few at any position."
-    saturated = "From 24 sequences on, a step reads 95% of the experts in use in every layer"
+    saturated = (
+        "From 24 sequences on, a step would read 95% of the experts in use in every layer, if"
+    )
     assert sentences[3].startswith(saturated)
     assert len(sentences) == 5
     tables = {"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])}

@@ -152,7 +152,7 @@ def test_policies_that_only_chance_sets_apart_are_not_said_to_differ(tmp_path: P
         made = simulate_placement(trace, fit_domains="a", policies=PLAIN, gpus=4)
         assert made.settings["recommended"] == "contiguous"
         assert (made.tables["policies"]["slower_p"] >= 0.01).all()
-        said = "than the fastest by 1% or beyond chance: contiguous, round-robin, eplb."
+        said = "than the fastest by 1% or beyond chance (p < 0.01): contiguous, round-robin, eplb."
         assert said in made.verdict[-2]
     assert made.tables["policies"]["slowdown"].nunique() > 1, "control"
     assert set(made.tables["plan"]["policy"]) == {"contiguous"}

@@ -128,7 +128,7 @@ def settling(data: Checkpoints) -> Iterator[Finding]:
     chance = float(rows["overlap_by_chance"].mean())
     settled = [i for i in mean.index if (mean.loc[i:] >= SETTLED).all()]
     within = f"the routing is within {SETTLED:.0%} of the last"
-    when = f"No checkpoint reaches {SETTLED:.0%} of the last"
+    when = f"From no checkpoint on does the routing stay within {SETTLED:.0%} of the last"
     if any(len(made.counts.domain_U[made.units]) < FEWEST_TO_JUDGE for made in data.comparisons):
         settled, when = [], f"Too few documents to tell when {within}"
     elif settled:
@@ -137,7 +137,7 @@ def settling(data: Checkpoints) -> Iterator[Finding]:
     text = f"{when}: mean overlap {ends} (by chance {chance:.1%})."
     first = rows[rows["checkpoint"] == 0]
     most, least = (first.iloc[i] for i in (first["overlap"].argmax(), first["overlap"].argmin()))
-    if most["overlap"] > least["overlap"]:
+    if f"{most['overlap']:.1%}" != f"{least['overlap']:.1%}":
         text += (
             f" At the first checkpoint layer {data.label(int(most['router']))} agrees most "
             f"({most['overlap']:.1%}), layer {data.label(int(least['router']))} least "

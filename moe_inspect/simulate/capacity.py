@@ -418,15 +418,18 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     worst = at.loc[at["simulated_drop_rate"].idxmax()]
     label, most = label_of[worst["router"]], needed.loc[needed["capacity_factor"].idxmax()]
     everywhere = across[across["capacity_factor"] == factor].iloc[0]
+    drops = bool(worst["dropped"])
+    at_factor = f"at capacity factor {factor:g}, in groups of {_group(settings['group_tokens'])}"
     sentences = [
-        f"Simulated: at capacity factor {factor:g}, in groups of "
-        f"{_group(settings['group_tokens'])}, layer {label} would drop most: "
+        f"Simulated: {at_factor}, layer {label} would drop most: "
         f"{worst['simulated_drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its "
         f"tokens would lose an expert and {worst['tokens_lost']:.1%} all of them.",
         f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose an "
         "expert in at least one layer, and "
         f"{everywhere['lost_anywhere']:.1%} all experts of a layer.",
     ]
+    if not drops:
+        sentences = [f"Simulated: {at_factor}, no layer would drop an assignment."]
     if not settings["too_few"]:
         sentences.append(
             f"Simulated: dropping at most {100 * settings['target_drop']:.3g}% of every layer's "
@@ -439,10 +442,11 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     )
     for position in POSITIONS[:1] if settings["group_tokens"] == "sequence" else POSITIONS:
         rate = ends[ends["position_in"] == position].set_index("tenth")["simulated_drop_rate"]
-        sentences.append(
-            f"Simulated, layer {label}, drop rate by position in the "
-            f"{position}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
-        )
+        if drops and rate[[1, 10]].notna().all():  # of few tokens a tenth may have none
+            sentences.append(
+                f"Simulated, layer {label}, drop rate by position in the "
+                f"{position}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
+            )
     return sentences
 
 

@@ -298,9 +298,9 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         needed = needed[:0]
     if needed["reads_all_from"].notna().any():
         sentences.append(
-            f"From {plural(int(needed['reads_all_from'].max()), 'sequence')} on, a step reads "
-            f"{SATURATED:.0%} of the experts in use in every layer: a larger batch then reads "
-            "hardly more experts."
+            f"From {plural(int(needed['reads_all_from'].max()), 'sequence')} on, a step would read "
+            f"{SATURATED:.0%} of the experts in use in every layer, if sequences chose "
+            "independently of each other: a larger batch then reads hardly more experts."
         )
     if needed["compute_bound_from"].notna().any():
         sentences.append(

@@ -41,7 +41,7 @@ Labels = dict[int, str]  # router → its layer, as people read it
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
 FIRST_ROWS = Excerpt("the first rows", lambda frame, most: frame.head(most))
 # settings that plan files and verdicts need
-HIDDEN = "moe_layers", "too_few", "times", "error", "ageing", "counts_only", "in_order"
+HIDDEN = "moe_layers", "too_few", "times", "error", "ageing", "counts_only", "in_order", "fed"
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,6 +19,7 @@ from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.replicas import changes
+from moe_inspect.trace.schema import SORTED_BATCHES
 from moe_inspect.trace.shard import JoinedShards, Shard
 from moe_inspect.trace.shard_list import are_replaced, committed_shards
 
@@ -80,6 +81,20 @@ class Trace(Answers, TraceHeader):
         """Decisions in committed shards, counted ones included: tokens × routers, unless it is an
         encoder-decoder's."""
         return sum(f.decisions for f in self._files)
+
+    @property
+    def fed_by_length(self) -> str:
+        """How `trace` sorted the documents, as a sentence; "" where each quarter of the tokens is
+        as the text came, or nothing was sorted."""
+        plan = (self.manifest.get("corpus") or {}).get("plan") or {}
+        together = SORTED_BATCHES * plan.get("batch_tokens", 0)
+        if 4 * together < self.n_tokens:
+            return ""
+        of = f" of each {together:,} tokens" if together < self.n_tokens else ""
+        return (
+            f"Documents were fed by length, the shortest{of} first: part of this may be long text "
+            "against short."
+        )
 
     def on(self, scheduler: Scheduler) -> Trace:
         """The same trace, passes over which run on a dask.distributed cluster whose workers see it

@@ -24,6 +24,8 @@ VOCABULARY = "vocabulary.parquet"  # `vocabulary_file` where a manifest names an
 TABLES = ("documents", "tokens", "routing", "logits", "counts")
 # encode: fed to the encoder of an encoder-decoder; draft: proposed, and rejected
 PHASES = ("prefill", "decode", "encode", "draft")
+# of forward passes whose documents are sorted by length together: less padding, bounded memory
+SORTED_BATCHES = 16
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
 LABEL = pa.dictionary(pa.int32(), pa.string())
 DECISION = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]

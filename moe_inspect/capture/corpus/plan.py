@@ -23,8 +23,6 @@ RECORDED = ("text_field", "domain_field", "max_tokens", "max_length", "batch_tok
 RECORDED += ("special_tokens", "generate")
 MAX_LENGTH = 2048
 TEXTS_PER_CALL = 64  # documents tokenized together
-# batches whose sequences are sorted by length together: less padding, bounded memory
-WINDOW_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def batches(
     rows: Iterable[TokenSequence], batch_tokens: int, generate: int = 0
 ) -> Iterator[list[TokenSequence]]:
     """Rows → forward passes of at most `batch_tokens` tokens, padding included (one longer row is a
-    batch by itself). Within a window of WINDOW_BATCHES batches, rows are sorted by length; a row
+    batch by itself). Within a window of SORTED_BATCHES batches, rows are sorted by length; a row
     that is continued by `generate` tokens shares a batch only with rows of the same length, so that
     decoding needs no padding."""
     window: list[TokenSequence] = []
@@ -228,7 +226,7 @@ def batches(
     for row in rows:
         window.append(row)
         size += len(row.ids)
-        if size >= WINDOW_BATCHES * batch_tokens:
+        if size >= schema.SORTED_BATCHES * batch_tokens:
             yield from _packed(window, batch_tokens, generate)
             window, size = [], 0
     yield from _packed(window, batch_tokens, generate)

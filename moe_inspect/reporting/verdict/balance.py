@@ -74,6 +74,8 @@ def _judged(data: ReportData, row: Row, n: int, routers: int) -> tuple[fnd.Sever
     others = f"; {of}" if few and n else ""
     why = f"{busiest}, which {fnd.explained(data, row, sure=not few)} {evidence}{others}."
     said = "Too little data to judge balance" if few else fine
+    if few and data.counts.documents_unknown and row["expected_by_chance"] < 1 + least:
+        said = "Counts alone cannot tell whether the load is even"
     return "note" if few else "good", f"{said}: at worst, in {where}, {why}"
 
 

@@ -84,7 +84,7 @@ def _beyond_baseline(data: ReportData, real: pd.DataFrame, values: Row) -> Findi
     values |= {"domain_mi_null_bits": null}
     values |= {"specialised_routers": n, "differing_routers": len(real)}
     said = (
-        f"Experts specialise by domain beyond the baseline in {n} of {routers} routers; most in "
+        f"Routing differs by domain beyond the baseline in {n} of {routers} routers; most in "
         f"{most} too){_specialist(data, int(row['router']))}."
     )
     if not n:
@@ -96,9 +96,10 @@ def _beyond_baseline(data: ReportData, real: pd.DataFrame, values: Row) -> Findi
 
 
 def _in_baseline(row: Row, name: str, unit: str, form: str) -> str:
-    """ "; in the baseline 0.012 beyond chance": of a row of `specialization`."""
-    its = row.get(f"{name}_baseline{unit}", np.nan)
-    return "" if np.isnan(its) else f"; in the baseline {its:{form}} beyond chance"
+    """ "; 0.034 beyond chance, in the baseline 0.012": of a row of `specialization`."""
+    its, beyond = row.get(f"{name}_baseline{unit}", np.nan), row[f"{name}{unit}"]
+    beyond -= row[f"{name}_null{unit}"]
+    return "" if np.isnan(its) else f"; {beyond:{form}} beyond chance, in the baseline {its:{form}}"
 
 
 def _cannot_tell(data: ReportData, table: pd.DataFrame) -> str | None:
@@ -257,7 +258,8 @@ def router_ties(data: ReportData) -> Finding | None:
         f"chosen and the first not chosen have equal logits ({plural(len(tied), 'router')} with "
         f"{least:.1%} or more): the order of the experts decides these, not the router."
     )
-    return fnd.warning(said, row, tie_rate=row["tie_rate"], routers=len(tied))
+    severity = "note" if fnd.few_documents(data) else "warning"
+    return fnd.found(severity, said, row, tie_rate=row["tie_rate"], routers=len(tied))
 
 
 # of a trace for which a pass of its own costs little beside the report
@@ -304,12 +306,17 @@ def signature(data: ReportData) -> Finding | None:
     share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
     if not low > row["signature_null_p99"]:
         return None
-    advice = "" if data.baseline else ": trace with --random-init to see how much"
+    beside = (
+        "Untrained routers show part of this from the text alone: trace with --random-init to see "
+        "how much."
+    )
+    if data.baseline:
+        its = records(data.baseline.tables["signature"])[0]["signature_accuracy"]
+        beside = f"In the baseline it is {its:.0%}."
     said = (
         f"Routing identifies the domain: for {'all' if share == 1 else f'{share:.0%} of'} "
         f"{documents:,} documents the nearest other one shares it (95% interval {low:.0%} to "
-        f"{high:.0%}; {row['signature_null']:.0%} by chance). Untrained routers show part of this "
-        f"from the text alone{advice}."
+        f"{high:.0%}; {row['signature_null']:.0%} by chance). {beside}"
     )
     return note(
         said, signature_accuracy=share, signature_null=row["signature_null"], documents=documents
@@ -361,7 +368,8 @@ def drift(data: ReportData) -> Finding | None:
     said = (
         f"Load drifts through the trace in {len(told)} of {plural(len(table), 'router')}, most in "
         f"{name_of(data, row)}: expert {expert} gets {first:.2f}x the mean load in the first "
-        f"quarter and {last:.2f}x in the last. Text that changes along the trace moves load too."
+        f"quarter and {last:.2f}x in the last. "
+        + (data.trace.fed_by_length or "Text that changes along the trace moves load too.")
     )
     return note(said, row, expert=expert, first_quarter=first, last_quarter=last, routers=len(told))
 

@@ -198,6 +198,7 @@ def simulate_placement(
         "moe_layers": sorted({r.layer for r in trace.routers}),
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
         "counts_only": not plans.judging,
+        "fed": trace.fed_by_length if alone else "",
     }
     few = among.too_few if among else too_few(trace, selection)
     return simulation(trace, few, tables, settings, verdict, chart, ("policies",))

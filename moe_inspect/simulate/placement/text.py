@@ -111,7 +111,8 @@ def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str
         return f"Recommended: {name}, the fastest on the judged part."
     of = tables["policies"]
     known = of.get("ms_p" if time_of(of) == "ms" else "slower_p")
-    beyond = " or beyond chance" if known is not None and known.notna().any() else ""
+    tested = known is not None and known.notna().any()
+    beyond = f" or beyond chance (p < {ALPHA:g})" if tested else ""
     return (
         f"Recommended: {name}, the simplest (--help lists it first) of those that are no slower "
         f"than the fastest by {least:.0%}{beyond}: {', '.join([name, *same])}."
@@ -134,6 +135,7 @@ def _aged(tables: Tables, settings: Settings, policy: str) -> list[str]:
             )
     elif _unseen(tables):
         said.append(_on_windows(tables, settings, policy))
+        said += [settings["fed"]] if settings["fed"] else []
     if not _unseen(tables):
         unknown.append("the balance on text that plans are not fitted on (--judge TRACE)")
     if settings["counts_only"]:
