@@ -103,8 +103,10 @@ class DeviceSums:
         self.total_3RX[STEP].zero_()
 
     def parts(self, of: int, steps: int) -> list[Tensor]:
-        """What was summed: load, that of each recent step, and the losses."""
-        return [self.total_3RX[of], self.recent_SRX[:steps], self.losses_22R[of]]
+        """What was summed in so many steps: load, that of the last of them, in their order, and the
+        losses."""
+        in_order_SRX = self.recent_SRX.roll(-steps, 0)[max(RECENT - steps, 0) :]
+        return [self.total_3RX[of], in_order_SRX, self.losses_22R[of]]
 
 
 @dataclass(frozen=True)
@@ -298,8 +300,8 @@ class RoutingSums:
         first pass."""
         if not self._on:
             return None
-        of, S = TRAINING if training else EVALUATION, min(self._steps, RECENT) if training else 0
-        parts = [part for _, on in self._on for part in on.parts(of, S)]
+        of, steps = (TRAINING, self._steps) if training else (EVALUATION, 0)
+        parts = [part for _, on in self._on for part in on.parts(of, steps)]
         parts.append(torch.tensor([self._passes[of]]))
         device = parts[0].device
         flat = torch.cat([part.reshape(-1).to(device, torch.float64) for part in parts])
