@@ -6,7 +6,6 @@ R routers, E experts.
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 import warnings
@@ -134,9 +133,8 @@ def show_picture(figure: Figure, step: int, reporters: set[str], tensorboard: An
 
 def _pixels(figure: Figure) -> np.ndarray:
     """uint8 [height, width, 3]"""
-    from matplotlib import image
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    file.seek(0)
-    return (image.imread(file)[..., :3] * 255).round().astype(np.uint8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
