@@ -111,17 +111,8 @@ class Calibration(Shown):
         return [chart(self)], []
 
     def page(self) -> str:
-        from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
-
-        sections = [chart_section(one) for one in self.charts()[0]]
-        for name, of in self.tables.items():
-            code = python_of_table(self.python, name)
-            of = _by_tokens(of) if name == "coverage" else of
-            sections.append(Section(name, table=of, name=name, python=code))
-        assumed = f"minimum: {self.minimum:,} tokens per expert"
-        return page_html(
-            Page(f"moe-inspect {self.title}", assumed, verdict=self.said, sections=sections)
-        )
+        tables = {**self.tables, "coverage": _by_tokens(self.tables["coverage"])}
+        return self._page_of(tables, f"minimum: {self.minimum:,} tokens per expert", self.python)
 
     def section(self) -> Section:
         """A section for the page of a report: what it says, its picture and its main table."""
