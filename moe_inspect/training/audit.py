@@ -23,6 +23,7 @@ from moe_inspect.text import first_line
 from moe_inspect.training.checks import EPS, SAME, added, judge_biases, judge_update
 from moe_inspect.training.formulas import (
     BY_LOGITS,
+    CHOSEN,
     OF_CHOSEN,
     POOLED,
     TWICE,
@@ -278,7 +279,8 @@ class _Audit:
         chooses = any(
             site.drops or selection_bias(site, self.model) is not None for site in self.passes.sites
         )
-        matches, spread = identify(values, routed, self.tolerance, devices, devices > 1 or chooses)
+        seen = [*values.values()], [*routed.values()]
+        matches, spread = identify(*seen, self.tolerance, devices, devices > 1 or chooses)
         if spread < 3 * self.tolerance:
             self.say(
                 "unknown",
@@ -548,8 +550,7 @@ def _own(site: Site) -> Formula:
     )
 
 
-def _largest(routed: Routed) -> Tensor:
-    return routed.logits_TE.topk(routed.ids_TK.shape[1], -1).indices
+_largest = CHOSEN[BY_LOGITS[0]]
 
 
 def _chose_alike(a: Routed, b: Routed) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_inspect.training.formulas import Routed
+from moe_inspect.training.formulas import Routed, hot
 from moe_inspect.training.passes import (
     HALVES,
     SWITCH_ON,
@@ -226,6 +226,4 @@ def judge_update(passes: Passes, update: Callable[[], object], run: Run, say: Sa
 
 def _load(routed: Routed, E: int) -> Tensor:
     """Without padding."""
-    ids = routed.ids_TK[routed.real_T]
-    inside = ids[(ids >= 0) & (ids < E)].long()
-    return torch.bincount(inside, minlength=E).double()
+    return hot(routed.ids_TK, E)[routed.real_T].sum(0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moe_inspect.capture.hook.stack import Sinks
+from moe_inspect.capture.hook.stack import Sinks, are_probabilities
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import selection_bias, text_config
@@ -100,10 +100,7 @@ class Passes(RoutingSums):
         ids_TK, weights_TK = (torch.cat(of) for of in zip(*self._calls["", r], strict=True))
         shown = [values for (values,) in self._calls.get(("logits", r), [])]
         logits_TE = torch.cat(shown) if shown else weights_TK.new_zeros(0, site.experts)
-        score_TE = logits_TE.detach().float()
-        if len(shown) and bool(
-            (score_TE >= 0).all() and ((score_TE.sum(1) - 1).abs() < 1e-3).all()
-        ):
+        if shown and are_probabilities(logits_TE.detach()):
             logits_TE = logits_TE.clamp(min=1e-30).log()  # what is called logits is a softmax
         _, S, order_T = self._fed[site.stack]
         real_T, device = self._real[site.stack], ids_TK.device
