@@ -54,9 +54,8 @@ def logged(
             for r, value in enumerate(value_R):
                 if not math.isnan(value):
                     found[f"{prefix}{name}/layer_{layer_label(routers, r)}"] = float(value)
-    if "max_vio" in values and not np.isnan(values["max_vio"]).all():
-        worst_router = int(np.nanargmax(values["max_vio"]))
-        found[f"{prefix}worst_layer"] = float(routers[worst_router].layer)
+        if name == "max_vio":
+            found[f"{prefix}worst_layer"] = float(routers[int(np.nanargmax(value_R))].layer)
     return found
 
 

@@ -102,7 +102,7 @@ class Passes(RoutingSums):
         logits_TE = torch.cat(shown) if shown else weights_TK.new_zeros(0, site.experts)
         if shown and are_probabilities(logits_TE.detach()):
             logits_TE = logits_TE.clamp(min=1e-30).log()  # what is called logits is a softmax
-        _, S, order_T = self._fed[site.stack]
+        S, order_T = self._fed[site.stack]
         real_T, device = self._real[site.stack], ids_TK.device
         T = len(ids_TK)
         token_T = torch.arange(T) if order_T is None else torch.from_numpy(order_T)

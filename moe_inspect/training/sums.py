@@ -1,8 +1,8 @@
 """Sums over the routing of forward passes, kept on the devices of the routers. Nothing waits for a
 device before `read`.
 
-T rows a router sees (padding included), K slots, E experts, R routers, S steps. X: 0 for slots that
-routed nowhere, then a router's experts, then nothing up to the widest router of the device.
+T rows a router sees (padding included), K slots, E experts, R routers, S steps. X: what is of the
+whole router, then its experts, then nothing up to the widest router of the device.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ EVALUATION, TRAINING, STEP = range(3)
 
 
 def choice_sums(ids_TK: Tensor, site: Site, real_T: Tensor | None) -> Tensor:
-    """Of the slots of a call, without padding: those that routed nowhere, and the load of each
-    expert, int64 [1 + E]. `real_T`: the rows that are no padding; None: all."""
+    """The tokens of a call and the load of each expert, without padding, int64 [1 + E]. `real_T`:
+    the rows that are no padding; None: all."""
     place_TK = ids_TK.long() + 1
     place_TK = place_TK.masked_fill((ids_TK < 0) | (ids_TK >= site.experts), 0)
     one_TK = torch.ones_like(place_TK)
     if real_T is not None:
         one_TK = one_TK * real_T[:, None]
-    return place_TK.new_zeros(1 + site.experts).scatter_add_(0, place_TK.view(-1), one_TK.view(-1))
+    sums_X = place_TK.new_zeros(1 + site.experts)
+    sums_X.scatter_add_(0, place_TK.reshape(-1), one_TK.reshape(-1))
+    sums_X[0] = one_TK[:, 0].sum()  # in place of the slots that routed nowhere
+    return sums_X
 
 
 def logit_sums(logits_TE: Tensor, site: Site, real_T: Tensor | None) -> Tensor:
@@ -153,7 +156,7 @@ class RoutingSums:
         self.routers: list[Router] = []  # once a pass has shown their top-k
         self.is_counted, self.is_training = True, False
         self._on: list[tuple[list[int], DeviceSums]] = []  # of each device, with its routers
-        self._top_k: dict[int, int] = {}  # of each router
+        self._top_k: dict[int, int] = {}  # of each router, in its last call
         self._shows_logits: set[int] = set()  # routers that do
         self._steps = 0  # since the last `read`
         self._passes = [0, 0, 0]
@@ -169,7 +172,7 @@ class RoutingSums:
 
     def _begin_pass(self) -> None:
         self._rows: dict[str, int] = {}  # of each stack that was fed
-        self._fed: dict[str, tuple[int, int, np.ndarray | None]] = {}  # B, S, and the rows' order
+        self._fed: dict[str, tuple[int, np.ndarray | None]] = {}  # S, and the rows' order
         self._real: dict[str, Tensor | None] = {}
         self._masks: dict[tuple[str, torch.device], Tensor] = {}
         # by router, of its choices and of its logits: the rows seen, and their sums
@@ -210,7 +213,7 @@ class RoutingSums:
         if real_T is not None and order_T is not None:
             real_T = real_T[torch.from_numpy(order_T).to(real_T.device)]
         self._rows[stack], self._real[stack] = B * S if order_T is None else len(order_T), real_T
-        self._fed[stack] = B, S, order_T
+        self._fed[stack] = S, order_T
 
     def returned(self, stack: str, output: object) -> None:
         pass
@@ -330,7 +333,7 @@ class RoutingSums:
                 mine = slice(1, 1 + self.sites[r].experts)
                 load[r] = total_RX[at, mine].astype(np.int64)
                 recent[r] = recent_SRX[:, at, mine].astype(np.int64)
-                tokens_R[r] = total_RX[at].sum() // self._top_k[r]
+                tokens_R[r] = total_RX[at, 0]
                 if r in self._shows_logits and passes:
                     losses_2R[:, r] = of_losses_2R[:, at] / passes
         return WindowSums(load, recent, tokens_R, passes, losses_2R)
