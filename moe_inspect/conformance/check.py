@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,6 @@ class Answer:
     returned for the tokens that were fed (the prompt and all generated ones but the last), as far
     as it did; said: why there is none."""
 
-    case: str
     ask: Ask
     made: tuple[int, ...] = ()
     routed_TLK: np.ndarray | None = field(default=None, repr=False)
@@ -135,18 +135,20 @@ async def _check(
         network = load_model(name, config, dtype="float32", device="cpu")
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
         taken = min(positions, about["max_model_len"] or positions) - protocol.reserved(0)
-        answers, asked = list[Answer](), Asked(http, protocol, served)
+        answers_of, asked = dict[str, list[Answer]](), Asked(http, protocol, served)
         for case in cases:
             progress(case)
+            answers_of[case] = []
             for asks in CASES[case][1](Draw(served.vocabulary, taken)):
-                found = await asyncio.gather(*(asked.answers(case, ask) for ask in asks))
-                answers += [answer for of_ask in found for answer in of_ask]
+                for found in await asyncio.gather(*map(asked.answers, asks)):
+                    answers_of[case] += found
+    answers = [*chain.from_iterable(answers_of.values())]
     if all(answer.routed_TLK is None for answer in answers):
         raise MoeInspectError(f"{root_of(http)} answers no request: {answers[0].said}")
     rows, findings = list[dict[str, Any]](), list[Finding]()
     references = expected(network, {answer.fed for answer in answers if answer.made})
-    for case in cases:
-        row, said = judge(case, [a for a in answers if a.case == case], references)
+    for case, of in answers_of.items():
+        row, said = judge(case, of, references)
         rows.append(row)
         findings += said
     return Conformance(engine, about["version"], pd.DataFrame(rows), findings)
@@ -175,23 +177,23 @@ class Asked:
     protocol: EngineProtocol
     served: Served
 
-    async def answers(self, case: str, ask: Ask) -> list[Answer]:
+    async def answers(self, ask: Ask) -> list[Answer]:
         """Of a request that is to stop early, both."""
         if ask.leaves:
             with contextlib.suppress(TimeoutError, MoeInspectError):
                 await asyncio.wait_for(self._sent(ask), LEAVES_AFTER_S)
             return []
-        found = await self._once(case, ask)
+        found = await self._once(ask)
         if ask.own_stop and len(found[0].made) > STOP_AT:
-            found += await self._once(case, ask, (found[0].made[STOP_AT - 1],))
+            found += await self._once(ask, (found[0].made[STOP_AT - 1],))
         return found
 
-    async def _once(self, case: str, ask: Ask, stop: Sequence[int] = ()) -> list[Answer]:
+    async def _once(self, ask: Ask, stop: Sequence[int] = ()) -> list[Answer]:
         try:
             data = await self._sent(ask, stop)
-            return [self._read(Answer(case, ask), answer) for answer in data]
+            return [self._read(Answer(ask), answer) for answer in data]
         except MoeInspectError as error:
-            return [Answer(case, ask, said=str(error))]
+            return [Answer(ask, said=str(error))]
 
     async def _sent(self, ask: Ask, stop: Sequence[int] = ()) -> list[Json]:
         """The JSON of each answer. Nothing is retried: what a server refuses is a finding."""
