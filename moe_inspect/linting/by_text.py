@@ -17,6 +17,7 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import join_first, plural
 
 Pairs = tuple[np.ndarray, np.ndarray]  # int64 [N], twice
+Known = tuple[Recorded, np.ndarray]  # and what is `usual` in it
 NEAR = 8  # a shift by so many tokens is looked for in all pairs …
 FAR = 512  # … and by so many in FEW_PAIRS of FEW_LAYERS, whose best shift is then judged by all
 FEW_PAIRS, FEW_LAYERS = 256, 2
