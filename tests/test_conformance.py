@@ -184,7 +184,7 @@ def near(logits_E: list[float], got: list[int]) -> dict[str, Any]:
     routed = np.tile(np.array([0, 1]), (2, 2, 1))
     routed[0, 0] = got
     ask = Ask((7, 8), 1)
-    row, _ = judge("prefill", [Answer("prefill", ask, (9,), routed)], {(7, 8): of})
+    row, _ = judge("prefill", [Answer(ask, (9,), routed)], {(7, 8): of})
     return row
 
 
@@ -206,7 +206,7 @@ def patterned(T: int, E: int, K: int, spoil: Callable[[np.ndarray, np.ndarray], 
     right = np.sort(np.argsort(logits, 2)[..., -K:].swapaxes(0, 1), 2)
     other = np.sort(np.argsort(logits, 2)[..., :K].swapaxes(0, 1), 2)
     ask = Ask((7,) * T, 1)
-    answers = [Answer("prefill", ask, (9,), spoil(right, other))]
+    answers = [Answer(ask, (9,), spoil(right, other))]
     _, (finding,) = judge("prefill", answers, {ask.prompt: Reference(right, [*logits])})
     return finding.text
 
@@ -231,8 +231,8 @@ def test_requests_and_answers_are_counted_apart() -> None:
     right = np.tile(np.array([2, 3]), (1, 2, 1))
     of = {(7,): Reference(right, [np.array([[0.0, 1, 2, 3]])] * 2)}
     three = Ask((7,), 1, answers=3)
-    read = [Answer("answers", three, (9,), right)] * 3
-    row, (finding,) = judge("answers", [*read, Answer("answers", three, said="HTTP 500")], of)
+    read = [Answer(three, (9,), right)] * 3
+    row, (finding,) = judge("answers", [*read, Answer(three, said="HTTP 500")], of)
     assert (row["answers"], row["refused"]) == (3, 1)
     assert "1 of 2 requests got no answer" in finding.text
 

@@ -16,7 +16,7 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import load_scale
 from moe_inspect.training import RoutingMonitor
-from moe_inspect.training.sums import DeviceSums, RoutingSums
+from moe_inspect.training.sums import RECENT, DeviceSums, RoutingSums
 from tests.support import own, zoo
 from tests.support.families import FAMILIES, build
 from tests.support.trained import EXPERTS, LAYERS, counted, reset
@@ -125,6 +125,18 @@ def test_metrics_are_those_of_the_window_and_of_its_steps() -> None:
     drift_L = np.abs(shares[0] - shares[1]).sum(1) / 2
     assert len(second) < 20 + 10 * LAYERS  # however many experts
     assert second["routing/drift/layer_1"] == pytest.approx(drift_L[1])
+
+
+def test_the_loads_of_the_last_steps_are_in_their_order() -> None:
+    model, load_SLE = counted().train(), []
+    with RoutingMonitor(model, log_steps=RECENT + 3) as monitor:
+        for step in range(RECENT + 3):
+            reset(model)
+            loop(model, monitor, 1, first=step)
+            load_SLE.append(model.load)
+    assert monitor.window is not None
+    assert (np.stack(monitor.window.recent, axis=1) == load_SLE[3:]).all()
+    assert not np.array_equal(load_SLE[3:], load_SLE[:-3])  # control
 
 
 def test_losses_of_the_router_are_those_of_its_logits() -> None:

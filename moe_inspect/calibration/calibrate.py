@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 PER_INPUT, MINIMUM = 4, 512
 SHARES = (0.95, 0.99, 1.0)  # of the experts
 POINTS = 48  # of the chart
-CHOICES = ("chosen", "choice")
+CHOICES = ("choice", "chosen")
 # columns of `coverage`, the most informative first
 SHOWN = ("layer", "router", "expert", "tokens", "tokens_low", "tokens_high", "tokens_needed")
 SHOWN += ("tokens_needed_low", "tokens_needed_high", "main_domain", "main_domain_share")
@@ -89,6 +89,12 @@ class Calibration(Shown):
         return np.concatenate([self.counts.load_E(r) for r in self.selection.routers])
 
     @property
+    def by_domain_DP(self) -> np.ndarray:
+        """The same of each domain."""
+        each = [self.counts.assignments_DE(r) for r in self.selection.routers]
+        return np.concatenate(each, axis=1)
+
+    @property
     def said(self) -> list[str]:
         return [*_coverage_said(self), *_domains_said(self), *_choice_said(self)]
 
@@ -98,30 +104,19 @@ class Calibration(Shown):
 
     @property
     def excerpts(self) -> Mapping[str, Excerpt]:
-        found = {
+        first = Excerpt("those that were picked first", lambda frame, most: frame.head(most))
+        found = dict.fromkeys(CHOICES if self.choice is not None else (), first)
+        return found | {
             "coverage": Excerpt("those with the fewest tokens", _fewest, SHOWN),
             "tokens_needed": Excerpt("all", lambda frame, most: frame.head(most)),
         }
-        if self.choice is not None:
-            head = Excerpt("those that were picked first", lambda frame, most: frame.head(most))
-            found = {"choice": head, "chosen": head, **found}
-        return found
 
     def charts(self) -> tuple[list[Chart], list[str]]:
         return [chart(self)], []
 
     def page(self) -> str:
-        from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
-
-        sections = [chart_section(one) for one in self.charts()[0]]
-        for name, of in self.tables.items():
-            code = python_of_table(self.python, name)
-            of = _by_tokens(of) if name == "coverage" else of
-            sections.append(Section(name, table=of, name=name, python=code))
-        assumed = f"minimum: {self.minimum:,} tokens per expert"
-        return page_html(
-            Page(f"moe-inspect {self.title}", assumed, verdict=self.said, sections=sections)
-        )
+        tables = {**self.tables, "coverage": _by_tokens(self.tables["coverage"])}
+        return self._page_of(tables, f"minimum: {self.minimum:,} tokens per expert", self.python)
 
     def section(self) -> Section:
         """A section for the page of a report: what it says, its picture and its main table."""
@@ -221,14 +216,13 @@ def calibrate(
 def coverage(made: Calibration) -> pd.DataFrame:
     """One row per expert of a router: its tokens, and how much text gives it the minimum."""
     counts, routers = made.counts, made.selection.routers
-    load_P, P = made.load_P, len(made.load_P)
-    needed_3P = np.full((3, P), np.nan)
+    load_P = made.load_P
+    unknown_P = np.full(len(load_P), np.nan)
+    needed_3P = unknown_P, _at_this_rate(made), unknown_P
     if made.forecast is not None:
         needed_3P = made.forecast.of_pairs()
-    else:
-        needed_3P[1] = _at_this_rate(made)
     low_P, high_P = np.concatenate([_interval(counts, r) for r in routers], axis=1)
-    by_domain_DP = np.concatenate([counts.assignments_DE(r) for r in routers], axis=1)
+    by_domain_DP = made.by_domain_DP
     main_P = by_domain_DP.argmax(0)
     sizes = [made.trace.routers[r].experts for r in routers]
     columns = {
@@ -310,9 +304,8 @@ def coverage_by_layer(made: Calibration) -> pd.DataFrame:
 @registered()
 def coverage_by_domain(made: Calibration) -> pd.DataFrame:
     """One row per domain, as if the text were it alone; the last is of all together."""
-    counts, routers = made.counts, made.selection.routers
-    by_domain_DP = np.concatenate([counts.assignments_DE(r) for r in routers], axis=1)
-    parts = [*zip(counts.domains, counts.tokens_D.tolist(), by_domain_DP, strict=True)]
+    counts = made.counts
+    parts = [*zip(counts.domains, counts.tokens_D.tolist(), made.by_domain_DP, strict=True)]
     parts.append(("(all)", counts.tokens, made.load_P))
     rows = [
         {"domain": domain, "tokens": tokens, **_counted(load_P, made.minimum)}

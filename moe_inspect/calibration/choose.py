@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -302,22 +302,19 @@ def choose(trace: Trace, selection: Selection, wanted: Wanted) -> Choice:
     """Two passes over the documents: one keeps candidates, as many as there is room for; one bounds
     what any choice among all can do, and counts random choices."""
     domains, held, load_P = list[str](), list[Pool](), np.zeros(0, np.int64)
-    everything, whole = list[tuple[np.ndarray, np.ndarray, np.ndarray]](), True
+    listed, whole = list[Pool](), True  # all, without their counts
     for part in parts_of(trace, selection, domains):
-        load_P = part.load_P if not everything else load_P + part.load_P
-        everything.append((part.document_S, part.tokens_S, part.domain_S))
+        load_P = part.load_P if not listed else load_P + part.load_P
+        listed.append(replace(part, load_SP=part.load_SP[:, :0]))
         held.append(part)
         if sum(p.load_SP.nnz for p in held) > KEPT:
             held, whole = [_candidates(joined(held), wanted)], False
-    if not everything:
+    if not listed:
         raise MoeInspectError(f"{trace.path} has no documents to choose from")
-    part_X, tokens_X, domain_X = map(np.concatenate, zip(*everything, strict=True))
-    number_S, row_X = np.unique(part_X, return_inverse=True)
-    tokens_S = np.bincount(row_X, tokens_X).astype(np.int64)
-    tokens_D = np.bincount(domain_X, tokens_X, len(domains))
+    every, pool = joined(listed), joined(held)
+    tokens_D = np.bincount(every.domain_S, every.tokens_S, len(domains))
     share_D, need_P = tokens_D / tokens_D.sum(), np.minimum(load_P, wanted.minimum)
-    pool = joined(held)
-    if wanted.budget is not None and wanted.budget < tokens_S.min():
+    if wanted.budget is not None and wanted.budget < every.tokens_S.min():
         raise MoeInspectError(
             f"no document of {trace.path} has as few as {wanted.budget:,} tokens: choose more"
         )
@@ -326,21 +323,21 @@ def choose(trace: Trace, selection: Selection, wanted: Wanted) -> Choice:
         order = without_needless(pool, order, wanted.minimum)
     chosen = pool.rows(np.array(order, np.int64))
     priced = prices(pool, wanted, share_D, need_P, order)
-    drawn_RS = _drawn(tokens_S, int(chosen.tokens_S.sum()))
+    drawn_RS = _drawn(every.tokens_S, int(chosen.tokens_S.sum()))
     random_RP, profit = np.zeros((RANDOM, len(load_P)), np.int64), 0.0
     again = [pool] if whole else parts_of(trace, selection, domains)
     for part in again:
-        at_S = np.searchsorted(number_S, part.document_S)
+        at_S = np.searchsorted(every.document_S, part.document_S)
         random_RP += np.asarray((drawn_RS[:, at_S] @ part.load_SP).todense(), np.int64)
         if priced is not None:
-            part_S = part.tokens_S / np.maximum(tokens_S[at_S], 1)
+            part_S = part.tokens_S / np.maximum(every.tokens_S[at_S], 1)
             profit += priced.profit(part, wanted, share_D, part_S)
     return Choice(
         wanted,
         chosen,
         load_P,
-        int(tokens_S.sum()),
-        len(number_S),
+        int(every.tokens_S.sum()),
+        len(every.tokens_S),
         random_RP,
         float(drawn_RS.sum() / RANDOM),
         None if priced is None else priced.bound(wanted, need_P, profit),

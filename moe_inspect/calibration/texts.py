@@ -74,15 +74,7 @@ def _sources(
     trace: Trace, stated: list[dict[str, Any]], data: Sequence[str]
 ) -> list[documents.Source]:
     """The files that the trace was recorded of, checked by their hashes."""
-    if data:
-        found = documents.find_sources(data)
-    else:
-        found = list[documents.Source]()
-        for each in stated:
-            inside = each["path"].removeprefix(documents.BUNDLED)
-            bundled = inside != each["path"]
-            place = str(documents.CORPUS_DIR / inside) if bundled else each["path"]
-            found += documents.find_sources([place])[:1]
+    found = documents.find_sources(data or [each["path"] for each in stated])
     if [of.sha256 for of in found] != [each["sha256"] for each in stated]:
         where = ", or --data names others" if data else ": give theirs with --data"
         raise MoeInspectError(f"the files that {trace.path} was recorded of have changed{where}")

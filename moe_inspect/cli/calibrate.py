@@ -122,13 +122,13 @@ def calibrate(
     moe-inspect calibrate runs/a --choose 20000 --keep-mixture 0.8 -o calib.txt
     moe-inspect calibrate runs/a --choose all -o calib.jsonl --for llm-compressor"""
     writes = show.output is not None and options.choose is not None and show.table is None
-    if texts.tool and not writes:
-        raise typer.BadParameter("--for is about texts: give --choose N|all and -o FILE with it")
-    if (texts.tokens or texts.data) and not writes:
-        name = "--tokens" if texts.tokens else "--data"
-        raise typer.BadParameter(f"{name} is about texts: give --choose N|all and -o FILE with it")
+    for name, given in {"for": texts.tool, "tokens": texts.tokens, "data": texts.data}.items():
+        if given and not writes:
+            said = f"--{name} is about texts: give --choose N|all and -o FILE with it"
+            raise typer.BadParameter(said)
     if texts.tokens and texts.tool:
         raise typer.BadParameter("--for reads texts: leave out --tokens")
+    from moe_inspect.calibration.calibrate import CHOICES
     from moe_inspect.calibration.calibrate import TABLES as tables
     from moe_inspect.calibration.calibrate import calibrate as make
     from moe_inspect.calibration.texts import recipe
@@ -142,7 +142,7 @@ def calibrate(
     with shown():
         made = make(opened, **options.keywords(), **selection.keywords())
         if show.table is not None and show.table not in made.tables:
-            if show.table in ("chosen", "choice"):
+            if show.table in CHOICES:
                 raise typer.BadParameter(f"--table {show.table} is of --choose: give it too")
             raise typer.BadParameter(no_such("table", show.table, made.tables))
         table, form = show.chosen(made.tables, "coverage")

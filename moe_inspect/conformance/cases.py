@@ -43,44 +43,11 @@ class Draw:
 Rounds = list[list[Ask]]  # the requests of a round are sent at once, after those before it
 
 
-def prefill(draw: Draw) -> Rounds:
-    return [[draw.ask(length, 1)] for length in (1, 2, 7, 40, 130, 270)]
-
-
-def decode(draw: Draw) -> Rounds:
-    return [[draw.ask(length, 32)] for length in (1, 9, 33, 64)]
-
-
-def batch(draw: Draw) -> Rounds:
-    return [[draw.ask(length, 16) for _ in range(4) for length in (1, 7, 40, 130)]]
-
-
-def chunks(draw: Draw) -> Rounds:
-    return [[draw.ask(draw.longest, 8) for _ in range(4)]]
-
-
 def prefix(draw: Draw) -> Rounds:
     whole, more = draw.ask(200, 8), draw.ask(60, 8).prompt
     half = whole.prompt[: len(whole.prompt) // 2]
     prompts = (whole.prompt, whole.prompt, whole.prompt + more, half + more)
     return [[replace(draw.cut(prompt, 8), salt="shared")] for prompt in prompts]
-
-
-def answers(draw: Draw) -> Rounds:
-    asks = [draw.ask(length, 16) for length in (9, 70)]
-    return [[replace(ask, answers=3, temperature=1.0) for ask in asks]]
-
-
-def many(draw: Draw) -> Rounds:
-    return [[draw.ask(100, 100) for _ in range(32)]]
-
-
-def repetition(draw: Draw) -> Rounds:
-    return [[draw.cut(draw.ask(8, 48).prompt * 8, 48) for _ in range(4)]]
-
-
-def stop(draw: Draw) -> Rounds:
-    return [[replace(draw.ask(length, 16), own_stop=True)] for length in (9, 40, 130)]
 
 
 def abort(draw: Draw) -> Rounds:
@@ -90,14 +57,38 @@ def abort(draw: Draw) -> Rounds:
 
 # name → what it is, and its requests
 CASES: Mapping[str, tuple[str, Callable[[Draw], Rounds]]] = {
-    "prefill": ("prompts of 1 to 270 tokens, one after the other", prefill),
-    "decode": ("32 tokens generated, one request after the other", decode),
-    "batch": ("16 requests at once", batch),
-    "chunks": ("4 prompts as long as the model takes, at once: prefilled in chunks", chunks),
+    "prefill": (
+        "prompts of 1 to 270 tokens, one after the other",
+        lambda draw: [[draw.ask(length, 1)] for length in (1, 2, 7, 40, 130, 270)],
+    ),
+    "decode": (
+        "32 tokens generated, one request after the other",
+        lambda draw: [[draw.ask(length, 32)] for length in (1, 9, 33, 64)],
+    ),
+    "batch": (
+        "16 requests at once",
+        lambda draw: [[draw.ask(length, 16) for _ in range(4) for length in (1, 7, 40, 130)]],
+    ),
+    "chunks": (
+        "4 prompts as long as the model takes, at once: prefilled in chunks",
+        lambda draw: [[draw.ask(draw.longest, 8) for _ in range(4)]],
+    ),
     "prefix": ("a prompt again, longer, and half of it: from a prefix cache", prefix),
-    "answers": ("three sampled answers to each prompt (n = 3)", answers),
-    "many": ("32 requests of 200 tokens: some are preempted where the cache is small", many),
-    "repetition": ("a phrase again and again: drafts are accepted where it speculates", repetition),
-    "stop": ("answers that end early, at a stop token", stop),
+    "answers": (
+        "three sampled answers to each prompt (n = 3)",
+        lambda draw: [[replace(draw.ask(n, 16), answers=3, temperature=1.0) for n in (9, 70)]],
+    ),
+    "many": (
+        "32 requests of 200 tokens: some are preempted where the cache is small",
+        lambda draw: [[draw.ask(100, 100) for _ in range(32)]],
+    ),
+    "repetition": (
+        "a phrase again and again: drafts are accepted where it speculates",
+        lambda draw: [[draw.cut(draw.ask(8, 48).prompt * 8, 48) for _ in range(4)]],
+    ),
+    "stop": (
+        "answers that end early, at a stop token",
+        lambda draw: [[replace(draw.ask(length, 16), own_stop=True)] for length in (9, 40, 130)],
+    ),
     "abort": ("clients go away in the middle of an answer, others ask on", abort),
 }

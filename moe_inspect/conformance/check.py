@@ -11,8 +11,9 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -47,7 +48,6 @@ class Answer:
     returned for the tokens that were fed (the prompt and all generated ones but the last), as far
     as it did; said: why there is none."""
 
-    case: str
     ask: Ask
     made: tuple[int, ...] = ()
     routed_TLK: np.ndarray | None = field(default=None, repr=False)
@@ -135,18 +135,20 @@ async def _check(
         network = load_model(name, config, dtype="float32", device="cpu")
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
         taken = min(positions, about["max_model_len"] or positions) - protocol.reserved(0)
-        answers, asked = list[Answer](), Asked(http, protocol, served)
+        answers_of, asked = dict[str, list[Answer]](), Asked(http, protocol, served)
         for case in cases:
             progress(case)
+            answers_of[case] = []
             for asks in CASES[case][1](Draw(served.vocabulary, taken)):
-                found = await asyncio.gather(*(asked.answers(case, ask) for ask in asks))
-                answers += [answer for of_ask in found for answer in of_ask]
+                for found in await asyncio.gather(*map(asked.answers, asks)):
+                    answers_of[case] += found
+    answers = [*chain.from_iterable(answers_of.values())]
     if all(answer.routed_TLK is None for answer in answers):
         raise MoeInspectError(f"{root_of(http)} answers no request: {answers[0].said}")
     rows, findings = list[dict[str, Any]](), list[Finding]()
     references = expected(network, {answer.fed for answer in answers if answer.made})
-    for case in cases:
-        row, said = judge(case, [a for a in answers if a.case == case], references)
+    for case, of in answers_of.items():
+        row, said = judge(case, of, references)
         rows.append(row)
         findings += said
     return Conformance(engine, about["version"], pd.DataFrame(rows), findings)
@@ -175,23 +177,23 @@ class Asked:
     protocol: EngineProtocol
     served: Served
 
-    async def answers(self, case: str, ask: Ask) -> list[Answer]:
+    async def answers(self, ask: Ask) -> list[Answer]:
         """Of a request that is to stop early, both."""
         if ask.leaves:
             with contextlib.suppress(TimeoutError, MoeInspectError):
                 await asyncio.wait_for(self._sent(ask), LEAVES_AFTER_S)
             return []
-        found = await self._once(case, ask)
+        found = await self._once(ask)
         if ask.own_stop and len(found[0].made) > STOP_AT:
-            found += await self._once(case, ask, (found[0].made[STOP_AT - 1],))
+            found += await self._once(ask, (found[0].made[STOP_AT - 1],))
         return found
 
-    async def _once(self, case: str, ask: Ask, stop: Sequence[int] = ()) -> list[Answer]:
+    async def _once(self, ask: Ask, stop: Sequence[int] = ()) -> list[Answer]:
         try:
             data = await self._sent(ask, stop)
-            return [self._read(Answer(case, ask), answer) for answer in data]
+            return [self._read(Answer(ask), answer) for answer in data]
         except MoeInspectError as error:
-            return [Answer(case, ask, said=str(error))]
+            return [Answer(ask, said=str(error))]
 
     async def _sent(self, ask: Ask, stop: Sequence[int] = ()) -> list[Json]:
         """The JSON of each answer. Nothing is retried: what a server refuses is a finding."""
@@ -248,13 +250,22 @@ def expected(network: Any, sequences: Iterable[tuple[int, ...]]) -> Mapping[Any,
                 network(input_ids=torch.tensor([sequence], device=network.device))
         trace = open_trace(Path(place, "t"))
         routers = range(len(trace.routers))
-        ids_TLK = np.stack(
-            [np.concatenate([np.stack(s.slots(r)).T for s in trace.shards]) for r in routers], 1
-        )
+        ids_TLK = np.stack([np.concatenate([s.ids(r) for s in trace.shards]) for r in routers], 1)
         logits_L = [np.concatenate([s.logits(r) for s in trace.shards]) for r in routers]
     ends = np.cumsum([len(sequence) for sequence in fed])[:-1]
     parts = [np.split(np.sort(ids_TLK, 2), ends), *(np.split(of, ends) for of in logits_L)]
     return {s: Reference(ids, of) for s, ids, *of in zip(fed, *parts, strict=True)}
+
+
+class Wrong(NamedTuple):
+    """An answer with wrong decisions: those from token `at` on, in ascending order as the right
+    ones [T, L, K], and which are wrong [T, L]."""
+
+    answer: Answer
+    at: int
+    got_TLK: np.ndarray
+    right_TLK: np.ndarray
+    wrong_TL: np.ndarray
 
 
 def judge(
@@ -262,7 +273,7 @@ def judge(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """A row of the table, and what is wrong."""
     counts = dict.fromkeys(("decisions", "equal", "undecided", "wrong", "missing"), 0)
-    findings, wrong = list[Finding](), list[tuple[Answer, Reference, int, np.ndarray]]()
+    findings, wrong = list[Finding](), list[Wrong]()
     refused = [answer for answer in answers if answer.routed_TLK is None]
     read = [answer for answer in answers if answer.routed_TLK is not None]
     lengths = list[str]()
@@ -271,9 +282,9 @@ def judge(
         of, got_TLK = references[answer.fed], np.sort(answer.routed_TLK.astype(np.int64), 2)
         rows, (T, L, _) = len(got_TLK), of.ids_TLK.shape
         at = _begin(got_TLK, of.ids_TLK)
-        got_TLK = got_TLK[: T - at]
-        same_TL = (got_TLK == of.ids_TLK[at : at + rows]).all(2)
-        open_TL = ~same_TL & _undecided(of, at, got_TLK)
+        got_TLK, right_TLK = got_TLK[: T - at], of.ids_TLK[at : at + rows]
+        same_TL = (got_TLK == right_TLK).all(2)
+        open_TL = ~same_TL & _undecided(of, at, got_TLK, same_TL)
         wrong_TL = ~same_TL & ~open_TL
         counts["decisions"] += T * L
         counts["equal"] += int(same_TL.sum())
@@ -284,7 +295,7 @@ def judge(
             where = f", the first is that of token {at}" if at else ""
             lengths.append(f"{rows} rows for {T} tokens that were fed{where}")
         if wrong_TL.any():
-            wrong.append((answer, of, at, wrong_TL))
+            wrong.append(Wrong(answer, at, got_TLK, right_TLK, wrong_TL))
     if refused:
         requests = len(refused) + round(sum(1 / answer.ask.answers for answer in read))
         text = f"{case}: {len(refused)} of {plural(requests, 'request')} got no answer that "
@@ -296,7 +307,7 @@ def judge(
         findings.append(finding("rows", "critical", text, answers=len(lengths)))
     if wrong:
         text = f"{case}: {counts['wrong']:,} of {counts['decisions']:,} decisions are wrong"
-        text += f" ({len(wrong)} of {plural(len(read), 'answer')}). {_first(*wrong[0])}"
+        text += f" ({len(wrong)} of {plural(len(read), 'answer')}). {_first(wrong[0])}"
         text += _pattern(wrong)
         findings.append(finding("wrong", "critical", text, decisions=counts["wrong"]))
     tokens = sum(len(answer.fed) for answer in read)
@@ -307,20 +318,18 @@ def judge(
 def _begin(got_TLK: np.ndarray, right_TLK: np.ndarray) -> int:
     """The token of the first row: of an answer with too few rows the last ones may be there."""
     late = len(right_TLK) - len(got_TLK)
-    if late <= 0:
+    if late <= 0 or not len(got_TLK):
         return 0
-    first = (got_TLK == right_TLK[: len(got_TLK)]).all(2).mean() if len(got_TLK) else 1.0
-    last = (got_TLK == right_TLK[late:]).all(2).mean() if len(got_TLK) else 1.0
+    ends = right_TLK[: len(got_TLK)], right_TLK[late:]
+    first, last = ((got_TLK == end).all(2).mean() for end in ends)
     return late if last > first else 0
 
 
-def _undecided(of: Reference, at: int, got_TLK: np.ndarray) -> np.ndarray:
+def _undecided(of: Reference, at: int, got_TLK: np.ndarray, same_TL: np.ndarray) -> np.ndarray:
     """Whether a decision may differ: by experts whose logits are close; and whatever follows such
     a one, in later layers and tokens. bool [T, L]"""
-    T, L, _ = got_TLK.shape
-    found_TL = np.zeros((T, L), bool)
-    differ_TL = (got_TLK != of.ids_TLK[at : at + T]).any(2)
-    for token, layer in np.argwhere(differ_TL):
+    found_TL = np.zeros_like(same_TL)
+    for token, layer in np.argwhere(~same_TL):
         mine, right = set(got_TLK[token, layer]), set(of.ids_TLK[at + token, layer])
         apart, logits_E = [*(mine ^ right)], of.logits_LTE[layer][at + token].astype(np.float64)
         inside = len(mine) == len(right) and all(0 <= e < len(logits_E) for e in apart)
@@ -331,28 +340,23 @@ def _undecided(of: Reference, at: int, got_TLK: np.ndarray) -> np.ndarray:
     return found_TL
 
 
-def _first(answer: Answer, of: Reference, at: int, wrong_TL: np.ndarray) -> str:
-    assert answer.routed_TLK is not None
-    token, router = (int(index) for index in np.argwhere(wrong_TL)[0])
-    position, P = at + token, len(answer.ask.prompt)
+def _first(of: Wrong) -> str:
+    token, router = (int(index) for index in np.argwhere(of.wrong_TL)[0])
+    position, P = of.at + token, len(of.answer.ask.prompt)
     part = "of the prompt" if position < P else "of the answer"
-    got = sorted(map(int, answer.routed_TLK[token, router]))
-    right = [*map(int, of.ids_TLK[position, router])]
+    got, right = (ids[token, router].tolist() for ids in (of.got_TLK, of.right_TLK))
     return (
         f"First at position {position} ({part}, which begins at {P if position >= P else 0}), "
         f"router {router}: experts {got}, not {right}."
     )
 
 
-def _pattern(wrong: Sequence[tuple[Answer, Reference, int, np.ndarray]]) -> str:
+def _pattern(wrong: Sequence[Wrong]) -> str:
     """What nearly all wrong decisions are, if they are one thing, and are it more often than right
     decisions are by chance."""
     # name → of each answer, which wrong decisions are it, and which right ones
     named: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for answer, of, at, wrong_TL in wrong:
-        assert answer.routed_TLK is not None
-        got_TLK = np.sort(answer.routed_TLK.astype(np.int64), 2)[: len(wrong_TL)]
-        right_TLK = of.ids_TLK[at : at + len(wrong_TL)]
+    for _, _, got_TLK, right_TLK, wrong_TL in wrong:
         filled, filled_TL = ((ids == ids[..., :1]).all(2) for ids in (got_TLK, right_TLK))
         parts = {"They name one expert in all slots.": (filled[wrong_TL], filled_TL)}
         like = {
@@ -368,7 +372,7 @@ def _pattern(wrong: Sequence[tuple[Answer, Reference, int, np.ndarray]]) -> str:
             parts[name] = same_TL[wrong_TL], usual_TL
         for name, part in parts.items():
             named.setdefault(name, []).append(part)
-    n = sum(int(wrong_TL.any(1).sum()) for *_, wrong_TL in wrong)  # layers are wrong together
+    n = sum(int(of.wrong_TL.any(1).sum()) for of in wrong)  # layers are wrong together
     shares = dict[str, float]()
     for name, parts_of in named.items():
         same, usual = (

@@ -17,6 +17,7 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import join_first, plural
 
 Pairs = tuple[np.ndarray, np.ndarray]  # int64 [N], twice
+Known = tuple[Recorded, np.ndarray]  # and what is `usual` in it
 NEAR = 8  # a shift by so many tokens is looked for in all pairs …
 FAR = 512  # … and by so many in FEW_PAIRS of FEW_LAYERS, whose best shift is then judged by all
 FEW_PAIRS, FEW_LAYERS = 256, 2
@@ -82,7 +83,7 @@ def best_shift(r: Recorded, pairs: Pairs, far: int) -> tuple[float, int, int]:
     """Its p-value, the shift, and how many pairs tell."""
     layers = np.unique(np.linspace(0, r.L - 1, min(r.L, MOST_LAYERS)).astype(int)).tolist()
     tried = [s for s in range(-NEAR, NEAR + 1) if s]
-    longest = int(np.diff(np.append(r.begin_S, r.T)).max())
+    longest = int((r.end_S - r.begin_S).max())
     beyond = [s for s in range(-far, far + 1) if NEAR < abs(s) < longest - 1]
     number = len(tried) + len(beyond)
     if beyond:
@@ -109,10 +110,9 @@ def shifts(r: Recorded) -> Iterator[Finding]:
     if p < LEVEL:
         yield _shifted(shift, "", p, n)
         return
-    ends = np.append(r.begin_S[1:], r.T)
     windows = [
         (begin, min(begin + WINDOW, end))
-        for first, end in zip(r.begin_S.tolist(), ends.tolist(), strict=True)
+        for first, end in zip(r.begin_S.tolist(), r.end_S.tolist(), strict=True)
         for begin in range(first, max(end - WINDOW // 2, first + 1), WINDOW)
     ]
     windows = windows[:: -(-len(windows) // MOST_WINDOWS) or 1]
@@ -140,7 +140,7 @@ def _told_once(r: Recorded) -> np.ndarray:
     """The token ids, −1 where the same CONTEXT tokens up to there, or all since the beginning of a
     sequence, were there before: in a loop, a quotation or a template the routes are the same again,
     and tell nothing more. [T]"""
-    position_T = np.arange(r.T) - np.repeat(r.begin_S, np.diff(np.append(r.begin_S, r.T)))
+    position_T = np.arange(r.T) - r.begin_S[r.sequence_T]
     context_TC = np.stack(
         [np.where(position_T >= n, np.roll(r.token_id_T, n), -2) for n in range(CONTEXT)], 1
     )

@@ -102,10 +102,8 @@ def wrong_lengths(rows_of: int, tokens: int, name: str, S: int) -> Finding:
     return found("lengths", what, rows=rows_of, tokens=tokens)
 
 
-def findings(
-    r: Recorded, known: Recorded | None = None, usual_NL: np.ndarray | None = None
-) -> Iterator[Finding]:
-    """What every check finds. known: a right recording of the same layers, with its `usual_NL`."""
+def findings(r: Recorded, beside: by_text.Known | None = None) -> Iterator[Finding]:
+    """What every check finds. beside: a right recording of the same layers."""
     chosen = False  # whether tokens are left out for their experts
     for check in ROWS:
         if chosen and check is rows.loads:
@@ -120,10 +118,11 @@ def findings(
                 left_T |= which
         if left_T.all() or left_L.all():
             return
-        if known is not None and usual_NL is not None:
-            known, usual_NL = known.without_layers(left_L), usual_NL[:, ~left_L]
+        if beside is not None:
+            known, usual_NL = beside
+            beside = known.without_layers(left_L), usual_NL[:, ~left_L]
         r = r.kept(~left_T).without_layers(left_L)
     shifted = [*by_text.shifts(r)]
     yield from shifted
-    if known is not None and usual_NL is not None and not shifted:
-        yield from by_text.habits(r, known, usual_NL)
+    if beside is not None and not shifted:
+        yield from by_text.habits(r, *beside)

@@ -15,6 +15,7 @@ import numpy as np
 from moe_inspect.linting.kinds import KINDS
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import plural, ranges
+from moe_inspect.trace.runs import run_edges
 
 # Of all findings that are not certain, in one recording: 1 of 10,000 right ones may get any. Each
 # kind has an equal part, and divides it among the tests that it makes.
@@ -50,20 +51,23 @@ class Recorded:
     def L(self) -> int:
         return self.slots_KTL.shape[2]
 
+    @property
+    def end_S(self) -> np.ndarray:
+        """Where each sequence ends."""
+        return np.append(self.begin_S[1:], self.T)
+
     @cached_property
     def sequence_T(self) -> np.ndarray:
         """The sequence of each token, from 0."""
-        size_S = np.diff(np.append(self.begin_S, self.T))
-        return np.repeat(np.arange(len(self.begin_S)), size_S)
+        return np.repeat(np.arange(len(self.begin_S)), self.end_S - self.begin_S)
 
     def kept(self, which_T: np.ndarray) -> Recorded:
         """Only these tokens. bool [T]"""
         if which_T.all():
             return self
-        of_T = self.sequence_T[which_T]
+        at = np.flatnonzero(which_T)
         # what is left out parts a sequence
-        gap_T = np.diff(np.flatnonzero(which_T), prepend=-2) != 1
-        begin_S = np.flatnonzero(gap_T | (np.diff(of_T, prepend=-1) != 0))
+        begin_S = run_edges(self.sequence_T[at], at - np.arange(len(at)))[:-1]
         weights = None if self.weights_KTL is None else self.weights_KTL[:, which_T]
         return replace(
             self,

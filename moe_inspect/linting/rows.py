@@ -77,7 +77,7 @@ def _log_first_experts(r: Recorded) -> float:
 
 def _ends(r: Recorded, found_T: np.ndarray) -> tuple[int, int]:
     """In how many sequences the first token is found, and the last."""
-    return int(found_T[r.begin_S].sum()), int(found_T[np.append(r.begin_S[1:], r.T) - 1].sum())
+    return int(found_T[r.begin_S].sum()), int(found_T[r.end_S - 1].sum())
 
 
 def _places(r: Recorded, found_T: np.ndarray) -> int:

@@ -80,21 +80,21 @@ def _linted(
 ) -> Linted:
     right = None
     if against is not None:
-        known = open_trace(against)
-        if known.counts_only:
-            raise MoeInspectError(f"{address(known)} holds counts only, no decisions to lint by")
-        right = {group: r for group, r, _ in recorded(known)}
+        opened = open_trace(against)
+        if opened.counts_only:
+            raise MoeInspectError(f"{address(opened)} holds counts only, no decisions to lint by")
+        right = {group: r for group, r, _ in recorded(opened)}
     listed, tokens, routers, all_whole = [*found], dict[str, int](), 0, True
     compared = 0
     for group, r, whole in groups:
-        beside = None if right is None else right.get(group)
-        if right is not None and (beside is None or beside.L != r.L):
-            said = f"{address(against)} has other routers than {where}"
-            raise MoeInspectError(f"{said}: lint against a trace of the same model")
-        usual_NL = None if beside is None else by_text.usual(r, beside)
-        listed += findings(r, beside, usual_NL)
-        if usual_NL is not None:
-            compared += int((by_text.tail(usual_NL, r.L) < LEVEL).sum())
+        beside = None
+        if right is not None:
+            if (known := right.get(group)) is None or known.L != r.L:
+                said = f"{address(against)} has other routers than {where}"
+                raise MoeInspectError(f"{said}: lint against a trace of the same model")
+            beside = known, by_text.usual(r, known)
+            compared += int((by_text.tail(beside[1], r.L) < LEVEL).sum())
+        listed += findings(r, beside)
         tokens[group[0]] = r.T  # of a stack, whose routers see the same
         routers, all_whole = routers + r.L, all_whole and whole
     return Linted(

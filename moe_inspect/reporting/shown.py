@@ -73,6 +73,18 @@ class Shown(ABC):
     def page(self) -> str:
         """The page, as one string of HTML."""
 
+    def _page_of(self, tables: Mapping[str, pd.DataFrame], assumed: str, python: str) -> str:
+        """A page of what it comes to, its charts and these tables. `assumed`: below the title.
+        `python`: lines that make it."""
+        from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
+
+        sections = [chart_section(chart) for chart in self.charts()[0]]
+        for name, of in tables.items():
+            code = python_of_table(python, name)
+            sections.append(Section(name, table=of, name=name, python=code))
+        title = f"moe-inspect {self.title}"
+        return page_html(Page(title, assumed, verdict=self.said, sections=sections))
+
     @abstractmethod
     def charts(self) -> tuple[list[Chart], list[str]]:
         """Its charts, and why others are missing."""

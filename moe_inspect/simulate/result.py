@@ -101,19 +101,12 @@ class Simulation(Shown):
         return write_plan(self.tables["plan"], dict(self.settings), path, engine)
 
     def page(self) -> str:
-        from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
-
         assumed = "; ".join(
             f"{name.replace('_', ' ')}: {text}"
             for name, value in self.settings.items()
             if name not in HIDDEN and (text := _text(value))
         )
-        sections = [chart_section(chart) for chart in self.charts()[0]]
-        for name in self.in_order:
-            code = python_of_table(self.python, name)
-            sections.append(Section(name, table=self.tables[name], name=name, python=code))
-        title = f"moe-inspect {self.title}"
-        return page_html(Page(title, assumed, verdict=self.verdict, sections=sections))
+        return self._page_of({n: self.tables[n] for n in self.in_order}, assumed, self.python)
 
     def section(self) -> Section:
         """A section for the page of a report: what it says, its picture and its first table."""

@@ -20,9 +20,10 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding, most_important_first
 from moe_inspect.text import first_line
-from moe_inspect.training.checks import EPS, SAME, added, bias_findings, update_findings
+from moe_inspect.training.checks import EPS, SAME, added, judge_biases, judge_update
 from moe_inspect.training.formulas import (
     BY_LOGITS,
+    CHOSEN,
     OF_CHOSEN,
     POOLED,
     TWICE,
@@ -42,7 +43,7 @@ from moe_inspect.training.passes import (
     coefficient_of,
     default_loss,
     forms_of,
-    put_back,
+    unchanged,
 )
 
 if TYPE_CHECKING:
@@ -190,9 +191,9 @@ class _Audit:
         run = self.run()
         if not all(bool(r.real_T.any()) for r in run.routed):
             raise MoeInspectError("audit_loss needs a batch with tokens: this one is padding alone")
-        self.found += [*bias_findings(self.passes, run, self.run)]
+        judge_biases(self.passes, run, self.run, self.say)
         if update is not None:
-            self.found += [*update_findings(self.passes, update, self.run)]
+            judge_update(self.passes, update, self.run, self.say)
         with torch.enable_grad():
             audited = self._audit(run)
         return LossAudit(most_important_first(self.found), **audited)
@@ -225,16 +226,13 @@ class _Audit:
 
     def _with_other_weights(self, seed: int) -> Pass:
         """The batch as given, with routers that choose otherwise: even load becomes uneven."""
-        kept = [(p, p.detach().clone()) for p in self.weights.values()]
-        try:
+        with unchanged(self.weights.values()) as kept:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed)
                 for p, value in kept:
                     spread = float(value.float().std(correction=0)) or value.shape[-1] ** -0.5
                     p += torch.randn_like(p) * spread
             return self.run()
-        finally:
-            put_back(kept)
 
     def _none(self) -> None:
         if self.failed:
@@ -281,7 +279,8 @@ class _Audit:
         chooses = any(
             site.drops or selection_bias(site, self.model) is not None for site in self.passes.sites
         )
-        matches, spread = identify(values, routed, self.tolerance, devices, devices > 1 or chooses)
+        seen = [*values.values()], [*routed.values()]
+        matches, spread = identify(*seen, self.tolerance, devices, devices > 1 or chooses)
         if spread < 3 * self.tolerance:
             self.say(
                 "unknown",
@@ -464,9 +463,8 @@ class _Audit:
         """A step along the gradient, so short that no choice changes: whether the loss falls as
         the gradient says, None where that cannot be seen; and how Σ f · P of each router changes,
         with the load before as f."""
-        kept = [(p, p.detach().clone()) for p in self.weights.values()]
         rate, agrees, moved = 0.01 * abs(loss) / norm, None, [math.nan] * self.R
-        try:
+        with unchanged(self.weights.values()) as kept:
             while self.is_exact and rate * norm > 200 * EPS * abs(loss):
                 with torch.no_grad():
                     for (p, value), g in zip(kept, gradient.values(), strict=True):
@@ -485,8 +483,6 @@ class _Audit:
                     if agrees:
                         break
                 rate /= 2  # a loss that curves is straight only in a shorter step
-        finally:
-            put_back(kept)
         return agrees, moved
 
     def _direction(
@@ -554,8 +550,7 @@ def _own(site: Site) -> Formula:
     )
 
 
-def _largest(routed: Routed) -> Tensor:
-    return routed.logits_TE.topk(routed.ids_TK.shape[1], -1).indices
+_largest = CHOSEN[BY_LOGITS[0]]
 
 
 def _chose_alike(a: Routed, b: Routed) -> bool:

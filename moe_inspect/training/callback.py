@@ -18,7 +18,7 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import print_stderr
 from moe_inspect.training.audit import LossAudit, audit_loss
 from moe_inspect.training.metrics import balance_moved, unevenness
-from moe_inspect.training.monitor import OfTrainer
+from moe_inspect.training.monitor import OfTrainer, RoutingMonitor
 
 AUDITED_STEPS = 60  # after which is said whether the load moves
 Metrics = dict[str, float] | None
@@ -78,21 +78,19 @@ class RoutingCallback(OfTrainer, TrainerCallback):
         self._uneven = []
         if self.audit and self.monitor is not None:
             inner = self.monitor.model
-            hook = inner.register_forward_pre_hook(self._keep_first, with_kwargs=True)
-            self._undo_first = hook.remove
+            self._hook = inner.register_forward_pre_hook(self._keep_first, with_kwargs=True)
 
     def _keep_first(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training and self._batch is None:
             self._batch = {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}
 
-    def _audit_first(self, model: Any, state: State) -> None:
+    def _audit_first(self, monitor: RoutingMonitor, state: State) -> None:
         """Once, when the first step has been taken."""
-        if self.audit and self.audited is None and self._batch is not None:
-            self._undo_first()
-            assert self.monitor is not None
-            with self.monitor.paused():
-                self.audited = audit_loss(model, self._batch)
-            self._batch = {}
+        if self._batch is not None:
+            self._hook.remove()
+            batch, self._batch = self._batch, None
+            with monitor.paused():
+                self.audited = audit_loss(monitor.model, batch)
             _say(self.audited.findings, state)
 
     def _say_moved(self, state: State, end: bool = False) -> None:
@@ -107,7 +105,7 @@ class RoutingCallback(OfTrainer, TrainerCallback):
         if (monitor := self.monitor) is None:
             return
         monitor.step(state.global_step)
-        self._audit_first(monitor.model, state)
+        self._audit_first(monitor, state)
         if control.should_log:
             self._metrics = monitor.log()
             if self.audit and monitor.window is not None:

@@ -5,14 +5,13 @@ more even."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.training.formulas import Routed
+from moe_inspect.training.formulas import Routed, hot
 from moe_inspect.training.passes import (
     HALVES,
     SWITCH_ON,
@@ -21,12 +20,14 @@ from moe_inspect.training.passes import (
     accepts,
     default_loss,
     put_back,
+    unchanged,
 )
 
 SAME = 0.05  # relative difference of two numbers that should be one
 EPS = torch.finfo(torch.float32).eps
 SHIFT, LIFT = 0.5, 100.0  # added to all biases of a router, which chooses as before; to one
 Run = Callable[[], Pass]
+Say = Callable[..., None]  # (kind, severity, text, values by name)
 
 
 def added(
@@ -34,7 +35,7 @@ def added(
     forms: Mapping[str, Any],
     switch: Mapping[str, bool],
     coefficient: float | None,
-    say: Callable[..., None],
+    say: Say,
 ) -> tuple[float, float]:
     """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
     halves, whose language losses are divided by the tokens of both."""
@@ -128,22 +129,19 @@ def added(
 # --- selection biases
 
 
-def bias_findings(passes: Passes, before: Pass, run: Run) -> Iterator[Finding]:
+def judge_biases(passes: Passes, before: Pass, run: Run, say: Say) -> None:
     """`run`: runs the pass `before` again."""
     if not (biases := passes.biases()):
         return
     idle = {r: int(_load(before.routed[r], len(biases[r].view(-1))).argmin()) for r in biases}
 
     def with_bias(which: Sequence[int], added: float, one: bool) -> list[Routed]:
-        kept = [(biases[r], biases[r].detach().clone()) for r in which]
-        try:
+        with unchanged(biases[r] for r in which):
             with torch.no_grad():
                 for r in which:
                     bias_E = biases[r].view(-1)
                     bias_E[slice(idle[r], idle[r] + 1) if one else slice(None)] += added
             return run().routed
-        finally:
-            put_back(kept)
 
     def weighs(r: int, after: Routed) -> bool | None:
         """Whether the weights of decisions with the same choice changed; None: there are none."""
@@ -159,16 +157,16 @@ def bias_findings(passes: Passes, before: Pass, run: Run) -> Iterator[Finding]:
     share = {r: (lifted[r].ids_TK == idle[r]).any(1).float().mean() for r in biases}
     ignored = [r for r in biases if share[r] < 0.9]
     if weighed := [r for r, of in found.items() if of]:
-        yield finding(
-            "loss_bias_in_weight",
+        say(
+            "bias_in_weight",
             "critical",
             f"The selection bias changes the gate weights in {passes.labels(weighed)}: it should "
             "steer the choice alone (arXiv:2408.15664).",
             routers=weighed,
         )
     if ignored:
-        yield finding(
-            "loss_bias_ignored",
+        say(
+            "bias_ignored",
             "critical",
             f"An expert with a large selection bias is not chosen in {passes.labels(ignored)}: the "
             "bias balances nothing.",
@@ -176,20 +174,20 @@ def bias_findings(passes: Passes, before: Pass, run: Run) -> Iterator[Finding]:
         )
     if not ignored and all(of is False for of in found.values()):
         said = "The selection bias steers the choice, and no gate weight."
-        yield finding("loss_bias", "good", said)
+        say("bias", "good", said)
 
 
-def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> Iterator[Finding]:
+def judge_update(passes: Passes, update: Callable[[], object], run: Run, say: Say) -> None:
     """Of what `update` does after one pass: a bias should rise where an expert is idle."""
     biases = passes.biases()
-    kept = {r: bias.detach().clone() for r, bias in biases.items()}
-    update()  # what the passes before have counted, also in what is no buffer
-    put_back([(biases[r], kept[r]) for r in biases])
-    routed = run().routed
-    update()
+    with unchanged(biases.values()) as kept:
+        update()  # what the passes before have counted, also in what is no buffer
+        put_back(kept)
+        routed = run().routed
+        update()
+        steps = [(bias.detach() - before).view(-1).double() for bias, before in kept]
     wrong, padded, still, sizes = list[int](), list[int](), list[int](), list[float]()
-    for r, bias in biases.items():
-        step_E = (bias.detach() - kept[r]).view(-1).double()
+    for r, step_E in zip(biases, steps, strict=True):
         every = torch.ones_like(routed[r].real_T)
         loads = (_load(of, len(step_E)) for of in (routed[r], routed[r]._replace(real_T=every)))
         raises_idle, with_padding = (float(step_E @ (load.mean() - load)) > 0 for load in loads)
@@ -198,22 +196,21 @@ def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> I
             still.append(r)
         elif not raises_idle:
             (padded if with_padding else wrong).append(r)
-    put_back([(biases[r], kept[r]) for r in biases])
     if still or not biases:
         where = f"in {passes.labels(still)}" if still else "as routers have none"
         said = f"The update changes no selection bias {where}."
-        yield finding("loss_bias_update", "critical", said)
+        say("bias_update", "critical", said)
     if wrong:
-        yield finding(
-            "loss_bias_update",
+        say(
+            "bias_update",
             "critical",
             f"The update raises the selection bias of busy experts in {passes.labels(wrong)}: its "
             "sign is wrong.",
             routers=wrong,
         )
     if padded:
-        yield finding(
-            "loss_bias_update",
+        say(
+            "bias_update",
             "warning",
             f"In {passes.labels(padded)} the update raises the selection bias of experts that are "
             "busy without the padding: it counts padding, or its sign is wrong. A batch without "
@@ -224,11 +221,9 @@ def update_findings(passes: Passes, update: Callable[[], object], run: Run) -> I
         low, high = min(sizes), max(sizes)
         size = f"{low:.3g}" + f" to {high:.3g}" * (high > 1.01 * low)
         said = f"The update raises the selection bias of idle experts, by {size}."
-        yield finding("loss_bias_update", "good", said, low=low, high=high)
+        say("bias_update", "good", said, low=low, high=high)
 
 
 def _load(routed: Routed, E: int) -> Tensor:
     """Without padding."""
-    ids = routed.ids_TK[routed.real_T]
-    inside = ids[(ids >= 0) & (ids < E)].long()
-    return torch.bincount(inside, minlength=E).double()
+    return hot(routed.ids_TK, E)[routed.real_T].sum(0)

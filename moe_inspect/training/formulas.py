@@ -6,7 +6,7 @@ T tokens, K slots, E experts, G groups of tokens that are balanced by themselves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -52,11 +52,11 @@ SCORES: dict[str, Callable[[Routed, Tensor], Tensor]] = {
 TWICE, OF_CHOSEN = "softmax of a softmax", "softmax over the k largest logits"
 
 
-def _hot(ids_TK: Tensor, E: int) -> Tensor:
+def hot(ids_TK: Tensor, E: int) -> Tensor:
     """float64 [T, E], 1 where an expert was chosen. Ids of no expert are left out."""
     inside = (ids_TK >= 0) & (ids_TK < E)
-    hot = torch.zeros(len(ids_TK), E + 1, dtype=torch.float64, device=ids_TK.device)
-    return hot.scatter_(1, ids_TK.long().where(inside, E), 1)[:, :E]
+    found_TE = torch.zeros(len(ids_TK), E + 1, dtype=torch.float64, device=ids_TK.device)
+    return found_TE.scatter_(1, ids_TK.long().where(inside, E), 1)[:, :E]
 
 
 def _first(r: Routed) -> Tensor:
@@ -142,7 +142,7 @@ class Formula(NamedTuple):
 
     def _sums(self, r: Routed) -> tuple[Tensor, Tensor, Tensor]:
         x_TE, counted_T = r.logits_TE.double(), self._counted(r)
-        hot_TE = _hot(CHOSEN[self.chosen](r), x_TE.shape[1])
+        hot_TE = hot(CHOSEN[self.chosen](r), x_TE.shape[1])
         by_row = self.by.startswith("sequence")
         group_T = r.row_T if by_row else torch.zeros_like(r.row_T)
         G = int(r.row_T.max()) + 1 if by_row else 1
@@ -164,20 +164,18 @@ class Match(NamedTuple):
     factor: float
 
 
-def candidates(
-    passes: Sequence[Sequence[Routed]], devices: int = 0, chooses: bool = False
-) -> list[Formula]:
+def candidates(passes: Sequence[Sequence[Routed]], devices: int, chooses: bool) -> list[Formula]:
     """The simplest first. What is the same in all passes is there once: with k = 1 the first
     choice, without padding what is done with it, and the largest logits unless the router `chooses`
     others at times."""
     every = [r for routed in passes for r in routed]
     chosen, seen = list[str](), list[list[Tensor]]()
     for name, ids_of in CHOSEN.items():
-        hot = [_hot(ids_of(r), r.logits_TE.shape[1]) for r in every]
-        is_new = not any(all(map(torch.equal, hot, other)) for other in seen)
+        counted = [hot(ids_of(r), r.logits_TE.shape[1]) for r in every]
+        is_new = not any(all(map(torch.equal, counted, other)) for other in seen)
         if is_new or (chooses and name == BY_LOGITS[0]):
             chosen.append(name)
-            seen.append(hot)
+            seen.append(counted)
     paddings = (False, True) if not all(bool(r.real_T.all()) for r in every) else (False,)
     kinds = sorted({r.kind for r in every})
     only = ["", *kinds] if len(kinds) > 1 else [""]
@@ -192,22 +190,20 @@ def candidates(
 
 
 def identify(
-    reported: Mapping[str, float],
-    passes: Mapping[str, Sequence[Routed]],
+    reported: Sequence[float],
+    passes: Sequence[Sequence[Routed]],
     tolerance: float,
-    devices: int = 0,
-    chooses: bool = False,
+    devices: int,
+    chooses: bool,
 ) -> tuple[list[Match], float]:
     """The formulas that stand in the same ratio to the loss in every pass, the simplest first: with
     several, these passes cannot tell them apart. And by how much the loss, or Switch's, differs
     between the passes: where it is hardly more than the tolerance, they tell nothing."""
-    names, found = list(reported), list[Match]()
-    real = torch.tensor([reported[name] for name in names], dtype=torch.float64)
+    real, found = torch.tensor(reported, dtype=torch.float64), list[Match]()
     with torch.no_grad():
-        for formula in candidates([passes[name] for name in names], devices, chooses):
-            value = torch.stack([formula.value(passes[name]).cpu() for name in names])
-            ratio = real / value
+        for formula in candidates(passes, devices, chooses):
+            ratio = real / torch.stack([formula.value(routed).cpu() for routed in passes])
             if bool((ratio / ratio.mean() - 1).abs().max() < tolerance):
                 found.append(Match(formula, float(ratio.mean())))
-        even = torch.stack([Formula("router").value(passes[name]).cpu() for name in names])
+        even = torch.stack([Formula("router").value(routed).cpu() for routed in passes])
     return found, max(float((of / of.mean() - 1).abs().max()) for of in (real, even))

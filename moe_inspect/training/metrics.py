@@ -6,7 +6,6 @@ R routers, E experts.
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 import warnings
@@ -55,9 +54,8 @@ def logged(
             for r, value in enumerate(value_R):
                 if not math.isnan(value):
                     found[f"{prefix}{name}/layer_{layer_label(routers, r)}"] = float(value)
-    if "max_vio" in values and not np.isnan(values["max_vio"]).all():
-        worst_router = int(np.nanargmax(values["max_vio"]))
-        found[f"{prefix}worst_layer"] = float(routers[worst_router].layer)
+        if name == "max_vio":
+            found[f"{prefix}worst_layer"] = float(routers[int(np.nanargmax(value_R))].layer)
     return found
 
 
@@ -134,9 +132,8 @@ def show_picture(figure: Figure, step: int, reporters: set[str], tensorboard: An
 
 def _pixels(figure: Figure) -> np.ndarray:
     """uint8 [height, width, 3]"""
-    from matplotlib import image
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    file.seek(0)
-    return (image.imread(file)[..., :3] * 255).round().astype(np.uint8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -6,15 +6,16 @@ B batch rows, S positions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moe_inspect.capture.hook.stack import Sinks
+from moe_inspect.capture.hook.stack import Sinks, are_probabilities
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import selection_bias, text_config
@@ -60,15 +61,14 @@ class Passes(RoutingSums):
     @contextmanager
     def attached(self) -> Iterator[Passes]:
         """Buffers are put back: a router may count in them."""
-        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         biases = {id(bias) for bias in self.biases().values()}
-        self.counters = [pair for pair in buffers if id(pair[0]) not in biases]
-        try:
-            self.attachment.attach()
-            yield self
-        finally:
-            self.attachment.detach()
-            put_back(buffers)
+        with unchanged(self.model.buffers()) as buffers:
+            self.counters = [pair for pair in buffers if id(pair[0]) not in biases]
+            try:
+                self.attachment.attach()
+                yield self
+            finally:
+                self.attachment.detach()
 
     def begin(self) -> None:
         super().begin()
@@ -100,12 +100,9 @@ class Passes(RoutingSums):
         ids_TK, weights_TK = (torch.cat(of) for of in zip(*self._calls["", r], strict=True))
         shown = [values for (values,) in self._calls.get(("logits", r), [])]
         logits_TE = torch.cat(shown) if shown else weights_TK.new_zeros(0, site.experts)
-        score_TE = logits_TE.detach().float()
-        if len(shown) and bool(
-            (score_TE >= 0).all() and ((score_TE.sum(1) - 1).abs() < 1e-3).all()
-        ):
+        if shown and are_probabilities(logits_TE.detach()):
             logits_TE = logits_TE.clamp(min=1e-30).log()  # what is called logits is a softmax
-        _, S, order_T = self._fed[site.stack]
+        S, order_T = self._fed[site.stack]
         real_T, device = self._real[site.stack], ids_TK.device
         T = len(ids_TK)
         token_T = torch.arange(T) if order_T is None else torch.from_numpy(order_T)
@@ -131,10 +128,23 @@ class Passes(RoutingSums):
         return {r: bias for r, bias in found if bias is not None}
 
 
-def put_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+Kept = list[tuple[Tensor, Tensor]]  # tensors, each with values that it had
+
+
+def put_back(kept: Kept) -> None:
     with torch.no_grad():
         for tensor, value in kept:
             tensor.copy_(value)
+
+
+@contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[Kept]:
+    """After the block they have the values that they have now, which it is given."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield kept
+    finally:
+        put_back(kept)
 
 
 # --- what is known of a model's loss
@@ -180,26 +190,19 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     # what is made under torch.inference_mode can be in no graph
     batch = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    values = [batch] if torch.is_tensor(batch) else list(values)
-    B = next((len(v) for v in values if torch.is_tensor(v) and v.dim() > 1), 0)
+    B = next((len(tensor) for tensor in tensors_of(batch) if tensor.dim() > 1), 0)
     if not B:
         raise MoeInspectError("audit_loss needs a batch with a tensor [rows, positions, …]")
 
-    def half(value: Any, end: int) -> Any:
-        if not torch.is_tensor(value) or not value.dim() or len(value) != B:
+    def half(end: int, value: Tensor) -> Tensor:
+        if not value.dim() or len(value) != B:
             return value
         dim = 0 if B > 1 or value.dim() == 1 else 1
         return value.tensor_split(2, dim)[end]
 
     found["as given"] = batch
     for end, name in enumerate(HALVES):
-        if isinstance(batch, Mapping):
-            found[name] = {key: half(value, end) for key, value in batch.items()}
-        elif torch.is_tensor(batch):
-            found[name] = half(batch, end)
-        else:
-            found[name] = tuple(half(value, end) for value in batch)
+        found[name] = tree_map_only(Tensor, partial(half, end), batch)
     masks = [of.get("attention_mask") for of in found.values() if isinstance(of, Mapping)]
     if any(torch.is_tensor(mask) and not bool(mask.any()) for mask in masks):
         for name in HALVES:  # half of one row may be padding alone
@@ -217,12 +220,15 @@ def forms_of(batch: Batch, passes: Passes) -> dict[str, Batch]:
     return found
 
 
+def tensors_of(batch: Batch) -> list[Tensor]:
+    return [value for value in tree_leaves(batch) if torch.is_tensor(value)]
+
+
 def alike(a: Batch, b: Batch) -> bool:
     """Whether every row of one of two batches is among those of the other."""
 
     def rows_of(batch: Batch) -> list[list[Tensor]]:
-        given = batch.values() if isinstance(batch, Mapping) else batch
-        tensors = [batch] if torch.is_tensor(batch) else [v for v in given if torch.is_tensor(v)]
+        tensors = tensors_of(batch)
         B = next(len(v) for v in tensors if v.dim() > 1)
         return [[v[row] for v in tensors if v.dim() > 1 and len(v) == B] for row in range(B)]
 

@@ -1,13 +1,13 @@
 """Sums over the routing of forward passes, kept on the devices of the routers. Nothing waits for a
 device before `read`.
 
-T rows a router sees (padding included), K slots, E experts, R routers, S steps. The routers of a
-device lie side by side, E + 1 columns (C in all) each: the last takes padding and slots that routed
-nowhere.
+T rows a router sees (padding included), K slots, E experts, R routers, S steps. X: what is of the
+whole router, then its experts, then nothing up to the widest router of the device.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.inputs.arguments import CallReader, mask_of
@@ -33,86 +34,82 @@ if TYPE_CHECKING:
 
     from moe_inspect.model.custom.spec import RouterSpec
 
-Tokens = dict[str, int | Tensor]  # by stack
 RECENT = 32  # steps whose loads are kept apart, for the max_vio of a step
 # what is summed apart; the passes of a step are training once it has ended
 EVALUATION, TRAINING, STEP = range(3)
 
 
+def choice_sums(ids_TK: Tensor, site: Site, real_T: Tensor | None) -> Tensor:
+    """The tokens of a call and the load of each expert, without padding, int64 [1 + E]. `real_T`:
+    the rows that are no padding; None: all."""
+    place_TK = ids_TK.long() + 1
+    place_TK = place_TK.masked_fill((ids_TK < 0) | (ids_TK >= site.experts), 0)
+    one_TK = torch.ones_like(place_TK)
+    if real_T is not None:
+        one_TK = one_TK * real_T[:, None]
+    sums_X = place_TK.new_zeros(1 + site.experts)
+    sums_X.scatter_add_(0, place_TK.reshape(-1), one_TK.reshape(-1))
+    sums_X[0] = one_TK[:, 0].sum()  # in place of the slots that routed nowhere
+    return sums_X
+
+
+def logit_sums(logits_TE: Tensor, site: Site, real_T: Tensor | None) -> Tensor:
+    """The squared log-sum-exp of the rows of a call, and the probabilities of each expert, summed,
+    float32 [1 + E]."""
+    logits_TE = logits_TE.float()
+    log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
+    if site.scoring == "sigmoid":
+        score_TE = logits_TE.sigmoid()
+        score_TE = score_TE / score_TE.sum(1, keepdim=True)
+    else:
+        score_TE = (logits_TE - log_sum_T1).exp()
+    z_T1 = log_sum_T1**2
+    if real_T is not None:
+        score_TE, z_T1 = score_TE * real_T[:, None], z_T1 * real_T[:, None]
+    return torch.cat([z_T1.sum(0), score_TE.sum(0)])
+
+
 class DeviceSums:
-    """The sums of the routers of one device: of the pass, and since `read` by what it was."""
+    """The sums of the routers of one device since `read`, by what the passes were."""
 
     def __init__(self, device: torch.device, experts: Sequence[int]):
-        self.device, self.R = device, len(experts)
-        first = torch.tensor([0, *(E + 1 for E in experts)]).cumsum(0).tolist()
-        self.first, self.C = first[:-1], first[-1]
+        R, X = len(experts), 1 + max(experts)
         with torch.inference_mode(False), torch.device(device):
-            self.router_C = torch.repeat_interleave(
-                torch.arange(self.R), torch.tensor([E + 1 for E in experts])
-            )
-            self.is_expert_C = torch.ones(self.C, dtype=torch.bool)
-            self.is_expert_C[[f + E for f, E in zip(self.first, experts, strict=True)]] = False
             self.experts_R = torch.tensor(experts, dtype=torch.float32)
-            self.load_C = torch.zeros(self.C, dtype=torch.int64)
-            self.probability_C = torch.zeros(self.C)
-            self.z_R = torch.zeros(self.R)
-            self.total_3C = torch.zeros(3, self.C, dtype=torch.int64)
-            self.recent_SC = torch.zeros(RECENT, self.C, dtype=torch.int32)
-            self.losses_22R = torch.zeros(2, 2, self.R)  # evaluation, training; auxiliary and z
+            self.total_3RX = torch.zeros(3, R, X, dtype=torch.int64)
+            self.recent_SRX = torch.zeros(RECENT, R, X, dtype=torch.int32)
+            self.losses_22R = torch.zeros(2, 2, R)  # evaluation, training; auxiliary and z
 
-    def begin(self) -> None:
-        for sums in (self.load_C, self.probability_C, self.z_R):
-            sums.zero_()
-
-    def add_choices(self, n: int, E: int, ids_TK: Tensor, real_T: Tensor | None) -> None:
-        """To the sums of the n-th router. `real_T`: the rows that are no padding; None: all."""
-        outside_TK = (ids_TK < 0) | (ids_TK >= E)
-        if real_T is not None:
-            outside_TK |= ~real_T[:, None]
-        slot_N = (ids_TK.long().masked_fill(outside_TK, E) + self.first[n]).reshape(-1)
-        self.load_C.scatter_add_(0, slot_N, torch.ones_like(slot_N))
-
-    def add_logits(self, n: int, site: Site, logits_TE: Tensor, real_T: Tensor | None) -> None:
-        logits_TE = logits_TE.float()
-        log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
-        if site.scoring == "sigmoid":
-            score_TE = logits_TE.sigmoid()
-            score_TE = score_TE / score_TE.sum(1, keepdim=True)
-        else:
-            score_TE = (logits_TE - log_sum_T1).exp()
-        z_T = log_sum_T1[:, 0] ** 2
-        if real_T is not None:
-            score_TE, z_T = score_TE * real_T[:, None], z_T * real_T
-        first = self.first[n]
-        self.probability_C[first : first + site.experts] += score_TE.sum(0)
-        self.z_R[n] += z_T.sum()
-
-    def end(self, training: bool, logits: bool) -> None:
-        """Adds the pass. Its auxiliary loss is E · Σ f · P of each router: f the share of the
-        assignments, P the mean probability of an expert; 1 for a uniform router
-        (arXiv:2101.03961)."""
-        self.total_3C[STEP if training else EVALUATION] += self.load_C
-        if not logits:
+    def add(self, training: bool, choices: list[Tensor], logits: list[Tensor]) -> None:
+        """Adds what each router has shown in a pass, which may be nothing. Its auxiliary loss is
+        E · Σ f · P: f the share of the assignments, P the mean probability of an expert; 1 for a
+        uniform router (arXiv:2101.03961)."""
+        load_RX = self._stacked(choices)
+        self.total_3RX[STEP if training else EVALUATION] += load_RX
+        if not any(map(len, logits)):
             return
-        load_R, tokens_R, product_R = (
-            torch.zeros(self.R, device=self.device).index_add_(0, self.router_C, values_C)
-            for values_C in (
-                self.load_C * self.is_expert_C * 1.0,
-                self.probability_C,
-                self.load_C * self.probability_C,
-            )
+        sums_RX = self._stacked(logits)
+        load_RE, score_RE, tokens_R = load_RX[:, 1:], sums_RX[:, 1:], sums_RX[:, 1:].sum(1)
+        even_R = (load_RE.sum(1) * tokens_R).clamp(min=1e-20)
+        aux_R = self.experts_R * (load_RE * score_RE).sum(1) / even_R
+        self.losses_22R[int(training)] += torch.stack(
+            [aux_R, sums_RX[:, 0] / tokens_R.clamp(min=1)]
         )
-        aux_R = self.experts_R * product_R / (load_R * tokens_R).clamp(min=1e-20)
-        self.losses_22R[int(training)] += torch.stack([aux_R, self.z_R / tokens_R.clamp(min=1)])
+
+    def _stacked(self, of_router: list[Tensor]) -> Tensor:
+        X = self.total_3RX.shape[2]
+        return torch.stack([x if len(x) == X else pad(x, (0, X - len(x))) for x in of_router])
 
     def end_step(self, n: int) -> None:
-        self.total_3C[TRAINING] += self.total_3C[STEP]
-        self.recent_SC[n % RECENT] = self.total_3C[STEP]
-        self.total_3C[STEP].zero_()
+        self.total_3RX[TRAINING] += self.total_3RX[STEP]
+        self.recent_SRX[n % RECENT] = self.total_3RX[STEP]
+        self.total_3RX[STEP].zero_()
 
     def parts(self, of: int, steps: int) -> list[Tensor]:
-        """What was summed: load, that of each recent step, and the losses."""
-        return [self.total_3C[of], self.recent_SC[:steps], self.losses_22R[of]]
+        """What was summed in so many steps: load, that of the last of them, in their order, and the
+        losses."""
+        in_order_SRX = self.recent_SRX.roll(-steps, 0)[max(RECENT - steps, 0) :]
+        return [self.total_3RX[of], in_order_SRX, self.losses_22R[of]]
 
 
 @dataclass(frozen=True)
@@ -158,13 +155,11 @@ class RoutingSums:
         self._reader = CallReader(self.model, sites, inputs)
         self.routers: list[Router] = []  # once a pass has shown their top-k
         self.is_counted, self.is_training = True, False
-        self._stacks = list(dict.fromkeys([s.stack for s in sites] or [""]))
-        self._on: dict[torch.device, DeviceSums] = {}
-        self._place: list[tuple[DeviceSums, int]] = []  # of each router
+        self._on: list[tuple[list[int], DeviceSums]] = []  # of each device, with its routers
+        self._top_k: dict[int, int] = {}  # of each router, in its last call
         self._shows_logits: set[int] = set()  # routers that do
         self._steps = 0  # since the last `read`
         self._passes = [0, 0, 0]
-        self._tokens: list[Tokens] = [dict.fromkeys(self._stacks, 0) for _ in range(3)]
         self._counting = False
         self._begin_pass()
         logits = not sites or any(site.logits_module is not None for site in sites)
@@ -177,24 +172,21 @@ class RoutingSums:
 
     def _begin_pass(self) -> None:
         self._rows: dict[str, int] = {}  # of each stack that was fed
-        self._fed: dict[str, tuple[int, int, np.ndarray | None]] = {}  # B, S, and the rows' order
+        self._fed: dict[str, tuple[int, np.ndarray | None]] = {}  # S, and the rows' order
         self._real: dict[str, Tensor | None] = {}
         self._masks: dict[tuple[str, torch.device], Tensor] = {}
-        # rows seen of each router: of its choices, and of its logits
-        self._seen: dict[str, list[int]] = {kind: [0] * len(self.sites) for kind in ("", "logits")}
-        # calls in the first pass: "" or "logits", router, first row, and ids or logits
-        self._early: list[tuple[str, int, int, Tensor]] = []
+        # by router, of its choices and of its logits: the rows seen, and their sums
+        self._seen = {kind: Counter[int]() for kind in ("", "logits")}
+        self._sums: dict[str, dict[int, Tensor]] = {kind: {} for kind in self._seen}
 
     def _add_probed(self, site: Site) -> Sinks:
         """One more router, which a probe shows in the first pass."""
-        if self._place:
+        if self._on:
             raise MoeInspectError(
                 f"{site.path} was not called in the first forward pass: begin with one that calls "
                 "every probe"
             )
         self.sites.append(site)
-        for seen in self._seen.values():
-            seen.append(0)
         self.receive(len(self.sites) - 1, sinks := self.attachment.add(site))
         return sinks
 
@@ -209,8 +201,6 @@ class RoutingSums:
         self.is_training = self.model.training and torch.is_grad_enabled()
         self._counting = self.is_counted or not self.is_training
         self._begin_pass()
-        for on in self._on.values() if self._counting else ():
-            on.begin()
 
     def feed(self, stack: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self._counting:
@@ -223,7 +213,7 @@ class RoutingSums:
         if real_T is not None and order_T is not None:
             real_T = real_T[torch.from_numpy(order_T).to(real_T.device)]
         self._rows[stack], self._real[stack] = B * S if order_T is None else len(order_T), real_T
-        self._fed[stack] = B, S, order_T
+        self._fed[stack] = S, order_T
 
     def returned(self, stack: str, output: object) -> None:
         pass
@@ -234,26 +224,18 @@ class RoutingSums:
         (""), or its logits."""
         if not self._counting:
             return
-        seen = self._seen[kind]
-        row, seen[r] = seen[r], seen[r] + len(values)
-        if self._place:
-            self._add(kind, r, row, values)
-        else:
-            self._early.append((kind, r, row, values.clone()))
-
-    def _add(self, kind: str, r: int, row: int, values: Tensor) -> None:
-        (on, n), site = self._place[r], self.sites[r]
-        real_T = self._real[site.stack]
-        if real_T is not None:
-            at = site.stack, on.device
+        site, sums = self.sites[r], self._sums[kind]
+        row = self._seen[kind][r]
+        self._seen[kind][r] += len(values)
+        if (real_T := self._real[site.stack]) is not None:
+            at = site.stack, values.device
             if at not in self._masks:
-                self._masks[at] = real_T.to(on.device, non_blocking=True)
+                self._masks[at] = real_T.to(values.device, non_blocking=True)
             real_T = self._masks[at][row : row + len(values)]
-        if kind:
-            on.add_logits(n, site, values, real_T)
-            self._shows_logits.add(r)
-        else:
-            on.add_choices(n, site.experts, values, real_T)
+        of_call = (logit_sums if kind else choice_sums)(values, site, real_T)
+        sums[r] = sums[r] + of_call if r in sums else of_call
+        if not kind:
+            self._top_k[r] = values.shape[1]
 
     @torch.no_grad()
     def end(self) -> None:
@@ -262,47 +244,44 @@ class RoutingSums:
             return
         self._counting = False
         self._check()
-        if not self._place:
+        if not self._on:
             self._lay_out()
-        for on in self._on.values():
-            on.end(self.is_training, bool(self._shows_logits))
-        of = STEP if self.is_training else EVALUATION
-        for stack, T in self._rows.items():
-            real_T = self._real[stack]
-            n = T if real_T is None else real_T.sum()
-            self._tokens[of][stack] = self._tokens[of][stack] + n
-        self._passes[of] += 1
+        choices, logits = self._sums[""], self._sums["logits"]
+        self._shows_logits |= logits.keys()
+        for routers, on in self._on:
+            nothing = on.total_3RX.new_zeros(0)
+            of_device = ([of.get(r, nothing) for r in routers] for of in (choices, logits))
+            on.add(self.is_training, *of_device)
+        self._passes[STEP if self.is_training else EVALUATION] += 1
 
     def _check(self) -> None:
-        for site, seen in zip(self.sites, self._seen[""], strict=True):
-            if site.stack in self._rows and seen != self._rows[site.stack]:
+        for r, site in enumerate(self.sites):
+            seen, rows = self._seen[""][r], self._rows.get(site.stack)
+            if rows is not None and seen != rows:
                 raise MoeInspectError(
-                    f"{site.path} routed {seen} rows in a forward pass of "
-                    f"{self._rows[site.stack]}: this model's routing cannot be watched in training"
+                    f"{site.path} routed {seen} rows in a forward pass of {rows}: this model's "
+                    "routing cannot be watched in training"
                 )
 
     def _lay_out(self) -> None:
-        """The first pass has shown the devices and the top-k: makes the sums, and counts it."""
+        """The first pass has shown the devices and the top-k: makes the sums."""
         if not self.sites:
             raise no_routers(self.model)
-        early = {r: ids for kind, r, _, ids in self._early if not kind}
-        if missing := [s.path for r, s in enumerate(self.sites) if r not in early]:
+        if missing := [s.path for r, s in enumerate(self.sites) if r not in self._sums[""]]:
             raise MoeInspectError(
                 f"{missing[0]} did not run in the first forward pass: begin with one of the whole "
                 "model"
             )
-        devices = [early[r].device for r in range(len(self.sites))]
-        for device in dict.fromkeys(devices):
-            mine = [r for r, d in enumerate(devices) if d == device]
-            self._on[device] = DeviceSums(device, [self.sites[r].experts for r in mine])
-        self._place = [(self._on[d], devices[:r].count(d)) for r, d in enumerate(devices)]
+        routers_on: dict[torch.device, list[int]] = {}
+        for r in range(len(self.sites)):
+            routers_on.setdefault(self._sums[""][r].device, []).append(r)
+        for device, routers in routers_on.items():
+            experts = [self.sites[r].experts for r in routers]
+            self._on.append((routers, DeviceSums(device, experts)))
         self.routers = [
-            replace(router_at(site, early[r].shape[1]), slot_order="unknown")
+            replace(router_at(site, self._top_k[r]), slot_order="unknown")
             for r, site in enumerate(self.sites)
         ]
-        for call in self._early:
-            self._add(*call)
-        self._early = []
 
     # --- steps
 
@@ -311,58 +290,52 @@ class RoutingSums:
         """The training passes since the last call are one step."""
         if not self.is_counted or not self._passes[STEP]:
             return
-        for on in self._on.values():
+        for _, on in self._on:
             on.end_step(self._steps)
         self._steps += 1
         self._passes[TRAINING] += self._passes[STEP]
-        for stack, n in self._tokens[STEP].items():
-            self._tokens[TRAINING][stack] = self._tokens[TRAINING][stack] + n
-        self._clear(STEP)
-
-    def _clear(self, of: int) -> None:
-        self._passes[of], self._tokens[of] = 0, dict.fromkeys(self._stacks, 0)
+        self._passes[STEP] = 0
 
     @torch.no_grad()
     def read(self, training: bool = True, group: ProcessGroup | None = None) -> WindowSums | None:
         """What was summed since the last `read`, of training or of evaluation; summed over the
         processes of torch.distributed in one all-reduce. Waits for the devices. None before the
         first pass."""
-        if not self._place:
+        if not self._on:
             return None
-        of, S = TRAINING if training else EVALUATION, min(self._steps, RECENT) if training else 0
-        device = self._place[0][0].device
-        counted = [self._passes[of], *self._tokens[of].values()]
-        parts = [part for on in self._on.values() for part in on.parts(of, S)]
-        parts += [torch.as_tensor(n, device=device) for n in counted]
+        of, steps = (TRAINING, self._steps) if training else (EVALUATION, 0)
+        parts = [part for _, on in self._on for part in on.parts(of, steps)]
+        parts.append(torch.tensor([self._passes[of]]))
+        device = parts[0].device
         flat = torch.cat([part.reshape(-1).to(device, torch.float64) for part in parts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat, group=group)
-        sizes = [part.numel() for part in parts]
-        found = self._of_routers([part.numpy() for part in flat.cpu().split(sizes)], S)
-        for on in self._on.values():
-            on.total_3C[of].zero_()
+        host = flat.cpu().split([part.numel() for part in parts])
+        found = self._of_routers(
+            [x.view(p.shape).numpy() for x, p in zip(host, parts, strict=True)]
+        )
+        for _, on in self._on:
+            on.total_3RX[of].zero_()
             on.losses_22R[of].zero_()
-        self._clear(of)
+        self._passes[of] = 0
         if training:
             self._steps = 0
         return found
 
-    def _of_routers(self, parts: list[np.ndarray], S: int) -> WindowSums:
-        """`parts`: what `DeviceSums.parts` gives of each device, then the passes, and the tokens of
-        each stack."""
-        of_device = {id(on): parts[3 * n : 3 * n + 3] for n, on in enumerate(self._on.values())}
-        passes, *tokens = (round(float(n[0])) for n in parts[3 * len(of_device) :])
-        tokens_of = dict(zip(self._stacks, tokens, strict=True))
-        load, recent = list[np.ndarray](), list[np.ndarray]()
-        losses_2R = np.full((2, len(self.sites)), np.nan)
-        for r, ((on, n), site) in enumerate(zip(self._place, self.sites, strict=True)):
-            total_C, recent_S, losses = of_device[id(on)]
-            mine = slice(on.first[n], on.first[n] + site.experts)
-            load.append(total_C[mine].astype(np.int64))
-            recent.append(recent_S.reshape(S, on.C)[:, mine].astype(np.int64))
-            if r in self._shows_logits and passes:
-                losses_2R[:, r] = losses.reshape(2, on.R)[:, n] / passes
-        tokens_R = np.array([tokens_of[site.stack] for site in self.sites])
+    def _of_routers(self, parts: list[np.ndarray]) -> WindowSums:
+        """`parts`: what `DeviceSums.parts` gives of each device, then the passes."""
+        R, passes = len(self.sites), round(float(parts[-1][0]))
+        load, recent = ([np.zeros(0, np.int64)] * R for _ in range(2))
+        tokens_R, losses_2R = np.zeros(R, np.int64), np.full((2, R), np.nan)
+        for n, (routers, _) in enumerate(self._on):
+            total_RX, recent_SRX, of_losses_2R = parts[3 * n : 3 * n + 3]
+            for at, r in enumerate(routers):
+                mine = slice(1, 1 + self.sites[r].experts)
+                load[r] = total_RX[at, mine].astype(np.int64)
+                recent[r] = recent_SRX[:, at, mine].astype(np.int64)
+                tokens_R[r] = total_RX[at, 0]
+                if r in self._shows_logits and passes:
+                    losses_2R[:, r] = of_losses_2R[:, at] / passes
         return WindowSums(load, recent, tokens_R, passes, losses_2R)
 
     def bias_range(self) -> np.ndarray:

@@ -100,11 +100,13 @@ def _expand(location: str) -> Iterator[tuple[Filesystem, str, str]]:
 
 
 def _resolved(name: str) -> tuple[Filesystem, str]:
-    """The filesystem and the path of a file, a folder or a glob."""
+    """The filesystem and the path of a file, a folder or a glob, also as a trace names it."""
     import fsspec
 
     if "://" in name:
         return fsspec.core.url_to_fs(name)
+    if name.startswith(BUNDLED):
+        name = str(CORPUS_DIR / name.removeprefix(BUNDLED))
     return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(name))
 
 
@@ -159,9 +161,8 @@ def _identity(filesystem: Filesystem, path: str) -> tuple[int | None, str]:
 @contextmanager
 def opened(path: str) -> Iterator[Any]:
     """A file of the corpus for reading, decompressed. MoeInspectError where that fails."""
-    inside = path.removeprefix(BUNDLED)
     try:
-        filesystem, location = _resolved(path if inside == path else str(CORPUS_DIR / inside))
+        filesystem, location = _resolved(path)
         with filesystem.open(location, "rb", compression="infer") as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -365,7 +365,7 @@ class Stack:
                 if (seen := sum(len(values[0]) for values in calls)) != t * T:
                     K = calls[0][0].shape[1] if calls and not kind else 1
                     self.refuse(site.path, seen, T, kind, K)
-                if kind == "logits" and calls and _are_probabilities(*calls[0]):
+                if kind == "logits" and calls and are_probabilities(*calls[0]):
                     raise MoeInspectError(
                         f"{site.path} returns probabilities where its family declares logits: "
                         "trace without --logits"
@@ -468,6 +468,6 @@ def router_at(site: Site, top_k: int, time: int = 0) -> Router:
     )
 
 
-def _are_probabilities(logits_TE: Tensor) -> bool:
+def are_probabilities(logits_TE: Tensor) -> bool:
     sums = logits_TE.float().sum(1)
     return bool((logits_TE >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
