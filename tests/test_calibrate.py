@@ -265,7 +265,7 @@ def test_what_no_text_reaches_is_a_bound_and_never_certain(tmp_path: Path):
     assert "1 of 8 experts has under 64 tokens, 1 none" in said
     assert "at least" in said
     assert "No amount of this text is known to reach 1 expert: none of 60 documents" in said
-    assert "at most 0.049 use" in said
+    assert "at most 4.9% of texts like these use" in said
     assert cov.most_unseen(60) == pytest.approx(0.0487, abs=1e-4)
     # a control: of a text that reaches all, none of that is said
     ids = [uniform_ids(np.random.default_rng(0), 1_200, 8, 2)]
@@ -293,8 +293,16 @@ def test_of_few_documents_or_none_no_interval_is_given(tmp_path: Path):
     made = calibrate(counts, min_tokens=6)
     said = " ".join(made.said)
     assert "counts do not say of which document" in said
-    assert "all of them an unknown number; this text has 12" in said
+    assert "is unknown, as some have no token and counts do not say" in said
+    assert said.count("; this text has 12.") == 1
     assert "No amount" not in said  # no documents, so no rule of three
+    token = write(tmp_path / "token", [np.array([[0, 1]], np.uint16)], 1, 8)
+    _, unknown, *_, chosen = calibrate(token, min_tokens=6, choose="all").said
+    assert unknown.endswith(
+        "is unknown, as some have no token and 1 document is too few; this text has 1."
+    )
+    assert chosen.startswith("No expert has 6 tokens in all of this text, so each document that")
+    assert chosen.endswith("is chosen: 1 document (1 tokens) of 1.")
     with pytest.raises(MoeInspectError, match="do not say of which document: none can be chosen"):
         calibrate(counts, choose="all")
 

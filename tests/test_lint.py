@@ -365,6 +365,8 @@ def test_what_was_not_looked_at_is_said(
     said = "drafts: nothing in the first 100 of 1,000 tokens, 4 routers\n"
     assert cli_here("lint", "drafts").stdout == said
     assert "no trace at" in cli_here("lint", "none", check=1).stderr
+    Path("without/routing").mkdir(parents=True)
+    assert "no trace at without" in cli_here("lint", "without", check=1).stderr
     (tmp_path / "loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
     done = cli_here("lint", "loads.csv", "--top-k", 1, check=1)
     assert done.stderr.splitlines()[-1] == (

@@ -420,8 +420,9 @@ def _coverage_said(made: Calibration) -> list[str]:
         documents = max(made.counts.documents, 1)
         lines.append(
             f"No amount of this text is known to reach {plural(none, 'expert')}: none of "
-            f"{plural(documents, 'document')} uses any of them, so that of texts like these at "
-            f"most {cov.most_unseen(documents):.2g} use a given one (a share, at 95%)."
+            f"{plural(documents, 'document')} uses any of them, so that at most "
+            f"{cov.most_unseen(documents):.1%} of texts like these use a given one (with 95% "
+            "confidence)."
         )
     return lines
 
@@ -448,6 +449,11 @@ def _needed_said(made: Calibration) -> list[str]:
             why = f"{plural(n, 'document')} {'is' if n == 1 else 'are'} too few"
         else:
             why = "a router has no load at all"
+        if not np.isfinite(made.tables["tokens_needed"]["tokens_needed"]).any():
+            return [
+                "How much text it takes to cover the experts is unknown, as some have no token and "
+                f"{why}; this text has {has}."
+            ]
         lines.append(
             f"How sure that is cannot be said, as {why}: it is what it takes at the rates seen."
         )
@@ -461,9 +467,14 @@ def _domains_said(made: Calibration) -> list[str]:
     tokens, covers = ([row[name] for row in rows] for name in ("tokens", "coverage"))
     return [
         f"Alone, the {len(rows)} domains ({amount(min(tokens))}-{amount(max(tokens))} tokens) "
-        f"cover {part(min(covers))}-{part(max(covers))} of the experts; together "
+        f"cover {_range(min(covers), max(covers))} of the experts; together "
         f"({amount(together['tokens'])}) {part(together['coverage'])}."
     ]
+
+
+def _range(low: float, high: float) -> str:
+    """ "34.4%-68.8%" """
+    return "-".join(dict.fromkeys((part(low), part(high))))
 
 
 def _choice_said(made: Calibration) -> list[str]:
@@ -474,7 +485,7 @@ def _choice_said(made: Calibration) -> list[str]:
     few = int((of.load_P < m).sum())
     beside = (
         f"random documents of as many tokens cover {part(drawn['coverage'])} "
-        f"({part(drawn['coverage_low'])}-{part(drawn['coverage_high'])} in "
+        f"({_range(drawn['coverage_low'], drawn['coverage_high'])} in "
         f"{len(of.random_RP)} draws)"
     )
     many = f"{plural(int(mine['documents']), 'document')} ({amount(mine['tokens'])} tokens)"
@@ -484,6 +495,11 @@ def _choice_said(made: Calibration) -> list[str]:
         known = not math.isnan(bound["documents"])
         least = f"no choice takes under {bound['documents']:,.0f}; " if known else ""
         line = f"{many} of {of.documents_in_all:,} {give} {all_} {m:,} tokens; {least}{beside}."
+        if few == P:
+            line = (
+                f"No expert has {m:,} tokens in all of this text, so each document that adds "
+                f"any is chosen: {many} of {of.documents_in_all:,}."
+            )
         idle = int((made.tables["chosen"]["adds"] == 0).sum())
         if idle and of.wanted.keep_mixture:
             line += f" Of those chosen, the mixture alone asks for {plural(idle, 'document')}."

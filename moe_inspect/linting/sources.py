@@ -186,6 +186,8 @@ def lint_path(
         if model or experts or top_k:
             raise MoeInspectError(f"{path} is a trace, which says what its model is")
         return lint_trace(path, against=against)
+    if Path(path, "routing").is_dir():
+        open_trace(path)  # whose manifest is missing: says so
     source = [ImportSource(Path(path), None)]
     came = Responses()
     facts = None if model is None else read_facts(model)
