@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -118,8 +119,16 @@ def decode_phase(network: PreTrainedModel, prompt_BS: Tensor) -> Phase:
 def timed(
     network: PreTrainedModel, phase: Phase, captures: Iterable[str] = CAPTURES
 ) -> dict[str, Seconds]:
-    """ "untraced", and each capture → time per forward pass: the least of ROUNDS, in turn. Not in
-    it is what is written when a trace is closed. On a CPU one thread computes."""
+    """ "untraced", and each capture → the least time per forward pass, as in `rounds`."""
+    found = rounds(network, phase, captures)
+    return {name: _least(times) for name, times in found.items()}
+
+
+def rounds(
+    network: PreTrainedModel, phase: Phase, captures: Iterable[str] = CAPTURES
+) -> dict[str, list[Seconds]]:
+    """ "untraced", and each capture → time per forward pass in each of ROUNDS, in turn. Not in it
+    is what is written when a trace is closed. On a CPU one thread computes."""
     found = {name: list[Seconds]() for name in ("untraced", *captures)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # idle threads spin, and count as CPU time
@@ -138,7 +147,7 @@ def timed(
         ) from error
     finally:
         torch.set_num_threads(threads)
-    return {name: _least(times) for name, times in found.items()}
+    return found
 
 
 def _block(network: PreTrainedModel, phase: Phase, steps: int) -> Seconds:
@@ -349,8 +358,9 @@ def _host_us(call: Step, device: torch.device) -> float:
     return took / LAUNCHES * 1e6
 
 
-def _record_on_cpu() -> dict[str, float]:
-    """Capture → µs of CPU time per router call, in a decode step of many narrow layers."""
+def _record_on_cpu() -> dict[str, list[float]]:
+    """Capture → µs of CPU time per router call, in a decode step of many narrow layers: quartiles
+    of the rounds, each beside its untraced passes."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes: Facts = {
@@ -360,9 +370,14 @@ def _record_on_cpu() -> dict[str, float]:
         **{"num_hidden_layers": LAYERS, "vocab_size": 256, "pad_token_id": 0},
     }
     network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
-    found = timed(network, decode_phase(network, torch.arange(16).view(1, 16)))
-    untraced = found.pop("untraced").cpu
-    return {name: (of.cpu - untraced) / LAYERS * 1e6 for name, of in found.items()}
+    found = rounds(network, decode_phase(network, torch.arange(16).view(1, 16)))
+    untraced = found.pop("untraced")
+    return {
+        name: quantiles(
+            [(of.cpu - none.cpu) / LAYERS * 1e6 for of, none in zip(times, untraced, strict=True)]
+        )
+        for name, times in found.items()
+    }
 
 
 def _copy_bandwidth() -> float | None:
