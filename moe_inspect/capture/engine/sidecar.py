@@ -31,7 +31,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import is_running, process_start
-from moe_inspect.trace.output_dir import remove_trace
+from moe_inspect.trace.output_dir import remove_trace, stored_bytes
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
 LOOK_S = 2.0  # between two looks at the size of the trace
@@ -255,7 +255,7 @@ class Traces:
         self.given += len(batch.token_id) * len(batch.ids)
         self.writer.write(batch)
         if time.monotonic() - self.looked_s > LOOK_S:
-            self.looked_s, size = time.monotonic(), size_of(self.paths[-1])
+            self.looked_s, size = time.monotonic(), stored_bytes(self.paths[-1])
             self.written_bytes = self.before_bytes + size
             if size > self.most_bytes:
                 self._next()
@@ -382,16 +382,5 @@ class Traces:
             finally:
                 self.dropped += writer.dropped
                 self.before += writer.decisions
-                self.before_bytes += size_of(self.paths[-1])
+                self.before_bytes += stored_bytes(self.paths[-1])
                 self.written_bytes = self.before_bytes
-
-
-def size_of(trace: Path) -> int:
-    """Bytes of its files; what is deleted meanwhile has none."""
-    found = 0
-    for file in trace.rglob("*"):
-        try:
-            found += file.stat().st_size
-        except OSError:
-            continue
-    return found
