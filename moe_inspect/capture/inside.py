@@ -292,8 +292,8 @@ class Inside:
         known.stamp, known.tokens = stamp, trace.n_tokens
         known.closed = trace.status != "recording"
         if known.closed and self._began:
-            if follows := trace.manifest["capture"].get("followed_by"):
-                self._traces.setdefault(self.folder / follows, Followed())
+            if trace.followed_by is not None:
+                self._traces.setdefault(trace.followed_by, Followed())
             started = started_with.get()
             if started is not None and self.folder == started.folder:
                 with suppress(OSError, MoeInspectError):

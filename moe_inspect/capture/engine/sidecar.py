@@ -121,7 +121,7 @@ def write_all(
     if first is None:
         return
     about = first[1]
-    raw.worker_lives = lambda: is_running(about["pid"], about["process_start"]) is not False
+    raw.worker_lives = lambda: is_running(about["pid"], about["process_start"])
     written = Written(about, metrics, tell)
     raw.idle = written.catch_up
     status = "interrupted"
