@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,13 @@ def importers() -> str:
 
 def engine_variables() -> str:
     """A row per variable of the plugin of serving engines."""
-    from moe_inspect.capture.engine.settings import table
+    from moe_inspect.capture.engine.settings import Settings, variable
 
-    return table()
+    rows = [
+        f"| `{variable(one.name)}` | {one.metadata['shown']} | {one.metadata['meaning']} |"
+        for one in fields(Settings)
+    ]
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])
 
 
 def import_columns() -> str:

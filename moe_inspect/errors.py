@@ -15,6 +15,16 @@ from moe_inspect.text import first_line, printable
 INSTALL_TRACE = "pip install 'moe-inspect[trace]'"  # the capture side is an extra
 
 
+def missing_for_capture() -> str | None:
+    """The package that recording needs and that is not installed."""
+    try:
+        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        return error.name or "torch"
+    return None
+
+
 class MoeInspectError(Exception):
     """Something the user can fix. The message is one line: the thing, the value, the way out; the
     command line prints it and exits with 1. Line ends and control characters of what it quotes are

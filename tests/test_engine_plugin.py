@@ -43,7 +43,7 @@ from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings, variable
 from moe_inspect.capture.engine.sidecar import Traces
-from moe_inspect.capture.engine.step import Step, split_rows
+from moe_inspect.capture.engine.step import Step
 from moe_inspect.capture.engine.steps import Rows, StepRecorder, join_rows, shares_of
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
@@ -90,13 +90,16 @@ class Kept:
     def __init__(self, recorder: StepRecorder):
         self.recorder, self.error = recorder, None
 
-    def taken(self) -> list[Step]:
+    def handed(self) -> tuple[list[Step], dict[str, np.ndarray]]:
+        """With the joined arrays of their rows."""
         recorder = self.recorder
         steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
-        if steps:
-            split_rows(steps, join_rows(steps, recorder.rows.kept))
+        arrays = join_rows(steps, recorder.rows.kept) if steps else {}
         recorder.sent += sum(step.bytes for step in steps)
-        return steps
+        return steps, arrays
+
+    def taken(self) -> list[Step]:
+        return self.handed()[0]
 
     def close(self) -> None:
         pass
@@ -218,8 +221,15 @@ def held(trace: Trace) -> dict[tuple[str, int], list[list[tuple[int, ...]]]]:
 def written(engine: Engine, settings: Settings, **changed: object) -> list[Path]:
     """What the engine's `Kept` has, written here by the code of the process that writes."""
     traces = Traces(about(settings, **changed), describe)
-    for step in engine.recorder.link.taken():  # type: ignore[attr-defined]
-        traces.write([step], engine.recorder.dropped)
+    steps, arrays = engine.recorder.link.handed()  # type: ignore[attr-defined]
+    end = 0
+    for step in steps:
+        begin, end = end, end + step.edges[-1]
+        own = {
+            name: array[begin:end] if array.ndim == 1 else array[:, begin:end]
+            for name, array in arrays.items()
+        }
+        traces.write([step], own, engine.recorder.dropped)
     traces.note_dropped(engine.recorder.dropped)
     traces.close("complete")
     return traces.paths
@@ -370,10 +380,10 @@ def test_accepted_drafts_beyond_the_end_of_an_answer_are_absent(tmp_path: Path) 
     engine = Engine(settings)
     engine.step(("a", 0, 10))
     engine.step(("a", 10, 14), drafts={"a": (3, 3)})
-    prompt, step = engine.recorder.link.taken()  # type: ignore[attr-defined]
+    (prompt, step), arrays = engine.recorder.link.handed()  # type: ignore[attr-defined]
     step.ends = [12]
     traces = Traces(about(settings), describe)
-    traces.write([prompt, step], 0)
+    traces.write([prompt, step], arrays, 0)
     traces.close("complete")
     assert fine(traces.paths[0]).tokens().position.max() == 11
 
@@ -486,7 +496,7 @@ def test_a_trace_of_replayed_routes_says_so(tmp_path: Path) -> None:
     engine = Engine(settings)
     engine.step(("a", 0, 10))
     traces = Traces(about(settings), describe)
-    traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+    traces.write(*engine.recorder.link.handed(), 0)  # type: ignore[attr-defined]
     traces.close("complete")
     said = f"chose what those of {tmp_path / 'real'} chose, as the engine replayed it"
     assert any(said in str(finding) for finding in fine(traces.paths[0]).report().verdict())
@@ -499,7 +509,7 @@ def test_a_comparison_without_text_says_that_requests_have_other_names(tmp_path:
         engine = Engine(settings)
         engine.step((request, 0, 10))
         traces = Traces(about(settings), describe)
-        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.write(*engine.recorder.link.handed(), 0)  # type: ignore[attr-defined]
         traces.close("complete")
         made.append(fine(traces.paths[0]))
     same, other = (
@@ -726,12 +736,12 @@ def test_what_there_is_no_room_for_is_dropped_and_counted(tmp_path: Path) -> Non
     engine.step(("a", 0, 10))
     engine.step(("a", 10, 35), expect=False)  # beyond the room
     assert engine.recorder.dropped == 25 * L
-    kept = engine.recorder.link.taken()  # type: ignore[attr-defined]
+    kept, arrays = engine.recorder.link.handed()  # type: ignore[attr-defined]
     assert len(kept) == 1
     engine.step(("a", 35, 36))
     traces = Traces(about(settings), describe)
-    traces.write(kept, 0)
-    traces.write(engine.recorder.link.taken(), engine.recorder.dropped)  # type: ignore[attr-defined]
+    traces.write(kept, arrays, 0)
+    traces.write(*engine.recorder.link.handed(), engine.recorder.dropped)  # type: ignore[attr-defined]
     traces.close("complete")
     trace = fine(traces.paths[0])
     assert trace.manifest["counts"]["dropped"] == 25 * L
@@ -933,9 +943,12 @@ def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
     assert (state["on"], state["error"]) == (False, "RuntimeError: no kernel")
     assert engine.recorder.command("on")["error"] is None
     engine.step(("a", 13, 14))
-    steps = engine.recorder.link.taken()  # type: ignore[attr-defined]
-    assert [int(step.positions[0]) for step in steps] == [0, 13]
-    assert [int(step.positions[0]) for step in other.recorder.link.taken()] == [10, 11, 12]  # type: ignore[attr-defined]
+    steps, arrays = engine.recorder.link.handed()  # type: ignore[attr-defined]
+    assert [step.edges for step in steps] == [[0, 10], [0, 1]]
+    assert arrays["positions"].tolist() == [*range(10), 13]
+    steps, arrays = other.recorder.link.handed()  # type: ignore[attr-defined]
+    assert [step.edges for step in steps] == [[0, 1]] * 3
+    assert arrays["positions"].tolist() == [10, 11, 12]
 
 
 def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:
@@ -974,7 +987,7 @@ def test_what_is_dropped_behind_the_last_trace_is_in_the_next(
     engine = Engine(settings)
     traces = Traces(about(settings), describe)
     engine.step(("a", 0, 10))
-    traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+    traces.write(*engine.recorder.link.handed(), 0)  # type: ignore[attr-defined]
     traces.catch_up(wait=True)
     engine.step(("a", 10, 60), expect=False)
     assert engine.recorder.dropped == 50 * L
@@ -998,7 +1011,7 @@ def test_watch_goes_on_with_the_trace_that_follows(
     engine, traces, session = Engine(settings), Traces(about(settings), describe), None
     for n in range(3):
         engine.step(("a", 10 * n, 10 * n + 10))
-        traces.write(engine.recorder.link.taken(), 5 * n)  # type: ignore[attr-defined]
+        traces.write(*engine.recorder.link.handed(), 5 * n)  # type: ignore[attr-defined]
         traces.catch_up(wait=True)
         session = session or WatchSession(watched or traces.paths[0], WatchOptions())
         for _ in range(3):
@@ -1025,7 +1038,7 @@ def test_watch_of_a_copy_ends_though_its_successor_is_elsewhere(
 
     def step(first: int) -> None:
         engine.step(("a", first, first + 10))
-        traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+        traces.write(*engine.recorder.link.handed(), 0)  # type: ignore[attr-defined]
         traces.catch_up(wait=True)
 
     step(0)
@@ -1132,9 +1145,9 @@ def test_vllms_router_has_chosen_replicas_when_they_are_kept(
         assert torch.equal(router._apply_eplb_mapping(chosen[1]), ids + 8)
     tokens = torch.arange(3)
     recorder.after_step(3, set(), lambda: Step(["a"], [0, 3], [3], [], [], tokens, tokens))
-    (step,) = recorder.link.taken()  # type: ignore[attr-defined]
-    assert step.ids.tolist() == [ids.tolist()]
-    assert step.physicals.tolist() == [(ids + 8).tolist()]
+    (step,), arrays = recorder.link.handed()  # type: ignore[attr-defined]
+    assert arrays["ids"].tolist() == [ids.tolist()]
+    assert arrays["physicals"].tolist() == [(ids + 8).tolist()]
     assert step.replicas.tolist() == maps["m"].physical_to_logical_map.tolist()
     assert recorder.replicas() is maps["m"].physical_to_logical_map
 
@@ -1305,7 +1318,7 @@ def test_what_the_last_commit_could_not_write_was_dropped(
     engine = Engine(settings)
     engine.step(("a", 0, 10))
     traces = Traces(about(settings), describe)
-    traces.write(engine.recorder.link.taken(), 0)  # type: ignore[attr-defined]
+    traces.write(*engine.recorder.link.handed(), 0)  # type: ignore[attr-defined]
     traces.catch_up(wait=True)
     monkeypatch.setattr("moe_inspect.trace.writer.write_shard", Mock(side_effect=OSError("full")))
     with pytest.raises(MoeInspectError, match="full"):
@@ -1331,7 +1344,7 @@ def test_of_a_step_only_what_is_recorded_stays_in_memory(tmp_path: Path) -> None
     gc.collect()
     assert not any(of() is not None for of in logits_of)
     step = engine.recorder.queue.get()
-    assert all(len(t) == 1 for ids, weights, *_ in step.held for t in (ids, weights))
+    assert all(len(t) == 1 for ids, weights, *_ in step.rows[-1] for t in (ids, weights))
 
 
 def test_what_a_full_disk_takes_is_a_trace_and_the_rest_is_dropped(tmp_path: Path) -> None:
@@ -1435,7 +1448,7 @@ def test_the_process_that_writes_imports_neither_torch_nor_transformers(tmp_path
     sent = [
         ("about", about(settings) | own),
         ("counts", engine.rows.counted()[1].numpy(), facts),
-        ("steps", engine.recorder.link.taken(), {}, 0),  # type: ignore[attr-defined]
+        ("steps", *engine.recorder.link.handed(), 0),  # type: ignore[attr-defined]
         ("end", 0),
     ]
     (tmp_path / "prometheus").mkdir()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from moe_inspect.alarms.alarms import CALM
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.heatmap import cells, extremes
-from moe_inspect.simulate.placement.plan import Plan
+from moe_inspect.simulate.placement.plan import placed_over
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.metrics import Collector
-from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
+from moe_inspect.watch.state import Plan, Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
 from tests.support.damage import edit_manifest
@@ -347,15 +348,19 @@ def test_a_rule_on_drops_needs_a_trace_that_states_them(drops: bool, tmp_path: P
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path) -> Path:
     """Of four experts on two GPUs: 0 and 1, 2 and 3."""
     path = tmp_path / "plan.json"
     path.write_text('{"physical_to_logical_map": [[0, 1, 2, 3]]}')
-    return Plan(path, 2)
+    return path
 
 
-def test_a_plan_that_no_longer_fits_the_traffic(header: TraceHeader, plan: Plan) -> None:
-    watched, said = Watched(1_000, plan=plan), []
+def over(plan: Path, gpus: int = 2) -> Plan:
+    return partial(placed_over, plan, gpus)
+
+
+def test_a_plan_that_no_longer_fits_the_traffic(header: TraceHeader, plan: Path) -> None:
+    watched, said = Watched(1_000, plan=over(plan)), []
     fits, drifted = [[400, 100, 300, 200]] * 4, [[400, 300, 200, 100]] * 3
     for n, load in enumerate([*fits, *drifted, *fits[:CALM]]):
         watched.take(News("recording", [a_piece(load, n)], again=n == 0), header)
@@ -369,13 +374,13 @@ def test_a_plan_that_no_longer_fits_the_traffic(header: TraceHeader, plan: Plan)
 
 @pytest.mark.parametrize(("rule", "least", "most"), [("", 0, 1), (" even by chance", 15, 20)])
 def test_chance_is_no_drift_of_a_plan(
-    rule: str, least: int, most: int, header: TraceHeader, plan: Plan
+    rule: str, least: int, most: int, header: TraceHeader, plan: Path
 ) -> None:
     """Of 20 recordings of tokens that choose at random; and without the judgement of chance."""
     rng, raised = np.random.default_rng(0), 0
     for _ in range(20):
         rules = [parse_rule(f"gpu_max_over_mean rising by 0.1{rule}")]
-        watched = Watched(60, rules, plan=plan)
+        watched = Watched(60, rules, plan=over(plan))
         for n in range(30):
             load = rng.multinomial(60, [0.25] * 4).tolist()
             watched.take(News("recording", [a_piece(load, n)], again=n == 0), header)
@@ -383,22 +388,22 @@ def test_chance_is_no_drift_of_a_plan(
     assert least <= raised <= most
 
 
-def test_a_plan_of_other_experts_is_refused(header: TraceHeader, plan: Plan) -> None:
+def test_a_plan_of_other_experts_is_refused(header: TraceHeader, plan: Path) -> None:
     with pytest.raises(MoeInspectError, match="needs a plan: moe-inspect watch --plan"):
         Watched(rules=[parse_rule("gpu_max_over_mean > 2")])
     with pytest.raises(MoeInspectError, match="4 slots cannot be split over 3 GPUs"):
-        Watched(plan=Plan(plan.path, 3)).take(News("recording", []), header)
-    plan.path.write_text('{"physical_to_logical_map": [[0, 1, 2]]}')
-    watched = Watched(plan=plan)
+        Watched(plan=over(plan, 3)).take(News("recording", []), header)
+    plan.write_text('{"physical_to_logical_map": [[0, 1, 2]]}')
+    watched = Watched(plan=over(plan))
     for _ in range(2):  # it stays refused
         with pytest.raises(MoeInspectError, match="layer 0 does not place its 4 experts"):
             watched.take(News("recording", [a_piece([10, 10, 10, 10])]), header)
         assert not watched.tokens
 
 
-def test_the_busiest_gpu_is_on_the_screen_and_for_prometheus(one_pass: Path, plan: Plan) -> None:
-    plan.path.write_text(json.dumps({"physical_to_logical_map": [[*range(E)]] * L}))
-    session = WatchSession(one_pass, WatchOptions(plan=plan))
+def test_the_busiest_gpu_is_on_the_screen_and_for_prometheus(one_pass: Path, plan: Path) -> None:
+    plan.write_text(json.dumps({"physical_to_logical_map": [[*range(E)]] * L}))
+    session = WatchSession(one_pass, WatchOptions(plan=over(plan)))
     session.update()
     trace = open_trace(one_pass)
     of_gpus = load_of(one_pass).reshape(len(trace.routers), 2, -1).sum(2)

@@ -55,10 +55,16 @@ class Started(NamedTuple):
         """Why its plugin records nothing, by the log."""
         if not self.log.is_file():  # as /dev/null
             return None
-        with open(self.log, "rb") as file:
-            file.seek(self.began_at if self.began_at <= self.log.stat().st_size else 0)
-            found = re.search(rf"moe-inspect: ({REFUSED}.*)", file.read().decode(errors="replace"))
+        found = re.search(rf"moe-inspect: ({REFUSED}.*)", said_since(self.log, self.began_at))
         return None if found is None else found[1]
+
+
+def said_since(log: Path, began_at: int) -> str:
+    """What was written to a log since it had so many bytes, or all, where the older half was
+    dropped."""
+    with open(log, "rb") as file:
+        file.seek(began_at if began_at <= file.seek(0, os.SEEK_END) else 0)
+        return file.read().decode(errors="replace")
 
 
 started_with: ContextVar[Started | None] = ContextVar("started_with", default=None)
@@ -286,8 +292,8 @@ class Inside:
         known.stamp, known.tokens = stamp, trace.n_tokens
         known.closed = trace.status != "recording"
         if known.closed and self._began:
-            if follows := trace.manifest["capture"].get("followed_by"):
-                self._traces.setdefault(self.folder / follows, Followed())
+            if trace.followed_by is not None:
+                self._traces.setdefault(trace.followed_by, Followed())
             started = started_with.get()
             if started is not None and self.folder == started.folder:
                 with suppress(OSError, MoeInspectError):

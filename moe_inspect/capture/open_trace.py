@@ -3,12 +3,8 @@ manifest, of whose facts about process and model others have need too."""
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,9 +24,15 @@ from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.lock import Lock, join, process_start, refuse_while_locked
-from moe_inspect.trace.manifest import read_manifest, refuse_while_written, write_manifest
+from moe_inspect.trace.files.lock import Lock, join, refuse_while_locked
+from moe_inspect.trace.manifest import (
+    read_manifest,
+    refuse_while_written,
+    this_process,
+    write_manifest,
+)
 from moe_inspect.trace.output_dir import check_directory, claim_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import (
@@ -164,7 +166,7 @@ def capture_facts(model: torch.nn.Module, mode: str) -> dict[str, object]:
         "mode": mode,
         "device": ", ".join(dict.fromkeys(device_name(t.device) for t in tensors)),
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
-        **process_facts([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **process_facts(),
     }
 
 
@@ -178,25 +180,19 @@ def selfcheck_facts(found: Found) -> dict[str, object]:
     return {"selfcheck": summary(found)} if found else {}
 
 
-def process_facts(command: list[str]) -> dict[str, object]:
+def process_facts() -> Json:
     """Versions, command line, process id and host."""
     import transformers
 
     from moe_inspect.capture.hook.kernels import triton
 
-    return {
-        "versions": {
-            "moe-inspect": version("moe-inspect"),
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "triton": triton.__version__ if triton is not None else None,
-        },
-        "command": command,
-        "pid": os.getpid(),
-        "process_start": process_start(os.getpid()),
-        "host": socket.gethostname(),
+    facts = this_process()
+    facts["versions"] |= {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton.__version__ if triton is not None else None,
     }
+    return facts
 
 
 # --- resuming a trace: the plan in its manifest, and where it continues

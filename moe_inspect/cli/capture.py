@@ -11,7 +11,7 @@ import typer
 
 from moe_inspect.capture.options import BatchTokens, ModelFields, TextFields
 from moe_inspect.cli.options import Options, argument, in_panel, option
-from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
+from moe_inspect.errors import INSTALL_TRACE, MoeInspectError, missing_for_capture
 
 if TYPE_CHECKING:
     from moe_inspect.model.custom.spec import RouterSpec
@@ -96,11 +96,8 @@ def ranges_of(given: list[str] | None, what: str = "layers") -> list[int] | None
 
 def need_torch() -> None:
     """The capture side is an extra: says how to get it."""
-    try:
-        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise MoeInspectError(f"this needs {error.name}: {INSTALL_TRACE}") from None
+    if (missing := missing_for_capture()) is not None:
+        raise MoeInspectError(f"this needs {missing}: {INSTALL_TRACE}")
 
 
 def quiet() -> None:

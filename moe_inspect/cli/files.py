@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -84,10 +85,10 @@ def watch(
     if (plan is None) != (gpus is None):
         raise typer.BadParameter("--plan and --gpus go together")
     if plan is not None and gpus is not None:
-        from moe_inspect.simulate.placement.plan import Plan, read_plan
+        from moe_inspect.simulate.placement.plan import placed_over, read_plan
 
         read_plan(plan)  # one that cannot be read is refused before there is a trace
-        placed = Plan(plan, gpus)
+        placed = partial(placed_over, plan, gpus)
     options = WatchOptions(
         every_s=every,
         window_tokens=window,

@@ -217,6 +217,7 @@ def trace(
 def record(run: Callable[..., Trace], write: WriteOptions, counted: bool = False) -> None:
     """Shows how far `run` is, or the trace while it is written, and says what was recorded."""
     from moe_inspect.trace.manifest import read_manifest
+    from moe_inspect.trace.output_dir import stored_bytes
     from moe_inspect.trace.schema import MANIFEST
 
     began, place = time.monotonic(), write.place
@@ -234,7 +235,7 @@ def record(run: Callable[..., Trace], write: WriteOptions, counted: bool = False
     # of a torchrun: the first speaks for all
     if not _is_first():
         return
-    size = _stored_bytes(place)
+    size = stored_bytes(place)
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
     print_stderr(
         f"{'complete already: ' if complete_before else ''}{plural(written.n_tokens, 'token')} "
@@ -295,13 +296,6 @@ class WatchView:
 
 def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
-
-
-def _stored_bytes(place: Path | Remote) -> int:
-    """Of all files of a trace."""
-    if isinstance(place, Path):
-        return sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
-    return sum(place.sizes().values())
 
 
 def check_engine_options(

@@ -14,13 +14,12 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from moe_inspect.capture.engine.installed import installed_engines
-from moe_inspect.errors import INSTALL_TRACE, MoeInspectError, writing
+from moe_inspect.capture.engine.installed import installed_engines, text_of, version_of
+from moe_inspect.errors import INSTALL_TRACE, MoeInspectError, missing_for_capture, writing
 from moe_inspect.progress import phase
 from moe_inspect.text import format_ratio, plural
 
@@ -65,16 +64,6 @@ def examine(
     if model is not None:
         facts["model"] = costs.examined(model, measure, **options)
     return facts
-
-
-def missing_for_capture() -> str | None:
-    """The package that recording needs and that is not installed."""
-    try:
-        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        return error.name or "torch"
-    return None
 
 
 def devices() -> Iterator[Facts]:
@@ -136,19 +125,12 @@ def _why_no_kernels() -> str:
     return f"torch, built for {'CUDA' if torch.version.cuda else 'ROCm'} {built}, finds no GPU"
 
 
-def version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def system() -> Facts:
     """Operating system, processor, cores that this process may use, and memory. Of the system's
     version, what a distributor or a site has added to it is left out."""
     release = re.match(r"[\d.]*\d", platform.release())
     parts = [platform.system(), release[0] if release else "", platform.machine()]
-    named = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.M)
+    named = re.search(r"^model name\s*:\s*(.+)$", text_of(Path("/proc/cpuinfo")), re.M)
     able, pages = hasattr(os, "sched_getaffinity"), ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
     return {
         "platform": " ".join(part for part in [*parts, *platform.libc_ver()] if part),
@@ -161,7 +143,7 @@ def system() -> Facts:
 def disk(directory: Path, measure: bool = True) -> Facts:
     """The file system of `directory`, to which it must be possible to write."""
     resolved = directory.resolve()
-    mounts = [line.split(" ")[1:3] for line in _text("/proc/mounts").splitlines()]
+    mounts = [line.split(" ")[1:3] for line in text_of(Path("/proc/mounts")).splitlines()]
     # the mount with the longest path that holds the directory
     holding = [m for m in mounts if resolved.is_relative_to(m[0].replace("\\040", " "))]
     with writing(directory):
@@ -184,13 +166,6 @@ def _write_speed(directory: Path, most: int) -> float | None:
         file.flush()
         os.fsync(file.fileno())
         return written / (time.perf_counter() - began) if written else None
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:  # not Linux
-        return ""
 
 
 # --- as text

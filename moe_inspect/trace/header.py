@@ -53,6 +53,12 @@ class TraceHeader:
         return self.counts_only and "training" in self.manifest
 
     @property
+    def followed_by(self) -> Path | None:
+        """The trace beside it in which the same engine goes on."""
+        name = self.manifest["capture"].get("followed_by")
+        return self.path.parent / Path(name).name if name and isinstance(self.path, Path) else None
+
+    @property
     def has_weights(self) -> bool:
         return bool(self.manifest["capture"]["weights"])
 

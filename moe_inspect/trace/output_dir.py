@@ -158,6 +158,17 @@ def check_directory(
         raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
 
 
+def stored_bytes(root: Path | Remote) -> int:
+    """Of the files of a trace; one that is deleted meanwhile has none."""
+    if isinstance(root, Remote):
+        return sum(root.sizes().values())
+    found = 0
+    for file in root.rglob("*"):
+        with suppress(OSError):
+            found += file.stat().st_size if file.is_file() else 0
+    return found
+
+
 def claim_directory(path: Path | Remote, overwrite: bool, shared: bool = False) -> lock.Lock:
     """Locks `path` for a new trace and removes a trace that is to be overwritten. The caller
     releases the lock."""

@@ -58,13 +58,12 @@ class Piece(Window):
         )
 
 
-def _successors(traces: Iterable[Path]) -> set[Path]:
+def _successors(traces: Iterable[Path]) -> set[Path | None]:
     """The traces that an engine goes on with: whoever follows the one before follows it."""
-    found = set[Path]()
+    found = set[Path | None]()
     for path in traces:
         with suppress(MoeInspectError, OSError):  # one that is just written, or deleted
-            name = read_manifest(path).get("capture", {}).get("followed_by")
-            found |= {path.parent / Path(str(name)).name} if name else set()
+            found.add(TraceHeader(path, read_manifest(path)).followed_by)
     return found
 
 
@@ -217,7 +216,7 @@ class Follower:
     @property
     def writer(self) -> str:
         """Which process writes the trace: "process 12", with its host where it is another."""
-        capture = self.header.manifest.get("capture", {}) if self.header is not None else {}
+        capture = self.header.manifest["capture"] if self.header is not None else {}
         pid, host = capture.get("pid"), capture.get("host")
         if pid is None:
             return "its writer"
@@ -245,9 +244,8 @@ class Follower:
                     news.left_tokens += shard.tokens
                 else:
                     self._count(Shard(header, shard), rank, news)
-        name = header.manifest.get("capture", {}).get("followed_by")
-        if name is not None and isinstance(self._at, Path) and not news.left_tokens:
-            self.path = self._at.parent / Path(str(name)).name
+        if header.followed_by is not None and not news.left_tokens:
+            self.path = header.followed_by
             self._before, self._ranks, news.status = header, {}, RECORDING
 
     def _count(self, shard: Shard, rank: _Rank, news: News) -> None:
@@ -271,7 +269,7 @@ class Follower:
         if before is not None and at == self._at and data == self._manifest:
             return before, False
         header = TraceHeader(at, read_manifest(at))
-        if self._of_process not in (None, header.manifest.get("capture", {}).get("pid")):
+        if self._of_process not in (None, header.manifest["capture"].get("pid")):
             raise FileNotFoundError(f"{at} is of another process")
         again = before is not None and (self._is_another or before.routers != header.routers)
         self._is_another = False
@@ -294,7 +292,7 @@ class Follower:
     def _status(self, header: TraceHeader) -> str:
         if header.status != "recording":
             return header.status
-        capture = header.manifest.get("capture", {})
+        capture = header.manifest["capture"]
         at_work = (  # as far as this machine can tell
             isinstance(self._at, Remote)
             or capture.get("host") != socket.gethostname()
@@ -326,7 +324,7 @@ def is_written_on(header: TraceHeader, seen_recording: bool) -> bool:
     capture = header.manifest["capture"]
     if capture.get("host") != socket.gethostname():
         return seen_recording
-    return is_running(capture["pid"], capture.get("process_start")) is not False
+    return is_running(capture["pid"], capture.get("process_start"))
 
 
 def _beyond(counted: list[ShardFiles], listed: list[ShardFiles]) -> list[ShardFiles] | None:

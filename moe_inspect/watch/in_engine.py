@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,6 @@ from moe_inspect.watch.state import Watched
 
 WORST = 8  # layers of which a metric is told
 EVERY_S = 5.0
-
-
-class Placed:
-    """Where an engine's experts are. `placed_LEG`: the share of each expert's load that each GPU
-    gets; of some layers."""
-
-    def __init__(self, placed_LEG: np.ndarray):
-        self.placed_LEG, self.gpus = placed_LEG, placed_LEG.shape[2]
-
-    def placed(self, routers: Sequence[Router]) -> list[np.ndarray]:
-        return list(self.placed_LEG)
 
 
 class EngineMetrics:
@@ -52,7 +40,7 @@ class EngineMetrics:
         }
         self.rank, self.per_expert = str(about["rank"]), about["per_expert"]
         self.header = TraceHeader(Path(), self.manifest)
-        self.placed: Placed | None = None
+        self.placed: list[np.ndarray] | None = None  # the share that each GPU gets
         self.watched = Watched()
         self.steps, self.published_s = 0, -math.inf
         self.watched.take(News(RECORDING), self.header)
@@ -72,9 +60,8 @@ class EngineMetrics:
         where they were counted, if it is not as before."""
         if placed is not None:
             if self.placed is None:  # with the first counts
-                self.placed = Placed(placed)
-                self.watched = Watched(plan=self.placed)
-            self.placed.placed_LEG = placed
+                self.watched = Watched(plan=lambda _: self.placed or [])
+            self.placed = list(placed)
             self.header = TraceHeader(Path(), self.manifest)
         L = len(self.header.routers)
         load_LE = counts.reshape(L, -1)

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -41,13 +40,8 @@ RATE_S = 60.0  # over which tokens per second are averaged
 MOST_RAISED = 100  # alarms that are remembered
 
 
-class Plan(Protocol):
-    """A plan of placement. `placed`: of each router the share of each expert's load that each GPU
-    gets, [E, G]."""
-
-    @property
-    def gpus(self) -> int: ...
-    def placed(self, routers: Sequence[Router]) -> list[np.ndarray]: ...
+# of each router the share of each expert's load that each GPU gets, [E, G]
+Plan = Callable[[Sequence[Router]], list[np.ndarray]]
 
 
 class Watched:
@@ -111,7 +105,7 @@ class Watched:
         another. MoeInspectError for a rule on what this trace does not hold."""
         refuse_rules(self._rules, header, self.plan is not None)
         if self.plan is not None and header is not None and header is not self.header:
-            self._placed = self.plan.placed(header.routers)
+            self._placed = self.plan(header.routers)
         changed = news.again or bool(news.pieces) or news.status != self.status
         if news.again:
             self._begin()
@@ -133,7 +127,7 @@ class Watched:
     def _add(self, piece: Piece, header: TraceHeader) -> None:
         if self._alarms is None:
             steps = "step" if header.is_history else "pass"
-            gpus = self.plan.gpus if self.plan is not None else 0
+            gpus = self._placed[0].shape[1] if self._placed else 0
             self._alarms = Alarms(self.routers, self._rules, steps, gpus=gpus)
         self.tokens += piece.tokens
         self.decisions += piece.decisions

@@ -89,11 +89,12 @@ class WithPlugin(Server):
 
     def step(self, name: str, P: int, position: np.ndarray, token: np.ndarray) -> None:
         self.steps, n = self.steps + 1, len(token)
-        step = Step([name], [0, n], [P], [0], [2**31], token, position)
-        step.ids = decisions(token, position, DENSE + 1)[None]
-        step.weights = np.tile(np.array(WEIGHTS, np.float16), (1, n, 1))
+        step = Step([name], [0, n], [P], [0], [2**31], None, None)
+        arrays = {"tokens": token, "positions": position}
+        arrays["ids"] = decisions(token, position, DENSE + 1)[None]
+        arrays["weights"] = np.tile(np.array(WEIGHTS, np.float16), (1, n, 1))
         step.number, step.bytes = self.steps, n
-        self.traces.write([step], 0)
+        self.traces.write([step], arrays, 0)
 
     def about(self, path: str) -> dict[str, Any] | None:
         found = super().about(path)

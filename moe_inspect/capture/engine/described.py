@@ -77,7 +77,7 @@ def describe(about: dict[str, Any]) -> Described:
             vocabulary = vocabulary_table(tokenizer, about["vocabulary"])
         except MoeInspectError as error:
             print_stderr(f"moe-inspect: the trace has no vocabulary: {error}")
-    facts: dict[str, Any] = process_facts([])
+    facts = process_facts() | {"command": []}
     facts["versions"][about["engine"]] = about["version"]
     capture = {
         "mode": "engine",

@@ -52,18 +52,18 @@ def installed_engines() -> Iterator[Installed]:
             if package == "vllm":
                 yield Installed(name, False, "vllm is not installed")
             continue
-        name = f"{name} {_version(package)}"
+        name = f"{name} {version_of(package) or 'of unknown version'}"
         lacking = list(_lacking(root, SEAMS[package]))
         yield Installed(name, not lacking, f"it has no {lacking[0]}" if lacking else start)
         if not lacking:
             for file in sorted((root / EXPERTS / "experts").glob("*.py")):
-                for kernel in HIDING.findall(_text(file)):
+                for kernel in HIDING.findall(text_of(file)):
                     yield Installed(name, False, f"with {kernel}, which hides its choice")
 
 
 def _lacking(root: Path, seam: dict[str, tuple[str, ...]]) -> Iterator[str]:
     for file, needed in seam.items():
-        text = _text(root / file)
+        text = text_of(root / file)
         yield from (each.strip("(= ") for each in needed if each not in text)
 
 
@@ -73,14 +73,15 @@ def _folder(package: str) -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "of unknown version"
+        return None
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """What the file holds, if it is there."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -171,12 +171,3 @@ def tell_unknown(log: Logger) -> None:
 def is_asked() -> bool:
     """Whether the environment asks for anything, which costs nothing to know."""
     return any(os.environ.get(PREFIX + name) for name in ("TRACE", "METRICS", "REPLAY"))
-
-
-def table() -> str:
-    """The variables, in Markdown."""
-    rows = [
-        f"| `{variable(one.name)}` | {one.metadata['shown']} | {one.metadata['meaning']} |"
-        for one in fields(Settings)
-    ]
-    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])

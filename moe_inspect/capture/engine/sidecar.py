@@ -26,18 +26,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_inspect.capture.engine.described import Described, ask
-from moe_inspect.capture.engine.step import Step, split_rows
+from moe_inspect.capture.engine.step import Step
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import is_running, process_start
-from moe_inspect.trace.output_dir import remove_trace
+from moe_inspect.trace.output_dir import remove_trace, stored_bytes
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
 LOOK_S = 2.0  # between two looks at the size of the trace
 IDLE_S = 0.2  # between two looks at the worker, and at what is committed, while nothing comes
 COMMIT_S = 2.0  # a reader sees what is that old; a writer that is killed loses no more
 DOMAIN = "served"
+Arrays = dict[str, np.ndarray]  # of rows, by name: [N], of each router [L, N, K], logits [L, N, E]
 PREFILL, DECODE = (schema.PHASES.index(phase) for phase in ("prefill", "decode"))
 
 
@@ -120,7 +121,7 @@ def write_all(
     if first is None:
         return
     about = first[1]
-    raw.worker_lives = lambda: is_running(about["pid"], about["process_start"]) is not False
+    raw.worker_lives = lambda: is_running(about["pid"], about["process_start"])
     written = Written(about, metrics, tell)
     raw.idle = written.catch_up
     status = "interrupted"
@@ -159,9 +160,7 @@ class Written:
             written = {} if traces is None else {"written_bytes": traces.written_bytes}
             self._count(values[0], **values[1], **written)
         elif traces is not None and kind == "steps":
-            steps, arrays, dropped = values
-            split_rows(steps, arrays)
-            traces.write(steps, dropped)
+            traces.write(*values)
         elif traces is not None:  # the end
             traces.catch_up(wait=True)
             traces.note_dropped(*values)
@@ -217,7 +216,7 @@ class Traces:
         self.paths: list[Path] = []
         self.stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{about['rank']}"
         self.described = ThreadPoolExecutor(1).submit(describe, about)
-        self.waiting: deque[tuple[list[Step], int]] = deque()
+        self.waiting: deque[tuple[list[Step], Arrays, int]] = deque()
         self.waiting_bytes = 0
         self.writer: TraceWriter | None = None
         self.replicas: np.ndarray | None = None  # as of the last step
@@ -233,9 +232,10 @@ class Traces:
         self.documents = self.sequences = self.given = 0  # the last: decisions
         self.looked_s = time.monotonic()
 
-    def write(self, steps: list[Step], dropped: int) -> None:
-        """Steps that follow each other, and how many decisions were dropped since the start."""
-        self.waiting.append((steps, dropped))
+    def write(self, steps: list[Step], arrays: Arrays, dropped: int) -> None:
+        """Steps that follow each other, their rows, joined, and how many decisions were dropped
+        since the start."""
+        self.waiting.append((steps, arrays, dropped))
         self.waiting_bytes += sum(step.bytes for step in steps)
         self.catch_up(wait=self.waiting_bytes > self.about["queue_mb"] * 1e6)
 
@@ -248,20 +248,17 @@ class Traces:
         if self.writer is not None:
             self.writer.check()
 
-    def _write(self, steps: list[Step], dropped: int) -> None:
-        documents = list[Document]()
-        parts = [part for step in steps if (part := self._rows(step, documents)) is not None]
-        if parts:
-            self.writer = self.writer or self._open()
-            self.note_dropped(dropped)
-            batch = self._batch(parts, documents)
-            self.given += len(batch.token_id) * len(batch.ids)
-            self.writer.write(batch)
-            if time.monotonic() - self.looked_s > LOOK_S:
-                self.looked_s, size = time.monotonic(), size_of(self.paths[-1])
-                self.written_bytes = self.before_bytes + size
-                if size > self.most_bytes:
-                    self._next()
+    def _write(self, steps: list[Step], arrays: Arrays, dropped: int) -> None:
+        batch = self._batch(steps, arrays)
+        self.writer = self.writer or self._open()
+        self.note_dropped(dropped)
+        self.given += len(batch.token_id) * len(batch.ids)
+        self.writer.write(batch)
+        if time.monotonic() - self.looked_s > LOOK_S:
+            self.looked_s, size = time.monotonic(), stored_bytes(self.paths[-1])
+            self.written_bytes = self.before_bytes + size
+            if size > self.most_bytes:
+                self._next()
 
     def note_dropped(self, dropped: int) -> None:
         """In all, since the writer began, minus those that its earlier traces state. At the end
@@ -271,74 +268,71 @@ class Traces:
         if self.writer is not None:
             self.writer.dropped = dropped - self.dropped
 
-    def _rows(self, step: Step, documents: list[Document]) -> Part | None:
-        """What is recorded of a step: all rows but those of rejected drafts. Adds the documents of
-        requests that begin."""
-        for request in step.ended:
-            self.known.pop(request, None)
-        if step.replicas is None:
-            step.replicas = self.replicas
-        self.replicas = step.replicas
-        keep_N, of_requests = np.ones(len(step.tokens), bool), list[tuple[int, int, int, int]]()
-        for i, request in enumerate(step.requests):
-            start, end, prompt = step.edges[i], step.edges[i + 1], step.prompts[i]
-            first, rows = int(step.positions[start]), end - start
-            if step.drafts and (drafts := step.drafts[i]):
-                # accepted ones beyond the end of the answer are none of its tokens
-                most = max(step.ends[i] - first, rows - drafts)
-                accepted = step.accepted(i)[:most]
-                keep_N[start:end] = False
-                keep_N[start + accepted] = True
-                rows = len(accepted)
-                self.rejected += (end - start - rows) * len(self.about["layers"])
-            at = self.known.get(request)
-            if at is None:
-                at = self.known[request] = Sequence(self.documents)
-                documents.append(Document(at.document, DOMAIN, request, prompt))
-                self.documents += 1
-            # a new sequence: the request begins, is computed again, or rows are missing
-            if at.position != first:
-                at.number, self.sequences = self.sequences, self.sequences + 1
-            at.position = first + rows
-            of_requests.append((at.document, at.number, prompt, rows))
-        if not of_requests:
-            return None
-        of_rows = np.array(of_requests, np.int32)
-        document_N, sequence_N, prompt_N, _ = np.repeat(of_rows, of_rows[:, 3], axis=0).T
+    def _batch(self, steps: list[Step], arrays: Arrays) -> RoutedBatch:
+        """What is recorded of steps: all rows but those of rejected drafts."""
+        documents, replicas = list[Document](), dict[int, Any]()
+        # of each request of a step: document, sequence, tokens of its prompt, step, rows
+        of_requests = list[tuple[int, int, int, int, int]]()
+        keep_N, end = np.ones(len(arrays["tokens"]), bool), 0
+        for step in steps:
+            for request in step.ended:
+                self.known.pop(request, None)
+            if step.replicas is not None:
+                self.replicas = step.replicas
+            replicas[step.number] = self.replicas
+            for i, (request, prompt) in enumerate(zip(step.requests, step.prompts, strict=True)):
+                rows = step.edges[i + 1] - step.edges[i]
+                start, end = end, end + rows
+                first = int(arrays["positions"][start])
+                if step.drafts and (drafts := step.drafts[i]):
+                    # accepted ones beyond the end of the answer are none of its tokens
+                    most = max(step.ends[i] - first, rows - drafts)
+                    accepted = step.accepted(i)[:most]
+                    keep_N[start:end] = False
+                    keep_N[start + accepted] = True
+                    self.rejected += (rows - len(accepted)) * len(self.about["layers"])
+                    rows = len(accepted)
+                at = self.known.get(request)
+                if at is None:
+                    at = self.known[request] = Sequence(self.documents)
+                    documents.append(Document(at.document, DOMAIN, request, prompt))
+                    self.documents += 1
+                # a new sequence: the request begins, is computed again, or rows are missing
+                if at.position != first:
+                    at.number, self.sequences = self.sequences, self.sequences + 1
+                at.position = first + rows
+                of_requests.append((at.document, at.number, prompt, step.number, rows))
+        *of_rows, rows_R = np.array(of_requests, np.int32).T
+        document_N, sequence_N, prompt_N, number_N = np.repeat(of_rows, rows_R, axis=1)
         kept = slice(None) if keep_N.all() else keep_N
-        return Part(step, kept, document_N, sequence_N, step.positions[kept] < prompt_N)
 
-    def _batch(self, parts: list[Part], documents: list[Document]) -> RoutedBatch:
-        def joined(name: str) -> list[np.ndarray]:
+        def recorded(name: str) -> list[np.ndarray]:
             """Of each router."""
-            of_steps = [getattr(part.step, name)[:, part.kept] for part in parts]
-            return list(np.concatenate(of_steps, axis=1))
+            return list(arrays[name][:, kept])
 
-        E, text = self.about["experts"], self.about["text"]
-        token_N = np.concatenate([part.step.tokens[part.kept] for part in parts]).astype(np.int32)
-        in_prompt_N = np.concatenate([part.in_prompt for part in parts])
-        numbers = [part.step.number for part in parts]
+        E, position_N = self.about["experts"], arrays["positions"][kept].astype(np.int32)
+        token_N = arrays["tokens"][kept].astype(np.int32)
         extras = [name for name in ("physicals", "logits") if self.about[name]]
         dtype = np.uint8 if E <= 255 else np.uint16
         nowhere = np.iinfo(dtype).max
         return RoutedBatch(
-            batch=numbers[-1],
-            batches=np.repeat(np.array(numbers, np.int32), [len(p.document) for p in parts]),
-            token_id=token_N if text else np.full_like(token_N, -1),
-            document=np.concatenate([part.document for part in parts]),
-            sequence=np.concatenate([part.sequence for part in parts]),
-            position=np.concatenate([p.step.positions[p.kept] for p in parts]).astype(np.int32),
+            batch=steps[-1].number,
+            batches=number_N,
+            token_id=token_N if self.about["text"] else np.full_like(token_N, -1),
+            document=document_N,
+            sequence=sequence_N,
+            position=position_N,
             domain=np.zeros(len(token_N), np.int32),
             domains=[DOMAIN],
             ids=[
                 np.where((ids >= 0) & (ids < E), ids, nowhere).astype(dtype)
-                for ids in joined("ids")
+                for ids in recorded("ids")
             ],
-            weights=joined("weights"),
+            weights=recorded("weights"),
             documents=documents,
-            phases=np.where(in_prompt_N, PREFILL, DECODE),
-            extras={name: joined(name) for name in extras},
-            replicas={part.step.number: part.step.replicas for part in parts},
+            phases=np.where(position_N < prompt_N, PREFILL, DECODE),
+            extras={name: recorded(name) for name in extras},
+            replicas=replicas,
         )
 
     def _open(self) -> TraceWriter:
@@ -388,28 +382,5 @@ class Traces:
             finally:
                 self.dropped += writer.dropped
                 self.before += writer.decisions
-                self.before_bytes += size_of(self.paths[-1])
+                self.before_bytes += stored_bytes(self.paths[-1])
                 self.written_bytes = self.before_bytes
-
-
-@dataclass
-class Part:
-    """Of a step, which of its rows are recorded, and whose they are: [N] each. `in_prompt`: whether
-    a token was fed as a prompt."""
-
-    step: Step
-    kept: Any
-    document: np.ndarray
-    sequence: np.ndarray
-    in_prompt: np.ndarray
-
-
-def size_of(trace: Path) -> int:
-    """Bytes of its files; what is deleted meanwhile has none."""
-    found = 0
-    for file in trace.rglob("*"):
-        try:
-            found += file.stat().st_size
-        except OSError:
-            continue
-    return found

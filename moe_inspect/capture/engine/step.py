@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-OF_ROWS = "tokens", "positions", "ids", "weights", "logits", "physicals"
+OF_SLOTS = "ids", "weights", "logits", "physicals"
 
 
 def edges_of(sizes: Iterable[int]) -> list[int]:
@@ -25,23 +25,18 @@ class Step:
     """Whose rows a step has, and, once it is recorded, the rows. `edges`: where each request's
     begin, and the end. `prompts`: tokens of each prompt. Where something is speculated, `drafts`:
     how many of each request's rows, its last ones, are; `ends`: the position at which each request
-    ends at the latest. `tokens`, `positions`: before it is recorded the engine's own tensors, [n]
-    or longer, then a copy. Arrays of a GPU are on their way until `arrive`. Of a CPU the copies are
-    memoryviews, and what the routers returned is `held`, until many steps are joined."""
+    ends at the latest. `tokens`, `positions`: the engine's own tensors, until it is recorded. What
+    came from a GPU is on its way until `arrive`."""
 
     requests: Sequence[str]
     edges: Sequence[int]
     prompts: Sequence[int]
     drafts: Sequence[int]  # none where nothing is speculated
     ends: Sequence[int]
-    tokens: Any  # [n]
-    positions: Any  # [n]
+    tokens: Any  # [n] or longer
+    positions: Any  # [n] or longer
     # what follows is no part of __init__, which runs in each step
-    held: Any = field(init=False, default=None)  # (ids, weights, logits, physicals) of each router
-    ids: Any = field(init=False, default=None)  # [L, n, K]
-    weights: Any = field(init=False, default=None)  # [L, n, K]
-    logits: Any = field(init=False, default=None)  # [L, n, E] or None
-    physicals: Any = field(init=False, default=None)  # [L, n, K] or None
+    rows: Any = field(init=False, default=None)  # as `Rows.take` returns them, then joined
     number: int = field(init=False, default=0)
     ended: Set[str] = field(init=False, default=frozenset())  # requests that ended before it
     bytes: int = field(init=False, default=0)
@@ -71,11 +66,11 @@ class Step:
         if self.copied is not None:
             self.copied.synchronize()
             self.copied = None
-        for name in (*OF_ROWS, "sampled", "replicas"):
-            if hasattr(value := getattr(self, name), "cpu"):
-                setattr(self, name, value.cpu().numpy())
-        if self.wanted is not None:
-            self.sampled, self.wanted = self.sampled[np.array(self.wanted)], None
+        if self.replicas is not None:
+            self.replicas = np.asarray(self.replicas)
+        if self.sampled is not None:
+            rows = slice(None) if self.wanted is None else np.array(self.wanted)
+            self.sampled, self.wanted = np.asarray(self.sampled)[rows], None
 
     def accepted(self, request: int) -> np.ndarray:
         """Which of the request's rows are no rejected drafts."""
@@ -87,12 +82,3 @@ class Step:
         if sampled.ndim:
             return sampled[sampled >= 0]
         return np.arange(min(rows - drafts + max(int(sampled) - 1, 0), rows))
-
-
-def split_rows(steps: Sequence[Step], arrays: dict[str, np.ndarray]) -> None:
-    """Gives steps that follow each other their rows of these arrays."""
-    ends = np.cumsum([step.edges[-1] for step in steps])[:-1]
-    for name, array in arrays.items():
-        parts = np.split(array, ends, axis=min(array.ndim - 1, 1))
-        for step, part in zip(steps, parts, strict=True):
-            setattr(step, name, part)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_inspect.capture.engine.rows import Rows, joined
 from moe_inspect.capture.engine.settings import Settings, share
-from moe_inspect.capture.engine.step import OF_ROWS, Step
+from moe_inspect.capture.engine.step import OF_SLOTS, Step
 from moe_inspect.text import first_line
 
 log = logging.getLogger(__name__)
@@ -44,24 +44,19 @@ def join_rows(steps: Sequence[Step], buffers: Sequence[Tensor | None]) -> dict[s
     """Takes the arrays of rows from steps that follow each other, and joins them: to hand over each
     by itself would take long. `buffers`: of ids, weights, logits and physical ids, those that are
     recorded."""
-    arrays = dict[str, np.ndarray]()
     for step in steps:
         step.arrive()
-    for name in OF_ROWS:
-        values = [getattr(step, name) for step in steps]
-        if values[0] is not None:
-            arrays[name] = np.concatenate(values, axis=min(values[0].ndim - 1, 1))
-        for step in steps:
-            setattr(step, name, None)
-    if steps[0].held is None:
-        return arrays
+    tokens, positions, *taken = zip(*(step.rows for step in steps), strict=True)
+    arrays = {"tokens": np.concatenate(tokens), "positions": np.concatenate(positions)}
     rows = [step.edges[-1] for step in steps]
-    for n, name in enumerate(OF_ROWS[2:]):
-        if (buffer := buffers[n]) is not None:
-            values = [[choice[n] for choice in step.held] for step in steps]
+    for n, (name, buffer) in enumerate(zip(OF_SLOTS, buffers, strict=True)):
+        if buffer is not None and len(taken) == 1:  # of a CPU, what each router returned
+            values = [[choice[n] for choice in held] for held in taken[0]]
             arrays[name] = joined(values, rows, buffer)
+        elif buffer is not None:
+            arrays[name] = np.concatenate(taken[n], axis=1)
     for step in steps:
-        step.held = None
+        step.rows = None
     return arrays
 
 
@@ -106,7 +101,7 @@ class StepRecorder:
         # so until they end, whatever the share of requests becomes
         self._live, self._skipped = set[str](), set[str]()
         self._ended: set[str] = set()  # of the first, what it is to be told
-        self._held: tuple[Step, list[bool]] | None = None
+        self._held: Step | None = None  # whose drafts are to be judged
         gpu = rows.device.type != "cpu"
         self._copies = torch.Stream(rows.device) if gpu else None
         if rows.staged is not None:  # compiled before the engine serves
@@ -153,10 +148,9 @@ class StepRecorder:
         """Tells how many tokens each request of the last step was given."""
         if self._held is None or sampled_R is None:
             return
-        step, wanted = self._held
+        step = self._held
         try:
             (step.sampled,), copied = self._to_host([sampled_R.clone()])
-            step.wanted = wanted or None
             step.copied = copied or step.copied  # the later event, of the same stream
             self._release()
         except Exception as error:
@@ -165,7 +159,7 @@ class StepRecorder:
     def _release(self) -> None:
         """Hands over the step that waited for its drafts to be judged."""
         if self._held is not None:
-            step, self._held = self._held[0], None
+            step, self._held = self._held, None
             if self.link.error is None:
                 self.queue.put(step)
             else:  # nobody takes it
@@ -182,8 +176,7 @@ class StepRecorder:
     def _take(self, counted: int, step: Step) -> None:
         """Counts the first `counted` rows, and queues the step, filled with those of the requests
         that are sampled."""
-        wanted: list[bool] = []
-        rows, nobody = None, not step.requests
+        wanted, rows, nobody = None, None, not step.requests
         if self.sample < 1 or self._skipped:
             wanted = [self._is_sampled(request) for request in step.requests]
             nobody = not any(wanted)
@@ -207,19 +200,15 @@ class StepRecorder:
         taken = self.rows.take(counted, n, picked, step.tokens, step.positions)
         replicas = self.replicas()  # the next forward pass may have others
         taken.append(None if replicas is None else replicas.to(torch.int16, copy=True))
-        (*arrays, step.replicas), step.copied = self._to_host(taken)
-        if self.rows.host is None:
-            step.tokens, step.positions, *of_slots = arrays
-            step.ids, step.weights, step.logits, step.physicals = of_slots
-        else:
-            step.tokens, step.positions, step.held = arrays
+        (*step.rows, step.replicas), step.copied = self._to_host(taken)
+        step.tokens = step.positions = None
         step.number, step.bytes = self.steps, size
         step.ended, self._ended = self._ended, set()
         self._live.update(step.requests)
         self.taken += size
         self.recorded += n * L
         if any(step.drafts):
-            self._held = step, wanted
+            self._held, step.wanted = step, wanted
         else:
             self.queue.put(step)
 

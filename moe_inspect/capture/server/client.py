@@ -89,14 +89,9 @@ def check_server(url: str, api_key: str | None) -> None:
 
     async def once() -> None:
         async with client(url, api_key, FIRST_CONTACT_S, 1) as http:
-            await list_models(http)
+            await ask_once(http, MODELS)
 
     asyncio.run(once())
-
-
-async def list_models(http: httpx.AsyncClient) -> Json | None:
-    """The response of /v1/models."""
-    return await ask_once(http, MODELS)
 
 
 async def ask_once(
@@ -107,16 +102,16 @@ async def ask_once(
 ) -> Json | None:
     """As `ask`, without retries: on first contact a wrong address is more likely than a busy
     server. `timeout_s`: default FIRST_CONTACT_S."""
-    root, timeout_s = root_of(http), timeout_s or FIRST_CONTACT_S
+    timeout_s = timeout_s or FIRST_CONTACT_S
     try:
         async with asyncio.timeout(timeout_s):
-            status, data = await _once(http, path, body, MOST_BYTES)
+            return await _once(http, path, body, MOST_BYTES)
     except (Retry, TimeoutError) as error:
         text = str(error) or f"no answer in {timeout_s:g} s"
         raise NotReady(
-            f"no server is ready at {root}, {text}: check the address, and that the server is up"
+            f"no server is ready at {root_of(http)}, {text}: check the address, and that the "
+            "server is up"
         ) from None
-    return _json_object(root, path, status, data)
 
 
 def wait_notifier() -> Callable[[str, float], None]:
@@ -157,8 +152,7 @@ async def ask_for(
         notify(f"{root}: {error}; retrying in {wait_s:.0f} s ({failed})", wait_s)
 
     async def once() -> T:
-        status, data = await _once(http, path, body() if body else None, most_bytes)
-        return read(_json_object(root, path, status, data))
+        return read(await _once(http, path, body() if body else None, most_bytes))
 
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(Retry),
@@ -180,7 +174,11 @@ def root_of(http: httpx.AsyncClient) -> str:
     return str(http.base_url).rstrip("/")
 
 
-def _json_object(root: str, path: str, status: int, data: bytes) -> Json | None:
+async def _once(
+    http: httpx.AsyncClient, path: str, body: Json | None, most_bytes: int
+) -> Json | None:
+    """The JSON object in one response; None where the path does not exist."""
+    root, (status, data) = root_of(http), await _response(http, path, body, most_bytes)
     if status == 404:
         return None
     if status in (401, 403):
@@ -201,7 +199,7 @@ def _json_object(root: str, path: str, status: int, data: bytes) -> Json | None:
     return answer
 
 
-async def _once(
+async def _response(
     http: httpx.AsyncClient, path: str, body: Json | None, most_bytes: int
 ) -> tuple[int, bytes]:
     try:

@@ -21,7 +21,7 @@ from moe_inspect.capture.server.client import (
     Json,
     Retry,
     ask,
-    list_models,
+    ask_once,
     one_line,
     root_of,
 )
@@ -322,7 +322,7 @@ def served_model(
 async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Config) -> Json:
     """What the server says of itself: model, path, version, max_model_len. MoeInspectError where
     its model is not the config's."""
-    root, models = root_of(http), await list_models(http)
+    root, models = root_of(http), await ask_once(http, MODELS)
     listed = (models or {}).get("data")
     listed = listed if isinstance(listed, list) else []
     # a card with a parent is an adapter

@@ -166,7 +166,8 @@ class EngineRun:
                     "concurrency": options.concurrency,
                     **({"inside": True, "weight_dtype": "float16"} if is_inside else {}),
                     **({} if options.text else {"text": False}),
-                    **process_facts(_without_secrets(sys.argv, self.url)),
+                    **process_facts(),
+                    "command": _without_secrets(sys.argv, self.url),
                 },
             }
             status = "interrupted"

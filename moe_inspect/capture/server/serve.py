@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_inspect.capture.inside import recording_inside
+from moe_inspect.capture.inside import recording_inside, said_since
 from moe_inspect.capture.server import keeper
 from moe_inspect.capture.server.client import NotReady, check_server, server_ended
 from moe_inspect.capture.server.protocols import ENGINES, FLAG
@@ -131,7 +131,7 @@ def _free_port(host: str, given: str | None) -> int:
 
 GRACE_S = 30.0  # between SIGTERM and SIGKILL
 ASK_EVERY_S = 0.5
-TAIL_LINES, TAIL_BYTES = 20, 2**14
+TAIL_LINES = 20
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -222,10 +222,5 @@ def _answers(url: str, api_key: str | None) -> bool:
 
 def _show_end(log: Path, began_at: int) -> None:
     """The last lines of what was said since."""
-    with open(log, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        # it is shorter where the older half was dropped
-        file.seek(max(began_at if began_at <= end else 0, end - TAIL_BYTES))
-        text = file.read().decode(errors="replace")
-    for line in COLOURS.sub("", text).splitlines()[-TAIL_LINES:]:
+    for line in COLOURS.sub("", said_since(log, began_at)).splitlines()[-TAIL_LINES:]:
         print_stderr(line)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,21 +104,15 @@ def placed_by(path: str | Path, routers: Iterable[Router]) -> list[np.ndarray]:
     return placed
 
 
-class Plan(NamedTuple):
-    """A plan for SGLang, and over how many GPUs it spreads its slots."""
-
-    path: Path
-    gpus: int
-
-    def placed(self, routers: Sequence[Router]) -> list[np.ndarray]:
-        """Of each router the share of each expert's load that each GPU gets: [E, G].
-        MoeInspectError where the plan is not of these routers and GPUs."""
-        placed = placed_by(self.path, routers)
-        if uneven := next((len(slots) for slots in placed if len(slots) % self.gpus), None):
-            said = f"its {uneven} slots cannot be split over {self.gpus} GPUs"
-            raise MoeInspectError(f"{self.path}: {said}")
-        both = zip(placed, routers, strict=True)
-        return [shares(expert_P, router.experts, self.gpus) for expert_P, router in both]
+def placed_over(path: Path, gpus: int, routers: Sequence[Router]) -> list[np.ndarray]:
+    """Of each router the share of each expert's load that each GPU gets, [E, G], where a plan for
+    SGLang spreads its slots over so many. MoeInspectError where it is not of these routers and
+    GPUs."""
+    placed = placed_by(path, routers)
+    if uneven := next((len(slots) for slots in placed if len(slots) % gpus), None):
+        raise MoeInspectError(f"{path}: its {uneven} slots cannot be split over {gpus} GPUs")
+    both = zip(placed, routers, strict=True)
+    return [shares(expert_P, router.experts, gpus) for expert_P, router in both]
 
 
 def _every(layers: Iterable[int], slots: Slots, E: int) -> list[list[int]]:
