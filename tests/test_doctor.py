@@ -90,6 +90,14 @@ def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None
             assert ratio == {k: pytest.approx(of[k] / traced[k]) for k in ("wall", "cpu")}
             assert of["cpu"] > 0
     assert set(facts["costs"]["record_on_cpu_us"]) == {"tap", "dispatch", "counts only"}
+    known = {
+        "tap": (12.0, 20.4, 31.0),
+        "dispatch": (0.0, 5.0, 9.0),
+        "counts only": (-9.0, 1.0, 4.0),
+    }
+    said = page({**facts, "costs": {**facts["costs"], "record_on_cpu_us": known}})
+    assert "router call, tap            20 µs of CPU time (quartiles 12 to 31 µs)\n" in said
+    assert said.count("too little to be measured here (quartiles ") == 2
     text = page(facts)
     assert "tap 0." in text or "tap 1." in text
     assert "launch of a kernel          not measured: no GPU" in text or torch.cuda.is_available()

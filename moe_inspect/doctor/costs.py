@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -372,12 +372,9 @@ def _record_on_cpu() -> dict[str, list[float]]:
     network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
     found = rounds(network, decode_phase(network, torch.arange(16).view(1, 16)))
     untraced = found.pop("untraced")
-    return {
-        name: quantiles(
-            [(of.cpu - none.cpu) / LAYERS * 1e6 for of, none in zip(times, untraced, strict=True)]
-        )
-        for name, times in found.items()
-    }
+    beside = {name: zip(times, untraced, strict=True) for name, times in found.items()}
+    us = {name: [(of.cpu - none.cpu) / LAYERS * 1e6 for of, none in beside[name]] for name in found}
+    return {name: np.quantile(us[name], [0.25, 0.5, 0.75]).tolist() for name in found}
 
 
 def _copy_bandwidth() -> float | None:
