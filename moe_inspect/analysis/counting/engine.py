@@ -25,6 +25,7 @@ from moe_inspect.analysis.tasks import by_router, runs_of, shares, workers
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import Advance, phase
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import JoinedShards
 from moe_inspect.workers import Threads
 
 WINDOWS = 64  # where no length is asked for
@@ -149,13 +150,17 @@ def _of_runs(
     trace: Trace, request: CountRequest, threads: int, progress: Callable[[int], None] | None
 ) -> Iterator[Counts]:
     """The counts of every run of shards, in order. The routers of the last runs are shared out
-    among threads, so that none is left with a whole run while others have nothing."""
+    among threads, so that none is left with a whole run while others have nothing; not those of
+    small shards joined, which are read for all routers at once."""
     routers, runs = request.selection.routers, runs_of(trace)
     told = _counting(trace, routers, progress)
     with workers(trace, threads=threads) as at:
         here = isinstance(at, Threads)
         most = min(at.width, len(routers)) if here and not trace.counts_only else 1
-        pieces_of = [most if len(runs) - i <= at.width else 1 for i in range(len(runs))]
+        pieces_of = [
+            most if left <= at.width and not _is_joined(trace, run) else 1
+            for left, run in zip(range(len(runs), 0, -1), runs, strict=True)
+        ]
         tasks = (
             (run, share)
             for run, n in zip(runs, pieces_of, strict=True)
@@ -165,6 +170,11 @@ def _of_runs(
         for run, n in zip(runs, pieces_of, strict=True):
             yield joined(next(found) for _ in range(n))
             told(sum(trace.shard(number).files.tokens for number in run) * len(routers))
+
+
+def _is_joined(trace: Trace, run: range) -> bool:
+    """Whether any shard of the run is of small ones."""
+    return any(isinstance(trace.shard(number), JoinedShards) for number in run)
 
 
 def _counts_of(
