@@ -174,11 +174,14 @@ class Shard:
         return table if columns is None else table.select(columns)
 
     def rows_by_router(self, name: str, columns: list[str] | None = None) -> list[pa.Table]:
-        """Those of every router, in one read where each row group is of one."""
+        """Those of every router, in one read where each row group is of one. The file is closed
+        then: what is kept of hundreds of small ones takes more memory than their rows."""
         routers, spans = range(len(self.trace.routers)), self._routers_of_groups(name)
         if spans != sorted((r, r) for r, _ in spans):
-            return [Shard.rows_of_router(self, name, r, columns) for r in routers]
-        table, metadata = self.table(name, columns), self.file(name).metadata
+            found = [Shard.rows_of_router(self, name, r, columns) for r in routers]
+            self._opened.pop(name, None)
+            return found
+        table, metadata = self.table(name, columns), self._opened.pop(name).metadata
         rows_R = np.zeros(len(routers) + 1, np.int64)
         for g, (r, _) in enumerate(spans):
             rows_R[r + 1] += metadata.row_group(g).num_rows

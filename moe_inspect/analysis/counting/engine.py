@@ -25,7 +25,6 @@ from moe_inspect.analysis.tasks import by_router, runs_of, shares, workers
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import Advance, phase
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.shard import JoinedShards
 from moe_inspect.workers import Threads
 
 WINDOWS = 64  # where no length is asked for
@@ -158,7 +157,7 @@ def _of_runs(
         here = isinstance(at, Threads)
         most = min(at.width, len(routers)) if here and not trace.counts_only else 1
         pieces_of = [
-            most if left <= at.width and not _is_joined(trace, run) else 1
+            most if left <= at.width and not any(map(trace.is_joined, run)) else 1
             for left, run in zip(range(len(runs), 0, -1), runs, strict=True)
         ]
         tasks = (
@@ -170,11 +169,6 @@ def _of_runs(
         for run, n in zip(runs, pieces_of, strict=True):
             yield joined(next(found) for _ in range(n))
             told(sum(trace.shard(number).files.tokens for number in run) * len(routers))
-
-
-def _is_joined(trace: Trace, run: range) -> bool:
-    """Whether any shard of the run is of small ones."""
-    return any(isinstance(trace.shard(number), JoinedShards) for number in run)
 
 
 def _counts_of(
