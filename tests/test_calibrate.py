@@ -267,6 +267,9 @@ def test_what_no_text_reaches_is_a_bound_and_never_certain(tmp_path: Path):
     assert "No amount of this text is known to reach 1 expert: none of 60 documents" in said
     assert "at most 4.9% of texts like these use" in said
     assert cov.most_unseen(60) == pytest.approx(0.0487, abs=1e-4)
+    ids = [uniform_ids(np.random.default_rng(0), 8_000, 7, 2)]
+    many = " ".join(calibrate(write(tmp_path / "many", ids, 1, 8), min_tokens=64).said)
+    assert "none of 8,000 documents uses any of them, so that at most 0.037% of texts" in many
     # a control: of a text that reaches all, none of that is said
     ids = [uniform_ids(np.random.default_rng(0), 1_200, 8, 2)]
     other = calibrate(write(tmp_path / "u", ids, 20, 8), min_tokens=64)

@@ -366,7 +366,12 @@ def test_what_was_not_looked_at_is_said(
     assert cli_here("lint", "drafts").stdout == said
     assert "no trace at" in cli_here("lint", "none", check=1).stderr
     Path("without/routing").mkdir(parents=True)
+    Path("without/routing/part-0-0.parquet").touch()
     assert "no trace at without" in cli_here("lint", "without", check=1).stderr
+    Path("loads/routing").mkdir(parents=True)
+    Path("loads/routing/loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
+    said = cli_here("lint", "loads", "--experts", 2, "--top-k", 1, check=1).stderr
+    assert "holds counts only, no decisions to lint" in said
     (tmp_path / "loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
     done = cli_here("lint", "loads.csv", "--top-k", 1, check=1)
     assert done.stderr.splitlines()[-1] == (

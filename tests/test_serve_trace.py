@@ -296,7 +296,7 @@ def test_the_log_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("--resume --overwrite -- vllm serve demo", 2, "--overwrite replaces it: give only one"),
         ("--data nowhere -- vllm serve demo", 1, "no text at nowhere"),
         ("--device cpu -- vllm serve demo", 2, "No such option: --device"),
-        ("demo -o t -- vllm serve demo", 2, "'demo' stands before the options"),
+        ("-- wrapped -o x -- vllm serve", 1, "no program wrapped: activate"),
         ("-- wrapped -- vllm serve", 1, "no program wrapped: activate"),
     ],
 )
@@ -307,6 +307,12 @@ def test_what_is_wrong_is_said_before_anything_is_started(
     assert says in done.stderr
     assert code == 2 or done.stderr.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"bin"}
+
+
+def test_options_behind_the_command_are_not_said_to_be_missing(cli_here: Cli) -> None:
+    done = cli_here("serve-trace", "demo", "-o", "t", "--", "vllm", "serve", "demo", check=2)
+    assert "'demo' stands before the options" in done.stderr
+    assert "Missing option" not in done.stderr
 
 
 def test_a_port_in_use_is_refused(does: Does) -> None:

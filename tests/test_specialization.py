@@ -20,7 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT, Cli
-from tests.support.synthetic import write_trace
+from tests.support.synthetic import write_counts, write_trace
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
@@ -310,3 +310,6 @@ def test_the_command(cli_here: Cli, tmp_path: Path):
     shown = cli_here("report", "a", "--baseline", "b", "--table", "summary", "--format", "csv")
     assert "baseline,b" in shown.stdout
     assert "no trace at c" in cli_here("report", "a", "--baseline", "c", check=1).stderr
+    write_counts(tmp_path / "n", [np.ones((1, E), int)] * 2, 2, ["a"])
+    said = "error: the baseline n holds counts only, no documents\n"
+    assert cli_here("report", "a", "--baseline", "n", check=1).stderr == said

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,29 @@ def test_the_loss_is_audited_at_the_start_and_the_load_at_the_end(
     assert "4 steps are too few to tell" in few.moved.text
 
 
+def test_a_training_that_ended_before_its_first_step_audits_once_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audits = list[object]()
+    found = SimpleNamespace(findings=[])
+    made = lambda *_: audits.append(found) or found  # noqa: E731
+    monkeypatch.setattr("moe_inspect.training.callback.audit_loss", made)
+    it = trainer(tmp_path, RoutingCallback(audit=True))
+
+    class Failing(hf.TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            raise ArithmeticError
+
+    it.args.gradient_accumulation_steps = 2
+    it.add_callback(Failing)
+    with pytest.raises(ArithmeticError):
+        it.train()
+    assert not audits
+    it.remove_callback(Failing)
+    it.train()
+    assert len(audits) == 1
+
+
 def test_a_training_that_failed_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     callback = RoutingCallback(tmp_path / "h")
     it = trainer(tmp_path, callback)
@@ -146,6 +170,7 @@ def test_a_training_resumed_from_a_checkpoint_has_no_step_twice(tmp_path: Path) 
 KILLED = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import transformers as hf
 from moe_inspect.training import RoutingCallback
 from tests.test_training_trainer import trainer

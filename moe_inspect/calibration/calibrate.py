@@ -418,11 +418,11 @@ def _coverage_said(made: Calibration) -> list[str]:
     lines = [said + fewest, *_needed_said(made)]
     if none and not made.counts.documents_unknown:
         documents = max(made.counts.documents, 1)
+        most = f"{100 * cov.most_unseen(documents):.2g}%"
         lines.append(
             f"No amount of this text is known to reach {plural(none, 'expert')}: none of "
-            f"{plural(documents, 'document')} uses any of them, so that at most "
-            f"{cov.most_unseen(documents):.1%} of texts like these use a given one (with 95% "
-            "confidence)."
+            f"{plural(documents, 'document')} uses any of them, so that at most {most} of texts "
+            "like these use a given one (with 95% confidence)."
         )
     return lines
 

@@ -363,10 +363,11 @@ class ServedRequests(RequestOptions):
     panel = "Engine"
 
 
-def engine_command(command: list[str] | None) -> list[str] | None:
+def engine_command(context: typer.Context, command: list[str] | None) -> list[str] | None:
     """The first word that is no option begins it, so that options behind that word are lost."""
     before = command[: command.index("--")] if command and "--" in command else []
-    if {"-o", "--output"} & {*before}:
+    # what stands in front of the command was read before it
+    if {"-o", "--output"} & {*before} and "output" not in context.params:
         raise typer.BadParameter(
             f"{before[0]!r} stands before the options: they come first, then -- and the command, "
             "like -o runs/a -- vllm serve MODEL"

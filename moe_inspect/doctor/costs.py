@@ -372,9 +372,11 @@ def _record_on_cpu() -> dict[str, list[float]]:
     network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
     found = rounds(network, decode_phase(network, torch.arange(16).view(1, 16)))
     untraced = found.pop("untraced")
-    beside = {name: zip(times, untraced, strict=True) for name, times in found.items()}
-    us = {name: [(of.cpu - none.cpu) / LAYERS * 1e6 for of, none in beside[name]] for name in found}
-    return {name: np.quantile(us[name], [0.25, 0.5, 0.75]).tolist() for name in found}
+    quartiles = dict[str, list[float]]()
+    for name, times in found.items():
+        beyond = [of.cpu - none.cpu for of, none in zip(times, untraced, strict=True)]
+        quartiles[name] = np.quantile(np.array(beyond) / LAYERS * 1e6, [0.25, 0.5, 0.75]).tolist()
+    return quartiles
 
 
 def _copy_bandwidth() -> float | None:

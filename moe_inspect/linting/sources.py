@@ -186,7 +186,7 @@ def lint_path(
         if model or experts or top_k:
             raise MoeInspectError(f"{path} is a trace, which says what its model is")
         return lint_trace(path, against=against)
-    if Path(path, "routing").is_dir():
+    if any(Path(path, "routing").glob("*.parquet")):
         open_trace(path)  # whose manifest is missing: says so
     source = [ImportSource(Path(path), None)]
     came = Responses()

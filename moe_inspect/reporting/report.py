@@ -51,12 +51,14 @@ def report(
     it. `times`: options of `trace.simulate.step`, {"gpu": "h200", "engine": "vllm", "dtype":
     "fp8"}: the verdict and the page then say what imbalance costs in milliseconds. Raises
     MoeInspectError where there is no such trace, layer, domain or threshold, where the baseline has
-    other routers or domains, and where `simulate.step` does."""
+    other routers or domains, or counts only, and where `simulate.step` does."""
 
     opened, its = open_trace(trace, scheduler=scheduler), None
     selection = select(opened, layers, domains, phase)
     if baseline is not None:
         other = open_trace(baseline, scheduler=scheduler)
+        if other.counts_only:
+            raise MoeInspectError(f"the baseline {other.path} holds counts only, no documents")
         its = Report(other, select(other, layers, domains, phase))
     made = Report(
         opened,

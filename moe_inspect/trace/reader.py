@@ -87,7 +87,9 @@ class Trace(Answers, TraceHeader):
         """How `trace` sorted the documents, as a sentence; "" where each quarter of the tokens is
         as the text came, or nothing was sorted."""
         plan = (self.manifest.get("corpus") or {}).get("plan") or {}
-        together = SORTED_BATCHES * plan.get("batch_tokens", 0)
+        together = SORTED_BATCHES * (
+            size if isinstance(size := plan.get("batch_tokens"), int) else 0
+        )
         if 4 * together < self.n_tokens:
             return ""
         of = f" of each {together:,} tokens" if together < self.n_tokens else ""

@@ -55,6 +55,7 @@ class RoutingCallback(OfTrainer, TrainerCallback):
         self.audited: LossAudit | None = None
         self.moved: Finding | None = None
         self._batch: dict[str, Any] | None = None  # the first
+        self._hook: Any = None  # which keeps it
         self._uneven: list[np.ndarray] = []  # [steps, routers] of each log
         self._metrics: dict[str, float] = {}
         self._trainer: Trainer | None = None
@@ -76,6 +77,8 @@ class RoutingCallback(OfTrainer, TrainerCallback):
         self._metrics = {}
         self.audited = self.moved = self._batch = None
         self._uneven = []
+        if self._hook is not None:  # of a training that ended before its first step
+            self._hook.remove()
         if self.audit and self.monitor is not None:
             inner = self.monitor.model
             self._hook = inner.register_forward_pre_hook(self._keep_first, with_kwargs=True)

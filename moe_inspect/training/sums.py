@@ -42,14 +42,14 @@ EVALUATION, TRAINING, STEP = range(3)
 def choice_sums(ids_TK: Tensor, site: Site, real_T: Tensor | None) -> Tensor:
     """The tokens of a call and the load of each expert, without padding, int64 [1 + E]. `real_T`:
     the rows that are no padding; None: all."""
-    place_TK = ids_TK.long() + 1
-    place_TK = place_TK.masked_fill((ids_TK < 0) | (ids_TK >= site.experts), 0)
-    one_TK = torch.ones_like(place_TK)
+    outside_TK = (ids_TK < 0) | (ids_TK >= site.experts)
     if real_T is not None:
-        one_TK = one_TK * real_T[:, None]
-    sums_X = place_TK.new_zeros(1 + site.experts)
-    sums_X.scatter_add_(0, place_TK.reshape(-1), one_TK.reshape(-1))
-    sums_X[0] = one_TK[:, 0].sum()  # in place of the slots that routed nowhere
+        outside_TK |= ~real_T[:, None]
+    place_N = (ids_TK.long() + 1).masked_fill_(outside_TK, 0).reshape(-1)
+    sums_X = place_N.new_zeros(1 + site.experts)
+    sums_X.scatter_add_(0, place_N, torch.ones_like(place_N))
+    # in place of padding and of slots that routed nowhere
+    sums_X[0] = len(ids_TK) if real_T is None else real_T.sum()
     return sums_X
 
 

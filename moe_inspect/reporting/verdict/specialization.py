@@ -306,17 +306,16 @@ def signature(data: ReportData) -> Finding | None:
     share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
     if not low > row["signature_null_p99"]:
         return None
-    beside = (
-        "Untrained routers show part of this from the text alone: trace with --random-init to see "
-        "how much."
-    )
-    if data.baseline:
+    beside, its = "Untrained routers show part of this from the text alone", math.nan
+    if data.baseline is None:
+        beside += ": trace with --random-init to see how much"
+    elif data.baseline.trace.n_decisions <= MOST_DECISIONS:
         its = records(data.baseline.tables["signature"])[0]["signature_accuracy"]
-        beside = f"In the baseline it is {its:.0%}."
+        beside = beside if math.isnan(its) else f"In the baseline it is {its:.0%}"
     said = (
         f"Routing identifies the domain: for {'all' if share == 1 else f'{share:.0%} of'} "
         f"{documents:,} documents the nearest other one shares it (95% interval {low:.0%} to "
-        f"{high:.0%}; {row['signature_null']:.0%} by chance). {beside}"
+        f"{high:.0%}; {row['signature_null']:.0%} by chance). {beside}."
     )
     return note(
         said, signature_accuracy=share, signature_null=row["signature_null"], documents=documents

@@ -291,7 +291,7 @@ def of_text(corpus: Json) -> Json:
 
 
 def random_weights(corpus: Json) -> Json | None:
-    """Of the plan of a corpus only what reports need of it, that weights were drawn at random: a
-    trace without the whole plan is none that --resume can go on with."""
+    """Of the plan of a corpus only that weights were drawn at random: a trace without the whole
+    plan is none that --resume can go on with."""
     plan = corpus.get("plan") or {}
     return {k: plan[k] for k in ("random_init",) if plan.get(k) is not None} or None
