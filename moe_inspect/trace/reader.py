@@ -108,6 +108,10 @@ class Trace(Answers, TraceHeader):
         """A shard of its own to read from: what it opens is closed with it."""
         return self._read(self._pieces[number])
 
+    def is_joined(self, number: int) -> bool:
+        """Whether that shard is several small ones."""
+        return len(self._pieces[number]) > 1
+
     def joined(self, most: int) -> Iterator[Shard]:
         """The shards in order, consecutive ones of a rank as one where together they have at most
         so many tokens; 0: as they were committed."""

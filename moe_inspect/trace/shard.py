@@ -6,6 +6,7 @@ T tokens, K slots, E experts, L routers, N rows.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -35,6 +36,8 @@ class Shard:
     _spans: dict[str, list[tuple[int, int]]] = field(
         default_factory=dict, init=False, compare=False
     )
+    # threads, each with routers of its own, ask for the same at once
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, compare=False)
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return parts.read(self.file(name), self.files.paths[name], columns)
@@ -45,19 +48,21 @@ class Shard:
 
     def file(self, name: str) -> pq.ParquetFile:
         """The Parquet file of a table, checked and opened once."""
-        if name not in self._opened:
-            trace, path = self.trace, self.files.paths[name]
-            expected = trace.columns_of(name)
-            source = self.held.get(name) or inside(trace.path, path)
-            try:
-                opened = parts.open_part(source, path, expected, self.files.stated[name])
-            except Damaged:
-                if not are_replaced(trace.path, trace.manifest, [self.files]):
-                    raise
-                said = f"{trace.path} was written meanwhile, and {path} replaced: read it again"
-                raise MoeInspectError(said) from None
-            self._opened[name] = opened
-        return self._opened[name]
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = self._checked(name)
+            return self._opened[name]
+
+    def _checked(self, name: str) -> pq.ParquetFile:
+        trace, path = self.trace, self.files.paths[name]
+        source = self.held.get(name) or inside(trace.path, path)
+        try:
+            return parts.open_part(source, path, trace.columns_of(name), self.files.stated[name])
+        except Damaged:
+            if not are_replaced(trace.path, trace.manifest, [self.files]):
+                raise
+            said = f"{trace.path} was written meanwhile, and {path} replaced: read it again"
+            raise MoeInspectError(said) from None
 
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens of this shard, in token order."""
@@ -169,11 +174,14 @@ class Shard:
         return table if columns is None else table.select(columns)
 
     def rows_by_router(self, name: str, columns: list[str] | None = None) -> list[pa.Table]:
-        """Those of every router, in one read where each row group is of one."""
+        """Those of every router, in one read where each row group is of one. The file is closed
+        then: what is kept of hundreds of small ones takes more memory than their rows."""
         routers, spans = range(len(self.trace.routers)), self._routers_of_groups(name)
         if spans != sorted((r, r) for r, _ in spans):
-            return [Shard.rows_of_router(self, name, r, columns) for r in routers]
-        table, metadata = self.table(name, columns), self.file(name).metadata
+            found = [Shard.rows_of_router(self, name, r, columns) for r in routers]
+            self._opened.pop(name, None)
+            return found
+        table, metadata = self.table(name, columns), self._opened.pop(name).metadata
         rows_R = np.zeros(len(routers) + 1, np.int64)
         for g, (r, _) in enumerate(spans):
             rows_R[r + 1] += metadata.row_group(g).num_rows
@@ -226,8 +234,9 @@ class JoinedShards(Shard):
 
     def rows_of_router(self, name: str, router: int, columns: list[str] | None = None) -> pa.Table:
         asked = name, ",".join(columns or ())
-        if asked not in self._read:
-            self._read[asked] = [part.rows_by_router(name, columns) for part in self.parts]
+        with self._lock:
+            if asked not in self._read:
+                self._read[asked] = [part.rows_by_router(name, columns) for part in self.parts]
         return _joined([tables[router] for tables in self._read[asked]])
 
 

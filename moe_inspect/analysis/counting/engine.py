@@ -149,13 +149,17 @@ def _of_runs(
     trace: Trace, request: CountRequest, threads: int, progress: Callable[[int], None] | None
 ) -> Iterator[Counts]:
     """The counts of every run of shards, in order. The routers of the last runs are shared out
-    among threads, so that none is left with a whole run while others have nothing."""
+    among threads, so that none is left with a whole run while others have nothing; not those of
+    small shards joined, which are read for all routers at once."""
     routers, runs = request.selection.routers, runs_of(trace)
     told = _counting(trace, routers, progress)
     with workers(trace, threads=threads) as at:
         here = isinstance(at, Threads)
         most = min(at.width, len(routers)) if here and not trace.counts_only else 1
-        pieces_of = [most if len(runs) - i <= at.width else 1 for i in range(len(runs))]
+        pieces_of = [
+            most if left <= at.width and not any(map(trace.is_joined, run)) else 1
+            for left, run in zip(range(len(runs), 0, -1), runs, strict=True)
+        ]
         tasks = (
             (run, share)
             for run, n in zip(runs, pieces_of, strict=True)
