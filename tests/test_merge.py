@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.derived.shards import MOST_NUMBER, Target
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, TraceWriter
 from tests.conftest import Cli
@@ -456,3 +459,21 @@ def test_many_small_shards_are_read_as_few_and_merged_into_one(tmp_path: Path) -
             pd.testing.assert_frame_equal(frame, expected)
     for name in ("load", "domains"):
         pd.testing.assert_frame_equal(report(apart).tables[name], report(whole).tables[name])
+
+
+def test_threads_read_small_shards_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks for another router: all are read together, for whoever asks first."""
+    shard, reads = next(made(tmp_path / "apart", 0, T=600, shard_tokens=10).shards), list[str]()
+    read = Shard.rows_by_router
+
+    def slowly(self: Shard, name: str, columns: list[str] | None = None) -> Any:
+        reads.append(name)
+        time.sleep(0.02)  # the others come meanwhile
+        return read(self, name, columns)
+
+    monkeypatch.setattr(Shard, "rows_by_router", slowly)
+    with ThreadPoolExecutor(L) as threads:
+        found = [*threads.map(shard.slots, range(L))]
+    assert reads == ["routing"] * 7
+    for r, slots in enumerate(found):
+        np.testing.assert_array_equal(slots, shard.slots(r))
