@@ -86,10 +86,8 @@ class Trace(Answers, TraceHeader):
     def fed_by_length(self) -> str:
         """How `trace` sorted the documents, as a sentence; "" where each quarter of the tokens is
         as the text came, or nothing was sorted."""
-        plan = (self.manifest.get("corpus") or {}).get("plan") or {}
-        together = SORTED_BATCHES * (
-            size if isinstance(size := plan.get("batch_tokens"), int) else 0
-        )
+        batch_tokens = ((self.manifest.get("corpus") or {}).get("plan") or {}).get("batch_tokens")
+        together = SORTED_BATCHES * batch_tokens if isinstance(batch_tokens, int) else 0
         if 4 * together < self.n_tokens:
             return ""
         of = f" of each {together:,} tokens" if together < self.n_tokens else ""

@@ -100,7 +100,7 @@ class Passes(RoutingSums):
         ids_TK, weights_TK = (torch.cat(of) for of in zip(*self._calls["", r], strict=True))
         shown = [values for (values,) in self._calls.get(("logits", r), [])]
         logits_TE = torch.cat(shown) if shown else weights_TK.new_zeros(0, site.experts)
-        if shown and are_probabilities(logits_TE.detach()):
+        if shown and are_probabilities(logits_TE.detach(), 1e-3):
             logits_TE = logits_TE.clamp(min=1e-30).log()  # what is called logits is a softmax
         S, order_T = self._fed[site.stack]
         real_T, device = self._real[site.stack], ids_TK.device

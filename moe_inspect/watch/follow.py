@@ -58,12 +58,13 @@ class Piece(Window):
         )
 
 
-def _successors(traces: Iterable[Path]) -> set[Path | None]:
+def _successors(traces: Iterable[Path]) -> set[Path]:
     """The traces that an engine goes on with: whoever follows the one before follows it."""
-    found = set[Path | None]()
+    found = set[Path]()
     for path in traces:
         with suppress(MoeInspectError, OSError):  # one that is just written, or deleted
-            found.add(TraceHeader(path, read_manifest(path)).followed_by)
+            followed_by = TraceHeader(path, read_manifest(path)).followed_by
+            found |= {followed_by} if followed_by is not None else set()
     return found
 
 
