@@ -64,7 +64,8 @@ def _successors(traces: Iterable[Path]) -> set[Path]:
     for path in traces:
         with suppress(MoeInspectError, OSError):  # one that is just written, or deleted
             followed_by = TraceHeader(path, read_manifest(path)).followed_by
-            found |= {followed_by} if followed_by is not None else set()
+            if followed_by is not None:
+                found.add(followed_by)
     return found
 
 

@@ -365,7 +365,7 @@ class Stack:
                 if (seen := sum(len(values[0]) for values in calls)) != t * T:
                     K = calls[0][0].shape[1] if calls and not kind else 1
                     self.refuse(site.path, seen, T, kind, K)
-                if kind == "logits" and calls and are_probabilities(*calls[0]):
+                if kind == "logits" and calls and are_probabilities(calls[0][0]):
                     raise MoeInspectError(
                         f"{site.path} returns probabilities where its family declares logits: "
                         "trace without --logits"
