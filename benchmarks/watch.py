@@ -60,11 +60,11 @@ def write(root: str, tokens_per_s: float, commit_every: float) -> None:
             time.sleep(max(0.0, began + (n + 1) * BATCH_TOKENS / tokens_per_s - time.monotonic()))
 
 
-def watched(root: str, width: int, height: int, options: list[str]) -> dict[str, Any]:
+def watched(root: str, width: int, height: int) -> dict[str, Any]:
     """CPU seconds of the watching process per second, after START_S."""
     ours, theirs = pty.openpty()
     ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-    command = [sys.executable, "-m", "moe_inspect", "watch", root, *options]
+    command = [sys.executable, "-m", "moe_inspect", "watch", root]
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     drain(ours, START_S)
@@ -110,19 +110,17 @@ def main() -> None:
         return
     runs = []
     for speed, every in ((1_000, 5.0), (4_000, 5.0)):
-        for size, options in (((80, 24), []), ((200, 50), []), ((200, 50), ["--counts"])):
+        for size in ((80, 24), (200, 50)):
             with tempfile.TemporaryDirectory() as place:
                 root = f"{place}/t"
                 command = [sys.executable, "-m", "benchmarks.watch", "--write", root, str(speed)]
                 writer = subprocess.Popen([*command, str(every)], cwd=ROOT)
                 try:
-                    found = watched(root, *size, options)
+                    found = watched(root, *size)
                 finally:
                     writer.kill()
                     writer.wait()
-            runs.append(
-                {"tokens_per_s": speed, "commit_every_s": every, "options": options, **found}
-            )
+            runs.append({"tokens_per_s": speed, "commit_every_s": every, **found})
             print(json.dumps(runs[-1]), flush=True)
     result = {"machine": machine(), "layers": L, "experts": E, "top_k": K, "runs": runs}
     if chosen.output:

@@ -37,6 +37,7 @@ import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from moe_inspect import Trace, merge, open_trace, verify
+from moe_inspect.analysis.metrics import balance
 from moe_inspect.capture.engine import rows, sender, sglang, sidecar, vllm
 from moe_inspect.capture.engine.control import tell
 from moe_inspect.capture.engine.described import describe
@@ -51,10 +52,9 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.derived.sample import sample as sample_of
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.watch import follow
-from moe_inspect.watch.follow import Follower, News, Piece
-from moe_inspect.watch.in_engine import EngineMetrics
-from moe_inspect.watch.metrics import Collector
-from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
+from moe_inspect.watch.follow import Follower
+from moe_inspect.watch.metrics import EngineMetrics
+from moe_inspect.watch.state import WatchOptions, WatchSession
 from tests.conftest import ROOT
 from tests.support.damage import disk_of, restate
 from tests.support.watched import waited
@@ -1429,7 +1429,7 @@ WRITER = """
 import queue, sys
 from pathlib import Path
 from moe_inspect.capture.engine.sidecar import Sent, write_all
-from moe_inspect.watch.in_engine import EngineMetrics
+from moe_inspect.watch.metrics import EngineMetrics
 chunks = queue.Queue()
 for chunk in (sys.stdin.buffer.read(), b""):
     chunks.put(chunk)
@@ -1490,9 +1490,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_servers_metrics_are_those_of_watch(folder: Path) -> None:
-    """Bounded by the layers, and summing up to what was fed; dead experts that come to life are
-    told no more."""
+def test_a_servers_metrics_are_bounded_by_the_layers(folder: Path) -> None:
+    """And sum up to what was fed; dead experts that come to life are told no more."""
     layers, experts, told = 20, 16, {"steps": 9, "dropped": 7}
     settings = Settings(Path("unused"), metrics=True)
     of = {"layers": list(range(layers)), "experts": experts, "rank": 3}
@@ -1503,11 +1502,11 @@ def test_a_servers_metrics_are_those_of_watch(folder: Path) -> None:
     metrics = EngineMetrics(about(settings, **of))
     metrics.add(load_LE.reshape(-1), tokens=1000, written_bytes=5, **told)
     found = metrics_in(folder)
-    watched = Watched()
-    watched.take(News("recording", [piece_of_counts(load_LE, 1000)]), metrics.header)
-    assert {name for name, *_ in found} == {
-        sample.name for family in Collector(watched).collect() for sample in family.samples
-    } | {"moe_inspect_written_bytes_total"}
+    for name in ("max_vio", "dead_experts", "starved_experts", "entropy", "balancedness"):
+        value_L = getattr(balance, name)(load_LE)
+        told_L = {int(at[0]): v for (of, *at), v in found.items() if of == f"moe_inspect_{name}"}
+        assert told_L
+        assert told_L == pytest.approx({r: value_L[r] for r in told_L}), name
     in_all = [v for (name, *_), v in found.items() if name == "moe_inspect_assignments_total"]
     assert sum(in_all) == 1000 * layers * K
     assert found["moe_inspect_tokens_total", "3"] == 1000
@@ -1525,9 +1524,28 @@ def test_a_servers_metrics_are_those_of_watch(folder: Path) -> None:
     assert again["moe_inspect_tokens_total", "3"] == 41_000
 
 
-def piece_of_counts(load_LE: np.ndarray, tokens: int) -> Piece:
-    L = len(load_LE)
-    return Piece(1, 1, list(load_LE), np.full(L, tokens), tokens=tokens, decisions=tokens * L)
+def test_the_dashboard_and_the_page_name_metrics_that_there_are(folder: Path) -> None:
+    load_E = np.full(E, 10_000)
+    load_E[0], load_E[1] = 0, 10  # dead, starved
+    metrics = EngineMetrics(about(Settings(Path("unused"), metrics=True, per_expert=True)))
+    of_ranks = shares_of(np.tile(np.arange(E), (L, 1)), E, 2)
+    for step in range(1, 9):  # windows, until there is an alarm
+        metrics.add(
+            np.tile(load_E, L),
+            tokens=int(load_E.sum()) // K,
+            steps=step,
+            dropped=0,
+            placed=of_ranks if step == 1 else None,
+            written_bytes=1,
+        )
+    told = {name for name, *_ in metrics_in(folder)}
+    dashboard = json.loads((ROOT / "docs/grafana-dashboard.json").read_text(encoding="utf-8"))
+    queries = [query["expr"] for panel in dashboard["panels"] for query in panel["targets"]]
+    asked = set(re.findall(r"moe_inspect_\w+", " ".join(queries)))
+    assert len(asked) >= 8
+    assert asked <= told
+    page = (ROOT / "docs/engines.md").read_text(encoding="utf-8")
+    assert told == set(re.findall(r"`(moe_inspect_\w+)`", page))
 
 
 def test_a_series_per_expert_is_told_on_request(folder: Path) -> None:

@@ -131,7 +131,7 @@ def test_several_values_are_repeated_or_comma_separated(command: str, name: str)
 
 
 def test_lists_of_values_are_options_that_take_several() -> None:
-    assert {"data", "layers", "simulate", "threshold", "top_k", "allow_host", "map"} <= {
+    assert {"data", "layers", "simulate", "threshold", "top_k", "map"} <= {
         name for _, name in SEVERAL
     }
 

@@ -29,7 +29,6 @@ from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
-from moe_inspect.watch.metrics import Collector
 from moe_inspect.watch.state import Plan, Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
@@ -401,7 +400,7 @@ def test_a_plan_of_other_experts_is_refused(header: TraceHeader, plan: Path) -> 
         assert not watched.tokens
 
 
-def test_the_busiest_gpu_is_on_the_screen_and_for_prometheus(one_pass: Path, plan: Path) -> None:
+def test_the_busiest_gpu_is_on_the_screen(one_pass: Path, plan: Path) -> None:
     plan.write_text(json.dumps({"physical_to_logical_map": [[*range(E)]] * L}))
     session = WatchSession(one_pass, WatchOptions(plan=over(plan)))
     session.update()
@@ -413,9 +412,7 @@ def test_the_busiest_gpu_is_on_the_screen_and_for_prometheus(one_pass: Path, pla
     said = f"busiest GPU {ratio_L[r]:.2f}x (layer {layer})"
     assert said in "\n".join(shown(session, 120, 24))
     assert said in status_line(session)
-    families = {family.name: family for family in Collector(session.watched).collect()}
-    values = [sample.value for sample in families["moe_inspect_gpu_max_over_mean"].samples]
-    assert values == pytest.approx(ratio_L)
+    assert session.watched.gpu_load == pytest.approx(ratio_L)
 
 
 # --- the terminal

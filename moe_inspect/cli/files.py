@@ -28,7 +28,7 @@ from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import TableOptions
 from moe_inspect.text import join_first, plural, print_stderr, printable
 
-documents_option, alarm_option, page_option = map(in_panel, ("Documents", "Alarms", "Serve a page"))
+documents_option, alarm_option = map(in_panel, ("Documents", "Alarms"))
 
 
 def watch(
@@ -51,19 +51,7 @@ def watch(
         "FILE",
     ),
     gpus: int | None = alarm_option("GPUs of --plan.", "N", min=1),
-    counts: bool = option("Show numbers only, no text of the corpus.", default=False),
     every: float = option("Polling interval.", "TIME", parser=seconds, default=1.0),
-    serve: str | None = page_option(
-        "Serve a live page, and /metrics for Prometheus; only to this machine unless HOST "
-        "is given.",
-        "[HOST:]PORT",
-    ),
-    per_expert: bool = page_option(
-        "With --serve: the load of every expert in /metrics.", default=False
-    ),
-    allow_host: list[str] | None = page_option(
-        "With --serve: answer requests for this host too.", "NAME"
-    ),
 ) -> None:
     """Show a trace while it is being written, until it is complete.
 
@@ -74,8 +62,7 @@ def watch(
     Examples:
     moe-inspect watch runs/a
     moe-inspect watch runs/a --rules rules.txt
-    moe-inspect watch runs/a --plan plan.json --gpus 8
-    moe-inspect watch runs/a --serve 8000"""
+    moe-inspect watch runs/a --plan plan.json --gpus 8"""
     from moe_inspect.alarms.rules import read_rules
     from moe_inspect.reporting.render.console import console_for
     from moe_inspect.watch.state import WatchOptions
@@ -93,16 +80,8 @@ def watch(
         every_s=every,
         window_tokens=window,
         rules=None if rules is None else read_rules(rules),
-        texts=not counts,
         plan=placed,
     )
-    if serve is not None:
-        from moe_inspect.watch.serve import serve as serve_trace
-
-        serve_trace(trace, options, serve, per_expert=per_expert, allow_hosts=allow_host or ())
-        return
-    if per_expert or allow_host:
-        raise typer.BadParameter("--per-expert and --allow-host need --serve")
     with to_stdout():
         watch_trace(trace, options, console_for(sys.stdout))
 

@@ -1,1 +1,1 @@
-"""Shows a trace while it is being written: in the terminal, as a page, and to Prometheus."""
+"""Shows a trace in the terminal while it is being written, and an engine's load in its /metrics."""

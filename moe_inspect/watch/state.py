@@ -53,8 +53,8 @@ class Watched:
 
     window: None without tokens; `total`: the same of all tokens. history: max_vio of the window by
     router, float [L], after each shard. `gpu_total`: load of each GPU of the plan, float [G].
-    `written_bytes`: None where nobody says it. alarms: those that hold now; raised: all of them.
-    `changed_s`: since when nothing came, by the clock."""
+    alarms: those that hold now; raised: all of them. `changed_s`: since when nothing came, by the
+    clock."""
 
     def __init__(
         self,
@@ -77,7 +77,6 @@ class Watched:
 
     def _begin(self) -> None:
         self.tokens = self.decisions = self.dropped = 0
-        self.written_bytes: int | None = None
         self.gpu_total: np.ndarray | None = None
         self.total: Piece | None = None
         self.window: Piece | None = None
@@ -255,13 +254,12 @@ EVERY_S = 1.0
 @dataclass(frozen=True)
 class WatchOptions:
     """`every_s`: between two looks at the trace. `window_tokens`: of the map and of a window that
-    rules judge; `rules`: None for the default ones. `texts`: show text of the tokens. `plan`: what
-    places the experts on GPUs. `of_process`: only the trace that this process writes."""
+    rules judge; `rules`: None for the default ones. `plan`: what places the experts on GPUs.
+    `of_process`: only the trace that this process writes."""
 
     every_s: float = EVERY_S
     window_tokens: int = WINDOW_TOKENS
     rules: Sequence[Rule] | None = None
-    texts: bool = True
     plan: Plan | None = None
     of_process: int | None = None
 
@@ -282,7 +280,7 @@ class WatchSession:
         self.path = str(self.follower.path)
         if news.again:
             self.text = None
-        if news.shards and self.options.texts and window is not None:
+        if news.shards and window is not None:
             r = watched.worst_routers[0]
             try:
                 self.text = hot_text(news.shards[-1], r, int(window.load[r].argmax())) or self.text

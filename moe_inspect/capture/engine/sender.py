@@ -55,7 +55,7 @@ def read():
     chunks.put(b"")
 threading.Thread(target=read, daemon=True).start()
 from moe_inspect.capture.engine.sidecar import run
-from moe_inspect.watch.in_engine import EngineMetrics
+from moe_inspect.watch.metrics import EngineMetrics
 run(chunks, EngineMetrics)
 """
 

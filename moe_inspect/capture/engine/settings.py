@@ -85,8 +85,8 @@ class Settings:
     metrics: bool = _setting(
         False,
         _switch,
-        "count the assignments of each layer and expert, of all requests, for the metrics of "
-        "`watch --serve` in /metrics",
+        "count the assignments of each layer and expert, of all requests, for metrics in the "
+        "engine's /metrics",
         "0",
     )
     per_expert: bool = _setting(
