@@ -35,13 +35,11 @@ import torch
 import moe_inspect
 from benchmarks.calls import qwen
 from benchmarks.measuring import machine, write_results
-from moe_inspect.analysis.scores import SCORES, counted, lowest, random_scores, score_DE, score_E
+from moe_inspect.analysis.scores import SCORES, counted, lowest, score_DE, score_E
 from moe_inspect.analysis.weights.measure import weight_tables
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
-from moe_inspect.interventions.ablation import HeldOut, open_held_out
-from moe_inspect.interventions.pruning.measure import Drop, measure
-from moe_inspect.interventions.pruning.run import ablation_scores
+from moe_inspect.interventions.ablation import HeldOut, documents_of, open_held_out
 from moe_inspect.trace.reader import Trace
 
 # --- cost
@@ -120,6 +118,8 @@ def cost_lines(found: list[dict[str, Any]]) -> list[str]:
 
 # --- pruning
 
+Drop = Sequence[Sequence[int]]  # of each router, the experts that go
+OPTIONS: dict[str, Any] = {"batch_tokens": 2048, "dtype": "float32"}
 REMOVED = (1, 2, 3)  # of 8 experts
 DRAWS = 20
 STUDENT = 2.093  # 97.5th percentile of Student's t with DRAWS - 1 degrees of freedom
@@ -161,96 +161,104 @@ def first_texts(half: Path) -> Path:
     return few
 
 
-def scores_of(trace: Trace, few: Trace, held_out: HeldOut) -> dict[str, list[np.ndarray]]:
-    """Of each router, float64 [E]; the least goes first."""
-    found = {by: [score_E(counted(trace, by), r, by) for r in range(4)] for by in SCORES}
+def ablation_scores(texts: Path) -> list[np.ndarray]:
+    """Nats per token lost on these texts without each expert alone. float64 [E] of each router"""
+    experts = moe_inspect.ablate("demo", data=[str(texts)], **OPTIONS).experts
+    by_router = experts.sort_values(["router", "expert"]).groupby("router").difference
+    return [of.to_numpy(np.float64) for _, of in by_router]
+
+
+def scores_of(trace: Trace, half: Path) -> dict[str, list[np.ndarray]]:
+    """Of each router, float64 [E]; the least goes first. `trace`: of the texts in `half`."""
+    ours = [by for by in SCORES if by != "saliency"]
+    found = {by: [score_E(counted(trace, by), r, by) for r in range(4)] for by in ours}
     aimer = weight_tables(MODEL_DIR)["experts"]
     # the more alike its weights are in size, the less an expert has learned
     found["aimer"] = [-of.to_numpy() for _, of in aimer.groupby("router").aimer]
-    found["ablation"] = ablation_scores(held_out, trace, None, None)
-    found[OF_FEW] = ablation_scores(held_out, few, None, None)
+    found["ablation"] = ablation_scores(half)
+    found[OF_FEW] = ablation_scores(first_texts(half))
     return found
 
 
+def least(score_LE: Sequence[np.ndarray], removed: int) -> Drop:
+    return [lowest(score_E, 1 - removed / 8) for score_E in score_LE]
+
+
 def at_random(removed: int) -> list[Drop]:
-    return [lowest(random_scores([8] * 4, seed), 1 - removed / 8) for seed in range(DRAWS)]
+    scores = (np.random.default_rng(seed).random((4, 8)) for seed in range(DRAWS))
+    return [least([*score_LE], removed) for score_LE in scores]
 
 
-def by_score(trace: Trace, few: Trace, held_out: HeldOut) -> dict[str, Any]:
+def nats_without(held_out: HeldOut, drop: Drop = ()) -> np.ndarray:
+    """Nats of predicting each document without these experts. float64 [D]"""
+    _, number, _, _ = documents_of(held_out.batches)
+    nats_D = np.zeros(len(number))
+    gone = {site.path: of for site, of in zip(held_out.sites, drop, strict=False)}
+    for b, batch in enumerate(held_out.batches):
+        np.add.at(nats_D, [number[row.document] for row in batch], held_out.losses(b, gone))
+    return nats_D
+
+
+def by_score(trace: Trace, half: Path, held_out: HeldOut) -> dict[str, Any]:
     """Loss of the whole model, and by score without 1, 2 and 3 experts of each layer: nats per
     token; "random": the mean of the draws, and its 95 % interval."""
-    scores, plans = scores_of(trace, few, held_out), dict[str, list[Drop]]()
-    for n in REMOVED:
-        plans |= {f"{by} {n}": [lowest(score_LE, 1 - n / 8)] for by, score_LE in scores.items()}
-        plans[f"random {n}"] = at_random(n)
-    losses = measure(held_out, plans)
-    made = {
-        by: [float(np.mean(losses.loss(f"{by} {n}"))) for n in REMOVED]
-        for by in ("random", *scores)
+    tokens = documents_of(held_out.batches)[3].sum()
+
+    def loss(drop: Drop = ()) -> float:
+        return float(nats_without(held_out, drop).sum() / tokens)
+
+    drawn = np.array([[loss(drop) for drop in at_random(n)] for n in REMOVED])
+    made = {"random": drawn.mean(axis=1).tolist()} | {
+        by: [loss(least(score_LE, n)) for n in REMOVED]
+        for by, score_LE in scores_of(trace, half).items()
     }
-    drawn = np.array([losses.loss(f"random {n}") for n in REMOVED])
     error = STUDENT * drawn.std(axis=1, ddof=1) / DRAWS**0.5
     made["random low"], made["random high"] = (
         (drawn.mean(axis=1) + sign * error).tolist() for sign in (-1, 1)
     )
-    return {"whole": losses.loss("whole")[0], "experts removed": list(REMOVED), **made}
+    return {"whole": loss(), "experts removed": list(REMOVED), **made}
 
 
 def by_other_domains(trace: Trace, held_out: HeldOut) -> list[dict[str, Any]]:
     """Two experts of each layer removed by REAP of three domains, and at random: the loss on the
     other three."""
     counts = counted(trace, "reap")
-    triples = list(combinations(range(len(counts.domains)), 3))
+    domains, _, domain_D, tokens_D = documents_of(held_out.batches)
+    whole_D = nats_without(held_out)
+    random_D = np.mean([nats_without(held_out, drop) for drop in at_random(2)], axis=0)
 
     def reap_E(r: int, of: Sequence[int]) -> np.ndarray:
         load_DE = counts.assignments_DE(r)[list(of)]
         gated_DE = score_DE(counts, r, "reap")[list(of)] * load_DE
         return gated_DE.sum(0) / np.maximum(load_DE.sum(0), 1)
 
-    plans: dict[str, list[Drop]] = {
-        str(of): [lowest([reap_E(r, of) for r in range(4)], 0.75)] for of in triples
-    }
-    losses = measure(held_out, {**plans, "random": at_random(2)})
     rows = []
-    for of in triples:
+    for of in combinations(range(len(counts.domains)), 3):
+        reap_D = nats_without(held_out, least([reap_E(r, of) for r in range(4)], 2))
         others = [name for d, name in enumerate(counts.domains) if d not in of]
-        judged = np.isin(losses.domain_U, [losses.domains.index(name) for name in others])
-
-        def loss(plan: str, judged: np.ndarray = judged) -> float:
-            nats = np.mean([nats_U[judged].sum() for nats_U in losses.nats[plan]])
-            return float(nats / losses.tokens_U[judged].sum())
-
-        rows.append(
-            {
-                "calibrated on": [counts.domains[d] for d in of],
-                **{name: loss(name) for name in ("whole", "random")},
-                "reap": loss(str(of)),
-            }
-        )
+        judged = np.isin(domain_D, [domains.index(name) for name in others])
+        nats = {"whole": whole_D, "random": random_D, "reap": reap_D}
+        loss = {by: nats_D[judged].sum() / tokens_D[judged].sum() for by, nats_D in nats.items()}
+        rows.append({"calibrated on": [counts.domains[d] for d in of], **loss})
     return rows
 
 
 def pruning() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    options: dict[str, Any] = {"batch_tokens": 2048, "dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
         texts = halves(Path(folder) / "texts")
         traces = [
             moe_inspect.trace_model(
-                "demo", Path(folder) / half.name, data=[str(half)], output_norms=True, **options
+                "demo", Path(folder) / half.name, data=[str(half)], output_norms=True, **OPTIONS
             )
             for half in texts
         ]
         judged = [
-            open_held_out("demo", TraceOptions(data=[str(half)], **options)) for half in texts
+            open_held_out("demo", TraceOptions(data=[str(half)], **OPTIONS)) for half in texts
         ]
         for shown, on in ((0, 1), (1, 0)):
             name = f"calibrated on {texts[shown].name} texts, judged on {texts[on].name} ones"
-            few = first_texts(texts[shown])
-            few_trace = moe_inspect.trace_model(
-                "demo", Path(folder) / few.name, data=[str(few)], **options
-            )
-            found[name] = by_score(traces[shown], few_trace, judged[on])
+            found[name] = by_score(traces[shown], texts[shown], judged[on])
         found["three domains"] = by_other_domains(traces[0], judged[1])
     found["seen"] = {**SEEN, "three domains": SEEN_OTHER_DOMAINS}
     return found

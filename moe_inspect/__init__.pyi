@@ -3,7 +3,6 @@
 from .api import ablate as ablate
 from .api import describe_weights as describe_weights
 from .api import intervene as intervene
-from .api import prune as prune
 from .api import record as record
 from .api import trace_engine as trace_engine
 from .api import trace_model as trace_model

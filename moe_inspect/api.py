@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from moe_inspect.capture.recorder import Recorder
     from moe_inspect.interventions.ablation import Ablation
     from moe_inspect.interventions.intervene import Intervention
-    from moe_inspect.interventions.pruning.run import Pruning
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.trace.reader import Trace
 
@@ -189,62 +188,6 @@ def describe_weights(model: str, *, revision: str | None = None) -> dict[str, pd
     from moe_inspect.model.load import checkpoint_dir
 
     return weight_tables(checkpoint_dir(model, revision))
-
-
-def prune(
-    model: str,
-    options: TraceOptions | None = None,
-    *,
-    trace: Trace | str | Path,
-    keep: float = 0.75,
-    by: str = "reap",
-    output: str | Path | None = None,
-    draws: int = 5,
-    seed: int = 0,
-    resume: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    # as in `ablate`
-    **changes: Unpack[TraceKeywords],  # pyright: ignore[reportGeneralTypeIssues]
-) -> Pruning:
-    """Drops the least valuable experts of each layer, by a trace of the model on a calibration
-    text, and measures the loss on held-out text without them, beside dropping the same number by
-    frequency and at random. With `output` it writes the pruned checkpoint.
-
-    model        a hub id, a directory, or "demo" (bundled, offline)
-    options      settings of the held-out text and of the model; each field of `TraceOptions` may
-                 also be given as a keyword, as in `ablate`
-    trace        of this model on the calibration text: of all layers, for "reap", "ean" and
-                 "mean-norm" recorded with `output_norms`
-    keep         share of the experts of each layer to keep, at least (of each group, if routers
-                 choose groups first)
-    by           "reap": mean of gate weight × norm of the expert's output; "gate": sum of the gate
-                 weights; "frequency": assignments; "ean": sum of the norms; "mean-norm": their
-                 mean; "aimer": minus mean |weight| ÷ root mean square of its weights; "ablation":
-                 rise of the loss on the calibration text without this expert; "random"
-    output       a directory that does not exist yet: a checkpoint that transformers loads, with
-                 what was measured in its pruning.json. None: no model is written
-    draws        how many random choices to compare with
-    seed         of the first of them
-    resume       for "ablation": a directory that stores every loss, and from which a later call
-                 continues
-    progress     called with (forward passes done, in total) after each
-
-    Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.interventions.pruning.run import PruningChoice
-    from moe_inspect.interventions.pruning.run import prune as run
-    from moe_inspect.trace.reader import open_trace
-
-    choice = PruningChoice(
-        by=by, keep=keep, draws=draws, seed=seed, resume=Path(resume) if resume else None
-    )
-    return run(
-        model,
-        replace(options or TraceOptions(batch_tokens=2048), **changes),
-        open_trace(trace),
-        choice,
-        Path(output) if output is not None else None,
-        progress,
-    )
 
 
 def trace_model(

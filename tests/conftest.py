@@ -41,7 +41,7 @@ OpenPage = Callable[..., "Opened"]
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
-    "zoo experts audit_loss kernels benchmarks selfcheck prune placement readme cli_trace ranks "
+    "zoo experts audit_loss kernels benchmarks selfcheck ablate placement readme cli_trace ranks "
     "before_call counting mutations calibrate loading wrapped real_data report_cli contributing "
     "mutations_analysis alarms page page_sizes commit_every ptx docs kinds"
 )

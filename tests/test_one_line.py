@@ -52,7 +52,6 @@ USUAL: dict[str, list[Any]] = {
     "compare": ["t", "t"],
     "calibrate": ["t"],
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
-    "prune": ["demo", "--trace", BALANCED, "--dry-run", "--by", "gate", "--max-tokens", 60],
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],
@@ -258,7 +257,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(command: str, here: Path)
 
 
 WITHIN = [[command, *given[-1]] for command, given in OUTPUTS.items() if given[-1]]
-WITHIN += [[command, "-o", "new"] for command in ("prune", "merge", "sample", "import", "sql")]
+WITHIN += [[command, "-o", "new"] for command in ("merge", "sample", "import", "sql")]
 WITHIN += [["ablate", "--resume", "new"], ["report", "--plots", "new"]]
 WITHIN += [["compare", "--html", "new.html"], ["compare", "--plots", "new"]]
 

@@ -43,11 +43,6 @@ OF_TWO = (
 OF_THE_MODEL = {
     "describe demo --weights": ("routers", "experts"),
     "ablate demo --max-tokens 1500 --layers 0 --experts 0-2": ("experts", "domains"),
-    "prune demo --trace traces/demo --dry-run --by reap --keep 0.75 --draws 2 --max-tokens 1500": (
-        "losses",
-        "scores",
-        "findings",
-    ),
 }
 
 

@@ -93,7 +93,6 @@ ELSEWHERE = {
     "ablate": "a table, as report's",
     "engine": "the same, of a running server",
     "conformance": "the same",
-    "prune": "tests/test_prune_checkpoint.py",
 }
 WRITES = ("output", "html", "plots")
 STEP = {"esft": 3, "import": 4, "merge": 7, "sample": 7}  # of many alike

@@ -153,12 +153,6 @@ def _score(sums: np.ndarray, load: np.ndarray, by: str) -> np.ndarray:
     return np.nan_to_num(sums / nan_for_zero(load)) if by in MEANS else sums
 
 
-def random_scores(experts: Sequence[int], seed: int) -> list[np.ndarray]:
-    """Scores by which any experts may go. `experts`: E of each router. float64 [E] of each"""
-    rng = np.random.default_rng(seed)
-    return [rng.random(E) for E in experts]
-
-
 def experts_kept(E: int, keep: float, groups: int = 1) -> int:
     """How many of E experts stay where at least the share `keep` of each of `groups` groups does,
     the same number in each."""
@@ -183,17 +177,14 @@ def refuse_too_few(E: int, K: int, keep: float, of_groups: tuple[int, int, int])
         )
 
 
-def lowest(score_LE: Sequence[np.ndarray], keep: float, groups: int = 1) -> list[list[int]]:
-    """The experts of each router that go: those with the lowest scores, as many in each group of
+def lowest(score_E: np.ndarray, keep: float, groups: int = 1) -> list[int]:
+    """The experts of a router that go: those with the lowest scores, as many in each group of
     consecutive experts (of equal scores the one with the higher number)."""
-    gone: list[list[int]] = []
-    for score_E in score_LE:
-        E = len(score_E)
-        drop = (E - experts_kept(E, keep, groups)) // groups
-        last_first = np.arange(E).reshape(groups, -1)[:, ::-1]
-        order = np.argsort(score_E[last_first], axis=1, kind="stable")
-        gone.append(sorted(np.take_along_axis(last_first, order, 1)[:, :drop].flatten().tolist()))
-    return gone
+    E = len(score_E)
+    drop = (E - experts_kept(E, keep, groups)) // groups
+    last_first = np.arange(E).reshape(groups, -1)[:, ::-1]
+    order = np.argsort(score_E[last_first], axis=1, kind="stable")
+    return sorted(np.take_along_axis(last_first, order, 1)[:, :drop].flatten().tolist())
 
 
 KEYS = ["layer", "router", "expert"]

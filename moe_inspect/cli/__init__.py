@@ -43,7 +43,7 @@ COMMANDS: Listed = {
         "describe": "describe describe",
         "calibrate": "calibrate calibrate",
     },
-    "Try": {"ablate": "experts ablate", "prune": "experts prune", "simulate": SIMULATIONS},
+    "Try": {"ablate": "ablate ablate", "simulate": SIMULATIONS},
     "Files": {
         "verify": "files verify",
         "lint": "files lint",

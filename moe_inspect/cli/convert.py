@@ -7,13 +7,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import typer
 
 from moe_inspect import exporters, importers
 from moe_inspect.cli.capture import model_option
-from moe_inspect.cli.experts import By, run_option
 from moe_inspect.cli.options import (
     REQUIRED,
     CommitEvery,
@@ -22,6 +21,7 @@ from moe_inspect.cli.options import (
     Overwrite,
     TraceArgument,
     argument,
+    in_panel,
     option,
 )
 from moe_inspect.cli.progress import shown
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
     ExportFormat = ExportBy = StrEnum
 else:
     ExportFormat = StrEnum("ExportFormat", {name: name for name in exporters.MODULES})
+    SCORES = "reap gate frequency ean mean-norm saliency aimer ablation"
     # "token" is ESFT's own name of frequency
-    ExportBy = StrEnum("ExportBy", {by: by for by in (*get_args(By), "token") if by != "random"})
+    ExportBy = StrEnum("ExportBy", {by: by for by in f"{SCORES} token".split()})
+
+run_option = in_panel("Run")
 
 FORMATS = {
     "import": {name: reads.replace("`", "") for name, (_, reads) in importers.MODULES.items()},
@@ -142,7 +145,7 @@ def export(
         "esft: train the fewest experts per layer whose scores sum to this share. Default: 0.2."
     ),
     by: ExportBy | None = option(
-        "esft, pruning: the score of the experts, as in prune, or token. Default: frequency "
+        "esft, pruning: the score of the experts. Default: frequency "
         "(token) for esft, reap for pruning.",
         "SCORE",
         flags=("--by", "--score"),

@@ -20,15 +20,15 @@ def pruning(
     weights: str | Path | None = None,
     losses: str | Path | None = None,
 ) -> None:
-    """One JSON object, described in docs/prune.md. As many go in each layer, and in each group
-    where routers choose groups first."""
+    """Write one JSON object, which docs/interventions.md describes. The same number of experts goes
+    in each layer, and in each group if routers choose groups first."""
     scores = scores_of(trace, by, weights=weights, losses=losses)
     groups, _, _ = of_groups = groups_of(text_config(trace))
     several = len({router.layer for router in trace.routers}) < len(trace.routers)
     names = [router.path if several else str(router.layer) for router in trace.routers]
     for router in trace.routers:
         refuse_too_few(router.experts, router.top_k, keep, of_groups)
-    gone = [lowest([of_E], keep, groups)[0] for of_E in scores.whole_LE]
+    gone = [lowest(of_E, keep, groups) for of_E in scores.whole_LE]
     capture = trace.manifest["capture"]
     made = {
         "format": 1,

@@ -54,7 +54,7 @@ def export_trace(
         output: the file, for "esft" the folder, to write.
         top_p: esft: train the fewest experts of each layer whose scores sum to this share of the
             layer's, 0.2 by default.
-        by: esft, pruning: the score of the experts, a word that `prune` takes too: "frequency"
+        by: esft, pruning: the score of the experts: "frequency"
             (the default of esft, whose own name for it is "token"), "gate", "reap" (the default of
             pruning), "ean", "mean-norm", "aimer" or "ablation".
         score: an older name of `by`.

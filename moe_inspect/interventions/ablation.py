@@ -55,7 +55,6 @@ class HeldOut:
     tokenizer: Called
     batches: list[list[TokenSequence]]
     record: Config
-    source: str
     own: OwnModel | None = None
     routers: Sequence[RouterSpec] | None = None
 
@@ -112,14 +111,14 @@ def open_held_out(model: str, options: TraceOptions) -> HeldOut:
         )
     plan = CorpusPlan(sources, options, longest_sequence(options.max_length, found.config, 0))
     batches = [sequences for sequences, _ in plan.batches(found.tokenizer)]
-    source = ", ".join(options.data) or "the bundled corpus"
     if not any(len(s.ids) > 1 for batch in batches for s in batch):
+        source = ", ".join(options.data) or "the bundled corpus"
         raise MoeInspectError(f"the held-out text is empty: no text in {source}")
     record, network = {**plan.record(), **found.record()}, found.load()
     sites = find_routers(network, options.routers)
     if any(s.adapter is not None and s.adapter.alone for s in sites):
         batches = [[row] for batch in batches for row in batch]
-    return HeldOut(network, found.tokenizer, batches, record, source, found.own, options.routers)
+    return HeldOut(network, found.tokenizer, batches, record, found.own, options.routers)
 
 
 def _loss(logits_SV: torch.Tensor, row: TokenSequence, name: str) -> float:
