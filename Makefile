@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang test-llama-cpp test-llm-compressor lint docs picture atlas bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang test-llama-cpp test-llm-compressor lint docs picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -117,9 +117,6 @@ docs: $(VENV)/.installed ## The documentation site (build/docs/index.html), and 
 
 picture: $(VENV)/.installed ## The pictures of the page in the documentation, of the bundled model (needs chromium)
 	$(BIN)/python docs/picture.py
-
-atlas: $(VENV)/.installed ## The atlas in the documentation, with ESFT=FOLDER its four tasks too (build/atlas/site), and its pictures
-	$(BIN)/python -m docs.atlas
 
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run

@@ -22,7 +22,6 @@ from .model.describe import describe as describe
 from .reporting.report import Report as Report
 from .reporting.report import report as report
 from .simulate.result import Simulation as Simulation
-from .site.build import atlas as atlas
 from .trace.derived.merge import merge as merge
 from .trace.reader import Trace as Trace
 from .trace.reader import open_trace as open_trace

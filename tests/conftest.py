@@ -202,8 +202,8 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[OpenPage]:
 
     with ExitStack() as opened:
 
-        def page(text: str, file: Path = tmp_path / "page.html", **more: Any) -> Opened:
-            return opened.enter_context(Opened(browser, file, text, **more))
+        def page(text: str, **more: Any) -> Opened:
+            return opened.enter_context(Opened(browser, tmp_path / "page.html", text, **more))
 
         yield page
 

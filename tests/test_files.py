@@ -38,7 +38,6 @@ READ: dict[str, list[str]] = {
     "t/vocabulary.parquet": ["report t --table vocabulary --format csv"],
     "corpus.jsonl": ["trace demo -o new --data {}"],
     "corpus.txt": ["trace demo -o new --data {}"],
-    "site/index.html": ["atlas t -o site"],
 }
 
 
@@ -98,7 +97,6 @@ def test_a_file_without_end_is_one_line(
     name: str, kind: str, tmp_path: Path, cli_here: Cli
 ) -> None:
     shutil.copytree(BALANCED, tmp_path / "t")
-    (tmp_path / "site").mkdir()
     (tmp_path / "loads.csv").write_text("layer,expert,count\n0,0,5\n")
     path = tmp_path / name
     path.unlink(missing_ok=True)

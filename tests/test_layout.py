@@ -50,7 +50,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "calibration": {"capture", "demo", "model", "reporting", "analysis", "trace", "errors", "text"},
     "query": {"exporters", "reporting", "trace", "errors", "text"},
-    "site": {"comparison", "reporting", "analysis", "trace", "errors", "files", "progress", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
@@ -67,7 +66,6 @@ LIGHT = {
     "linting",
     "query",
     "simulate",
-    "site",
     "watch",
 }
 

@@ -57,7 +57,6 @@ USUAL: dict[str, list[Any]] = {
     "verify": ["t"],
     "lint": ["t"],
     "text": ["t", "--layer", 0, "--expert", 1],
-    "atlas": ["t", "-o", "site", "--text", 0],
     "sql": ["t", "select * from routing"],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
@@ -73,9 +72,9 @@ USUAL: dict[str, list[Any]] = {
 }
 TRACING = ["trace", "serve-trace", "engine", "conformance"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
-SILENT = ["trace", "import", "merge", "sample", "export", "atlas"]  # on stdout
+SILENT = ["trace", "import", "merge", "sample", "export"]  # on stdout
 WRITE_ONCE = ["import", "merge", "sample"]  # but for --overwrite
-NO_TABLES = [*TRACING, "import", "merge", "sample", "verify", "doctor", "watch", "atlas"]
+NO_TABLES = [*TRACING, "import", "merge", "sample", "verify", "doctor", "watch"]
 
 
 def test_every_command_is_tried() -> None:
@@ -224,7 +223,6 @@ def test_real_streams(here: Path) -> None:
 OUTPUTS = {
     "trace": [[]],
     "report": [["--table", "load", "-o", "new.csv"], ["-o", "new.txt"], ["--html", "new.html"]],
-    "atlas": [["-o", "new"]],
     "compare": [["-o", "new.csv"], ["--table", "flips", "-o", "new.parquet"], ["-o", "new.txt"]],
     "describe": [["-o", f"new.{ending}"] for ending in ("csv", "json", "parquet", "txt")],
     "import": [[]],

@@ -82,7 +82,6 @@ export T --format pruning --by frequency -o out.json
 export T --format long-parquet -o out.parquet
 export T --format routed-experts -o out.jsonl
 export T --format esft -o out
-atlas T -o out --text 0
 merge T U -o out --overwrite
 sample T -o out --documents 3 --overwrite
 import counts LOADS.csv -o out --top-k 1 --overwrite""".splitlines()
@@ -230,9 +229,7 @@ class Output:
 
     def before(self, place: Path) -> None:
         out = place / self.name
-        if self.line.startswith("atlas"):
-            run(self.line.replace("T", "U"), self.bench.root, place)
-        elif is_of_a_trace(self.line):
+        if is_of_a_trace(self.line):
             shutil.copytree(self.bench.root / "V", out)
         elif "." in self.name:
             out.write_bytes(b"the old one")
@@ -273,8 +270,6 @@ class Output:
             shutil.rmtree(out)
         run(self.line, self.bench.root, place)
         found = held(out, self.line)
-        if self.line.startswith("atlas"):  # a page of a run that was killed, in no index
-            found = {name: data for name, data in found.items() if name in self.new}
         assert same(found, self.new), "the next one writes something else"
         assert not hidden(place), f"left behind by the next one: {hidden(place)}"
 
@@ -309,7 +304,7 @@ def outputs_at_once(bench: Bench, tries: int = 2) -> None:
             said = bench.children([lambda place=place, made=made: made.work(place)] * 2)
             wrong = [one["raised"] for one in said if "raised" in one]
             wrong += [] if any("returned" in one for one in said) else ["both were refused"]
-            if not is_of_a_trace(line) and "esft" not in line and not line.startswith("atlas"):
+            if not is_of_a_trace(line) and "esft" not in line:
                 wrong += [one["refused"] for one in said if "refused" in one]
             checked = bench.child(lambda place=place, made=made: is_new(made, place))
             failure = "; ".join(wrong) or checked.get("raised") or checked.get("refused")

@@ -36,7 +36,6 @@ COMMANDS: Listed = {
     },
     "Look": {
         "report": "report report",
-        "atlas": "report atlas",
         "text": "text text",
         "sql": "text sql",
         "compare": "compare compare",

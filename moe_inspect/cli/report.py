@@ -1,5 +1,4 @@
-"""`moe-inspect report`: what a trace says, as text, tables, pictures or a page; `moe-inspect
-atlas`: the pages of many."""
+"""`moe-inspect report`: what a trace says, as text, tables, pictures or a page."""
 
 from __future__ import annotations
 
@@ -18,12 +17,10 @@ from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.help import TABLES
 from moe_inspect.cli.help import traces as complete
 from moe_inspect.cli.options import (
-    REQUIRED,
     TRACE,
     GateOptions,
     Scheduler,
     SelectionOptions,
-    argument,
     exit_if_failed,
     gate_option,
     option,
@@ -33,7 +30,7 @@ from moe_inspect.cli.show import ShowOptions, output_option, table_of, table_opt
 from moe_inspect.cli.simulate import Gpus, TimesOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
-from moe_inspect.text import plural, print_stderr
+from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -308,50 +305,3 @@ def print_metrics(console: Console) -> None:
             for lead, text, style in [*parts, (indent, said, "dim")]:
                 for line in wrapped(Text(text, style=style), console, lead):
                     console.print(line, soft_wrap=True)
-
-
-def atlas(
-    *,
-    traces: list[str] = argument(
-        "Directories of the traces, in the order of the index.",
-        "TRACE...",
-        autocompletion=complete,
-        default=REQUIRED,
-    ),
-    output: Path = option(
-        "Directory of the site; open its index.html, or copy it to any web server.",
-        "DIR",
-        flags=("-o", "--output"),
-        default=REQUIRED,
-    ),
-    text: str = option(
-        "Documents per domain to show in full on each page; 0 is none.", "N|all", default="1"
-    ),
-    add: bool = option(
-        "Keep existing pages. Otherwise, pages of traces that are not named are removed.",
-        default=False,
-    ),
-) -> None:
-    """Build a static site: one page per trace, and an index.
-
-    The index compares their models and can be searched by expert, domain and token. Pages of
-    unchanged traces are kept. Needs neither torch nor a server.
-
-    Examples:
-    moe-inspect atlas runs/a runs/b -o site
-    moe-inspect atlas runs/c -o site --add"""
-    amount = _amount_of_text(text)
-    from moe_inspect.site import atlas as run
-    from moe_inspect.trace.reader import open_trace
-
-    opened = [open_trace(path) for path in traces]
-    for path, trace in zip(traces, opened, strict=True):
-        if trace.status != "complete":
-            print_stderr(f"warning: {path} is not complete (status {trace.status})")
-    with shown():
-        table = run(opened, output, text=amount, add=add)
-    made = int(table["made"].sum())
-    print_stderr(
-        f"wrote {output / 'index.html'}: {plural(len(table), 'trace')}, "
-        f"{plural(made, 'page')} made, {len(table) - made} kept"
-    )

@@ -49,8 +49,7 @@ class Section:
     definitions: term → meaning. group: the part of the page that it stands in, one of GROUPS or a
     name of the page's own. name: its id in links, by default made of the title. widget: the
     function of `moe.widgets` (templates/*.js) that fills it from `data`, which JSON can hold.
-    python: code that gives the table. download: a table that is only downloaded, whole. links:
-    where the first cell of each row of the table leads."""
+    python: code that gives the table. download: a table that is only downloaded, whole."""
 
     title: str
     text: str = ""
@@ -63,7 +62,6 @@ class Section:
     data: object = None
     python: str = ""
     download: pd.DataFrame | None = None
-    links: Sequence[str] = ()
 
 
 class Tile(NamedTuple):
@@ -79,9 +77,7 @@ class Page:
     """A page from top to bottom. lead: the section on the first screen, beside the gravest
     findings. left_out: what it could not show, and why. map_data: what map.js draws the map, the
     domains and the cards of experts from. link_of: the address of what a finding is about, such as
-    "#L12E45", or "". up: the address of the page above, and what its link says. scripts: files of
-    templates/ beyond SCRIPTS that its widgets are in. search: what can be typed into its search
-    box."""
+    "#L12E45", or ""."""
 
     title: str
     subtitle: str = ""
@@ -94,9 +90,6 @@ class Page:
     footer: str = ""
     map_data: Json | None = None
     link_of: Callable[[Finding], str] = lambda _: ""
-    up: tuple[str, str] | None = None
-    scripts: Sequence[str] = ()
-    search: str = ""
 
 
 def chart_section(chart: Chart) -> Section:
@@ -117,11 +110,11 @@ def page_html(page: Page) -> str:
         if one.download is not None:
             tables[one.name] = table_json(one.download, len(one.download))
         elif one.table is not None:
-            tables[one.name] = table_json(one.table, links=one.links)
+            tables[one.name] = table_json(one.table)
         if one.chart is not None and not one.chart.interactive:
             panels += map(panel_json, one.chart.panels)
         advance(1)
-    script = "".join(map(asset, [*SCRIPTS, *page.scripts]))
+    script = "".join(map(asset, SCRIPTS))
     said = page.verdict
     # beside a lead there is room for few; without one they all stand in columns
     gravest, others = (said[:GRAVEST], said[GRAVEST:]) if lead else (said, said[:0])
@@ -151,10 +144,9 @@ def _placed(section: Section, taken: set[str]) -> Section:
     return replace(section, name=name)
 
 
-def slug(text: str, otherwise: str = "section") -> str:
-    """A title as an id: "Load over time" → "load-over-time". `otherwise`: that of a title without
-    letters from a to z and digits."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or otherwise
+def slug(text: str) -> str:
+    """A title as an id: "Load over time" → "load-over-time"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
 
 
 def _by_group(those: Iterable[T], group_of: Callable[[T], str]) -> dict[str, list[T]]:

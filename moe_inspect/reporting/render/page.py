@@ -37,15 +37,10 @@ FOOTER = (
 )
 
 
-def report_page(
-    data: ReportData,
-    more: Iterable[Section | str] = (),
-    text: Amount = None,
-    up: tuple[str, str] | None = None,
-) -> str:
+def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amount = None) -> str:
     """The page of a report, as HTML. `more`: sections to add after its charts, or texts that say
     why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by default
-    as many as a megabyte holds. `up`: the address of the page above, and what its link says."""
+    as many as a megabyte holds."""
     of_text = text_section(data, text)  # before the charts, whose tables stay in memory
     charts, left_out = spec.draw_charts(data)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
@@ -75,7 +70,6 @@ def report_page(
             footer=FOOTER,
             map_data=experts,
             link_of=lambda finding: _link(data, finding),
-            up=up,
         )
     )
 

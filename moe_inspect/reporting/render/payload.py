@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,10 +55,9 @@ def rows_of(frame: pd.DataFrame) -> Json:
     }
 
 
-def table_json(frame: pd.DataFrame, most: int = SORTED_ROWS, links: Sequence[str] = ()) -> Json:
+def table_json(frame: pd.DataFrame, most: int = SORTED_ROWS) -> Json:
     """A table as tables.js takes it: its first `most` rows by column, and how many there are.
-    Numbers are exact; None where there is none; infinity is "inf". `links`: where the first cell of
-    each row leads."""
+    Numbers are exact; None where there is none; infinity is "inf"."""
     shown, kinds = frame.head(most), [kind.kind for kind in frame.dtypes]
     return {
         "columns": [str(name) for name in shown.columns],
@@ -67,7 +65,6 @@ def table_json(frame: pd.DataFrame, most: int = SORTED_ROWS, links: Sequence[str
         "real": [kind == "f" for kind in kinds],
         "values": [_values(shown.iloc[:, i]) for i in range(len(kinds))],
         "rows": len(frame),
-        **({"links": [*links]} if links else {}),
     }
 
 

@@ -70,7 +70,7 @@ def text_section(data: ReportData, amount: Amount = None) -> Section | str:
     if not len(trace.vocabulary_table):
         return Section(TITLE, without_text(trace), group="Specialization", name="text")
     routers, router = data.selection.routers, telling_router(data)
-    shards = shards_to_read(trace, routers, amount)
+    shards = _shards_to_read(trace, routers, amount)
     found = find_documents(data, shards)
     if not len(found):
         return "text: no token is selected"
@@ -249,7 +249,7 @@ def _contexts(
 # --- the documents, and the routes of their tokens
 
 
-def shards_to_read(trace: Trace, routers: tuple[int, ...], amount: Amount) -> list[Shard]:
+def _shards_to_read(trace: Trace, routers: tuple[int, ...], amount: Amount) -> list[Shard]:
     """A few shards, spread over the trace, where no number of documents was asked for; else all."""
     shards = [shard for shard in trace.shards if shard.files.tokens]
     if amount or not shards:

@@ -99,7 +99,7 @@ moe.table = (place, name, given) => {
     };
     const fill = () => {
       const text = (i, c) => moe.cell(values[c][i], whole[c]);
-      const cell = (i, c) => h("td", { className: numeric[c] ? "n" : "" }, ...(given.links && c === 0 ? [h("a", { href: given.links[i] }, ...moe.breakable(text(i, c)))] : moe.breakable(text(i, c))));
+      const cell = (i, c) => h("td", { className: numeric[c] ? "n" : "" }, ...moe.breakable(text(i, c)));
       body.replaceChildren(...order.slice(0, shown).map((i) => h("tr", {}, ...columns.map((_, c) => cell(i, c)))));
       count();
     };
@@ -121,8 +121,7 @@ moe.table = (place, name, given) => {
     });
     place.querySelector(".more")?.remove();
     place.querySelector(".scroll").after(rest);
-    if (given.links) fill();
-    else count();
+    count();
     download(given, () => order);
   }
 };
