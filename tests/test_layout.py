@@ -49,7 +49,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("comparison", "importers", "reporting", "analysis", "model", "trace", "errors", "text")
     },
     "calibration": {"capture", "demo", "model", "reporting", "analysis", "trace", "errors", "text"},
-    "query": {"exporters", "reporting", "trace", "errors", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
@@ -64,7 +63,6 @@ LIGHT = {
     "calibration",
     "comparison",
     "linting",
-    "query",
     "simulate",
     "watch",
 }

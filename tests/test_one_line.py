@@ -57,7 +57,6 @@ USUAL: dict[str, list[Any]] = {
     "verify": ["t"],
     "lint": ["t"],
     "text": ["t", "--layer", 0, "--expert", 1],
-    "sql": ["t", "select * from routing"],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
     "merge": ["t", "u", "-o", "new"],
@@ -255,7 +254,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(command: str, here: Path)
 
 
 WITHIN = [[command, *given[-1]] for command, given in OUTPUTS.items() if given[-1]]
-WITHIN += [[command, "-o", "new"] for command in ("merge", "sample", "import", "sql")]
+WITHIN += [[command, "-o", "new"] for command in ("merge", "sample", "import")]
 WITHIN += [["ablate", "--resume", "new"], ["report", "--plots", "new"]]
 WITHIN += [["compare", "--html", "new.html"], ["compare", "--plots", "new"]]
 

@@ -33,7 +33,6 @@ TYPES = {
     "trace.simulate.cache(slots=[2])": "Simulation",
     "trace.report()": "Report",
     "trace.compare(path)": "Comparison",
-    "trace.sql(path)": "DataFrame",
     "trace.verify()": "Verification",
     "trace.sample(path, share=0.1)": "Trace",
 }

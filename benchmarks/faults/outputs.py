@@ -71,7 +71,6 @@ simulate routing T -o out.parquet
 simulate routing T --html out.html
 text T --layer 0 --expert 1 -o out.txt
 text T --layer 0 --expert 1 -o out.csv
-sql T SELECT -o out.csv
 describe CONFIG -o out.csv
 export T --format counts -o out.csv
 export T --format counts -o out.json
@@ -149,8 +148,7 @@ def make(root: Path) -> None:
 def run(line: str, root: Path, place: Path) -> None:
     """A command, in this process. MoeInspectError with its line where it ends with 1; anything else
     but success is an AssertionError."""
-    known = {"SELECT": "select * from routing"}
-    known |= {name: str(root / name) for name in ("T", "U", "V", "LOADS.csv", "CONFIG")}
+    known = {name: str(root / name) for name in ("T", "U", "V", "LOADS.csv", "CONFIG")}
     sys.argv = ["moe-inspect", *(known.get(word, word) for word in line.split())]
     os.chdir(place)
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()

@@ -37,7 +37,6 @@ COMMANDS: Listed = {
     "Look": {
         "report": "report report",
         "text": "text text",
-        "sql": "text sql",
         "compare": "compare compare",
         "describe": "describe describe",
         "calibrate": "calibrate calibrate",

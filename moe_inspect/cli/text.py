@@ -1,5 +1,4 @@
-"""`moe-inspect text`: the text of a trace with its routes, and an expert's tokens in context;
-`moe-inspect sql`: a query on a trace."""
+"""`moe-inspect text`: the text of a trace with its routes, and an expert's tokens in context."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from moe_inspect.cli.emit import Format, text_to
-from moe_inspect.cli.options import REQUIRED, TraceArgument, argument, in_panel
+from moe_inspect.cli.options import TraceArgument, in_panel
 from moe_inspect.cli.show import TableOptions
 from moe_inspect.errors import MoeInspectError
 
@@ -148,25 +147,3 @@ def _fitted(text: str, room: int, end: bool = False) -> str:
         return kept.partition(" ")[2] or kept
     kept = "".join(kept)
     return kept.rpartition(" ")[0] or kept
-
-
-def sql(
-    *,
-    trace: TraceArgument,
-    query: str = argument(
-        "A DuckDB SELECT over the views routing (a row per assignment), tokens, "
-        "documents, vocabulary and load.",
-        "QUERY",
-        default=REQUIRED,
-    ),
-    write: TableOptions,
-) -> None:
-    """Query a trace in SQL (DuckDB), read-only.
-
-    Examples:
-    moe-inspect sql runs/a "select * from routing limit 20"
-    moe-inspect sql runs/a "select * from load where layer = 3" -o load.csv"""
-    write.form()  # a usage error comes before anything is computed
-    from moe_inspect.query import sql as ask
-
-    write.emit(ask(trace, query))

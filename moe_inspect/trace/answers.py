@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from moe_inspect.comparison.compare import compare as _compare
     from moe_inspect.exporters.run import export_trace as _export
     from moe_inspect.linting.sources import lint as _lint
-    from moe_inspect.query import sql as _sql
     from moe_inspect.reporting.report import report as _report
     from moe_inspect.simulate import cache as _cache
     from moe_inspect.simulate import capacity as _capacity
@@ -52,7 +51,7 @@ class Answers:
         export, lint, report = of(_export), of(_lint), of(_report)
         document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
         tokens_of = of(_texts.tokens_of)
-        sample, sql, verify = of(_sample), of(_sql), of(_verify)
+        sample, verify = of(_sample), of(_verify)
     else:
         calibrate = TraceMethod("calibration.calibrate", "calibrate")
         compare = TraceMethod("comparison.compare", "compare")
@@ -62,7 +61,6 @@ class Answers:
         report = TraceMethod("reporting.report", "report")
         requests = TraceMethod("trace.texts", "requests")
         sample = TraceMethod("trace.derived.sample", "sample")
-        sql = TraceMethod("query", "sql")
         text = TraceMethod("trace.texts", "text")
         tokens_of = TraceMethod("trace.texts", "tokens_of")
         verify = TraceMethod("trace.verify", "verify")
