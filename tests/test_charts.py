@@ -333,7 +333,7 @@ def skewed(root: Path, layers: int) -> Trace:
 
 
 def test_policies_that_lie_on_each_other_are_one_line_with_all_their_names(tmp_path: Path):
-    simulated = simulate_placement(skewed(tmp_path / "t", 2), gpus=2, policies=POLICIES, window=100)
+    simulated = simulate_placement(skewed(tmp_path / "t", 2), gpus=2, policies=POLICIES)
     assert simulated.chart is not None
     by_layer, by_window = simulated.chart.panels
     dots = [mark for mark in by_layer.marks if isinstance(mark, Points)]
@@ -348,7 +348,7 @@ def test_policies_that_lie_on_each_other_are_one_line_with_all_their_names(tmp_p
 
 def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
     trace = skewed(tmp_path / "t", 14)
-    placed = simulate_placement(trace, gpus=2, policies=POLICIES, window=100)
+    placed = simulate_placement(trace, gpus=2, policies=POLICIES)
     assert placed.chart is not None
     heatmap = placed.chart.panels[0].heatmap
     assert heatmap is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -21,14 +20,11 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
-from moe_inspect.simulate.capacity import Drops
-from moe_inspect.simulate.placement import windows
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import LOSS
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document
 from tests.conftest import Cli, Put
-from tests.support import foreign
 from tests.support.synthetic import a_pass, routers, write_passes
 
 distributed = pytest.importorskip("distributed")
@@ -103,14 +99,6 @@ def test_a_report(trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
         same_tables(there, moe_inspect.report(trace, domains="law"))
 
 
-@pytest.mark.parametrize("name", ["capacity", "placement", "decode", "cache", "routing"])
-def test_a_simulation(name: str, trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(windows, "PROPOSALS", 100)
-    options: dict[str, Any] = {"minimize": "ranks"} if name == "placement" else {}
-    there, here = (getattr(of.simulate, name)(**options) for of in (trace.on(client), trace))
-    same_tables(there, here)
-
-
 def test_a_comparison(trace: Trace, client: Any, tmp_path: Path):
     other = made(tmp_path / "b", seed=1, shard_tokens=600)
     there = moe_inspect.compare(trace.on(client), other.on(client))
@@ -134,8 +122,7 @@ def test_many_shards_are_added_up_in_runs(
     monkeypatch.setattr(tasks, "MOST_RUNS", 1)
     assert tasks.runs_of(trace) == [range(3)]
     by_url = moe_inspect.open_trace(f"file://{trace.path}", scheduler=client)
-    same_tables(by_url.simulate.capacity(), trace.simulate.capacity())
-    same_tables(by_url.simulate.placement(), trace.simulate.placement())
+    same_tables(by_url.report(), trace.report())
     asked = trace, None, operator.add, _tokens_in
     assert list(tasks.summed(*asked)) == [BATCHES * BATCH]
     assert list(tasks.summed(by_url, *asked[1:])) == [BATCHES * BATCH]
@@ -159,12 +146,6 @@ def test_what_is_sent_is_narrow_and_the_same(kind: type, values: tuple[int, int]
     assert sent.tolist() == list(values)
     assert narrowed(np.array([0.5])).dtype == np.float64
     assert narrowed(None) is None
-    drops = Drops(1, 1, {}, *[np.full(1_000, values[1])] * 7)
-    sent_bytes = pickle.dumps(drops)
-    assert len(sent_bytes) < 7 * 7 * 1_000 or values[1] >= 2**32
-    arrived = pickle.loads(sent_bytes)
-    assert (arrived.dropped_at == drops.dropped_at).all()
-    assert arrived.dropped_at.dtype == np.int64  # others are added to it
 
 
 def test_the_commands(trace: Trace, client: Any, cli_here: Cli):
@@ -172,7 +153,6 @@ def test_the_commands(trace: Trace, client: Any, cli_here: Cli):
     for command in (
         ["report", trace.path, "--table", "balance", "--format", "csv"],
         ["compare", trace.path, trace.path, "--table", "agreement", "--format", "csv"],
-        ["simulate", "capacity", trace.path, "--format", "csv"],
     ):
         assert cli_here(*command, *address).stdout == cli_here(*command).stdout
     refused = cli_here("report", trace.path, "--scheduler", "nonsense://nowhere:1", check=1)
@@ -246,19 +226,3 @@ def test_a_client_that_starts_late_is_tried_again(
     with pytest.raises(AssertionError) if late == 3 else nullcontext():
         count_trace(on_it, select(on_it))
     assert len(tried) == 3
-
-
-def test_dumps_are_parsed_on_it(client: Any, tmp_path: Path, cli_here: Cli) -> None:
-    (tmp_path / "in").mkdir()
-    foreign.megatron(tmp_path / "in")
-    call = ("import", "megatron", "in", "--config", foreign.config_file(tmp_path))
-    cli_here(*call, "-o", "here")
-    cli_here(*call, "-o", "there", "--scheduler", client.scheduler.address)
-    files = [path for path in (tmp_path / "here").rglob("*.*") if path.name != "trace.json"]
-    assert len(files) == 5
-    for path in files:
-        other = tmp_path / "there" / path.relative_to(tmp_path / "here")
-        assert path.read_bytes() == other.read_bytes(), path.name
-    (tmp_path / "in/router_trace_rank1.jsonl").write_text('{"step": 0')
-    said = cli_here(*call, "-o", "bad", "--scheduler", client.scheduler.address, check=1).stderr
-    assert "rank1.jsonl line 1 is not JSON" in said

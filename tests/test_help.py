@@ -63,7 +63,7 @@ PANELS: dict[str, dict[str, str | None]] = {
     "trace": {"data": "Text", "special_tokens": "Text", "text": "Record", "token_loss": "Record"}
     | {"model": None},
     "ablate": {"data": "Held-out text", "batch_tokens": "Held-out text"},
-    "placement": {"output": "Plan", "table": "Output", "scheduler": "Options"},
+    "placement": {"output": "Plan", "table": "Output"},
 }
 
 
@@ -110,9 +110,7 @@ SEVERAL = [
 ]
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("batches", "batch_tokens", "drafts", "slots", "sweep", "top_k"), int),
-    **dict.fromkeys(
-        ("acceptances", "capacity_factors", "top_p", "capacity_factor", "weights"), float
-    ),
+    **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor", "weights"), float),
 }
 
 

@@ -160,7 +160,6 @@ def test_numbers_beyond_any_integer_are_fine_or_one_line(here: Path) -> None:
         ["report", "--table", "windows", "--window"],
         ["report", "--table", "drift", "--window"],
         ["watch", "--window"],
-        ["simulate placement", "--window"],
         ["text", "--context"],
     ):
         fine(run(command, *asked, 10**20))

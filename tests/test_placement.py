@@ -154,18 +154,16 @@ def test_a_token_reaches_the_ranks_of_its_experts(tmp_path: Path) -> None:
     assert rows["ranks_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
     assert (rows["max_over_mean"] == 1).all()
     assert rows["activations_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
-    fewer = simulate_placement(trace, gpus=2, policies=["local-search"], minimize="ranks")
-    assert fewer.tables["placement"]["ranks_per_token"].item() == 1.0
 
 
 def test_a_plan_ages_where_the_text_changes(tmp_path: Path) -> None:
     """The first half goes to experts 0 and 1, the second to 2 and 3."""
     ids = np.concatenate([np.tile([[e], [e + 1]], (500, 1)) for e in (0, 2)])
     trace = write_trace(tmp_path / "t", [ids.astype(np.uint16)], 4)
-    table = simulate_placement(trace, gpus=2, policies=["contiguous"], window=500).tables["windows"]
-    assert table["tokens"].tolist() == [500] * 4
-    assert table["part"].tolist() == ["fit", "fit", "judged", "judged"]
-    assert table["max_over_mean"].tolist() == [2.0] * 4
+    table = simulate_placement(trace, gpus=2, policies=["contiguous"]).tables["windows"]
+    assert table["tokens"].sum() == 2_000 == table["tokens"].iloc[0] * 16
+    assert table["part"].tolist() == ["fit"] * 8 + ["judged"] * 8
+    assert table["max_over_mean"].tolist() == [2.0] * 16
 
 
 def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
@@ -236,10 +234,6 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert said in made.verdict
     assert any("round-robin has max/mean" in message for message in made.verdict)
     assert "Fitted" not in "".join(made.verdict)
-    asked = simulate_placement(trace, gpus=2, policies=policies[1:], minimize="ranks")
-    assert set(asked.tables["plan"]["policy"]) == {"local-search"}
-    assert any("local-search, chosen by --minimize" in message for message in asked.verdict)
-    assert "local-search brings that to 2.00x." in asked.verdict  # no claim of time
 
 
 def test_what_is_no_faster_is_not_recommended(tmp_path: Path) -> None:
@@ -386,14 +380,6 @@ def test_windows_drawn_are_like_windows_seen() -> None:
     pair_WE = np.full((32, 20), 300)
     pair_WE[::2, :2], pair_WE[1::2, :2] = 100, 900  # two experts whose bursts coincide
     assert np.corrcoef(np.log(drawn(pair_WE, 2_000)).T)[0, 1] > 0.8
-
-
-def test_many_windows_are_merged() -> None:
-    load_WE = np.arange(2 * (forecast.MOST + 1)).reshape(-1, 2)
-    merged_WE = forecast.merged(load_WE)
-    assert len(merged_WE) == forecast.MOST // 2 + 1
-    assert (merged_WE.sum(0) == load_WE.sum(0)).all()
-    assert (forecast.merged(load_WE[:-1]) == load_WE[:-1]).all()
 
 
 def test_a_linear_program_shares_replicas_as_well_as_can_be() -> None:

@@ -41,8 +41,6 @@ PHASES: dict[Callable[[str], object], dict[str, int]] = {
     },
     simulate_cache: {"simulating cache": T},
     lambda path: simulate_placement(path, policies=["contiguous"]): PLACED,
-    lambda path: simulate_placement(path, gpus=4, minimize="ranks"): PLACED
-    | {"sampling": T, "exchanging": L},
 }
 
 

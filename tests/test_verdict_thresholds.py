@@ -449,7 +449,7 @@ def test_decode_says_what_it_has_steps_of():
     names = ["batch", "steps", "distinct_experts", "independent", "share_of_experts"]
     table = pd.DataFrame(rows, columns=names).assign(bytes_per_token=None)
     needed = pd.DataFrame({"reads_all_from": [24.0, 20.0], "compute_bound_from": np.nan})
-    settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300, "too_few": False}
+    settings = {"decoded": True, "weight_bits": 16, "too_few": False}
     sentences = decode_text.verdict({"decode": table, "batch_needed": needed}, settings, {})
     chance = "(25% of them; expected by chance: 2.0)."
     assert sentences[0] == f"1 sequence reads 2.0 experts per layer and step {chance}"

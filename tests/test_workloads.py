@@ -318,8 +318,7 @@ def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path
     [
         ({"judge": ["a"]}, "a is given twice"),
         ({"judge": ["other"]}, "have different routers: a plan is of one model"),
-        ({"judge": ["b"], "fit_share": 0.5}, "--fit-share and --window are for one trace"),
-        ({"judge": ["b"], "window": 9}, "--fit-share and --window are for one trace"),
+        ({"judge": ["b"], "fit_share": 0.5}, "--fit-share is for one trace"),
         ({"fit_domains": "a", "fit_phase": "decode"}, "give one of these"),
         ({"phase": "prefill", "fit_phase": "decode"}, "give one of these"),
         ({"weights": [1.0]}, "weights are for several"),
@@ -327,7 +326,6 @@ def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path
         ({"judge": ["b"], "weights": [-1.0]}, "weights -1.0: give a number above 0 for each of a"),
         ({"fit_domains": "z"}, "no domain z"),
         ({"fit_domains": "a", "domains": "b"}, "no token of a is selected"),
-        ({"fit_domains": "a,b", "minimize": "ranks"}, "--minimize looks at the decisions of one"),
         ({"fit_phase": "decode"}, "decode"),
     ],
 )

@@ -15,7 +15,6 @@ from moe_inspect.cli.options import (
     Layers,
     Options,
     Phase,
-    Scheduler,
     SelectionOptions,
     TraceArgument,
     argument,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
 
 Order = Literal["arrival", "token", "weight"]
-Minimize = Literal["ranks"]
 Dispatch = Literal["even", "lp"]
 Engine = Literal["sglang", "tensorrt-llm", "vllm-ascend"]
 gpu_option, policy_option, plan_option, times_option = map(
@@ -44,9 +42,7 @@ Nodes = Annotated[int, gpu_option("Nodes that the GPUs are on.", "N", min=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateOptions(ShowOptions):
-    """Where a simulation runs and how it is shown."""
-
-    scheduler: Scheduler = None
+    """How a simulation is shown."""
 
     def simulation(
         self, name: str, trace: str, *groups: Options, others: Sequence[str] = ()
@@ -61,7 +57,7 @@ class SimulateOptions(ShowOptions):
             if value is not None
         }
         with shown():
-            simulate = getattr(open_trace(trace, scheduler=self.scheduler).simulate, name)
+            simulate = getattr(open_trace(trace).simulate, name)
             return simulate(*others, **given)
 
     def show(self, made: Simulation) -> None:
@@ -183,17 +179,6 @@ class PlacementOptions(Options):
         "NUMBER",
         flags=("--weight",),
     )
-    window: int | None = policy_option(
-        "Report the balance per window of N tokens. Default: 16 windows.", "N", min=1
-    )
-    minimize: Minimize | None = policy_option(
-        "ranks: local-search trades its better balance over EPLB for fewer GPUs per token."
-    )
-    slack: float = policy_option(
-        "With --minimize: how much more a GPU may be loaded than under EPLB, as a share.",
-        min=0,
-        default=0.0,
-    )
     dispatch: Dispatch = policy_option(
         "lp: also report the balance under optimal dispatch among the replicas of an "
         "expert (a linear program per window).",
@@ -204,9 +189,6 @@ class PlacementOptions(Options):
     )
     sweep: list[int] | None = times_option(
         "Also price these numbers of slots per layer, e.g. 256,264,288.", "SLOTS"
-    )
-    memory_gb: float | None = times_option(
-        "With --sweep: what experts may take of a GPU's memory, in 10^9 bytes.", min=0
     )
 
 
@@ -229,9 +211,9 @@ def placement(
     of the trace and judged on the rest; or fitted on several traces or domains, or a phase, each
     weighing the same, and judged on others (--table judged). -o writes the recommended plan: of the
     policies that are no slower than the fastest on the judged part by 1%, or beyond chance, that of
-    the first in the order of --policy; with --minimize that of local-search. EPLB matches the
-    published code slot for slot, except for equal loads, whose order it leaves open: here the lower
-    number goes first. With --gpu, policies are compared by the time of a step, as measured.
+    the first in the order of --policy. EPLB matches the published code slot for slot, except for
+    equal loads, whose order it leaves open: here the lower number goes first. With --gpu, policies
+    are compared by the time of a step, as measured.
 
     Examples:
     moe-inspect simulate placement runs/a --gpus 8 --physical-experts 72
@@ -304,19 +286,8 @@ class DecodeOptions(Options):
         "TOKENS",
         flags=("--draft",),
     )
-    acceptances: list[float] | None = option(
-        "Share of the draft tokens that the model accepts.",
-        "SHARE",
-        flags=("--acceptance",),
-        show_default="0.5,0.7,0.9",
-    )
     expert_mb: float | None = option(
         "Size of one expert, in 10^6 bytes. Default: from the model's config.", min=0
-    )
-    flops_per_byte: float = option(
-        "Arithmetic intensity at which the GPU is compute-bound (FLOPs per byte).",
-        min=0,
-        default=295.0,
     )
 
 
@@ -331,12 +302,11 @@ def decode(
 
     Reports them by batch size. Documents stand in for requests: a step is the tokens at one
     position of B documents. With --draft, also of steps that verify drafts: what they read, from
-    which acceptance they pay, and the best draft length. On a cluster (--scheduler), each worker
-    simulates whole layers: more workers than layers do not help.
+    which acceptance they pay, and the best draft length.
 
     Examples:
     moe-inspect simulate decode runs/a --batch 1,8,32
-    moe-inspect simulate decode runs/a --draft 1,2,4,8 --acceptance 0.7"""
+    moe-inspect simulate decode runs/a --draft 1,2,4,8"""
     show.show(show.simulation("decode", trace, options, selection))
 
 
@@ -365,8 +335,7 @@ def cache(*, trace: TraceArgument, options: CacheOptions, show: SimulateOptions)
 
     Reports the hit rate at batch size 1, and the cost of loading missing experts. Each layer has
     its own cache, empty at first; the experts of a decision are requested together; sequences run
-    one after the other. On a cluster (--scheduler), each worker simulates whole layers: more
-    workers than layers do not help.
+    one after the other.
 
     Examples:
     moe-inspect simulate cache runs/a --slots 2,4 --expert-mb 90 --gb-per-s 25"""

@@ -26,7 +26,7 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.analysis.tasks import by_router, by_shard
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_bytes, weight_bytes
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
@@ -42,7 +42,7 @@ from moe_inspect.trace.shard import Shard
 RIDGE = 295.0
 LARGEST = 2**24
 LONGEST_DRAFT = 1024
-ACCEPTANCES = 0.5, 0.7, 0.9
+ACCEPTANCES = 0.5, 0.7, 0.9  # of a draft token
 GROUPS = 64  # of steps, by which intervals are made
 SATURATED = 0.95  # this share of the experts counts as almost all of them
 
@@ -105,18 +105,15 @@ def simulate_decode(
     *,
     batches: Sequence[int] = (1, 8, 32, 128),
     drafts: Sequence[int] = (),
-    acceptances: Sequence[float] | None = None,
     expert_mb: float | None = None,
-    flops_per_byte: float = RIDGE,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> result.Simulation:
     """Counts the distinct experts that a decode step reads, by batch size. `drafts`: lengths of
     drafts in speculative decoding, whose verification is then counted too (table `speculation`),
-    and judged where each draft token is accepted with these `acceptances`, by default 0.5, 0.7 and
-    0.9. `expert_mb`: size of one expert in 10⁶ bytes; default from the model's config.
-    `flops_per_byte`: arithmetic intensity at which the GPU is compute-bound."""
+    and judged where each draft token is accepted with a share of ACCEPTANCES. `expert_mb`: size of
+    one expert in 10⁶ bytes; default from the model's config."""
     trace = result.with_decisions(trace, "simulate decode")
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
@@ -129,18 +126,8 @@ def simulate_decode(
             f"drafts of {', '.join(map(str, drafts))} tokens: give numbers from 1 to "
             f"{LONGEST_DRAFT:,}"
         )
-    if acceptances is not None and not drafts:
-        raise MoeInspectError("acceptance is that of drafts: give --draft (drafts=) too")
-    accepted = sorted(set(ACCEPTANCES if acceptances is None else acceptances)) if drafts else []
-    if not all(0 <= acceptance <= 1 for acceptance in accepted):
-        raise MoeInspectError(
-            f"acceptance {', '.join(map(str, accepted))}: give shares of the draft tokens, 0 to 1"
-        )
-    if not 0 < flops_per_byte < inf or (expert_mb is not None and not 0 < expert_mb < inf):
-        raise MoeInspectError(
-            f"expert size {expert_mb} MB, {flops_per_byte} FLOPs per byte: give finite numbers "
-            "above 0"
-        )
+    if expert_mb is not None and not 0 < expert_mb < inf:
+        raise MoeInspectError(f"expert size {expert_mb} MB: give a finite number above 0")
     selection = select(trace, layers, domains, phase)
     chosen, decoded = selection, selection.phase == "decode"
     if selection.phase is None:  # the generated tokens, where there are any
@@ -148,27 +135,24 @@ def simulate_decode(
         generated = Selection(selection.routers, phase="decode")
         if routers and any(by_shard(trace, None, count_taken, generated)):
             chosen, decoded = Selection(routers, selection.domains, "decode"), True
-    steps = by_router(
-        trace, chosen.routers, "simulating decode", _steps, chosen, decoded, sizes, drafts
-    )
+    steps = _steps(trace, chosen.routers, chosen, decoded, sizes, drafts)
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} has no tokens in this selection")
     rows = _rows(trace, steps, expert_mb)
     tables = {
         "decode": rows[rows["at"] == 0].drop(columns=["at", "draft"]).reset_index(drop=True),
-        "batch_needed": _needed(trace, steps, flops_per_byte),
+        "batch_needed": _needed(trace, steps),
     }
     if drafts:
         reached = [r for r, of in steps.items() if of.tokens]
-        tables["speculation"] = speculated(rows[rows["router"].isin(reached)], accepted)
+        tables["speculation"] = speculated(rows[rows["router"].isin(reached)])
     settings: Settings = {
         "batches": sizes,
         "drafts": drafts,
-        "acceptances": accepted,
+        "acceptances": ACCEPTANCES if drafts else (),
         "phase": chosen.phase,
         "decoded": decoded,
         "expert_mb": expert_mb,
-        "flops_per_byte": flops_per_byte,
         "weight_bits": 8 * weight_bytes(trace),
     }
     few, shown = result.too_few(trace, chosen), "speculation" if drafts else "decode"
@@ -251,11 +235,11 @@ def _rows(trace: Trace, steps: dict[int, DecodeSteps], expert_mb: float | None) 
     return pd.DataFrame(rows)
 
 
-def _needed(trace: Trace, steps: dict[int, DecodeSteps], flops_per_byte: float) -> pd.DataFrame:
+def _needed(trace: Trace, steps: dict[int, DecodeSteps]) -> pd.DataFrame:
     """The batch size from which a step reads almost all experts, and the one from which it is
     compute-bound; both from the measured activations. Each weight costs 2 FLOPs per token, so an
-    expert is compute-bound from flops_per_byte × (bytes per weight) / 2 tokens on."""
-    intensity = flops_per_byte * weight_bytes(trace) / 2
+    expert is compute-bound from RIDGE × (bytes per weight) / 2 tokens on."""
+    intensity = RIDGE * weight_bytes(trace) / 2
 
     def needed(r: int, of: DecodeSteps) -> tuple[int | None, ...]:
         E, activation_E = int((of.load_E > 0).sum()), of.load_E / max(1, of.tokens)
@@ -306,8 +290,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         sentences.append(
             f"Beyond about {plural(round(needed['compute_bound_from'].median()), 'sequence')} a "
             "larger batch stops helping: the step is then compute-bound, not memory-bound "
-            f"({settings['weight_bits']}-bit weights, {settings['flops_per_byte']:g} "
-            "FLOPs per byte)."
+            f"({settings['weight_bits']}-bit weights, {RIDGE:g} FLOPs per byte)."
         )
     if "speculation" in tables:
         sentences += _of_drafts(tables["speculation"], settings["too_few"])
@@ -368,7 +351,7 @@ def break_even(draft: int, cost: float) -> float:
     return enough / 10**6 if enough < 10**6 else np.nan
 
 
-def speculated(rows: Frame, acceptances: Sequence[float]) -> pd.DataFrame:
+def speculated(rows: Frame) -> pd.DataFrame:
     """What drafts cost and yield, relative to steps without at the same positions. rows: per
     router, batch size and draft length `at`, one without and one with the draft."""
     made = list[dict[str, Any]]()
@@ -377,7 +360,7 @@ def speculated(rows: Frame, acceptances: Sequence[float]) -> pd.DataFrame:
         alone = weights_read(plain)
         relative = weights_read(layers) / alone if alone > 0 else np.nan
         means = layers[["distinct_experts", "independent", "from_marginals"]].mean(skipna=False)
-        for acceptance in acceptances:
+        for acceptance in ACCEPTANCES:
             gained = tokens_gained(acceptance, draft)
             made.append(
                 {

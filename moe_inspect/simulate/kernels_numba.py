@@ -1,10 +1,8 @@
 """The loops over every assignment, compiled by numba.
 
 T tokens, K slots, E experts, G groups, F capacity factors, P phases or positions, B batch sizes, W
-words of 64 experts. Of a placement: G GPUs (or nodes), S slots of a GPU, C (expert, GPU) pairs, M
-decisions of a sample, N assignments of the sample, W windows.
+words of 64 experts. Of a placement: G GPUs (or nodes), C (expert, GPU) pairs, W windows.
 """
-# ruff: noqa: NPY002 (compiled code draws from numba's own generator)
 
 from __future__ import annotations
 
@@ -337,82 +335,3 @@ def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray)
             e = ids_KT[k, t]
             if e >= 0:
                 load_WE[window_T[t], e] += 1
-
-
-@njit(nogil=True, cache=True)
-def anneal(ids_KM, slots_GS, load_E, limit, proposals, heat, seed):  # type: ignore[no-untyped-def]
-    """Exchanges slots of `slots_GS` in place so that the decisions of the sample reach fewer GPUs,
-    no GPU loaded beyond `limit`.
-
-    Simulated annealing on the exact expectation: for each decision and GPU it keeps the number of
-    chosen experts that are there alone, and the probability that none of the replicated ones is
-    used there."""
-    K, M = ids_KM.shape
-    G, S = slots_GS.shape
-    E = len(load_E)
-    replicas_E, copies_GE = np.bincount(slots_GS.ravel(), minlength=E), np.zeros((G, E), np.int64)
-    for g in range(G):
-        copies_GE[g] = np.bincount(slots_GS[g], minlength=E)
-    load_G, even_E = np.zeros(G), load_E / replicas_E
-    for s in range(S):
-        load_G += even_E[slots_GS[:, s]]
-    # decision_N[start_E[e] : start_E[e + 1]]: the decisions that chose expert e
-    upto_E = np.cumsum(np.bincount(ids_KM.ravel() + 1, minlength=E + 1))
-    start_E = upto_E - upto_E[0]  # without those that route nowhere
-    decision_N = np.argsort(ids_KM.ravel(), kind="mergesort")[upto_E[0] :] % M
-    sure_MG, miss_MG = np.zeros((M, G), np.int64), np.ones((M, G))
-    for k in range(K):
-        for m in range(M):
-            e = ids_KM[k, m]
-            for g in range(G if e >= 0 else 0):
-                if copies_GE[g, e] > 0:
-                    _shift(sure_MG, miss_MG, m, g, replicas_E[e], 1)
-    np.random.seed(seed)
-    for n in range(proposals):
-        g, h = np.random.randint(G), np.random.randint(G)
-        i, j = np.random.randint(S), np.random.randint(S)
-        a, b = slots_GS[g, i], slots_GS[h, j]
-        if g == h or a == b or copies_GE[h, a] > 0 or copies_GE[g, b] > 0:
-            continue
-        change = load_E[a] / replicas_E[a] - load_E[b] / replicas_E[b]
-        if (load_G[h] + change > limit and change > 0) or (
-            load_G[g] - change > limit and change < 0
-        ):
-            continue
-        difference = 0.0
-        for e, came, went in ((a, h, g), (b, g, h)):
-            for c in range(start_E[e], start_E[e + 1]):
-                m = decision_N[c]
-                difference += _shift(sure_MG, miss_MG, m, went, replicas_E[e], -1) + _shift(
-                    sure_MG, miss_MG, m, came, replicas_E[e], 1
-                )
-        affected = start_E[a + 1] - start_E[a] + start_E[b + 1] - start_E[b]
-        warmth = heat * (1 - n / proposals) * max(1, affected)
-        if difference <= 0 or np.random.random() < np.exp(-difference / max(warmth, 1e-9)):
-            slots_GS[g, i], slots_GS[h, j] = b, a
-            copies_GE[g, a] -= 1
-            copies_GE[h, a] += 1
-            copies_GE[h, b] -= 1
-            copies_GE[g, b] += 1
-            load_G[g] -= change
-            load_G[h] += change
-            continue
-        for e, came, went in ((a, g, h), (b, h, g)):
-            for c in range(start_E[e], start_E[e + 1]):
-                _shift(sure_MG, miss_MG, decision_N[c], went, replicas_E[e], -1)
-                _shift(sure_MG, miss_MG, decision_N[c], came, replicas_E[e], 1)
-
-
-@njit(nogil=True, cache=True)
-def _shift(sure_MG, miss_MG, m, g, replicas, step):
-    """One replica of a chosen expert comes to (+1) or leaves (−1) the GPU: by how much the reached
-    GPUs change."""
-    before = 1.0 if sure_MG[m, g] > 0 else 1.0 - miss_MG[m, g]
-    if replicas == 1:
-        sure_MG[m, g] += step
-    elif step > 0:
-        miss_MG[m, g] *= 1.0 - 1.0 / replicas
-    else:
-        miss_MG[m, g] /= 1.0 - 1.0 / replicas
-    after = 1.0 if sure_MG[m, g] > 0 else 1.0 - miss_MG[m, g]
-    return after - before

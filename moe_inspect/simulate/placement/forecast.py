@@ -25,8 +25,6 @@ from numba import njit
 from moe_inspect.simulate.placement import search
 from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, replicate
 
-# windows; more are merged with their neighbours, since kriging solves a system of as many equations
-MOST = 256
 # correlations of a window with the next that are tried
 RHOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 FEWEST = 4  # windows from which their spread is estimated
@@ -81,7 +79,6 @@ def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
     row sums to 1.
 
     load_WE: assignments; W is at least 2, and each window has some."""
-    load_WE = merged(load_WE)
     W, (of_MW, alone_ME) = len(load_WE), _normal(seed, windows, *load_WE.shape)
     log_WE = np.log(load_WE + 0.5) - np.log(load_WE.sum(1, keepdims=True))
     share_E = load_WE.sum(0) / load_WE.sum()
@@ -107,12 +104,6 @@ def _normal(seed: int, windows: int, W: int, E: int) -> tuple[np.ndarray, np.nda
     """Normal deviates, the same for all routers: [M, W] and [M, E]."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(windows, W)), rng.normal(size=(windows, E))
-
-
-def merged(load_WE: np.ndarray) -> np.ndarray:
-    """At most MOST windows, each the sum of neighbours."""
-    start_W = np.arange(0, len(load_WE), -(-len(load_WE) // MOST))
-    return np.add.reduceat(load_WE, start_W, axis=0)
 
 
 def variogram(log_WE: np.ndarray, share_E: np.ndarray) -> tuple[float, float, float]:

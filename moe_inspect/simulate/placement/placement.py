@@ -65,9 +65,6 @@ def simulate_placement(
     groups: int | None = None,
     policies: Sequence[str] | None = None,
     fit_share: float | None = None,
-    window: int | None = None,
-    minimize: Literal["ranks"] | None = None,
-    slack: float = 0.0,
     dispatch: Literal["even", "lp"] = "even",
     gpu: str | None = None,
     engine: str | None = None,
@@ -76,7 +73,6 @@ def simulate_placement(
     latency: str | Path | None = None,
     batch_tokens: int | None = None,
     sweep: Sequence[int] | None = None,
-    memory_gb: float | None = None,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
@@ -90,14 +86,11 @@ def simulate_placement(
     of a layer, replicas included; default one per expert. `groups`: of experts, for hierarchical
     EPLB; default the model config's. `policies`: names of POLICIES; default all. `fit_share`: of a
     trace alone, plans are fitted on this first share, above 0 to 1, and judged on the rest; default
-    0.5. `window`: tokens of a window, for how a plan ages; default 16 windows. `minimize`: "ranks"
-    lets local-search trade its lead over EPLB's balance (and `slack`, a share of a GPU's load,
-    beyond that) for fewer GPUs reached per token. `dispatch`: "lp" adds the least load of the
-    busiest GPU that any dispatch among replicas could reach. `gpu`, `engine`, `dtype`, `kernel`,
+    0.5. `dispatch`: "lp" adds the least load of the busiest GPU that any dispatch among replicas
+    could reach. `gpu`, `engine`, `dtype`, `kernel`,
     `latency`: whose measured times a step of `batch_tokens` tokens is priced with, as in
     simulate_step; the policies are then compared by time. `sweep`: numbers of slots, of which each
-    is priced; `memory_gb`: that experts may take of a GPU, in 10^9 bytes. `layers`, `domains`,
-    `phase`: what is selected.
+    is priced. `layers`, `domains`, `phase`: what is selected.
 
     Tables: placement (a row per router and policy), policies, windows, plan (the recommended
     policy's), with workloads judged (a row per policy and workload), where priced rebalancing (a
@@ -106,15 +99,13 @@ def simulate_placement(
     MoeInspectError for settings out of range, numbers that do not divide, and traces of other
     routers."""
     trace = open_trace(trace)
-    beside = (open_trace(other).on(trace.scheduler) for other in (*others, *(judge or ())))
-    traces = [trace, *beside]
+    traces = [trace, *map(open_trace, (*others, *(judge or ())))]
     every = [select(each, layers, domains, phase) for each in traces]
     selection, apart = every[0], bool(len(traces) > 1 or fit_domains or fit_phase)
     names = list(policies or POLICIES)
     layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
     unknown = [name for name in names if name not in POLICIES]
     parts = sum(map(bool, (others, fit_domains, fit_phase)))
-    needs = "--minimize" if minimize else "--window"
     for is_wrong, said in (
         (unknown, f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}"),
         (dispatch not in DISPATCHES, f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}"),
@@ -122,16 +113,9 @@ def simulate_placement(
             fit_share is not None and not 0 < fit_share <= 1,
             f"fit share {fit_share}: give a share of the trace above 0 and at most 1",
         ),
-        (not slack >= 0, f"slack {slack}: give a share of a GPU's load from 0 up"),
-        (window is not None and window < 1, f"window {window}: give a number of tokens from 1 up"),
         (
-            trace.counts_only and (minimize or window is not None),
-            f"{trace.path} holds counts only, no tokens, which {needs} needs: "
-            f"{trace.more_than_counts}",
-        ),
-        (
-            apart and (fit_share is not None or window is not None),
-            "--fit-share and --window are for one trace that is judged on its own later part",
+            apart and fit_share is not None,
+            "--fit-share is for one trace that is judged on its own later part",
         ),
         (
             parts + bool(fit_phase and phase) > 1,
@@ -142,16 +126,13 @@ def simulate_placement(
         if is_wrong:
             raise MoeInspectError(said)
     named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
-    pricing = pricing_of(named, latency, batch_tokens, sweep, memory_gb)
+    pricing = pricing_of(named, latency, batch_tokens, sweep)
     among = None
     if apart:
         among = workloads_of(traces, every, 1 + len(others), fit_domains, fit_phase, weights)
-    if among and len(among.fitted) > 1 and minimize:
-        raise MoeInspectError("--minimize looks at the decisions of one trace or domain")
-    selection, windows, loads = _seen(trace, selection, among, fit_share, window)
+    selection, windows, loads = _seen(trace, selection, among, fit_share)
     empty = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
-    fewer_ranks = bool(minimize) and "local-search" in names
-    place = partial(_placed, empty, among, slack if fewer_ranks else None)
+    place = partial(_placed, empty, among)
     plans = place(layouts, names)
     tables = tables_of(plans, fitting.ranks_reached(plans.judging), dispatch == "lp")
     if among:
@@ -169,11 +150,9 @@ def simulate_placement(
         }
         every = ((P, place(of, [strongest])) for P, of in sizes.items())
         tables |= pricing.swept(every, judged)
-    best, same = "local-search", list[str]()
-    if not fewer_ranks:
-        best = fastest(tables["policies"])
-        if (tables["windows"]["part"] == "judged").any():
-            best, *same = alike(tables["policies"], POLICIES, worth(priced["error"]))
+    best, same = fastest(tables["policies"]), list[str]()
+    if (tables["windows"]["part"] == "judged").any():
+        best, *same = alike(tables["policies"], POLICIES, worth(priced["error"]))
     tables["plan"] = plan_table(plans, best)
     layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
     if pricing and plans.judging:  # tokens are told apart
@@ -189,7 +168,6 @@ def simulate_placement(
         "weights": weights,
         "fit_share": (fit_share or FIT_SHARE) if alone else None,
         "window": -(-windows.tokens // (len(windows.edge_W) - 1)) if alone else None,
-        "minimize": minimize,
         "dispatch": dispatch,
         **priced,
         "recommended": best,
@@ -207,19 +185,16 @@ def simulate_placement(
 def _placed(
     empty: fitting.PlacementPlans,
     among: Workloads | None,
-    slack: float | None,
     layouts: dict[int, Layout],
     policies: Sequence[str],
 ) -> fitting.PlacementPlans:
-    """The plans of these policies. `slack`: for plans of local-search that reach fewer GPUs."""
+    """The plans of these policies."""
     plans = replace(empty, layouts=layouts, of={})
     several = among is not None and len(among.fitted) > 1
     for r in tracked(plans.selection.routers, "placing", "routers"):
         for name in policies:
             load_WE = plans.loads[r][: plans.windows.fit]
             plans.of[r, name] = POLICIES[name](load_WE, layouts[r], several)
-    if slack is not None:
-        fitting.reach_fewer(plans, "local-search", slack)
     if among is None:
         return plans if plans.trace.counts_only else replace(plans, judging=[plans])
     windows, loads = among.windows(judged=True)
@@ -232,7 +207,6 @@ def _seen(
     selection: Selection,
     among: Workloads | None,
     fit_share: float | None,
-    window: int | None,
 ) -> tuple[Selection, fitting.FitWindows, dict[int, np.ndarray]]:
     """What plans are fitted to: windows of the trace, or of its only workload; one where it holds
     counts, in no order; or several workloads, a window each."""
@@ -244,5 +218,5 @@ def _seen(
         return selection, fitting.FitWindows(whole, 1, trace.n_tokens), loads
     if among:
         selection, fit_share = among.fitted[0].selection, 1.0
-    windows = fitting.fit_windows_of(trace, selection, fit_share or FIT_SHARE, window)
+    windows = fitting.fit_windows_of(trace, selection, fit_share or FIT_SHARE)
     return selection, windows, fitting.loads_of(trace, selection, windows)

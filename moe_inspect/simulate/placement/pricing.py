@@ -19,7 +19,6 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.windows import FEWEST_WINDOWS
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import sampling
 from moe_inspect.simulate.placement.policies import Layout, contiguous, shares
@@ -72,7 +71,7 @@ class PlanTimes:
 BATCH_TOKENS = 4096  # of a step, by default
 Place = Callable[[np.ndarray, Layout], np.ndarray]
 # settings
-PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "memory_gb", "ageing", "in_order"
+PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "ageing", "in_order"
 
 
 def pricing_of(
@@ -80,7 +79,6 @@ def pricing_of(
     latency: str | Path | None,
     tokens: int | None,
     sweep: Sequence[int] | None,
-    memory_gb: float | None,
 ) -> Pricing | None:
     """None where no GPU is given. MoeInspectError for settings that do not go together, and a
     kernel that was not measured."""
@@ -89,23 +87,20 @@ def pricing_of(
             "--engine, --dtype, --kernel, --batch-tokens and --sweep are of measured times: give "
             "--gpu"
         )
-    if memory_gb is not None and not sweep:
-        raise MoeInspectError("--memory-gb is for --sweep")
     tokens = BATCH_TOKENS if tokens is None else tokens
     if not 1 <= tokens <= MOST_TOKENS:
         raise MoeInspectError(f"steps of {tokens} tokens: give a number from 1 to {MOST_TOKENS:,}")
     if named["gpu"] is None and latency is None:
         return None
-    return Pricing(prices_of(named, latency), tokens, memory_gb)
+    return Pricing(prices_of(named, latency), tokens)
 
 
 @dataclass(frozen=True)
 class Pricing:
-    """`tokens`: of a step, over all GPUs. `memory_gb`: that experts may take of a GPU."""
+    """`tokens`: of a step, over all GPUs."""
 
     prices: Prices
     tokens: int
-    memory_gb: float | None
 
     def added(
         self,
@@ -129,7 +124,7 @@ class Pricing:
         shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
         said = prices.said(layout.gpus, layout.nodes, shapes, N)
         first = in_order and {"ms": in_order.ms, "even_ms": in_order.even}
-        of = prices.kernel.name, N, prices.error, said, unpriced, self.memory_gb, ageing, first
+        of = prices.kernel.name, N, prices.error, said, unpriced, ageing, first
         return dict(zip(PRICED, of, strict=True)), times
 
     def in_order(
@@ -160,14 +155,11 @@ class Pricing:
             times.append(of)
             experts = {plans.trace.routers[r].experts for r in plans.selection.routers}
             row = {"physical_experts": slots, "redundant": slots - max(experts)}
-            memory = self.memory(plans)
-            fits = self.memory_gb is None or memory <= self.memory_gb
-            row |= {"policy": policy, "memory_gb": memory, "fits": fits}
+            row |= {"policy": policy, "memory_gb": self.memory(plans)}
             rows.append(row | self.row(of))
-        fitting = [of for of, row in zip(times, rows, strict=True) if row["fits"]]
         if not rows:
             return {}
-        fastest = min(fitting or times, key=lambda of: of.ms)
+        fastest = min(times, key=lambda of: of.ms)
         for of, row in zip(times, rows, strict=True):
             row["ms_p"] = of.corrected_p(fastest, len(rows))
         return {"sweep": pd.DataFrame(rows)}
@@ -361,8 +353,6 @@ def rebalancing(
         for w in range(1, W)
     ]
     table = pd.DataFrame([first, *rows]).astype({"window": "Int64"})
-    if W < FEWEST_WINDOWS:
-        return table, Ageing(unknown=f"it takes {FEWEST_WINDOWS} windows (--window)")
     if gap > W // 4:
         return table, Ageing(unknown="documents last longer than a window")
     return table, ageing(ms_VW, gap)

@@ -36,17 +36,15 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     from_ms = settings["in_order"] or first
     saved = 1 - best[by] / (from_ms if by == "ms" else first)[by]
     least = worth(settings["error"])
-    if best is not first and (saved >= least or settings["minimize"]):
+    if best is not first and saved >= least:
         others = ", ".join(
             f"{name} {row['slowdown']:.2f}x"
             for name, row in rows.items()
             if row not in (best, first)
         )
-        # what --minimize gives up balance for is no claim of time
-        less = "" if settings["minimize"] else f": {saved:.0%} less time"
         sentences.append(
             f"{best['policy']} brings that to {best['slowdown']:.2f}x"
-            f"{f' ({others})' if others else ''}{less}."
+            f"{f' ({others})' if others else ''}: {saved:.0%} less time."
         )
     elif len(rows) > 1:
         fastest = min(row[by] for row in rows.values())
@@ -99,8 +97,6 @@ def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str
     name, same = settings["recommended"], settings["as_fast"]
     if settings["too_few"]:
         return f"-o FILE saves {name}."
-    if settings["minimize"] and name == "local-search":
-        return f"Recommended: {name}, chosen by --minimize."
     least = worth(settings["error"])
     if not _unseen(tables):
         if saved < least and name != first:
@@ -284,17 +280,11 @@ def _round(steps: float) -> str:
 
 def _knee(sweep: Frame, settings: Settings) -> str:
     """The number of slots from which more are not worth it."""
-    fits, least = sweep[sweep["fits"]], worth(settings["error"])
-    if fits.empty:
-        return (
-            f"No number of slots fits in {settings['memory_gb']:g} GB of a GPU: the experts of "
-            f"{sweep['physical_experts'].min()} take {sweep['memory_gb'].min():.3g} GB."
-        )
-    if settings["too_few"] or (fits["ms_p"].isna().any() and not settings["counts_only"]):
+    least, fastest = worth(settings["error"]), sweep["ms"].min()
+    if settings["too_few"] or (sweep["ms_p"].isna().any() and not settings["counts_only"]):
         return "How many slots are worth it is unknown: too little text."
-    enough = fits[(1 - fits["ms"].min() / fits["ms"] < least) | (fits["ms_p"] >= ALPHA)]
-    first, knee, most = fits.iloc[0], enough.iloc[0], fits.iloc[-1]
-    fastest = fits["ms"].min()
+    enough = sweep[(1 - fastest / sweep["ms"] < least) | (sweep["ms_p"] >= ALPHA)]
+    first, knee, most = sweep.iloc[0], enough.iloc[0], sweep.iloc[-1]
     said = (
         f"{knee['physical_experts']} slots per layer are the knee of {knee['policy']}: "
         f"{_size(knee)}"
@@ -302,10 +292,8 @@ def _knee(sweep: Frame, settings: Settings) -> str:
     if knee["physical_experts"] > first["physical_experts"]:
         said += f", instead of {_size(first)} with {first['physical_experts']}"
     if knee["physical_experts"] == most["physical_experts"]:
-        return (
-            f"{said}. They are the most that {'fit' if len(fits) < len(sweep) else 'were tried'}."
-        )
-    beyond = " or beyond chance" if fits["ms_p"].notna().any() else ""
+        return f"{said}. They are the most that were tried."
+    beyond = " or beyond chance" if sweep["ms_p"].notna().any() else ""
     return (
         f"{said}. More, up to {most['physical_experts']}, take no less time by {least:.0%}"
         f"{beyond} (at best {fastest:.3g} ms)."

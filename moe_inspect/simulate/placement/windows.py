@@ -1,12 +1,11 @@
 """What `simulate placement` reads of a trace: the loads of windows of tokens, of which plans are
-fitted on the first; how many GPUs (or nodes) a token reaches under a plan; and plans that reach
-fewer.
+fitted on the first; and how many GPUs (or nodes) a token reaches under a plan.
 
 Of each chosen expert one replica is used, any with the same chance and independently: GPU g is
 reached with probability 1 − Π (1 − its share of the expert).
 
 T tokens, K slots of a decision, N decisions of a router, E experts, W windows, G GPUs, P physical
-slots, M decisions of a sample.
+slots.
 """
 
 from __future__ import annotations
@@ -21,18 +20,13 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.progress import tracked
 from moe_inspect.simulate import kernels_numba
-from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, shares
+from moe_inspect.simulate.placement.policies import Layout, shares
 from moe_inspect.simulate.shards import count_taken, routed, taken
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
-WINDOWS = 16  # by default
-MOST_WINDOWS = 4_096
-SAMPLE = 8_192  # decisions of a router by which an exchange is judged
-PROPOSALS = 60_000  # exchanges tried
-HEAT = 0.02  # the first temperature, in reached GPUs per decision that chose the expert
+WINDOWS = 16
 # GPUs up to which going through all of them beats looking up those that have a replica; an eighth,
 # where no expert has several
 DENSE = 128
@@ -76,11 +70,8 @@ class PlacementPlans:
     judging: Sequence[PlacementPlans] = ()
 
 
-def fit_windows_of(
-    trace: Trace, selection: Selection, fit_share: float, window: int | None
-) -> FitWindows:
-    """`fit_share`: of the tokens. `window`: tokens of a window. MoeInspectError where nothing is
-    selected, or windows are too many."""
+def fit_windows_of(trace: Trace, selection: Selection, fit_share: float) -> FitWindows:
+    """`fit_share`: of the tokens. MoeInspectError where nothing is selected."""
     of_rank, before = dict[int, int](), dict[tuple[int, int], int]()
     selected = (shard.files.tokens for shard in trace.shards)
     if selection.domains is not None or selection.phase:
@@ -93,14 +84,8 @@ def fit_windows_of(
     if not tokens:
         none = "has no tokens in this selection" if trace.n_tokens else "holds no tokens yet"
         raise MoeInspectError(f"{trace.path} {none}")
-    whole = WINDOWS if window is None else -(-tokens // window)
-    if whole > MOST_WINDOWS:
-        raise MoeInspectError(
-            f"windows of {window} tokens: {whole:,} windows, more than {MOST_WINDOWS:,}; give at "
-            f"least {-(-tokens // MOST_WINDOWS)}"
-        )
-    fit = max(1, round(whole * fit_share))
-    rest = 0 if fit_share == 1 else max(1, whole - fit)
+    fit = max(1, round(WINDOWS * fit_share))
+    rest = 0 if fit_share == 1 else max(1, WINDOWS - fit)
     fitted_W, rest_W = np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)
     return FitWindows(np.append(fitted_W, rest_W[1:]), fit, tokens, of_rank, before)
 
@@ -223,36 +208,3 @@ def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     expert_C, gpu_C = np.nonzero(share_EG * (sole_E < 0)[:, None])
     start_E = np.searchsorted(expert_C, np.arange(len(share_EG) + 1))
     return sole_E, start_E, gpu_C, share_EG[expert_C, gpu_C]
-
-
-def reach_fewer(plans: PlacementPlans, policy: str, slack: float) -> None:
-    """Replaces the plans of a policy by ones that reach fewer GPUs, by exchanges of replicas, on a
-    sample of the decisions they were fitted on. No GPU is loaded more than the best EPLB's heaviest
-    × (1 + slack), or than it was."""
-    windows = plans.windows
-    step = max(1, int(windows.tokens * windows.edge_W[windows.fit]) // SAMPLE)
-    samples: dict[int, list[np.ndarray]] = {r: [] for r in plans.selection.routers}
-    for part in by_shard(plans.trace, "sampling", _sampled, plans.selection, windows, step):
-        for r, ids_KM in part:
-            samples[r].append(ids_KM)
-    for r, parts in tracked(samples.items(), "exchanging", "routers"):
-        layout, load_E = plans.layouts[r], plans.loads[r][: windows.fit].sum(0)
-        best = min(
-            (load_E @ shares(place(load_E, layout), len(load_E), layout.gpus)).max()
-            for place in (eplb, eplb_global)
-        )
-        slots_GS = np.ascontiguousarray(plans.of[r, policy].reshape(layout.gpus, -1))
-        if slots_GS.shape[1] > 1 and layout.gpus > 1:
-            ids_KM = np.ascontiguousarray(np.concatenate(parts, axis=1))
-            limit, load_E = best * (1 + slack), load_E.astype(np.float64)
-            kernels_numba.anneal(ids_KM, slots_GS, load_E, limit, PROPOSALS, HEAT, 0)
-        plans.of[r, policy] = slots_GS.reshape(-1)
-
-
-def _sampled(
-    shard: Shard, selection: Selection, windows: FitWindows, step: int
-) -> list[tuple[int, np.ndarray]]:
-    return [
-        (r, ids_KT[:, window_T < windows.fit][:, ::step])
-        for r, ids_KT, window_T in decisions(shard, selection, windows)
-    ]

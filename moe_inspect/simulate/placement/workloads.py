@@ -81,7 +81,7 @@ class Workloads:
         the traces holds counts only, which do not say what a token reaches."""
         parts = {(address(one.trace), one.selection): one for one in self.judged or self.fitted}
         for one in [] if any(of.trace.counts_only for of in parts.values()) else parts.values():
-            windows = fit_windows_of(one.trace, one.selection, 1.0, None)
+            windows = fit_windows_of(one.trace, one.selection, 1.0)
             yield replace(plans, trace=one.trace, selection=one.selection, windows=windows)
 
     def table(self, plans: PlacementPlans, by_window: pd.DataFrame) -> pd.DataFrame:
