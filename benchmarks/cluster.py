@@ -80,24 +80,6 @@ def token_ids(trace: Trace, other: Trace) -> Any:
     return count_trace(trace, select(trace), {"token_ids"}, threads=1)
 
 
-def capacity(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.simulate.capacity import simulate_capacity
-
-    return simulate_capacity(trace).tables
-
-
-def placement(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.simulate.placement.placement import simulate_placement
-
-    return simulate_placement(trace, policies=["eplb"]).tables
-
-
-def cache(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.simulate.cache import simulate_cache
-
-    return simulate_cache(trace, policies=["lru"]).tables
-
-
 def compare(trace: Trace, other: Trace) -> Any:
     from moe_inspect.comparison.decisions.shown import Decisions
     from moe_inspect.comparison.result import PairSettings
@@ -118,9 +100,6 @@ class Job:
 JOBS = {
     "report: all but token ids": Job("shards", counts, merged=True),
     "report: by token id": Job("routers", token_ids),
-    "simulate capacity": Job("shards", capacity, merged=True),
-    "simulate placement": Job("shards", placement, merged=True),
-    "simulate cache": Job("routers", cache),
     "compare": Job("shards", compare, merged=True),
 }
 

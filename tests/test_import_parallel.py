@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers import run
 from moe_inspect.importers import values as lines
 from moe_inspect.importers.context import ImportContext
 from moe_inspect.importers.run import WORTH_BYTES, default_workers
@@ -41,10 +42,15 @@ def alone_by_line(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Elsewhere:
-    """Workers that share nothing with this process but what can be pickled."""
+    """Processes that share nothing with this one but what can be pickled."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 2) -> None:
         self.tasks = 0
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
     def each(
         self,
@@ -79,26 +85,33 @@ def stated(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", BY_LINES)
-def test_the_trace_is_the_same_to_the_byte(name: str, tmp_path: Path) -> None:
+def test_the_trace_is_the_same_to_the_byte(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in").mkdir()
     made = MAKERS[name](tmp_path / "in")
     model = foreign.config_file(tmp_path) if made.config else None
-    workers, size = Elsewhere(), sum(p.stat().st_size for p in (tmp_path / "in").rglob("*.jsonl"))
+    elsewhere, size = Elsewhere(), sum(p.stat().st_size for p in (tmp_path / "in").rglob("*.jsonl"))
+    monkeypatch.setattr(run, "Processes", lambda width: elsewhere)
 
-    def imported(out: str, at: Any) -> tuple[Trace, list[str]]:
+    def imported(out: str, workers: int) -> tuple[Trace, list[str]]:
         read = list[int]()
-        how = {"model": model, "workers": at, "progress": lambda done, total: read.append(done)}
+        how = {
+            "model": model,
+            "workers": workers,
+            "progress": lambda done, total: read.append(done),
+        }
         made_of = taken(tmp_path / out, FORMAT_OF[name], made.source, **how)
         assert read[-1] == size  # every byte once
         return made_of
 
-    (one, alone), (many, elsewhere) = imported("one", 1), imported("many", workers)
-    assert workers.tasks
+    (one, alone), (many, among_many) = imported("one", 1), imported("many", 2)
+    assert elsewhere.tasks
     assert files(one.path) == files(many.path)
     rows = "counts" if name == "experts4bit" else "routing"
     assert {"shards-0.jsonl", f"{rows}/part-0-0.parquet"} < set(files(one.path))
     assert stated(one.path) == stated(many.path)
-    assert alone == elsewhere
+    assert alone == among_many
 
 
 def test_by_processes(tmp_path: Path) -> None:
@@ -119,13 +132,16 @@ def test_by_processes(tmp_path: Path) -> None:
         {2: f'{{"step": 0, "rank": 1, "layer": 2, "num_tokens": 99, {PAIR}}}', 4: "no json"},
     ],
 )
-def test_the_first_error_is_the_same(where: dict[int, str], tmp_path: Path) -> None:
+def test_the_first_error_is_the_same(
+    where: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Processes", Elsewhere)
     made, model = MAKERS["megatron"](tmp_path), foreign.config_file(tmp_path)
     path = made.source / "router_trace_rank1.jsonl"
     rows = path.read_text().splitlines()
     path.write_text("\n".join(where.get(n, row) for n, row in enumerate(rows, 1)))
     said = set[str]()
-    for workers in (1, Elsewhere()):
+    for workers in (1, 2):
         with pytest.raises(MoeInspectError) as error:
             taken(tmp_path, "megatron", made.source, model=model, workers=workers)
         said.add(str(error.value))
@@ -134,26 +150,11 @@ def test_the_first_error_is_the_same(where: dict[int, str], tmp_path: Path) -> N
     assert "router_trace_rank1.jsonl" in said.pop()
 
 
-def test_workers_elsewhere_read_the_file_that_was_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_cut_meanwhile_is_one_line(tmp_path: Path) -> None:
     source = MAKERS["megatron"](tmp_path).source
-    inside = next(file for file in sorted(source.rglob("*.jsonl")))
-    monkeypatch.chdir(inside.parent)
-
-    class InAnotherDirectory(Elsewhere):
-        def each(self, function: Any, shared: Any, tasks: Any) -> Iterator[Any]:
-            given = list(tasks)
-            os.chdir("/")
-            return super().each(function, shared, given)
-
-    relative, elsewhere = Path(inside.name), InAnotherDirectory()
-    values = list(lines.prepared_lines(relative, with_its_place, elsewhere, lambda size: None))
-    count = len(inside.read_text().splitlines())
-    assert [at for at, _ in values] == [f"{inside.name} line {n + 1}" for n in range(count)]
-    size = inside.stat().st_size
-    with pytest.raises(MoeInspectError, match=r"ends at byte .* a worker sees another file"):
-        lines._prepared(with_its_place, relative, inside, 0, size + 1, 1)
+    path = next(file for file in sorted(source.rglob("*.jsonl")))
+    with pytest.raises(MoeInspectError, match=r"ends at byte .* it was changed meanwhile"):
+        lines._prepared(with_its_place, path, 0, path.stat().st_size + 1, 1)
 
 
 def test_a_process_that_is_killed_is_one_line() -> None:
@@ -237,6 +238,3 @@ def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
     cli_here(*call, "-o", "two", "--workers", 1)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert "workers" in cli_here(*call, "-o", "three", "--workers", 0, check=2).stderr
-    both = ("--workers", 2, "--scheduler", "tcp://127.0.0.1:1")
-    said = cli_here(*call, "-o", "three", *both, check=2).stderr
-    assert "--workers and --scheduler exclude each other" in said

@@ -2,8 +2,8 @@
 dask.distributed cluster (`Trace.on`). The same functions do them everywhere, and what they return
 comes back in the same order: sums are the same, to the last digit.
 
-Two ways to cut a pass: by shards, or, where one shard needs what came of those before it, by
-routers.
+Two ways to cut a pass: by shards, or, on a cluster, by routers: tables by token id are larger than
+what they are counted from.
 """
 
 # distributed has no types
@@ -118,12 +118,11 @@ def by_router(
     function: Callable[..., dict[int, T]],
     *arguments: object,
 ) -> dict[int, T]:
-    """function(trace, routers, *arguments), which goes through all shards in order and returns
-    something of each of the routers. Here it is called once."""
-    with workers(trace) as at:
+    """On the cluster of a trace, function(trace, routers, *arguments), which goes through all
+    shards in order and returns something of each of the routers."""
+    with cluster(trace.scheduler, [trace]) as at:
         parts, whole = shares(routers, min(at.width, len(routers))), dict[int, T]()
-        # a function that is called here tells of its shards
-        advance = phase(name, len(routers), "routers") if trace.scheduler is not None else None
+        advance = phase(name, len(routers), "routers")
         tasks = ((share, *arguments) for share in parts)
         for share, part in zip(parts, at.each(function, (trace,), tasks), strict=True):
             whole |= part

@@ -3,8 +3,6 @@ export`: a trace → the file of another tool."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +27,6 @@ from moe_inspect.cli.show import SafeCsv, output_option
 from moe_inspect.text import no_such, plural, print_stderr
 
 if TYPE_CHECKING:
-    from moe_inspect.workers import Workers
-
     ExportFormat = ExportBy = StrEnum
 else:
     ExportFormat = StrEnum("ExportFormat", {name: name for name in exporters.MODULES})
@@ -44,21 +40,6 @@ FORMATS = {
     "import": {name: reads.replace("`", "") for name, (_, reads) in importers.MODULES.items()},
     "export": {name: writes for name, (_, writes) in exporters.MODULES.items()},
 }
-
-
-@contextmanager
-def _workers(
-    workers: int | None, scheduler: str | None, sources: list[str]
-) -> Generator[int | Workers]:
-    from moe_inspect.importers.run import default_workers
-
-    if scheduler is None:
-        yield workers or default_workers(sources)
-        return
-    from moe_inspect.analysis.tasks import cluster
-
-    with cluster(scheduler, []) as at:
-        yield at
 
 
 def import_(
@@ -90,11 +71,6 @@ def import_(
     workers: int | None = run_option(
         "Processes that parse lines of JSON (default: one per core for large files).", min=1
     ),
-    scheduler: str | None = run_option(
-        "Parse lines of JSON on this dask.distributed cluster, whose workers see the "
-        "files at the same path.",
-        "ADDRESS",
-    ),
 ) -> None:
     """Convert recordings of engines and trainers to a trace.
 
@@ -103,7 +79,7 @@ def import_(
     Examples:
     moe-inspect import auto recorded/ -o runs/served --model Qwen/Qwen3-30B-A3B
     moe-inspect import counts loads.csv -o runs/loads --top-k 8"""
-    from moe_inspect.importers.run import import_trace
+    from moe_inspect.importers.run import default_workers, import_trace
 
     if format not in (*importers.MODULES, "auto"):
         raise typer.BadParameter(no_such("format", format, [*importers.MODULES, "auto"]))
@@ -112,9 +88,7 @@ def import_(
     def warn(line: str) -> None:
         print_stderr(line if line.startswith("recognised as") else f"warning: {line}")
 
-    if workers is not None and scheduler is not None:
-        raise typer.BadParameter("--workers and --scheduler exclude each other: give one")
-    with shown() as bar, _workers(workers, scheduler, sources) as at:
+    with shown() as bar:
         trace = import_trace(
             format,
             sources,
@@ -126,7 +100,7 @@ def import_(
             commit_every=commit_every,
             progress=bar.counted("importing", "bytes") if bar else None,
             warn=warn,
-            workers=at,
+            workers=workers or default_workers(sources),
         )
     print_stderr(
         f"imported {plural(trace.n_tokens, 'token')}, {plural(len(trace.routers), 'router')} into "

@@ -21,7 +21,7 @@ from moe_inspect.importers.tables.presets import PRESETS, Preset
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch
-from moe_inspect.workers import Workers
+from moe_inspect.workers import Processes
 
 MOST_JSON_BYTES = 2**28  # of a file that is one JSON value
 
@@ -55,7 +55,7 @@ class ImportContext:
     map: Preset | None = None
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
-    workers: Workers | None = None
+    workers: Processes | None = None
     returned: Callable[[Any], None] | None = None
 
     def files(self, pattern: str, what: str) -> list[tuple[Path, ImportSource]]:

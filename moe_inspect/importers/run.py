@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, formats, sniff
 from moe_inspect.importers.tables.presets import parse_map
-from moe_inspect.importers.values import Fields, at_work
+from moe_inspect.importers.values import Fields
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import output_location
@@ -27,7 +27,7 @@ from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
 from moe_inspect.trace.writer.whole import whole_trace
-from moe_inspect.workers import Workers
+from moe_inspect.workers import Processes
 
 WORTH_BYTES = 2**26  # of files, from which on more processes are started to parse them
 ONE_RANK_TOKENS = 256  # from so many on it is no coincidence that half of the experts are unused
@@ -47,7 +47,7 @@ def import_trace(
     commit_every: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
-    workers: int | Workers = 1,
+    workers: int = 1,
 ) -> Trace:
     """Imports files of another tool as a trace at `out`, and returns the trace.
 
@@ -70,9 +70,7 @@ def import_trace(
         progress: called with (bytes read, total bytes).
         warn: called with one line per warning; default `warnings.warn`.
         workers: how many processes parse lines of JSON, ahead of this one; the trace is the same.
-            More than one need `if __name__ == "__main__":` in a script. Or other workers, with
-            a method `each(function, shared, tasks)`: what function(*shared, *task) returns, in
-            order.
+            More than one need `if __name__ == "__main__":` in a script.
 
     Raises:
         MoeInspectError: the files cannot be imported as asked. Nothing is left at `out`.
@@ -81,7 +79,7 @@ def import_trace(
     target = output_location(out)
     check_directory(target, overwrite, resumable=False)
     listed = [_source(text) for text in sources]
-    with at_work(workers) as at:
+    with Processes(workers) if workers > 1 else nullcontext() as at:
         with _reading(listed):
             if format == "auto":
                 format = sniff(listed)

@@ -1,13 +1,12 @@
 """Values of a source file, checked: JSON, integers in a range, arrays of them (`where` is the file
-and the field, for the error); and lines of JSON, parsed and prepared by several workers. A file is
-cut into chunks of whole lines, and what they hold comes back in its order. Errors too: the first
+and the field, for the error); and lines of JSON, parsed and prepared by several processes. A file
+is cut into chunks of whole lines, and what they hold comes back in its order. Errors too: the first
 that reading line by line meets is the one that is raised."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import tee
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import MOST_LINE_BYTES, next_line
 from moe_inspect.text import first_line
-from moe_inspect.workers import Processes, Workers
+from moe_inspect.workers import Processes
 
 Json = Any  # a JSON value
 Fields = dict[str, Json]
@@ -98,13 +97,12 @@ class Chunk(NamedTuple):
 
 
 def prepared_lines(
-    path: Path, prepare: Prepare, workers: Workers | None, read: Callable[[int], None]
+    path: Path, prepare: Prepare, workers: Processes | None, read: Callable[[int], None]
 ) -> Iterator[Any]:
     """prepare(where, JSON object) of each line that is not blank, in order. `prepare` is pickled.
     `read` is called with the bytes of each chunk."""
     chunks, ahead = tee(chunks_of(path))
-    # workers of a cluster are in directories of their own
-    given = prepare, path, path.resolve()
+    given = prepare, path
     alone = (_prepared(*given, *chunk) for chunk in ahead)
     found = alone if workers is None else workers.each(_prepared, given, ahead)
     for (values, error), chunk in zip(found, chunks, strict=True):
@@ -139,17 +137,16 @@ def too_long(path: Path, number: int) -> MoeInspectError:
 
 
 def _prepared(
-    prepare: Prepare, path: Path, whole_path: Path, start: int, size: int, number: int
+    prepare: Prepare, path: Path, start: int, size: int, number: int
 ) -> tuple[list[Any], MoeInspectError | None]:
-    """What the lines of a chunk hold, and what is wrong with the line after them. `path`: as the
-    user gave it."""
-    with open(whole_path, "rb") as file:
+    """What the lines of a chunk hold, and what is wrong with the line after them."""
+    with open(path, "rb") as file:
         file.seek(start)
         data = file.read(size)
     if len(data) != size:
         raise MoeInspectError(
             f"{path} ends at byte {start + len(data):,} where it is parsed, before line {number:,} "
-            "and those after it do: it was changed meanwhile, or a worker sees another file"
+            "and those after it do: it was changed meanwhile"
         )
     lines, values = data.removesuffix(b"\n").split(b"\n"), []
     together = _together(lines)
@@ -179,11 +176,3 @@ def _together(lines: list[bytes]) -> list[Json] | None:
 def as_it_is(where: str, fields: Fields) -> tuple[str, Fields]:
     """For lines that need no preparation."""
     return where, fields
-
-
-def at_work(workers: int | Workers) -> AbstractContextManager[Workers | None]:
-    """So many processes of this machine, or the workers that are given; None: this process reads
-    alone."""
-    if isinstance(workers, int):
-        return Processes(workers) if workers > 1 else nullcontext()
-    return nullcontext(workers)

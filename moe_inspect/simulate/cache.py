@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.gguf import expert_mb_of
 from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Chart, Line, Mark, Panel, Points
@@ -131,7 +130,7 @@ def simulate_cache(
             raise MoeInspectError(
                 f"expert size {size} MB over {gb_per_s} GB/s: give finite numbers above 0"
             )
-    caches = by_router(trace, chosen, "simulating cache", _replay, sizes, names)
+    caches = _replay(trace, chosen, sizes, names)
     settings: Settings = {
         "slots": sizes,
         "policies": names,

@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.tasks import summed
@@ -135,15 +134,6 @@ class Drops:
     lost_F: np.ndarray
     dropped_at: np.ndarray
     room_at: np.ndarray
-
-    def __getstate__(self) -> dict[str, object]:
-        """As it is sent to be added to others: in narrow types."""
-        return {name: narrowed(value) for name, value in self.__dict__.items()}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        for name, value in state.items():
-            wide = value.astype(np.int64) if isinstance(value, np.ndarray) else value
-            setattr(self, name, wide)
 
     @property
     def assignments(self) -> int:

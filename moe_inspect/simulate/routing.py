@@ -18,7 +18,6 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
-from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, cell_numbers
 from moe_inspect.simulate import result
@@ -101,7 +100,7 @@ def simulate_routing(
     # algorithms that learn are fitted on one half of the documents and evaluated on the other
     held_out = half_of.nunique() == 2
     asked = names, values_of, half_of, held_out
-    runs_of = by_router(trace, chosen, "simulating routing", _runs_of, *asked)
+    runs_of = _runs_of(trace, chosen, *asked)
     k = float(np.mean([trace.routers[r].top_k for r in chosen]))
     settings: Settings = {
         "batch": "a forward pass",
