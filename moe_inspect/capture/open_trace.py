@@ -3,6 +3,7 @@ manifest, of whose facts about process and model others have need too."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from moe_inspect.capture.options import CorpusOptions, RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.load import config_record
-from moe_inspect.model.peft_adapter import adapter_in
 from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
@@ -127,7 +127,7 @@ class TraceOpener:
         config = getattr(self.model, "config", None)
         model = self.planned.manifest.get("model") or model_facts(self.model)
         model["config"] = config_record(config)
-        if "adapter" not in model and (adapter := adapter_in(self.model)) is not None:
+        if (adapter := _adapter_in(self.model)) is not None:
             model["adapter"] = adapter
         notes = {site.adapter.note for site in self.sites if site.adapter is not None}
         notes |= {probes.NOTE if self.options.discover else "", ALTERED.get(self.model, "")}
@@ -251,3 +251,20 @@ def _difference(key: str, then: Any, now: Any) -> str:
         return f"{key.replace('_', ' ')} {then!r}, not {now!r}"
     changed = [b for a, b in zip(then or [], now, strict=False) if a != b] or (then or now)[-1:]
     return f"other data (see {changed[0]['path']})"
+
+
+def _adapter_in(model: object) -> dict[str, object] | None:
+    """For the manifest: the first adapter that PEFT has put into the model."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        return None
+    config = next(iter(configs.values()))
+    plain = json.dumps(
+        config.to_dict(), default=lambda v: list(map(str, v)) if isinstance(v, set) else str(v)
+    )
+    return {
+        "kind": str(getattr(config.peft_type, "value", config.peft_type)),
+        "base": config.base_model_name_or_path or None,
+        "base_revision": config.revision,
+        "config": json.loads(plain),
+    }

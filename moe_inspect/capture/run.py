@@ -141,8 +141,6 @@ class TraceRun:
         }
         if stored and options.random_init is None and not quantization_of(network.config):
             model["dequantized_from"] = stored  # because asked for, or no kernels run it here
-        if found.adapter is not None:
-            model["adapter"] = found.adapter.record()
         return {"model": model, "corpus": self.plan.manifest(self.record, found.tokenizer)}
 
     def _feed(

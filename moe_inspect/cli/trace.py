@@ -154,7 +154,7 @@ def trace(
     *,
     context: typer.Context,
     model: str | None = argument(
-        'A hub id, a directory, a GGUF file, "demo" (bundled, offline); with --engine, the URL of '
+        'A hub id, a directory, "demo" (bundled, offline); with --engine, the URL of '
         "a server; with --loader, the argument for your function.",
         "MODEL|URL",
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model import load
+from moe_inspect.model import gguf, load
 from moe_inspect.model.families import CONNECTOR, TOWER
 from moe_inspect.text import plural, ranges
 from moe_inspect.trace import schema
@@ -231,7 +231,8 @@ def describe(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Description:
-    """`model`: a hub id, a directory, a config.json, a trace (by its manifest), or "demo".
+    """`model`: a hub id, a directory, a config.json, a GGUF file, a trace (by its manifest), or
+    "demo".
     `context`: context length in tokens; default: the model's, at most 4096."""
     if (of_routers := of_trace(model)) is not None:
         return of_routers
@@ -279,6 +280,9 @@ def of_trace(model: str) -> Description | None:
 def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    if model.endswith(".gguf"):
+        with load.blamed(f"cannot read the config in {model}"):
+            return gguf.config_of(Path(model))
     known = load.stated_config(model, revision)
     if known is None:
         return load.load_config(model, revision=revision, trust_remote_code=trust_remote_code)

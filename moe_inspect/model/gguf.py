@@ -1,5 +1,5 @@
 """GGUF models: header and F32 tensors, read by NumPy alone (sizes in a file are believed only as
-far as it is long); the sizes of their experts; which of them transformers loads, dequantised.
+far as it is long); the sizes of their experts; their configs.
 
 The format: github.com/ggml-org/ggml, docs/gguf.md.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +24,6 @@ from moe_inspect.trace.schema import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from moe_inspect.model.choices import Called
 
 MAGIC = b"GGUF"
 SCALARS = {  # type of a metadata value → struct's letter
@@ -49,7 +44,6 @@ TYPES = {
     **{30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66)},
     **{39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18)},
 }
-PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # not quantised
 F32 = 0
 
 
@@ -213,94 +207,40 @@ def expert_mb_of(path: Path, routers: dict[int, Router]) -> dict[int, float]:
     return {r: found[router.layer][1] / 1e6 for r, router in routers.items()}
 
 
-# mixtures of experts that transformers loads from GGUF to the same logits as the original; of
-# gpt-oss transformers 5.24 finds no experts
+# mixtures of experts whose config transformers reads from GGUF; of gpt-oss transformers 5.24 finds
+# no experts
 ARCHITECTURES = ("qwen2moe", "qwen3moe", "minimax-m2")
 # what transformers leaves at its default → the key of the metadata
 SIZES = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
-NEEDED = ("gguf", "accelerate")
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a model's name is that of a GGUF file, which may be missing."""
-    return name.endswith(".gguf")
-
-
-def refuse_unless_loadable(path: Path) -> None:
-    """MoeInspectError where transformers cannot load this file, as far as its header says."""
+def refuse_unless_described(path: Path) -> Gguf:
+    """The header of a model. MoeInspectError if transformers cannot read its config."""
     if not path.is_file():
         raise MoeInspectError(why_unread(path, "file"))
-    fields = read_gguf(path).fields
-    kind = str(fields.get("general.architecture"))[:40]
+    header = read_gguf(path)
+    kind = str(header.fields.get("general.architecture"))[:40]
     if kind not in ARCHITECTURES:
         raise MoeInspectError(
-            f"{path} is of architecture {kind}, which cannot be loaded from GGUF: only "
-            f"{', '.join(ARCHITECTURES)} can; use the original model"
+            f"{path} is of architecture {kind}, whose config cannot be read from GGUF: only that "
+            f"of {', '.join(ARCHITECTURES)} can; give the original model"
         )
-    if isinstance(parts := fields.get("split.count"), int) and parts > 1:
-        raise MoeInspectError(
-            f"{path} is one of {parts} files, and only whole models can be loaded: join them with "
-            "llama-gguf-split --merge"
-        )
-    if (scaling := fields.get(f"{kind}.rope.scaling.type", "none")) != "none":
-        raise MoeInspectError(
-            f"{path} scales positions ({str(scaling)[:40]}), which is not read from GGUF: use the "
-            "original model"
-        )
-    if missing := [package for package in NEEDED if find_spec(package) is None]:
-        raise MoeInspectError(f"a GGUF needs {missing[0]}: pip install 'moe-inspect[gguf]'")
+    if find_spec("gguf") is None:
+        raise MoeInspectError(f"{path} needs gguf: pip install 'moe-inspect[gguf]'")
+    return header
 
 
-def load_config(path: Path) -> PreTrainedConfig:
-    """The config, with the sizes of experts that the file states."""
+def config_of(path: Path) -> PreTrainedConfig:
+    """The config of a model, with the sizes of experts that the file states."""
     from transformers import AutoConfig
 
+    fields = refuse_unless_described(path).fields
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    fields = read_gguf(path).fields
     for name, key in SIZES.items():
         stated = fields.get(f"{fields['general.architecture']}.{key}")
         if isinstance(stated, int) and hasattr(config, name):
             setattr(config, name, stated)
     return config
-
-
-def dequantized() -> Config:
-    """The option by which transformers keeps no weights in the file's blocks, where it could."""
-    import transformers
-
-    kind = getattr(transformers, "GgufConfig", None)
-    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
-
-
-@contextmanager
-def flat_shared_gates() -> Iterator[None]:
-    """While it loads a Qwen2-MoE, transformers takes the gate of a shared expert with one dimension
-    too: it adds the second one, which llama.cpp's converter no longer takes away."""
-    from transformers import modeling_gguf_pytorch_utils
-
-    kinds: dict[str, Called] = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS
-    theirs = kinds["qwen2moe"]
-
-    class Flat(theirs):
-        def process(self, weights: np.ndarray, name: str, **options: Called) -> Called:
-            flat = weights.reshape(-1) if "ffn_gate_inp_shexp" in name else weights
-            return super().process(flat, name, **options)
-
-    kinds["qwen2moe"] = Flat
-    try:
-        yield
-    finally:
-        kinds["qwen2moe"] = theirs
-
-
-def quantization(path: Path) -> Config:
-    """How the weights are quantised in the file, as a quantization_config; empty: not at all."""
-    counts = Counter[str]()
-    for tensor in read_gguf(path).tensors.values():
-        name = TYPES[tensor.kind][0] if tensor.kind in TYPES else str(tensor.kind)
-        counts[name] += name not in PLAIN
-    types = dict(sorted((+counts).items(), key=lambda pair: (-pair[1], pair[0])))
-    return {"quant_method": "gguf", "tensors": types} if types else {}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
-from moe_inspect.model import gguf
+from moe_inspect.files import read_small
 from moe_inspect.model.config import Config, read_config
-from moe_inspect.model.gguf import is_gguf
+from moe_inspect.model.gguf import refuse_unless_described
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
@@ -52,10 +52,8 @@ def _not_loaded(what: str, name: str, error: Exception, misnamed: bool = True) -
 def refuse_unless_found(name: str, revision: str | None = None) -> None:
     """MoeInspectError where there is no such model, as far as that shows without the network."""
     location = model_location(name)
-    if is_gguf(location):
-        return gguf.refuse_unless_loadable(Path(location))
     if Path(location).is_dir():
-        return None
+        return
     if location.startswith((".", "~", os.sep)):
         raise MoeInspectError(f"no model at {location}: {HOW_TO_NAME}")
     from huggingface_hub import constants
@@ -70,7 +68,6 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
             f"and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
         )
-    return None
 
 
 def checkpoint_dir(name: str, revision: str | None = None) -> Path:
@@ -95,9 +92,12 @@ def stated_config(name: str, revision: str | None = None) -> Config | None:
     """The config in a file or a trace, as it is written there; None where `name` is a model, for
     transformers to load. MoeInspectError where it is neither, as far as that shows offline."""
     path, manifest = Path(name), Path(name) / schema.MANIFEST
-    if not is_gguf(name) and (path.is_file() or manifest.is_file()):
+    if path.suffix == ".gguf":
+        refuse_unless_described(path)
+    elif path.is_file() or manifest.is_file():
         return read_config(manifest if manifest.is_file() else path)
-    refuse_unless_found(name, revision)
+    else:
+        refuse_unless_found(name, revision)
     return None
 
 
@@ -111,8 +111,6 @@ def load_config(
     refuse_unless_found(name, revision)
     location = model_location(name)
     try:
-        if is_gguf(location):
-            return gguf.load_config(Path(location))
         # before transformers builds anything from it
         read_config(Path(cached_file(location, "config.json", revision=revision) or ""))
         of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -141,11 +139,37 @@ def commit_of(name: str, revision: str | None) -> str | None:
     return cached.parent.name if cached is not None else revision
 
 
-def _pretrained(name: str) -> tuple[str, dict[str, str]]:
-    """What from_pretrained of transformers takes for a model."""
-    if is_gguf(name):
-        return str(Path(name).parent), {"gguf_file": Path(name).name}
-    return model_location(name), {}
+def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Name and revision of the model that an adapter of PEFT adapts: transformers loads it with the
+    adapter. `name` and `revision` if it is not an adapter."""
+    from transformers.utils.import_utils import is_peft_available
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    location = model_location(name)
+    if _has_file(location, "config.json", revision):
+        return name, revision
+    with blamed(f"cannot load adapter {name!r}"):
+        if (path := find_adapter_config_file(location, revision=revision)) is None:
+            return name, revision
+        config = json.loads(read_small(Path(path)))
+        base, of_base = config["base_model_name_or_path"], config.get("revision")
+    if not is_peft_available():
+        raise MoeInspectError(
+            f"{name} is an adapter of {base}, which needs peft: pip install 'moe-inspect[peft]'"
+        )
+    return base, of_base
+
+
+def _has_file(location: str, file: str, revision: str | None) -> bool:
+    """Whether a model or an adapter has this file, in its directory or on the hub."""
+    from transformers.utils.hub import cached_file
+
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    options = {f"_raise_exceptions_for_{what}": False for what in quiet}
+    try:
+        return cached_file(location, file, revision=revision, **options) is not None
+    except OSError:  # there is no such repository
+        return False
 
 
 def _cached_config(location: str, revision: str | None) -> Path | None:
@@ -162,10 +186,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    location, of_gguf = _pretrained(name)
     with blamed(f"cannot load the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code, **of_gguf
+            model_location(name), revision=revision, trust_remote_code=trust_remote_code
         )
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         said = f"the tokenizer of {name!r} gives no tokens for a text"
@@ -240,22 +263,16 @@ def load_model(
             torch.manual_seed(random_init)
             model = auto_class(made, **options).from_config(made, dtype=wanted, **options)
         return model.to(target).eval()
-    location, of_gguf = _pretrained(name)
-    gates = gguf.flat_shared_gates() if of_gguf else nullcontext()
-    with blamed(f"cannot load model {name!r}"), gates:
+    with blamed(f"cannot load model {name!r}"):
         model, loaded = auto_class(config, **options).from_pretrained(
-            location,
+            model_location(name),
             config=config,
             revision=revision,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
             **options,
-            **of_gguf,
-            **(gguf.dequantized() if of_gguf else {}),
             **({"device_map": device_map} if device_map is not None else {}),
         )
-        if of_gguf and hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # its weights are not quantised any more
     # transformers would initialise them at random, and the trace would be meaningless
     if missing := set(loaded["missing_keys"]):
         lacking = f"{len(missing)} parameters (first: {min(missing)})"
@@ -267,11 +284,6 @@ def quantization_of(config: object) -> Config:
     """The quantization_config that a model's config states; empty where it states none."""
     stated = getattr(config, "quantization_config", None) or {}
     return stated if isinstance(stated, dict) else stated.to_dict()
-
-
-def stored_quantization(name: str, config: object) -> Config:
-    """How a model's weights are quantised where they are stored; empty where they are not."""
-    return gguf.quantization(Path(name)) if is_gguf(name) else quantization_of(config)
 
 
 def dequantizing(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -291,13 +303,14 @@ def dequantizing(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:
-    """Identifies weights: by the commit on the hub, or size, beginning and end of each file."""
+    """Identifies weights, and how an adapter is applied: by the commit on the hub, or size,
+    beginning and end of each file."""
     place = Path(model_location(name))
     if not place.exists():
         return commit_of(name, revision)
-    files = [place] if place.is_file() else [*place.iterdir()]
+    weights = (f for f in place.iterdir() if f.suffix in (".safetensors", ".bin"))
     parts = []
-    for file in sorted(f for f in files if f.suffix in (".safetensors", ".bin", ".gguf")):
+    for file in sorted([*weights, *place.glob("adapter_config.json")]):
         size = file.stat().st_size
         with open(file, "rb") as data:
             head = data.read(2**20)

@@ -1,5 +1,5 @@
 """A real llama.cpp, on a CPU: its importance matrix against local traces of the same chunks, of the
-model and of the GGUF made of it; and where it puts the tensors that `export` names."""
+model; and where it puts the tensors that `export` names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.model.gguf import ARCHITECTURES, read_gguf
+from moe_inspect.model.gguf import read_gguf
 from tests.real_engines.models import CONVERTED, POSITIONS, save, texts
 
 # where `make test-llama-cpp` builds it
@@ -164,18 +164,6 @@ def test_the_recipe_of_calibrate_runs(corpus: Path, tmp_path: Path) -> None:
     given = loads(moe_inspect.open_trace(tmp_path / "runs/imatrix")).ravel()
     assert given.min() > 0.75 * made.minimum
     assert given.sum() <= made.tables["chosen"]["tokens"].sum() * 2 * 4
-
-
-def test_a_trace_of_the_gguf_counts_so_too(
-    counted: Counted, tmp_path: Path, record_property: Property
-) -> None:
-    architecture = read_gguf(counted.gguf).fields["general.architecture"]
-    if architecture not in ARCHITECTURES:
-        with pytest.raises(moe_inspect.MoeInspectError, match=f"of architecture {architecture},"):
-            traced(counted.gguf, counted, tmp_path / "t")
-        return
-    ours = traced(counted.gguf, counted, tmp_path / "t")
-    compared(record_property, counted.name, "`trace` of the GGUF", counted.trace, ours)
 
 
 def listens(port: int) -> bool:

@@ -70,10 +70,10 @@ def _gguf_files(folder: Path) -> None:
 def _read_gguf(folder: Path, out: Path, model: Path | None) -> None:
     """All that reads the header of a model."""
     from moe_inspect.errors import MoeInspectError
-    from moe_inspect.model.gguf import layer_experts, quantization, refuse_unless_loadable
+    from moe_inspect.model.gguf import layer_experts, refuse_unless_described
 
     said: list[str] = []
-    for read in (refuse_unless_loadable, layer_experts, quantization):
+    for read in (refuse_unless_described, layer_experts):
         try:
             read(folder / "m.gguf")
         except MoeInspectError as error:

@@ -200,8 +200,6 @@ def adapter(manifest: Row) -> str:
 
 def _named(config: Row) -> str:
     method = str(config.get("quant_method") or config.get("quant_algo") or "").lower()
-    if method == "gguf":
-        return " ".join([method, *(kind.lower() for kind in mapping(config.get("tensors")))])
     for bits in (4, 8):
         if any(config.get(f"{private}load_in_{bits}bit") is True for private in ("", "_")):
             return f"{method or 'bitsandbytes'} {bits} bit"
