@@ -22,7 +22,7 @@ from .model.describe import describe as describe
 from .reporting.report import Report as Report
 from .reporting.report import report as report
 from .simulate.result import Simulation as Simulation
-from .trace.derived.merge import merge as merge
+from .trace.merge import merge as merge
 from .trace.reader import Trace as Trace
 from .trace.reader import open_trace as open_trace
 from .trace.verify import verify as verify

@@ -24,8 +24,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.findings import Finding
-from moe_inspect.trace.derived.merge import merge
-from moe_inspect.trace.derived.sample import sample
+from moe_inspect.trace.merge import merge
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import DROPPED
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
@@ -295,15 +294,15 @@ def test_each_router_has_its_own_ids() -> None:
 # --- what is made of it
 
 
-def test_samples_and_their_merger_keep_it(tmp_path: Path) -> None:
-    whole, rests = traced(tmp_path / "t", Capacity(1.5)), (False, True)
-    parts = [sample(whole.path, tmp_path / f"{rest}", share=0.5, rest=rest) for rest in rests]
+def test_merged_traces_keep_it(tmp_path: Path) -> None:
+    parts = [
+        traced(tmp_path / name, Capacity(capacity)) for name, capacity in (("a", 1.5), ("b", 1.2))
+    ]
     merged = merge([part.path for part in parts], tmp_path / "merged")
     sums = sum(report(part).tables["load"]["dropped"] for part in parts)
     assert sums.sum() > 0
-    for trace in (merged, whole):
-        assert moe_inspect.verify(trace.path).ok
-        assert sums.equals(report(trace).tables["load"]["dropped"])
+    assert moe_inspect.verify(merged.path).ok
+    assert sums.equals(report(merged).tables["load"]["dropped"])
 
 
 def test_slots_are_put_in_order_with_it(tmp_path: Path) -> None:

@@ -49,7 +49,6 @@ from moe_inspect.capture.engine.steps import Rows, StepRecorder, join_rows, shar
 from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.derived.sample import sample as sample_of
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.watch import follow
 from moe_inspect.watch.follow import Follower
@@ -1166,7 +1165,7 @@ def test_replicas_are_recorded_and_when_they_change(tmp_path: Path) -> None:
     assert (trace.replicas().groupby(["batch", "layer"]).size() == 10).all()
 
 
-def test_merged_and_sampled_traces_keep_replicas(tmp_path: Path) -> None:
+def test_merged_traces_keep_replicas(tmp_path: Path) -> None:
     expected, paths = {}, []
     for rank in (0, 1):
         engine, path = balanced(tmp_path / "runs", rank)
@@ -1174,9 +1173,6 @@ def test_merged_and_sampled_traces_keep_replicas(tmp_path: Path) -> None:
         paths.append(path)
     check_replicas(merge(paths, tmp_path / "all"), expected)
     assert fine(tmp_path / "all").replicas().batch.nunique() == 6
-    some = sample_of(tmp_path / "all", tmp_path / "some", documents=9)
-    sources = set(some.documents().source)
-    check_replicas(some, {key: of for key, of in expected.items() if key[0] in sources})
     without = Engine(Settings(tmp_path / "runs"))
     without.serve(4)
     (plain,) = written(without, Settings(tmp_path / "runs"), rank=2)

@@ -81,7 +81,7 @@ def test_a_trace_of_another_model_is_refused(shape: tuple[int, int, int], said: 
 
 def test_a_trace_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_TOKENS", 1_000)
-    with pytest.raises(MoeInspectError, match=r"9,254 tokens.*moe-inspect sample"):
+    with pytest.raises(MoeInspectError, match=r"9,254 tokens.*MOE_INSPECT_SAMPLE"):
         Replay(TRACE, SHAPE, CPU)
 
 

@@ -1,5 +1,4 @@
-"""merge: traces of one model become one that says the same as a trace of all their text. sample: a
-trace of some documents of a trace, whole ones, that verify finds in order."""
+"""merge: traces of one model become one that says the same as a trace of all their text."""
 
 from __future__ import annotations
 
@@ -21,9 +20,8 @@ from moe_inspect.api import trace_model
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
-from moe_inspect.trace.derived.sample import sample
-from moe_inspect.trace.derived.shards import MOST_NUMBER, Target
 from moe_inspect.trace.files.lock import hold
+from moe_inspect.trace.merge import MOST_NUMBER, Target
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import verify
@@ -34,7 +32,6 @@ from tests.support.synthetic import (
     a_pass,
     encoder_decoder,
     routers,
-    thirty_documents,
     uniform_ids,
     write_counts,
     write_trace,
@@ -108,50 +105,6 @@ def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path
     assert [part["digest"] for part in listed] == [p.manifest["digest"] for p in parts]
     assert merged.manifest["corpus"]["special_tokens"] == both.manifest["corpus"]["special_tokens"]
     assert merged.text(listed[0]["documents"]) == parts[1].text(0)
-
-
-def by_document(trace: Trace) -> pd.DataFrame:
-    """All that is recorded of each token, by its place in the text."""
-    tokens = trace.tokens().drop(columns=["batch", "sequence"])
-    source = trace.documents().set_index("document")["source"].astype(str)
-    tokens["document"] = tokens["document"].map(source)
-    tokens = tokens.astype({"domain": str, "phase": str})
-    logits = trace.logits()
-    found = tokens.merge(trace.routing(), on="token").merge(logits, on=["token", "router", "layer"])
-    found["logits"] = found["logits"].map(bytes)
-    order = ["document", "position", "router"]
-    return found.drop(columns="token").sort_values(order, ignore_index=True)
-
-
-def test_a_sample_and_the_rest_merge_to_the_whole(halves: Path, tmp_path: Path) -> None:
-    whole, how = Trace(halves / "both"), {"documents": 1, "by_domain": True, "seed": 1}
-    some = sample(whole.path, tmp_path / "some", **how)
-    others = sample(whole.path, tmp_path / "others", **how, rest=True)
-    assert verify(tmp_path / "some").ok
-    assert verify(tmp_path / "others").ok
-    domains = whole.documents()["domain"].astype(str).nunique()
-    assert some.documents()["domain"].astype(str).nunique() == len(some.documents()) == domains
-    assert some.n_tokens + others.n_tokens == whole.n_tokens
-    assert some.n_decisions == some.n_tokens * len(whole.routers)
-    merged = merge([tmp_path / "others", tmp_path / "some"], tmp_path / "m")
-    assert verify(tmp_path / "m").assignments == verify(halves / "both").assignments
-    columns = {"loss_nats", "norm_1", "weight_1", "logits"}
-    expected = by_document(whole)
-    assert columns <= set(expected)
-    pd.testing.assert_frame_equal(by_document(merged), expected)
-    stated = some.manifest["sample"]
-    assert stated["of"]["digest"] == whole.manifest["digest"]
-    assert stated["of"]["documents"] == len(whole.documents())
-    number = int(some.documents()["document"].iloc[-1])
-    assert some.text(number) == whole.text(number)
-    assert some.manifest["capture"]["versions"] == whole.manifest["capture"]["versions"]
-    assert not verify(tmp_path / "some").resumable
-    kept = f"a sample of {len(some.documents())} of {len(whole.documents())} documents"
-    assert kept in note_of(some)
-
-
-def note_of(trace: Trace) -> str:
-    return str(report(trace).tables["summary"].set_index("key")["value"]["note"])
 
 
 def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:
@@ -293,25 +246,13 @@ def test_nothing_counts_twice(two: list[Path], tmp_path: Path) -> None:
     for seed, path in enumerate(two):
         edit_manifest(path, corpus={"split_documents": 3, "empty_documents": seed})
     merge(two, tmp_path / "ab")
-    for seed, name in enumerate(("some", "other")):
-        sample(tmp_path / "a", tmp_path / name, documents=5, seed=seed)
-    for one, two in (("ab", "a"), ("b", "ab"), ("some", "a"), ("ab", "some"), ("some", "other")):
+    for one, two in (("ab", "a"), ("b", "ab")):
         refused(tmp_path, "they would count twice", one, two)
     stated = Trace(tmp_path / "ab").manifest["corpus"]
     assert (stated["split_documents"], stated["empty_documents"]) == (6, 1)
-    assert "split_documents" not in Trace(tmp_path / "some").manifest["corpus"]
     for url in (tmp_path / "a").as_uri(), f"file://{tmp_path}/./a":
         with pytest.raises(MoeInspectError, match="is one of the traces to merge"):
             merge([url, tmp_path / "b"], tmp_path / "a", overwrite=True)
-        with pytest.raises(MoeInspectError, match="is the trace to sample"):
-            sample(url, tmp_path / "a", documents=1, overwrite=True)
-
-
-def test_merged_samples_say_that_they_are(two: list[Path], tmp_path: Path) -> None:
-    some = sample(two[0], tmp_path / "some", documents=5)
-    merged = merge([some, two[1]], tmp_path / "m")
-    for trace in (merged, merge([merged, made(tmp_path / "c", 2)], tmp_path / "again")):
-        assert "merged from samples of other traces" in note_of(trace)
 
 
 def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path) -> None:
@@ -353,93 +294,6 @@ def test_the_command(cli_here: Cli, two: list[Path], tmp_path: Path) -> None:
     assert "--overwrite" in cli_here(*call, check=1).stderr
     cli_here(*call, "--overwrite")
     assert verify(tmp_path / "m").ok
-
-
-# --- samples
-
-
-@pytest.fixture
-def whole(tmp_path: Path) -> Trace:
-    """Documents 0, 3, 6 … are of domain "a", the others of "b"."""
-    return thirty_documents(tmp_path / "whole", L=2, domain_of_document=("a", "b", "b"))
-
-
-def test_a_sample_and_the_rest_add_up(whole: Trace, tmp_path: Path) -> None:
-    some = sample(whole.path, tmp_path / "some", share=0.3)
-    rest = sample(whole.path, tmp_path / "rest", share=0.3, rest=True)
-    assert sorted([*some.documents()["document"], *rest.documents()["document"]]) == [*range(30)]
-    assert (loads(some).add(loads(rest)) == loads(whole)).all()
-    assert loads(whole).sum() == 2 * 300 * K - 1
-    found = verify(tmp_path / "some")
-    assert (found.ok, found.documents, found.tokens) == (True, 9, 90)
-    assert found.assignments == loads(some).sum()
-    assert some.manifest["counts"] == {"tokens": 90, "decisions": 180, "dropped": 0}
-
-
-def test_the_seed_determines_which(whole: Trace, tmp_path: Path) -> None:
-    chosen = [
-        set(sample(whole.path, tmp_path / f"{n}", documents=9, seed=seed).documents()["document"])
-        for n, seed in enumerate((0, 0, 1))
-    ]
-    assert chosen[0] == chosen[1] != chosen[2]
-    lists = [(tmp_path / f"{n}/shards-0.jsonl").read_bytes() for n in range(2)]
-    assert lists[0] == lists[1]
-
-
-def test_domains_and_shards_without_a_chosen_document_are_left_out(
-    whole: Trace, tmp_path: Path
-) -> None:
-    by_domain = sample(whole.path, tmp_path / "d", documents=4, by_domain=True)
-    assert by_domain.documents()["domain"].value_counts().to_dict() == {"a": 4, "b": 4}
-    shares = sample(whole.path, tmp_path / "s", share=0.5, by_domain=True)
-    assert shares.documents()["domain"].value_counts().to_dict() == {"a": 5, "b": 10}
-    one = sample(whole.path, tmp_path / "o", documents=1)
-    (shard,) = one.shards
-    # nothing of the others is left in the dictionaries of labels
-    labels = shard.table("documents")["domain"].chunk(0).dictionary.to_pylist()
-    assert labels == one.documents()["domain"].astype(str).tolist()
-    encoder_decoder(tmp_path / "e")
-    both = sample(tmp_path / "e", tmp_path / "f", share=1.0)
-    assert (both.n_tokens, both.n_decisions) == (10, 10)
-
-
-SIZE = "give the size of the sample: documents or share"
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({}, SIZE),
-    ({"documents": 1, "share": 0.1}, SIZE),
-    ({"documents": 0}, "1 or more"),
-    ({"documents": 2.5}, "documents is 2.5: give a whole number"),
-    ({"documents": 1, "seed": 0.5}, "seed is 0.5: give a whole number"),
-    ({"documents": 1, "seed": -1}, "seed is -1: give a whole number"),
-    ({"share": float("nan")}, "share is nan"),
-    ({"share": 1.5}, "share is 1.5"),
-    ({"documents": 31}, "has 30 documents, 31 were asked for"),
-    ({"documents": 11, "by_domain": True}, "domain a of .* has 10 documents"),
-    ({"share": 1.0, "rest": True}, "no document of .* is left"),
-    ({"documents": 2}, "holds counts only, which cannot be sampled: trace without"),
-]
-
-
-def test_refusals_of_a_sample_leave_nothing(whole: Trace, tmp_path: Path) -> None:
-    write_counts(tmp_path / "counts", [np.ones((1, E))] * 2, K)
-    there = sorted(path.name for path in tmp_path.iterdir())
-    for how, says in REFUSED:
-        of = tmp_path / "counts" if "counts" in says else whole.path
-        with pytest.raises(MoeInspectError, match=says) as error:
-            sample(of, tmp_path / "new", **how)
-        assert "\n" not in str(error.value)
-        assert sorted(path.name for path in tmp_path.iterdir()) == there
-    with pytest.raises(MoeInspectError, match="is the trace to sample"):
-        sample(whole.path, whole.path, documents=1, overwrite=True)
-
-
-def test_the_command_sample(whole: Trace, cli_here: Cli, tmp_path: Path) -> None:
-    call = ("sample", whole.path, "-o", tmp_path / "some")
-    assert "--documents or --share" in cli_here(*call, check=2).stderr
-    assert "--share is 2" in cli_here(*call, "--share", 2, check=2).stderr
-    said = cli_here(*call, "--share", 0.1, "--by-domain").stderr
-    assert said == f"sampled 3 of 30 documents, 30 tokens into {tmp_path / 'some'}\n"
-    assert "--overwrite" in cli_here(*call, "--documents", 2, check=1).stderr
 
 
 def test_many_small_shards_are_read_as_few_and_merged_into_one(tmp_path: Path) -> None:

@@ -60,7 +60,6 @@ USUAL: dict[str, list[Any]] = {
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
     "merge": ["t", "u", "-o", "new"],
-    "sample": ["t", "-o", "new", "--documents", 3],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
     "simulate step": ["t", "--gpu", "h200", "--engine", "vllm", "--dtype", "fp8", "--gpus", 2],
     "simulate capacity": ["t"],
@@ -71,9 +70,9 @@ USUAL: dict[str, list[Any]] = {
 }
 TRACING = ["trace", "serve-trace", "engine", "conformance"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
-SILENT = ["trace", "import", "merge", "sample", "export"]  # on stdout
-WRITE_ONCE = ["import", "merge", "sample"]  # but for --overwrite
-NO_TABLES = [*TRACING, "import", "merge", "sample", "verify", "doctor", "watch"]
+SILENT = ["trace", "import", "merge", "export"]  # on stdout
+WRITE_ONCE = ["import", "merge"]  # but for --overwrite
+NO_TABLES = [*TRACING, "import", "merge", "verify", "doctor", "watch"]
 
 
 def test_every_command_is_tried() -> None:
@@ -253,7 +252,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(command: str, here: Path)
 
 
 WITHIN = [[command, *given[-1]] for command, given in OUTPUTS.items() if given[-1]]
-WITHIN += [[command, "-o", "new"] for command in ("merge", "sample", "import")]
+WITHIN += [[command, "-o", "new"] for command in ("merge", "import")]
 WITHIN += [["ablate", "--resume", "new"], ["report", "--plots", "new"]]
 WITHIN += [["compare", "--html", "new.html"], ["compare", "--plots", "new"]]
 

@@ -34,7 +34,6 @@ TYPES = {
     "trace.report()": "Report",
     "trace.compare(path)": "Comparison",
     "trace.verify()": "Verification",
-    "trace.sample(path, share=0.1)": "Trace",
 }
 # what a type checker must refuse: it would be accepted where the types were Any
 WRONG = (

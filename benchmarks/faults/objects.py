@@ -20,8 +20,8 @@ from benchmarks.faults.bench import Bench
 from benchmarks.faults.outputs import prepared
 from benchmarks.faults.traces import rows_of
 from benchmarks.object_storage import s3_server
-from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.merge import merge
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 
@@ -138,7 +138,7 @@ def objects(bench: Bench) -> None:
 
 def put(bench: Bench, name: str, place: str) -> None:
     tempfile.tempdir = tempfile.mkdtemp(dir=bench.root)  # where what is kept stays
-    sample(bench.root / name, place, share=1.0, overwrite=True)
+    merge([bench.root / name], place, overwrite=True)
 
 
 def check(bench: Bench, url: str, rows: dict[str, Any], said: dict[str, Any]) -> None:

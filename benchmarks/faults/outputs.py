@@ -82,7 +82,6 @@ export T --format long-parquet -o out.parquet
 export T --format routed-experts -o out.jsonl
 export T --format esft -o out
 merge T U -o out --overwrite
-sample T -o out --documents 3 --overwrite
 import counts LOADS.csv -o out --top-k 1 --overwrite""".splitlines()
 # commands that load a model first, and what they write is written by one of the functions above
 ELSEWHERE = {
@@ -93,7 +92,7 @@ ELSEWHERE = {
     "conformance": "the same",
 }
 WRITES = ("output", "html", "plots")
-STEP = {"esft": 3, "import": 4, "merge": 7, "sample": 7}  # of many alike
+STEP = {"esft": 3, "import": 4, "merge": 7}  # of many alike
 
 
 def every_output(group: typer.Typer = app, *before: str) -> Iterator[tuple[str, str]]:
@@ -168,7 +167,7 @@ def run(line: str, root: Path, place: Path) -> None:
 
 
 def is_of_a_trace(line: str) -> bool:
-    return line.startswith(("merge", "sample", "import"))
+    return line.startswith(("merge", "import"))
 
 
 def held(path: Path, line: str) -> Any:

@@ -1,5 +1,5 @@
-"""What is left of a trace: written, resumed and replaced by the writer itself, by `import`, `merge`,
-`sample` and `trace`, by one process or several, and with bits that flip."""
+"""What is left of a trace: written, resumed and replaced by the writer itself, by `import`, `merge`
+and `trace`, by one process or several, and with bits that flip."""
 
 from __future__ import annotations
 

@@ -46,7 +46,6 @@ COMMANDS: Listed = {
         "verify": "files verify",
         "lint": "files lint",
         "merge": "files merge",
-        "sample": "files sample",
         "export": "convert export",
     },
 }

@@ -1,4 +1,4 @@
-"""Commands that read and write traces as such: `moe-inspect watch`, `verify`, `merge`, `sample`."""
+"""Commands that read and write traces as such: `moe-inspect watch`, `verify`, `merge`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import TableOptions
 from moe_inspect.text import join_first, plural, print_stderr, printable
 
-documents_option, alarm_option = map(in_panel, ("Documents", "Alarms"))
+alarm_option = in_panel("Alarms")
 
 
 def watch(
@@ -174,55 +174,10 @@ def merge(
     Examples:
     moe-inspect merge runs/a runs/b -o runs/all
     moe-inspect merge runs/a runs/b runs/c -o runs/all --overwrite"""
-    from moe_inspect.trace.derived.merge import merge as run
+    from moe_inspect.trace.merge import merge as run
 
     with shown():
         trace = run(traces, output, overwrite=overwrite)
     print_stderr(
         f"merged {plural(len(traces), 'trace')}, {plural(trace.n_tokens, 'token')} into {output}"
-    )
-
-
-def sample(
-    *,
-    trace: TraceArgument,
-    output: NewTrace,
-    documents: int | None = documents_option("How many documents.", min=1),
-    share: float | None = documents_option("Share of the documents, above 0 to 1."),
-    seed: int = documents_option("Seed of the random choice.", min=0, default=0),
-    by_domain: bool = documents_option("Apply --documents or --share per domain.", default=False),
-    rest: bool = documents_option(
-        "Take the documents that the same call without --rest leaves out.", default=False
-    ),
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a trace of some documents of a trace, chosen at random.
-
-    Documents are kept whole, with all their records and their numbers.
-
-    Examples:
-    moe-inspect sample runs/a -o runs/few --documents 100
-    moe-inspect sample runs/a -o runs/tenth --share 0.1 --by-domain
-    moe-inspect sample runs/a -o runs/others --share 0.1 --by-domain --rest"""
-    from moe_inspect.trace.derived.sample import sample as run
-
-    if (documents is None) == (share is None):
-        raise typer.BadParameter("give the size of the sample: --documents or --share")
-    if share is not None and not 0 < share <= 1:
-        raise typer.BadParameter(f"--share is {share:g}: give a share above 0, up to 1")
-    with shown():
-        sampled = run(
-            trace,
-            output,
-            documents=documents,
-            share=share,
-            seed=seed,
-            by_domain=by_domain,
-            rest=rest,
-            overwrite=overwrite,
-        )
-    taken, of = sampled.manifest["corpus"]["documents"], sampled.manifest["sample"]["of"]
-    print_stderr(
-        f"sampled {taken:,} of {plural(of['documents'], 'document')}, "
-        f"{plural(sampled.n_tokens, 'token')} into {output}"
     )

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement.placement import simulate_placement as _placement
     from moe_inspect.simulate.step import simulate_step as _step
     from moe_inspect.trace import texts as _texts
-    from moe_inspect.trace.derived.sample import sample as _sample
     from moe_inspect.trace.verify import verify as _verify
 
     def of(function: Callable[Concatenate[Any, Options], Result]) -> TraceMethod[Options, Result]:
@@ -51,7 +50,7 @@ class Answers:
         export, lint, report = of(_export), of(_lint), of(_report)
         document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
         tokens_of = of(_texts.tokens_of)
-        sample, verify = of(_sample), of(_verify)
+        verify = of(_verify)
     else:
         calibrate = TraceMethod("calibration.calibrate", "calibrate")
         compare = TraceMethod("comparison.compare", "compare")
@@ -60,7 +59,6 @@ class Answers:
         lint = TraceMethod("linting.sources", "lint")
         report = TraceMethod("reporting.report", "report")
         requests = TraceMethod("trace.texts", "requests")
-        sample = TraceMethod("trace.derived.sample", "sample")
         text = TraceMethod("trace.texts", "text")
         tokens_of = TraceMethod("trace.texts", "tokens_of")
         verify = TraceMethod("trace.verify", "verify")

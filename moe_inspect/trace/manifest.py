@@ -133,14 +133,6 @@ def manifest_bytes(manifest: Json) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def holds_samples(manifest: Json) -> bool:
-    """Whether the trace is a sample of another, or was merged of traces that are."""
-    parts = manifest.get("parts") or []
-    return bool(manifest.get("sample")) or any(
-        isinstance(part, dict) and part.get("sampled") is True for part in parts
-    )
-
-
 def writer_of(manifest: Json) -> int | None:
     """The process that is writing this trace, as far as this machine can tell: None where it is
     done or gone."""

@@ -99,5 +99,5 @@ def _check(trace: Trace, L: int, E: int, K: int) -> None:
     if trace.n_tokens > MOST_TOKENS:
         raise MoeInspectError(
             f"{trace.path} has {trace.n_tokens:,} tokens, and at most {MOST_TOKENS:,} can be "
-            "replayed: give it a sample, by moe-inspect sample"
+            "replayed: record a smaller share of the requests, with MOE_INSPECT_SAMPLE"
         )

@@ -13,7 +13,6 @@ from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, once, whole_batches, worst_of
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.text import plural, ranges, storable
-from moe_inspect.trace.manifest import holds_samples
 
 # of a trace without its text
 ROUTES_TELL = (
@@ -126,14 +125,6 @@ def _of_trace(data: ReportData) -> Iterator[str]:
     if "logits" not in trace.tables:
         record = "" if trace.imported else "; trace with --logits for those"
         yield f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{record}"
-    if sample := trace.manifest.get("sample"):
-        documents, of = trace.manifest["corpus"]["documents"], sample["of"]["documents"]
-        yield (
-            f"a sample of {documents:,} of {plural(of, 'document')}: batches hold only these "
-            "documents"
-        )
-    elif holds_samples(trace.manifest):
-        yield "merged from samples of other traces: batches hold only the sampled documents"
     sizes = max((counts.of[r].batches for r in routers), key=len)
     batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
     if batches - whole > 1:
