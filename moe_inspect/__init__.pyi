@@ -10,12 +10,13 @@ from .calibration.calibrate import Calibration as Calibration
 from .calibration.calibrate import calibrate as calibrate
 from .capture.hook.probes import probe as probe
 from .capture.server.serve import serve_engine as serve_engine
+from .checking.check import Checked as Checked
+from .checking.check import check as check
 from .comparison.compare import Comparison as Comparison
 from .comparison.compare import compare as compare
 from .comparison.mismatch import mismatch as mismatch
 from .errors import MoeInspectError as MoeInspectError
 from .importers.run import import_trace as import_trace
-from .linting.lint import lint as lint
 from .model.custom.spec import RouterSpec as RouterSpec
 from .model.custom.spec import register_router as register_router
 from .model.describe import describe as describe
@@ -25,4 +26,3 @@ from .simulate.result import Simulation as Simulation
 from .trace.merge import merge as merge
 from .trace.reader import Trace as Trace
 from .trace.reader import open_trace as open_trace
-from .trace.verify import verify as verify

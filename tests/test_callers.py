@@ -56,7 +56,7 @@ def test_what_computes_nothing_with_a_model_is_refused(tmp_path: Path, name: str
             transform(model)
         model(IDS)
     assert recorder.tokens == 3 * 32
-    assert moe_inspect.verify(tmp_path / "t").ok
+    assert moe_inspect.check(tmp_path / "t", quick=True).ok
 
 
 def fail(model: Any) -> None:
@@ -92,7 +92,7 @@ def test_two_threads_are_told_that_they_share_a_model(tmp_path: Path) -> None:
         other.join()
         model(IDS)
     assert recorder.tokens == 4 * 32
-    assert moe_inspect.verify(tmp_path / "t").ok
+    assert moe_inspect.check(tmp_path / "t", quick=True).ok
 
 
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])

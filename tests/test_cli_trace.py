@@ -478,5 +478,5 @@ def test_a_trace_by_its_url(cli_here: Cli, trace: Any, tmp_path: Path) -> None:
     assert "there is a trace at memory://" in trace(out=url, check=1).stderr
     assert trace(*how, "--resume", out=url).stderr.startswith("complete already")
     trace("--max-tokens", 100, "--overwrite", out=url)
-    assert f"{url} is fine: 100 tokens" in cli_here("verify", url).stdout
+    assert "files: 100 tokens" in cli_here("check", url).stdout
     assert "cannot open strange://t" in trace(out="strange://t", check=1).stderr

@@ -114,7 +114,7 @@ def test_an_importer(copy: Copy) -> None:
     shown, *_, load = copy.cli(
         "import --help",
         "import auto code.tally.json -o t --top-k 2",
-        "verify t",
+        "check t",
         "report t --table load --format json",
     )
     assert "tally" in shown
@@ -125,7 +125,7 @@ def test_an_importer(copy: Copy) -> None:
 
 def test_a_recorded_value(copy: Copy) -> None:
     copy.follow("Add a recorded value")
-    copy.cli("trace demo -o t --token-loss --max-tokens 300", "verify t")
+    copy.cli("trace demo -o t --token-loss --max-tokens 300", "check t")
     tokens = pd.read_parquet(copy.root / "t/tokens")
     known = tokens["loss_nats"].notna()
     assert (tokens["best_nats"].notna() == known).all()

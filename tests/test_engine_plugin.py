@@ -36,7 +36,7 @@ import pytest
 import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from moe_inspect import Trace, merge, open_trace, verify
+from moe_inspect import Trace, merge, open_trace
 from moe_inspect.analysis.metrics import balance
 from moe_inspect.capture.engine import rows, sender, sglang, sidecar, vllm
 from moe_inspect.capture.engine.control import tell
@@ -50,6 +50,7 @@ from moe_inspect.capture.engine.vllm import ask_engines
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.lock import process_start
+from moe_inspect.trace.verify import verify
 from moe_inspect.watch import follow
 from moe_inspect.watch.follow import Follower
 from moe_inspect.watch.metrics import EngineMetrics

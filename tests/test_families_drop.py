@@ -18,6 +18,7 @@ from moe_inspect.model.choices import switch_dropped
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import DROPPED
+from moe_inspect.trace.verify import verify
 from tests.support import zoo
 from tests.test_dropped import of
 
@@ -70,7 +71,7 @@ def chosen_and_kept(
 
 def check(trace: Trace, truth: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Each decision and each count."""
-    verified, tables = moe_inspect.verify(trace.path), moe_inspect.report(trace).tables
+    verified, tables = verify(trace.path), moe_inspect.report(trace).tables
     assert verified.ok, verified
     assert verified.dropped == sum((~kept_T).sum() for _, kept_T in truth)
     for r, (ids_T, kept_T) in enumerate(truth):

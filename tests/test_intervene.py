@@ -280,7 +280,7 @@ def test_fewer_experts_than_slots_have_the_whole_weight(family: str, tmp_path: P
     table: Any = trace.routing(layer=layer)
     ids, weights = (table.filter(like=f"{name}_").to_numpy() for name in ("expert", "weight"))
     assert (weights[ids != 7] == 0).all()
-    assert moe_inspect.verify(tmp_path / "b").ok, "no expert is twice in a decision"
+    assert moe_inspect.check(tmp_path / "b", quick=True).ok, "no expert is twice in a decision"
     # the sum of OLMoE's weights is not fixed
     expected = 1 if family == "olmoe" else own_sum.sum(axis=1).to_numpy()
     assert weights.sum(1) == pytest.approx(expected, abs=2e-3)

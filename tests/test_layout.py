@@ -45,8 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reporting": {"analysis", "trace", "errors", "later", "progress", "text"},
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
-    "linting": {
-        *("comparison", "importers", "reporting", "analysis", "model", "trace", "errors", "text")
+    "checking": {
+        *("comparison", "importers", "reporting", "analysis", "model", "trace"),
+        *("errors", "later", "text"),
     },
     "calibration": {"capture", "demo", "model", "reporting", "analysis", "trace", "errors", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
@@ -62,7 +63,7 @@ LIGHT = {
     "reporting",
     "calibration",
     "comparison",
-    "linting",
+    "checking",
     "simulate",
     "watch",
 }

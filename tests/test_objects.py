@@ -13,6 +13,7 @@ import moe_inspect
 from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.shown import Shown
+from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
 from tests.support.synthetic import write_counts
 
@@ -96,10 +97,9 @@ def test_a_report_is_text_a_page_and_figures(
 
 
 def test_what_verify_found_is_its_text(tmp_path: Path) -> None:
-    found = moe_inspect.verify(BALANCED)
+    found = verify(BALANCED)
     assert str(found) == repr(found)
     assert "is fine: 9,254 tokens" in str(found)
     assert "in 1 shard\n" in str(found)
     found.ok, found.violation, found.file, found.row = False, HOSTILE, "routing/p", 7
     assert str(found) == f"{BALANCED / 'routing/p'} row 7: {HOSTILE}"
-    assert "<script" not in found._repr_html_()

@@ -54,8 +54,7 @@ USUAL: dict[str, list[Any]] = {
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
-    "verify": ["t"],
-    "lint": ["t"],
+    "check": ["t"],
     "text": ["t", "--layer", 0, "--expert", 1],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
@@ -72,7 +71,7 @@ TRACING = ["trace", "serve-trace", "engine", "conformance"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
 SILENT = ["trace", "import", "merge", "export"]  # on stdout
 WRITE_ONCE = ["import", "merge"]  # but for --overwrite
-NO_TABLES = [*TRACING, "import", "merge", "verify", "doctor", "watch"]
+NO_TABLES = [*TRACING, "import", "merge", "doctor", "watch"]
 
 
 def test_every_command_is_tried() -> None:
@@ -201,7 +200,7 @@ def test_stdout_that_is_gone_or_ascii_and_stderr_that_is_full(command: str, here
 def test_real_streams(here: Path) -> None:
     poor = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for command, said in (
-        ("verify t >&-", "error: cannot write to stdout: Bad file descriptor\n"),
+        ("describe demo >&-", "error: cannot write to stdout: Bad file descriptor\n"),
         ("--help > /dev/full", "error: No space left on device\n"),
         (
             "report t --table load --format csv -o /dev/full",

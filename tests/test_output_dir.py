@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_inspect import check
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files import lock as lock_module
 from moe_inspect.trace.files.lock import LOCK, Lock, hold, join, refuse_while_locked
@@ -309,6 +310,10 @@ def test_verify_tells_interrupted_from_damaged(copied: Path) -> None:
     assert (found.ok, found.status, found.resumable) == (True, "interrupted", True)
     assert found.tokens == 300
     assert found.uncommitted == ["routing/.part-0-8.parquet.tmp", "routing/part-0-9.parquet"]
+    (note,) = check(root, quick=True).findings
+    assert (note.kind, note.severity) == ("unfinished", "note")
+    assert "was interrupted and can be resumed; what is committed is fine." in note.text
+    assert "Its writer was stopped in 2 files" in note.text
     with hold(root):  # by a process of another machine, say
         assert verify(root).status == "recording"
     (root / "routing/notes.txt").touch()

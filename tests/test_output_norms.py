@@ -18,6 +18,7 @@ import moe_inspect
 from moe_inspect.analysis.metrics.worth import super_experts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
+from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
 from tests.support import zoo
 from tests.support.damage import edit_manifest
@@ -147,7 +148,7 @@ def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -
     """And so are the tokens' losses."""
     traced = ("trace", "demo", "--max-tokens", 300, "-o", "t")
     cli_here(*traced, "--output-norms", "--token-loss")
-    checked = cli_here("verify", "t").stdout
+    checked = cli_here("check", "t").stdout
     assert "norms of outputs finite, not negative" in checked
     assert "losses and entropies not negative, null in both or neither" in checked
     cli_here("export", "t", "--format", "long-parquet", "-o", "long.parquet")
@@ -168,7 +169,7 @@ def test_values_that_no_output_has_are_found(value: str, tmp_path: Path) -> None
     for wrong, said in ((-0.5, "is -0.5"), (float("inf"), "is inf"), (None, "is null, expert_1")):
         shutil.copytree(tmp_path / "t", tmp_path / "wrong", dirs_exist_ok=True)
         rewrite(tmp_path / "wrong", "routing", 0, put(f"{value}_1", 17, wrong))
-        found = moe_inspect.verify(tmp_path / "wrong")
+        found = verify(tmp_path / "wrong")
         assert not found.ok
         assert f"{value}_1 {said}" in str(found.violation)
 

@@ -16,6 +16,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom import spec as specs
 from moe_inspect.model.custom.choice import in_map
 from moe_inspect.model.find import candidates, find_routers
+from moe_inspect.trace.verify import verify
 from tests.support import own
 
 B, S = 3, 16
@@ -133,7 +134,7 @@ def test_a_bool_map_is_recorded_with_its_drops(tmp_path: Path) -> None:
     for layer, (rows,) in given.items():
         left = [row - set(range(4)) if n % 3 == 0 else row for n, row in enumerate(rows)]
         assert own.recorded(trace, layer) == left
-    assert moe_inspect.verify(tmp_path / "t").empty_slots > 0
+    assert verify(tmp_path / "t").empty_slots > 0
     with pytest.raises(MoeInspectError, match="does not state its top-k"):
         own.record_once(model, tmp_path / "u", routers=[spec(choice=dropping)])
 

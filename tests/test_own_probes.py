@@ -140,7 +140,7 @@ def test_any_dtypes_are_recorded(tmp_path: Path, ids: Any, weights: Any) -> None
     own.record_twice(Probing(probing), tmp_path / "t")
     expected = [frozenset(row) for n in range(2) for row in shown(n)[0].tolist()]
     assert own.recorded(own.path_of(tmp_path / "t"), 0) == expected
-    assert moe_inspect.verify(tmp_path / "t").ok
+    assert moe_inspect.check(tmp_path / "t", quick=True).ok
 
 
 @pytest.mark.parametrize("options", [{}, {"counts_only": True}])
@@ -156,7 +156,7 @@ def test_empty_passes_are_passes(
             model.probing = lambda n, T=b * s: probe(*shown(T=T))
             model(own.tokens(b, s))
     assert own.path_of(tmp_path / "t").n_tokens == 2 * T
-    assert moe_inspect.verify(tmp_path / "t").ok
+    assert moe_inspect.check(tmp_path / "t", quick=True).ok
 
 
 # --- choices that are none

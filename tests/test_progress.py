@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_inspect import MoeInspectError, progress, verify
+from moe_inspect import MoeInspectError, check, progress
 from moe_inspect.__main__ import main
 from moe_inspect.cli import progress as bars
 from moe_inspect.comparison.compare import compare
@@ -32,7 +32,8 @@ COUNTED = {"reading tokens": T, "counting": T * L}
 PLACED = {"counting loads": T, "placing": L, "counting ranks": T}
 PHASES: dict[Callable[[str], object], dict[str, int]] = {
     lambda path: draw_charts(report(path)): {**COUNTED, "drawing": 0},
-    verify: {"checksums": T, "checking rows": T},
+    lambda path: check(path, quick=True): {"checksums": T, "checking rows": T},
+    check: {"checksums": T, "checking rows": T, "checking routes": T},
     lambda path: compare(path, path).verdict(): {"comparing": T},
     lambda path: report(path).page(): {
         **COUNTED,

@@ -28,12 +28,12 @@ TYPES = {
     "moe_inspect.record": "**options: **RecordKeywords",
     "moe_inspect.describe(path)": "Description",
     "moe_inspect.describe_weights(path)": "dict[str, DataFrame]",
-    "moe_inspect.verify(path)": "Verification",
+    "moe_inspect.check(path)": "Checked",
     "moe_inspect.trace_model(path, path, batch_tokens=500)": "Trace",
     "trace.simulate.cache(slots=[2])": "Simulation",
     "trace.report()": "Report",
     "trace.compare(path)": "Comparison",
-    "trace.verify()": "Verification",
+    "trace.check(quick=True)": "Checked",
 }
 # what a type checker must refuse: it would be accepted where the types were Any
 WRONG = (

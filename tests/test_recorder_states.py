@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 from transformers import DynamicCache
 
 import moe_inspect
+from moe_inspect.trace.verify import verify
 from tests.support.families import build
 from tests.support.zoo import token_batch
 
@@ -141,7 +142,7 @@ class Recording(RuleBasedStateMachine):
 
     def check(self) -> None:
         path = Path(self.folder.name) / "t"
-        found = moe_inspect.verify(path)
+        found = verify(path)
         assert found.ok, str(found)
         trace = moe_inspect.open_trace(path)
         tokens = trace.tokens()

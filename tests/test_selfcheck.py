@@ -23,6 +23,7 @@ from moe_inspect.capture.hook.selfcheck import SWITCH, SelfCheck, Variant, summa
 from moe_inspect.doctor import costs
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli, Put
 from tests.support.kernel_checks import small_cases
 from tests.support.sweep import sample
@@ -297,4 +298,4 @@ def test_with_a_broken_kernel_the_trace_is_exact(
     assert told.pop(broken).startswith("done by torch: the kernel gives a wrong result: ")
     assert set(told.values()) == (set() if capture == "tap" else {"ok"})
     assert "selfcheck" not in json.loads((tmp_path / "right/trace.json").read_text())["capture"]
-    moe_inspect.verify(tmp_path / "broken")
+    verify(tmp_path / "broken")

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.verify import verify
 from tests.support.families import build
 from tests.test_cli_trace import save_tokenizer
 
@@ -84,7 +85,7 @@ def traced(model: Any, path: Path, **options: Any) -> Iterator[Fed]:
 
 def agreed(path: Path, fed: Fed) -> pd.DataFrame:
     """The tokens of a trace that `verify` accepts, and that holds what the hooks have seen."""
-    verified = moe_inspect.verify(path)
+    verified = verify(path)
     assert verified.ok, str(verified)
     trace = moe_inspect.open_trace(path)
     tokens = trace.tokens()
@@ -235,7 +236,7 @@ PHASES = {
 def test_embeddings_in_place_of_ids(model: Any, tmp_path: Path) -> None:
     with moe_inspect.record(model, tmp_path / "t"):
         out = model.generate(inputs_embeds=model.get_input_embeddings()(IDS), **GREEDY)
-    assert moe_inspect.verify(tmp_path / "t").ok
+    assert moe_inspect.check(tmp_path / "t", quick=True).ok
     texts = texts_of(moe_inspect.open_trace(tmp_path / "t").tokens())
     assert texts == [[-1] * 9 + row[:-1] for row in out.tolist()]
 
@@ -261,7 +262,7 @@ def test_counts_and_losses_of_drafts(model: Any, tmp_path: Path) -> None:
     for name, options in (("t", {"token_loss": True}), ("c", {"counts_only": True})):
         with moe_inspect.record(model, tmp_path / name, **options):
             [text] = own_drafts(model)
-        assert moe_inspect.verify(tmp_path / name).ok
+        assert moe_inspect.check(tmp_path / name, quick=True).ok
         loads.append(moe_inspect.report(tmp_path / name).tables["load"].assignments.tolist())
     assert loads[0] == loads[1]
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()

@@ -67,7 +67,7 @@ def test_counts_are_those_of_the_batches(accumulate: int, how: str, tmp_path: Pa
     assert trace.n_tokens == 5 * accumulate * (9 + 5 + 12 + 1)  # without padding
     spans = [(s.files.first_batch, s.files.last_batch) for s in trace.shards]
     assert spans == [(1, 2), (3, 4), (5, 5)]
-    assert moe_inspect.verify(tmp_path / "h").ok
+    assert moe_inspect.check(tmp_path / "h", quick=True).ok
     model.load[0, 0] += 1  # control
     assert not (history(tmp_path / "h") == model.load).all()
 
@@ -335,7 +335,7 @@ def test_a_resumed_run_replaces_steps(tmp_path: Path, capsys: pytest.CaptureFixt
         assert monitor.steps == 8
     expected += model.load
     assert (history(path) == expected).all()
-    assert moe_inspect.verify(path).ok
+    assert moe_inspect.check(path, quick=True).ok
     spans = [(s.files.first_batch, s.files.last_batch) for s in moe_inspect.open_trace(path).shards]
     assert spans == [(1, 2), (3, 4), (5, 6), (7, 8)]
     with RoutingMonitor(model, path, log_steps=2, resume_step=7) as monitor:

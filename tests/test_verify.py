@@ -208,16 +208,20 @@ def test_the_sample_traces_are_fine(name: str):
     assert any("logits" in line for line in found.checked)
 
 
-def test_the_commands(cli_here: Cli, copied: Path):
-    done = cli_here("verify", copied)
-    assert "is fine: 300 tokens, 900 decisions, 1,799 assignments in 3 shards" in done.stdout
+def test_the_command(cli_here: Cli, copied: Path):
+    done = cli_here("check", copied, "--quick")
+    assert "files: 300 tokens, 900 decisions, 1,799 assignments in 3 shards." in done.stdout
+    assert "The routes were not checked.\n" in done.stdout
     rewrite(copied, "routing", 1, put("expert_1", 123, 8))
-    done = cli_here("verify", "t", check=1)
-    line = "t/routing/part-0-1.parquet row 123: expert_1 is 8, router 1 has 8 experts"
-    assert (done.stdout, done.stderr) == ("", f"error: {line}\n")
-    said = json.loads(cli_here("verify", "t", "--json", check=1).stdout)
-    assert (said["ok"], said["file"], said["row"]) == (False, "routing/part-0-1.parquet", 123)
-    assert "no trace at nowhere" in cli_here("verify", "nowhere", check=1).stderr
+    done = cli_here("check", "t", check=3)
+    where = "routing/part-0-1.parquet row 123"
+    assert f"• Critical: {where}: expert_1 is 8, router 1 has 8 experts." in done.stdout
+    assert done.stdout.endswith("• The routes were not read, as the files are broken.\n")
+    assert done.stderr == "failed: broken_file\n"
+    (row,) = cli_here("check", "t", "--format", "json", check=3).stdout.splitlines()
+    assert (said := json.loads(row))["where"] == said["values"]["where"] == where
+    assert (said["kind"], said["severity"], said["p"]) == ("broken_file", "critical", 0)
+    assert "no trace at nowhere" in cli_here("check", "nowhere", check=1).stderr
 
 
 def test_traces_of_the_demo_model_are_fine(tmp_path: Path):

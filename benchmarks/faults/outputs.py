@@ -49,7 +49,7 @@ report T --table load -o out.parquet
 report T --html out.html
 calibrate T -o out.csv
 calibrate T --html out.html
-lint T -o out.csv
+check T -o out.csv
 compare T T -o out.txt
 compare T T --table flips -o out.parquet
 compare T T --html out.html

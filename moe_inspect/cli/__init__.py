@@ -43,8 +43,7 @@ COMMANDS: Listed = {
     },
     "Try": {"ablate": "ablate ablate", "simulate": SIMULATIONS},
     "Files": {
-        "verify": "files verify",
-        "lint": "files lint",
+        "check": "check check",
         "merge": "files merge",
         "export": "convert export",
     },

@@ -1,32 +1,26 @@
-"""Commands that read and write traces as such: `moe-inspect watch`, `verify`, `merge`."""
+"""Commands that read and write traces as such: `moe-inspect watch`, `merge`."""
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
 
 import typer
 
-from moe_inspect.cli.emit import Format, text_to, to_stdout
+from moe_inspect.cli.emit import to_stdout
 from moe_inspect.cli.help import traces as complete
 from moe_inspect.cli.options import (
     REQUIRED,
-    AsJson,
-    FactsOptions,
     NewTrace,
     Overwrite,
-    TraceArgument,
     argument,
-    exit_if_failed,
     in_panel,
     option,
     seconds,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import TableOptions
-from moe_inspect.text import join_first, plural, print_stderr, printable
+from moe_inspect.text import plural, print_stderr
 
 alarm_option = in_panel("Alarms")
 
@@ -84,75 +78,6 @@ def watch(
     )
     with to_stdout():
         watch_trace(trace, options, console_for(sys.stdout))
-
-
-def verify(trace: TraceArgument, as_json: AsJson = False) -> None:
-    """Check every file of a trace: checksums, ids, counts, order.
-
-    Names the first violation by file and row, and exits with 1.
-
-    Examples:
-    moe-inspect verify runs/a
-    moe-inspect verify runs/a --json"""
-    from moe_inspect.trace.verify import verify as check
-
-    with shown():
-        found = check(trace)
-    with to_stdout():
-        if as_json:
-            print(json.dumps(found.record()))
-        elif found.ok:
-            print(found)
-    if not found.ok:
-        if not as_json:
-            print_stderr(f"error: {found}")
-        raise typer.Exit(1)
-
-
-def lint(
-    *,
-    source: str = argument(
-        "A trace, or its URL (s3://…); or a file or folder that import reads.",
-        "TRACE|FILE",
-        autocompletion=complete,
-        default=REQUIRED,
-    ),
-    against: str | None = option(
-        "A right trace of the same model, on any text: is each layer the same one?",
-        "TRACE",
-        autocompletion=complete,
-    ),
-    facts: FactsOptions,
-    write: TableOptions,
-) -> None:
-    """Look for what is wrong with routes, without a reference.
-
-    Buffers that were not written, other tokens' routes, layers over layers, ids that are no
-    expert's: what, where, how sure, and which published bug looks like it. Says nothing where it
-    cannot tell. Exits with 3 if anything is wrong, but for notes. Responses of an engine are taken
-    as they came.
-
-    Examples:
-    moe-inspect lint runs/a
-    moe-inspect lint rollout.jsonl --model Qwen/Qwen3-30B-A3B
-    moe-inspect lint runs/new --against runs/right --format json"""
-    from moe_inspect.linting.sources import lint_path
-    from moe_inspect.reporting.render.console import console_for
-    from moe_inspect.reporting.render.terminal import print_verdict
-    from moe_inspect.reporting.verdict.checks import verdict_table
-
-    form = write.form()
-    with shown():
-        made = lint_path(source, **facts.keywords(), against=against, warn=print_stderr)
-    if form is Format.table:
-        many = plural(len(made.found), "finding") if made.found else "nothing"
-        with text_to(write.output) as file:
-            print_verdict(made.found, console_for(file))
-            print(printable(f"{source}: {many} in {made}"), file=file)
-    else:
-        write.emit(verdict_table(made.found, values=form is Format.json))
-    wrong = [one.kind for one in made.found if one.severity != "note"]
-    exit_if_failed([f"failed: {join_first(dict.fromkeys(wrong))}"] if wrong else [])
 
 
 def merge(

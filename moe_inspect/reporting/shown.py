@@ -65,13 +65,13 @@ class Shown(ABC):
         """What it comes to, most important first."""
 
     @property
-    @abstractmethod
     def excerpts(self) -> Mapping[str, Excerpt]:
         """Of the tables that the text shows; the first is that of a notebook."""
+        return {}
 
-    @abstractmethod
     def page(self) -> str:
         """The page, as one string of HTML."""
+        return self._page_of(self.tables, "", "")
 
     def _page_of(self, tables: Mapping[str, pd.DataFrame], assumed: str, python: str) -> str:
         """A page of what it comes to, its charts and these tables. `assumed`: below the title.
@@ -85,9 +85,9 @@ class Shown(ABC):
         title = f"moe-inspect {self.title}"
         return page_html(Page(title, assumed, verdict=self.said, sections=sections))
 
-    @abstractmethod
     def charts(self) -> tuple[list[Chart], list[str]]:
         """Its charts, and why others are missing."""
+        return [], []
 
     def first_chart(self) -> Chart | str | None:
         """The chart that a notebook shows; why there is none, where that is known."""
@@ -125,13 +125,15 @@ class Shown(ABC):
         from moe_inspect.reporting.render.html import template
         from moe_inspect.reporting.render.matplotlib import draw, picture
 
-        name, excerpt = next(iter(self.excerpts.items()))
-        whole = self.tables[name]
-        rows = excerpt.rows(whole, CELL_ROWS)
-        rows = rows[[c for c in excerpt.columns or rows.columns if c in rows]]
-        caption = excerpt.title(name, rows, whole)
-        if (left := len(rows.columns) - CELL_COLUMNS) > 0:
-            caption += f" (+ {left} more columns)"
+        table, caption = None, ""
+        for name, excerpt in [*self.excerpts.items()][:1]:
+            whole = self.tables[name]
+            rows = excerpt.rows(whole, CELL_ROWS)
+            rows = rows[[c for c in excerpt.columns or rows.columns if c in rows]]
+            caption = excerpt.title(name, rows, whole)
+            if (left := len(rows.columns) - CELL_COLUMNS) > 0:
+                caption += f" (+ {left} more columns)"
+            table = rows.iloc[:CELL_ROWS, :CELL_COLUMNS]
         chart, png = self.first_chart(), b""
         if chart and not isinstance(chart, str):
             png = picture(draw(chart), "png", dpi=100)
@@ -141,7 +143,7 @@ class Shown(ABC):
             most=CELL_SENTENCES,
             chart=chart if png else None,
             png=base64.b64encode(png).decode(),
-            table=rows.iloc[:CELL_ROWS, :CELL_COLUMNS],
+            table=table,
             caption=caption,
         )
 

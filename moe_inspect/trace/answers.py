@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 if TYPE_CHECKING:
     from moe_inspect.calibration.calibrate import calibrate as _calibrate
+    from moe_inspect.checking.check import check_trace as _check
     from moe_inspect.comparison.compare import compare as _compare
     from moe_inspect.exporters.run import export_trace as _export
-    from moe_inspect.linting.sources import lint as _lint
     from moe_inspect.reporting.report import report as _report
     from moe_inspect.simulate import cache as _cache
     from moe_inspect.simulate import capacity as _capacity
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement.placement import simulate_placement as _placement
     from moe_inspect.simulate.step import simulate_step as _step
     from moe_inspect.trace import texts as _texts
-    from moe_inspect.trace.verify import verify as _verify
 
     def of(function: Callable[Concatenate[Any, Options], Result]) -> TraceMethod[Options, Result]:
         """A function as type checkers see it: with its options, and without the trace."""
@@ -46,22 +45,20 @@ class Answers:
     """The functions of these names, of this trace."""
 
     if TYPE_CHECKING:
-        calibrate, compare = of(_calibrate), of(_compare)
-        export, lint, report = of(_export), of(_lint), of(_report)
+        calibrate, check, compare = of(_calibrate), of(_check), of(_compare)
+        export, report = of(_export), of(_report)
         document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
         tokens_of = of(_texts.tokens_of)
-        verify = of(_verify)
     else:
         calibrate = TraceMethod("calibration.calibrate", "calibrate")
+        check = TraceMethod("checking.check", "check_trace")
         compare = TraceMethod("comparison.compare", "compare")
         document = TraceMethod("trace.texts", "document")
         export = TraceMethod("exporters.run", "export_trace")
-        lint = TraceMethod("linting.sources", "lint")
         report = TraceMethod("reporting.report", "report")
         requests = TraceMethod("trace.texts", "requests")
         text = TraceMethod("trace.texts", "text")
         tokens_of = TraceMethod("trace.texts", "tokens_of")
-        verify = TraceMethod("trace.verify", "verify")
 
     @property
     def simulate(self) -> Simulations:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from html import escape
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 
@@ -68,8 +67,7 @@ class Verification:
     checked: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """What the command prints: the state of the trace and what was checked, or the first
-        violation."""
+        """The state of the trace and what was checked, or the first violation."""
         if not self.ok:
             row = "" if self.row is None else f" row {self.row}"
             return printable(f"{Path(self.path) / (self.file or '')}{row}: {self.violation}")
@@ -79,18 +77,12 @@ class Verification:
 
     __repr__ = __str__
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
-
     @property
     def state(self) -> str:
         """How a trace is that violates no rule, in words."""
         resumed = " and can be resumed" if self.resumable else ""
         interrupted = f"was interrupted{resumed}; what is committed is fine"
         return STATE.get(self.status or "complete", interrupted)
-
-    def record(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def verify(

@@ -209,7 +209,7 @@ def compare(
     real_T = torch.ones(B * S, dtype=torch.bool) if real_BS is None else real_BS.flatten()
     tokens = trace.tokens().sort_values(["sequence", "position"])
     assert sorted(tokens.batch.unique()) == list(range(len(passes)))
-    assert moe_inspect.verify(trace.path).ok
+    assert moe_inspect.check(trace.path, quick=True).ok
     found = Compared()
     for number, blocks in enumerate(passes):
         of_pass = tokens[tokens.batch == number]

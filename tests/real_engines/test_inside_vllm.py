@@ -25,6 +25,7 @@ import pandas as pd
 import pytest
 
 import moe_inspect
+from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
 from tests.real_engines.load import prompts
 from tests.real_engines.models import DEEPSEEK, MODELS, save
@@ -125,7 +126,7 @@ def compared(traces: Sequence[Path], asked: Sequence[Asked], model: Path) -> tup
     from transformers import AutoModelForCausalLM
 
     for path in traces:
-        found = moe_inspect.verify(path)
+        found = verify(path)
         assert found.ok, found
     got = pd.concat([decisions(moe_inspect.open_trace(path)) for path in traces])
     got["request"] = got.source.map(request_of)
@@ -500,7 +501,7 @@ def test_what_is_killed_does_not_stop_the_server(tmp_path: Path) -> None:
         os.kill(worker, signal.SIGKILL)
         waited(lambda: moe_inspect.open_trace(second).status != "recording")
     for path in (first, second):
-        found = moe_inspect.verify(path)
+        found = verify(path)
         assert found.ok
         assert found.status == "interrupted"
         assert found.tokens

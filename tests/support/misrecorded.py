@@ -310,7 +310,7 @@ def said_of(a: Trace, b: Trace, **options: Any) -> tuple[set[str], int | None]:
 
 @dataclass(frozen=True)
 class Bug:
-    """A published bug, or one like it: what `lint` must find, and nothing beside. change: of a
+    """A published bug, or one like it: what `check` must find, and nothing beside. change: of a
     recording and a copy of its ids, what is returned. said: words of the finding. told: of
     which recordings; others may have such rows by chance."""
 
@@ -325,9 +325,11 @@ class Bug:
 
 
 def linted(b: Recording) -> list[Any]:
-    """What `moe_inspect.lint` says of the array, with the lengths of its documents."""
+    """What `moe_inspect.check` finds of the array, with the lengths of its documents."""
     lengths = np.diff(np.r_[0, np.flatnonzero(b.last_T) + 1])
-    return moe_inspect.lint(np.swapaxes(b.ids_LTK, 0, 1), b.token_id, experts=b.E, lengths=lengths)
+    ids_TLK = np.swapaxes(b.ids_LTK, 0, 1)
+    made = moe_inspect.check(ids_TLK, token_ids=b.token_id, experts=b.E, lengths=lengths)
+    return made.findings
 
 
 def longest(a: Recording) -> slice:

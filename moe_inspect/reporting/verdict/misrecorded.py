@@ -1,5 +1,5 @@
 """What misrecorded routes are said to be, and the options of `compare` that mend them: the same
-words beside a right trace (comparison) and without one (linting)."""
+words beside a right trace (comparison) and without one (checking)."""
 
 from __future__ import annotations
 

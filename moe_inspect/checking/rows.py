@@ -1,26 +1,35 @@
-"""What no router does, or hardly ever by chance, or not by the model's config: checks of the rows
-alone, in the order in which they are made. What one has found is left out by those that follow.
+"""Routes as someone returned them, and the checks of their rows alone: what no router does, or
+hardly ever by chance, or not by the model's config. In the order in which the checks are made: what
+one has found is left out by those that follow.
 
-T tokens, N of them that are looked at, L layers, K slots, E experts, D distinct rows.
+T tokens, N of them that are looked at, L layers, K slots, E experts, D distinct rows, S sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import comb, lgamma
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.checking.kinds import KINDS
 from moe_inspect.importers.responses import WARM_UP
 from moe_inspect.importers.routed import repeated
-from moe_inspect.linting.recorded import LEVEL, Recorded, found
 from moe_inspect.model.config import groups_of
 from moe_inspect.model.families import language_config
 from moe_inspect.reporting.verdict.data_checks import silent_ranks
-from moe_inspect.reporting.verdict.findings import Finding
-from moe_inspect.text import plural
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import plural, ranges
+from moe_inspect.trace.runs import run_edges
 
+# Of all findings that are not certain, in one recording: 1 of 10,000 right ones may get any. Each
+# kind has an equal part, and divides it among the tests that it makes.
+LEVEL = 1e-4 / 12
+LEAST = 1e-99  # p-values below are said to be below
 FEW = 2048  # tokens on which loads are counted
 SEEN = 4  # times that a row was there before, and distances, that are looked at
 MOST_RUN = 2**14  # tokens on which is judged how long routers go on to choose alike
@@ -30,6 +39,106 @@ SHARE = 0.01  # of a layer's decisions: fewer are left to rounding, and to ties
 APART = 1e-2  # of a weight, or of a sum, which half precision does not make
 Left = np.ndarray  # bool [T] or [L]: what a check has found, for the next to leave out
 NOTHING = np.zeros(0, bool)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """slots_KTL: integers, an array [T, L] per slot, −1 where it routed nowhere. layers: the number
+    of each. token_id_T: −1 where unknown. begin_S: where each run of consecutive tokens begins.
+    weights_KTL: gate weights. by_weight: whether slot 0 is said to be the first choice; None where
+    nothing is said. config: the model's."""
+
+    slots_KTL: np.ndarray
+    experts: int
+    layers: Sequence[int]
+    token_id_T: np.ndarray
+    begin_S: np.ndarray
+    weights_KTL: np.ndarray | None = None
+    by_weight: bool | None = None
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def K(self) -> int:
+        return self.slots_KTL.shape[0]
+
+    @property
+    def T(self) -> int:
+        return self.slots_KTL.shape[1]
+
+    @property
+    def L(self) -> int:
+        return self.slots_KTL.shape[2]
+
+    @property
+    def end_S(self) -> np.ndarray:
+        """Where each sequence ends."""
+        return np.append(self.begin_S[1:], self.T)
+
+    @cached_property
+    def sequence_T(self) -> np.ndarray:
+        """The sequence of each token, from 0."""
+        return np.repeat(np.arange(len(self.begin_S)), self.end_S - self.begin_S)
+
+    def kept(self, which_T: np.ndarray) -> Recorded:
+        """Only these tokens. bool [T]"""
+        if which_T.all():
+            return self
+        at = np.flatnonzero(which_T)
+        # what is left out parts a sequence
+        begin_S = run_edges(self.sequence_T[at], at - np.arange(len(at)))[:-1]
+        weights = None if self.weights_KTL is None else self.weights_KTL[:, which_T]
+        return replace(
+            self,
+            slots_KTL=self.slots_KTL[:, which_T],
+            token_id_T=self.token_id_T[which_T],
+            begin_S=begin_S,
+            weights_KTL=weights,
+        )
+
+    def without_layers(self, left_L: np.ndarray) -> Recorded:
+        if not left_L.any():
+            return self
+        weights = None if self.weights_KTL is None else self.weights_KTL[..., ~left_L]
+        layers = [n for n, left in zip(self.layers, left_L, strict=True) if not left]
+        slots_KTL = np.ascontiguousarray(self.slots_KTL[..., ~left_L])
+        return replace(self, slots_KTL=slots_KTL, weights_KTL=weights, layers=layers)
+
+    def where(self, found_T: np.ndarray) -> str:
+        """ "37 of 400 tokens, the first in sequence 2 at token 5": bool [T]."""
+        n, first = int(found_T.sum()), int(found_T.argmax())
+        if n == self.T:
+            return f"all {plural(n, 'token')}"
+        s = int(self.sequence_T[first])
+        of = f" of sequence {s}" if len(self.begin_S) > 1 else ""
+        at = f"token {first - int(self.begin_S[s])}{of}"
+        many = f"{n:,} of {plural(self.T, 'token')}"
+        return f"{many}, {at}" if n == 1 else f"{many}, from {at} on"
+
+    def numbers(self, at: np.ndarray) -> list[int]:
+        """Of these layers. at: int [N], or bool [L]."""
+        of_L = np.array(self.layers)
+        return of_L[at].tolist()
+
+    def named(self, at: np.ndarray) -> str:
+        """ "layers 1-3" """
+        numbers = self.numbers(at)
+        return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
+
+
+def found(
+    kind: str, what: str, p: float | None = None, where: str = "", **values: object
+) -> Finding:
+    """A finding: what was seen; how sure (without a p-value: no router does that); where, "" for
+    everywhere; which published bugs look like it; what mends it."""
+    of = KINDS[kind]
+    sure = "Certain."
+    if p is not None:
+        sure = f"By chance: p = {p:.0e}." if p > LEAST else f"By chance: p < {LEAST:.0e}."
+    known = f"Known: {', '.join(of.bugs)}." if of.bugs else ""
+    text = " ".join(part for part in (what, sure, of.means, known, of.mend) if part)
+    values |= {"where": where, "p": 0.0 if p is None else max(p, LEAST), "certain": p is None}
+    values |= {"known": list(of.bugs), "option": of.option or None}
+    return finding(kind, of.severity, text, None, **values)
 
 
 def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tuple[Finding, Left]]:
@@ -48,7 +157,7 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
             if not (r.slots_KTL[:, ~in_all_T] == -1).any():
                 where = f"{r.where(found_T)}{_where_in_sequences(r, found_T)}"
                 what = f"No expert in any slot of any layer: {where}."
-                yield found("not_recorded", what, tokens=n), found_T
+                yield found("not_recorded", what, where=where, tokens=n), found_T
             continue
         p, kind = None, "zero_filled" if constant and value == 0 else "constant_filled"
         if r.experts <= r.K and (not constant or r.K == 1):
@@ -67,7 +176,7 @@ def of_pattern(r: Recorded, at_N: np.ndarray, row_NK: np.ndarray) -> Iterator[tu
         slots = f"expert {value} in every slot" if constant else f"experts {row_K.tolist()}"
         ends = _where_in_sequences(r, found_T)
         what = f"{slots.capitalize()} of every layer: {r.where(found_T)}{ends}."
-        yield found(kind, what, p, tokens=n, row=row_K.tolist()), found_T
+        yield found(kind, what, p, r.where(found_T), tokens=n, row=row_K.tolist()), found_T
 
 
 def _log_first_experts(r: Recorded) -> float:
@@ -122,7 +231,7 @@ def out_of_range(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     where = f"{r.where(bad_T)}, in {r.named(np.any(bad_TL, axis=0))}"
     values = {"assignments": int(times.sum()), "lowest": low, "highest": high}
     what = f"Ids from {min(low, 0)} to {high} of {E} experts: {where}."
-    yield found("physical_ids" if replicas else "out_of_range", what, **values), bad_T
+    yield found("physical_ids" if replicas else "out_of_range", what, where=where, **values), bad_T
 
 
 def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -135,13 +244,13 @@ def layers_filled(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         values = sorted({int(slots[0, 0, n]) for n in np.flatnonzero(constant_L).tolist()})
         of = "no expert" if values == [-1] else f"expert {', '.join(map(str, values))}"
         what = f"All tokens have {of} in every slot of {named}."
-        yield found("layers_filled", what, layers=r.numbers(constant_L)), constant_L
+        yield found("layers_filled", what, where=named, layers=r.numbers(constant_L)), constant_L
     # how often a layer that uses only K of them has these
     p = r.L * float(np.exp(_log_first_experts(r))) if K <= E else 1.0
     if counted_L.any() and r.T >= SHORT and p < LEVEL:
         named = r.named(counted_L)
         what = f"All tokens have experts 0 to {K - 1}, in this order, in {named}."
-        yield found("constant_filled", what, p, layers=r.numbers(counted_L)), counted_L
+        yield found("constant_filled", what, p, named, layers=r.numbers(counted_L)), counted_L
 
 
 def twice(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -151,7 +260,7 @@ def twice(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     n = int(twice_TL.sum())
     where = f"{r.where(twice_T)}, in {r.named(np.any(twice_TL, axis=0))}"
     what = f"An expert twice in {plural(n, 'decision')}: {where}."
-    yield found("twice", what, decisions=n), twice_T
+    yield found("twice", what, where=where, decisions=n), twice_T
 
 
 def repeated_rows(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -170,7 +279,8 @@ def repeated_rows(r: Recorded) -> Iterator[tuple[Finding, Left]]:
         f"The same experts in every layer from token to token, up to {longest + 1:,} in a row: "
         f"{r.where(found_T)}."
     )
-    yield found("repeated_rows", what, p, tokens=int(found_T.sum()), longest=longest + 1), found_T
+    values = {"tokens": int(found_T.sum()), "longest": longest + 1}
+    yield found("repeated_rows", what, p, r.where(found_T), **values), found_T
 
 
 def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -207,7 +317,8 @@ def repeated_block(r: Recorded) -> Iterator[tuple[Finding, Left]]:
             f"Up to {longest:,} tokens in a row have the experts that other tokens had before, in "
             f"every layer: {r.where(found_T)}, as {back:,} tokens before."
         )
-        yield found("repeated_block", what, p, tokens=int(found_T.sum()), longest=longest), found_T
+        values = {"tokens": int(found_T.sum()), "longest": longest}
+        yield found("repeated_block", what, p, r.where(found_T), **values), found_T
 
 
 def _same(a_KNL: np.ndarray, b_KNL: np.ndarray) -> np.ndarray:
@@ -262,7 +373,7 @@ def layer_copied(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     said = [f"layer {r.layers[n]} equals layer {r.layers[of]}" for of, n in copies]
     left_L = np.isin(np.arange(r.L), [n for _, n in copies])
     what = f"At every token {', '.join(said)}."
-    yield found("layer_copied", what, worst, layers=r.numbers(left_L)), left_L
+    yield found("layer_copied", what, worst, r.named(left_L), layers=r.numbers(left_L)), left_L
 
 
 def sorted_ids(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -321,7 +432,7 @@ def loads(r: Recorded) -> Iterator[tuple[Finding, Left]]:
                 f"{load_LE[n].min():,} to {load_LE[n].max():,} assignments per expert, of "
                 f"{mean_L1[n, 0]:,.0f} on average (layer {r.layers[n]})."
             )
-            yield found("even_load", what, float(p_L.min())), NOTHING
+            yield found("even_load", what, float(p_L.min()), r.named(even)), NOTHING
 
 
 # --- what the config says: groups, and gate weights
@@ -342,7 +453,7 @@ def groups(r: Recorded) -> Iterator[tuple[Finding, Left]]:
             f"than {most} of {parts} groups, in one of {number_TL.max()}."
         )
         values = {"share": float(wrong_L.max()), "groups": parts, "allowed": most}
-        yield found("groups", what, **values), NOTHING
+        yield found("groups", what, where=r.named(at), **values), NOTHING
 
 
 def weights(r: Recorded) -> Iterator[tuple[Finding, Left]]:
@@ -350,16 +461,6 @@ def weights(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     if w is None or not r.T:
         return
     w = np.where(r.slots_KTL < 0, 0, w)
-    top_TL = np.abs(w).max(0)
-    if r.by_weight and r.K > 1:
-        wrong_TL = w[0] < w.max(0) - APART * top_TL
-        if (wrong_L := wrong_TL.mean(0)).max() > SHARE:
-            at = np.flatnonzero(wrong_L > SHARE)
-            what = (
-                f"In {r.named(at)} slot 0, which is said to be the first choice, has not the "
-                f"largest weight in {wrong_L.max():.0%} of the decisions."
-            )
-            yield found("first_choice", what, share=float(wrong_L.max())), NOTHING
     config = language_config(dict(r.config))
     stated, scale = config.get("norm_topk_prob"), config.get("routed_scaling_factor")
     # where it says no, the k best may still be all that the softmax is of
@@ -377,4 +478,4 @@ def weights(r: Recorded) -> Iterator[tuple[Finding, Left]]:
             f"they sum to {mean:.3g} on average, to {' or '.join(f'{s:g}' for s in sorted(sums))} "
             f"in {share_L[at].min():.0%} of the decisions."
         )
-        yield found("weight_sums", what, sum=mean), NOTHING
+        yield found("weight_sums", what, where=r.named(at), sum=mean), NOTHING

@@ -1,5 +1,5 @@
 """The kinds of findings: what each means, which published bugs look like it, and what mends it.
-docs/lint.md has them as a table."""
+docs/check.md has them as a table."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ LOST_TOKEN = ("NeMo-RL #3208", "prime-rl #1807")
 DRAFT = ("vLLM #48622",)
 RETRACTED = ("miles #3277",)
 KINDS: dict[str, Kind] = {
+    "broken_file": Kind(
+        "a file that breaks a rule of the format",
+        "A byte has changed, a file is missing, or another program wrote it.",
+        "Copy the file again, or record again.",
+        certain=True,
+    ),
+    "unfinished": Kind(
+        "a writer that has not ended",
+        "Readers see what is committed.",
+        certain=True,
+        severity="note",
+    ),
     "lengths": Kind(
         "another number of rows than of tokens",
         "From a missing row on, routes are other tokens'.",
@@ -124,11 +136,6 @@ KINDS: dict[str, Kind] = {
     "groups": Kind(
         "more groups in a decision than the config allows",
         "The ids are not the config's: physical ids, a permutation, or another model.",
-        certain=True,
-    ),
-    "first_choice": Kind(
-        "slot 0 has not the largest weight",
-        "Ids and weights are in different orders, or the order of slots is not the stated one.",
         certain=True,
     ),
     "weight_sums": Kind(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.linting.recorded import LEVEL, Recorded, found
+from moe_inspect.checking.rows import LEVEL, Recorded, found
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import join_first, plural
 
@@ -155,7 +155,7 @@ def _shifted(shift: int, where: str, p: float, n: int) -> Finding:
         f"Tokens with the same id choose most alike {_rows_on(shift)}{where}: row n{shift:+d} has "
         f"the routes of token n ({plural(n, 'pair')})."
     )
-    return found("routes_shifted", what, p, shift=shift, pairs=n)
+    return found("routes_shifted", what, p, where.removeprefix(" in "), shift=shift, pairs=n)
 
 
 def _rows_on(shift: int) -> str:
@@ -175,7 +175,7 @@ def _layers_shifted(r: Recorded, pairs: Pairs) -> Iterator[Finding]:
             f"In {r.named(at)} tokens with the same id choose most alike {_rows_on(shift)}, in the "
             "other layers in their own row."
         )
-        yield found("layer_shifted", what, float(p_L[at].max()), layers=r.numbers(at))
+        yield found("layer_shifted", what, float(p_L[at].max()), r.named(at), layers=r.numbers(at))
 
 
 def _excess(
@@ -215,7 +215,8 @@ def habits(r: Recorded, known: Recorded, usual_NL: np.ndarray) -> Iterator[Findi
         names = [f"layer {r.layers[n]} is the known {known.layers[m]}" for n, m in moved.items()]
         what = f"By what their tokens choose, {join_first(names, 4)}."
         p = max(float(p_ML[(m - n) % L, n]) for n, m in moved.items())
-        yield found("layers_moved", what, p, layers=r.numbers(np.array([*moved])))
+        of = np.array([*moved])
+        yield found("layers_moved", what, p, r.named(of), layers=r.numbers(of))
     p_L = tail(usual_L / 2 - own_NL, L)
     at = np.setdiff1d(np.flatnonzero(p_L < LEVEL), [*moved])
     if len(at):
@@ -224,7 +225,7 @@ def habits(r: Recorded, known: Recorded, usual_NL: np.ndarray) -> Iterator[Findi
             "known trace."
         )
         p = float(p_L[at].max())
-        yield found("routes_of_another_router", what, p, layers=r.numbers(at))
+        yield found("routes_of_another_router", what, p, r.named(at), layers=r.numbers(at))
 
 
 def _across(id_T: np.ndarray, known_T: np.ndarray) -> Pairs:

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
+from moe_inspect.checking import check as checking
+from moe_inspect.checking.kinds import KINDS
 from moe_inspect.importers.context import ImportContext
-from moe_inspect.linting import sources
-from moe_inspect.linting.kinds import KINDS
 from tests.conftest import ROOT, Cli
-from tests.support.damage import restate
 from tests.support.foreign import npy
 from tests.support.misrecorded import BUGS, Recording, foreign, linted, longest, read, routed_text
 from tests.support.sweep import sample
@@ -42,6 +40,10 @@ def recording(name: str) -> Recording:
     if name in SHAPES:
         return routed_text(len(name), T, *SHAPES[name])
     return read(moe_inspect.open_trace(ROOT / "sample_traces" / name)).take(slice(0, T))
+
+
+def kinds_of(*given: Any, **facts: Any) -> list[str]:
+    return [one.kind for one in moe_inspect.check(*given, **facts).findings]
 
 
 def deepseek() -> Recording:
@@ -71,7 +73,7 @@ RECORDINGS = ["balanced", "untrained", "collapsed", *SHAPES, "deepseek"]
 def test_every_published_bug_is_found_and_nothing_beside_it(name: str) -> None:
     a, wrong = recording(name), dict[str, Any]()
     assert linted(a) == []
-    if name == "deepseek":  # benchmarks.lint takes all of it
+    if name == "deepseek":  # benchmarks.check takes all of it
         a = a.take(a.document >= 36)
     for n, (bug, of) in enumerate(BUGS.items()):
         found = linted(of.b(a, np.random.default_rng([n, len(name)])))
@@ -112,9 +114,9 @@ def test_nothing_is_said_of_routes_that_the_text_does_not_tell() -> None:
     # no token next to another, of sequences of one, or between those that are left out
     a = recording("64 of 6")
     ids = np.roll(np.swapaxes(a.ids_LTK, 0, 1), 2, 0)
-    assert moe_inspect.lint(ids, a.token_id, experts=64, lengths=[1] * a.T) == []
+    assert kinds_of(ids, token_ids=a.token_id, experts=64, lengths=[1] * a.T) == []
     ids[::2] = 0
-    assert [one.kind for one in moe_inspect.lint(ids, a.token_id, experts=64)] == ["zero_filled"]
+    assert kinds_of(ids, token_ids=a.token_id, experts=64) == ["zero_filled"]
 
 
 def test_a_prompt_that_is_answered_twice_is_no_mistake() -> None:
@@ -136,7 +138,7 @@ def test_a_text_that_repeats_itself_is_no_mistake() -> None:
         other_T = rng.random(400) < 0.05
         ids_LTK[:, other_T] = a.ids_LTK[:, rng.integers(a.T, size=other_T.sum())]
         ids = np.swapaxes(ids_LTK, 0, 1)
-        assert moe_inspect.lint(ids, a.token_id[at], experts=a.E) == []
+        assert moe_inspect.check(ids, token_ids=a.token_id[at], experts=a.E).findings == []
 
 
 @pytest.mark.parametrize(("same", "own"), [(1, 2), (2, 4), (4, 2), (4, 4)])
@@ -152,7 +154,7 @@ def test_short_prompts_that_begin_alike_are_no_mistake(same: int, own: int) -> N
     before_STD /= np.sqrt(np.maximum(np.arange(T), 1))[:, None]
     logits_STLE = np.einsum("std,lde->stle", text_STD + before_STD, rng.normal(size=(8, 16, E)))
     ids = np.argsort(-logits_STLE, 3)[..., :4].reshape(-1, 8, 4)
-    assert moe_inspect.lint(ids, token_ST.ravel(), experts=E, lengths=[T] * 300) == []
+    assert kinds_of(ids, token_ids=token_ST.ravel(), experts=E, lengths=[T] * 300) == []
 
 
 def test_a_token_that_is_lost_within_a_sequence_shifts_what_follows() -> None:
@@ -182,7 +184,7 @@ def test_layers_beside_a_right_trace_of_the_model(tmp_path: Path) -> None:
 
     def said(name: str, ids_LTK: np.ndarray) -> list[tuple[str, Any]]:
         made = replace(a, ids_LTK=ids_LTK).written(tmp_path / name)
-        return [(one.kind, one.values["layers"]) for one in made.lint(against=known)]
+        return [(one.kind, one.values["layers"]) for one in made.check(against=known).findings]
 
     ids = a.ids_LTK
     assert said("the same", ids) == []
@@ -192,19 +194,19 @@ def test_layers_beside_a_right_trace_of_the_model(tmp_path: Path) -> None:
         ("routes_of_another_router", [6])
     ]
     few = whole.take(slice(0, 12)).written(tmp_path / "few")
-    assert few.lint(against=known) == []
+    assert few.check(against=known).findings == []
 
     def told(of: moe_inspect.Trace, by: moe_inspect.Trace) -> str:
-        return str(sources.lint_trace(of, against=by)).partition("routers ")[2]
+        return of.check(against=by).read[-1].partition("routers ")[2]
 
-    enough = "of them known well enough to tell them from others)"
+    enough = "of them known well enough to tell them from others)."
     assert told(a.written(tmp_path / "a"), known) == f"(8 {enough}"
     assert told(few, known) == f"(0 {enough}"
     by_chance = np.random.default_rng(0).random((*ids.shape[:2], 64)).argsort(-1)[..., :6]
     random = replace(a, ids_LTK=by_chance.astype(ids.dtype)).written(tmp_path / "random")
     assert told(random, random) == f"(0 {enough}"
     with pytest.raises(moe_inspect.MoeInspectError, match="has other routers than"):
-        few.lint(against=recording("8 of 2").written(tmp_path / "others"))
+        few.check(against=recording("8 of 2").written(tmp_path / "others"))
 
 
 def test_what_the_config_says_of_groups_and_weights(tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_what_the_config_says_of_groups_and_weights(tmp_path: Path) -> None:
         facts: dict[str, Any] = {"manifest": {"model": {"id": "made", "config": config | more}}}
         both = [np.roll(ids, n, 0).astype(np.uint16) for n in (0, 1)]
         made = write_trace(tmp_path / name, both, 16, weights=[weights] * 2, **facts)
-        return [one.kind for one in made.lint()]
+        return kinds_of(made)
 
     assert kinds("right", of, weights) == kinds("scaled", of, weights * 2.5) == []
     assert kinds("grouped", of, weights, topk_group=1) == ["groups"]
@@ -228,13 +230,6 @@ def test_what_the_config_says_of_groups_and_weights(tmp_path: Path) -> None:
     assert kinds("ungrouped", rng.permutation(16)[of], weights, n_group=1) == []
     assert kinds("sums", of, weights * 0.8) == ["weight_sums"]
     assert kinds("not said", of, weights * 0.8, norm_topk_prob=False) == []
-    (part,) = (tmp_path / "right" / "routing").iterdir()  # as another program may write it
-    table = pq.read_table(part)
-    names = {"weight_0": "weight_2", "weight_2": "weight_0"}
-    pq.write_table(table.rename_columns([names.get(c, c) for c in table.column_names]), part)
-    restate(tmp_path / "right", f"routing/{part.name}")
-    (found,) = moe_inspect.open_trace(tmp_path / "right").lint()
-    assert found.kind == "first_choice"
     # a few are left to rounding
     odd = of.copy()
     odd[:2] = [0, 5, 10]
@@ -280,16 +275,16 @@ def test_a_layer_that_was_never_written_is_told_beside_a_right_trace(tmp_path: P
     known, ids = a.written(tmp_path / "right"), a.ids_LTK.copy()
     ids[2] = [0, 1]
     b = replace(a, ids_LTK=ids).written(tmp_path / "unwritten")
-    assert b.lint() == []
-    (found,) = b.lint(against=known)
+    assert b.check().findings == []
+    (found,) = b.check(against=known).findings
     assert (found.kind, found.values["layers"]) == ("routes_of_another_router", [2])
 
 
 def test_routers_without_a_choice_are_no_mistake() -> None:
     for k in (1, 2):
         ids = np.tile(np.arange(k), (400, 4, 1))
-        assert moe_inspect.lint(ids, experts=k) == []
-        assert moe_inspect.lint(ids, experts=8) != []
+        assert moe_inspect.check(ids, experts=k).findings == []
+        assert moe_inspect.check(ids, experts=8).findings != []
 
 
 def test_empty_slots_are_no_mistake_where_tokens_are_dropped() -> None:
@@ -306,10 +301,10 @@ def test_ids_as_a_training_loop_has_them() -> None:
     a = recording("64 of 6")
     ids = torch.from_numpy(np.swapaxes(a.ids_LTK, 0, 1).copy())
     tokens = torch.from_numpy(a.token_id)
-    assert moe_inspect.lint(ids, tokens, experts=64) == []
-    assert moe_inspect.lint(ids[:0], experts=64) == []
+    assert moe_inspect.check(ids, token_ids=tokens, experts=64).findings == []
+    assert moe_inspect.check(ids[:0], experts=64).findings == []
     ids[7] = 0
-    (one,) = moe_inspect.lint(ids.to(torch.uint8), experts=64)
+    (one,) = moe_inspect.check(ids.to(torch.uint8), experts=64).findings
     assert one.values["certain"]
     assert one.values["option"] == "compare --drop-zero-filled"
     assert one.values["known"] == list(KINDS["zero_filled"].bugs)
@@ -320,36 +315,42 @@ def test_ids_as_a_training_loop_has_them() -> None:
         ([[[1, 2]], [[1]]], "ids are no array"),
     ):
         with pytest.raises(moe_inspect.MoeInspectError, match=said):
-            moe_inspect.lint(wrong, experts=64)
+            moe_inspect.check(wrong, experts=64)
     for experts in (0, 10**12):
         with pytest.raises(moe_inspect.MoeInspectError, match=f"experts is {experts}: give"):
-            moe_inspect.lint(ids, experts=experts)
+            moe_inspect.check(ids, experts=experts)
     huge = ids.numpy().astype(np.uint64)
     huge[9, 0, 0] = 2**64 - 1
-    found = moe_inspect.lint(huge, experts=64)
+    found = moe_inspect.check(huge, experts=64).findings
     assert {one.kind for one in found} == {"zero_filled", "out_of_range"}
-    (one, *_) = moe_inspect.lint(ids, experts=4)  # more slots than experts
+    (one, *_) = moe_inspect.check(ids, experts=4).findings  # more slots than experts
     assert one.values["certain"]
     with pytest.raises(moe_inspect.MoeInspectError, match="a length is 0 or more"):
-        moe_inspect.lint(ids, experts=64, lengths=[-1, 1_201])
+        moe_inspect.check(ids, experts=64, lengths=[-1, 1_201])
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
     right = ROOT / "sample_traces" / "balanced"
-    assert cli_here("lint", right).stdout == f"{right}: nothing in 9,254 tokens, 4 routers\n"
+    lines = cli_here("check", right).stdout.splitlines()
+    assert lines[0].startswith("• Nothing wrong in the files: 9,254 tokens, 37,016 decisions, ")
+    assert lines[1].startswith("• Checked in the files: sha256 and rows of every file are those")
+    assert lines[2:] == ["• Nothing wrong in the routes of 9,254 tokens, 4 routers."]
     a = recording("balanced")
     replace(a, ids_LTK=np.roll(a.ids_LTK, 1, 1), weights_LTK=None).written(tmp_path / "shifted")
-    done = cli_here("lint", "shifted", check=3)
+    assert cli_here("check", "shifted", "--quick").stdout.endswith("routes were not checked.\n")
+    done = cli_here("check", "shifted", check=3)
     assert "• Critical: Tokens with the same id choose most alike 1 row later" in done.stdout
     assert "Known: vLLM #37094" in done.stdout
-    assert done.stdout.endswith("shifted: 1 finding in 1,200 tokens, 4 routers\n")
+    assert done.stdout.endswith("• 1 finding in the routes of 1,200 tokens, 4 routers.\n")
     assert done.stderr == "failed: routes_shifted\n"
-    row = json.loads(cli_here("lint", "shifted", "--format", "json", check=3).stdout)
-    assert (row["kind"], row["values"]["shift"]) == ("routes_shifted", 1)
+    row = json.loads(cli_here("check", "shifted", "--format", "json", check=3).stdout)
+    assert (row["kind"], row["where"], row["values"]["shift"]) == ("routes_shifted", "", 1)
+    assert row["p"] == row["values"]["p"] > 0
     # a note is no failure
-    ids = np.swapaxes(np.sort(recording("64 of 6").ids_LTK, 2), 0, 1)
-    np.save(tmp_path / "sorted.npy", ids.astype(np.uint8))
-    assert "The 6 ids ascend" in cli_here("lint", "sorted.npy", "--experts", 64).stdout
+    b = recording("64 of 6")
+    ids, unknown_T = [*np.sort(b.ids_LTK, 2).astype(np.uint8)], np.full(b.T, -1)
+    write_trace(tmp_path / "sorted", ids, 64, token_id=unknown_T, batch_tokens=b.T)
+    assert "The 6 ids ascend" in cli_here("check", "sorted").stdout
 
 
 def test_what_was_not_looked_at_is_said(
@@ -357,36 +358,40 @@ def test_what_was_not_looked_at_is_said(
 ) -> None:
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, 1_000, 8, 2) for _ in range(4)]
-    drafts = write_trace(tmp_path / "drafts", ids, 8, phases=("decode", "draft"))
-    said = "drafts: nothing in 500 tokens (without 500 rejected drafts), 4 routers\n"
-    assert cli_here("lint", "drafts").stdout == said
-    assert drafts.lint() == []
-    put(sources, MOST_CELLS=100 * 8)
-    said = "drafts: nothing in the first 100 of 1,000 tokens, 4 routers\n"
-    assert cli_here("lint", "drafts").stdout == said
-    assert "no trace at" in cli_here("lint", "none", check=1).stderr
-    Path("without/routing").mkdir(parents=True)
-    Path("without/routing/part-0-0.parquet").touch()
-    assert "no trace at without" in cli_here("lint", "without", check=1).stderr
-    Path("loads/routing").mkdir(parents=True)
-    Path("loads/routing/loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
-    said = cli_here("lint", "loads", "--experts", 2, "--top-k", 1, check=1).stderr
-    assert "holds counts only, no decisions to lint" in said
-    (tmp_path / "loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
-    done = cli_here("lint", "loads.csv", "--top-k", 1, check=1)
-    assert done.stderr.splitlines()[-1] == (
-        "error: loads.csv holds counts only, no decisions to lint"
-    )
+    facts: dict[str, Any] = {"phases": ("decode", "draft"), "document": np.repeat([0, 1], 500)}
+    drafts = write_trace(tmp_path / "drafts", ids, 8, **facts)
+    said = "the routes of 500 tokens (without 500 rejected drafts), 4 routers.\n"
+    assert cli_here("check", "drafts").stdout.endswith(f"• Nothing wrong in {said}")
+    assert drafts.check().findings == []
+    put(checking, MOST_CELLS=100 * 8)
+    said = "• Nothing wrong in the routes of the first 100 of 1,000 tokens, 4 routers.\n"
+    assert cli_here("check", "drafts").stdout.endswith(said)
+    assert "no trace at none" in cli_here("check", "none", check=1).stderr
+    (tmp_path / "without/routing").mkdir(parents=True)
+    (tmp_path / "without/routing/part-0-0.parquet").touch()
+    assert "no trace at without" in cli_here("check", "without", check=1).stderr
     write_counts(tmp_path / "counts", [np.full((1, 8), 250)], 2, ["a"])
-    done = cli_here("lint", "drafts", "--against", "counts", check=1)
-    assert done.stderr == "error: counts holds counts only, no decisions to lint by\n"
-    done = cli_here("lint", "drafts", "--experts", 8, check=1)
-    assert done.stderr == "error: drafts is a trace, which says what its model is\n"
+    assert cli_here("check", "counts").stdout.endswith("as the trace holds counts only.\n")
+    done = cli_here("check", "drafts", "--against", "counts", check=1)
+    assert done.stderr == "error: counts holds counts only, no decisions to check against\n"
+    (tmp_path / "loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
+    for given, said in (
+        (dict[str, Any](source="without"), "no trace at without"),
+        (dict[str, Any](source=drafts, experts=8), "is a trace, which says what its model is"),
+        (dict[str, Any](source=drafts, token_ids=[1]), "are those of an array"),
+        (dict[str, Any](source=drafts, against=drafts, quick=True), "quick checks the files only"),
+        (dict[str, Any](source="loads.csv", top_k=1), r"holds no responses \(counts\)"),
+        (dict[str, Any](source="loads.csv", quick=True), "is no trace"),
+        (dict[str, Any](source=ids, quick=True), "an array has neither files"),
+        (dict[str, Any](source=ids), "give experts"),
+    ):
+        with pytest.raises(moe_inspect.MoeInspectError, match=said):
+            moe_inspect.check(**given)
 
 
-def test_responses_are_linted_as_they_came(cli_here: Cli, tmp_path: Path) -> None:
+def test_responses_are_checked_as_they_came(tmp_path: Path) -> None:
     """What `import` leaves out, or refuses."""
-    a, lines = recording("64 of 6"), list[str]()
+    a = recording("64 of 6")
     begins = [*np.flatnonzero(a.position == 0), a.T]
 
     def write(change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -399,16 +404,14 @@ def test_responses_are_linted_as_they_came(cli_here: Cli, tmp_path: Path) -> Non
         (tmp_path / "r.jsonl").write_text("\n".join(rows))
 
     def kinds() -> list[str]:
-        done = cli_here("lint", "r.jsonl", "--experts", 64, "--format", "json", check=None)
-        return [json.loads(line)["kind"] for line in done.stdout.splitlines()]
+        return moe_inspect.check(tmp_path / "r.jsonl", experts=64).wrong
 
     write(lambda ids: ids)
-    assert kinds() == lines
+    assert kinds() == []
     np.save(tmp_path / "a.npy", np.swapaxes(a.ids_LTK[:, : begins[1]], 0, 1).astype(np.uint16))
-    for last, said in (([], "nothing"), ([0], "nothing"), ([0, 0], "1 finding")):  # one is not fed
+    for last, said in (([], []), ([0], []), ([0, 0], ["lengths"])):  # one is not fed
         np.save(tmp_path / "a.token_ids.npy", np.array([*a.token_id[: begins[1]], *last]))
-        done = cli_here("lint", "a.npy", "--experts", 64, check=None)
-        assert done.stdout.splitlines()[-1].startswith(f"a.npy: {said} in")
+        assert moe_inspect.check(tmp_path / "a.npy", experts=64).wrong == said
     write(lambda ids: np.concatenate([ids, ids[:1] * 0]))  # padded to the tokens
     assert kinds() == ["zero_filled"]
     write(lambda ids: ids[1:])
@@ -426,7 +429,7 @@ def test_of_many_responses_no_more_are_held_than_are_looked_at(
     for i in range(n):
         routed = np.stack([uniform_ids(rng, each, 64, 8) for _ in range(8)], 1)
         np.save(tmp_path / f"{i:02}.npy", routed.astype(np.uint8))
-    put(sources, MOST_CELLS=2 * each * 64)
+    put(checking, MOST_CELLS=2 * each * 64)
     held, most = list[weakref.ref[Any]](), list[int]()
 
     def context(*given: Any, returned: Callable[[Any], None], **how: Any) -> ImportContext:
@@ -437,15 +440,17 @@ def test_of_many_responses_no_more_are_held_than_are_looked_at(
 
         return ImportContext(*given, returned=watched, **how)
 
-    put(sources, ImportContext=context)
-    made = sources.lint_path(str(tmp_path), experts=64)
-    assert str(made) == f"the first {2 * each:,} of {n * each:,} tokens, 8 routers"
+    put(checking, ImportContext=context)
+    made = moe_inspect.check(tmp_path, experts=64)
+    assert made.read == [
+        f"Nothing wrong in the routes of the first {2 * each:,} of {n * each:,} tokens, 8 routers."
+    ]
     assert len(most) == n
     assert max(most) <= 4
 
 
 def test_the_page_has_every_kind() -> None:
-    page = (ROOT / "docs" / "lint.md").read_text()
+    page = (ROOT / "docs" / "check.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
     assert [kind for kind, *_ in listed] == [*KINDS]
     for kind, sign, sure, bugs, _ in listed:

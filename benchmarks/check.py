@@ -1,6 +1,6 @@
-"""`python -m benchmarks.lint`: bugs planted into routes, and what `moe_inspect.lint` says of them
+"""`python -m benchmarks.check`: bugs planted into routes, and what `moe_inspect.check` says of them
 alone; shifts by the number of tokens; what it says of recordings with nothing wrong, of every
-family of transformers too; and what it costs. Prints a table, writes benchmarks/results/lint.json.
+family of transformers too; and what it costs. Prints a table, writes benchmarks/results/check.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import moe_inspect
 from benchmarks.measuring import RESULTS, machine
 from tests.support.misrecorded import BUGS, Recording, linted
-from tests.test_lint import REAL, RECORDINGS, recording
+from tests.test_check import REAL, RECORDINGS, recording
 
 SEEDS = 4  # models of each family
 SHIFTS = (1, -1, 2)
@@ -41,10 +41,10 @@ def main() -> None:
         "invented": invented,
     }
     cost = costs(of["64 of 6"])
-    made = {"machine": machine() | {"command": "python -m benchmarks.lint"}, "in_all": summary}
+    made = {"machine": machine() | {"command": "python -m benchmarks.check"}, "in_all": summary}
     made |= {"planted": planted, "shifts": shifted, "cost": cost, "right": [*right]}
     text = json.dumps(made, indent=1, ensure_ascii=False)
-    (RESULTS / "lint.json").write_text(text + "\n")
+    (RESULTS / "check.json").write_text(text + "\n")
     for row in (*planted, *shifted, summary, cost):
         print(row)
     if summary["named"] < summary["planted"] or invented:
@@ -95,7 +95,7 @@ def clean(of: dict[str, Recording]) -> Iterator[tuple[str, list[str]]]:
     with tempfile.TemporaryDirectory() as place:
         if ESFT.is_dir():
             esft = moe_inspect.import_trace("esft", [ESFT], Path(place) / "esft")
-            yield "ESFT", [one.kind for one in esft.lint()]
+            yield "ESFT", [one.kind for one in esft.check().findings]
         for family in zoo.FAMILIES:
             for seed in range(SEEDS if family not in zoo.WHY_NOT else 0):
                 rng = np.random.default_rng([seed, len(family)])
@@ -103,7 +103,7 @@ def clean(of: dict[str, Recording]) -> Iterator[tuple[str, list[str]]]:
                 each = [zoo.inputs(family, [n], seed * 4 + i) for i, n in enumerate(lengths)]
                 model = zoo.build(family, seed=seed)
                 made = zoo.recorded(model, Path(place) / f"{family}-{seed}", *each)
-                yield f"{family}, seed {seed}", [one.kind for one in made.lint()]
+                yield f"{family}, seed {seed}", [one.kind for one in made.check().findings]
 
 
 def costs(a: Recording) -> dict[str, float]:
@@ -115,10 +115,10 @@ def costs(a: Recording) -> dict[str, float]:
     given = {"rows": {}, "rows and text": {"token_ids": token_ids}}
     cost = dict[str, float]()
     for name, more in given.items():
-        moe_inspect.lint(ids_TLK, experts=a.E, lengths=lengths, **more)
+        moe_inspect.check(ids_TLK, experts=a.E, lengths=lengths, **more)
         begin = process_time()
         for _ in range(5):
-            moe_inspect.lint(ids_TLK, experts=a.E, lengths=lengths, **more)
+            moe_inspect.check(ids_TLK, experts=a.E, lengths=lengths, **more)
         cost[name] = round((process_time() - begin) / 5 / 32.768 * 1e6, 1)
     return cost
 

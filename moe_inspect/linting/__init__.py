@@ -1,1 +1,0 @@
-"""Are these routes right? What can be told of them without a reference."""
