@@ -1,4 +1,4 @@
-"""Routers that are not transformers': RouterSpecs, discovery, and which rows a router sees."""
+"""Routers that are not transformers': RouterSpecs, and which rows a router sees."""
 
 from __future__ import annotations
 
@@ -194,9 +194,8 @@ def test_sequence_first_rows_stand_at_their_tokens(tmp_path: Path) -> None:
         (p * B + b, s): int(ids[b, s]) for p in range(2) for b in range(B) for s in range(S)
     }
     # what it is given says so where the spec does not
-    for options in ({"routers": [spec(module=INNER)]}, {"discover": True}):
-        with pytest.raises(MoeInspectError, match=r"gpt\.blocks\.0\S* is given \["):
-            own.record_once(model, tmp_path / "u", **options)
+    with pytest.raises(MoeInspectError, match=r"gpt\.blocks\.0\S* is given \["):
+        own.record_once(model, tmp_path / "u", routers=[spec(module=INNER)])
 
 
 def test_a_rank_that_sees_a_part_records_that_part(tmp_path: Path) -> None:
@@ -272,17 +271,3 @@ def test_what_looks_like_a_router_is_named(tmp_path: Path) -> None:
     assert candidates(dense) is None
     with pytest.raises(MoeInspectError, match="is a dense model: it has no routers"):
         find_routers(dense)
-
-
-def test_topk_is_discovered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = own.gpt(probes=False)
-    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t", discover=True):
-        for _ in range(3):
-            model(own.tokens()).sum().backward()
-            torch.randn(3, 8).topk(2)  # not the model's
-    trace = own.path_of(tmp_path / "t")
-    assert own.same(trace, given) == 4 * 3 * T
-    said = capsys.readouterr().err
-    assert said.count("found routers in blocks.*.experts: ") == 1
-    assert "chooses 2 of 8" in said
-    assert "torch.topk chose by" in trace.manifest["model"]["note"]

@@ -44,10 +44,8 @@ def of_router(module: Any, args: Any, kwargs: Any, output: Tensor) -> Any:
 # how the routers are found → what `record` is given
 WAYS: dict[str, dict[str, Any]] = {
     "probe": {},
-    "probe, not discovered a second time": {"discover": True},
     "spec": {"routers": [spec()]},
     "spec of the router": {"routers": [spec(module="blocks.*.experts.router", choice=of_router)]},
-    "discover": {"discover": True},
 }
 
 
@@ -55,14 +53,6 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_a_wrapped_model_is_recorded(tmp_path: Path, how: str) -> None:
     model = own.gpt(probes="probe" in how)
     own.exact(model, tmp_path / "t", 2, Wrapper(model), **WAYS[how])
-
-
-def test_discovery_refuses_what_is_compiled(tmp_path: Path) -> None:
-    whole, inside = torch.compile(own.gpt(False), backend="eager"), own.gpt(False)
-    inside.compile(backend="eager")
-    for compiled in (whole, inside):
-        with pytest.raises(MoeInspectError, match="cannot look into compiled code"):
-            record_once(compiled, tmp_path / "t", discover=True, overwrite=True)
 
 
 def test_a_forward_that_returns_nothing_is_recorded(tmp_path: Path) -> None:
@@ -90,18 +80,16 @@ def test_a_forward_that_returns_nothing_is_recorded(tmp_path: Path) -> None:
     assert own.path_of(tmp_path / "t").n_tokens == 2 * T
 
 
-@pytest.mark.parametrize("options", [{}, {"discover": True}])
-def test_a_pass_that_failed_is_over(tmp_path: Path, options: Any) -> None:
+def test_a_pass_that_failed_is_over(tmp_path: Path) -> None:
     """The probes of another model after it are not this one's."""
-    model, other = own.gpt(probes=not options), Probing(lambda n: probe(*shown(), layer=9))
-    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t", **options):
+    model, other = own.gpt(), Probing(lambda n: probe(*shown(), layer=9))
+    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t"):
         model(own.tokens())
         hook = model.head.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(own.tokens())
         hook.remove()
         other(own.tokens())
-        torch.randn(3, 8).topk(2)
         model(own.tokens())
     for passes in given.values():
         del passes[1]
@@ -230,13 +218,6 @@ def gated() -> Any:
     return own.module("Gated", lambda self, x: x + self.gate(x)[1].sum(), **parts)
 
 
-def with_attention() -> Any:
-    """A sparse attention, which chooses keys, before the experts."""
-    attention = own.module("Attention", lambda self, x: x + 0 * (x @ x.mT).topk(3)[0].sum())
-    parts = {"attention": attention, "moe": chooser()}
-    return own.module("WithAttention", lambda self, x: self.moe(self.attention(x)), **parts)
-
-
 @pytest.mark.parametrize("block", [chooser, gated])
 def test_names_and_interfaces_that_are_known_need_nothing(tmp_path: Path, block: Any) -> None:
     record_once(of_blocks(block), tmp_path / "t")
@@ -251,16 +232,13 @@ def test_what_needs_to_be_told_is_named(tmp_path: Path) -> None:
     assert found.experts_lists == {"layers.*": "Switch of 6"}
     assert found.experts == 6
     assert candidates(of_blocks(dense)) is None
-    called = r"no block of OfBlocks called torch\.topk to choose experts in"
-    two = r"layers\.0\.attention and layers\.0\.moe .* over 16 and 4 values"
-    for block, discover, match in (
-        (switch, False, "no known router was found in OfBlocks"),
-        (switch, True, called),
-        (dense, False, r"is a dense model: .* judging by the names"),
-        (with_attention, True, two),
+    line = r"add one line to its forward: moe_inspect\.probe\(ids, weights, layer=i, experts=6\)"
+    for block, match in (
+        (switch, f"no known router was found in OfBlocks, .*: {line}"),
+        (dense, r"is a dense model: .* judging by the names"),
     ):
         with pytest.raises(MoeInspectError, match=match):
-            record_once(of_blocks(block), tmp_path / "t", discover=discover, overwrite=True)
+            record_once(of_blocks(block), tmp_path / "t", overwrite=True)
 
 
 @pytest.mark.parametrize("buffers", [0, 1])

@@ -239,7 +239,7 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match="not the history of a training run"):
         RoutingMonitor(model, tmp_path / "t", resume_step=3).__enter__()
     model = own.gpt(probes=False)
-    says = r"give routers=\[.*; moe_inspect\.record\(discover=True\) looks"
+    says = r"add one line to its forward: moe_inspect\.probe\(.*, or give routers=\["
     with pytest.raises(MoeInspectError, match=says), RoutingMonitor(model):
         model(torch.zeros(1, 4, dtype=torch.int64))
 

@@ -14,7 +14,6 @@ import torch
 
 from moe_inspect.capture.corpus.plan import CorpusPlan
 from moe_inspect.capture.corpus.tokenize import Tokenizer
-from moe_inspect.capture.hook import probes
 from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
 from moe_inspect.capture.options import CorpusOptions, RecordOptions
 from moe_inspect.capture.ranks import Ranks
@@ -130,7 +129,7 @@ class TraceOpener:
         if (adapter := _adapter_in(self.model)) is not None:
             model["adapter"] = adapter
         notes = {site.adapter.note for site in self.sites if site.adapter is not None}
-        notes |= {probes.NOTE if self.options.discover else "", ALTERED.get(self.model, "")}
+        notes.add(ALTERED.get(self.model, ""))
         if any(site.told and selection_bias(site, self.model) is not None for site in self.sites):
             notes.add(
                 "a selection bias is added to the scores that experts are chosen by, and not to "

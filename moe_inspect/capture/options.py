@@ -276,16 +276,6 @@ class RecordOptions(RecordedFields, WrittenFields):
         "`sequences` (a value for each row, or [B, S]: which sequence each token goes on "
         "with), any of them. By default the arguments' names tell.",
     )
-    discover: bool = setting(
-        False,
-        "Search for the routers: watches the calls of `torch.topk`, which is slow, and prints "
-        "the `probe` to write.",
-    )
-
-    @property
-    def specs(self) -> Sequence[RouterSpec] | None:
-        """Of the routers to look for; None: those that are known."""
-        return () if self.discover else self.routers
 
     @property
     def of_outputs(self) -> bool:
@@ -328,10 +318,6 @@ class RecordOptions(RecordedFields, WrittenFields):
             raise MoeInspectError(
                 "by_document counts every pass, and commits whole documents: leave out every and "
                 "flush_steps"
-            )
-        if self.discover and (self.routers is not None or self.extras):
-            raise MoeInspectError(
-                "discover=True finds routers itself, and records neither logits nor outputs"
             )
 
 
@@ -390,7 +376,6 @@ class RecordKeywords(RecordedKeywords, total=False):
     drop: bool
     ring_tokens: int | None
     inputs: InputsOf | None
-    discover: bool
 
 
 class CorpusKeywords(TypedDict, total=False):

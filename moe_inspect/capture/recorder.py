@@ -81,8 +81,8 @@ class Recorder:
         self._planned = planned or Planned(Ranks(alone=True))
         place = output_location(path) if path is not None else None
         options.check(place is not None)
-        self.model = unwrapped(model, by_path=bool(options.specs))
-        self.sites = recordable(self.model, options.specs, options.layers, options.logits)
+        self.model = unwrapped(model, by_path=bool(options.routers))
+        self.sites = recordable(self.model, options.routers, options.layers, options.logits)
         self.mode = mode_of(self.model, self.sites, options.capture, options.of_outputs)
         if place is not None and planned is None:
             check_directory(place, options.overwrite)
@@ -292,7 +292,7 @@ class Recorder:
         fed = [stack for stack in self.stacks.values() if stack.fed is not None]
         if new := [stack for stack in fed if stack.is_new]:  # they have run for the first time
             if not self.sites:
-                raise no_routers(self.model, self.options.discover)
+                raise no_routers(self.model)
             dtypes = [dtype for stack in new for dtype in stack.fix_shape(self._opened)]
             if not self._opened:
                 is_bf16 = all(d == torch.bfloat16 for d in dtypes)

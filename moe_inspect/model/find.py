@@ -84,24 +84,19 @@ def recordable(
     return sites
 
 
-def no_routers(model: Module, searched: bool = False, to_change: bool = False) -> MoeInspectError:
-    """Why there is nothing to record (`to_change`: or change). `searched`: for topk, in vain."""
+def no_routers(model: Module, to_change: bool = False) -> MoeInspectError:
+    """Why there is nothing to record (`to_change`: or change)."""
     name, like = type(model).__name__, candidates(model)
     dense = f"{name} is a dense model: it has no routers to trace"
     if routers.is_of_transformers(model) and not like:
         return MoeInspectError(dense)
     E = like.experts if like and like.experts else "E"
-    probe = f"call moe_inspect.probe(ids, weights, layer=i, experts={E}) in its forward"
+    probe = f"add one line to its forward: moe_inspect.probe(ids, weights, layer=i, experts={E})"
     spec = f"moe_inspect.RouterSpec(module={like.pattern if like else 'path'!r}, choice=f)"
     given = f"{probe}, or give routers=[{spec}] (trace --routers)"
-    if searched:
-        return MoeInspectError(
-            f"no block of {name} called torch.topk to choose experts in this forward pass: {given}"
-        )
     if not like:
         judged = "judging by the names of its modules and parameters"
         return MoeInspectError(f"{dense}, {judged} (if it has: {probe})")
-    given += "; moe_inspect.record(discover=True) looks for it"
     if to_change and not routers.is_of_transformers(model):
         given = f"give routers=[{spec}] (a probe shows a choice, and cannot replace it)"
     return MoeInspectError(f"no known router was found in {name}, but {like.described()}: {given}")
@@ -275,37 +270,6 @@ def _site_of(spec: RouterSpec, path: str, module: Module, model: Module) -> Site
         order=spec.order,
         rows=spec.rows,
     )
-
-
-def lists_in_blocks(model: Module) -> dict[str, list[Module]]:
-    """Path → modules, of each list in a block that has one class: they may be experts."""
-    modules = ((p, m) for p, m in model.named_modules() if routers.layer_path(p) is not None)
-    lists = {p: [*m.children()] for p, m in modules if isinstance(m, ModuleList | ModuleDict)}
-    return {p: of for p, of in lists.items() if len(of) > 1 and len(set(map(type, of))) == 1}
-
-
-def states_experts(model: Module, path: str, E: int) -> bool:
-    """Whether a list, weights, or a number in the block of the module at `path` is of E experts."""
-
-    def states(module: Module) -> bool:
-        owners = module, getattr(module, "config", None)
-        return any(stated_size(owners, (size,)) == E for size in EXPERTS_OF_MODULE)
-
-    block = routers.layer_path(path)
-    assert block is not None
-    lists = lists_in_blocks(model).items()
-    if any(len(modules) == E and of.startswith(block + ".") for of, modules in lists):
-        return True
-    for name, module in model.get_submodule(block).named_modules(prefix=block):
-        if states(module):
-            return True
-        is_router = ROUTER_NAME.match(name.split(".")[-1])
-        for of, weight in module.named_parameters(recurse=False):
-            if weight.dim() > 2 and weight.shape[0] == E:
-                return True
-            if weight.dim() == 2 and E in weight.shape and (is_router or ROUTER_WEIGHT.match(of)):
-                return True
-    return states(model)
 
 
 def _matches(spec: RouterSpec, path: str, module: Module) -> bool:

@@ -21,7 +21,7 @@ from torch.nn import Module
 
 from moe_inspect.capture.hook import stack
 from moe_inspect.capture.hook.experts import Takeover, takes_implementation
-from moe_inspect.capture.hook.probes import Discovery, Probes, listen
+from moe_inspect.capture.hook.probes import Probes, listen
 from moe_inspect.capture.hook.stack import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import wrapped
@@ -120,7 +120,6 @@ class Attachment:
         self.compiled = self.in_compiled = wrapped.is_compiled(outer)
         self._bracketed = False
         self.probes: Probes | None = None
-        self.discovery: Discovery | None = None
         both = zip(sites, self.sinks, strict=True)
         called = {site.module: sinks for site, sinks in both if site.adapter is None}
         self._experts = Takeover(self.model, called, self._watch_experts)
@@ -135,7 +134,6 @@ class Attachment:
         """`add`: see `Probes`. Specs that a caller gave (`routers`) take the place of probes."""
         if not options.routers:
             self.probes = Probes(self.scopes, add, self.model, options.layers)
-            self.discovery = Discovery(self.model, self.probes) if options.discover else None
 
     def add(self, site: Site) -> Sinks:
         """The sinks of one more site."""
@@ -158,9 +156,6 @@ class Attachment:
         self._cleanup.close()
 
     def _attach(self) -> None:
-        if self.discovery is not None and self.compiled:
-            what = "discover=True cannot look into compiled code"
-            raise MoeInspectError(f"{what}: record the model before it is compiled")
         compiled = self.compiled or has_compiled()
         if compiled:  # compiled code does not check for new hooks
             torch.compiler.reset()
@@ -174,8 +169,7 @@ class Attachment:
         for r, site in enumerate(self.sites):
             self._watch(r, site, compiled)
         if self.probes is not None:
-            seen = self.probes if self.discovery is None else self.discovery.probed
-            self._cleanup.callback(listen(seen))
+            self._cleanup.callback(listen(self.probes))
 
     def _keep(self, hook: RemovableHandle) -> None:
         self._cleanup.callback(hook.remove)
@@ -304,8 +298,6 @@ class Attachment:
         if scope.stack in self.scopes:
             self.records.feed(scope.stack, args, kwargs)
             scope.start()
-        if self.discovery is not None:
-            self.discovery.begin()
 
     @not_compiled(NOT_COMPILED)
     def _end(self, scope: Scope, output: object) -> None:
@@ -316,8 +308,6 @@ class Attachment:
         if output is None and sys.exc_info()[1] is not self._handled:  # it raised
             self._shut()
             return
-        if self.discovery is not None:
-            self.discovery.end()
         is_over = scope is self._whole or scope is self._running
         if is_over:
             self._shut()
@@ -344,8 +334,6 @@ class Attachment:
 
     def _shut(self) -> None:
         self._running = None
-        if self.discovery is not None:
-            self.discovery.close()
         for scope in self.scopes.values():
             scope.open = False
 
