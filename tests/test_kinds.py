@@ -129,9 +129,8 @@ CASES = {
 }  # fmt: skip
 
 CALLS = ("finding",)
-# rooms that judge a model or a server, not a trace: in test_audit_loss, test_doctor and
-# test_conformance
-OF_MODELS = {"conformance", "doctor", "training"}
+# rooms that judge a model, not a trace: in test_audit_loss and test_doctor
+OF_MODELS = {"doctor", "training"}
 
 
 def kinds_of_sentences() -> set[str]:

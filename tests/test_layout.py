@@ -31,9 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": {"simulate", "reporting", "analysis", "model", "trace", "errors", "text"},
     "model": {"demo", "trace", "errors", "files", "text"},
     "importers": {"model", "trace", "errors", "files", "text", "workers"},
-    "capture": {"demo", "importers", "model", "trace", "errors", "files", "text"},
+    "capture": {"demo", "model", "trace", "errors", "files", "text"},
     "interventions": {"capture", "analysis", "model", "trace", "demo", "errors", "text"},
-    "conformance": {"capture", "model", "reporting", "trace", "errors", "later", "text"},
     "doctor": {
         *("capture", "demo", "model", "trace", "training", "reporting"),
         *("errors", "progress", "text"),
@@ -103,7 +102,7 @@ def imports(name: str) -> tuple[tuple[str, bool], ...]:
 
 
 # the fronts of the package: they name every room, and import one when it is first asked
-FRONTS = ("", "__main__", "conformance.__main__", "trace.answers")
+FRONTS = ("", "__main__", "trace.answers")
 
 
 def graph(names: Iterable[str]) -> dict[str, set[str]]:

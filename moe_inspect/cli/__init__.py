@@ -27,12 +27,10 @@ SIMULATIONS: Listed = {
 COMMANDS: Listed = {
     "Record": {
         "trace": "trace trace",
-        "serve-trace": "trace serve_trace",
         "engine": "engine engine",
         "import": "convert import_",
         "watch": "files watch",
         "doctor": "describe doctor",
-        "conformance": "conformance conformance",
     },
     "Look": {
         "report": "report report",
@@ -82,12 +80,11 @@ def _made(name: str, place: str | Listed, panel: str) -> Any:
         module_name, function_name = place.split()
         module = import_module(f"moe_inspect.cli.{module_name}")
         function: Callable[..., None] = getattr(module, function_name)
-        settings = {**SETTINGS, **getattr(module, "PARSING", {}).get(name, {})}
         alone = typer.Typer(
             add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
         )
         alone.command(
-            name, cls=GroupedCommand, context_settings=settings, **page(function.__doc__ or "")
+            name, cls=GroupedCommand, context_settings=SETTINGS, **page(function.__doc__ or "")
         )(expanded(function))
         made = typer.main.get_command(alone)
         made.formats = getattr(module, "FORMATS", {}).get(name, {})

@@ -19,8 +19,6 @@ COMPARED = dict.fromkeys(ENGINES, "decisions with the same experts") | {
     "llama-cpp": "assignments to the same experts",
     "plugin": "decisions with the same experts",
     "plugin-sglang": "decisions with the same experts",
-    "conformance-vllm": "decisions with the same experts",
-    "conformance-sglang": "decisions with the same experts",
 }
 
 

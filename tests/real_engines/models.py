@@ -10,12 +10,27 @@ from typing import Any
 
 import torch
 
-from moe_inspect.conformance import models
 from tests.conftest import ROOT
 
 DEMO = ROOT / "moe_inspect/demo"
 POSITIONS = 512
-USUAL = {**models.USUAL, "num_key_value_heads": 2, "num_experts": 16}
+# heads of 32 and large initial weights: engines' attention on a CPU takes no smaller ones, and
+# logits are far enough apart for sums in another order
+USUAL: dict[str, Any] = {
+    "vocab_size": 3072,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": POSITIONS,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
 # name → (family, its config beside USUAL); an entry without a family is the bundled model
 MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "bundled Mixtral": (None, {}),
