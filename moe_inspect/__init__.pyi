@@ -4,12 +4,10 @@ from .api import ablate as ablate
 from .api import describe_weights as describe_weights
 from .api import intervene as intervene
 from .api import record as record
-from .api import trace_engine as trace_engine
 from .api import trace_model as trace_model
 from .calibration.calibrate import Calibration as Calibration
 from .calibration.calibrate import calibrate as calibrate
 from .capture.hook.probes import probe as probe
-from .capture.server.serve import serve_engine as serve_engine
 from .checking.check import Checked as Checked
 from .checking.check import check as check
 from .comparison.compare import Comparison as Comparison

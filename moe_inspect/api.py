@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from moe_inspect.capture.options import (
-    EngineKeywords,
-    EngineOptions,
     InputsOf,
     RecordKeywords,
     RecordOptions,
@@ -210,37 +208,6 @@ def trace_model(
     from moe_inspect.capture.run import trace_model as run
 
     return run(model, output_location(out), replace(options or TraceOptions(), **changes), progress)
-
-
-def trace_engine(
-    url: str,
-    out: str | Path,
-    options: EngineOptions | None = None,
-    *,
-    engine: str,
-    model_config: str,
-    progress: Callable[[int, int | None], None] | None = None,
-    **changes: Unpack[EngineKeywords],
-) -> Trace:
-    """Sends a corpus to a serving engine and writes the routed experts that it returns as a trace
-    at `out`: the trace that `trace_model` would write of the same model, without gate weights,
-    which engines do not return. Where the plugin inside the engine records, in a directory that
-    can be read here, it is its decisions that are written, with gate weights.
-
-    url           of the server, http://HOST:PORT
-    out           directory of the trace, or its URL (s3://…)
-    options       settings; each field of `EngineOptions` may also be given as a keyword. To feed N
-                  tokens per document after the text, `generate=N` asks for N + 1, the last of which
-                  is not fed
-    engine        "vllm" or "sglang"
-    model_config  a hub id or a directory: config and tokenizer of the model that is served
-    progress      called with (tokens done, tokens in all or None) after every batch
-
-    Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.capture.server.run import EngineRun
-
-    chosen = replace(options or EngineOptions(), **changes)
-    return EngineRun(url, output_location(out), engine, model_config, chosen).run(progress)
 
 
 def _balance_table(totals: Totals) -> pd.DataFrame:

@@ -51,7 +51,6 @@ IN_PLACE = {
     ("exporters.esft", "esft"): "in a draft",
     ("exporters.esft", "_esft_shard"): "in a draft",
     ("importers.tables.read", "uncompressed"): "a temporary copy",
-    ("capture.server.serve", "serve_engine"): "a log that is added to",
     ("cli.trace", "__exit__"): "stderr",
     ("text", "abandon"): "the null device",
 }

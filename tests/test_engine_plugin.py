@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import json
 import os
 import pickle
@@ -1707,3 +1708,51 @@ def test_all_engines_behind_a_server_are_switched(tmp_path: Path, cli: Any) -> N
             assert engine.recorder.recorded == L
         with pytest.raises(MoeInspectError, match="VLLM_PLUGINS=moe_inspect"):
             tell(f"{url}/elsewhere", "status")
+
+
+def test_what_a_server_refuses_is_one_line(cli: Any) -> None:
+    """The key is sent, and appears in no message. Nothing is decompressed, or read without end."""
+    hostile = "\x1b[2J\x9b31m"
+    answers = {
+        "/closed": (401, {}, b"sesame"),
+        "/busy": (503, {}, hostile.encode()),
+        "/text": (200, {}, b"<html>"),
+        "/endless": (200, {}, b" " * (2**24 + 1)),
+        "/moved": (307, {"Location": "/text"}, b""),
+        "/packed": (200, {"Content-Encoding": "gzip"}, gzip.compress(b"{}")),
+    }
+    keys = list[str]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["authorization"])
+            status, headers, body = answers[self.path.removesuffix("/v1/moe_inspect")]
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    said = dict[str, str]()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for path in answers:
+            said[path] = cli("engine", f"{url}{path}/v1", "--api-key", "sesame", check=1).stderr
+        server.shutdown()
+    assert {*keys} == {"Bearer sesame"}
+    assert not any("sesame" in text or text.count("\n") > 1 for text in said.values())
+    assert (
+        "rejected the API key (HTTP 401): set --api-key or MOE_INSPECT_API_KEY" in said["/closed"]
+    )
+    assert r"refused the request (HTTP 503): \x1b[2J" in said["/busy"]
+    assert "expected a JSON object, got b'<html>'" in said["/text"]
+    assert "answered with more than 16,777,216 bytes" in said["/endless"]
+    assert "(HTTP 307)" in said["/moved"]
+    assert r"expected a JSON object, got b'\x1f\x8b" in said["/packed"]
+    wrong = cli("engine", "http://me:sesame@localhost:no", check=1).stderr
+    assert wrong.startswith("error: localhost:no is not a URL")
+    assert "is not the URL of a server" in cli("engine", "localhost:8000", check=1).stderr

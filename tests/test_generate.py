@@ -16,7 +16,7 @@ import moe_inspect
 from moe_inspect.capture import feed, run
 from moe_inspect.capture.corpus.documents import CorpusStats, find_sources
 from moe_inspect.capture.corpus.plan import CorpusPlan, Frame, batches, sequences
-from moe_inspect.capture.options import CorpusOptions
+from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
 from tests.conftest import Cli
@@ -158,7 +158,7 @@ def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
 def test_one_at_a_time_each_document_is_named_once(place: Path) -> None:
     """For models whose routing depends on the other rows of a batch."""
     plan = CorpusPlan(
-        find_sources([str(place / "c.jsonl")]), CorpusOptions(batch_tokens=200), max_length=24
+        find_sources([str(place / "c.jsonl")]), TraceOptions(batch_tokens=200), max_length=24
     )
     tokenizer = load_tokenizer(str(place / "model"))
     together, singly = list(plan.batches(tokenizer)), list(run.singly(plan.batches(tokenizer)))

@@ -145,13 +145,6 @@ def test_one_table_is_asked_for(command: str) -> None:
         COMMANDS[command].make_context(command, ["--table", "load", "--table=balance"])
 
 
-def test_tables_of_the_command_that_is_served_are_its_own() -> None:
-    engine = ["--", "engine", "--table", "a", "--table", "b"]
-    with pytest.raises(typer.BadParameter, match="given twice"):
-        COMMANDS["serve-trace"].make_context("serve-trace", ["--table", "a", "--table", "b"])
-    COMMANDS["serve-trace"].make_context("serve-trace", ["-o", "t", *engine])
-
-
 def complete(*words: str) -> list[str]:
     """What bash is offered for the last word."""
     asked = {"COMP_WORDS": shlex.join(words), "COMP_CWORD": str(len(words) - 1)}

@@ -43,11 +43,8 @@ BALANCED = Path(__file__).parent.parent / "sample_traces" / "balanced"  # of the
 # command → what it is usually called with, beside a trace "t" with logits and a file "loads.csv"
 USUAL: dict[str, list[Any]] = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
-    # (what it does is in test_serve_trace)
-    "serve-trace": ["-o", "new", "--engine", "vllm", "--", "true", "serve", "demo"],
-    # (likewise, in test_engine_plugin: it needs a server)
+    # (what it does is in test_engine_plugin: it needs a server)
     "engine": ["http://127.0.0.1:9"],
-    "conformance": ["http://127.0.0.1:9"],  # (likewise, in test_conformance)
     "report": ["t"],
     "compare": ["t", "t"],
     "calibrate": ["t"],
@@ -67,7 +64,7 @@ USUAL: dict[str, list[Any]] = {
     "simulate cache": ["t"],
     "simulate routing": ["t"],
 }
-TRACING = ["trace", "serve-trace", "engine", "conformance"]
+TRACING = ["trace", "engine"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
 SILENT = ["trace", "import", "merge", "export"]  # on stdout
 WRITE_ONCE = ["import", "merge"]  # but for --overwrite

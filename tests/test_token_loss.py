@@ -21,7 +21,6 @@ from moe_inspect.capture import token_loss as losses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model
 from moe_inspect.model.own import load_object
-from tests.conftest import Cli
 from tests.support import own
 from tests.support.families import FAMILIES, build
 from tests.support.zoo import VOCABULARY, token_batch
@@ -297,7 +296,7 @@ def test_of_a_model_of_ones_own(tmp_path: Path) -> None:
     close(tokens[COLUMNS].to_numpy(), expected(logits, ids))
 
 
-def test_where_there_is_none_that_is_said(cli_here: Cli, tmp_path: Path) -> None:
+def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
     for family, options, said in (
         ("openai_privacy_filter", {}, "does not predict the next token"),
         ("diffusion_gemma", {}, "does not predict the next token"),
@@ -314,9 +313,6 @@ def test_where_there_is_none_that_is_said(cli_here: Cli, tmp_path: Path) -> None
         model(**token_batch([5]))
         with pytest.raises(MoeInspectError, match="without token losses"):
             recorder.step(5)
-    served = ["http://localhost:1", "--engine", "vllm", "--model-config", "demo", "--token-loss"]
-    told = cli_here("trace", *served, "-o", "u", check=2)
-    assert "--token-loss does not apply with --engine" in told.stderr
 
 
 def test_a_head_that_does_not_give_the_models_logits_is_not_used(tmp_path: Path) -> None:

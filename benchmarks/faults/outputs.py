@@ -86,10 +86,8 @@ import counts LOADS.csv -o out --top-k 1 --overwrite""".splitlines()
 # commands that load a model first, and what they write is written by one of the functions above
 ELSEWHERE = {
     "trace": "a recording, which goes on: the part tracing",
-    "serve-trace": "the same",
     "ablate": "a table, as report's",
-    "engine": "the same, of a running server",
-    "conformance": "the same",
+    "engine": "a table, as report's",
 }
 WRITES = ("output", "html", "plots")
 STEP = {"esft": 3, "import": 4, "merge": 7}  # of many alike

@@ -4,7 +4,7 @@ manifest, of whose facts about process and model others have need too."""
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from moe_inspect.capture.corpus.plan import CorpusPlan
 from moe_inspect.capture.corpus.tokenize import Tokenizer
 from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
-from moe_inspect.capture.options import CorpusOptions, RecordOptions
+from moe_inspect.capture.options import RecordOptions, TraceOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.load import config_record
@@ -197,7 +197,7 @@ def process_facts() -> Json:
 # --- resuming a trace: the plan in its manifest, and where it continues
 
 
-def may_resume(output_dir: Path | Remote, options: CorpusOptions) -> bool:
+def may_resume(output_dir: Path | Remote, options: TraceOptions) -> bool:
     """Whether to resume the trace in `output_dir`. If not, the directory must be free, or
     `overwrite` set. A trace without committed batches resumes at its beginning."""
     if options.resume and (output_dir / schema.MANIFEST).exists():
@@ -210,16 +210,6 @@ def may_resume(output_dir: Path | Remote, options: CorpusOptions) -> bool:
 def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int) -> ResumePoint:
     """Where the trace continues. MoeInspectError for another plan, while a writer is still running,
     and where what was committed is damaged or missing."""
-    refuse_other_plan(output_dir, record)
-    with writing(output_dir):
-        return resume_point(output_dir, rank)
-
-
-def refuse_other_plan(
-    output_dir: Path | Remote, record: dict[str, object], unknown: Collection[str] = ()
-) -> None:
-    """MoeInspectError where the trace was made with other settings, or is being written. `unknown`:
-    settings that are not known yet."""
     manifest = read_manifest(output_dir)
     refuse_while_written(output_dir, manifest)
     then = manifest.get("corpus", {}).get("plan")
@@ -229,11 +219,13 @@ def refuse_other_plan(
         )
     for key in dict.fromkeys([*record, *then]):  # what is not stated is as it is by default
         before, now = then.get(key), record.get(key)
-        if before != now and key not in unknown:
+        if before != now:
             raise MoeInspectError(
                 f"{output_dir} was made with {_difference(key, before, now)}: resume with the "
                 "same, or --overwrite"
             )
+    with writing(output_dir):
+        return resume_point(output_dir, rank)
 
 
 def complete_now(output_dir: Path | Remote, plan: CorpusPlan) -> None:

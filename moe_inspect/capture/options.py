@@ -1,5 +1,5 @@
 """The settings of a trace, each declared once: its name, type, default and what it does. They are
-fields of frozen dataclasses, keywords of `trace_model`, `trace_engine` and `record`, options of
+fields of frozen dataclasses, keywords of `trace_model` and `record`, options of
 `moe-inspect trace`, and what the documentation of all these lists."""
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ class Setting(NamedTuple):
     metavar: str | None = None
     min: float | None = None
     panel: str | None = None
-    envvar: str | None = None
     more: str = ""
 
 
-def setting(default: Any, *said: Any, repr: bool = True, **more: Any) -> Any:
+def setting(default: Any, *said: Any, **more: Any) -> Any:
     """A field of a dataclass, with what is said of it: as `Setting` takes it."""
-    return field(default=default, repr=repr, metadata={"option": Setting(*said, **more)})
+    return field(default=default, metadata={"option": Setting(*said, **more)})
 
 
 def documented(options: type | None = None) -> Callable[[T], T]:
@@ -219,23 +218,15 @@ class WrittenFields:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CorpusOptions(FedFields, WrittenFields):
-    """The corpus and how it is fed, and which layers are recorded."""
-
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    resume: Resume = False
-
-
 @documented()
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions(CorpusOptions, ModelFields, RecordedFields):
+class TraceOptions(FedFields, WrittenFields, ModelFields, RecordedFields):
     """Settings of `trace_model`.
 
     {options}
     """
 
+    resume: Resume = False
     capture: Capture = "auto"
     routers: Routers = None
     loader: Callable[..., Any] | None = setting(
@@ -321,36 +312,6 @@ class RecordOptions(RecordedFields, WrittenFields):
             )
 
 
-Timeout = Annotated[
-    float, Setting("Time limit per request, after which it is sent again.", "SECONDS", 0.1)
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestFields:
-    """How an engine is asked."""
-
-    concurrency: int = setting(8, "Sequences in flight at once.", min=1)
-    api_key: str | None = setting(
-        None,
-        "Sent as a bearer token; never written to a file.",
-        "KEY",
-        envvar="MOE_INSPECT_API_KEY",
-        repr=False,
-    )
-
-
-@documented()
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions(CorpusOptions, RequestFields):
-    """Settings of `trace_engine`.
-
-    {options}
-    """
-
-    timeout_s: Timeout = 600.0
-
-
 # The same names and types as keywords, for type checkers (a test compares the two).
 
 
@@ -378,7 +339,7 @@ class RecordKeywords(RecordedKeywords, total=False):
     inputs: InputsOf | None
 
 
-class CorpusKeywords(TypedDict, total=False):
+class TraceKeywords(RecordedKeywords, total=False):
     data: Sequence[str]
     text_field: str
     domain_field: str | None
@@ -386,28 +347,15 @@ class CorpusKeywords(TypedDict, total=False):
     max_length: int | None
     batch_tokens: int
     special_tokens: bool
-    text: bool
     generate: int
     temperature: float
     seed: int
     revision: str | None
     trust_remote_code: bool
-    layers: Sequence[int] | None
     resume: bool
-    overwrite: bool
-    commit_every: float | None
-
-
-class TraceKeywords(CorpusKeywords, RecordedKeywords, total=False):
     device: str
     device_map: str | None
     dtype: Dtype
     random_init: int | None
     dequantize: bool
     loader: Callable[..., Any] | None
-
-
-class EngineKeywords(CorpusKeywords, total=False):
-    concurrency: int
-    timeout_s: float
-    api_key: str | None

@@ -135,11 +135,6 @@ class Options:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-def names(*groups: type[Options]) -> tuple[str, ...]:
-    """The options of these groups."""
-    return tuple(each.name for group in groups for each in fields(group))
-
-
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer reads it: in place of each parameter that is a group of options stand
     the fields of the group. All parameters are keywords."""

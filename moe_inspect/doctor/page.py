@@ -105,7 +105,6 @@ def captures(missing: str | None) -> Iterator[Facts]:
         why = _why_no_kernels()
         yield row("Triton kernels", not why, why or "they record on the GPU")
         yield needing("a model over several GPUs", "accelerate", "accelerate")
-        yield needing("vLLM and SGLang servers", "httpx")
         for engine in installed_engines():
             yield row(f"inside {engine.engine}", engine.fits, engine.note)
     yield needing("text from hf://, s3://, …", "fsspec")

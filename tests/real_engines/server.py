@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
 
-import moe_inspect
 from tests.real_engines.models import save
 
 BIN = Path(sys.executable).parent
@@ -60,6 +65,12 @@ ENGINES = {
 # drafts nor attend to a latent cache. --attention-backend takes intel_amx with all kernels only.
 PARTS = ("prefill-attention", "decode-attention", "speculative-draft-attention")
 WITH_KERNELS = tuple(word for part in PARTS for word in (f"--{part}-backend", "intel_amx"))
+# SGLang runs a DeepSeek-V2 with YaRN alone on a CPU (one by the factor 1 changes no angle), and
+# reads keys that transformers does not write
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 1.0}
+YARN |= {"original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 1.0}
+OVERRIDE = {"rope_parameters": YARN, "moe_layer_freq": 1, "scoring_func": "softmax"}
+LATENT = (*WITH_KERNELS, "--json-model-override-args", json.dumps(OVERRIDE))
 # for parametrize; the ids are what `make test-vllm` and `make test-sglang` select
 INSTALLED = [
     pytest.param(
@@ -82,21 +93,47 @@ class Served:
 
 @contextmanager
 def serving(engine: str, name: str, place: Path) -> Iterator[Served]:
-    """A server of the model, in float32, while the block runs. Its output is in `place`/log."""
-    model = save(name, place / "model", ENGINES[engine].tied)
-    with serving_at(engine, model, place) as url:
+    """A server that returns the routed experts of the model, in float32, while the block runs."""
+    start = ENGINES[engine]
+    model = save(name, place / "model", start.tied)
+    command = [*start.command, str(model), *start.options, "--dtype", "float32"]
+    variables = {**start.environment, "VLLM_USE_V2_MODEL_RUNNER": "1"}  # V1 returns none
+    with running([*command, "--enable-return-routed-experts"], place, variables) as url:
         yield Served(engine, name, model, url)
 
 
 @contextmanager
-def serving_at(engine: str, model: Path, place: Path, *options: str) -> Iterator[str]:
-    """The URL of a server of a directory."""
-    start = ENGINES[engine]
-    command = [*start.command, str(model), *start.options, "--dtype", "float32", *options]
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in start.environment.items():
-            patch.setenv(variable, value)
-        # what it compiles with is looked for there
-        patch.setenv("PATH", str(BIN), prepend=os.pathsep)
-        with moe_inspect.serve_engine(command, log=place / "log") as served:
-            yield served.url
+def running(command: Sequence[str], place: Path, variables: Mapping[str, str]) -> Iterator[str]:
+    """The URL of the server that the command starts, with these variables. Its output is in
+    `place`/log. At the end of the block the server is stopped, and with SIGKILL what it leaves."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # what it compiles with is looked for there
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    url, log = f"http://127.0.0.1:{port}", place / "log"
+    with log.open("ab") as said:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PATH": path, **variables},
+            start_new_session=True,
+        )
+    try:
+        while not answers(f"{url}/v1/models"):
+            assert server.poll() is None, log.read_text(errors="replace")[-4000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url).status_code == 200
+    return False

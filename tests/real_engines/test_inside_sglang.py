@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,12 +22,10 @@ import moe_inspect
 from moe_inspect.capture.engine.control import tell
 from tests.real_engines.load import prompts
 from tests.real_engines.models import MODELS, OTHERWISE, save
-from tests.real_engines.server import BIN, ENGINES, WITH_KERNELS
-from tests.real_engines.test_conformance import LATENT
+from tests.real_engines.server import ENGINES, LATENT, WITH_KERNELS, running
 from tests.real_engines.test_inside_vllm import (
     Asked,
     Property,
-    as_locally,
     check_rows,
     closed_in,
     compared,
@@ -57,14 +52,8 @@ def served(
     model = save(name, place / "model", ENGINES["sglang"].tied)
     more = {f"MOE_INSPECT_{key.upper()}": str(value) for key, value in variables.items()}
     more |= {"MOE_INSPECT_TRACE": str(place / "runs"), **ENGINES["sglang"].environment}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in more.items():
-            patch.setenv(key, value)
-        patch.setenv("PATH", str(BIN), prepend=os.pathsep)
-        start = [sys.executable, "-m", "sglang.launch_server", "--device", "cpu"]
-        command = [*start, "--model-path", str(model), *OPTIONS, *options]
-        with moe_inspect.serve_engine(command, log=place / "log") as engine:
-            yield engine.url, model
+    with running([*ENGINES["sglang"].command, str(model), *OPTIONS, *options], place, more) as url:
+        yield url, model
 
 
 async def answers(
@@ -249,23 +238,6 @@ def test_both_engines_behind_a_server(
     moe_inspect.merge(closed_in(tmp_path, 2), tmp_path / "merged" / "all")
     tokens, equal, total = compared([tmp_path / "merged" / "all"], asked, model)
     row = f"| SGLang {version('sglang')} | bundled Mixtral | two engines behind a server, merged |"
-    record_property("plugin-sglang", f"{row} {tokens:,} | {equal:,} of {total:,} |")
-
-
-def test_serve_trace_takes_what_the_plugin_records(
-    corpus: Path, tmp_path: Path, record_property: Property
-) -> None:
-    """Of an engine that it starts with no variable of ours, behind a radix cache."""
-    model = save("bundled Mixtral", tmp_path / "model", ENGINES["sglang"].tied)
-    start = [sys.executable, "-m", "moe_inspect", "serve-trace", "--data", str(corpus)]
-    start += ["--generate", "16", "-o", str(tmp_path / "t"), "--", sys.executable, "-m"]
-    start += ["sglang.launch_server", "--device", "cpu", "--model-path", str(model), *OPTIONS]
-    path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    environment = {**os.environ, **ENGINES["sglang"].environment, **path}
-    done = subprocess.run(start, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    tokens, equal, total = as_locally(tmp_path / "t", model, corpus)
-    row = f"| SGLang {version('sglang')} | bundled Mixtral | a corpus, by `serve-trace` |"
     record_property("plugin-sglang", f"{row} {tokens:,} | {equal:,} of {total:,} |")
 
 

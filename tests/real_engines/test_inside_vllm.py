@@ -29,7 +29,7 @@ from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
 from tests.real_engines.load import prompts
 from tests.real_engines.models import DEEPSEEK, MODELS, save
-from tests.real_engines.server import BIN, ENGINES
+from tests.real_engines.server import BIN, ENGINES, running
 from tests.support.watched import waited
 
 Property = Callable[[str, object], None]
@@ -317,12 +317,9 @@ def served(place: Path, *more_options: str, **variables: object) -> Iterator[tup
     (place / "prometheus").mkdir()
     more = {"PROMETHEUS_MULTIPROC_DIR": str(place / "prometheus")}
     more |= {"VLLM_PLUGINS": "moe_inspect,cpu_collectives"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment("V2", trace=place / "runs", **variables) | more).items():
-            patch.setenv(name, value)
-        command = [str(BIN / "vllm"), "serve", str(model), *options]
-        with moe_inspect.serve_engine(command, log=place / "log") as engine:
-            yield engine.url, model
+    more = environment("V2", trace=place / "runs", **variables) | more
+    with running([*ENGINES["vllm"].command, str(model), *options], place, more) as url:
+        yield url, model
 
 
 async def answers(url: str, named: dict[str, list[int]], n: int = 1) -> list[Asked]:
@@ -429,40 +426,6 @@ def test_all_engines_behind_a_server(tmp_path: Path, record_property: Property) 
     moe_inspect.merge(traces, tmp_path / "merged" / "all")
     numbers = compared([tmp_path / "merged" / "all"], asked, model)
     recorded(record_property, "bundled Mixtral", "two engines behind a server, merged", numbers)
-
-
-def test_a_corpus_that_is_sent_to_the_server(
-    corpus: Path, tmp_path: Path, record_property: Property
-) -> None:
-    """`trace URL` takes what the plugin records of its own requests, among others': the tokens and
-    documents of a local trace, the same experts, and weights."""
-    with served(tmp_path) as (url, model):
-        arguments = [url, "--engine", "vllm", "--model-config", model, "--generate", 16]
-        arguments += ["--data", corpus, "-o", tmp_path / "t"]
-        start = [sys.executable, "-m", "moe_inspect", "trace", *map(str, arguments)]
-        running = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        asyncio.run(answers(url, {f"r{n}": ids for n, ids in enumerate(prompts()[:8])}))
-        _, said = running.communicate()
-        assert running.returncode == 0, said
-    numbers = as_locally(tmp_path / "t", model, corpus)
-    recorded(record_property, "bundled Mixtral", "a corpus, by `trace URL`", numbers)
-
-
-def as_locally(path: Path, model: Path, corpus: Path) -> tuple[int, int, int]:
-    """Asserts that a trace with 16 generated tokens is a local one; (tokens, equal decisions,
-    decisions)."""
-    usual: dict[str, Any] = {"data": [str(corpus)], "generate": 16, "dtype": "float32"}
-    local = moe_inspect.trace_model(str(model), path.with_name("local"), **usual)
-    trace = moe_inspect.open_trace(path)
-    assert trace.tokens().equals(local.tokens())
-    assert trace.documents().equals(local.documents())
-    got, expected = (of.routing() for of in (trace, local))
-    weights = [name for name in got if name.startswith("weight_")]
-    assert np.abs(got[weights].to_numpy() - expected[weights].to_numpy()).max() < 1e-3
-    pair = [decisions(of).experts for of in (trace, local)]
-    equal = int((pair[0] == pair[1]).sum())
-    assert equal == len(pair[0])
-    return trace.n_tokens, equal, len(pair[0])
 
 
 def leave(url: str, name: str, ids: list[int]) -> None:

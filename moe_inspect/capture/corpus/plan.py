@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_inspect.capture.corpus.documents import COMPRESSED, CorpusStats, Source, interleaved
 from moe_inspect.capture.corpus.tokenize import Tokenizer, token_ids
-from moe_inspect.capture.options import CorpusOptions
+from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import positions_of
 from moe_inspect.trace import schema
@@ -31,7 +31,7 @@ class CorpusPlan:
     `encoded`: the text is the input of an encoder."""
 
     sources: list[Source]
-    options: CorpusOptions = field(default_factory=CorpusOptions)
+    options: TraceOptions = field(default_factory=TraceOptions)
     max_length: int = MAX_LENGTH
     encoded: bool = False
     stats: CorpusStats = field(default_factory=CorpusStats)
@@ -88,29 +88,17 @@ class CorpusPlan:
         return with_documents(batches(rows, asked.batch_tokens, asked.generate))
 
 
-def reserved_for_engines(generate: int) -> int:
-    """Positions that the default length leaves free behind a prompt, as many as the engine that
-    takes the most (SGLang): a local trace and an engine's split a long document alike."""
-    return max(generate + 3, 7)
-
-
-def longest_sequence(
-    max_length: int | None,
-    config: object,
-    generate: int,
-    reserved: int | None = None,
-    served: int | None = None,
-) -> int:
+def longest_sequence(max_length: int | None, config: object, generate: int) -> int:
     """Tokens of the longest sequence: `max_length` or the default, within the positions of the
-    model. Of an engine: `reserved`, the positions that it keeps free behind a prompt, and `served`,
-    those that its server takes."""
+    model. The default leaves as many positions free as SGLang keeps behind a prompt: an engine
+    takes the sequences of a trace as prompts."""
     text_of = getattr(config, "get_text_config", lambda: config)
-    positions = min((n for n in (positions_of(text_of()), served) if n), default=None)
+    positions = positions_of(text_of())
     if positions is None:
         limit = default = MAX_LENGTH
     else:
-        limit = positions - (generate if reserved is None else reserved)
-        default = max(min(positions - reserved_for_engines(generate), MAX_LENGTH), 1)
+        limit = positions - generate
+        default = max(min(positions - max(generate + 3, 7), MAX_LENGTH), 1)
     if limit < 1:
         raise MoeInspectError(
             f"generating {generate} tokens leaves no room for a prompt in the positions of this "
@@ -118,7 +106,6 @@ def longest_sequence(
         )
     if max_length is not None and max_length > limit:
         left = f" that {generate} generated tokens leave" if generate else ""
-        left = left if reserved is None else " that the engine leaves to a prompt"
         raise MoeInspectError(
             f"--max-length {max_length} is beyond the {limit} positions of this model{left}"
         )

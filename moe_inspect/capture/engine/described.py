@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import print_stderr
+from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 
 Described = tuple[dict[str, Any], list[schema.Router], Any]  # manifest, routers, vocabulary
@@ -46,7 +46,6 @@ def describe(about: dict[str, Any]) -> Described:
     """The manifest, the routers and the vocabulary, of what transformers knows of the model. Of one
     that it does not know, of what the engine does."""
     from moe_inspect.capture.open_trace import process_facts
-    from moe_inspect.capture.server.protocols import routers_of
     from moe_inspect.model.load import config_record, load_config, load_tokenizer
     from moe_inspect.model.vocabulary import vocabulary_table
 
@@ -55,7 +54,7 @@ def describe(about: dict[str, Any]) -> Described:
     model, vocabulary = {"id": about["model"], "revision": about["revision"]}, None
     try:
         config = load_config(about["model"], **of_hub)
-        kind, known = routers_of(config, about["trust_remote_code"])
+        kind, known = _routers_of(config, about["trust_remote_code"])
         of_layer = {router.layer: router for router in known}
         routers = [of_layer[layer] for layer in layers if layer in of_layer]
         if len(routers) < len(layers) or any((r.experts, r.top_k) != (E, K) for r in routers):
@@ -90,3 +89,30 @@ def describe(about: dict[str, Any]) -> Described:
         **facts,
     }
     return {"model": model, "capture": capture}, routers, vocabulary
+
+
+def _routers_of(config: Any, trust_remote_code: bool) -> tuple[str, list[schema.Router]]:
+    """The model's class, and its routers as a local trace lists them. No weight is read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moe_inspect.capture.hook.stack import router_at
+    from moe_inspect.model.find import find_routers
+    from moe_inspect.model.routers import top_k_of
+
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    # transformers raises anything for a broken config, which is the user's
+    except Exception as error:
+        raise MoeInspectError(
+            f"cannot build a causal language model of the config: {first_line(error)}"
+        ) from error
+    sites = find_routers(built)
+    layers, blocks = [s.layer for s in sites], config.get_text_config().num_hidden_layers
+    if len(set(layers)) < len(layers) or max(layers) >= blocks:
+        raise MoeInspectError(
+            f"{type(built).__name__} has {len(sites)} routers in {blocks} layers: engines return "
+            "one per layer"
+        )
+    return type(built).__name__, [router_at(site, top_k_of(site, built)) for site in sites]

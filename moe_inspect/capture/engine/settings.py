@@ -148,8 +148,7 @@ def variable(name: str) -> str:
 
 
 def tell_why(log: Logger, error: Exception) -> str:
-    """Why nothing is recorded, in a line, which is also returned. `serve-trace` finds it in the
-    log."""
+    """Why nothing is recorded, in a line, which is also returned."""
     ours = isinstance(error, MoeInspectError)
     said = f"{REFUSED}: {'' if ours else f'{type(error).__name__}: '}{first_line(error)}"
     log.error("moe-inspect: %s", said, exc_info=None if ours else error)

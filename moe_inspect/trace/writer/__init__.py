@@ -175,9 +175,6 @@ class TraceWriter:
         # where what is lost cannot be recorded again, the decisions that were to be written: those
         # that are missing at a failed close were dropped
         self.given: int | None = None
-        # of batches that are not whole: it is committed early at the close, and recorded again by
-        # whoever resumes. None: the last batch may not be whole either
-        self.unfinished: list[RoutedBatch] | None = None
         # own status → that of all ranks, when they have closed
         self.others: Callable[[str], str] = lambda status: status
         # merged into the manifest's sections when the background thread is done
@@ -269,7 +266,7 @@ class TraceWriter:
             self._queue.put(None)
             self._thread.join()
         try:
-            if status != "complete" and self.unfinished is None:
+            if status != "complete":
                 del self._pending.batches[self._pending.of_closed_groups() :]
             if self._error is None:
                 self._commit_rest()
@@ -300,9 +297,6 @@ class TraceWriter:
         if self._counted:
             self._commit_counts()
         self._early.remove_replaced(older_than_s=0)
-        if self.unfinished:
-            self._pending.batches = self.unfinished
-            self._commit_routing(early=True)
 
     def _write_manifest(self) -> None:
         if self.rank == 0:
