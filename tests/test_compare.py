@@ -3,8 +3,6 @@ numbered otherwise is found, named and mended; nothing of the kind is invented."
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from moe_inspect.comparison.decisions.verdict import percent
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
+from tests.support.foreign import npy
 from tests.support.synthetic import uniform_ids, write_trace
 
 T, L, E, K = 3_000, 5, 16, 4
@@ -262,20 +261,18 @@ def test_what_cannot_be_aligned_is_refused_in_a_line(write: Write) -> None:
     assert "the tokenizers have 600 tokens in A, 700" in moe_inspect.compare(*words).why
 
 
-def test_exported_routes_come_back_as_the_same(write: Write, tmp_path: Path) -> None:
-    """What an engine would return of a trace: equal sets, and their order is told as unknown."""
-
-    def exported(trace: Trace) -> list[dict[str, Any]]:
-        trace.export("routed-experts", tmp_path / "r.jsonl")
-        return [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
-
-    dense = exported(write("d", routes(), layers=range(1, L + 1)))[0]
-    found = np.load(io.BytesIO(base64.b64decode(dense["routed_experts"])))
-    assert not found[:, 0].any()
-    assert (found[:, 1:] == np.stack(routes(), 1)[:49]).all()
-    lines = exported(a := write("a", routes(), weights=gates(9)))
-    assert len(lines) == T // 50
-    assert [i for line in lines for i in line["prompt_token_ids"]] == IDS.tolist()
+def test_routes_that_an_engine_returns_are_compared(write: Write, tmp_path: Path) -> None:
+    """Equal sets, and their order is told as unknown."""
+    a, routed_TLK = write("a", routes(), weights=gates(9)), np.stack(routes(), 1)
+    responses = [
+        {
+            "prompt_token_ids": IDS[at].tolist(),
+            "token_ids": [],
+            "routed_experts": npy(routed_TLK[at][:-1]),
+        }
+        for at in (slice(first, first + 50) for first in range(0, T, 50))
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(of)}\n" for of in responses))
     b = moe_inspect.import_trace("vllm-routed", [tmp_path / "r.jsonl"], tmp_path / "b", experts=E)
     made = moe_inspect.compare(a, b)
     table = made.tables["agreement"]

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -320,19 +319,10 @@ def test_blocks_are_counted_in_one_way(
     assert placed.settings["layers"] == made.blocks == blocks
 
 
-def test_long_parquet_is_a_row_an_assignment(trace: Trace, tmp_path: Path):
-    export_trace(trace, "long-parquet", tmp_path / "l.parquet")
-    found = duckdb.sql(f"select * from '{tmp_path}/l.parquet' order by router, token, slot").df()
-    columns = ["token", "layer", "router", "slot", "expert", "weight", "token_id", "document"]
-    columns += ["sequence", "position", "batch"]
-    of_slots = assigned(trace)[columns].to_numpy(float)
-    assert np.array_equal(found[columns].to_numpy(float), of_slots)
-
-
 @pytest.mark.parametrize("format", MODULES)
 def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
     trace = write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
-    if format in ("esft", "long-parquet", "routed-experts"):
+    if format == "esft":
         with pytest.raises(MoeInspectError, match="holds counts only, no decisions"):
             export_trace(trace, format, tmp_path / "o")
         return

@@ -1,4 +1,4 @@
-"""What llama.cpp and the tools around it write: importance matrices and routing traces."""
+"""llama.cpp's importance matrices."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.model.gguf import TYPES, read_gguf
 from moe_inspect.trace.verify import verify
-from tests.support.foreign import gguf_file, write_imatrix, write_mbolt
-from tests.support.importing import decisions, loads, refused, taken
+from tests.support.foreign import gguf_file, write_imatrix
+from tests.support.importing import loads, refused, taken
 from tests.test_damage import put, replace_part
 from tests.test_real_data import REAL
 
@@ -136,44 +136,3 @@ def test_the_reader_agrees_with_the_gguf_package(tmp_path: Path):
     for tensor in theirs.tensors:
         assert ours.tensors[tensor.name].start == tensor.data_offset
         assert np.array_equal(ours.floats(tensor.name), tensor.data)
-
-
-# --- mbolt
-
-
-def test_a_prompts_last_layer_has_its_last_token_alone(tmp_path: Path):
-    ids = np.arange(12).reshape(6, 2) % 8
-    write_mbolt(tmp_path / "route.bin", [{0: ids[:4], 1: ids[4:5]}, {0: ids[4:5], 1: ids[5:]}])
-    trace = import_trace("mbolt", [tmp_path / "route.bin"], tmp_path / "t")
-    assert verify(tmp_path / "t").ok
-    found = decisions(trace, 1).astype(float)
-    assert np.isnan(found).all(1).tolist() == [True, True, True, False, False]
-    assert found[3:].tolist() == ids[4:].tolist()
-    assert trace.tokens()["phase"].tolist() == ["prefill"] * 4 + ["decode"]
-
-
-def test_what_mbolts_passes_lack_is_told(tmp_path: Path):
-    ids, every = np.arange(12).reshape(6, 2) % 8, np.arange(8)[None]
-    passes = [
-        {0: every, 1: every},  # llama.cpp warms up with all experts
-        {0: ids[:4], 1: ids[:2]},  # two sequences' last tokens: which is unknown
-        {0: ids[:1], 1: ids[1:2]},
-        {0: ids[:1]},
-    ]
-    cut = struct.pack("<IIII", 1, 2, 1, 3)
-    write_mbolt(tmp_path / "route.bin", passes, tail=cut)
-    trace, said = taken(tmp_path, "mbolt", tmp_path / "route.bin")
-    assert trace.n_tokens == 5
-    assert {r.top_k for r in trace.routers} == {2}
-    said = [line.split("route.bin: ")[1] for line in said]
-    assert said[0] == "1 pass with all experts (warm-up) left out"
-    # within the next record's first words nothing more is lost
-    write_mbolt(tmp_path / "cut.bin", [{0: ids[:1], 1: ids[1:2]}], tail=bytes(6))
-    assert import_trace("mbolt", [tmp_path / "cut.bin"], tmp_path / "cut").n_tokens == 1
-    write_mbolt(tmp_path / "cut.bin", [], tail=bytes(6))
-    refused(tmp_path / "none", r"cut\.bin holds no decisions", "mbolt", tmp_path / "cut.bin")
-    assert said[1] == "1 pass without all layers left out"
-    assert said[2].startswith("2 decisions of layer 1 left out: only tokens whose output")
-    write_mbolt(tmp_path / "route.bin", [{0: ids[:1], 1: ids[:4], 2: ids[:1]}])
-    why = "layer 1 has 4 tokens in a pass of 1"
-    refused(tmp_path / "u", why, "mbolt", tmp_path / "route.bin")

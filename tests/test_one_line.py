@@ -221,8 +221,7 @@ OUTPUTS = {
     "import": [[]],
     "merge": [[]],
     "export": [
-        ["--format", f, "-o", f"new{e}"]
-        for f, e in (("counts", ".csv"), ("sglang", ".json"), ("long-parquet", ".parquet"))
+        ["--format", f, "-o", f"new{e}"] for f, e in (("counts", ".csv"), ("sglang", ".json"))
     ],
     "simulate placement": [["-o", "new.json"], ["-o", "new.yaml"], ["-o", "new.csv"]],
     "simulate capacity": [["-o", "new.txt"]],

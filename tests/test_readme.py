@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from packaging.requirements import Requirement
@@ -123,7 +124,18 @@ def _report(place: Path) -> None:
     assert set(load) == {len(pd.read_parquet(place / "runs/demo/tokens")) * 2}
 
 
-CHECKS = {"README.md": _readme, "docs/report.md": _report}
+def _python(place: Path) -> None:
+    trace = moe_inspect.open_trace(place / "runs/demo")
+    long, routes_TLK = pd.read_parquet(place / "long.parquet"), np.load(place / "routes.npy")
+    assert routes_TLK.shape == (trace.n_tokens, 4, 2)
+    at = tuple(long[name].to_numpy() for name in ("token", "router", "slot"))
+    assert len(long) == routes_TLK.size
+    assert (routes_TLK[at] == long["expert"]).all()
+    domains = trace.tokens().set_index("token")["domain"]
+    assert (long["domain"].astype(str) == domains.loc[at[0]].astype(str).to_numpy()).all()
+
+
+CHECKS = {"README.md": _readme, "docs/report.md": _report, "docs/python.md": _python}
 
 
 def test_the_tables_of_importers_on_the_page_are_those_of_the_code() -> None:

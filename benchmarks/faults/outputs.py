@@ -78,8 +78,6 @@ export T --format counts -o out.parquet
 export T --format sglang -o out.json
 export T --format llama-cpp --gpu-layers 1 -o out.txt
 export T --format pruning --by frequency -o out.json
-export T --format long-parquet -o out.parquet
-export T --format routed-experts -o out.jsonl
 export T --format esft -o out
 merge T U -o out --overwrite
 import counts LOADS.csv -o out --top-k 1 --overwrite""".splitlines()

@@ -19,11 +19,6 @@ MODULES = {
     "esft": ("esft", "per domain the expert weights, scores and training configuration (a folder)"),
     "pruning": ("pruning", "scores of the experts, and the experts to drop (.json)"),
     "counts": ("counts", "load by expert and domain (.csv, .json, .parquet)"),
-    "long-parquet": ("long_parquet", "one row per assignment"),
-    "routed-experts": (
-        "routed_experts",
-        "a line per sequence with its routed experts, as vLLM returns them (.jsonl)",
-    ),
     "routing-profile": (
         "routing_profile",
         "load, distinct experts, locality, drift for simulators of serving (.json)",

@@ -48,8 +48,7 @@ def export_trace(
         trace: a trace or its directory.
         format: "sglang" (`logical_count` for --init-expert-location, .pt or .json), "llama-cpp"
             (its option -ot), "esft" (a folder per domain), "pruning" (.json: scores, and the
-            experts that go), "counts" (.csv, .json or .parquet), "long-parquet" (one row per
-            assignment), "routed-experts" (.jsonl, a line per sequence, as vLLM returns them) or
+            experts that go), "counts" (.csv, .json or .parquet) or
             "routing-profile" (.json, what simulators of serving need of the routing).
         output: the file, for "esft" the folder, to write.
         top_p: esft: train the fewest experts of each layer whose scores sum to this share of the

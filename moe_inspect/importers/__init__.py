@@ -6,7 +6,6 @@ from moe_inspect.importers.tables.presets import PRESETS
 # them in this order
 MODULES = {
     "imatrix": ("llama_cpp", "llama.cpp's importance matrix, `imatrix.gguf`"),
-    "mbolt": ("llama_cpp", "mbolt's trace of llama.cpp (MBOLT_TRACE), `route.bin`"),
     "esft": ("esft", "folders of `expert_weights_<layer>.txt`"),
     "megatron": (
         "megatron.importer",

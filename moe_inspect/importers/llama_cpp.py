@@ -1,15 +1,11 @@
-"""What llama.cpp and the tools around it write.
+"""llama.cpp's importance matrix as GGUF (`llama-imatrix`): exact counts of assignments by expert,
+and the energy of its activations.
 
-Its importance matrix as GGUF (`llama-imatrix`): exact counts of assignments by expert, and the
-energy of its activations. `blk.N.ffn_{gate,up,down,gate_up}_exps.weight.counts`, F32 [1, E], each
-assignment once in each of the tensors; `.in_sum2` [columns, E], the summed squares of what the
-tensor was given. The form is that of tools/imatrix/imatrix.cpp.
+`blk.N.ffn_{gate,up,down,gate_up}_exps.weight.counts`, F32 [1, E], each assignment once in each of
+the tensors; `.in_sum2` [columns, E], the summed squares of what the tensor was given. The form is
+that of tools/imatrix/imatrix.cpp.
 
-mbolt's `route.bin` (a patch of llama.cpp, MBOLT_TRACE=FILE): the experts of each token.
-Little-endian 32-bit integers: "MBLT", the version 1, E; then a record for each call of a layer's
-experts: layer, k, T, ids [T, k]. Form: github.com/doramirdor/mbolt, common/mbolt-trace.h.
-
-T tokens of a pass, K slots, E experts, D domains.
+E experts, D domains.
 """
 
 from __future__ import annotations
@@ -19,20 +15,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import MOST_COUNT, Numbering, batch_of_counts
+from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, importer, named
-from moe_inspect.importers.routed import MOST_TOKENS, checked_ids
-from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
+from moe_inspect.model.config import MOST_LAYERS
 from moe_inspect.model.gguf import MAGIC, Gguf, read_gguf
 from moe_inspect.text import plural, ranges
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.slot_order import stated
-from moe_inspect.trace.writer import CountedBatches, RoutedBatch
+from moe_inspect.trace.writer import CountedBatches
 
 SNAPSHOT = re.compile(r"(.+)\.at_(\d+)")  # llama-imatrix --save-frequency: what it has so far
 COUNTS = re.compile(r"(blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_exps\.weight)\.counts")
@@ -202,118 +195,3 @@ def _warn(context: ImportContext, f: _Matrix, top_k: dict[int, int]) -> None:
             f"{f.path}: a count of {largest:,}: the file stores float32, in which counts above "
             f"{EXACT:,} are not exact"
         )
-
-
-# --- mbolt
-
-MBOLT = b"MBLT"
-HEADER = RECORD = 3  # integers of 4 bytes
-
-
-Call = tuple[int, np.ndarray]  # a record: its layer and ids [T, k]
-
-
-class _File(NamedTuple):
-    path: Path
-    source: ImportSource
-    experts: int
-    passes: list[list[Call]]
-
-
-@importer(
-    "mbolt",
-    gives="decisions without order, weights and token ids",
-    sniff=lambda name, head: head[:4] == MBOLT,
-)
-def mbolt(context: ImportContext) -> Imported:
-    files = [_read_mbolt(*found) for found in context.files(r".*\.bin", "route.bin")]
-    first, passes = files[0], [calls for f in files for calls in f.passes]
-    # a model that warms up runs with all of its experts
-    k = min(ids_TK.shape[1] for calls in passes for _, ids_TK in calls)
-    layers = [layer for layer, _ in max(passes, key=len)]
-    if other := next((f for f in files if f.experts != first.experts), None):
-        raise MoeInspectError(
-            f"{other.path} is of {other.experts} experts, {first.path} of {first.experts}"
-        )
-    routers = context.routers_of(layers, first.experts, k, first.path)
-    routers = [stated(router, known=False) for router in routers]
-    return Imported(routers, _mbolt_batches(context, files, routers))
-
-
-def _read_mbolt(path: Path, source: ImportSource) -> _File:
-    """The records of a file by passes: a new one begins where the layers do."""
-    size = path.stat().st_size
-    if size < 4 * HEADER:
-        raise MoeInspectError(f"{path} is no trace of mbolt: it has {size} bytes")
-    words = np.asarray(np.memmap(path, "<i4", "r", shape=(size // 4,)))
-    if words[:1].tobytes() != MBOLT or words[1] != 1:
-        raise MoeInspectError(
-            f"{path} is no trace of mbolt of version 1: it begins with {bytes(words[:2])!r}"
-        )
-    if not 1 <= (experts := int(words[2])) <= MOST_EXPERTS:
-        raise MoeInspectError(f"{path} states {experts:,} experts")
-    passes: list[list[Call]] = []
-    at, before = HEADER, MOST_LAYERS
-    while at + RECORD <= len(words):
-        layer, k, tokens = (int(n) for n in words[at : at + RECORD])
-        if not (0 <= layer < MOST_LAYERS and 1 <= k <= experts and 1 <= tokens <= MOST_TOKENS):
-            raise MoeInspectError(
-                f"{path}: a record of layer {layer}, k {k}, {tokens} tokens at byte {4 * at:,}"
-            )
-        if layer <= before:
-            passes.append([])
-        start, at, before = at + RECORD, at + RECORD + k * tokens, layer
-        if at <= len(words):  # else it was killed while it wrote
-            passes[-1].append((layer, words[start:at].reshape(tokens, k)))
-    if not any(passes):
-        raise MoeInspectError(f"{path} holds no decisions")
-    return _File(path, source, experts, [calls for calls in passes if calls])
-
-
-def _mbolt_batches(
-    context: ImportContext, files: list[_File], routers: list[Router]
-) -> Iterator[RoutedBatch]:
-    numbers = Numbering()
-    layers, k = [router.layer for router in routers], routers[0].top_k
-    for path, source, experts, passes in files:
-        context.read(path.stat().st_size)
-        warmed = sum({of.shape[1] for _, of in calls} == {experts} != {k} for calls in passes)
-        whole = [
-            [ids_TK for _, ids_TK in calls]
-            for calls in passes
-            if {of.shape[1] for _, of in calls} == {k} and [layer for layer, _ in calls] == layers
-        ]
-        rest = len(passes) - warmed - len(whole)
-        for n, how in ((warmed, "with all experts (warm-up)"), (rest, "without all layers")):
-            if n:
-                context.warn(f"{path}: {n:,} pass{'es' * (n != 1)} {how} left out")
-        tokens, unknown = sum(len(ids[0]) for ids in whole), 0
-        numbers.document(source.domain or named(path), str(path), tokens)
-        for ids in whole:
-            unknown += _fill(ids, layers, path)
-            checked = [
-                checked_ids(ids_TK, router, f"{path}, layer {router.layer}")
-                for ids_TK, router in zip(ids, routers, strict=True)
-            ]
-            yield numbers.decisions(checked, phase="decode" if len(ids[0]) == 1 else "prefill")
-        if unknown:
-            context.warn(
-                f"{path}: {plural(unknown, 'decision')} of layer {layers[-1]} left out: only "
-                "tokens whose output was asked for reach it, and the file does not say which"
-            )
-
-
-def _fill(ids: list[np.ndarray], layers: list[int], path: Path) -> int:
-    """Puts −1 where a token of a pass did not reach the last layer, which routes a prompt's last
-    token alone. Returns how many decisions of it have no known token."""
-    T, last_TK = len(ids[0]), ids[-1]
-    for layer, n in zip(layers, map(len, ids), strict=True):
-        if n != T and (n > T or layer != layers[-1]):
-            raise MoeInspectError(f"{path}: layer {layer} has {n} tokens in a pass of {T}")
-    if len(last_TK) == T:
-        return 0
-    ids[-1] = np.full((T, last_TK.shape[1]), -1, np.int32)
-    if len(last_TK) > 1:
-        return len(last_TK)
-    ids[-1][-1] = last_TK[0]
-    return 0

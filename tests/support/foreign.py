@@ -524,25 +524,6 @@ def imatrix(root: Path) -> Made:
     return Made(root / "imatrix.gguf", load=load, config=False)
 
 
-def write_mbolt(
-    path: Path, passes: list[dict[int, np.ndarray]], experts: int = E, tail: bytes = b""
-) -> None:
-    """What mbolt's patch of llama.cpp writes: the ids [T, K] by layer of each pass."""
-    data = b"MBLT" + struct.pack("<II", 1, experts)
-    for by_layer in passes:
-        for layer, ids_TK in by_layer.items():
-            T, k = ids_TK.shape
-            data += struct.pack("<III", layer, k, T) + ids_TK.astype("<i4").tobytes()
-    path.write_bytes(data + tail)
-
-
-@maker("mbolt")
-def mbolt(root: Path) -> Made:
-    parts = [drawn(T, 40 + n) for n, T in enumerate([7, 1, 1, 4])]
-    write_mbolt(root / "route.bin", [routed(ids) for ids in parts])
-    return Made(root / "route.bin", joined(parts), config=False)
-
-
 PREAMBLE = """# route_trace v1
 # model=/data/a model.gguf arch=qwen3moe n_layer={layers} n_expert={E} n_expert_used={K}
 # layer=0 expert_bytes=13219200 dense_bytes=23280128
