@@ -215,11 +215,11 @@ FIGURES = (
         "deepseek_loads",
     ),
     Figure(
-        "DeepSeek-V3: the same as balancedness by SGLang's convention",
+        "DeepSeek-V3: the same as balancedness, mean over layers",
         f"{COUNTED} {LOADS}",
         "0.404, 0.434, 0.464, 0.417, 0.384, 0.501",
-        f"{PLACED} --policy contiguous --table policies",
-        partial(by_domain, names=WORKLOADS, column_of="balancedness_sglang"),
+        f"{PLACED} --policy contiguous --table placement",
+        partial(by_domain, names=WORKLOADS, column_of="balancedness"),
         "deepseek_loads",
     ),
     Figure(

@@ -19,8 +19,8 @@ TRACE = ROOT / "sample_traces/collapsed"
 
 
 COLUMNS = {
-    "placement placement": "layer,router,policy,max_over_mean,balancedness,slowdown,ranks_per",
-    "placement policies": "policy,balancedness_sglang,balancedness_vllm,slowdown",
+    "placement placement": "layer,router,policy,max_over_mean,balancedness,ranks_per",
+    "placement policies": "policy,max_over_mean,worst_max_over_mean,fit_max",
     "placement windows": "window,first_token,tokens,part,layer,router,policy,max_over_mean",
     "placement plan": "layer,router,policy,slot,gpu,node,expert,replicas",
     "decode decode": "layer,router,batch,steps,distinct_experts,distinct_experts_low,distinct_",
@@ -71,7 +71,7 @@ def test_placement_writes_plan_picture_and_page(cli_here: Cli, tmp_path: Path) -
     placed = ["simulate", "placement", TRACE, "--gpus", 4, "--physical-experts", 12]
     placed += ["--policy", "contiguous,eplb,local-search"]
     done = cli_here(*placed, "-o", "plan.json", "--plots", ".", "--html", "page.html")
-    assert "by vLLM's convention" in done.stdout
+    assert "On 4 GPUs with the contiguous placement" in done.stdout
     assert "local-search, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
     assert [sorted(set(row)) for row in plan] == [list(range(8))] * 4

@@ -137,8 +137,8 @@ def simulate_placement(
     tables = tables_of(plans, fitting.ranks_reached(plans.judging), dispatch == "lp")
     if among:
         tables["judged"] = among.table(plans, tables["windows"])
-        slowdown = tables["policies"].set_index("policy")["slowdown"]
-        tables["policies"]["slower_p"] = among.slower_p(plans, slowdown)
+        ratio = tables["policies"].set_index("policy")["max_over_mean"]
+        tables["policies"]["slower_p"] = among.slower_p(plans, ratio)
     priced: Settings = dict.fromkeys(PRICED)
     times = dict[str, PlanTimes]()
     if pricing:

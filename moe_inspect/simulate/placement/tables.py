@@ -85,10 +85,8 @@ def tables_of(
         row = key | {
             "max_over_mean": ratio,
             "balancedness": 1 / ratio,
-            "slowdown": ratio,
             "ranks_per_token": ranks,
             "nodes_per_token": nodes,
-            "activations_per_token": sent,
             "moved_bytes_per_token": sent * size if size else np.nan,
             "fit_max_over_mean": fit_most / fit_mean if fit_mean else np.nan,
             "colocated": colocated(expert_P, layout.gpus),
@@ -132,18 +130,15 @@ def _over(most_W: np.ndarray, mean_W: np.ndarray, part: slice) -> float:
 
 
 def _by_policy(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per policy. balancedness_sglang: mean over layers of mean ÷ max; balancedness_vllm: Σ
-    mean ÷ Σ max."""
+    """One row per policy. max_over_mean: Σ max ÷ Σ mean over layers."""
     rows = []
     means = ("fit_max_over_mean", "ranks_per_token", "nodes_per_token")
     for name, mine in table.dropna(subset=["max_over_mean"]).groupby("policy", sort=False):
         load = mine["mean_load"].sum()
-        vllm = load / mine["max_load"].sum()
+        balancedness = load / mine["max_load"].sum()
         row = {
             "policy": name,
-            "balancedness_sglang": mine["balancedness"].mean(),
-            "balancedness_vllm": vllm,
-            "slowdown": 1 / vllm,
+            "max_over_mean": 1 / balancedness,
             "worst_max_over_mean": mine["max_over_mean"].max(),
             **{column: mine[column].mean() for column in means},
             "moved_bytes_per_token": mine["moved_bytes_per_token"].sum(min_count=1),
@@ -153,7 +148,7 @@ def _by_policy(table: pd.DataFrame) -> pd.DataFrame:
             if f"{how}_max_over_mean" in mine:
                 # the mean over layers, each weighing as its load
                 weighted = mine[f"{how}_max_over_mean"] * mine["mean_load"]
-                row[f"{how}_slowdown"] = float(weighted.sum() / load)
+                row[f"{how}_max_over_mean"] = float(weighted.sum() / load)
         rows.append(row)
     if not rows:
         raise MoeInspectError("no router made an assignment in the judged part: lower --fit-share")
@@ -168,7 +163,7 @@ def worth(error: float | None) -> float:
 
 def time_of(by_policy: pd.DataFrame) -> str:
     """The column that policies are compared by."""
-    return "ms" if "ms" in by_policy else "slowdown"
+    return "ms" if "ms" in by_policy else "max_over_mean"
 
 
 def fastest(by_policy: pd.DataFrame) -> str:

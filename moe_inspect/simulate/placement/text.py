@@ -23,14 +23,12 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     rows = {row["policy"]: row for row in tables["policies"].to_dict("records")}
     best = rows[settings["recommended"]]
     first = rows.get("contiguous") or next(iter(rows.values()))
-    takes = f"the MoE layers take {first['slowdown']:.2f}x the time of perfect balance"
+    takes = f"the MoE layers take {first['max_over_mean']:.2f}x the time of perfect balance"
     if settings["times"]:
-        takes = f"the busiest GPU has {first['slowdown']:.2f}x the mean load"
+        takes = f"the busiest GPU has {first['max_over_mean']:.2f}x the mean load"
     sentences = [
         f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, {takes} "
-        f"(balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, "
-        f"{first['balancedness_sglang']:.2f} by SGLang's; "
-        f"worst layer {first['worst_max_over_mean']:.2f}x)."
+        f"(worst layer {first['worst_max_over_mean']:.2f}x)."
     ]
     by = time_of(tables["policies"])
     from_ms = settings["in_order"] or first
@@ -38,12 +36,12 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     least = worth(settings["error"])
     if best is not first and saved >= least:
         others = ", ".join(
-            f"{name} {row['slowdown']:.2f}x"
+            f"{name} {row['max_over_mean']:.2f}x"
             for name, row in rows.items()
             if row not in (best, first)
         )
         sentences.append(
-            f"{best['policy']} brings that to {best['slowdown']:.2f}x"
+            f"{best['policy']} brings that to {best['max_over_mean']:.2f}x"
             f"{f' ({others})' if others else ''}: {saved:.0%} less time."
         )
     elif len(rows) > 1:
@@ -76,12 +74,12 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         sentences.append(f"{said}.")
     if settings["dispatch"] == "lp":
         least = ", ".join(
-            f"{name} {row['lp_slowdown']:.2f}x ({row['by_window_slowdown']:.2f}x)"
+            f"{name} {row['lp_max_over_mean']:.2f}x ({row['by_window_max_over_mean']:.2f}x)"
             for name, row in rows.items()
         )
         sentences.append(
-            "With optimal dispatch among replicas (a linear program per window), the slowdown "
-            f"would be at least (in brackets: with even sharing): {least}."
+            "With optimal dispatch among replicas (a linear program per window), the busiest GPU "
+            f"would have at least (in brackets: with even sharing): {least}."
         )
     return [
         *sentences,
@@ -145,11 +143,12 @@ def _on_windows(tables: Tables, settings: Settings, policy: str) -> str:
     mean = by_part.mean().dropna()  # windows without load
     fit, judged = (mean[mean.index.get_level_values("part") == part] for part in ("fit", "judged"))
     row = next(row for row in tables["policies"].to_dict("records") if row["policy"] == policy)
+    by_layer = tables["placement"].query("policy == @policy")
     # not all policies look at the load
     return (
         f"{policy} has max/mean {row['fit_max_over_mean']:.3f} on the first "
         f"{100 * settings['fit_share']:.3g}%, which policies may be fitted to, and "
-        f"{1 / row['balancedness_sglang']:.3f} on the rest; per window of "
+        f"{1 / by_layer['balancedness'].mean():.3f} on the rest; per window of "
         f"{plural(settings['window'], 'token')} {fit.mean():.3f} in the first part, "
         f"{judged.iloc[0]:.3f} just after it, {judged.iloc[-1]:.3f} at the end."
     )

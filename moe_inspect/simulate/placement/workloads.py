@@ -103,15 +103,15 @@ class Workloads:
                 table.loc[of, ["most_by_chance", "p"]] = np.quantile(null_B, 1 - ALPHA), p_value
         return table
 
-    def slower_p(self, plans: PlacementPlans, slowdown: pd.Series) -> np.ndarray:
+    def slower_p(self, plans: PlacementPlans, ratio: pd.Series) -> np.ndarray:
         """P-value of how much slower each policy is than the fastest on what plans are judged on,
         where documents vary around the shares of their workload and all policies are as fast,
         corrected for their number. NaN where documents are unknown or too few."""
         judged, noise = self.judged or self.fitted, list[np.ndarray]()
         if not all(one.documents_tell for one in judged):
-            return np.full(len(slowdown), np.nan)
+            return np.full(len(ratio), np.nan)
         weight_R = {r: plans.loads[r][plans.windows.judged].sum() for r in plans.selection.routers}
-        for policy in slowdown.index:
+        for policy in ratio.index:
             null_NB, weight_N = list[np.ndarray](), list[float]()
             for r, one in product(weight_R, judged):
                 G = plans.layouts[r].gpus
@@ -123,7 +123,7 @@ class Workloads:
                     weight_N.append(weight_R[r])
             null_B = np.average(null_NB, axis=0, weights=weight_N)
             noise.append(null_B - null_B.mean())
-        return joint_p(list(slowdown - slowdown.min()), list(noise - np.min(noise, axis=0)))
+        return joint_p(list(ratio - ratio.min()), list(noise - np.min(noise, axis=0)))
 
     def null(
         self, plans: PlacementPlans, policy: str, judged: Workload
