@@ -79,7 +79,8 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         )
         sentences.append(
             "With optimal dispatch among replicas (a linear program per window), the busiest GPU "
-            f"would have at least (in brackets: with even sharing): {least}."
+            "would have at least these times the mean load (in brackets: with even sharing): "
+            f"{least}."
         )
     return [
         *sentences,
