@@ -16,33 +16,17 @@ import numpy as np
 
 from benchmarks.measuring import ROOT, in_a_process, peak_memory_mib
 
-# routers, experts, k: DeepSeek-V2-Lite, Qwen3-30B-A3B
-SHAPES = {"esft": (26, 64, 6), "vllm-routed": (48, 128, 8)}
+FORMAT = "vllm-routed"
+L, E, K = 48, 128, 8  # Qwen3-30B-A3B
 SEQUENCE = 512
 
 
-def make(format: str, root: Path, assignments: float) -> None:
-    L, E, k = SHAPES[format]
+def make(root: Path, assignments: float) -> None:
     rng = np.random.default_rng(0)
-    sequences = max(1, round(assignments / (L * k * SEQUENCE)))
+    sequences = max(1, round(assignments / (L * K * SEQUENCE)))
     drawn_TLK = (
-        rng.random((SEQUENCE, L, E), np.float32).argpartition(k, 2)[:, :, :k].astype(np.uint8)
+        rng.random((SEQUENCE, L, E), np.float32).argpartition(K, 2)[:, :, :K].astype(np.uint8)
     )
-    texts = []
-    if format == "esft":
-        weights = np.round(rng.random((SEQUENCE, k)), 4)
-        texts = [
-            "\t".join(map(str, drawn_TLK[:, layer].reshape(-1)))
-            + "\t\t"
-            + "\t".join(f"{w:.4f}" for w in weights.reshape(-1))
-            + "\n"
-            for layer in range(L)
-        ]
-        for layer, text in enumerate(texts):
-            with open(root / f"expert_weights_{layer}.txt", "w") as file:
-                for _ in range(sequences):
-                    file.write(text)
-        return
     array = io.BytesIO()
     np.save(array, drawn_TLK)
     ids = rng.integers(0, 150_000, SEQUENCE + 1).tolist()
@@ -57,28 +41,27 @@ def make(format: str, root: Path, assignments: float) -> None:
             file.write(text)
 
 
-def run(format: str, assignments: float) -> dict[str, float]:
+def run(assignments: float) -> dict[str, float]:
     """In a process of its own: its peak memory and CPU time are the import's."""
     import pandas  # noqa: F401  (pyarrow looks for it at its first write: no part of importing)
 
     from moe_inspect.importers.run import import_trace
 
-    L, E, k = SHAPES[format]
     with tempfile.TemporaryDirectory() as scratch:
         (source := Path(scratch) / "in").mkdir()
         program = (
             "from pathlib import Path; from benchmarks.imports import make; "
-            f"make({format!r}, Path({str(source)!r}), {assignments})"
+            f"make(Path({str(source)!r}), {assignments})"
         )
         subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
         config = Path(scratch) / "config.json"
         config.write_text(
-            json.dumps({"num_hidden_layers": L, "num_experts": E, "num_experts_per_tok": k})
+            json.dumps({"num_hidden_layers": L, "num_experts": E, "num_experts_per_tok": K})
         )
         cpu, wall = time.process_time(), time.perf_counter()
-        trace = import_trace(format, [source], Path(scratch) / "t", model=config)
+        trace = import_trace(FORMAT, [source], Path(scratch) / "t", model=config)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        imported = trace.n_tokens * L * k
+        imported = trace.n_tokens * L * K
     return {
         "assignments": imported,
         "million_assignments_per_cpu_s": imported / cpu / 1e6,
@@ -88,13 +71,10 @@ def run(format: str, assignments: float) -> dict[str, float]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    found = {}
-    for format in SHAPES:
-        for size in (3e6, 3e7):
-            found[f"{format} {size:.0e}"] = in_a_process(
-                "run", format, size, module="benchmarks.imports"
-            )
-    return found
+    return {
+        f"{FORMAT} {size:.0e}": in_a_process("run", size, module="benchmarks.imports")
+        for size in (3e6, 3e7)
+    }
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import torch
 import moe_inspect
 from benchmarks.calls import qwen
 from benchmarks.measuring import machine, write_results
-from moe_inspect.analysis.scores import SCORES, counted, lowest, score_DE, score_E
+from moe_inspect.analysis.scores import SCORES, counted, lowest, score_E
 from moe_inspect.analysis.weights.measure import weight_tables
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
@@ -229,7 +229,8 @@ def by_other_domains(trace: Trace, held_out: HeldOut) -> list[dict[str, Any]]:
 
     def reap_E(r: int, of: Sequence[int]) -> np.ndarray:
         load_DE = counts.assignments_DE(r)[list(of)]
-        gated_DE = score_DE(counts, r, "reap")[list(of)] * load_DE
+        gated_UE: Any = counts.of[r].gated_norm_UE
+        gated_DE = counts.by_domain(gated_UE)[list(of)]
         return gated_DE.sum(0) / np.maximum(load_DE.sum(0), 1)
 
     rows = []

@@ -142,22 +142,6 @@ def test_repetition_is_that_of_each_domain_and_its_reference_that_of_all():
     assert shared.y == pytest.approx([0.4643] * 4, abs=1e-4)
 
 
-def test_the_experts_of_a_domain_are_its_top_k():
-    heatmap = drawn("balanced")["esft"].panels[0].heatmap
-    assert heatmap is not None
-    table: Any = of("balanced").tables["esft"]
-    most = of("balanced").counts.tokens_D.argmax()
-    rows = table[(table["router"] == 2) & (table["domain"] == of("balanced").counts.domains[most])]
-    best = rows.sort_values("token_score", ascending=False, kind="stable").head(2)
-    assert heatmap.values[most, 2] == pytest.approx(best["token_score"].sum())
-    assert heatmap.cells is not None
-    assert heatmap.cells[most, 2] == ", ".join(map(str, best["expert"]))
-    assert heatmap.notes is not None
-    both = zip(best["expert"], best["token_score"], strict=True)
-    said = "\n".join(f"expert {e}: {score:.3f}" for e, score in both)
-    assert heatmap.notes[most, 2] == said
-
-
 @pytest.mark.parametrize("name", spec.every_chart())
 def test_a_chart_says_in_words_what_it_shows_and_red_is_for_faults(name: str):
     for sample in SAMPLES:

@@ -48,8 +48,6 @@ IN_PLACE = {
     ("trace.writer.whole", "_put"): "sets the old trace aside",
     ("trace.writer.whole", "_write"): "an object appears whole",
     ("trace.writer.whole", "_take_back"): "an object appears whole",
-    ("exporters.esft", "esft"): "in a draft",
-    ("exporters.esft", "_esft_shard"): "in a draft",
     ("importers.tables.read", "uncompressed"): "a temporary copy",
     ("cli.trace", "__exit__"): "stderr",
     ("text", "abandon"): "the null device",

@@ -210,21 +210,9 @@ def stale(m: Made, r: int) -> float:
     return float(np.mean([balancedness(now, packed(old, E // 2)) for old, now in steps]))
 
 
-def by_sample(m: Made, values_TE: np.ndarray) -> np.ndarray:
-    """Mean over a domain's sequences of the mean over their tokens. [D, E]"""
-    mean_SE = m.by(m.sequence, values_TE) / np.bincount(m.sequence)[:, None]
-    domain_S = np.array([m.domain[m.sequence == s][0] for s in range(S)])
-    return np.stack([mean_SE[domain_S == d].mean(0) for d in (0, 1)])
-
-
 def by_domain(m: Made, values_TE: np.ndarray) -> np.ndarray:
     """Mean over a domain's tokens. [D, E]"""
     return m.by(m.domain, values_TE) / np.bincount(m.domain)[:, None]
-
-
-def weighed(m: Made, r: int) -> np.ndarray:
-    """Gate weight of each expert. [T, E]"""
-    return (m.weights[r][:, :, None] * (m.ids[r][:, :, None] == np.arange(E))).sum(1)
 
 
 def first_pairs(m: Made) -> np.ndarray:
@@ -342,10 +330,6 @@ EXACT: dict[str, Callable[[Made, int], Any]] = {
     "router.weight_mass": lambda m, r: confidence(m, r)[0],
     "router.weight_entropy_nats": lambda m, r: confidence(m, r)[1],
     "router.weight_margin": lambda m, r: confidence(m, r)[2],
-    "esft.token_score": lambda m, r: share(m.by(m.domain, m.chosen[r])),
-    "esft.gate_score": lambda m, r: by_domain(m, weighed(m, r)),
-    "esft.token_score_by_sample": lambda m, r: by_sample(m, m.chosen[r] / K),
-    "esft.gate_score_by_sample": lambda m, r: by_sample(m, weighed(m, r)),
     "windows.total_variation": lambda m, r: first(total_variation(m.windows(r))),
     "windows.total_variation_floor": lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 0]),
     "windows.jsd_floor_bits": lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 1]),

@@ -186,20 +186,6 @@ def test_auto_knows_counts_in_every_form(form: str, tmp_path: Path):
     assert said[0].startswith("recognised as counts")
 
 
-def test_esfts_folders_of_ranks_are_of_the_domain_above_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    made = foreign.esft(tmp_path)
-    for rank in range(2):
-        shutil.copytree(made.source, tmp_path / f"scores/law/rank_{rank}")
-    monkeypatch.chdir(tmp_path / "scores/law/rank_0")
-    places = [tmp_path / name for name in ("scores", "scores/law", "scores/law/rank_1")]
-    for n, source in enumerate([*places, "."]):
-        trace, _ = taken(tmp_path / f"{n}", "esft", source, experts=foreign.E, top_k=foreign.K)
-        assert set(trace.documents()["domain"]) == {"law"}
-        assert trace.n_tokens == 10 * (2 if n < 2 else 1)
-
-
 def test_decisions_are_no_table_of_counts(tmp_path: Path):
     why = r"holds decisions, not counts: report\(trace\)\.tables\[.load.\] counts them"
     with pytest.raises(MoeInspectError, match=why):

@@ -150,8 +150,8 @@ def test_a_map_is_of_counts_alone(cli_here: Cli, tmp_path: Path):
     (tmp_path / "c.json").write_text(json.dumps(RECORDS))
     options = ["c.json", "--top-k", "2", "--map", "layer=block,expert=id,count=hits", "-o"]
     cli_here("import", "counts", *options, "t")
-    result = cli_here("import", "esft", *options, "u", check=1)
-    assert "--map is an option of the format table, not of esft" in result.stderr
+    result = cli_here("import", "sglang", *options, "u", check=1)
+    assert "--map is an option of the format table, not of sglang" in result.stderr
 
 
 MAPS = ["count={layer}.{expert}", "layer=a,expert=b,count=c", "count=*.{layer}.{expert}.n"]

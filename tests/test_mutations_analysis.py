@@ -232,8 +232,6 @@ MUTATIONS = {
     "megatron: a pass of one token is a repetition": ("importers.megatron.importer", "(odd or len(first.ids_TK) > 1)", "True", by("import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken")),
     "megatron: one token of several ranks is taken once": ("importers.megatron.importer", " and T > 1:", ":", by("import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken")),
     "megatron: tensor-parallel ranks add up": ("importers.megatron.importer", "seen[source.domain, step].add(made)", "pass", by("import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree")),
-    "esft: weights of another token": ("importers.esft", "weights=[w[part] for w in weights]", "weights=[w[:T] for w in weights]", by_format("esft")),
-    "esft: weights are even": ("importers.esft", "rounded_N.reshape(-1, k), tokens", "(0 * rounded_N + 0.25).reshape(-1, k), tokens", by_format("esft")),
     # token losses
     "a token predicts itself": ("capture.token_loss", "= token_BS[:, 1:][follows_BS]", "= token_BS[:, :-1][follows_BS]", padded),
     "padding follows": ("capture.token_loss", "follows_BS = real_BS[:, 1:] & real_BS[:, :-1]", "follows_BS = real_BS[:, :-1]", padded),

@@ -357,7 +357,7 @@ def csv_cell(value: Any) -> Any:
 def test_every_table_is_downloaded_exactly_and_its_python_runs(opened: Opened, tmp_path: Path):
     names = opened.locator(".sheet").evaluate_all("(all) => all.map((s) => s.dataset.name)")
     assert len(names) >= 10
-    excerpts, downloaded = ("domains", "esft", "coactivation", "transitions"), set[str]()
+    excerpts, downloaded = ("domains", "coactivation", "transitions"), set[str]()
     for name in names:
         place = opened.sheet(name)
         lines = place.get_attribute("data-python").splitlines()

@@ -114,7 +114,7 @@ def test_one_pass_counts_what_is_prepared(tmp_path: Path):
     for name in ("coactivation", "drift", "balance", "load"):
         assert made.tables[name].size
     assert sum(told) == 500
-    assert made.tables["esft"].size
+    assert made.tables["repetition"].size
     assert sum(told) == 1_000
 
 

@@ -61,7 +61,7 @@ def real(place: Path) -> Real:
 
 
 def folder_of(name: str) -> str:
-    return shlex.split(documented()[name])[2].partition("/")[0]
+    return shlex.split(documented()[name])[2].partition("/")[0].removesuffix(".parquet")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
@@ -105,30 +105,34 @@ def deepseek(real: Real) -> Trace:
     return real("esft_law")
 
 
-def test_deepseek_v2_lite_has_the_scores_its_authors_published(deepseek: Trace, tmp_path: Path):
+def test_deepseek_v2_lite_has_the_choices_its_authors_published(deepseek: Trace):
     shapes = [(r.layer, r.experts, r.top_k) for r in deepseek.routers]
     assert shapes == [(layer, 64, 6) for layer in range(1, 27)]
     assert len(deepseek.documents()) == (ESFT / "expert_weights_1.txt").read_text().count("\n")
     assert set(deepseek.documents()["domain"]) == {"esft_law"}
-    published = read(ESFT / "summary.json")
-    esft = report(deepseek).tables["esft"].set_index(["layer", "expert"])
-    pairs = [(layer, expert) for layer in range(1, 27) for expert in range(64)]
+    by_token = deepseek.routing(layer=3).set_index("token")
+    first, *_ = (ESFT / "expert_weights_3.txt").read_text().splitlines()
+    ids, weights = (np.array(part.split(), float).reshape(-1, 6) for part in first.split("\t\t"))
+    of_first = by_token.iloc[: len(ids)]
+    assert np.array_equal(of_first.filter(like="expert_"), ids)
+    assert np.array_equal(of_first.filter(like="weight_"), weights.astype(np.float16))
+
+
+def test_deepseek_v2_lite_has_the_scores_its_authors_published(
+    deepseek: Trace, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    published.table.cache_clear()
+    theirs = read(ESFT / "summary.json")
+    ours = published.esft_scores("report runs/esft_law --table worth")
     # published to 4 digits; and the weights are stored to fp16
     for name, near in (("token_score", 5.1e-5), ("gate_score", 1e-4)):
-        theirs = np.array([published[f"{name}s"][str(layer)][str(e)] for layer, e in pairs])
-        ours = esft[name].loc[pairs].to_numpy()
-        assert np.abs(ours - theirs).max() <= near
+        scores_E = np.array([theirs[f"{name}s"][str(layer)][str(e)] for layer, e in ours.index])
+        assert np.abs(ours[name] - scores_E).max() <= near
         # positive control: one layer against another is far off
-        assert np.abs(ours[:64] - theirs[64:128]).max() > 5e-3
+        assert np.abs(ours[name][:64].to_numpy() - scores_E[64:128]).max() > 5e-3
     # and the experts to train are theirs
-    export_trace(deepseek, "esft", tmp_path / "e")
-    chosen, published = (
-        read(path)
-        for path in (tmp_path / "e/esft_law/expert_cfg.json", ESFT / "expert_config_law.json")
-    )
-    assert chosen.keys() == published.keys()
-    a, b = ({n: sorted(of) for n, of in x["experts"].items()} for x in (chosen, published))
-    assert a == b
+    assert published.same_experts("report runs/esft_law --table worth") == [26]
 
 
 def test_deepseek_v2_lite_is_unbalanced_on_law_and_the_verdict_says_so(deepseek: Trace):

@@ -224,7 +224,7 @@ def test_one_chart_as_wide_as_a_column_of_a_paper(
 
 def test_plots_without_domains_or_documents(tmp_path: Path):
     made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
-    expected = {f"{name}.{form}" for name in ("balance", "esft", "load") for form in ("png", "svg")}
+    expected = {f"{name}.{form}" for name in ("balance", "load") for form in ("png", "svg")}
     assert {p.name for p in made.save_plots(tmp_path / "p")} == expected
 
 

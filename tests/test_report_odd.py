@@ -86,10 +86,6 @@ def check(name: str, made: Report, r: int, rows: Any) -> None:
         case "domains":
             assert (rows["activation"] * rows["tokens"]).sum() == pytest.approx(load)
             assert rows["assignments"].sum() == load
-        case "esft":
-            sums = rows.groupby("domain")["token_score"].sum(min_count=1).dropna()
-            assert sums.tolist() == pytest.approx([1] * len(sums))
-            assert len(sums) == len(counts.domains) or not counts.load_E(r).all()
         case "coactivation" if not null_slots:
             assert rows["together"].sum() == T * k * (k - 1)
         case "transitions":

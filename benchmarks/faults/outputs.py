@@ -78,7 +78,6 @@ export T --format counts -o out.parquet
 export T --format sglang -o out.json
 export T --format llama-cpp --gpu-layers 1 -o out.txt
 export T --format pruning --by frequency -o out.json
-export T --format esft -o out
 merge T U -o out --overwrite
 import counts LOADS.csv -o out --top-k 1 --overwrite""".splitlines()
 # commands that load a model first, and what they write is written by one of the functions above
@@ -88,7 +87,7 @@ ELSEWHERE = {
     "engine": "a table, as report's",
 }
 WRITES = ("output", "html", "plots")
-STEP = {"esft": 3, "import": 4, "merge": 7}  # of many alike
+STEP = {"import": 4, "merge": 7}  # of many alike
 
 
 def every_output(group: typer.Typer = app, *before: str) -> Iterator[tuple[str, str]]:
@@ -226,7 +225,7 @@ class Output:
             shutil.copytree(self.bench.root / "V", out)
         elif "." in self.name:
             out.write_bytes(b"the old one")
-        elif "esft" not in self.line:
+        else:
             out.mkdir()
             for name in self.new:
                 (place / name).write_bytes(b"the old one")
@@ -247,8 +246,6 @@ class Output:
                 assert data in either, f"{name}: neither the old one nor the new"
             gone = self.old.keys() - found.keys()
             assert not gone or same(found, self.new), f"{gone} are gone"
-            if "esft" in self.line:
-                assert not found or same(found, self.new), "a part of it"
         if kept:
             aside = place / "kept" / self.name  # files are known by the name of their folder too
             aside.parent.mkdir()
@@ -259,8 +256,6 @@ class Output:
             # where the fault is in the deletion of the old trace or of a lock, they stay
             left = [p for p in hidden(place) if said or not (".old" in str(p) or p.name == LOCK)]
             assert not left, f"left behind: {left}"
-        if "esft" in self.line and found:
-            shutil.rmtree(out)
         run(self.line, self.bench.root, place)
         found = held(out, self.line)
         assert same(found, self.new), "the next one writes something else"
@@ -297,7 +292,7 @@ def outputs_at_once(bench: Bench, tries: int = 2) -> None:
             said = bench.children([lambda place=place, made=made: made.work(place)] * 2)
             wrong = [one["raised"] for one in said if "raised" in one]
             wrong += [] if any("returned" in one for one in said) else ["both were refused"]
-            if not is_of_a_trace(line) and "esft" not in line:
+            if not is_of_a_trace(line):
                 wrong += [one["refused"] for one in said if "refused" in one]
             checked = bench.child(lambda place=place, made=made: is_new(made, place))
             failure = "; ".join(wrong) or checked.get("raised") or checked.get("refused")

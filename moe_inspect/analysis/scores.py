@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,33 +42,12 @@ AIMER, ABLATION = "aimer", "ablation"
 ALL = (*SCORES, AIMER, ABLATION)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """`whole_LE`: the score of each expert of each router, float64 [E] of each. `by_domain`: the
-    same in each domain, None where no text decides."""
-
-    whole_LE: list[np.ndarray]
-    by_domain: dict[str, list[np.ndarray]] | None
-
-    def of_domain(self, domain: str) -> list[np.ndarray]:
-        """float64 [E] of each router"""
-        if self.by_domain is None:
-            return self.whole_LE
-        if domain not in self.by_domain:
-            raise MoeInspectError(
-                f"there are no losses of the domain {domain!r}, only of "
-                f"{', '.join(self.by_domain) or 'all text'}: make them with moe-inspect ablate "
-                "--table domains, on text of all domains"
-            )
-        return self.by_domain[domain]
-
-
 def scores_of(
     trace: Trace, by: str, *, weights: str | Path | None = None, losses: str | Path | None = None
-) -> Scores:
-    """Scores of all routers of a trace. `weights`: the directory of the model's safetensors, for
-    "aimer"; `losses`: a table of `moe-inspect ablate`, for "ablation". MoeInspectError where what
-    it takes is missing."""
+) -> list[np.ndarray]:
+    """Scores of all routers of a trace, float64 [E] of each. `weights`: the directory of the
+    model's safetensors, for "aimer"; `losses`: a table of `moe-inspect ablate`, for "ablation".
+    MoeInspectError where what it takes is missing."""
     if by not in ALL:
         raise MoeInspectError(no_such("score", by, ALL))
     for option, score, given in (("weights", AIMER, weights), ("losses", ABLATION, losses)):
@@ -80,18 +58,15 @@ def scores_of(
         if weights is None:
             raise MoeInspectError("aimer takes the model's weights: add --weights MODEL")
         aimer = aimer_of(weights, trace.routers, routers)
-        return Scores(aimer_scores(aimer, routers, weights), None)
+        return aimer_scores(aimer, routers, weights)
     if by == ABLATION:
         if losses is None:
             raise MoeInspectError(
-                "ablation takes measured losses: add --losses FILE, of moe-inspect ablate --table "
-                "domains -o FILE"
+                "ablation takes measured losses: add --losses FILE, of moe-inspect ablate -o FILE"
             )
-        return Scores(*losses_without(losses, trace.routers))
+        return losses_without(losses, trace.routers)
     counts = counted(trace, by)
-    by_router = [score_DE(counts, r, by) for r in routers]
-    by_domain = {name: [of[d] for of in by_router] for d, name in enumerate(counts.domains)}
-    return Scores([score_E(counts, r, by) for r in routers], by_domain)
+    return [score_E(counts, r, by) for r in routers]
 
 
 def aimer_scores(
@@ -125,15 +100,10 @@ def counted(trace: Trace, by: str) -> Counts:
     return count_trace(trace, select(trace), BASE | {"worth"})
 
 
-def score_DE(counts: Counts, r: int, by: str) -> np.ndarray:
-    """The score of each expert of a router in each domain, 0 where it has no assignment. float64
-    [D, E]"""
-    return _score(_sums_DE(counts, r, by), counts.assignments_DE(r), by)
-
-
 def score_E(counts: Counts, r: int, by: str) -> np.ndarray:
-    """The same over all domains. float64 [E]"""
-    return _score(_sums_DE(counts, r, by).sum(0), counts.load_E(r), by)
+    """The score of each expert of a router, 0 where it has no assignment. float64 [E]"""
+    sums_E = _sums_DE(counts, r, by).sum(0)
+    return np.nan_to_num(sums_E / nan_for_zero(counts.load_E(r))) if by in MEANS else sums_E
 
 
 def _sums_DE(counts: Counts, r: int, by: str) -> np.ndarray:
@@ -147,10 +117,6 @@ def _sums_DE(counts: Counts, r: int, by: str) -> np.ndarray:
     sums_UE = of_score.get(by, of.norm_UE)
     assert sums_UE is not None
     return counts.by_domain(sums_UE)
-
-
-def _score(sums: np.ndarray, load: np.ndarray, by: str) -> np.ndarray:
-    return np.nan_to_num(sums / nan_for_zero(load)) if by in MEANS else sums
 
 
 def experts_kept(E: int, keep: float, groups: int = 1) -> int:
@@ -203,20 +169,15 @@ READERS: dict[str, Callable[[io.BytesIO], pd.DataFrame]] = {
 }
 
 
-def losses_without(
-    path: str | Path, routers: Sequence[Router]
-) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+def losses_without(path: str | Path, routers: Sequence[Router]) -> list[np.ndarray]:
     """What the model loses without each expert, in nats per token: float64 [E] of each router of a
-    trace, of all text and by domain (of the table `domains`; of `experts` of none). Routers are
-    those of the same layer, in its order. MoeInspectError where it is no such table, or of other
-    experts."""
+    trace. Routers are those of the same layer, in its order. MoeInspectError where it is no such
+    table, or of other experts."""
     table: Any = _read(Path(path))
     whole = table.assign(nats=table["difference"] * table["tokens"])
     whole = whole.groupby(KEYS, as_index=False)[["nats", "tokens"]].sum()
     whole["difference"] = whole["nats"] / whole["tokens"]
-    domains = table.groupby("domain", sort=False) if "domain" in table else ()
-    by_domain = {str(domain): _by_router(of, routers, path) for domain, of in domains}
-    return _by_router(whole, routers, path), by_domain
+    return _by_router(whole, routers, path)
 
 
 def _by_router(table: Any, routers: Sequence[Router], path: str | Path) -> list[np.ndarray]:

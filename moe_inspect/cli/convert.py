@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 else:
     ExportFormat = StrEnum("ExportFormat", {name: name for name in exporters.MODULES})
     SCORES = "reap gate frequency ean mean-norm saliency aimer ablation"
-    # "token" is ESFT's own name of frequency
-    ExportBy = StrEnum("ExportBy", {by: by for by in f"{SCORES} token".split()})
+    ExportBy = StrEnum("ExportBy", {by: by for by in SCORES.split()})
 
 run_option = in_panel("Run")
 
@@ -113,21 +112,12 @@ def export(
     trace: TraceArgument,
     format: ExportFormat = output_option("What to write: see Formats.", "FORMAT", default=REQUIRED),
     output: Path = output_option(
-        "File to write; for esft, a folder.", "PATH", flags=("-o", "--output"), default=REQUIRED
+        "File to write.", "PATH", flags=("-o", "--output"), default=REQUIRED
     ),
-    top_p: float | None = option(
-        "esft: train the fewest experts per layer whose scores sum to this share. Default: 0.2."
-    ),
-    by: ExportBy | None = option(
-        "esft, pruning: the score of the experts. Default: frequency "
-        "(token) for esft, reap for pruning.",
-        "SCORE",
-        flags=("--by", "--score"),
-    ),
+    by: ExportBy | None = option("pruning: the score of the experts. Default: reap.", "SCORE"),
     weights: str | None = option("With --by aimer: the model, a directory or a hub id.", "MODEL"),
     losses: Path | None = option(
-        "With --by ablation: a table written by moe-inspect ablate; for esft, its table domains.",
-        "FILE",
+        "With --by ablation: a table written by moe-inspect ablate.", "FILE"
     ),
     gpu_layers: int | None = option("llama-cpp: how many layers' experts fit on the GPU.", min=0),
     keep: float | None = option(
@@ -146,7 +136,6 @@ def export(
         trace,
         format.value,
         output,
-        top_p=top_p,
         by=by and by.value,
         weights=weights,
         losses=losses,

@@ -36,7 +36,7 @@ VALUES = {
 
 # what --table takes: the registries would import pandas
 TABLES = {
-    "report": "balance, coactivation, committee, domains, drift, esft, load, locality, loss, "
+    "report": "balance, coactivation, committee, domains, drift, load, locality, loss, "
     "paths, repetition, router, signature, specialization, summary, transitions, verdict, "
     "vocabulary, windows, worth",
     "calibrate": "choice, chosen, coverage, coverage_by_domain, coverage_by_layer, tokens_needed",

@@ -28,7 +28,7 @@ def pruning(
     names = [router.path if several else str(router.layer) for router in trace.routers]
     for router in trace.routers:
         refuse_too_few(router.experts, router.top_k, keep, of_groups)
-    gone = [lowest(of_E, keep, groups) for of_E in scores.whole_LE]
+    gone = [lowest(of_E, keep, groups) for of_E in scores]
     capture = trace.manifest["capture"]
     made = {
         "format": 1,
@@ -43,7 +43,7 @@ def pruning(
             n: sorted({*range(router.experts)} - {*of})
             for n, router, of in zip(names, trace.routers, gone, strict=True)
         },
-        "scores": {n: of_E.tolist() for n, of_E in zip(names, scores.whole_LE, strict=True)},
+        "scores": {n: of_E.tolist() for n, of_E in zip(names, scores, strict=True)},
     }
     with draft_of(output) as draft:
         draft.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -33,9 +33,7 @@ def export_trace(
     format: str,
     output: str | Path,
     *,
-    top_p: float | None = None,
     by: str | None = None,
-    score: str | None = None,
     weights: str | Path | None = None,
     losses: str | Path | None = None,
     gpu_layers: int | None = None,
@@ -47,19 +45,14 @@ def export_trace(
     Args:
         trace: a trace or its directory.
         format: "sglang" (`logical_count` for --init-expert-location, .pt or .json), "llama-cpp"
-            (its option -ot), "esft" (a folder per domain), "pruning" (.json: scores, and the
-            experts that go), "counts" (.csv, .json or .parquet) or
-            "routing-profile" (.json, what simulators of serving need of the routing).
-        output: the file, for "esft" the folder, to write.
-        top_p: esft: train the fewest experts of each layer whose scores sum to this share of the
-            layer's, 0.2 by default.
-        by: esft, pruning: the score of the experts: "frequency"
-            (the default of esft, whose own name for it is "token"), "gate", "reap" (the default of
-            pruning), "ean", "mean-norm", "aimer" or "ablation".
-        score: an older name of `by`.
+            (its option -ot), "pruning" (.json: scores, and the experts that go), "counts" (.csv,
+            .json or .parquet) or "routing-profile" (.json, what simulators of serving need of the
+            routing).
+        output: the file to write.
+        by: pruning: the score of the experts: "reap" (the default), "gate", "frequency", "ean",
+            "mean-norm", "saliency", "aimer" or "ablation".
         weights: with "aimer": the model, a hub id or the directory of its safetensors.
-        losses: with "ablation": a table of `moe-inspect ablate`, for esft the table `domains`, as
-            .csv, .json or .parquet.
+        losses: with "ablation": a table of `moe-inspect ablate`, as .csv, .json or .parquet.
         keep: pruning: the least share of the experts of each layer that stays, 0.75 by default.
         gpu_layers: llama-cpp: how many layers' experts stay on the GPU.
         safe_csv: counts as .csv: put an apostrophe before a domain that a spreadsheet would take
@@ -72,8 +65,7 @@ def export_trace(
     if format not in known:
         raise MoeInspectError(no_such("format", format, known))
     given = {
-        "top_p": top_p,
-        "by": score if by is None else by,
+        "by": by,
         "weights": weights,
         "losses": losses,
         "keep": keep,

@@ -6,7 +6,6 @@ from moe_inspect.importers.tables.presets import PRESETS
 # them in this order
 MODULES = {
     "imatrix": ("llama_cpp", "llama.cpp's importance matrix, `imatrix.gguf`"),
-    "esft": ("esft", "folders of `expert_weights_<layer>.txt`"),
     "megatron": (
         "megatron.importer",
         "JSONL of Megatron-Core's router trace, with `logits_rank<r>.bin` where there are "

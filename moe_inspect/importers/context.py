@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import next_line, why_unread
+from moe_inspect.files import why_unread
 from moe_inspect.importers import MODULES, values
 from moe_inspect.importers.tables.presets import PRESETS, Preset
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
@@ -73,18 +73,6 @@ class ImportContext:
                 raise MoeInspectError(why_unread(source.path))
             found += [(p, source) for p in inside]
         return found
-
-    def lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """(line number, line) of each line that is not blank."""
-        with open(path, "rb") as file:
-            number = 0
-            while (line := next_line(file)) != b"":
-                number += 1
-                if line is None:
-                    raise values.too_long(path, number)
-                self.read(len(line))
-                if not line.isspace():
-                    yield number, line
 
     def prepared(self, path: Path, prepare: values.Prepare) -> Iterator[Any]:
         """prepare(file and line number, JSON object) of each line that is not blank, in order, by

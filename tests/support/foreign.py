@@ -334,20 +334,6 @@ def megatron_counts(root: Path) -> Made:
     return Made(root, load=loads(joined(parts)))
 
 
-@maker("esft")
-def esft(root: Path) -> Made:
-    folder = root / "law"
-    folder.mkdir()
-    ids, weights = drawn(10, 4), descending(10)
-    for layer, ids_TK in routed(ids).items():
-        text = ""
-        for part in (slice(4), slice(4, None)):
-            sides = ["\t".join(map(str, of[part].reshape(-1))) for of in (ids_TK, weights)]
-            text += "\t\t".join(sides) + "\n"
-        (folder / f"expert_weights_{layer}.txt").write_text(text)
-    return Made(folder, ids, weights=weights)
-
-
 def by_layer(
     file: str,
     of_layers: Callable[[list[list[int]]], object],

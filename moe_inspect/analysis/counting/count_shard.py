@@ -1,7 +1,7 @@
 """The counts of one shard.
 
 L routers, E experts, K slots, T tokens selected, D domains, U units (clusters of documents), B
-batches, W windows, S samples (the tokens of a sequence in the shard).
+batches, W windows.
 """
 
 # pyarrow has no types
@@ -25,7 +25,7 @@ from moe_inspect.analysis.counting.select import SelectedTokens, Selection, amon
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes, numbers
 
-NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
+NEEDS_ORDER = frozenset({"repetition", "srp"})
 
 
 @dataclass(frozen=True)

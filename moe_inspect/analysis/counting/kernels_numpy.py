@@ -31,14 +31,10 @@ def distinct(values_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Order:
     """How tokens follow each other within their sequences: by_T sorts them by (document, sequence,
     position), `follows_T` says, in that order, whether a token's position is the next after the one
-    before it in the same sequence. A sample is the tokens of one sequence: sample_T (in token
-    order), the size of each and one token of it."""
+    before it in the same sequence."""
 
     by_T: np.ndarray
     follows_T: np.ndarray
-    sample_T: np.ndarray
-    size_S: np.ndarray
-    first_S: np.ndarray
 
 
 def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndarray) -> Order:
@@ -52,9 +48,7 @@ def order_of(document_T: np.ndarray, sequence_T: np.ndarray, position_T: np.ndar
         d, s, p = d[by_T], s[by_T], p[by_T]
     same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])][: len(d)]
     follows_T = same_T & np.r_[False, p[1:] == p[:-1] + 1][: len(p)]
-    sample_T = np.empty(len(d), np.int64)
-    sample_T[by_T] = np.cumsum(~same_T) - 1
-    return Order(by_T, follows_T, sample_T, np.bincount(sample_T), by_T[~same_T])
+    return Order(by_T, follows_T)
 
 
 @dataclass(frozen=True)

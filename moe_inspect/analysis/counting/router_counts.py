@@ -4,8 +4,7 @@ A new count is a field of RouterCounts (`_count`: what it is asked for by, its a
 a line that fills it. A metric takes it by naming a parameter like the field.
 
 E experts, N experts of the next router, K slots, T tokens, D domains, U units (clusters of
-documents), W windows, B forward passes, S samples (the tokens of a sequence in a shard), M + 1
-frequencies.
+documents), W windows, B forward passes, M + 1 frequencies.
 """
 
 # ruff: noqa: RUF009 (`_count` declares a field)
@@ -38,7 +37,6 @@ WANTS = {
     "repetition": "consecutive tokens that choose alike: pairs_U, first_same_U, any_same_U",
     "windows": "load over time: window_load_WE, window_tokens_W",
     "srp": "how often an expert is chosen within m consecutive tokens: srp",
-    "esft": "relevance of experts, averaged over sequences: esft_token_DE, esft_gate_DE, samples_D",
     "worth": "sizes of the experts' outputs: gated_norm_UE, norm_UE, peak_E; saliency_sum_UE",
     "weights": "confidence read off the k gate weights",
     "logits": "confidence, auxiliary and z-loss read off the router logits",
@@ -72,8 +70,7 @@ class RouterCounts:
     (None: unknown); any_same_U: with an expert in common.
     window_load_WE, window_tokens_W: load and tokens of each window of the trace.
     srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m
-    tokens choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of
-    1[e chosen]/k, and of the gate weight; samples_D.
+    tokens choose the expert.
     gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
     that norm; peak_E: the largest |value| of its outputs; energy_UE, saliency_sum_UE: those of the
     source of counts (`schema.SUMS`). None where the trace has none.
@@ -106,9 +103,6 @@ class RouterCounts:
     energy_UE: np.ndarray | None = _count("worth", "UE", float)
     saliency_sum_UE: np.ndarray | None = _count("worth", "UE", float)
     peak_E: np.ndarray | None = _count("worth", "E", np.float32, np.maximum)
-    esft_token_DE: np.ndarray | None = _count("esft", "DE", float)
-    esft_gate_DE: np.ndarray | None = _count("esft", "DE", float)
-    samples_D: np.ndarray | None = _count("esft", "D")
     weight_decisions: int = field(default=0, metadata=SUM)
     weight_entropy_sum: float = field(default=0.0, metadata=SUM)
     weight_margin_sum: float = field(default=0.0, metadata=SUM)
@@ -320,17 +314,6 @@ def _srp(of: RouterDecisions, counts: RouterCounts) -> None:
     counts.srp = {m: of.kernels.srp(of.slots, of.token_rows, of.E, m) for m in SRP_LENGTHS}
 
 
-def _esft(of: RouterDecisions, counts: RouterCounts) -> None:
-    order, k = of.token_rows.order, of.router.top_k
-    assert order is not None, "tokens were read without their order"
-    mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
-    first_S = of.token_rows.domain_T[order.first_S]
-    counts.samples_D = np.bincount(first_S, minlength=of.token_rows.D).astype(np.int64)
-    counts.esft_token_DE = of.sums_DE((mean_T / k,) * k)
-    if of.weights is not None:
-        counts.esft_gate_DE = of.sums_DE(tuple(weight_T * mean_T for weight_T in of.weights))
-
-
 def _worth(of: RouterDecisions, counts: RouterCounts) -> None:
     if (norms := of.values("norm")) is not None:
         counts.norm_UE = of.sums_UE(norms)
@@ -361,7 +344,6 @@ FILLS: dict[str, Callable[[RouterDecisions, RouterCounts], None]] = {
     "pairs": _pairs,
     "repetition": _repetition,
     "srp": _srp,
-    "esft": _esft,
     "worth": _worth,
     "weights": _weights,
     "logits": _logits,

@@ -1,7 +1,6 @@
-"""Charts of specialisation: activation by domain, information about the expert, and the experts
-that each domain uses most.
+"""Charts of specialisation: activation by domain, and information about the expert.
 
-L routers, E experts, D domains, K experts of a top-k.
+L routers, E experts, D domains.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from moe_inspect.text import cut, layer_label, readable
 MOST_PANELS = 8  # layers drawn where each takes a panel
 UNIFORM = "uniform"  # the row below those of the domains
 WIDE = 64  # experts of a panel beyond which it takes the whole width, and half as many are drawn
-MOST_DOMAINS = 24  # rows drawn
-# of the experts that a domain uses most: named in a cell, and listed with their value
-NAMED, LISTED = 3, 8
 
 
 @spec.chart("domains", group="Specialization")
@@ -103,60 +99,6 @@ def specialization(data: ReportData) -> Chart | str:
             "vocabulary.",
             "token id": "mutual information of expert and token id, over ids that occur at least 8 "
             "times.",
-        },
-    )
-
-
-@spec.chart("esft", group="Specialization")
-def esft(data: ReportData) -> Chart | str:
-    """The share of each domain that its k most used experts take, by layer, and which these are."""
-    table = data.tables["esft"]
-    if not table["token_score"].notna().any():
-        return "experts of a domain: no router made an assignment"
-    chosen, counts, D = data.selection.routers, data.counts, len(data.counts.domains)
-    share_DL, shown = np.full((D, len(chosen)), np.nan), list[np.ndarray]()
-    named_DL, listed_DL = (np.full((D, len(chosen)), "", object) for _ in range(2))
-    for column, r in enumerate(chosen):
-        rows = table[table["router"] == r]
-        score_DE, index_DE = (
-            of.to_numpy().reshape(D, -1) for of in (rows["token_score"], rows.index)
-        )
-        order_DK = np.argsort(-score_DE, axis=1, kind="stable")[:, : counts.routers[r].top_k]
-        score_DK = np.take_along_axis(score_DE, order_DK, 1)
-        shown.append(np.take_along_axis(index_DE, order_DK, 1).ravel())
-        share_DL[:, column] = score_DK.sum(1)
-        for d, (order_K, score_K) in enumerate(zip(order_DK, score_DK, strict=True)):
-            listed = zip(order_K[:LISTED], score_K[:LISTED], strict=True)
-            named_DL[d, column] = ", ".join(map(str, order_K[:NAMED]))
-            listed_DL[d, column] = "\n".join(f"expert {e}: {s:.3f}" for e, s in listed if s == s)
-    drawn = sorted(int(d) for d in np.argsort(-counts.tokens_D, kind="stable")[:MOST_DOMAINS])
-    names = tuple(cut(readable(counts.domains[d])) for d in drawn)
-    even = min(counts.routers[r].top_k / counts.routers[r].experts for r in chosen)
-    scale = spec.amount("share of the top k", even, share_DL, 1.1 * even)
-    cells = named_DL[drawn] if len(chosen) <= spec.MOST_LINES else None
-    heatmap = Heatmap(share_DL[drawn], scale, cells, listed_DL[drawn])
-    text = (
-        "The share of each domain's assignments that its k most used experts take; "
-        "each cell names the first of them. k/E is even, 1 is all of them. "
-        "Expert-specialised fine-tuning (ESFT) picks the experts to train by these scores."
-    )
-    if len(names) < D:
-        text += f" Shown: the {len(names)} of {D} domains with the most tokens."
-    if not table["gate_score"].notna().any():
-        text += " Without recorded weights there is no gate score."
-    listed = table.loc[np.concatenate(shown)]
-    return Chart(
-        "Experts of a domain",
-        "Share of each domain's assignments that its k most used experts take",
-        (Panel((heatmap,), spec.layer_axis(data, chosen), Axis("domain", names)),),
-        text=text,
-        table=listed.sort_values("token_score", ascending=False, kind="stable"),
-        definitions={
-            **spec.definitions("token_score", "gate_score"),
-            "by_sample": "the same scores with equal weight for each sample (sequence), "
-            "whatever its length.",
-            "chance": "in a domain with few tokens the k busiest experts take more than k/E by "
-            "chance alone.",
         },
     )
 

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.charts.domains import MOST_DOMAINS
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, layer_axis
 from moe_inspect.reporting.tables import pairs
 from moe_inspect.reporting.tables.data import ReportData
@@ -21,6 +20,7 @@ from moe_inspect.reporting.tables.pairs import BOUNDS, PairEvidence
 from moe_inspect.text import cut, layer_label, readable
 
 MOST_PAIRS = 60  # rows of the table of pairs below a chart
+MOST_DOMAINS = 24  # rows of a heatmap
 MOST_DOTS = 60  # dots with intervals that can be told apart; more make a heatmap
 MOST_MATRICES = 4  # layers drawn, each as a matrix of experts
 NEXT = "First choice at the next layer"

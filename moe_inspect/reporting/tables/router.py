@@ -1,5 +1,5 @@
-"""Tables of what the router and the experts compute: confidence and losses of the router, ESFT
-scores, what each expert is worth by the size of what it returns (`trace --output-norms`), and which
+"""Tables of what the router and the experts compute: confidence and losses of the router, what
+each expert is worth by the size of what it returns (`trace --output-norms`), and which
 experts serve tokens whose successor is hard to predict (`trace --token-loss`).
 
 L routers, E experts, U units (clusters of documents), D domains, R resamples.
@@ -21,7 +21,7 @@ from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row
 from moe_inspect.reporting.tables.load import Columns, row_per_router, rows_per_router
-from moe_inspect.reporting.tables.registry import AsColumns, table
+from moe_inspect.reporting.tables.registry import table
 
 ROUTER = (
     *("weight_mass", "weight_entropy_nats", "weight_margin"),
@@ -42,37 +42,6 @@ def router(data: ReportData) -> pd.DataFrame:
 
     frame = row_per_router(counts, data.selection.routers, ROUTER, values)
     return frame.astype({name: "float64" for name in ROUTER if name != "logit_decisions"})
-
-
-@table("esft")
-def esft(data: ReportData) -> AsColumns:
-    """One row per expert and domain: the expert's share of the domain by tokens and by gate weight,
-    weighting all tokens alike, or all samples (sequences): the scores by which expert-specialised
-    fine-tuning (ESFT) selects experts."""
-    counts = data.counts_for("esft")
-    D = len(counts.domains)
-
-    def columns(r: int) -> Columns:
-        of, assignments_DE = counts.of[r], counts.assignments_DE(r)
-        E, shape, gates_DE = counts.routers[r].experts, assignments_DE.shape, of.weight_sum_DE
-        samples_D = np.zeros(D) if of.samples_D is None else of.samples_D
-        gate_DE = _or_nan(None if gates_DE is None else of.esft_gate_DE, shape)
-        scores = {
-            "token_score": metrics.token_score(assignments_DE),
-            "gate_score": metrics.gate_score(_or_nan(gates_DE, shape), counts.tokens_D_of(r)),
-            "token_score_by_sample": metrics.token_score_by_sample(
-                _or_nan(of.esft_token_DE, shape), samples_D
-            ),
-            "gate_score_by_sample": metrics.gate_score_by_sample(gate_DE, samples_D),
-        }
-        return {
-            "domain": np.repeat(np.array(counts.domains, object), E),
-            "expert": np.tile(np.arange(E), D),
-            **{name: score_DE.reshape(-1) for name, score_DE in scores.items()},
-            "samples": np.repeat(samples_D.astype(np.int64), E),
-        }
-
-    return rows_per_router(data, columns)
 
 
 def _or_nan(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
