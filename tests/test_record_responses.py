@@ -21,6 +21,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.demo import MODEL_DIR
+from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
 from tests.test_cli_trace import save, write_jsonl
 from tests.test_examples import EXAMPLES
@@ -159,7 +160,7 @@ def test_every_row_is_what_the_server_decided(
         assert made == (continued(prompt, generate + 1)[:-1] if generate and last else [])
     salt = "cache_salt" if engine == "vllm" else "extra_key"
     assert len({asked[salt] for asked in requests}) == len(requests) == tokens.sequence.nunique()
-    assert moe_inspect.verify(trace.path).ok
+    assert verify(trace.path).ok
     # the documents and the sequences of a local trace
     longest = 47 - max(generate + 3, 7)
     local = moe_inspect.trace_model(model, tmp_path / "local", data=[corpus], max_length=longest)
