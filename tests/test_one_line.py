@@ -137,6 +137,17 @@ def one_line(result: tuple[int, str], *says: str) -> None:
     assert all(part in err for part in says), err
 
 
+def broken(command: str, *says: str, usual: Any = None) -> None:
+    """A trace that cannot be read: an error of one line, but a finding of `check`."""
+    shown = io.BytesIO()
+    result = run(command, usual=usual, stdout=io.TextIOWrapper(shown, "utf-8"))
+    if command != "check":
+        return one_line(result, *says)
+    assert result == (3, "failed: broken_file\n")
+    assert all(part in shown.getvalue().decode() for part in says)
+    return None
+
+
 def fine(result: tuple[int, str]) -> None:
     assert result[0] == 0, result[1]
 
@@ -315,7 +326,7 @@ def test_a_disk_that_fails_while_a_trace_is_opened(
 
     monkeypatch.setattr(builtins, "open", failing)
     monkeypatch.setattr(io, "open", failing)  # pathlib's
-    one_line(run(command), "cannot read t: Input/output error")
+    broken(command, "cannot read t: Input/output error")
 
 
 @pytest.mark.parametrize("command", READERS)
@@ -332,7 +343,8 @@ def test_parquet_text_that_is_no_utf8(
     sample(here / "bad", "law", "code")
     if command in ("simulate routing", "simulate placement", "watch"):  # they read no label
         return fine(run(command, usual=["bad"]))
-    one_line(run(command, usual=["bad", *USUAL[command][1:]]), "tokens/part-0-0.parquet", "UTF8")
+    usual = ["bad", *USUAL[command][1:]]
+    broken(command, "tokens/part-0-0.parquet", "UTF8", usual=usual)
 
 
 # --- names
