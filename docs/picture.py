@@ -34,9 +34,8 @@ def main() -> None:
     (DOCS / "pictures").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as place, sync_playwright() as tool:
         trace = moe_inspect.trace_model("demo", Path(place) / "demo", logits=True)
-        placed = trace.simulate.placement(gpus=4).section()
         page = Path(place) / "report.html"
-        page.write_text(report_page(moe_inspect.report(trace), [placed]), encoding="utf-8")
+        page.write_text(report_page(moe_inspect.report(trace)), encoding="utf-8")
         browser = tool.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )

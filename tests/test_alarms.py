@@ -32,7 +32,7 @@ from moe_inspect.reporting.verdict.gate import breaches, gate, gated
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act
 from tests.conftest import Cli
-from tests.support.chance import REGIMES, monitored
+from tests.support.chance import REGIMES, monitored, with_effects
 from tests.support.synthetic import uniform_ids, write_trace
 
 T, E, K = 2_000, 8, 2
@@ -54,7 +54,7 @@ def windows_of(*loads: list[int]) -> list[Window]:
 
 
 def judged(rules: list[str], *windows: Window) -> list[Any]:
-    alarms = Alarms(ROUTERS, [parse_rule(rule) for rule in rules], effects={0: 4.0, 1: 4.0})
+    alarms = with_effects(Alarms(ROUTERS, [*map(parse_rule, rules)]), {0: 4.0, 1: 4.0})
     return [alarm for w in windows for alarm in alarms.see(w)]
 
 
@@ -191,7 +191,7 @@ def test_documents_that_are_alike_are_no_alarm() -> None:
     """Control: with a design effect of independent tokens, the same runs raise alarms."""
     routers, windows = monitored(replace(REGIMES["clustered 8/2"], taste=1.0), 0)
     rules = [parse_rule("max_vio > 0.1")]
-    blind = Alarms(routers, rules, effects=dict.fromkeys(range(len(routers)), 1.0))
+    blind = with_effects(Alarms(routers, rules), dict.fromkeys(range(len(routers)), 1.0))
     assert sum(len(blind.see(w)) for w in windows) >= 2
     told = Alarms(routers, rules)
     assert not sum(len(told.see(w)) for w in windows)
@@ -205,7 +205,7 @@ def test_windows_are_pooled_until_a_dead_expert_can_be_told() -> None:
     share = np.where(np.arange(512) == 7, 0, 1 / 511)
     even = np.full(512, 1 / 512)
     for effect, of_E, expected in ((4.0, share, 2), (4.0, even, 0), (1e4, share, 0)):
-        alarms, T = Alarms([router], rules, effects={0: effect}), 2**14
+        alarms, T = with_effects(Alarms([router], rules), {0: effect}), 2**14
         loads = enumerate(rng.multinomial(T, of_E, 12))
         windows = (Window(n, n, [load_E], np.array([T])) for n, load_E in loads)
         found = [alarm for w in windows for alarm in alarms.see(w)]

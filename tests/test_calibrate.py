@@ -342,8 +342,6 @@ def test_what_is_nearly_all_is_not_called_all(tmp_path: Path):
     domains = next(line for line in made.said if "Alone" in line)
     assert domains.startswith("Alone, the 2 domains (3-44,992 tokens) cover 0.0%-99.9% of the")
     assert "together (44,995) 99.9%" in domains
-    # a page has the first rows of a table
-    assert made.section().table["tokens"].head(2).tolist() == [4, 9]
     drawn = chart(made)
     assert drawn.caption.startswith("99.9% of the experts")
     assert "band" not in drawn.text  # there is none
@@ -613,12 +611,6 @@ def test_the_command(demo: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "--table chosen is of --choose" in ran("--table", "chosen")[2]
 
 
-def test_a_report_has_it_as_a_section_of_its_page(demo: Trace, tmp_path: Path):
-    out = tmp_path / "r.html"
-    code, _ = run("report", usual=[demo.path, "--html", out, "--simulate", "coverage"])
-    text = out.read_text()
-    assert code == 0
-    assert "Each of 32 experts has at least 512 tokens" in text
-    assert "min_tokens=512" in text
+def test_it_has_a_page(demo: Trace, tmp_path: Path):
     calibrate(demo).to_html(tmp_path / "c.html")
     assert "coverage_by_domain" in (tmp_path / "c.html").read_text()

@@ -81,7 +81,6 @@ def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path
         ("counts", {"gpu_layers": 1}, "--gpu-layers is an option of the format llama-cpp, not of"),
         ("llama-cpp", {"gpu_layers": 4}, "--gpu-layers 4: 2 layers have experts"),
         ("llama-cpp", {}, "needs --gpu-layers"),
-        ("sglang", {"safe_csv": True}, "--safe-csv is an option of the format counts, not of"),
         ("routing-profile", {}, r"-o .*o: a routing profile is written as \.json"),
     ],
 )

@@ -26,7 +26,7 @@ SPARSE_BYTES = 64 * 10**9
 
 # name of the file → the commands that read it
 READ: dict[str, list[str]] = {
-    "rules": ["report t --rules {}", "watch t --rules {}"],
+    "rules": ["watch t --rules {}"],
     "config.json": ["import counts loads.csv -o new --config {}", "describe {}"],
     "losses.csv": ["export t --format pruning --by ablation --losses {} -o new.json"],
     "experts.gguf": ["simulate cache t --slots 2 --gguf {}"],

@@ -27,7 +27,7 @@ from moe_inspect.alarms.rules import (
 )
 from moe_inspect.reporting.verdict.checks import CHECKS
 from moe_inspect.reporting.verdict.findings import Finding
-from tests.support.chance import REGIMES, monitored
+from tests.support.chance import REGIMES, monitored, with_effects
 from tests.support.synthetic import routers
 from tests.support.worlds import WORLDS
 
@@ -214,7 +214,7 @@ def test_an_alarm_is_raised_where_it_is_true_and_known(metric: str) -> None:
     rules = [parse_rule(ALARMS[metric])]
     of_E = [0 if metric == "dead_experts" else 1, *[30] * 6, 200]
     for tokens, raised in ((20_000, True), (4, False)):
-        seen = Alarms(routers(1, E, 1), rules, effects={0: 1.0})
+        seen = with_effects(Alarms(routers(1, E, 1), rules), {0: 1.0})
         assert any(seen.see(w) for w in windows(of_E, tokens)) == raised, tokens
     listed, chance = monitored(REGIMES["clustered 8/2"], 0)
     seen = Alarms(listed, rules)

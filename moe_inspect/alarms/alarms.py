@@ -257,14 +257,11 @@ class _Standing:
 class Alarms:
     """Judges windows by rules. An alarm is raised once, and can be again after CALM windows in a
     row (or as many as the rule says, if more) that keep the rule. Windows without tokens at a
-    router do not count. `effects`: the design effect of the documents on the load of each router,
-    where it is known; else it is estimated from how much the load moves between windows, and for
-    the first two it is LONG_DOCUMENT. `gpus`: of the plan of placement, if there is one."""
+    router do not count. `gpus`: of the plan of placement, if there is one."""
 
     routers: Sequence[Router]
     rules: Sequence[Rule]
     steps: str = "step"  # what first and last of a window number
-    effects: Mapping[int, float] | None = None
     gpus: int = 0
 
     def __post_init__(self) -> None:
@@ -299,10 +296,8 @@ class Alarms:
         return raised
 
     def effect(self, r: int) -> float:
-        """The design effect of the documents on the load of router r."""
-        known = (self.effects or {}).get(r, math.nan)
-        if not math.isnan(known):
-            return known
+        """The design effect of the documents on the load of router r: estimated from how much the
+        load moves between windows, and for the first two LONG_DOCUMENT."""
         pairs = list(self._pairs[r])
         return effect_of(pairs, self.routers[r].experts) if pairs else float(LONG_DOCUMENT)
 
@@ -313,8 +308,6 @@ class Alarms:
         r, in so many windows in a row; NaN where that is not known."""
         E, k = self.routers[r].experts, self.routers[r].top_k
         effect, tail = self.effect(r), tail_of(len(self.routers), windows)
-        if metric == DRIFT and above and math.isinf(effect):
-            return math.inf  # documents are too few to tell
         if metric == DRIFT and self._before is not None:
             load_WE = np.stack([self._before.load[r], window.load[r]])
             floor_W, _ = win.step_floors(share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect)

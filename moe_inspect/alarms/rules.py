@@ -18,6 +18,7 @@ from moe_inspect.analysis.metrics.registry import metrics, metrics_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 from moe_inspect.text import no_such
+from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import parse_ranges
 
 DRIFT = "drift"
@@ -166,6 +167,23 @@ def refuse_gpus(rules: Sequence[Rule]) -> None:
     for rule in rules:
         if rule.metric == GPU_LOAD:
             raise MoeInspectError(f"the rule {str(rule)!r} needs a plan: moe-inspect watch --plan")
+
+
+def refuse_rules(rules: Sequence[Rule], of: TraceHeader | None = None, plan: bool = False) -> None:
+    """MoeInspectError for a rule on what no trace holds, or that one `of` does not, and without a
+    `plan` for one on GPUs."""
+    if not plan:
+        refuse_gpus(rules)
+    for rule in rules:
+        if rule.metric in (BATCH, *OF_MODEL):
+            raise MoeInspectError(
+                f"the rule {str(rule)!r}: a trace does not hold {rule.metric}, only the monitor of "
+                "a training run knows it"
+            )
+        if rule.metric == DROP_RATE and of is not None and not of.drops:
+            raise MoeInspectError(
+                f"the rule {str(rule)!r}: {of.path} does not state that its empty slots are drops"
+            )
 
 
 def read_rules(path: str | Path) -> list[Rule]:

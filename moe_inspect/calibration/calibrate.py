@@ -28,7 +28,7 @@ from moe_inspect.calibration.choose import choose as choose_documents
 from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.model.config import expert_shape
 from moe_inspect.reporting.charts.spec import Axis, Band, Chart, Line, Mark, Panel, Points, Rule
-from moe_inspect.reporting.shown import Shown, python_call, python_of_table
+from moe_inspect.reporting.shown import Shown, python_call
 from moe_inspect.reporting.tables.data import records
 from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, table
 from moe_inspect.reporting.verdict.findings import top_row
@@ -36,7 +36,7 @@ from moe_inspect.text import layer_label, plural
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.render.html import Section
+    pass
 
 # tokens of an expert, as GPTQ was measured to need (docs/calibrate.md): per input of its first
 # matrices, and where these are unknown
@@ -117,15 +117,6 @@ class Calibration(Shown):
     def page(self) -> str:
         tables = {**self.tables, "coverage": _by_tokens(self.tables["coverage"])}
         return self._page_of(tables, f"minimum: {self.minimum:,} tokens per expert", self.python)
-
-    def section(self) -> Section:
-        """A section for the page of a report: what it says, its picture and its main table."""
-        from moe_inspect.reporting.render.html import Section
-
-        code = python_of_table(self.python, "coverage")
-        said = " ".join(self.said)
-        table = _by_tokens(self.tables["coverage"])
-        return Section("Coverage", said, chart(self), table=table, group="", python=code)
 
     def write_texts(
         self, path: str | Path, *, tokens: bool = False, data: Sequence[str] = ()

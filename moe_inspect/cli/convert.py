@@ -23,7 +23,7 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import SafeCsv, output_option
+from moe_inspect.cli.show import output_option
 from moe_inspect.text import no_such, plural, print_stderr
 
 if TYPE_CHECKING:
@@ -123,7 +123,6 @@ def export(
     keep: float | None = option(
         "pruning: keep at least this share of the experts of each layer. Default: 0.75."
     ),
-    safe_csv: SafeCsv = False,
 ) -> None:
     """Convert a trace to the format of another tool.
 
@@ -141,6 +140,5 @@ def export(
         losses=losses,
         gpu_layers=gpu_layers,
         keep=keep,
-        safe_csv=safe_csv,
     )
     print_stderr(f"wrote {made}")

@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -42,8 +41,8 @@ def format_of(output: Path | None) -> Format | None:
     return ENDINGS.get(output.suffix.lower() if output else "")
 
 
-def emit(table: Any, form: Format, output: Path | None, safe_csv: bool = False) -> None:
-    """Writes a table to `output`, or to stdout. `safe_csv`: text that a spreadsheet would run as a
+def emit(table: Any, form: Format, output: Path | None) -> None:
+    """Writes a table to `output`, or to stdout. In csv, text that a spreadsheet would run as a
     formula gets an apostrophe in front. Raises MoeInspectError where it cannot be written."""
     if form is Format.table:
         from moe_inspect.reporting.render.console import print_table
@@ -55,7 +54,7 @@ def emit(table: Any, form: Format, output: Path | None, safe_csv: bool = False) 
         return
     if form is Format.parquet and output is None and sys.stdout.isatty():
         raise MoeInspectError("parquet is binary: give -o FILE, or redirect it into a pipe")
-    write = {Format.csv: partial(_csv, safe=safe_csv), Format.json: _json, Format.parquet: _parquet}
+    write = {Format.csv: _csv, Format.json: _json, Format.parquet: _parquet}
     with text_to(output) as file:
         write[form](table, file.buffer)
 
@@ -90,7 +89,7 @@ def to_stdout() -> Iterator[None]:
         raise MoeInspectError(f"cannot write to stdout: {first_line(error)}") from error
 
 
-def _csv(table: Any, file: BinaryIO, safe: bool) -> None:
+def _csv(table: Any, file: BinaryIO) -> None:
     # the csv module does not quote a carriage return, and readers end the row there
     blocks = range(0, max([0, *(len(table[name]) for name in table)]), ROWS)
     others = [table[name] for name in table if table[name].dtype.kind not in "iufb"]
@@ -102,20 +101,20 @@ def _csv(table: Any, file: BinaryIO, safe: bool) -> None:
     try:
         rows.writerow(table)
         for first in blocks:
-            columns = [_cells(table[name][first : first + ROWS], safe) for name in table]
+            columns = [_cells(table[name][first : first + ROWS]) for name in table]
             rows.writerows(zip(*columns, strict=True))
     finally:
         text.detach()
 
 
-def _cells(column: Any, safe: bool) -> list[Any]:
+def _cells(column: Any) -> list[Any]:
     """The values of a column, "" where one is missing."""
     import numpy as np
 
     values = ["" if is_missing(value) else value for value in column.tolist()]
     if column.dtype == "float32":  # its digits, not those of the nearest float64
         return [value if value == "" else np.float32(value) for value in values]
-    return [safe_cell(v) if isinstance(v, str) else v for v in values] if safe else values
+    return [safe_cell(v) if isinstance(v, str) else v for v in values]
 
 
 def _json(table: Any, file: BinaryIO) -> None:

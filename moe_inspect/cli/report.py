@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,23 +34,12 @@ from moe_inspect.text import print_stderr
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moe_inspect.alarms.rules import Rule
-    from moe_inspect.reporting.render.html import Section
     from moe_inspect.reporting.render.texts import Amount
     from moe_inspect.reporting.report import Report
     from moe_inspect.reporting.verdict.gate import Gate
 
 # before any command imports numpy: of small matrices, threads of a BLAS mostly wait for each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-
-class Simulated(StrEnum):
-    capacity = "capacity"
-    placement = "placement"
-    decode = "decode"
-    cache = "cache"
-    routing = "routing"
-    coverage = "coverage"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +55,6 @@ def report(
         "Print every finding and note, and excerpts of the tables.", default=False
     ),
     show: ReportOptions,
-    simulate: list[Simulated] | None = output_option(
-        "With --html: add a section with this simulation at its defaults; coverage is that of "
-        "calibrate."
-    ),
     text: str | None = option(
         "With --html: documents per domain to show in full; 0 is none. Default: those "
         "that differ most between domains, 1 MB in total.",
@@ -99,11 +83,6 @@ def report(
         "A threshold of the verdict, e.g. uneven=0.3 (summary lists them).", "NAME=VALUE"
     ),
     limits: GateOptions,
-    rules: Path | None = gate_option(
-        "Exit with 3 if any window breaks a rule of this file, one per line, e.g. "
-        "max_over_mean > 2 for 3 windows.",
-        "FILE",
-    ),
     list_metrics: bool = option("List every metric: definition, range, source.", default=False),
     scheduler: Scheduler = None,
 ) -> None:
@@ -117,20 +96,15 @@ def report(
     moe-inspect report runs/a
     moe-inspect report runs/a --html report.html
     moe-inspect report runs/a --gpu h200 --engine vllm --dtype fp8 --gpus 32
-    moe-inspect report runs/a --plots figs --only load --width 3.3in --format pdf
+    moe-inspect report runs/a --plots figs --width 3.3in --format pdf
     moe-inspect report runs/a --table load --layers 0-3 --format csv -o load.csv
     moe-inspect report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0"""
     if list_metrics:
         form = show.of_table or format_of(show.output) or Format.table
-        write_metrics(form, show.output, show.safe_csv)
+        write_metrics(form, show.output)
         return
     if trace is None:
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
-    if simulate and (show.html is None or selection.domain or selection.phase):
-        raise typer.BadParameter(
-            "--simulate takes all tokens and adds to a page: give it with --html, without --domain "
-            "and --phase"
-        )
     if weights and show.table != "worth":
         raise typer.BadParameter("--weights adds a column to one table: add --table worth")
     if text is not None and show.html is None:
@@ -138,17 +112,13 @@ def report(
     amount = None if text is None else _amount_of_text(text)
     from moe_inspect.reporting.report import TABLES, check_table
     from moe_inspect.reporting.report import report as make
+    from moe_inspect.reporting.verdict.gate import breaches
     from moe_inspect.trace.reader import open_trace
 
     table, form = show.chosen(TABLES, None)
     if table:
         check_table(table)
-    if show.only:
-        from moe_inspect.reporting.charts.spec import check_chart
-
-        for chart in show.only:
-            check_chart(chart)
-    gates, alarms = limits.gates(TABLES), _rules(rules)
+    gates = limits.gates(TABLES)
     settings: dict[str, Any] = {
         **selection.keywords(),
         "baseline": baseline,
@@ -163,11 +133,10 @@ def report(
     with shown():
         made = make(opened, times=priced, **settings)
         _count(made, table, show, gates)
-        failed = _failed(made, gates, alarms, window)
+        failed = [f"failed: {line}" for line in breaches(made, gates)]
         if made.warning:
             print_stderr(f"warning: {made.warning}")
-        sections = simulated_sections(made, simulate or [], selection.layers)
-        show.save(made, lambda: made.page(sections, amount))
+        show.save(made, lambda: made.page(amount))
     show.write(made, table, form, **({} if table else {"full": full}))
     exit_if_failed(failed)
 
@@ -184,28 +153,12 @@ def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[G
     if show.html is not None or show.plots is not None:
         from moe_inspect.reporting.charts.spec import tables_of_charts
 
-        counted += tables_of_charts(() if show.html else show.only)
+        counted += tables_of_charts()
     made.prepare(counted)
     advance = phase("computing", len(tables), "tables")
     for name in tables:  # what is counted when it is asked for
         table_of(made, name)
         advance(1)
-
-
-def _failed(
-    made: Report, gates: Sequence[Gate], rules: Sequence[Rule], window: int | None
-) -> list[str]:
-    """A line per gate that failed and per alarm that the rules raise."""
-    from moe_inspect.reporting.verdict.gate import breaches
-
-    failed = [f"failed: {line}" for line in breaches(made, gates)]
-    if rules:
-        from moe_inspect.alarms.of_trace import alarms_of
-
-        alarms = alarms_of(made.trace, rules, made.selection, window)
-        failed += [f"alarm: {alarm.text}" for alarm in alarms]
-        failed += [f"help: {text}" for text in dict.fromkeys(a.help for a in alarms)]
-    return failed
 
 
 def _checkpoint(model: str) -> Path:
@@ -242,34 +195,7 @@ def _amount_of_text(asked: str) -> Amount:
     return int(asked)
 
 
-def _rules(path: Path | None) -> list[Rule]:
-    if path is None:
-        return []
-    from moe_inspect.alarms.rules import read_rules
-
-    try:
-        return read_rules(path)
-    except MoeInspectError as error:
-        raise typer.BadParameter(f"--rules: {error}") from None
-
-
-def simulated_sections(
-    made: Report, names: Sequence[Simulated], layers: Any
-) -> Iterator[Section | str]:
-    """A section per simulation, or why the trace has none to give."""
-    for name in dict.fromkeys(names):
-        try:
-            if name is Simulated.coverage:
-                yield made.trace.calibrate(layers=layers).section()
-                continue
-            limits = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
-            simulate = getattr(made.trace.simulate, name)
-            yield simulate(layers=layers, **limits).section()
-        except MoeInspectError as error:
-            yield str(error)
-
-
-def write_metrics(form: Format, output: Path | None, safe_csv: bool) -> None:
+def write_metrics(form: Format, output: Path | None) -> None:
     """Writes every metric: on a terminal as a list that fits it, else as a table."""
     if form is Format.table and output is None and sys.stdout.isatty():
         from moe_inspect.reporting.render.console import console_for
@@ -281,7 +207,7 @@ def write_metrics(form: Format, output: Path | None, safe_csv: bool) -> None:
 
     from moe_inspect.analysis.metrics.registry import listing
 
-    emit(pd.DataFrame(listing()), form, output, safe_csv)
+    emit(pd.DataFrame(listing()), form, output)
 
 
 def print_metrics(console: Console) -> None:

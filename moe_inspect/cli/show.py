@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -40,13 +40,6 @@ def inches(text: str | float) -> float:
 
 
 output_option = in_panel("Output")
-SafeCsv = Annotated[
-    bool,
-    output_option(
-        "In csv, put an apostrophe before text that a spreadsheet would take for a formula "
-        "(= + - @)."
-    ),
-]
 
 
 def table_option(help: str) -> Any:
@@ -71,7 +64,6 @@ class TableOptions(Options):
         "file, else table."
     )
     output: Output = None
-    safe_csv: SafeCsv = False
 
     def form(self) -> Format:
         """The format that is asked for. Raises a usage error where it is not known."""
@@ -80,7 +72,7 @@ class TableOptions(Options):
         return form
 
     def emit(self, table: pd.DataFrame) -> None:
-        emit(table, self.form(), self.output, self.safe_csv)
+        emit(table, self.form(), self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +87,9 @@ class ShowOptions(Options):
         "object per line. With --plots also png, svg or pdf, that of the pictures."
     )
     output: Output = None
-    safe_csv: SafeCsv = False
     plots: Path | None = option(
         "Also write charts as pictures (PNG and SVG) into this directory.", "DIR"
     )
-    only: list[str] | None = option("With --plots: only these charts.", "CHART")
     width: float | None = option(
         "With --plots: width of the pictures, e.g. 3.3in or 84mm for a column of a paper; "
         "type keeps its size.",
@@ -115,7 +105,7 @@ class ShowOptions(Options):
         """The format that is asked for a table, if one is. A usage error where what is about
         pictures is given without --plots."""
         of_pictures = self.format in PICTURES
-        given = {"--only": self.only, "--width": self.width, f"--format {self.format}": of_pictures}
+        given = {"--width": self.width, f"--format {self.format}": of_pictures}
         if self.plots is None and (names := [name for name, asked in given.items() if asked]):
             raise typer.BadParameter(f"{names[0]} is about pictures: give it with --plots DIR")
         return None if self.format is None or of_pictures else Format(self.format)
@@ -138,9 +128,7 @@ class ShowOptions(Options):
         page: what makes the page, if not `made`."""
         if self.plots is not None:
             formats = (self.format,) if self.format in PICTURES else None
-            written = made.save_plots(
-                self.plots, only=self.only or (), width_inches=self.width, formats=formats
-            )
+            written = made.save_plots(self.plots, width_inches=self.width, formats=formats)
             for line in [f"wrote {path}" for path in written] or ["nothing to draw"]:
                 print_stderr(line)
         if self.html is not None:
@@ -155,7 +143,7 @@ class ShowOptions(Options):
             with text_to(self.output) as file:
                 made.write_text(file, **how)
         else:
-            emit(table_of(made, table, form), form, self.output, self.safe_csv)
+            emit(table_of(made, table, form), form, self.output)
 
 
 def table_of(made: Any, name: str, form: Format = Format.table) -> pd.DataFrame | AsColumns:

@@ -30,14 +30,14 @@ VALUES = {"count": INT64, "first_choice": INT64, **dict.fromkeys(SUMS, FLOAT64)}
 COUNTS = pa.schema(KEYS | VALUES | {"experts": INT32, "top_k": INT32})
 
 
-def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
+def counts(trace: Trace, output: Path) -> None:
     """A row per expert, router and domain, also of experts without load."""
     if output.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
         raise MoeInspectError(f"-o {output}: counts are written as .csv, .json or .parquet")
     columns: dict[str, list[object]] = {name: [] for name in COUNTS.names}
     counted = count_trace(trace, select(trace), BASE | {"worth"})
     csv, D = output.suffix == ".csv", len(counted.domains)
-    labels = [safe_cell(domain) if safe_csv and csv else domain for domain in counted.domains]
+    labels = [safe_cell(domain) if csv else domain for domain in counted.domains]
     for r, router in enumerate(trace.routers):
         E, fixed = router.experts, {"layer": router.layer, "router": r, "top_k": router.top_k}
         for name, value in (fixed | {"experts": E}).items():

@@ -38,7 +38,6 @@ def export_trace(
     losses: str | Path | None = None,
     gpu_layers: int | None = None,
     keep: float | None = None,
-    safe_csv: bool = False,
 ) -> Path:
     """Writes a trace in the format of another tool, and returns `output`.
 
@@ -55,8 +54,6 @@ def export_trace(
         losses: with "ablation": a table of `moe-inspect ablate`, as .csv, .json or .parquet.
         keep: pruning: the least share of the experts of each layer that stays, 0.75 by default.
         gpu_layers: llama-cpp: how many layers' experts stay on the GPU.
-        safe_csv: counts as .csv: put an apostrophe before a domain that a spreadsheet would take
-            for a formula.
 
     Raises:
         MoeInspectError: the format is unknown, or the trace lacks what it needs.
@@ -70,7 +67,6 @@ def export_trace(
         "losses": losses,
         "keep": keep,
         "gpu_layers": gpu_layers,
-        "safe_csv": safe_csv or None,
     }
     options = {name: value for name, value in given.items() if value is not None}
     if wrong := [name for name in options if name not in options_of(known[format])]:

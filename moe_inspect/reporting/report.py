@@ -18,7 +18,6 @@ from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.charts.spec import Chart
-    from moe_inspect.reporting.render.html import Section
     from moe_inspect.reporting.render.texts import Amount
 
 __all__ = ["TABLES", "Report", "check_table", "report"]  # whoever imports these has every table
@@ -109,13 +108,12 @@ class Report(ReportData, Shown):
 
         return draw_charts(self)
 
-    def page(self, more: Iterable[Section | str] = (), text: Amount = None) -> str:
-        """The page, as one string of HTML. `more`: sections to add after its charts, or texts that
-        say why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by
-        default as many as a megabyte holds."""
+    def page(self, text: Amount = None) -> str:
+        """The page, as one string of HTML. `text`: documents of each domain on the page, "all", 0
+        for none; by default as many as a megabyte holds."""
         from moe_inspect.reporting.render.page import report_page
 
-        return report_page(self, [*([self.costs.section()] if self.costs else []), *more], text)
+        return report_page(self, text)
 
     def first_chart(self) -> Chart | str:
         from moe_inspect.reporting.charts.spec import chart_of

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.alarms.alarms import Alarm, Alarms, drop_rate_R, gpu_load_R, metric_R
-from moe_inspect.alarms.of_trace import refuse_rules
 from moe_inspect.alarms.rules import (
     DEFAULT_RULES,
     DROP_RATE,
@@ -24,6 +23,7 @@ from moe_inspect.alarms.rules import (
     PLAN_RULE,
     Rule,
     parse_rule,
+    refuse_rules,
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, layer_label, printable

@@ -10,12 +10,13 @@ L routers, E experts, K slots, D domains, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Window
+from moe_inspect.alarms.alarms import Alarms, Window
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from tests.support.synthetic import routers, write_counts, write_trace
@@ -237,3 +238,9 @@ def _chosen(regime: Regime, logits_TE: np.ndarray) -> np.ndarray:
     top_TK = np.argpartition(-logits_TE, K - 1, 1)[:, :K]
     order_TK = np.argsort(-np.take_along_axis(logits_TE, top_TK, 1), 1)
     return np.take_along_axis(top_TK, order_TK, 1).astype(np.uint16)
+
+
+def with_effects(alarms: Alarms, effect_R: Mapping[int, float]) -> Alarms:
+    """With known design effects of the documents on the load of each router."""
+    alarms.effect = effect_R.__getitem__
+    return alarms

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -324,10 +324,9 @@ def check_chart(name: str) -> None:
         raise MoeInspectError(no_such("chart", name, there))
 
 
-def tables_of_charts(names: Sequence[str] | None = None) -> list[str]:
-    """The tables that these charts are drawn from, by default all charts."""
-    there = every_chart()
-    return list(dict.fromkeys(table for name in names or there for table in there[name].tables))
+def tables_of_charts() -> list[str]:
+    """The tables that the charts are drawn from."""
+    return list(dict.fromkeys(table for chart in every_chart().values() for table in chart.tables))
 
 
 def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:

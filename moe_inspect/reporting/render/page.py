@@ -37,22 +37,21 @@ FOOTER = (
 )
 
 
-def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amount = None) -> str:
-    """The page of a report, as HTML. `more`: sections to add after its charts, or texts that say
-    why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by default
-    as many as a megabyte holds."""
+def report_page(data: ReportData, text: Amount = None) -> str:
+    """The page of a report, as HTML. `text`: documents of each domain on the page, "all", 0 for
+    none; by default as many as a megabyte holds."""
     of_text = text_section(data, text)  # before the charts, whose tables stay in memory
     charts, left_out = spec.draw_charts(data)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
-    added, code = list(more), python_of_report(data, "summary")
+    code = python_of_report(data, "summary")
     parts: list[Section | str] = [
         of_text,
         *(_section(data, chart) for chart in charts if chart is not lead),
         *_tables(data),
-        *added,
+        *([data.costs.section()] if data.costs else []),
         Section("About this trace", table=data.tables["summary"], python=code),
     ]
-    left_out += [made for made in (of_text, *added) if isinstance(made, str)]
+    left_out += [of_text] if isinstance(of_text, str) else []
     experts, short = map_data(data)
     found = findings(data)
     # whether the trace is not fit to be judged is said above everything else

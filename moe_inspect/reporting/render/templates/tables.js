@@ -22,7 +22,7 @@ moe.cell = (value, whole) => {
   return small ? value.toExponential(1).replace(/e([+-])(\d)$/, "e$10$2") : value.toLocaleString("en", { minimumFractionDigits: 3, maximumFractionDigits: 3 });
 };
 
-// as --safe-csv has it: text that a spreadsheet would take for a formula gets an apostrophe in front
+// as in any csv: text that a spreadsheet would take for a formula gets an apostrophe in front
 moe.csv = (columns, rows) => {
   const cell = (value) => {
     if (value === null) return "";
