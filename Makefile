@@ -73,14 +73,14 @@ VLLM := build/venv-vllm
 SGLANG := build/venv-sglang
 ENGINES_PYTHON ?= python3.11
 
-test-vllm: ## Traces through a real vLLM on a CPU against local ones; writes its table in docs/engines.md
+test-vllm: ## The plugin in a real vLLM on a CPU, and its responses, against local traces; writes its tables in docs/engines.md
 	$(ENGINES_PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest tests/real_engines/vllm_cpu
 # transformers imports them where they are, and they need a torch for GPUs
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	ENGINES_TABLE=docs/engines.md $(VLLM)/bin/python -m pytest tests/real_engines -k vllm
 
-test-sglang: ## The same through a real SGLang
+test-sglang: ## The same of a real SGLang
 	$(ENGINES_PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest tests/real_engines/sglang_cpu
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23

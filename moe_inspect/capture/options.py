@@ -164,7 +164,7 @@ class ModelFields:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedFields:
-    """What is recorded of a model that runs here."""
+    """What is recorded."""
 
     weights: bool = setting(True, "Record the gate weights.")
     logits: bool = setting(False, "Record the router logits too.")

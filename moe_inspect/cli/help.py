@@ -69,8 +69,7 @@ class GroupedCommand(TyperCommand):
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Refuses a second --table: of other options that take one value the last one counts, but a
         second table reads as if both were asked for."""
-        own = args[: args.index("--")] if "--" in args else args
-        asked = [one for one in own if one.partition("=")[0] == "--table"]
+        asked = [one for one in args if one.partition("=")[0] == "--table"]
         if len(asked) > 1 and not ctx.resilient_parsing:
             raise typer.BadParameter("--table is given twice: give one table")
         _read_plainly(self.get_params(ctx))

@@ -18,14 +18,7 @@ import typer
 
 from moe_inspect.capture.options import Capture, FedFields, RecordedFields, Resume
 from moe_inspect.cli.capture import ModelOptions, need_torch, quiet, ranges_of, stop_cleanly
-from moe_inspect.cli.options import (
-    REQUIRED,
-    CommitEvery,
-    Options,
-    Overwrite,
-    argument,
-    option,
-)
+from moe_inspect.cli.options import REQUIRED, CommitEvery, Options, Overwrite, argument, option
 from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
 from moe_inspect.trace.files.location import Remote, output_location
@@ -43,7 +36,7 @@ class TracedText(Options, FedFields):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedOptions(Options, RecordedFields):
-    """What is recorded of a model that runs here."""
+    """What is recorded."""
 
     panel = "Record"
 
@@ -81,20 +74,6 @@ class WriteOptions(Options):
             "commit_every": COMMIT_EVERY_S if often else self.commit_every,
         }
 
-    def check(self) -> None:
-        if self.resume and self.overwrite:
-            raise typer.BadParameter(
-                "--resume keeps the existing trace, --overwrite replaces it: give only one"
-            )
-
-    def say_interrupted(self) -> None:
-        state = (
-            f'{self.output} is readable; continue it with "--resume"'
-            if (self.place / "trace.json").exists()
-            else "nothing was traced yet"
-        )
-        print_stderr(f"interrupted: {state}")
-
 
 def trace(
     *,
@@ -123,7 +102,10 @@ def trace(
     from moe_inspect.trace.output_dir import stored_bytes
     from moe_inspect.trace.schema import MANIFEST
 
-    write.check()
+    if write.resume and write.overwrite:
+        raise typer.BadParameter(
+            "--resume keeps the existing trace, --overwrite replaces it: give only one"
+        )
     name = load.check(model)
     keywords: dict[str, Any] = {
         **text.keywords(),
@@ -146,7 +128,10 @@ def trace(
             keywords |= load.keywords()
             written = trace_model(name, write.output, progress=progress, **keywords)
     except KeyboardInterrupt:
-        write.say_interrupted()
+        state = "nothing was traced yet"
+        if (place / MANIFEST).exists():
+            state = f'{write.output} is readable; continue it with "--resume"'
+        print_stderr(f"interrupted: {state}")
         raise
     # of a torchrun: the first speaks for all
     if not _is_first():
