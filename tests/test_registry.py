@@ -95,7 +95,7 @@ def value_of(m: Metric, arguments: dict[str, object]) -> np.ndarray:
 
 
 def ideal_of(m: Metric) -> float:
-    known = {"E": E, "k": K, "D": 3, "L": 2, "C": math.comb, "log": math.log}
+    known = {"E": E, "k": K, "T": T, "D": 3, "L": 2, "C": math.comb, "log": math.log}
     return float(eval(m.ideal, known)) if isinstance(m.ideal, str) else m.ideal
 
 

@@ -131,7 +131,7 @@ def test_a_comma_may_be_of_the_name_of_a_domain(cli_here: Cli, tmp_path: Path, c
 
 
 USAGE = {
-    "--format csv": "add --table summary, balance, load, windows, drift, domains",
+    "--format csv": "add --table summary, balance, load, windows, drift, coverage",
     "--format yaml --table load": "yaml",
     "-o load.csv": "-o load.csv needs one table: add --table summary",
     "--table load -o load.xlsx": "this ending, add --format table, csv, json, parquet",

@@ -47,8 +47,6 @@ report T --table load -o out.csv
 report T --table load -o out.json
 report T --table load -o out.parquet
 report T --html out.html
-calibrate T -o out.csv
-calibrate T --html out.html
 check T -o out.csv
 compare T T -o out.txt
 compare T T --table flips -o out.parquet

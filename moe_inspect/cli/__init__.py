@@ -37,7 +37,6 @@ COMMANDS: Listed = {
         "text": "text text",
         "compare": "compare compare",
         "describe": "describe describe",
-        "calibrate": "calibrate calibrate",
     },
     "Try": {"ablate": "ablate ablate", "simulate": SIMULATIONS},
     "Files": {

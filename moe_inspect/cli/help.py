@@ -36,10 +36,9 @@ VALUES = {
 
 # what --table takes: the registries would import pandas
 TABLES = {
-    "report": "balance, coactivation, committee, domains, drift, load, locality, loss, "
+    "report": "balance, coactivation, committee, coverage, domains, drift, load, locality, loss, "
     "paths, repetition, router, signature, specialization, summary, transitions, verdict, "
     "vocabulary, windows, worth",
-    "calibrate": "choice, chosen, coverage, coverage_by_domain, coverage_by_layer, tokens_needed",
     "compare": "agreement, depth, documents, domains, flips, load_shift, loss, margins, matched, "
     "movers, overall, phases, positions, summary, tokens, verdict, worth",
     "checkpoints": "change, checkpoints, saturation, saturation_by_domain, verdict",

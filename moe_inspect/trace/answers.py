@@ -12,7 +12,6 @@ Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
-    from moe_inspect.calibration.calibrate import calibrate as _calibrate
     from moe_inspect.checking.check import check_trace as _check
     from moe_inspect.comparison.compare import compare as _compare
     from moe_inspect.exporters.run import export_trace as _export
@@ -45,12 +44,11 @@ class Answers:
     """The functions of these names, of this trace."""
 
     if TYPE_CHECKING:
-        calibrate, check, compare = of(_calibrate), of(_check), of(_compare)
+        check, compare = of(_check), of(_compare)
         export, report = of(_export), of(_report)
         document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
         tokens_of = of(_texts.tokens_of)
     else:
-        calibrate = TraceMethod("calibration.calibrate", "calibrate")
         check = TraceMethod("checking.check", "check_trace")
         compare = TraceMethod("comparison.compare", "compare")
         document = TraceMethod("trace.texts", "document")

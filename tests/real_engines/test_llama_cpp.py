@@ -145,27 +145,6 @@ def test_an_importance_matrix_counts_what_a_trace_does(
     compared(record_property, counted.name, "`trace` of the model", counted.trace, ours)
 
 
-def test_the_recipe_of_calibrate_runs(corpus: Path, tmp_path: Path) -> None:
-    """And each expert gets about what the texts were chosen to give it: the chunks cut across
-    them, and leave out a rest."""
-    from moe_inspect.calibration.texts import recipe
-
-    model = save("bundled Mixtral", tmp_path / "model")
-    gguf = tmp_path / "model-f16.gguf"
-    run(sys.executable, "-c", CONVERT, SOURCE, model, "--outfile", gguf, "--outtype", "f16")
-    pool = moe_inspect.trace_model(str(model), tmp_path / "pool", data=[str(corpus)])
-    made = pool.calibrate(choose="all")
-    made.write_texts(tmp_path / "calib.txt")
-    lines = recipe(pool, "llama-imatrix", Path("calib.txt"))
-    run("sh", "-ec", f"cd {tmp_path}; PATH={BIN}:$PATH; {lines}")
-    assert (tmp_path / "model-q4.gguf").stat().st_size < gguf.stat().st_size
-    importing = lines.rpartition("moe-inspect ")[2].split()
-    run("sh", "-ec", f"cd {tmp_path}; {sys.executable} -m moe_inspect {shlex.join(importing)}")
-    given = loads(moe_inspect.open_trace(tmp_path / "runs/imatrix")).ravel()
-    assert given.min() > 0.75 * made.minimum
-    assert given.sum() <= made.tables["chosen"]["tokens"].sum() * 2 * 4
-
-
 def listens(port: int) -> bool:
     with socket.socket() as tried:
         return tried.connect_ex(("127.0.0.1", port)) == 0

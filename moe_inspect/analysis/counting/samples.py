@@ -25,7 +25,7 @@ from moe_inspect.analysis.counting.kernels_numpy import Slots, distinct
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, selected_tokens
 from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.analysis.tasks import by_shard
-from moe_inspect.trace.reader import Trace, shards_of
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard, codes
 
 DOCUMENTS = 2_048
@@ -74,43 +74,6 @@ def _added(
         for r, load_RE in load_by_router.items():
             load_SE[r][rows] += load_RE
     return load_SE
-
-
-@dataclass(frozen=True)
-class WholeDocuments:
-    """Documents as a shard has them, by number: one that goes on in another is in both. domain_S:
-    the label of each. tokens_S: int64; load_SE: as in DocumentLoads."""
-
-    document_S: np.ndarray
-    domain_S: list[str]
-    tokens_S: np.ndarray
-    load_SE: dict[int, np.ndarray]
-
-
-def every_document(trace: Trace, selection: Selection) -> Iterator[WholeDocuments]:
-    """All documents, those of a shard together, fewer where the model has very many experts: what
-    is in memory does not grow with the trace."""
-    cells = sum(trace.routers[r].experts for r in selection.routers)
-    most, fast = max(1, LOADS // cells), is_long(trace, selection)
-    for shard in shards_of(trace, "reading documents"):
-        domain_of = _documents_of(shard, selection)
-        number_S, tokens_S = _tokens_of(shard, selection)
-        for first in range(0, len(number_S), most):
-            document_S = number_S[first : first + most]
-            parts = _loads_of(shard, selection, document_S, fast)
-            load_SE = _added(trace, selection, len(document_S), parts)
-            labels = [domain_of[d] for d in document_S.tolist()]
-            yield WholeDocuments(document_S, labels, tokens_S[first : first + most], load_SE)
-
-
-def _tokens_of(shard: Shard, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """The documents of a shard by number, and their tokens. Int64 [S] each."""
-    if not shard.trace.counts_only:
-        return np.unique(selected_tokens(shard, selection).document_T, return_counts=True)
-    listed = shard.table("documents", ["document", "domain", "tokens"]).to_pylist()
-    of = {row["document"]: row["tokens"] for row in listed}
-    kept = sorted(_documents_of(shard, selection))
-    return np.array(kept, np.int64), np.array([of[d] for d in kept], np.int64)
 
 
 def _loads_of(shard: Shard, selection: Selection, document_S: np.ndarray, fast: bool) -> list[Part]:

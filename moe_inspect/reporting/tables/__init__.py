@@ -4,8 +4,9 @@ added here."""
 # isort: off
 from moe_inspect.reporting.tables import summary
 from moe_inspect.reporting.tables import load
+from moe_inspect.reporting.tables import coverage
 from moe_inspect.reporting.tables import specialization
 from moe_inspect.reporting.tables import pairs
 from moe_inspect.reporting.tables import router
 
-__all__ = ["load", "pairs", "router", "specialization", "summary"]
+__all__ = ["coverage", "load", "pairs", "router", "specialization", "summary"]

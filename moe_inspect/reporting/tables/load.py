@@ -96,6 +96,7 @@ def _balance(counts: Counts, starved: float, drops: bool) -> AsColumns:
     ):
         known = columns[name].astype(float)
         columns[name] = np.ma.array(np.nan_to_num(known).astype(np.int64), mask=np.isnan(known))
+    columns["min_tokens"] = columns["min_tokens"].astype(np.int64)
     return columns
 
 
