@@ -114,7 +114,6 @@ picture: $(VENV)/.installed ## The pictures of the page in the documentation, of
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.calls
-	$(BIN)/python -m benchmarks.launch
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.users

@@ -281,7 +281,7 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the kernels run, and their launchers."""
+    """As on a GPU: the kernels run."""
     from moe_inspect.capture.hook import kernels
 
     if kernels.triton is None:

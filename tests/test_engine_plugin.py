@@ -792,15 +792,23 @@ def test_a_fault_of_ours_stops_the_recording_and_not_the_engine(tmp_path: Path) 
 @pytest.fixture
 def launched(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """What a CUDA graph would hold: each launch again, with the same tensors and numbers."""
-    from moe_inspect.capture.hook.launch import Launch
+    from moe_inspect.capture.engine import rows
 
-    launches, launch = list[Callable[[], None]](), Launch.__call__
+    launches = list[Callable[[], None]]()
 
-    def noted(self: Launch, *given: Any) -> None:
-        launches.append(lambda: launch(self, *given))
-        launch(self, *given)
+    class Noted:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
 
-    monkeypatch.setattr(Launch, "__call__", noted)
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*given: Any, **named: Any) -> None:
+                launches.append(lambda: self.kernel[grid](*given, **named))
+                launches[-1]()
+
+            return launch
+
+    for name in ("_keep_kernel", "_take_kernel"):
+        monkeypatch.setattr(rows, name, Noted(getattr(rows, name)))
 
     def to_host(_: Any, of: list[Any]) -> tuple[list[Any], None]:
         return [None if t is None else t.clone() for t in of], None

@@ -1,20 +1,21 @@
 """The kernels in Triton's interpreter and their torch implementations, both against NumPy; as
 custom operators; and compiled ahead of time for GPUs: every variant for one of them, and a sample
-for the others (SWEEP=whole: every variant for all). Bound launches are Triton's own launches: see
-tests/support/launches.py, which runs in a process of its own; and the order in which a launch's
-programs run changes no result."""
+for the others (SWEEP=whole: every variant for all). The order in which a launch's programs run
+changes no result."""
 
 from __future__ import annotations
 
 import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from moe_inspect.capture.engine import rows
 from moe_inspect.capture.engine.rows import Rows as EngineRows
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernel_reference import Case, assert_close, choice, tape_for
@@ -171,27 +172,42 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
     assert not any(stored(r, 128) for r in single)
 
 
-# --- launches
-
-SCENARIOS = ("a_small_kernel", "mistakes_are_noticed", "our_kernels")
-SCENARIOS += ("the_benchmark_measures_both_ways",)
+# --- on the device of the tensors
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, str | None]:
-    return {row["scenario"]: row["error"] for row in lines_of("tests.support.launches")}
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several GPUs the current one may be another."""
+    entered: list[torch.Tensor] = []
 
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor)
+        yield
+        entered.pop()
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_bound_launch_is_tritons_own(scenario: str, errors: dict[str, str | None]) -> None:
-    assert errors[scenario] is None, errors[scenario]
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **__: launched.append(len(entered))
 
-
-def test_in_the_interpreter_nothing_is_bound() -> None:
-    case = Case(8, 2, 20, "uniform", 1, torch.int64, "float16", "in one page", False)
-    check_record(kernels, case, reference=False)
-    assert not kernels._record_launch(2, True).bound
+    launched: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    names = [(module, name) for module in (kernels, rows) for name in vars(module)]
+    names = [(module, name) for module, name in names if name.endswith("_kernel")]
+    for module, name in names:
+        monkeypatch.setattr(module, name, Kernel())
+    case = Case(8, 2, 600, "uniform", None, torch.int64, "float16", "in one page", False)
+    ids, weights = choice(case)
+    tape = tape_for(kernels, case)
+    kernels.record_triton(tape, ids, weights)
+    kernels.dispatch_triton(ids[:9], weights[:9], 8, tape, launches=1)
+    kernels.dispatch_triton(ids, weights, 8, tape, launches=3)
+    kernels.combine_triton(torch.zeros(18, 4), ids[:9], weights[:9], None, torch.float16, 8)
+    of = EngineRows((1, 9, 2), 8, False, torch.device("cpu"), buffers=True)
+    of.staged = of.staging()
+    rows.keep_triton(of.ids[0], of.weights[0], ids[:9], weights[:9])
+    rows.take_triton(of, 9, 9, torch.arange(9), ids[:9, 0].int(), ids[:9, 0])
+    assert launched == [1] * (2 + 1 + 3 + 1 + 2)
+    assert len(names) == len(launched), "every kernel"
 
 
 # --- programs in another order

@@ -19,7 +19,7 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernel_reference import Case, check_sizes, choice, tape_for
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
-from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, compiled, variants
+from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, variants
 from tests.support.kernel_checks import check_dispatch, check_record, check_rows
 
 TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
@@ -151,9 +151,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     if given.aot:
         missing = [
-            name
-            for name, launch, types in variants()
-            if compiled(launch, types, target).asm["ptx"] not in seen
+            name for name, launch in variants() if launch.compile(target).asm["ptx"] not in seen
         ]
         print(json.dumps({"not executed": missing, "gpu": given.gpu}), flush=True)
 

@@ -98,40 +98,56 @@ class Signature:
         return kind
 
 
+class Specialised(NamedTuple):
+    """A kernel as Triton compiles it for the arguments of a launch."""
+
+    source: ASTSource
+    options: dict[str, Any]
+    values: list[int]  # with which it is launched
+
+    def compile(self, target: GPUTarget) -> Any:
+        return triton.compile(self.source, target=target, options=self.options)
+
+
+def specialised(kernel: Any, device: Device, arguments: Any, named: dict[str, Any]) -> Specialised:
+    options = {"num_warps": 4, **{k: v for k, v in named.items() if k not in kernel.arg_names}}
+    bound = inspect.signature(kernel.fn).bind(
+        *arguments, **{k: v for k, v in named.items() if k in kernel.arg_names}
+    )
+    found = Signature(device, kernel.fn.__name__)
+    for n, parameter in enumerate(kernel.params):
+        name, value = parameter.name, bound.arguments[parameter.name]
+        if parameter.is_constexpr:
+            value = triton.language.constexpr(value)
+        found.types[name] = found.add((n,), name, value, not parameter.do_not_specialize)
+    source = ASTSource(kernel, found.types, found.constants, found.attributes)
+    return Specialised(source, options, found.values)
+
+
 class Executed:
     """`kernel[grid](…)`, executed."""
 
     compiled: dict[str, Any] = {}  # noqa: RUF012  of all kernels, by what they were compiled for
 
     def __init__(self, kernel: Any, device: Device) -> None:
-        self.kernel, self.device, self.arg_names = kernel, device, kernel.arg_names
+        self.kernel, self.device = kernel, device
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **named: self.launch(grid, *arguments, **named)
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-        options = {"num_warps": 4, **{k: v for k, v in named.items() if k not in self.arg_names}}
-        bound = inspect.signature(self.kernel.fn).bind(
-            *arguments, **{k: v for k, v in named.items() if k in self.arg_names}
-        )
-        found = Signature(self.device, self.kernel.fn.__name__)
-        for n, parameter in enumerate(self.kernel.params):
-            name, value = parameter.name, bound.arguments[parameter.name]
-            if parameter.is_constexpr:
-                value = triton.language.constexpr(value)
-            found.types[name] = found.add((n,), name, value, not parameter.do_not_specialize)
-        described = (found.kernel, found.types, found.constants, found.attributes, options)
-        key = repr((self.device.target, *described))
+        found, target = specialised(self.kernel, self.device, arguments, named), self.device.target
+        name, of = found.source.name, found.source
+        key = repr((target, name, of.signature, of.constants, of.attrs, found.options))
         if key not in self.compiled:
-            source = ASTSource(self.kernel, found.types, found.constants, found.attributes)
-            binary = triton.compile(source, target=self.device.target, options=options)
+            binary = found.compile(target)
             self.compiled[key] = binary, parse(binary.asm["ptx"])
         binary, program = self.compiled[key]
         self.device.seed += 1
         program = self.device.edit(program) if self.device.edit else program
         where = self.device.memory, binary.metadata.shared, self.device.seed
         counts = execute(program, grid, found.values, *where)
-        self.device.seen.append(Seen(found.kernel, binary.asm["ptx"], counts))
+        self.device.seen.append(Seen(name, binary.asm["ptx"], counts))
 
 
 class _NotWritten(TorchFunctionMode):
@@ -151,24 +167,23 @@ class _NotWritten(TorchFunctionMode):
 
 
 @contextmanager
-def executed(module: ModuleType, device: Device) -> Iterator[Device]:
-    """While it lasts, launches of the kernels of `module` are executed on `device`."""
+def replaced(module: ModuleType, stand_in: Callable[[Any], Any]) -> Iterator[None]:
+    """While it lasts, stand-ins are launched in place of the kernels of `module`."""
     kernels = {
         name: kernel
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.runtime.JITFunction)
     }
     assert kernels, f"{module.__name__} has no kernels, or TRITON_INTERPRET is set"
-
-    def put(of: dict[str, Any]) -> None:
-        vars(module).update(of)
-        for name, launch in vars(module).items():
-            if name.endswith("_launch"):  # bound to the kernels
-                launch.cache_clear()
-
-    put({name: Executed(kernel, device) for name, kernel in kernels.items()})
+    vars(module).update({name: stand_in(kernel) for name, kernel in kernels.items()})
     try:
-        with _NotWritten(device):
-            yield device
+        yield
     finally:
-        put(kernels)
+        vars(module).update(kernels)
+
+
+@contextmanager
+def executed(module: ModuleType, device: Device) -> Iterator[Device]:
+    """While it lasts, launches of the kernels of `module` are executed on `device`."""
+    with replaced(module, lambda kernel: Executed(kernel, device)), _NotWritten(device):
+        yield device

@@ -4,25 +4,23 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.launch import Launch
+from tests.ptx.launch import Device, Specialised, replaced, specialised
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -34,84 +32,132 @@ SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
 BLOCKS = (256, 512, 1024)  # every value of kernels.slots_per_program
 COLUMNS = {"fp16": (2048,), "bf16": (8192, 16384)}  # of hidden sizes up to these
 PAGE_ROWS = 4096
-# name, launch, types (an ":16" marks a multiple of 16; None: absent)
-Variant = tuple[str, Launch, dict[str, Any]]
-NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values", "ring_rows")
-# multiples of 16 by construction (H: in the models there are)
-ALIGNED = ("base", "page_values", "ring_rows", "H")
-WIDE = ("cursor", "dropped", "limit", "ids")  # int64; what is not named here is int32
+WEIGHTS = {"fp16": (torch.float32, torch.float16), "bf16": (torch.bfloat16, torch.bfloat16)}
 
 
-def tape_types(ids: str | None, weights: str | None) -> kernels.TapeArguments:
-    """The types of a tape's fields; P, and what is None, are constants."""
-    fields = {name: type_of(name) for name in kernels.TapeArguments._fields}
-    given = {"ids": ids or "constexpr", "weights": weights or "constexpr", "P": "constexpr"}
-    return kernels.TapeArguments(**{**fields, **given})
+class Noted:
+    """Stands in for a kernel, and notes what Triton would compile for each of its launches."""
+
+    launches: list[Specialised] = []  # noqa: RUF012  of all kernels
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        device = Device(GPUTarget("cuda", 90, 32))
+        return lambda *arguments, **named: self.launches.append(
+            specialised(self.kernel, device, arguments, named)
+        )
 
 
-def type_of(name: str) -> str:
-    return "i32" if name in NUMBERS else "*i64" if name in WIDE else "*i32"
-
-
-NO_TAPE = kernels.TapeArguments(*("constexpr",) * len(kernels.TapeArguments._fields))
-OFF = {"tape": NO_TAPE, "weights": None}
-IN_ORDER = {"inverse": None, "offsets": None}
-NO_SIZES = {"norms": None, "peaks": None}
-KEPT = {"to_ids": "*i16", "to_weights": "*fp16", "physicals": None, "to_physicals": None}
-REPLICAS = {"physicals": "*i16", "to_physicals": "*i16"}
-TAKEN = {**KEPT, "ids": "*i16", "weights": "*fp16", "picked": "*i64"}
-TAKEN |= {"positions": "*i64", "rows": "i32:16", "counted": "i32", "m": "i32", "sums": "*i64"}
-ABSENT = ("weights", "picked", "tokens", "positions")
-ABSENT += ("to_tokens", "to_positions", "to_ids", "to_weights")
-COUNTED = {**TAKEN, **dict.fromkeys(ABSENT)}
-
-
-def variants() -> Iterator[Variant]:
+def variants() -> Iterator[tuple[str, Specialised]]:
     """Everything that is launched."""
+    seen = set[str]()
+    for names, call in calls():
+        with replaced(kernels, Noted), replaced(rows, Noted):
+            Noted.launches = []
+            call()
+        for name, launch in zip(names, Noted.launches, strict=True):
+            if name not in seen:
+                seen.add(name)
+                yield name, launch
+
+
+Call = tuple[list[str], Callable[[], object]]  # a name for each launch; what launches
+
+
+def calls() -> Iterator[Call]:
     for E, K in SHAPES:
-        number = {"E": "i32" if E % 16 else "i32:16"}
-        for name, launch, types in _variants_of(E, K):
-            yield name, launch, {**number, **types}
-    logits = {"weights": "*fp32", "tape": tape_types(None, "*fp16"), "ids": None}
-    yield "record logits E64", kernels._record_launch(64, False), {"E": "i32:16", **logits}
-    yield "advance", kernels._advance_launch(), logits
+        for kind in WEIGHTS:
+            yield from _recording(E, K, kind)
+        yield from _others(E, K)
+    scores, tape = torch.zeros(20, 64), tape_of(64, 64, "fp16", ids=False)
+    names = ["record logits E64", "advance"]
+    yield names, lambda: kernels.record_triton(tape, None, scores)
 
 
-def _variants_of(E: int, K: int) -> Iterator[Variant]:
-    ids, of_shape = "*u8" if E < 256 else "*i16", f"E{E} k{K}"
-    taped: dict[str, Any] = {}
-    for kind, given in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        weight, own = ("bf16", "*bf16") if kind == torch.bfloat16 else ("fp16", "*fp32")
-        taped = {"weights": own, "tape": tape_types(ids, "*" + weight)}
-        name = f"{of_shape} {weight}"
-        yield f"record {name}", kernels._record_launch(K, False), taped
-        yield f"dispatch 1/1 {name}", kernels._one_launch(K, E, kernels.ONE_LAUNCH), taped
-        for size in BLOCKS:
-            yield f"dispatch 1/2 {name} block {size}", kernels._count_launch(K, E, size), taped
-        y = {"y": "*bf16", "out": "*bf16"}
-        combine = functools.partial(kernels._combine_launch, K, y=torch.bfloat16, weights=given)
-        one = combine(columns=kernels.COMBINE_COLUMNS)
-        yield f"combine {name}", one, {**taped, **y, "tape": NO_TAPE, **NO_SIZES}
-        yield f"combine + record {name}", one, {**taped, **y, **NO_SIZES, **IN_ORDER}
-        for columns in COLUMNS[weight]:
-            measured = {**taped, **y, "tape": NO_TAPE, "norms": "*fp32", "peaks": "*fp32"}
-            yield f"combine + sizes {name} of {columns}", combine(columns=columns), measured
-        router = {**KEPT, "weights": own, "ids": "*i64" if weight == "bf16" else "*i32"}
-        yield f"rows kept {name}", rows._keep_launch(K, K, K, K), router
-        replicas = {**router, **REPLICAS, "physicals": router["ids"]}
-        yield f"rows kept {name}, replicas", rows._keep_launch(K, K, K, K), replicas
-    ids_alone = {**KEPT, "ids": "*i64", "weights": None, "to_weights": None}
-    yield f"rows kept {of_shape}, ids alone", rows._keep_launch(K, K, K, K), ids_alone
-    for name, types in (("taken", TAKEN), ("counted", COUNTED), ("replicas", TAKEN | REPLICAS)):
-        yield f"rows {name} {of_shape}", rows._take_launch(K, E), types
-    yield f"record alone {of_shape}", kernels._record_launch(K, True), taped
-    yield f"dispatch 1/1 off {of_shape}", kernels._one_launch(K, E, kernels.ONE_LAUNCH), OFF
-    yield f"dispatch 1/2 off {of_shape}", kernels._count_launch(K, E, BLOCKS[-1]), OFF
-    for scanned, turn in ((False, "2/2"), (True, "3/3")):
-        for size in BLOCKS:
-            launch = kernels._scatter_launch(K, E, scanned, size)
-            yield f"dispatch {turn} {of_shape} block {size}", launch, taped
-    yield f"dispatch 2/3 {of_shape}", kernels._scan_launch(), {}
+def tape_of(E: int, K: int, kind: str, ids: bool = True) -> kernels.Tape:
+    """A tape of no room: nothing is written."""
+    state, recorded = torch.zeros(3, dtype=torch.int64), WEIGHTS[kind][1]
+    ids_dtype = torch.uint8 if E < 256 else torch.int16
+    return kernels.Tape(
+        torch.zeros(16, dtype=ids_dtype) if ids else None,
+        torch.zeros(16, dtype=recorded),
+        *(state.clone() for _ in range(3)),
+        enabled=state.int(),
+        **{"lane": 1, "K": K, "experts": E, "base": PAGE_ROWS * K, "P": PAGE_ROWS, "pages": 3},
+        page_values=3 * PAGE_ROWS * K,
+    )
+
+
+def choice_of(T: int, K: int, kind: str, ids: torch.dtype = torch.int64) -> tuple[Any, Any]:
+    return torch.zeros(T, K, dtype=ids), torch.zeros(T, K, dtype=WEIGHTS[kind][0])
+
+
+def _recording(E: int, K: int, kind: str) -> Iterator[Call]:
+    name, tape = f"E{E} k{K} {kind}", tape_of(E, K, kind)
+    ids, weights = choice_of(16, K, kind)
+    many = choice_of(1100 // K, K, kind)
+    yield [f"record {name}", "advance"], lambda: kernels.record_triton(tape, *many)
+    alone = [f"record alone E{E} k{K} {kind}"]
+    yield alone, lambda: kernels.record_triton(tape, ids, weights)
+    dispatch = kernels.dispatch_triton
+    yield [f"dispatch 1/1 {name}"], lambda: dispatch(ids, weights, E, tape, launches=1)
+    for block in BLOCKS:
+        of = f"E{E} k{K} block {block}"
+        for launches, scan in ((2, []), (3, [f"dispatch 2/3 E{E} k{K}"])):
+            names = [f"dispatch 1/2 {name} block {block}", *scan]
+            names += [f"dispatch {launches}/{launches} {of}"]
+            yield names, lambda n=launches, block=block: dispatch(*many, E, tape, n, block)
+
+    def combine(H: int, grouped: bool, sizes: bool = False) -> None:
+        y_SH = torch.zeros(16 * K, H, dtype=torch.bfloat16)
+        places = kernels.empty_dispatch(ids, E) if grouped else None
+        measured = kernels.empty_sizes(ids, kernels.SIZES if sizes else ())
+        to = None if grouped else tape
+        kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, E, to, measured)
+
+    yield [f"combine {name}"], lambda: combine(2048, True)
+    yield [f"combine + record {name}"], lambda: combine(2048, False)
+    for columns in COLUMNS[kind]:
+        of_columns = [f"combine + sizes {name} of {columns}"]
+        yield of_columns, lambda H=columns: combine(H, True, sizes=True)
+    ids_dtype = torch.int64 if kind == "bf16" else torch.int32
+    choice = choice_of(16, K, kind, ids_dtype)
+    for physicals in (None, choice[0]):
+        more = "" if physicals is None else ", replicas"
+        yield [f"rows kept {name}{more}"], lambda of=physicals: _keep(E, K, *choice, of)
+
+
+def _others(E: int, K: int) -> Iterator[Call]:
+    of_shape = f"E{E} k{K}"
+    ids, _ = choice_of(1100 // K, K, "bf16")
+    off = lambda: kernels.dispatch_triton(ids[:16], None, E, launches=1)  # noqa: E731
+    yield [f"dispatch 1/1 off {of_shape}"], off
+    names = [f"dispatch 1/2 off {of_shape}", f"dispatch 2/2 off {of_shape}"]
+    yield names, lambda: kernels.dispatch_triton(ids, None, E, None, 2, BLOCKS[-1])
+    yield [f"rows kept {of_shape}, ids alone"], lambda: _keep(E, K, ids[:16], None, None)
+    for name in ("taken", "counted", "replicas"):
+        yield [f"rows {name} {of_shape}"], lambda name=name: _take(E, K, name)
+
+
+def _rows(E: int, K: int, weights: bool, physicals: bool) -> rows.Rows:
+    made = rows.Rows(
+        (2, 16, K), E, False, torch.device("cpu"), weights, physicals=physicals, buffers=True
+    )
+    made.staged = made.staging()
+    return made
+
+
+def _keep(E: int, K: int, ids: Any, weights: Any, physicals: Any) -> None:
+    of = _rows(E, K, weights is not None, physicals is not None)
+    kept = [None if t is None else t[0] for t in (of.ids, of.weights, of.physicals)]
+    rows.keep_triton(*kept[:2], ids, weights, kept[2], physicals)
+
+
+def _take(E: int, K: int, name: str) -> None:
+    of, at = _rows(E, K, name != "counted", name == "replicas"), torch.arange(16)
+    rows.take_triton(of, 16, 16, at, at.int(), at)
 
 
 def lines_of(module: str, *arguments: object) -> list[dict[str, Any]]:
@@ -129,29 +175,6 @@ def printed_by(module: str, *arguments: object) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def compiled(launch: Launch, types: dict[str, Any], target: GPUTarget) -> Any:
-    """A kernel for one GPU. `types`: of its arguments, of a tape a tuple."""
-    signature: dict[str, Any] = {}
-    attributes, kernel = {}, launch.kernel
-    absent = {name: None for name, kind in types.items() if kind is None}
-    constants = {k: v for k, v in (absent | launch.named).items() if k in kernel.arg_names}
-    options = {k: v for k, v in launch.named.items() if k not in kernel.arg_names}
-    values: dict[Any, Any] = dict(constants)
-    for i, name in enumerate(kernel.arg_names):
-        kind = "constexpr" if name in constants else types.get(name, type_of(name))
-        signature[name] = kind.removesuffix(":16") if isinstance(kind, str) else kind
-        fields = zip(kind._fields, kind, strict=True) if name == "tape" else ((name, kind),)
-        for n, (field, of) in enumerate(fields):
-            path = (i, n) if name == "tape" else (i,)
-            if of[0] == "*" or of.endswith(":16") or (field in ALIGNED and of != "constexpr"):
-                attributes[path] = [["tt.divisibility", 16]]
-            if name == "tape" and of == "constexpr":
-                values[path] = PAGE_ROWS if field == "P" and kind is not NO_TAPE else None
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": 4, "enable_fp_fusion": False, **options}
-    return triton.compile(source, target=target, options=options)
 
 
 def resources(found: Any) -> dict[str, int]:
@@ -174,12 +197,11 @@ def resources(found: Any) -> dict[str, int]:
 
 
 def main(gpu: str, every: int, also: str) -> None:
-    backend, arch, warp = TARGETS[gpu]
-    target = GPUTarget(backend, arch, warp)
-    for n, (name, launch, types) in enumerate(variants()):
+    target = GPUTarget(*TARGETS[gpu])
+    for n, (name, launch) in enumerate(variants()):
         if n % every and not (also and re.match(also, name)):
             continue
-        found = compiled(launch, types, target)
+        found = launch.compile(target)
         stored = re.findall(r"st\.global[.\w]*?(v\d\.\w+|b\d+)", found.asm.get("ptx", ""))
         stores = sorted(set(stored))
         row = {"kernel": name, "gpu": gpu, **resources(found), "stores": stores}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from functools import cache
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
@@ -31,8 +30,6 @@ from moe_inspect.errors import MoeInspectError
 try:
     import triton
     import triton.language as tl
-
-    from moe_inspect.capture.hook.launch import Launch
 except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
@@ -401,17 +398,6 @@ if triton is not None:
                 tl.store(to_tokens + i, token, mask=inside)
                 tl.store(to_positions + i, position, mask=inside)
 
-    @cache
-    def _keep_launch(K: int, ids: int, weights: int, physicals: int) -> Launch:
-        widths = {"IDS": ids, "WEIGHTS": weights, "PHYSICALS": physicals}
-        constants = {"K": K, **widths, "BLOCK": BLOCK}
-        return Launch(_keep_kernel, constants)
-
-    @cache
-    def _take_launch(K: int, experts: int) -> Launch:
-        bins = max(16, triton.next_power_of_2(experts))
-        return Launch(_take_kernel, {"K": K, "BINS": bins, "BLOCK": BLOCK})
-
     def keep_triton(
         to_ids: Tensor,
         to_weights: Tensor | None,
@@ -425,10 +411,12 @@ if triton is not None:
             return
         kept = ids, weights, None if to_physicals is None else physicals
         given = [None if t is None else t.contiguous() for t in kept]
-        _keep_launch(K, *(K if t is None else t.shape[1] for t in given))(
-            ids.get_device(), (-(-T * K // BLOCK), 1), ids.numel(),
-            (*given, to_ids, to_weights, to_physicals), (), (), (T,), kernels.NOTHING,
-        )  # fmt: skip
+        widths = (K if t is None else t.shape[1] for t in given)
+        named = dict(zip(("IDS", "WEIGHTS", "PHYSICALS"), widths, strict=True))
+        with torch.cuda.device_of(ids):
+            _keep_kernel[(-(-T * K // BLOCK),)](
+                *given, to_ids, to_weights, to_physicals, T, K=K, **named, BLOCK=BLOCK
+            )
 
     def take_triton(
         of: Rows,
@@ -445,10 +433,11 @@ if triton is not None:
         of_rows = (of.every if t is None else t for t in (picked, tokens, positions))
         picked, tokens, positions = of_rows if of.weights is not None else (None, None, None)
         read = of.ids, of.weights, of.physicals, picked, tokens, positions, of.sums
-        _take_launch(K, of.E)(
-            of.ids.get_device(), (-(-max(counted, m) * K // BLOCK), L), of.ids.numel(),
-            (*read, *to, to_physicals), (), (of.E, rows), (counted, m), kernels.NOTHING,
-        )  # fmt: skip
+        bins = max(16, triton.next_power_of_2(of.E))
+        with torch.cuda.device_of(of.ids):
+            _take_kernel[(-(-max(counted, m) * K // BLOCK), L)](
+                *read, *to, to_physicals, of.E, rows, counted, m, K=K, BINS=bins, BLOCK=BLOCK
+            )
         if not m or of.weights is None:
             return []
         of_rows, of_slots = [t[:m] for t in to[:2]], (*to[2:], to_logits, to_physicals)

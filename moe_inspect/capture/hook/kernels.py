@@ -18,7 +18,7 @@ import math
 from collections import namedtuple
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +30,6 @@ from moe_inspect.capture.hook.selfcheck import SelfCheck
 try:
     import triton
     import triton.language as tl
-
-    from moe_inspect.capture.hook.launch import Launch, State, state
 except ImportError:  # no Triton on this platform: the torch implementations run
     triton = None
 
@@ -41,7 +39,6 @@ ONE_LAUNCH = 2048  # slots that a single program can group
 TWO_LAUNCHES = 16384
 # without a limit ptxas aims at 64 registers, and some variants spill to the stack
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
-RANKING = {"num_warps": 8, **REGISTERS}  # launch options of the kernels that rank slots
 RECORD_BLOCK = 1024  # slots per program
 COMBINE_COLUMNS = 1024  # of H, per program; where outputs are measured, all of H
 
@@ -95,10 +92,10 @@ class Tape:
         return 255 if self.ids is not None and self.ids.dtype == torch.uint8 else -1
 
     @cached_property
-    def arguments(self) -> State:
+    def arguments(self) -> tuple[TapeArguments, int]:
         """The kernels' arguments `tape` and `lane`, prepared once."""
         places = self.base, self.page_values, self.P * self.pages, tl.constexpr(self.P)
-        return state(TapeArguments(*self.tensors, *places), self.lane)
+        return TapeArguments(*self.tensors, *places), self.lane
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -225,7 +222,7 @@ def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | Non
 
 
 if triton is not None:
-    NO_TAPE, NOTHING = state(TapeArguments(*(None,) * 10), 0), state()
+    NO_TAPE = TapeArguments(*(None,) * 10), 0
 
     @triton.jit
     def _load_experts(ids, i, inside, E):
@@ -284,18 +281,9 @@ if triton is not None:
     def _advance_kernel(T, tape, lane):
         _advance(tape, lane, T)
 
-    @cache
-    def _record_launch(K: int, alone: bool) -> Launch:
-        constants = {"K": K, "ALONE": alone, "BLOCK": RECORD_BLOCK}
-        return Launch(_record_kernel, constants, **REGISTERS)
-
-    @cache
-    def _advance_launch() -> Launch:
-        return Launch(_advance_kernel, {}, num_warps=1)
-
     def _arguments(
         tape: Tape | None, K: int, ids_TK: Tensor | None, weights_TK: Tensor | None
-    ) -> State:
+    ) -> tuple[TapeArguments, int]:
         """The arguments `tape` and `lane` of the kernels."""
         if tape is None:
             return NO_TAPE
@@ -311,15 +299,16 @@ if triton is not None:
         T, K = fed.shape
         if T == 0:
             return
-        device, S = fed.get_device(), T * K
-        given = [t.contiguous() if t is not None else None for t in (ids_TK, weights_TK)]
+        ids, weights = (t.contiguous() if t is not None else None for t in (ids_TK, weights_TK))
         arguments = _arguments(tape, K, ids_TK, weights_TK)
-        blocks = -(-S // RECORD_BLOCK)
-        _record_launch(K, blocks == 1)(
-            device, (blocks, 1), S, given, (), (tape.experts,), (T,), arguments
-        )
-        if blocks > 1:
-            _advance_launch()(device, (1, 1), S, (), (), (), (T,), arguments)
+        blocks = -(-T * K // RECORD_BLOCK)
+        with torch.cuda.device_of(fed):
+            _record_kernel[(blocks,)](
+                ids, weights, tape.experts, T, *arguments,
+                K=K, ALONE=blocks == 1, BLOCK=RECORD_BLOCK, **REGISTERS,
+            )  # fmt: skip
+            if blocks > 1:
+                _advance_kernel[(1,)](T, *arguments, num_warps=1)
 
 
 # --- dispatch: groups the slots by expert and, with a tape, records them in the same launches
@@ -545,29 +534,6 @@ if triton is not None:
             if tape.cursor is not None:
                 _advance(tape, lane, T)
 
-    @cache
-    def _one_launch(K: int, experts: int, slots: int) -> Launch:
-        bins = _bins(experts)
-        constants = {"K": K, "BINS": bins, "BLOCK": slots, "CHUNK": ranking_chunk(bins)}
-        return Launch(_one_kernel, constants, **RANKING)
-
-    @cache
-    def _count_launch(K: int, experts: int, block: int) -> Launch:
-        constants = {"K": K, "BINS": _bins(experts), "BLOCK": block}
-        # 8 slots per thread: a decision of K = 8 is one vector store of ids, one of weights
-        return Launch(_count_kernel, constants, num_warps=max(1, block // 256))
-
-    @cache
-    def _scan_launch() -> Launch:
-        return Launch(_scan_kernel, {"ROWS": 64, "COLUMNS": 16})
-
-    @cache
-    def _scatter_launch(K: int, experts: int, scanned: bool, block: int) -> Launch:
-        bins = _bins(experts)
-        constants = {"K": K, "BINS": bins, "SCANNED": scanned, "BLOCK": block}
-        sizes = {"ROWS": max(1, min(64, 1024 // bins)), "CHUNK": ranking_chunk(bins)}
-        return Launch(_scatter_kernel, {**constants, **sizes}, **RANKING)
-
     def _bins(experts: int) -> int:
         return max(16, triton.next_power_of_2(experts))
 
@@ -590,28 +556,35 @@ if triton is not None:
             out.counts.zero_()
             out.offsets.zero_()
             return out
-        device, ids = ids_TK.get_device(), ids_TK.contiguous()
+        ids = ids_TK.contiguous()
         weights = weights_TK.contiguous() if weights_TK is not None else None
         arguments = _arguments(tape, K, ids_TK, weights_TK)
         launches = launches or dispatch_plan(S, experts)[0]
-        if launches == 1:
-            assert S <= ONE_LAUNCH
-            _one_launch(K, experts, ONE_LAUNCH)(
-                device, (1, 1), S, (ids, weights), out, (experts,), (T,), arguments
-            )
-            return out
-        block = block or slots_per_program(S)
-        blocks, scanned = -(-S // block), launches == 3
-        partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
-        _count_launch(K, experts, block)(
-            device, (blocks, 1), S, (ids, weights), (partial,), (experts,), (T,), arguments
-        )
-        if scanned:
-            grid, tables = (-(-experts // 16), 1), (partial, out.counts)
-            _scan_launch()(device, grid, S, (), tables, (experts,), (blocks,), NOTHING)
-        _scatter_launch(K, experts, scanned, block)(
-            device, (blocks, 1), S, (ids,), (partial, *out), (experts,), (T, blocks), arguments
-        )
+        bins = _bins(experts)
+        ranking = {"CHUNK": ranking_chunk(bins), "num_warps": 8, **REGISTERS}
+        with torch.cuda.device_of(ids):
+            if launches == 1:
+                assert S <= ONE_LAUNCH
+                _one_kernel[(1,)](
+                    ids, weights, *out, experts, T, *arguments,
+                    K=K, BINS=bins, BLOCK=ONE_LAUNCH, **ranking,
+                )  # fmt: skip
+                return out
+            block = block or slots_per_program(S)
+            blocks, scanned = -(-S // block), launches == 3
+            partial = torch.empty((blocks, experts), dtype=torch.int32, device=ids.device)
+            # 8 slots per thread: a decision of K = 8 is one vector store of ids, one of weights
+            _count_kernel[(blocks,)](
+                ids, weights, partial, experts, T, *arguments,
+                K=K, BINS=bins, BLOCK=block, num_warps=max(1, block // 256),
+            )  # fmt: skip
+            if scanned:
+                grid = (-(-experts // 16),)
+                _scan_kernel[grid](partial, out.counts, experts, blocks, ROWS=64, COLUMNS=16)
+            _scatter_kernel[(blocks,)](
+                ids, partial, *out, experts, T, blocks, *arguments, K=K, BINS=bins,
+                SCANNED=scanned, BLOCK=block, ROWS=max(1, min(64, 1024 // bins)), **ranking,
+            )  # fmt: skip
         return out
 
 
@@ -714,17 +687,6 @@ if triton is not None:
             _write(tape, lane, i, expert, routed, weights, T, K)
             _advance(tape, lane, T)
 
-    @cache
-    def _combine_launch(
-        K: int, columns: int, y: torch.dtype, weights: torch.dtype, *others: Hashable
-    ) -> Launch:
-        """`others`: what else a variant hangs on: the types of ids and out."""
-        # in the order of transformers: product, rounding, sum
-        rounded = torch.promote_types(y, weights).itemsize == 2
-        constants = {"K": K, "ROUND": rounded, "COLUMNS": columns, "BLOCK": RECORD_BLOCK}
-        warps = min(16, max(4, columns // 512))  # 8 to 32 columns per thread
-        return Launch(_combine_kernel, constants, num_warps=warps, enable_fp_fusion=False)
-
     def combine_triton(
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
         tape: Tape | None = None, sizes: Sizes | None = None,
@@ -746,10 +708,15 @@ if triton is not None:
         columns, measured = COMBINE_COLUMNS, (None, None)
         if sizes:
             columns, measured = measuring_columns(H), tuple(map(sizes.get, SIZES))
-        _combine_launch(K, columns, kind, weights.dtype, ids.dtype, dtype)(
-            y.get_device(), (T, -(-H // columns)), S * H, (*order, *measured), (y, ids, weights, out),
-            (experts, H), (T,), NO_TAPE if tape is None else _arguments(tape, K, ids, weights),
-        )  # fmt: skip
+        # in the order of transformers: product, rounding, sum
+        rounded = torch.promote_types(kind, weights.dtype).itemsize == 2
+        with torch.cuda.device_of(y):
+            _combine_kernel[(T, -(-H // columns))](
+                *order, *measured, y, ids, weights, out, experts, H, T,
+                *(NO_TAPE if tape is None else _arguments(tape, K, ids, weights)),
+                K=K, ROUND=rounded, COLUMNS=columns, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,
+                num_warps=min(16, max(4, columns // 512)),  # 8 to 32 columns per thread
+            )  # fmt: skip
         return out
 
 
