@@ -56,7 +56,7 @@ def record(
 
     model        any MoE, torch.compile'd or not, also within a training loop: of transformers, of a
                  training framework, or one's own with `probe` in its forward or with `routers`
-    path         directory of the trace, or its URL (s3://…); may be None with `counts_only`
+    path         directory of the trace; may be None with `counts_only`
     tokenizer    its vocabulary is written into the trace
     documents    document of each batch row, any hashable value
     domains      domain label of each batch row
@@ -199,7 +199,7 @@ def trace_model(
     """Feeds a corpus to a model and records every routing decision as a trace at `out`.
 
     model     a hub id, a directory, or "demo" (bundled, offline)
-    out       directory of the trace, or its URL (s3://…)
+    out       directory of the trace
     options   settings; each field of `TraceOptions` may also be given as a keyword:
               `trace_model("demo", "runs/a", max_tokens=10_000, logits=True)`
     progress  called with (tokens done, tokens in all or None) after every forward pass

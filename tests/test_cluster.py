@@ -20,6 +20,7 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import LOSS
 from moe_inspect.trace.shard import Shard
@@ -121,7 +122,9 @@ def test_many_shards_are_added_up_in_runs(
     assert len(tasks.runs_of(long)) == 513
     monkeypatch.setattr(tasks, "MOST_RUNS", 1)
     assert tasks.runs_of(trace) == [range(3)]
-    by_url = moe_inspect.open_trace(f"file://{trace.path}", scheduler=client)
+    url = "memory://of-a-cluster/a"  # the workers are threads of this process
+    Remote(url).filesystem.put(str(trace.path), "of-a-cluster/a", recursive=True)
+    by_url = moe_inspect.open_trace(url, scheduler=client)
     same_tables(by_url.report(), trace.report())
     asked = trace, None, operator.add, _tokens_in
     assert list(tasks.summed(*asked)) == [BATCHES * BATCH]

@@ -38,16 +38,11 @@ LAST = {"open", *(name.rpartition(".")[2] for name in WRITES)}
 OPEN = ("draft", "file", "buffer", "sink", "text", "sys.stdout", "pa.PythonFile(sink")
 # what writes where it stands: (module, function) → why
 IN_PLACE = {
-    ("trace.files.atomic", "write_atomically"): "an object appears whole",
     ("trace.files.atomic", "append"): "the line is the commit",
     ("trace.files.atomic", "put_folder"): "puts back what cannot stay",
     ("trace.files.lock", "settle"): "puts back what was set aside",
-    ("trace.files.lock", "_hold_object"): "an object appears whole",
-    ("trace.output_dir", "check_directory"): "an empty object, removed at once",
-    ("trace.output_dir", "_withdraw_manifest"): "removes a manifest",
+    ("trace.output_dir", "clear_trace"): "removes a manifest",
     ("trace.writer.whole", "_put"): "sets the old trace aside",
-    ("trace.writer.whole", "_write"): "an object appears whole",
-    ("trace.writer.whole", "_take_back"): "an object appears whole",
     ("importers.tables.read", "uncompressed"): "a temporary copy",
     ("cli.trace", "__exit__"): "stderr",
     ("text", "abandon"): "the null device",

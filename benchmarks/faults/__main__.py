@@ -1,6 +1,6 @@
 """What is left when things go wrong: the process is killed at every write, fsync, rename, unlink
-and the like, the disk is full or fails at each of them, two processes start at once, bits flip,
-object storage refuses. After each fault everything that was committed must be there and right: of a
+and the like, the disk is full or fails at each of them, two processes start at once, bits flip.
+After each fault everything that was committed must be there and right: of a
 trace, --resume and --overwrite must end in the one that an undisturbed run writes; of any other
 output the old file or the new one is there, whole, and no draft. A flipped bit must change no
 number without a word.
@@ -9,8 +9,7 @@ number without a word.
     python -m benchmarks.faults outputs:export
 
 takes minutes; prints tries and failures, and writes benchmarks/results/faults.json, which keeps
-what it says of other parts. The part `control` switches drafts off, and has to find failures. The
-part `objects` needs `pip install s3fs 'moto[server]'`."""
+what it says of other parts. The part `control` switches drafts off, and has to find failures."""
 
 from __future__ import annotations
 
@@ -26,7 +25,6 @@ from typing import Any
 
 from benchmarks.faults import outputs, traces
 from benchmarks.faults.bench import Bench
-from benchmarks.faults.objects import objects
 
 RESULT = Path(__file__).parent.parent / "results" / "faults.json"
 PARTS = {
@@ -37,7 +35,6 @@ PARTS = {
     "tracing": traces.tracing,
     "outputs": outputs.outputs,
     "outputs-at-once": outputs.outputs_at_once,
-    "objects": objects,
 }
 
 

@@ -24,7 +24,6 @@ from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files.checksums import Json
-from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import Lock, join, refuse_while_locked
 from moe_inspect.trace.manifest import (
     read_manifest,
@@ -60,7 +59,7 @@ class TraceOpener:
     """`path`: None writes no trace. `tokenizer`: its vocabulary is stored in the trace.
     `selfcheck`: what was found of the kernels used so far."""
 
-    path: Path | Remote | None
+    path: Path | None
     model: torch.nn.Module
     sites: Sequence[Site]
     mode: str
@@ -197,7 +196,7 @@ def process_facts() -> Json:
 # --- resuming a trace: the plan in its manifest, and where it continues
 
 
-def may_resume(output_dir: Path | Remote, options: TraceOptions) -> bool:
+def may_resume(output_dir: Path, options: TraceOptions) -> bool:
     """Whether to resume the trace in `output_dir`. If not, the directory must be free, or
     `overwrite` set. A trace without committed batches resumes at its beginning."""
     if options.resume and (output_dir / schema.MANIFEST).exists():
@@ -207,7 +206,7 @@ def may_resume(output_dir: Path | Remote, options: TraceOptions) -> bool:
     return False
 
 
-def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int) -> ResumePoint:
+def resume_from(output_dir: Path, record: dict[str, object], rank: int) -> ResumePoint:
     """Where the trace continues. MoeInspectError for another plan, while a writer is still running,
     and where what was committed is damaged or missing."""
     manifest = read_manifest(output_dir)
@@ -228,7 +227,7 @@ def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int)
         return resume_point(output_dir, rank)
 
 
-def complete_now(output_dir: Path | Remote, plan: CorpusPlan) -> None:
+def complete_now(output_dir: Path, plan: CorpusPlan) -> None:
     """Sets the status to complete, where all else was committed."""
     manifest = read_manifest(output_dir)
     manifest["corpus"] |= plan.stats.record()

@@ -33,7 +33,7 @@ from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.own import as_tokenizer
 from moe_inspect.model.routers import Site
 from moe_inspect.model.wrapped import unwrapped
-from moe_inspect.trace.files.location import Remote, output_location
+from moe_inspect.trace.files.location import output_location
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import TraceWriter
@@ -67,7 +67,7 @@ class Recorder:
     def __init__(
         self,
         model: Any,
-        path: str | Path | Remote | None = None,
+        path: str | Path | None = None,
         options: RecordOptions | None = None,
         *,
         tokenizer: Any = None,

@@ -22,7 +22,6 @@ from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, quantization_of
-from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import Lock, hold, join
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
@@ -39,7 +38,7 @@ LATER = (*(e.option for e in EXTRAS.values() if e.option != "logits"), "token_lo
 
 
 def trace_model(
-    model: str, output_dir: Path | Remote, options: TraceOptions, progress: Progress | None = None
+    model: str, output_dir: Path, options: TraceOptions, progress: Progress | None = None
 ) -> Trace:
     """See `moe_inspect.trace_model`."""
     ranks = Ranks()
@@ -84,7 +83,7 @@ class TraceRun:
     """One process's part in a trace. `record`: the settings that a resumed run must share."""
 
     model: Unloaded
-    output_dir: Path | Remote
+    output_dir: Path
     options: TraceOptions
     ranks: Ranks
     plan: CorpusPlan
@@ -187,7 +186,7 @@ def singly(planned: Batches) -> Iterator[tuple[list[TokenSequence], list[Documen
             yield [row], [new.pop(row.document)] if row.document in new else []
 
 
-def _shared_lock(output_dir: Path | Remote, ranks: Ranks) -> Lock:
+def _shared_lock(output_dir: Path, ranks: Ranks) -> Lock:
     """The lock of the trace to resume, shared by all ranks."""
     locks: list[Lock] = []
 

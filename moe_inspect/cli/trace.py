@@ -21,7 +21,7 @@ from moe_inspect.cli.capture import ModelOptions, need_torch, quiet, ranges_of, 
 from moe_inspect.cli.options import REQUIRED, CommitEvery, Options, Overwrite, argument, option
 from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
-from moe_inspect.trace.files.location import Remote, output_location
+from moe_inspect.trace.files.location import output_location
 
 COMMIT_EVERY_S = 2.0  # unless --commit-every says otherwise
 WAIT_S = 30.0  # for the view to show the end
@@ -48,7 +48,7 @@ class WriteOptions(Options):
     panel = "Trace"
 
     output: str = option(
-        "The directory of the trace, or its URL, such as s3://bucket/trace.",
+        "The directory of the trace.",
         "DIR",
         flags=("-o", "--output"),
         default=REQUIRED,
@@ -63,7 +63,7 @@ class WriteOptions(Options):
     )
 
     @property
-    def place(self) -> Path | Remote:
+    def place(self) -> Path:
         return output_location(self.output)
 
     def keywords(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class WatchView:
     process nothing but the commits. It takes the place of the progress bar. What is written to
     stderr while it has the terminal is kept, and written when it is gone."""
 
-    def __init__(self, output: Path | Remote):
+    def __init__(self, output: Path):
         self.output = output
         self._kept, self._stderr = None, -1
 

@@ -54,7 +54,7 @@ def import_trace(
     Args:
         format: a name of `importers.MODULES`, or "auto": recognised by the first source.
         sources: files and folders. "DOMAIN=PATH" labels the tokens of one.
-        out: the directory to write, or its URL (`s3://bucket/trace`).
+        out: the directory to write.
         model: a hub id, a directory, a config.json or "demo", for what the files leave out: number
             of experts, top-k, which layers are dense, the vocabulary.
         experts: experts per layer, where neither the files nor a config give it.

@@ -139,7 +139,7 @@ class TraceHeader:
     @cached_property
     def vocabulary_table(self) -> pa.Table:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
-        path = inside(self.path, schema.vocabulary_file(self.manifest))
+        path = inside(self.path, schema.VOCABULARY)
         stated = self.manifest.get("vocabulary")
         if stated is None and not path.exists():
             return schema.VOCABULARY_SCHEMA.empty_table()

@@ -26,7 +26,8 @@ MOST_EXPERTS_IN_ALL = 2**24  # of all routers together
 def read_manifest(root: Path | Remote) -> Json:
     """Reads the manifest, and checks everything that other code relies on."""
     path = inside(root, schema.MANIFEST)
-    settle(root)
+    if isinstance(root, Path):
+        settle(root)
     if not path.is_file():
         raise no_trace(root)
     data = stored_manifest(root)
@@ -122,15 +123,11 @@ def _is_trace(folder: Path) -> bool:
     return any(folder.glob("shards-*.jsonl"))  # it is damaged
 
 
-def write_manifest(root: Path | Remote, manifest: Json) -> None:
+def write_manifest(root: Path, manifest: Json) -> None:
     """Writes trace.json, with its digest."""
-    write_atomically(root / schema.MANIFEST, manifest_bytes(manifest))
-
-
-def manifest_bytes(manifest: Json) -> bytes:
     stated = {**manifest, "digest": checksums.digest(manifest)}
     text = json.dumps(stated, indent=1, ensure_ascii=False) + "\n"
-    return text.encode(errors="backslashreplace")
+    write_atomically(root / schema.MANIFEST, text.encode(errors="backslashreplace"))
 
 
 def writer_of(manifest: Json) -> int | None:

@@ -146,7 +146,7 @@ def merge(
 
     Args:
         traces: directories of traces of the same model, with the same columns.
-        out: the directory to write, or its URL (`s3://bucket/trace`).
+        out: the directory to write.
         overwrite: replace a trace at `out`.
 
     Raises:
@@ -157,7 +157,7 @@ def merge(
     if not paths:
         raise MoeInspectError("give traces to merge")
     check_directory(place, overwrite, resumable=False)
-    if any(place.resolve() == output_location(path).resolve() for path in paths):
+    if any(place.resolve() == path.resolve() for path in paths):
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")
     opened = [Trace(path) for path in paths]
     check_alike(opened)
@@ -183,7 +183,8 @@ def merge(
 def _verified(trace: Trace, path: Path | Remote) -> Verification:
     """MoeInspectError where the trace is damaged or still written."""
     refuse_while_written(path, trace.manifest)
-    refuse_while_locked(path)
+    if isinstance(path, Path):
+        refuse_while_locked(path)
     if not (found := verify(path)).ok:
         raise MoeInspectError(f"{found}")
     return found

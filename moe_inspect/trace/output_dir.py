@@ -1,5 +1,5 @@
-"""Checks and clears the output directory of a trace, or its place on object storage. Nothing but
-the files of a trace is ever removed."""
+"""Checks and clears the output directory of a trace. Nothing but the files of a trace is ever
+removed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from moe_inspect.files import open_regular
 from moe_inspect.text import first_line, join_first
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import lock
-from moe_inspect.trace.files.atomic import draft_of, sync_directory
-from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.files.atomic import draft_of, sync
 from moe_inspect.trace.manifest import (
     read_manifest,
     refuse_while_written,
@@ -32,10 +31,9 @@ OVERWRITTEN = ".overwritten.tmp"
 LIST = r"shards-\d+\.jsonl"
 PART = r"part-\d+-\d+\.parquet"
 DRAFT = lock.drafts_of(rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}")
-CHECK = ".check.tmp"  # on object storage: written and removed to see whether that can be done
 OF_A_TRACE = re.compile(
-    rf"{re.escape(schema.MANIFEST)}|vocabulary(-[0-9a-f]+)?\.parquet|{LIST}|{DRAFT}"
-    rf"|{re.escape(OVERWRITTEN)}|{re.escape(lock.LOCK)}|{re.escape(CHECK)}"
+    rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}|{DRAFT}"
+    rf"|{re.escape(OVERWRITTEN)}|{re.escape(lock.LOCK)}"
 )
 OF_A_TABLE = re.compile(rf"{PART}|{lock.drafts_of(PART)}")
 
@@ -45,7 +43,7 @@ class Contents:
     """What a directory holds. `files`: files named as those of a trace, except its lock; `folders`:
     those of its tables; `strange`: anything else."""
 
-    root: Path | Remote
+    root: Path
     files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
@@ -78,12 +76,8 @@ class Contents:
         """Whether a file lists shards."""
         if re.fullmatch(LIST, name) is None:
             return False
-        path = self.root / name
-        if isinstance(path, Remote):
-            line = path.read_bytes().partition(b"\n")[0]
-        else:
-            with open_regular(path) as file:
-                line = file.readline(10_000)
+        with open_regular(self.root / name) as file:
+            line = file.readline(10_000)
         with suppress(ValueError, RecursionError):
             found = json.loads(line)
             keys = {"path", "shard"}
@@ -93,7 +87,7 @@ class Contents:
         return False
 
 
-def contents(root: Path | Remote) -> Contents:
+def contents(root: Path) -> Contents:
     found = Contents(root)
 
     def add(name: str, is_file: bool = True) -> None:
@@ -103,10 +97,6 @@ def contents(root: Path | Remote) -> Contents:
         if name != lock.LOCK:
             (found.files if known else found.strange).append(name)
 
-    if isinstance(root, Remote):
-        for name in root.sizes():
-            add(name)
-        return found
     for entry in os.scandir(root):
         if entry.name in schema.TABLES and entry.is_dir(follow_symlinks=False):
             found.folders.append(entry.name)
@@ -118,19 +108,11 @@ def contents(root: Path | Remote) -> Contents:
 
 
 def check_directory(
-    path: Path | Remote, overwrite: bool, resumable: bool = True, locked: bool = False
+    path: Path, overwrite: bool, resumable: bool = True, locked: bool = False
 ) -> None:
     """MoeInspectError where a new trace cannot be written at `path`. An existing trace may be
     replaced with `overwrite`, anything else never; nothing is removed here. `locked`: the caller
     holds the lock."""
-    if isinstance(path, Remote):
-        with writing(path):
-            _refuse_to_replace(contents(path), overwrite, resumable)
-            if not locked:
-                lock.refuse_while_locked(path)
-                (path / CHECK).write_bytes(b"")
-                (path / CHECK).unlink()
-        return
     try:
         lock.settle(path)
         refuse_within_trace(path, a_trace=True)
@@ -158,10 +140,8 @@ def check_directory(
         raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
 
 
-def stored_bytes(root: Path | Remote) -> int:
+def stored_bytes(root: Path) -> int:
     """Of the files of a trace; one that is deleted meanwhile has none."""
-    if isinstance(root, Remote):
-        return sum(root.sizes().values())
     found = 0
     for file in root.rglob("*"):
         with suppress(OSError):
@@ -169,7 +149,7 @@ def stored_bytes(root: Path | Remote) -> int:
     return found
 
 
-def claim_directory(path: Path | Remote, overwrite: bool, shared: bool = False) -> lock.Lock:
+def claim_directory(path: Path, overwrite: bool, shared: bool = False) -> lock.Lock:
     """Locks `path` for a new trace and removes a trace that is to be overwritten. The caller
     releases the lock."""
     held = lock.hold(path, shared=shared)
@@ -183,21 +163,21 @@ def claim_directory(path: Path | Remote, overwrite: bool, shared: bool = False) 
     return held
 
 
-def clear_trace(root: Path | Remote) -> None:
+def clear_trace(root: Path) -> None:
     """Removes the files of the trace at `root`, and only those: its manifest first, then the lists
     of shards. Stopped in between, it leaves no trace, and the next call completes it."""
     there = contents(root)
     _refuse_to_replace(there, overwrite=True)
     try:
         if schema.MANIFEST in there.files:
-            _withdraw_manifest(root)
+            os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
+            sync(root)
         others = set(there.files) - {schema.MANIFEST, OVERWRITTEN}
         for name in sorted(others, key=lambda name: not re.fullmatch(LIST, name)):
             (root / name).unlink()
-        if isinstance(root, Path):
-            for name in there.folders:
-                with suppress(OSError):  # the next trace uses it as it is
-                    (root / name).rmdir()
+        for name in there.folders:
+            with suppress(OSError):  # the next trace uses it as it is
+                (root / name).rmdir()
         (root / OVERWRITTEN).unlink(missing_ok=True)
     except OSError as error:
         raise MoeInspectError(f"cannot write {root}: {first_line(error)}") from None
@@ -208,15 +188,6 @@ def remove_trace(root: Path) -> None:
     clear_trace(root)
     (root / lock.LOCK).unlink(missing_ok=True)
     root.rmdir()
-
-
-def _withdraw_manifest(root: Path | Remote) -> None:
-    if isinstance(root, Remote):
-        (root / OVERWRITTEN).write_bytes(b"")
-        (root / schema.MANIFEST).unlink()
-        return
-    os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
-    sync_directory(root)
 
 
 def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True) -> None:

@@ -20,7 +20,7 @@ from moe_inspect.trace.files.checksums import Json
 
 FORMAT = 1
 MANIFEST = "trace.json"
-VOCABULARY = "vocabulary.parquet"  # `vocabulary_file` where a manifest names another
+VOCABULARY = "vocabulary.parquet"
 TABLES = ("documents", "tokens", "routing", "logits", "counts")
 # encode: fed to the encoder of an encoder-decoder; draft: proposed, and rejected
 PHASES = ("prefill", "decode", "encode", "draft")
@@ -233,11 +233,6 @@ def parse_ranges(text: str, what: str = "layers") -> list[int]:
             raise MoeInspectError(f"{unread}: a range goes from low to high, like 0-3,7")
         values.update(range(int(first), int(last or first) + 1))
     return sorted(values)
-
-
-def vocabulary_file(manifest: Json) -> str:
-    """Name of the file of the vocabulary, which need not exist."""
-    return (manifest.get("vocabulary") or {}).get("path", VOCABULARY)
 
 
 # --- JSON, which is untrusted input: of JSON Schema (draft 2020-12) the keywords that our two

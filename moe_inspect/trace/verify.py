@@ -93,15 +93,10 @@ def verify(
     A damaged file is a violation like any other. MoeInspectError where there is no trace.
     `progress` is called with the number of tokens of each shard that is done."""
     root = place_of(trace)
-    settle(root)
+    if isinstance(root, Path):
+        settle(root)
     if not (root / schema.MANIFEST).is_file():
-        if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
-            refuse_while_locked(root)
-            raise MoeInspectError(
-                f"no trace at {root} yet: its writer was stopped before anything was committed; "
-                "--resume starts it again"
-            )
-        raise no_trace(root)
+        raise _missing(root)
     for _ in range(TRIES):
         found, opened = Verification(address(trace)), None
         try:
@@ -117,6 +112,16 @@ def verify(
         if found.ok or opened is None or not opened.is_replaced():
             break
     return found
+
+
+def _missing(root: Path | Remote) -> MoeInspectError:
+    if isinstance(root, Path) and root.is_dir() and any(root.iterdir()) and contents(root).is_free:
+        refuse_while_locked(root)
+        return MoeInspectError(
+            f"no trace at {root} yet: its writer was stopped before anything was committed; "
+            "--resume starts it again"
+        )
+    return no_trace(root)
 
 
 def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
@@ -195,9 +200,9 @@ def _rules_of_rows(trace: Trace, positions: bool) -> list[str]:
 def _status(trace: Trace) -> str:
     if trace.status != "recording" or writer_of(trace.manifest) is not None:
         return trace.status
-    locked = is_locked(trace.path)  # by a process of another machine
-    unknown = locked is None and isinstance(trace.path, Remote)
-    return "recording" if locked or unknown else "interrupted"
+    # of a trace at a URL nobody can tell; a lock may be held by a process of another machine
+    is_written = isinstance(trace.path, Remote) or is_locked(trace.path)
+    return "recording" if is_written else "interrupted"
 
 
 # --- files: checksums, numbers of rows, no file that is not listed

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch, TraceWriter
@@ -65,7 +64,7 @@ def waited(until: Callable[[], Any], most_s: float = 60) -> Any:
 
 
 def committed(
-    root: Path | Remote,
+    root: Path,
     writer: TraceWriter,
     batches: Iterable[RoutedBatch | CountedBatches],
     T: int = TOKENS,

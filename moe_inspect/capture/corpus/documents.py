@@ -22,7 +22,6 @@ from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
-from moe_inspect.trace.files.location import Remote
 
 Filesystem = Any  # of fsspec, which has no types
 Fields = dict[str, Any]  # of a row
@@ -46,7 +45,7 @@ class Source:
     sha256: str
 
 
-def find_sources(data: Sequence[str], leave_out: Path | Remote | None = None) -> list[Source]:
+def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Source]:
     """`--data` values → files, in a fixed order; without values the bundled corpus. Each value: a
     file, a folder (subfolders are domains), a glob or an fsspec URL, optionally behind `DOMAIN=`.
     Files below `leave_out` (the trace) are skipped."""
@@ -132,12 +131,10 @@ def _shown(filesystem: Filesystem, path: str) -> str:
     return path
 
 
-def _is_below(filesystem: Filesystem, path: str, place: Path | Remote | None) -> bool:
-    if place is None:
+def _is_below(filesystem: Filesystem, path: str, place: Path | None) -> bool:
+    if place is None or not _is_local(filesystem):
         return False
-    if isinstance(place, Path):
-        return _is_local(filesystem) and Path(path).is_relative_to(place.resolve())
-    return type(filesystem) is type(place.filesystem) and path.startswith(f"{place.path}/")
+    return Path(path).is_relative_to(place.resolve())
 
 
 def _is_local(filesystem: Filesystem) -> bool:

@@ -1,6 +1,5 @@
 """Drafts: whatever is written is written under a temporary name beside its place, flushed to disk
-and renamed. A reader, and whoever comes after a crash, finds the old file or the new one. An object
-of object storage is so by itself.
+and renamed. A reader, and whoever comes after a crash, finds the old file or the new one.
 
 A draft is called `.NAME.PID-RANDOM.tmp` and locked while it is written. One that nobody locks was
 left by a killed process: the next draft of the same file removes it."""
@@ -11,7 +10,6 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,28 +17,17 @@ from pathlib import Path
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace.files import lock
-from moe_inspect.trace.files.location import Remote
 
 
-def write_atomically(path: Path | Remote, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the new one, never half of one, also after a power cut."""
-    if isinstance(path, Remote):
-        path.write_bytes(data)
-        return
     with draft_of(path) as draft:
         draft.write_bytes(data)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def append(path: Path | Remote, data: bytes) -> None:
-    """Adds to a file. On disk when this returns; where it cannot be, nothing is added. An object is
-    written anew, with what it held."""
-    if isinstance(path, Remote):
-        before = b""
-        with suppress(FileNotFoundError):
-            before = path.read_bytes()
-        path.write_bytes(before + data)
-        return
+def append(path: Path, data: bytes) -> None:
+    """Adds to a file. On disk when this returns; where it cannot be, nothing is added."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "ab") as file:
@@ -55,15 +42,10 @@ def append(path: Path | Remote, data: bytes) -> None:
 
 
 @contextmanager
-def draft_of(path: Path | Remote) -> Iterator[Path]:
-    """An empty file to write to. On success it is renamed to `path`, or uploaded, on an exception
-    it is removed. A link is followed, and the mode of a file that is replaced is kept; a device, a
-    pipe and what is open already (/dev/stdout) are written directly."""
-    if isinstance(path, Remote):
-        with tempfile.TemporaryDirectory(prefix="moe-inspect-") as folder:
-            yield (draft := Path(folder) / path.name)
-            path.upload(draft)
-        return
+def draft_of(path: Path) -> Iterator[Path]:
+    """An empty file to write to. On success it is renamed to `path`, on an exception it is removed.
+    A link is followed, and the mode of a file that is replaced is kept; a device, a pipe and what
+    is open already (/dev/stdout) are written directly."""
     target = _file_at(path)
     if target is None:
         yield path
@@ -87,7 +69,7 @@ def put_folder(draft: Path, target: Path) -> None:
     """Renames a folder, for good; where that fails it is back at its name."""
     os.rename(draft, target)
     try:
-        sync_directory(target.parent)
+        sync(target.parent)
     except BaseException:
         os.rename(target, draft)
         raise
@@ -95,15 +77,14 @@ def put_folder(draft: Path, target: Path) -> None:
 
 @contextmanager
 def draft_folder_of(
-    path: Path | Remote,
+    path: Path,
     put: Callable[[Path, Path], object] = put_folder,
     remove: Callable[[Path], object] = shutil.rmtree,
 ) -> Iterator[tuple[Path, lock.Lock]]:
     """A folder to write to, and its lock. On success it is flushed to disk and `put` at `path`. On
     an exception it is removed; but where it is whole and cannot be put there it stays, and a
-    MoeInspectError names it. A link is followed. For object storage it is a temporary folder."""
-    scratch = Path(tempfile.mkdtemp(prefix="moe-inspect-")) if isinstance(path, Remote) else None
-    target = lock.followed(path) if isinstance(path, Path) else Path(str(scratch)) / path.name
+    MoeInspectError names it. A link is followed."""
+    target = lock.followed(path)
     for left in lock.left_of(target):
         if left.is_dir() and not left.is_symlink() and not lock.is_locked(left):
             with suppress(OSError, MoeInspectError), lock.hold(left):
@@ -115,8 +96,6 @@ def draft_folder_of(
     except BaseException:
         with suppress(OSError):
             draft.rmdir()
-        if scratch is not None:
-            shutil.rmtree(scratch)
         raise
     with held:
         try:
@@ -126,8 +105,6 @@ def draft_folder_of(
         except BaseException:
             with suppress(OSError, MoeInspectError):
                 remove(draft)
-                if scratch is not None:
-                    scratch.rmdir()
             raise
         try:
             put(draft, target)
@@ -136,10 +113,7 @@ def draft_folder_of(
             said = first_line(cause) if isinstance(cause, OSError) else str(error)
             said = f"cannot write {path}: {said}; what was to be there is whole at {draft}: move it"
             raise MoeInspectError(said) from error
-        if scratch is None:
-            held.root = target.absolute()
-        else:
-            shutil.rmtree(scratch)
+        held.root = target.absolute()
 
 
 def _file_at(path: Path) -> Path | None:
@@ -174,11 +148,6 @@ def _new(target: Path) -> tuple[Path, int]:
                         os.fchmod(file, stat.S_IMODE(old.st_mode))
                 undo.pop_all()
                 return draft, file
-
-
-def sync_directory(path: Path | Remote) -> None:
-    if isinstance(path, Path):
-        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -1,9 +1,5 @@
-"""The location of a trace: a local directory or a URL of object storage. `Remote` is a subset of
-pathlib over fsspec.
-
-An object appears whole or not at all, and is replaced whole; there are no directories, and nothing
-is renamed.
-"""
+"""The location of a trace: a local directory, or a URL that fsspec reads. `Remote` is a subset of
+pathlib over fsspec."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.text import first_line
@@ -26,23 +22,22 @@ BLOCK_BYTES = 2**23  # read at a time, of a file that is hashed
 def location(path: str | Path | Remote) -> Path | Remote:
     """A Path for a local directory, a Remote for a URL (`s3://bucket/trace`)."""
     if isinstance(path, str) and "://" in path:
-        return Remote(path.rstrip("/"))
+        remote = Remote(path.rstrip("/"))
+        return Path(remote.path) if path.startswith(("file://", "local://")) else remote
     return path if isinstance(path, Remote) else Path(path)
 
 
-def output_location(path: str | Path | Remote) -> Path | Remote:
-    """As `location`, of what is to be written: files of this machine are written as such by their
-    URL too."""
-    where = location(path)
-    if isinstance(where, Remote) and where.url.startswith(("file://", "local://")):
-        return Path(where.path)
+def output_location(path: str | Path) -> Path:
+    """The directory to write to. MoeInspectError for a URL."""
+    if isinstance(where := location(path), Remote):
+        raise MoeInspectError(f"{path} is a URL: write to a local directory, then copy it there")
     return where
 
 
 @dataclass(frozen=True)
 class Remote:
     """An object at a URL, or those whose names begin with it, with the methods of pathlib.Path
-    that reading and writing a trace need. Whatever fails is an OSError."""
+    that reading a trace needs. Whatever fails is an OSError."""
 
     url: str
 
@@ -77,8 +72,6 @@ class Remote:
     def resolve(self) -> Remote:
         return self
 
-    # --- reading
-
     def is_file(self) -> bool:
         with _told():
             return self._fresh().isfile(self.path)
@@ -109,40 +102,10 @@ class Remote:
             if last := str(name).rstrip("/").rpartition("/")[2]:
                 yield self / last
 
-    def sizes(self) -> dict[str, int]:
-        """Name within it → bytes, of every object below."""
-        with _told():
-            found = self._fresh().find(self.path, detail=True)
-        start = len(self.path.strip("/")) + 1
-        return {str(name).strip("/")[start:]: int(of["size"]) for name, of in found.items()}
-
     def _fresh(self) -> FileSystem:
         """The file system, without listings that it remembers."""
         self.filesystem.invalidate_cache()
         return self.filesystem
-
-    # --- writing
-
-    def write_bytes(self, data: bytes) -> None:
-        with _told():
-            self.filesystem.pipe_file(self.path, data)
-
-    def create(self, data: bytes) -> bool:
-        """Writes it where nothing is; returns whether it did."""
-        if self.exists():  # file systems without exclusive creation overwrite it
-            return False
-        with suppress(FileExistsError), _told():
-            self.filesystem.pipe_file(self.path, data, mode="create")
-            return True
-        return False
-
-    def upload(self, file: Path) -> None:
-        with _told():
-            self.filesystem.put_file(str(file), self.path)
-
-    def unlink(self, missing_ok: bool = False) -> None:
-        with suppress(FileNotFoundError) if missing_ok else _told(), _told():
-            self.filesystem.rm_file(self.path)
 
 
 @contextmanager
@@ -156,12 +119,14 @@ def _told() -> Iterator[None]:
         raise OSError(first_line(error)) from error
 
 
+@overload
+def inside(root: Path, name: str) -> Path: ...
+@overload
+def inside(root: Remote, name: str) -> Remote: ...
 def inside(root: Path | Remote, name: str) -> Path | Remote:
     """The path of a file or folder that is named in the trace. MoeInspectError if it is a link to
     outside the trace, or a pipe or device, which may never end."""
     if isinstance(root, Remote):
-        if root.url.startswith("file://"):
-            inside(Path(root.path), name)
         return root / name
     path = root / name
     real = Path(os.path.realpath(path))

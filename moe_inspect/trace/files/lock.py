@@ -8,11 +8,7 @@ mount, so that it holds between machines, unless the mount says "nolock" or "loc
 
 The ranks of one launch share the lock: rank 0 first takes it alone, which fails while any rank of
 another launch is alive, then shares it, and the others join. The file names the holder (pid, host
-and a random id of rank 0), and is removed by the last rank that held it.
-
-Object storage has no locks. There an object `.lock` names the holder and is removed by rank 0 when
-all are done. One that a killed process left is taken over, with a warning if that was on another
-machine: a writer looks before each commit whether it is still the holder, and else stops."""
+and a random id of rank 0), and is removed by the last rank that held it."""
 
 from __future__ import annotations
 
@@ -31,47 +27,31 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import print_stderr
-from moe_inspect.trace.files.location import Remote
 
 LOCK = ".lock"
 UNIQUE = r"\.\d+(-[0-9a-f]+)?"  # in the name of a draft; earlier versions: the pid alone
 OLD = ".old"  # ending of a trace that is set aside while another is put in its place
 PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
-# pid, host, random id and, on object storage, when the process started
-HOLDER = re.compile(r"(\d{1,9}) ([\w.-]+) \w+(?: (\d{1,18})?)?")
+HOLDER = re.compile(r"(\d{1,9}) ([\w.-]+) \w+")  # pid, host, random id
 # not all are known to systems without flock
 OPEN = sum(getattr(os, f"O_{flag}", 0) for flag in ("RDWR", "CLOEXEC", "NONBLOCK", "NOFOLLOW"))
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 class Lock(AbstractContextManager["Lock"]):
-    """A lock that is held. `holder`: pid, host and random id of the process (of several ranks: rank
-    0)."""
+    """A lock that is held. `file`: the lock file, open and locked. `holder`: pid, host and random
+    id of the process (of several ranks: rank 0)."""
 
-    def __init__(self, root: Path | Remote, holder: str):
-        self.root, self.holder = root, holder
-
-    def release(self) -> None:
-        """May be called again."""
-
-    def check(self) -> None:
-        """MoeInspectError where another process has taken the lock over meanwhile."""
+    def __init__(self, root: Path, file: int, holder: str):
+        self.root, self.holder = Path(os.path.abspath(root)), holder
+        self._file: int | None = file
+        _HELD.add(self)
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
-
-class FileLock(Lock):
-    """That of a directory. `file`: the lock file, open and locked."""
-
-    root: Path
-
-    def __init__(self, root: Path, file: int, holder: str):
-        super().__init__(Path(os.path.abspath(root)), holder)
-        self._file: int | None = file
-        _HELD.add(self)
-
     def release(self) -> None:
+        """May be called again."""
         if self._file is not None:
             file, self._file = self._file, None
             with suppress(OSError):  # a leftover lock file is harmless: it is not locked
@@ -87,43 +67,18 @@ class FileLock(Lock):
             self._file = None
 
 
-class ObjectLock(Lock):
-    """That of a trace on object storage. `first`: whether this is rank 0, which removes it."""
-
-    def __init__(self, root: Remote, holder: str, first: bool):
-        super().__init__(root, holder)
-        self._first = first
-        self.check()
-
-    def release(self) -> None:
-        if self._first:
-            self._first = False
-            with suppress(OSError):  # left, it is that of a process that has ended
-                if _named_in(self.root) == self.holder:
-                    (self.root / LOCK).unlink()
-
-    def check(self) -> None:
-        with writing(self.root):
-            now = _named_in(self.root)
-        if now != self.holder:
-            said = f"{_who(now)} has taken over {self.root}: stopped; what was committed is safe"
-            raise MoeInspectError(said)
-
-
-_HELD: weakref.WeakSet[FileLock] = weakref.WeakSet()
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [lock.close_in_child() for lock in list(_HELD)])
 
 
-def hold(root: Path | Remote, *, shared: bool = False, wait: bool = False) -> Lock:
+def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
     """Locks the trace at `root`, a directory that is made where there is none. MoeInspectError
     where another writer holds the lock; with `wait`, waits for it. `shared`: other ranks will
     `join`."""
     holder = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
-    if isinstance(root, Remote):
-        return _hold_object(root, f"{holder} {process_start(os.getpid()) or ''}")
     file = _locked(root, exclusive=True, wait=wait)
-    lock = FileLock(root, file, holder)
+    lock = Lock(root, file, holder)
     try:
         with writing(root):
             os.ftruncate(file, 0)
@@ -136,53 +91,32 @@ def hold(root: Path | Remote, *, shared: bool = False, wait: bool = False) -> Lo
     return lock
 
 
-def _hold_object(root: Remote, holder: str) -> Lock:
-    with writing(root):
-        if not (root / LOCK).create(holder.encode()):
-            before = _named_in(root)
-            if (runs := _runs(before)) is True:
-                raise _refusal(root, before)
-            if runs is None:
-                print_stderr(
-                    f"warning: {_who(before)} began to write {root} and has not ended there; if it "
-                    "still runs, it stops at its next commit"
-                )
-            (root / LOCK).write_bytes(holder.encode())
-    return ObjectLock(root, holder, first=True)
-
-
-def join(root: Path | Remote, holder: str) -> Lock:
+def join(root: Path, holder: str) -> Lock:
     """Joins the lock that rank 0 took as `holder`."""
-    if isinstance(root, Remote):
-        return ObjectLock(root, holder, first=False)
     file = _locked(root, exclusive=False)
     if _holder_in(file) != holder:
         os.close(file)
         raise MoeInspectError(f"another process has begun to write {root}: retry when it is done")
-    return FileLock(root, file, holder)
+    return Lock(root, file, holder)
 
 
-def refuse_while_locked(root: Path | Remote) -> None:
+def refuse_while_locked(root: Path) -> None:
     """MoeInspectError where a writer, of this or of another machine, holds the lock of the trace at
-    `root`. Of a writer to object storage only this machine can tell."""
+    `root`."""
     with writing(root):
         locked, holder = _found(root)
     if locked:
         raise _refusal(root, holder)
 
 
-def is_locked(root: Path | Remote) -> bool | None:
+def is_locked(root: Path) -> bool | None:
     """Whether a writer, of this or of another machine, holds the lock of the trace at `root`; None
-    where that cannot be told: there is no lock file, its file system has no locks, or a process of
-    another machine writes to object storage."""
+    where that cannot be told: there is no lock file, or its file system has no locks."""
     return _found(root)[0]
 
 
-def _found(root: Path | Remote) -> tuple[bool | None, str]:
+def _found(root: Path) -> tuple[bool | None, str]:
     """As `is_locked`, and the holder that the lock names."""
-    if isinstance(root, Remote):
-        holder = _named_in(root)
-        return _runs(holder), holder
     try:
         file = os.open(root / LOCK, OPEN)
     except OSError:  # missing, or it cannot be opened: the writer will report that
@@ -275,22 +209,7 @@ def _holder_in(file: int) -> str:
     return os.pread(file, 500, 0).decode(errors="replace")
 
 
-def _named_in(root: Path | Remote) -> str:
-    """The holder that the lock of a trace on object storage names, "" where there is none."""
-    with suppress(FileNotFoundError):
-        return (root / LOCK).read_bytes().decode(errors="replace")
-    return ""
-
-
-def _runs(holder: str) -> bool | None:
-    """Whether a holder runs; None where it is of another machine, or names none."""
-    found = HOLDER.match(holder)
-    if found is None or found[2] != socket.gethostname():
-        return None if holder else False
-    return is_running(int(found[1]), int(found[3]) if found[3] else None)
-
-
-def _refusal(root: Path | Remote, holder: str) -> MoeInspectError:
+def _refusal(root: Path, holder: str) -> MoeInspectError:
     return MoeInspectError(f"{_who(holder)} is still writing {root}: wait for it, or stop it")
 
 
@@ -327,11 +246,9 @@ def followed(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def settle(root: Path | Remote) -> None:
+def settle(root: Path) -> None:
     """Waits while a trace is being replaced: for a moment there is none at `root`. If the process
     that replaced it was killed in that moment, puts the old one back."""
-    if isinstance(root, Remote):  # there nothing is renamed
-        return
     root = followed(root)
     until = time.monotonic() + PATIENCE_S
     while not root.exists() and (aside := next(left_of(root, OLD), None)) is not None:

@@ -21,7 +21,7 @@ from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.files.checksums import Json
-from moe_inspect.trace.files.location import Remote, inside, output_location
+from moe_inspect.trace.files.location import inside, output_location
 from moe_inspect.trace.files.lock import Lock, drafts_of, hold
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, write_manifest
@@ -55,7 +55,7 @@ class ResumePoint:
     slot_orders: dict[int, str] = field(default_factory=dict)
 
 
-def committed_counts(root: Path | Remote, manifest: Json) -> dict[str, int]:
+def committed_counts(root: Path, manifest: Json) -> dict[str, int]:
     """Tokens and decisions in the committed shards of all ranks."""
     return _counts(committed_shards(root, manifest))
 
@@ -64,7 +64,7 @@ def _counts(shards: list[ShardFiles]) -> dict[str, int]:
     return {"tokens": sum(s.tokens for s in shards), "decisions": sum(s.decisions for s in shards)}
 
 
-def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
+def resume_point(root: Path, rank: int = 0) -> ResumePoint:
     """Where rank `rank` of the trace at `root` continues: after its last shard that was not
     committed early. Deletes the rank's files that no line names, and its early shards. Damaged
     where a file of the others is, or is missing. The caller holds the lock."""
@@ -96,7 +96,7 @@ def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
     )
 
 
-def drop_after(root: Path | Remote, batch: int) -> int | None:
+def drop_after(root: Path, batch: int) -> int | None:
     """Takes from the list of rank 0 the shards that hold any batch after `batch`; their files
     are deleted by `resume_point`. For traces of one rank. Returns the last batch that is left, None
     where none is. The caller holds the lock."""
@@ -107,9 +107,7 @@ def drop_after(root: Path | Remote, batch: int) -> int | None:
     return kept[-1].last_batch if kept else None
 
 
-def _keep(
-    root: Path | Remote, manifest: Json, rank: int, shards: list[ShardFiles], before: int
-) -> None:
+def _keep(root: Path, manifest: Json, rank: int, shards: list[ShardFiles], before: int) -> None:
     """Lists these shards of a rank, of `before` many, without a partial last line."""
     if rank == 0 and len(shards) < before:
         # first, so that it never counts more tokens than the shards have
@@ -136,7 +134,7 @@ class TraceWriter:
 
     def __init__(
         self,
-        root: str | Path | Remote,
+        root: str | Path,
         manifest: Json,
         routers: Sequence[Router],
         *,
@@ -223,8 +221,7 @@ class TraceWriter:
                 self.manifest["vocabulary"] = found
         self._write_manifest()
         for folder in (self.root / table for table in self.tables):
-            if isinstance(folder, Path):  # objects need none
-                folder.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
         append(self._early.shard_list, b"")  # it is there, if empty
 
     def __enter__(self) -> TraceWriter:
@@ -432,7 +429,6 @@ class TraceWriter:
         if stated["last_token"] >= (self.rank + 1) * schema.RANK_STRIDE:
             said = f"over {schema.RANK_STRIDE:,} tokens, more than a trace can number"
             raise MoeInspectError(f"{said}: write several")
-        self._lock.check()
         text = b"".join(checksums.sealed({**line, **stated}) for line in lines)
         if early:
             files = [self.root / line["path"] for line in lines]

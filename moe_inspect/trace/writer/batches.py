@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.trace.files.atomic import append, write_atomically
-from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
 
@@ -247,13 +246,13 @@ class EarlyShards:
     """Those of the pending shard. `batches`, `tokens`, `decisions`: what they hold, the first of
     the pending shard's. `every_s`: None for none."""
 
-    def __init__(self, shard_list: Path | Remote, every_s: float | None):
+    def __init__(self, shard_list: Path, every_s: float | None):
         self.shard_list, self.every_s = shard_list, every_s
         self.batches = self.tokens = self.decisions = 0
-        self._files: list[Path | Remote] = []
+        self._files: list[Path] = []
         self._last = time.monotonic()
         self._list_bytes = 0  # of the list before the first of them
-        self._replaced: list[tuple[float, list[Path | Remote]]] = []
+        self._replaced: list[tuple[float, list[Path]]] = []
 
     def wait_s(self, pending: int) -> float | None:
         """How long to wait until the `pending` batches are to be committed; None for ever."""
@@ -266,7 +265,7 @@ class EarlyShards:
         self._last = time.monotonic()
 
     def add(
-        self, lines: bytes, files: list[Path | Remote], batches: int, tokens: int, decisions: int
+        self, lines: bytes, files: list[Path], batches: int, tokens: int, decisions: int
     ) -> None:
         """Commits an early shard."""
         if not self.batches:

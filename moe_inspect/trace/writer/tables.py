@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 from moe_inspect.text import storable
 from moe_inspect.trace import replicas, schema, slot_order
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import draft_of, sync_directory
+from moe_inspect.trace.files.atomic import draft_of, sync
 from moe_inspect.trace.files.checksums import Json
-from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
@@ -252,7 +251,7 @@ STATISTICS = {"token", "layer", "router", "document", "batch"}
 
 
 def write_part(
-    path: Path | Remote,
+    path: Path,
     columns: pa.Schema,
     groups: Sequence[Callable[[], pa.Table]],
     bf16: bool = False,
@@ -297,7 +296,7 @@ def write_part(
 
 
 def write_shard(
-    root: Path | Remote,
+    root: Path,
     rank: int,
     number: int,
     columns: Mapping[str, pa.Schema],
@@ -312,7 +311,7 @@ def write_shard(
         written = write_part(root / path, of_table, groups[table], bf16)
         lines.append({"table": table, "path": path, **written})
     for table in columns:
-        sync_directory(root / table)
+        sync(root / table)
     return lines
 
 
