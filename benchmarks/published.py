@@ -133,18 +133,6 @@ def kept(how: str) -> list[float]:
     return [sum(ours[layer] == sorted(keep) for layer, keep in published.items())]
 
 
-def changed_sets(how: str) -> list[float]:
-    bf16, int8, nf4 = (f"null1024_olmoe_{kind}" for kind in ("bf16", "int8", "nf4"))
-    made = list[float]()
-    for a, b in ((bf16, int8), (bf16, nf4), (nf4, "sb1024_adapted_olmoe_nf4")):
-        for name in (a, b):
-            if not Path("runs", name).exists():
-                run(f"import experts4bit olmoe_quantised/{name}_resident.jsonl.gz -o runs/{name}")
-        compared = how.replace("NAME", a, 1).replace("NAME", b, 1)
-        made.append(float(column(compared, "set_distance").mean()))
-    return made
-
-
 def foretold(how: str, model: str, E: int) -> list[float]:
     """Share of arXiv's tokens whose first choice at the next layer recorded is the commonest there
     after their first choice here, and the share of that layer's commonest: for both pairs of
@@ -212,7 +200,6 @@ EPLB = f"{PLACED} --physical-experts 288 --policy eplb-global"
 LOADS = "[SGLang-reproduce](https://github.com/GeneratedRandomly/SGLang-reproduce)"
 THEIR_EPLB = f"DeepSeek's [EPLB](https://github.com/deepseek-ai/EPLB), run on the loads of {LOADS}"
 COUNTED = "counted without moe-inspect from"
-EXPERTS4BIT = "https://github.com/pjordanandrsn/experts4bit-qlora/blob/main/runs/results/postaudit"
 OLMOE = "[2409.02060](https://arxiv.org/abs/2409.02060)"
 FIDDLER = "[fiddler](https://github.com/efeslab/fiddler/tree/popularity)"
 ESFT = "[ESFT](https://github.com/deepseek-ai/ESFT/tree/main/results/expert_scores)"
@@ -266,16 +253,6 @@ FIGURES = (
         "export runs/glm_blend --format pruning --by saliency --keep 0.421875 -o keep.json",
         kept,
         "glm52",
-    ),
-    Figure(
-        "OLMoE: share of an example's experts of a layer that change, from bf16 to int8, to nf4; "
-        "from nf4 to nf4 with a trained adapter",
-        f"[the ladder]({EXPERTS4BIT}/null_ladder_1024.md), "
-        f"[the adapter]({EXPERTS4BIT}/sb_routing_shift_1024.md)",
-        "0.0045, 0.0194, 0.0582",
-        "compare runs/NAME runs/NAME --table agreement",
-        changed_sets,
-        "olmoe_quantised",
     ),
     Figure(
         "OLMoE: busiest ÷ mean expert on arXiv's text and on C4, mean of layers 0, 7, 15",

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.comparison.decisions.verdict import percent
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
@@ -248,15 +247,13 @@ def test_what_cannot_be_aligned_is_refused_in_a_line(write: Write) -> None:
     assert moe_inspect.compare(a, shifted, shift_positions=1).alignment.matched > 0.9 * T
     text = write("t", routes(), token_id=IDS[::-1] + 1000)
     far = write("f", routes(), layers=range(50, 50 + L))
-    wider = write("e", routes(), E + 2)
-    for function, traces, says in (
-        (moe_inspect.compare, (a, shifted), r"add --shift-positions 1$"),
-        (moe_inspect.compare, (a, text), "trace the same text with both"),
-        (moe_inspect.compare, (a, far), "no common layer"),
-        (compare_checkpoints, ([a, wider],), r"A has 16 experts per layer, B 18; .* Physical ids"),
+    for b, says in (
+        (shifted, r"add --shift-positions 1$"),
+        (text, "trace the same text with both"),
+        (far, "no common layer"),
     ):
         with pytest.raises(MoeInspectError, match=says):
-            function(*traces)
+            moe_inspect.compare(a, b)
     words = [write(f"w{n}", routes(), token_id=IDS + n, words=n) for n in (600, 700)]
     assert "the tokenizers have 600 tokens in A, 700" in moe_inspect.compare(*words).why
 
@@ -354,31 +351,3 @@ def test_experts_of_two_seeds_are_matched_by_their_tokens(write: Write) -> None:
     np.testing.assert_allclose(table["overlap_matched"], 0.5 + 0.5 * K / E, atol=0.05)
     np.testing.assert_allclose(table["overlap_matched_by_chance"], K / E, atol=0.05)
     assert (table["layer"] == range(L)).all()
-
-
-# --- checkpoints
-
-
-def test_checkpoints_are_compared_with_the_last(
-    cli_here: Cli, write: Write, tmp_path: Path
-) -> None:
-    shares = (0.8, 0.3, 0.05)
-    names = [f"c{i}" for i in range(4)]
-    for name, share in zip(names, (*shares, 0), strict=True):
-        write(name, flipped(routes(), share))
-    made = compare_checkpoints([tmp_path / name for name in names])
-    mean = made.tables["saturation"].groupby("checkpoint")["overlap"].mean()
-    np.testing.assert_allclose(mean, [1 - share / K for share in shares], atol=0.01)
-    (settled,) = [f for f in made.verdict() if f.kind == "saturation"]
-    assert settled.values["settled"] == 1
-    assert made.tables["change"]["checkpoint"].tolist() == [i for i in range(4) for _ in range(L)]
-    shown = cli_here("compare", *names, "--html", "p.html", "--plots", "plots")
-    assert "From checkpoint 1 on (c1)" in shown.stdout.replace("\n  ", " ")
-    assert "When does the routing settle?" in (tmp_path / "p.html").read_text(encoding="utf-8")
-    assert (tmp_path / "plots/saturation.png").exists()
-    done = cli_here("compare", *names, "--fail-below", "overlap=0.9", check=3)
-    assert done.stderr.count("failed: layer") == L
-    wrong = cli_here("compare", *names, "--shift-layers", "1", check=2)
-    assert "is for two traces, and there are 4" in wrong.stderr
-    with pytest.raises(MoeInspectError, match="two or more checkpoints"):
-        compare_checkpoints([tmp_path / "c0"])

@@ -198,8 +198,8 @@ def test_replicas_are_named_before_the_models_are_called_different(
     b = FAULTS["physical ids of replicas"].b(a, np.random.default_rng(0))
     first, second = a.written(tmp_path / "a"), b.written(tmp_path / "b")
     for pair, name in (((first, second), "B"), ((second, first), "A")):
-        text = moe_inspect.compare(*pair, side_by_side=True).verdict()[0].text
+        text = moe_inspect.compare(*pair).verdict()[0].text
         assert text.startswith(f"The 18 ids of {name} are physical ids of 16 experts")
     other = replace(a, ids_LTK=routed_text(9, 1_500, 6, 18, 4).ids_LTK, E=18)
-    made = moe_inspect.compare(first, other.written(tmp_path / "c"), side_by_side=True)
+    made = moe_inspect.compare(first, other.written(tmp_path / "c"))
     assert made.verdict()[0].kind == "different_models"

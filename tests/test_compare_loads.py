@@ -16,9 +16,9 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
-from moe_inspect.comparison.compare import TABLES, compare_checkpoints
-from moe_inspect.comparison.loads import _windows
+from moe_inspect.comparison.compare import TABLES
 from moe_inspect.comparison.result import LOAD_TABLES
+from moe_inspect.comparison.steps import _windows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
@@ -153,7 +153,7 @@ def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(
 
 def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_here: Cli) -> None:
     made: Any = moe_inspect.compare(*pair)
-    assert set(made.tables["refused"]["table"]) == set(TABLES) - set(LOAD_TABLES) | {"agreement"}
+    assert set(made.tables["refused"]["table"]) == set(TABLES) - set(LOAD_TABLES)
     assert made.tables["refused"]["why"].str.endswith("hold counts only, no decisions").all()
     a, b = (str(trace.path) for trace in pair)
     for arguments, says in (
@@ -168,8 +168,6 @@ def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_
         assert says in result.stderr
         assert "counts only" in result.stderr
         assert result.stderr.count("\n") == 1
-    with pytest.raises(MoeInspectError, match="give two traces, whose load"):
-        compare_checkpoints([*pair, pair[0]])
 
 
 def test_other_numbers_of_experts_are_shown_side_by_side(counted: Counted, cli_here: Cli) -> None:
@@ -352,7 +350,7 @@ def test_the_command_writes_text_tables_a_page_and_gates(tmp_path: Path, cli_her
     assert "Since which step" in page
     written = pd.read_csv(io.StringIO(cli_here("compare", "a", "b", "--format", "csv").stdout))
     pd.testing.assert_frame_equal(written, made.tables["load_shift"], check_exact=False)
-    for name in LOAD_TABLES.keys() - {"agreement"}:
+    for name in LOAD_TABLES:
         cli_here("compare", "a", "b", "--table", name, "-o", f"{name}.parquet")
         assert len(pd.read_parquet(tmp_path / f"{name}.parquet")) == len(made.tables[name])
     for other, limits, check in (

@@ -1,4 +1,4 @@
-"""The pages of comparisons in a browser: two traces, checkpoints, two models."""
+"""The pages of comparisons in a browser."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.compare import compare_checkpoints
 from tests.conftest import OpenPage
 from tests.support.browser import HOSTILE, Opened
 from tests.support.synthetic import write_counts, write_trace
 from tests.test_compare import ALIKE, DOCUMENT, E, K, L, T, decided, flipped
-from tests.test_compare_models import by_chance, pieces, whole_words
 
 
 @pytest.fixture(scope="module")
@@ -94,33 +92,6 @@ def test_the_page_of_a_trace_and_itself_has_nothing_to_show_and_says_so(
     assert page.read_charts() == 1
 
 
-def test_the_page_of_checkpoints(open_page: OpenPage, made: Any) -> None:
-    several = compare_checkpoints([made.noise.b, made.b, made.a])
-    page = open_page(several.page())
-    assert page.read_charts() == 1
-    rows: Any = several.tables["saturation"]
-    (lines,) = page.drawn("Router saturation")
-    assert len(lines) == L
-    for r, line in enumerate(lines):
-        assert line["y"] == pytest.approx(rows[rows["router"] == r]["overlap"], rel=1e-4)
-
-
-def test_the_page_of_two_models(open_page: OpenPage, tmp_path: Path) -> None:
-    a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
-    models = moe_inspect.compare(a, b, side_by_side=True)
-    page = open_page(models.page())
-    assert page.read_charts() == 3
-    rows: Any = models.tables["spans"]
-    (lines,) = page.drawn("Do experts follow the text?")
-    for line, side, at in zip(lines, "ab", ([0, 100], [0, 50, 100]), strict=True):
-        assert line["x"] == at
-        share = rows[rows["trace"] == side]["explained_by_text"]
-        assert line["y"] == pytest.approx(share, rel=1e-3, abs=1e-5)
-    text = page.locator("main").inner_text()
-    assert "A has 8 experts per layer, B 16" in text
-    assert "flips" in text
-
-
 def check_python(made: Any, *groups: str) -> None:
     """Every table of the page has lines that give it, and its section stands in one of the
     groups."""
@@ -134,18 +105,11 @@ def check_python(made: Any, *groups: str) -> None:
         exec("\n".join([*lines, f"table = {last}"]), again)
         (name,) = re.findall(r"tables\['(\w+)'\]", last)
         whole: Any = made.tables[name]
-        if name == "vocabulary":  # one text of each expert
-            whole = whole.groupby(["trace", "router", "expert"], sort=False).head(1)
         assert again["table"].equals(whole)
 
 
 def test_pages_give_the_python_of_every_table(made: Any, tmp_path: Path) -> None:
     check_python(made, "Decisions", "Load")
-    several = moe_inspect.compare(made.noise.b, made.b, made.a, layers="1-3")
-    check_python(several, "Decisions", "Load and specialization")
-    a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
-    models = moe_inspect.compare(a, b, top=3, side_by_side=True)
-    check_python(models, "Balance", "Specialization")
     even, uneven = np.full((2, 1, 8), 500), np.array([[range(100, 900, 100)]] * 2)
     counts = [write_counts(tmp_path / n, list(x), 2) for n, x in (("c", even), ("d", uneven))]
     check_python(

@@ -18,7 +18,7 @@ import typer
 from moe_inspect.cli import app
 from moe_inspect.cli.help import TABLES, metrics, tables, traces
 from moe_inspect.comparison.compare import TABLES as COMPARE_TABLES
-from moe_inspect.comparison.result import CHECKPOINT_TABLES, LOAD_TABLES, MODEL_TABLES
+from moe_inspect.comparison.result import LOAD_TABLES, MODEL_TABLES
 from moe_inspect.reporting.report import TABLES as REPORT_TABLES
 from moe_inspect.text import did_you_mean, no_such
 from tests.conftest import ROOT, Cli
@@ -168,7 +168,7 @@ def test_a_shell_completes_options_and_traces_once() -> None:
 
 def test_the_command_line_knows_the_tables_of_every_registry() -> None:
     registries: dict[str, Any] = {"report": REPORT_TABLES, "compare": COMPARE_TABLES}
-    registries |= {"checkpoints": CHECKPOINT_TABLES, "counts": LOAD_TABLES, "models": MODEL_TABLES}
+    registries |= {"counts": LOAD_TABLES, "models": MODEL_TABLES}
     for kind, registry in registries.items():
         assert TABLES[kind] == ", ".join(sorted(registry))
 
@@ -181,7 +181,7 @@ def test_tables_are_named_and_completed_without_pandas(
     monkeypatch.setenv("COLUMNS", "300")
     for command, says in {
         "report": [TABLES["report"]],
-        "compare": [TABLES[kind] for kind in ("compare", "checkpoints", "counts", "models")],
+        "compare": [TABLES[kind] for kind in ("compare", "counts", "models")],
         "import": ["Formats:"],
         "export": ["Formats:"],
     }.items():

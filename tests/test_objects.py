@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.shown import Shown
 from moe_inspect.trace.verify import verify
@@ -23,6 +22,11 @@ HOSTILE = "<script>alert(1)</script>"
 LINES, WIDE = 45, 80
 
 
+def _counts(folder: Path) -> moe_inspect.Trace:
+    """Of more experts than BALANCED has."""
+    return write_counts(folder / "t", [np.full((1, 16), 500)] * 4, 2)
+
+
 def _loads(folder: Path) -> moe_inspect.Comparison:
     a, b = np.full((2, 1, 8), 500), np.array([[range(100, 900, 100)]] * 2)
     traces = [write_counts(folder / name, list(load), 2) for name, load in (("a", a), ("b", b))]
@@ -33,8 +37,7 @@ H200: dict[str, Any] = {"gpu": "h200", "engine": "vllm", "dtype": "bfloat16"}
 MADE: dict[str, Callable[[Path], Shown]] = {
     "Comparison": lambda _: moe_inspect.compare(BALANCED, COLLAPSED),
     "Comparison of counts": _loads,
-    "Comparison of models": lambda _: moe_inspect.compare(BALANCED, COLLAPSED, side_by_side=True),
-    "Checkpoints": lambda _: compare_checkpoints([SAMPLES / "untrained", COLLAPSED, BALANCED]),
+    "Comparison of models": lambda place: moe_inspect.compare(BALANCED, _counts(place)),
     "capacity": lambda _: moe_inspect.open_trace(BALANCED).simulate.capacity(),
     "placement": lambda _: moe_inspect.open_trace(BALANCED).simulate.placement(gpus=4),
     "decode": lambda _: moe_inspect.open_trace(BALANCED).simulate.decode(),
@@ -64,7 +67,7 @@ def test_a_result_fits_a_screen(
     made.show()
     assert capsys.readouterr().out.startswith(text[0].rstrip()[:40])
     assert made.to_html(tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    if name in ("Checkpoints", "decode"):  # a chart, a simulation
+    if name in ("Comparison of counts", "decode"):  # a chart, a simulation
         written = made.save_plots(tmp_path / "plots")
         figure: Any = made.plot(written[0].stem)
         assert figure._repr_png_().startswith(b"\x89PNG")

@@ -31,7 +31,6 @@ from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT
 from tests.support.planted import text_of
 from tests.support.synthetic import (
-    counts_by_document,
     encoder_decoder,
     uniform_ids,
     write_counts,
@@ -42,11 +41,9 @@ SPLIT = {"srp": ["srp_4", "srp_16", "srp_64"]}  # a metric of several columns
 
 
 @pytest.fixture(scope="module")
-def computed(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, pd.DataFrame], dict[str, set[float]]]:
+def computed() -> tuple[dict[str, pd.DataFrame], dict[str, set[float]]]:
     """All tables of a report with logits and windows, and of a comparison, and what each registered
-    metric returned meanwhile; of counts by document too."""
+    metric returned meanwhile."""
     returned: dict[str, set[float]] = {name: set() for name in registry.metrics()}
     with pytest.MonkeyPatch.context() as patch:
         for name, m in registry.metrics().items():
@@ -64,9 +61,6 @@ def computed(
         tables = dict(made.tables)
         pair = compare(*(ROOT / "sample_traces" / name for name in ("balanced", "collapsed")))
         tables |= {name: pair.tables[name] for name in ("agreement", "overall", "load_shift")}
-        counted = counts_by_document(tmp_path_factory.mktemp("counted") / "t")
-        of_both = [pair.tables["agreement"], compare(counted, counted).tables["agreement"]]
-        tables["agreement"] = pd.concat(of_both)
     return tables, returned
 
 

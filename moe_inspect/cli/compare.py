@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import typer
-
 from moe_inspect.cli.help import TABLES, traces
 from moe_inspect.cli.options import (
     REQUIRED,
@@ -26,9 +24,8 @@ from moe_inspect.errors import MoeInspectError
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(ShowOptions):
     table: str | None = table_option(
-        f"One table instead of the text: {TABLES['compare']}; of more than two traces "
-        f"{TABLES['checkpoints']}; of traces of counts {TABLES['counts']}; of two different "
-        f"models {TABLES['models']}."
+        f"One table instead of the text: {TABLES['compare']}; of traces of counts "
+        f"{TABLES['counts']}; of two different models {TABLES['models']}."
     )
 
 
@@ -80,18 +77,12 @@ def compare(
     b: str = argument(
         "Another trace of the same tokens.", "B", autocompletion=traces, default=REQUIRED
     ),
-    others: list[str] | None = argument(
-        "Further checkpoints, in training order; each is compared with the last.",
-        "C",
-        autocompletion=traces,
-    ),
     selection: SelectionOfA,
     pair: PairOptions,
     show: CompareOptions,
     scheduler: Scheduler = None,
     top: int = output_option(
-        "Rows per router in flips, rows in documents and movers, texts per expert in "
-        "vocabulary; 0 is all.",
+        "Rows per router in flips, rows in documents and movers; 0 is all.",
         min=0,
         default=20,
     ),
@@ -100,31 +91,22 @@ def compare(
     """Compare the routing of two traces, token by token.
 
     Shows where they choose different experts, and whether rounding, another model or a misalignment
-    explains it. More than two traces are checkpoints in training order; each is compared with the
-    last. Traces of counts are compared by the load of their experts, different models side by side.
-    Needs neither torch nor the model.
+    explains it. Traces of counts are compared by the load of their experts; of different models the
+    summaries are shown side by side. Needs neither torch nor the model.
 
     Examples:
     moe-inspect compare runs/bf16 runs/fp8
     moe-inspect compare runs/bf16 runs/fp8 --table flips --format csv
-    moe-inspect compare runs/step-1000 runs/step-2000 runs/step-3000
     moe-inspect compare runs/train runs/serve --fail-above set_mismatch=0.01"""
-    of_two = [name for name, value in pair.keywords().items() if value]
-    if others and of_two:
-        raise typer.BadParameter(
-            f"--{of_two[0].replace('_', '-')} is for two traces, and there are {2 + len(others)}"
-        )
     from moe_inspect.comparison.compare import compare as compare_traces
     from moe_inspect.reporting.tables.registry import check_table
     from moe_inspect.reporting.verdict.gate import breaches
     from moe_inspect.trace.reader import open_trace
 
-    opened = [open_trace(path, scheduler=scheduler) for path in (a, b, *(others or []))]
+    opened = [open_trace(path, scheduler=scheduler) for path in (a, b)]
     noise = pair.noise and open_trace(pair.noise, scheduler=scheduler)
-    settings = selection.keywords()
+    settings = {**selection.keywords(), **pair.keywords(), "noise": noise, "top": top}
     with shown():
-        if not others:
-            settings |= {**pair.keywords(), "noise": noise, "top": top}
         made = compare_traces(*opened, **settings)
         for name in (show.table, *limits.metrics):
             if name and (why := made.why_not(name)):

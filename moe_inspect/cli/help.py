@@ -41,9 +41,8 @@ TABLES = {
     "vocabulary, windows, worth",
     "compare": "agreement, depth, documents, domains, flips, load_shift, loss, margins, matched, "
     "movers, overall, phases, positions, summary, tokens, verdict, worth",
-    "checkpoints": "change, checkpoints, saturation, saturation_by_domain, verdict",
-    "counts": "agreement, balance, diverged, load, load_shift, refused, summary, verdict, windows",
-    "models": "balance, refused, spans, specialization, summary, verdict, vocabulary",
+    "counts": "balance, diverged, load, load_shift, refused, summary, verdict, windows",
+    "models": "summary, verdict",
 }
 
 

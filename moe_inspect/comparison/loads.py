@@ -1,40 +1,36 @@
 """Two traces of which one holds counts only, compared by the load of the experts. `layer, router`
 are A's.
 
-E experts, W windows of steps, N shards. An axis of 2 is the two traces.
+E experts, W windows of steps. An axis of 2 is the two traces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.count_shard import count_shard
-from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
-from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
 from moe_inspect.analysis.metrics.chance import (
     ALPHA,
     FEWEST_TO_JUDGE,
     LONG_DOCUMENT,
-    signed_sums,
     z_of,
 )
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
-from moe_inspect.analysis.tasks import by_shard
-from moe_inspect.comparison import documents, result
+from moe_inspect.comparison import result
 from moe_inspect.comparison.aligning.pairing import layers_named
-from moe_inspect.comparison.decisions.verdict import Collapse, p_over_documents, said_of_collapse
-from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES, Row
+from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
+from moe_inspect.comparison.result import LOAD_TABLES, Row
+from moe_inspect.comparison.steps import StepWindows, step_windows
 from moe_inspect.reporting.charts import spec
+from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.findings import (
     BEYOND_LONG_DOCUMENTS,
@@ -47,63 +43,50 @@ from moe_inspect.reporting.verdict.findings import (
 from moe_inspect.text import format_ratio, join_first, plural
 from moe_inspect.trace.reader import Trace
 
+SIDES: tuple[str, str] = ("a", "b")
+COLOURS: dict[str, str] = dict(zip(SIDES, ("c1", "c2"), strict=True))
 
-class Loads(documents.OfLoads):
-    """Traces A and B, at least one of which holds counts only; they may still be written. Nothing
-    is counted before it is asked for."""
+
+class Loads(result.Paired):
+    """Traces A and B, at least one of which holds counts only, each with its report; they may still
+    be written. Nothing is counted before it is asked for."""
+
+    refused = result.OF_DECISIONS
+
+    def __init__(
+        self, a: Trace, b: Trace, options: result.PairSettings, progress: result.Progress = None
+    ):
+        super().__init__(a, b, options)
+        self.reports: dict[str, Report] = {}
+        for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):
+            self.reports[side] = report(
+                trace,
+                layers=sorted({trace.routers[r].layer for r in routers}),
+                domains=options.domains,
+                phase=options.phase,
+                progress=progress,
+            )
+
+    @property
+    def why(self) -> str:
+        of = dict.fromkeys(str(trace.path) for trace in self.traces if trace.counts_only)
+        return f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only, no decisions"
 
     @property
     def shown_tables(self) -> list[str]:
         several = len(self.steps.first_W) > 1
-        without = {"diverged": not several, "agreement": self.why_not("agreement")}
-        return [name for name in self.kind.excerpts if not without.get(name)]
+        return [name for name in self.kind.excerpts if several or name != "diverged"]
 
     @cached_property
     def steps(self) -> StepWindows:
-        """The load in windows of the steps that both traces have, cut wherever both were committed
-        at the same step: one shard of a trace may be several of the other. Windows of which a trace
-        has a part only are left out; where there are very many, neighbours are put together."""
-        units, why_none = [STEP if trace.is_history else PASS for trace in self.traces], ""
-        for name, trace in zip("AB", self.traces, strict=True):
-            if trace.by_document or not trace.counts_only:
-                holds = "counts by document" if trace.counts_only else "decisions"
-                why_none = why_none or f"{name} holds {holds}, not counts by step"
-        if why_none:
-            units = [PASS]
-        elif units[0] != units[1]:
-            of_a, of_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
-            why_none = f"A counts {of_a}, B {of_b}"
-        spans = [] if why_none else [_spans(trace) for trace in self.traces]
-        first_W, last_W, windows = _windows(spans)
-        left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or (
-            "",
-            "",
-        )
-        if spans and not len(first_W):
-            why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
-        sizes = {r: self.a.routers[r].experts for r, _ in self.pairs}
-        W = min(len(first_W), max(WINDOWS, WINDOW_CELLS // max(1, sum(sizes.values()))))
-        joined_W = np.arange(len(first_W)) * W // max(1, len(first_W))
-        start_W = np.searchsorted(joined_W, np.arange(W))
-        end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
-        load_2WE = {r: np.zeros((2, W, E), np.int64) for r, E in sizes.items()}
-        for side, window_N in enumerate(windows):
-            selection = self.reports[SIDES[side]].selection
-            found = by_shard(self.traces[side], None, count_shard, selection, BASE)
-            for w, counts in zip(window_N, found, strict=True):
-                for pair in self.pairs if w >= 0 else ():
-                    load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
-        return StepWindows(first_W[start_W], last_W[end_W], load_2WE, units[0], left_out, why_none)
+        """The load in windows of the steps that both traces have."""
+        selections = [self.reports[side].selection for side in SIDES]
+        return step_windows(self.traces, selections, self.pairs)
 
     def load_2E(self, router: int) -> np.ndarray:
         """float64 [2, E]: the load of a router of A, and of the one of B that goes with it."""
         of = (self.of(side, "load", router)["assignments"] for side in SIDES)
         return np.stack([assignments.to_numpy(float) for assignments in of])
-
-    def judged_2E(self, router: int) -> np.ndarray:
-        """The same, of the documents that both have if these are known."""
-        n = [r for r, _ in self.pairs].index(router)
-        return self.paired[n].sum(1).astype(float) if self.paired else self.load_2E(router)
 
     def design_effect(self, router: int) -> float:
         """How much more than of independent tokens the load varies, if decisions tell it."""
@@ -129,69 +112,6 @@ class Loads(documents.OfLoads):
         return rows[rows["router"] == r]
 
 
-STEP, PASS = "step", "forward pass"
-UNITS = {STEP: "steps", PASS: "forward passes"}
-
-
-@dataclass(frozen=True)
-class StepWindows:
-    first_W: np.ndarray  # int64: the first and last step of each window
-    last_W: np.ndarray
-    load_2WE: dict[int, np.ndarray]  # int64, by router of A
-    unit: str  # what a step is
-    left_out: tuple[str, ...]  # of A and of B, the steps in no window, as text
-    why_none: str  # why there is no window, "" where there are
-
-    @property
-    def units(self) -> str:
-        return UNITS[self.unit]
-
-
-def _spans(trace: Trace) -> np.ndarray:
-    """The first and last step of every shard, and its rank. int64 [N, 3]"""
-    spans, following = list[tuple[int, int, int]](), dict[int, int]()
-    for shard in trace.shards:
-        files = shard.files
-        first = files.first_batch
-        if first is None:  # counts need not say it: after the shard before
-            first = min(following.get(files.rank, int(trace.is_history)), files.last_batch)
-        spans.append((first, files.last_batch, files.rank))
-        following[files.rank] = files.last_batch + 1
-    return np.array(spans, np.int64).reshape(-1, 3)
-
-
-def _windows(spans: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """first_W, last_W, and of each trace the window of every shard, −1 for none. [N]"""
-    every = np.concatenate([np.zeros((0, 3), np.int64), *spans])
-    edges = np.unique(np.r_[every[:, 0], every[:, 1] + 1])
-    # an edge that lies within a shard of either trace is none of both
-    within = np.zeros(len(edges) + 1, np.int64)
-    np.add.at(within, np.searchsorted(edges, every[:, 0], "right"), 1)
-    np.add.at(within, np.searchsorted(edges, every[:, 1], "right"), -1)
-    edges = edges[within.cumsum()[:-1] == 0]
-    steps_W = np.diff(edges)
-    whole_W, windows = np.ones(len(steps_W), bool), list[np.ndarray]()
-    for of in spans:
-        window_N = np.searchsorted(edges, of[:, 0], "right") - 1
-        found_W = np.zeros(len(steps_W), np.int64)
-        np.add.at(found_W, window_N, of[:, 1] - of[:, 0] + 1)
-        whole_W &= found_W == steps_W * len(np.unique(of[:, 2]))  # every rank has all steps
-        windows.append(window_N)
-    number_W = np.where(whole_W, whole_W.cumsum() - 1, -1)
-    return edges[:-1][whole_W], edges[1:][whole_W] - 1, [number_W[of] for of in windows]
-
-
-def _steps(spans: np.ndarray) -> str:
-    """The steps of shards as text, neighbours together: "1 to 20, 41 to 60"; "" without any."""
-    runs = list[list[int]]()
-    for first, last, _ in sorted(spans.tolist()):
-        if runs and first <= runs[-1][1] + 1:
-            runs[-1][1] = max(last, runs[-1][1])
-        else:
-            runs.append([first, last])
-    return ", ".join(f"{a:,} to {b:,}" if a < b else f"{a:,}" for a, b in runs)
-
-
 BALANCE = tuple(metrics_of("balance", {"load_LE"}))
 NUMBERS = ("dead_experts", "starved_experts")  # whole, and may be missing
 # the floor is a mean, and counts know no documents, whose tokens are alike: as in the report on
@@ -208,6 +128,13 @@ DIVERGED_TYPES = {
 
 
 @table(tables=LOAD_TABLES)
+def refused(data: Loads) -> pd.DataFrame:
+    """One row per table that these traces cannot have, and why."""
+    names = [name for name in result.TABLES if name not in LOAD_TABLES]
+    return pd.DataFrame({"table": names, "why": data.why}).astype("str")
+
+
+@table(tables=LOAD_TABLES)
 def summary(data: Loads) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
     both, counts = data.traces, [data.reports[side].counts for side in SIDES]
@@ -217,7 +144,10 @@ def summary(data: Loads) -> pd.DataFrame:
         "tokens": [of.tokens for of in counts],
         "domains": [", ".join(of.domains) for of in counts],
     }
-    return result.facts_table(result.of_models(data.a, data.b) | facts)
+    models = [trace.manifest.get("model") or {} for trace in both]
+    of_key = {f"model_{k}": [of.get(k) or "" for of in models] for k in ("id", "revision", "class")}
+    of_both = {"trace": [trace.path for trace in both], **of_key, **facts}
+    return result.facts_table(of_both, SIDES)
 
 
 @table(
@@ -247,28 +177,17 @@ def balance(data: Loads) -> pd.DataFrame:
 @table(by_router=("load_shift", "jsd_bits"), tables=LOAD_TABLES)
 def load_shift(data: Loads) -> pd.DataFrame:
     """One row per router: how far apart the load of the two traces is, and how far chance alone
-    takes two traces of so many tokens that route alike (…_floor). Of the same documents, how far
-    it does if A and B are exchanged in a random half of them (…_null), and the p-value."""
-    rows, unknown = list[Row](), np.full(len(data.pairs), np.nan)
-    p_R = p_over_documents(data.moved, _moved_assignments) if data.moved else unknown
-    for n, (r, _) in enumerate(data.pairs):
-        load_2E, k = data.judged_2E(r), data.a.routers[r].top_k
+    takes two traces of so many tokens that route alike (…_floor)."""
+    rows = list[Row]()
+    for r, _ in data.pairs:
+        load_2E, k = data.load_2E(r), data.a.routers[r].top_k
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
         # null slots make no load
         (floor,), (jsd_floor,) = step_floors(share_E, load_2E.sum(1) / k, k, data.design_effect(r))
         shift = {"load_shift": tt.load_shift(load_2E), "load_shift_floor": float(floor)}
-        null = np.nan
-        if not np.isnan(p_R[n]):
-            null = float(_moved_assignments(signed_sums(data.moved[n])).mean() / load_2E[1].sum())
-        shift |= {"load_shift_null": null, "load_shift_p": p_R[n]}
         jsd = {"jsd_bits": tt.load_shift_jsd_bits(load_2E), "jsd_bits_floor": float(jsd_floor)}
         rows.append({**data.place(r), **shift, **jsd})
     return pd.DataFrame(rows)
-
-
-def _moved_assignments(moved_BE: np.ndarray) -> np.ndarray:
-    """How many assignments go to another expert. [B]"""
-    return np.abs(moved_BE).sum(1) / 2
 
 
 @table(tables=LOAD_TABLES)
@@ -364,33 +283,25 @@ def shifted(data: Loads) -> Iterator[Finding]:
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
-    where = data.sets.compared if data.paired else ""
     if not rows["load_shift"].any():
-        text = capital(f"{where}each expert has the same share of the load in A and B.")
+        text = "Each expert has the same share of the load in A and B."
         yield finding("load_shift", "good", text, load_shift=0.0, routers=0)
         return
     limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
-    beyond = rows[rows["load_shift_p"] < ALPHA if data.moved else rows["load_shift"] > limit]
+    beyond = rows[rows["load_shift"] > limit]
     severity, n = _severity(data, beyond, "load_shift"), len(beyond)
     row = (beyond if n else rows).nlargest(1, "load_shift").iloc[0]
-    r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor", "load_shift_null"]]
-    moved, floor, null = shifts
+    r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor"]]
+    moved, floor = shifts
     whose = f"the load of {n} of {plural(len(rows), 'router')} differs" if n else "no load differs"
-    said = f"{whose} by more than {data.chance}"
-    most = f"at most {limit.loc[row.name]:.2%} with this many tokens"
-    by_chance = f"by chance {floor:.2%} on average, {most}"
-    if data.moved and np.isnan(null):
-        severity, where = "note", ""
-        said = "too few documents to tell whether a load differs by more than chance"
-        by_chance = f"{plural(len(data.moved[0]), 'document')}, {FEWEST_TO_JUDGE} are needed"
-    elif data.moved:
-        exchanged = "with A and B exchanged in a random half of the documents"
-        by_chance = f"by chance {null:.2%}, {exchanged}; {floor:.2%} between other documents"
-    text = f"{capital(where + said)}: up to {moved:.2%} of it moves, in layer "
-    text += f"{data.label(r)} ({by_chance})."
+    text = (
+        f"{capital(whose)} by more than {data.chance}: up to {moved:.2%} of it moves, in layer "
+        f"{data.label(r)} (by chance {floor:.2%} on average, at most {limit.loc[row.name]:.2%} "
+        "with this many tokens)."
+    )
     values: Row = {"routers": n, **shifts}
     if n:
-        ratio_2E = (load_2E := data.judged_2E(r)) / load_2E.mean(1, keepdims=True)
+        ratio_2E = (load_2E := data.load_2E(r)) / load_2E.mean(1, keepdims=True)
         expert = int(np.abs(ratio_2E[1] - ratio_2E[0]).argmax())
         a, b = map(format_ratio, ratio_2E[:, expert])
         text += f" Expert {expert} changes most: {a}x the mean load in A, {b}x in B."
@@ -416,9 +327,8 @@ def collapsed(data: Loads) -> Iterator[Finding]:
 
 
 def _severity(data: Loads, beyond: pd.DataFrame, shift: str) -> Severity:
-    """Of routers whose load differs by more than chance. Other text exceeds the floor of
-    independent tokens, and what the same documents move may be less than that of other ones.
-    shift: the column that says by how much."""
+    """Severity of a difference of the load of these routers, which is beyond chance. Other text
+    exceeds the floor of independent tokens. shift: the column that says by how much."""
     moved = zip(beyond[shift], beyond[f"{shift}_floor"], strict=True)
     if any(of[0] > of[1] if data.documents_known else beyond_documents(*of) for of in moved):
         return "warning"
@@ -483,9 +393,39 @@ def _layers(data: Loads, routers: list[int]) -> str:
 
 def said_of_balance(data: Loads) -> Iterator[Finding]:
     rows = data.tables["balance"].dropna(subset=["max_over_mean_a", "max_over_mean_b"])
-    of_both = ("max_over_mean", "expected_by_chance", "dead_experts")
-    of_side = {side: rows.rename(columns={f"{x}_{side}": x for x in of_both}) for side in SIDES}
-    yield from result.balance_of_both(of_side, lambda _, r: data.label(r))
+    if not len(rows):
+        return
+    said, values = list[str](), Row()
+    for side in SIDES:
+        ratio, dead = rows[f"max_over_mean_{side}"], int(rows[f"dead_experts_{side}"].sum())
+        worst = data.label(int(rows["router"].iloc[ratio.argmax()]))
+        chance = rows[f"expected_by_chance_{side}"].median()
+        values |= {f"max_over_mean_{side}": ratio.median(), f"dead_experts_{side}": dead}
+        said.append(
+            f"{side.upper()} has {ratio.median():.2f}x in the median layer (expected by chance: "
+            f"{chance:.2f}x), {ratio.max():.2f}x in layer {worst}, and {plural(dead, 'expert')} "
+            "without load"
+        )
+    text = f"Load of the busiest expert ÷ mean load: {'; '.join(said)}."
+    yield finding("balance", "note", text, **values)
+
+
+def counts_only(data: Loads) -> Iterator[Finding]:
+    """That only the load is compared, and what that leaves open."""
+    of = [name for name, x in zip("AB", data.traces, strict=True) if x.counts_only]
+    text = (
+        f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only: only loads are "
+        "compared, not decisions. It is unknown whether both saw the same text; different text "
+        "changes the load too."
+    )
+    yield finding("counts_only", "note", text)
+
+
+def not_compared(data: Loads) -> Iterator[Finding]:
+    """The tables of decisions that counts cannot have."""
+    names = data.tables["refused"]["table"].tolist()
+    text = f"Tables left out: {', '.join(names)}: {data.why}."
+    yield finding("refused", "note", text, tables=names, why=data.why)
 
 
 def warnings(data: Loads) -> Iterator[Finding]:
@@ -495,12 +435,12 @@ def warnings(data: Loads) -> Iterator[Finding]:
 
 
 def shift_chart(data: Loads) -> spec.Chart:
-    """How far the load moves, beside chance: of the same documents, by exchanging A and B."""
-    null, of = "load_shift_null", "exchanging A and B in a random half of the documents moves"
-    if data.tables["load_shift"][null].isna().all():
-        null, of = "load_shift_floor", "chance alone moves between two traces of this many tokens"
-    text = f"The share of the assignments that go to different experts. The dash is what {of}."
-    return result.load_that_moves(data, null, "chance", text)
+    """How far the load moves, beside chance."""
+    text = (
+        "The share of the assignments that go to different experts. The dash is what chance alone "
+        "moves between two traces of this many tokens."
+    )
+    return result.load_that_moves(data, "load_shift_floor", "chance", text)
 
 
 def balance_chart(data: Loads) -> spec.Chart:
@@ -564,27 +504,23 @@ Loads.kind = result.ComparisonKind(
     tables=LOAD_TABLES,
     main="load_shift",
     checks=(
-        *(shifted, documents.same_experts, collapsed, by_step, said_of_balance),
-        *(documents.counts_only, documents.missing_documents, warnings),
-        *(result.missing_layers, result.not_compared),
+        *(shifted, collapsed, by_step, said_of_balance, counts_only, warnings),
+        *(result.missing_layers, not_compared),
     ),
     title="The load of two traces",
     footer="Counts hold the load of experts, no decisions.",
-    sometimes=("agreement",),
     charts={
         "load_shift": (shift_chart, "Change of the load", "load_shift"),
         "by_step": (step_chart, "Change of the load", "diverged"),
         "max_vio": (balance_chart, "Load of each trace", "balance"),
     },
     sections={
-        "agreement": ("Documents", "Experts of a document", ""),
         "load": ("Load of each trace", "Experts", ""),
         "summary": ("", "About these traces", ""),
         "refused": ("", "Tables left out", ""),
     },
     excerpts={
         "load_shift": result.highest("load_shift"),
-        "agreement": result.highest("set_distance"),
         "diverged": result.highest("most_load_shift"),
         "balance": result.highest(
             "max_vio_b",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -20,17 +20,16 @@ from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, hi
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
 from moe_inspect.reporting.verdict.gate import gated
-from moe_inspect.text import layer_label, plural, storable
+from moe_inspect.text import layer_label, storable
 from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.render.html import Section, Tile
 
-# of traces of decisions, of which one holds counts only, of different models, of checkpoints
+# of traces of decisions, of which one holds counts only, of different models
 TABLES: dict[str, Table] = {}
 LOAD_TABLES: dict[str, Table] = {}
 MODEL_TABLES: dict[str, Table] = {}
-CHECKPOINT_TABLES: dict[str, Table] = {}
 Made = TypeVar("Made", bound="Comparison")
 Row = dict[str, Any]  # of a table; the numbers of a sentence
 Progress = Callable[[int], None] | None
@@ -51,9 +50,6 @@ class ComparisonKind(Generic[Made]):
     charts: Mapping[str, tuple[Callable[[Made], Chart | str], str, str]]
     sections: Mapping[str, tuple[str, str, str]]  # table of the page → group, title and text
     excerpts: Mapping[str, Excerpt]  # tables of the text
-    sometimes: Sequence[str] = ()  # tables that not all such traces have
-    # tables of which the page has the first row of each group by these columns
-    firsts: Mapping[str, list[str]] = field(default_factory=dict[str, list[str]])
     tiles: Callable[[Made], list[Tile]] | None = None  # the key figures of the page
     text: Callable[[Made], Section | str] | None = None  # its texts of documents
 
@@ -66,9 +62,9 @@ class Comparison(Shown):
 
     kind: ClassVar[ComparisonKind[Any]]
 
-    def __init__(self, traces: Sequence[Trace], given: Mapping[str, object]):
-        self.traces, self.a, self.b = list(traces), traces[0], traces[-1]
-        self.trace = self.a  # the one whose routers name what is compared
+    def __init__(self, a: Trace, b: Trace, given: Mapping[str, object]):
+        self.traces, self.a, self.b = [a, b], a, b
+        self.trace = a  # the one whose routers name what is compared
         self.given = given  # the keywords of `compare` that are not as by default
         self.tables = LazyTables(self, self.kind.tables, self.why_not)
 
@@ -80,11 +76,6 @@ class Comparison(Shown):
     def why(self) -> str:
         """Why there is no comparison of decisions; "" where there is."""
         return ""
-
-    @property
-    def why_in_full(self) -> str:
-        """The same, with the traces that it is of."""
-        return self.why
 
     def python(self, table: str) -> str:
         """Python that gives a table."""
@@ -111,12 +102,7 @@ class Comparison(Shown):
             there = of(self.kind.tables)
             if name in of(TABLES) and name not in there:
                 only = f", only {', '.join(there)}" if there else ""
-                return f"{self.why_in_full}: there is no {what} {name!r}{only}"
-        if name in self.kind.sometimes:
-            try:
-                self.tables[name]
-            except MoeInspectError as error:
-                return str(error)
+                return f"{self.why}: there is no {what} {name!r}{only}"
         return None
 
     @property
@@ -145,8 +131,9 @@ class Comparison(Shown):
     def excerpts(self) -> dict[str, Excerpt]:
         return {name: self.kind.excerpts[name] for name in self.shown_tables}
 
-    def first_chart(self) -> Chart | str:
-        return next(iter(self.kind.charts.values()))[0](self)
+    def first_chart(self) -> Chart | str | None:
+        make = next(iter(self.kind.charts.values()), None)
+        return make[0](self) if make else None
 
     def charts(self) -> tuple[list[Chart], list[str]]:
         charts, left_out = list[Chart](), list[str]()
@@ -177,9 +164,6 @@ class Comparison(Shown):
             if self.why_not(name) or not len(self.tables[name]):
                 continue
             rows, code = self.tables[name], self.python(name)
-            if by := kind.firsts.get(name):
-                rows = rows.groupby(by, sort=False).head(1)
-                code += f".groupby({by}, sort=False).head(1)"
             sections.append(Section(title, said, table=rows, group=group, name=name, python=code))
         page = Page(
             kind.title,
@@ -232,7 +216,7 @@ class Paired(Comparison):
     refused: ClassVar[Sequence[str]] = ()  # options that the traces have nothing for
 
     def __init__(self, a: Trace, b: Trace, options: PairSettings):
-        super().__init__([a, b], options.given)
+        super().__init__(a, b, options.given)
         options.refuse(self.refused, self.why)
         self.options = options
         self.selection = select(a, options.layers, options.domains, options.phase)
@@ -251,33 +235,9 @@ class Paired(Comparison):
 @table(tables=TABLES)
 @table(tables=LOAD_TABLES)
 @table(tables=MODEL_TABLES)
-@table(tables=CHECKPOINT_TABLES)
 def verdict(made: Comparison) -> pd.DataFrame:
     """One row per finding."""
     return verdict_table(made.verdict())
-
-
-@table(tables=LOAD_TABLES)
-@table(tables=MODEL_TABLES)
-def refused(made: Comparison) -> pd.DataFrame:
-    """One row per table that these traces cannot have, and why."""
-    return pd.DataFrame(refusals(made).items(), columns=["table", "why"]).astype("str")
-
-
-def refusals(made: Comparison) -> dict[str, str]:
-    """Table → why these traces cannot have it."""
-    found = {name: made.why for name in TABLES if name not in made.tables}
-    return found | {name: why for name in made.kind.sometimes if (why := made.why_not(name))}
-
-
-def not_compared(made: Comparison) -> Iterator[Finding]:
-    """The tables that there cannot be, those with the same reason together."""
-    names = dict[str, list[str]]()
-    for name, why in refusals(made).items():
-        names.setdefault(why, []).append(name)
-    for why, of in names.items():
-        text = f"Tables left out: {', '.join(of)}: {why}."
-        yield finding("refused", "note", text, tables=of, why=why)
 
 
 def missing_layers(made: Paired) -> Iterator[Finding]:
@@ -291,32 +251,6 @@ def missing_layers(made: Paired) -> Iterator[Finding]:
         if left := [layer_label(trace.routers, r) for r in routers if r not in paired]:
             text = f"Only {name} has {layers_named(left)}: not compared."
             yield finding("missing_layers", "note", text, layers=left)
-
-
-SIDES: tuple[str, str] = ("a", "b")
-COLOURS: dict[str, str] = dict(zip(SIDES, ("c1", "c2"), strict=True))
-
-
-def balance_of_both(
-    rows: Mapping[str, pd.DataFrame], name_of: Callable[[str, int], str], more: str = ""
-) -> Iterator[Finding]:
-    """rows: side → those of its table `balance`. name_of: the layer of a side's router."""
-    said, values = list[str](), Row()
-    for side, every in rows.items():
-        of = every.dropna(subset=["max_over_mean"])
-        if not len(of):
-            continue
-        ratio, dead = of["max_over_mean"], int(of["dead_experts"].sum())
-        worst = int(of["router"].iloc[ratio.argmax()])
-        values |= {f"max_over_mean_{side}": ratio.median(), f"dead_experts_{side}": dead}
-        said.append(
-            f"{side.upper()} has {ratio.median():.2f}x in the median layer (expected by chance: "
-            f"{of['expected_by_chance'].median():.2f}x), {ratio.max():.2f}x in layer "
-            f"{name_of(side, worst)}, and {plural(dead, 'expert')} without load"
-        )
-    if said:
-        text = f"Load of the busiest expert ÷ mean load: {'; '.join(said)}.{more}"
-        yield finding("balance", "note", text, **values)
 
 
 def highest(column: str, *columns: str, what: str = "") -> Excerpt:
@@ -346,14 +280,7 @@ def load_that_moves(data: Paired, floor: str, name: str, text: str, top: bool = 
     )
 
 
-def of_models(a: Trace, b: Trace) -> Facts:
-    """The first facts of two traces, which may be of different models."""
-    models = [trace.manifest.get("model") or {} for trace in (a, b)]
-    of_key = {f"model_{k}": [of.get(k) or "" for of in models] for k in ("id", "revision", "class")}
-    return {"trace": (a.path, b.path), **of_key}
-
-
-def facts_table(facts: Facts, columns: Sequence[str] = SIDES) -> pd.DataFrame:
+def facts_table(facts: Facts, columns: Sequence[str]) -> pd.DataFrame:
     """A table of facts: key, and a value of each column (text)."""
     rows = [(key, *(storable(str(value)) for value in of)) for key, of in facts.items()]
     return pd.DataFrame(rows, columns=["key", *columns]).astype("str")

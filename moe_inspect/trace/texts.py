@@ -32,7 +32,7 @@ def as_text(pieces: Sequence[str | None]) -> list[str]:
     """What consecutive tokens write: ▁ is a space, and a character that is spread over several
     tokens, with the marks that change it or the emoji that it is joined to, stands at the first of
     them. Bytes that are no UTF-8 become "�"."""
-    raw = [bytes_of(piece or "") for piece in pieces]
+    raw = [_bytes_of(piece or "") for piece in pieces]
     ends = list(accumulate(map(len, raw)))
     texts = [""] * len(raw)
     token = at = 0
@@ -44,7 +44,7 @@ def as_text(pieces: Sequence[str | None]) -> list[str]:
     return texts
 
 
-def bytes_of(piece: str) -> bytes:
+def _bytes_of(piece: str) -> bytes:
     """What a token writes, before it is known to be UTF-8."""
     parts = BYTE.split(piece.replace("▁", " "))
     return b"".join(

@@ -150,16 +150,13 @@ def write_counts(
     return write_passes(root, listed, [counted], counts_only=True)
 
 
-TWO_LOADS = ((10, 10, 10, 10, 10, 0, 0, 0), (0, 0, 5, 9, 9, 9, 9, 9))
-
-
-def counts_by_document(root: Path, loads: Sequence[Sequence[int]] = TWO_LOADS) -> Trace:
-    """Documents of 25 tokens, of code and prose in turn, of which 2 routers send each to 2 of 8
-    experts, as often as `loads` says of each document."""
-    listed, domains = routers(2, 8, 2), [("code", "prose")[d % 2] for d in range(len(loads))]
+def counts_by_document(root: Path) -> Trace:
+    """A document of code and one of prose, of 25 tokens each, which 2 routers send to 2 of 8
+    experts."""
+    listed, domains = routers(2, 8, 2), ["code", "prose"]
     documents = [Document(d, domain, "synthetic", 25) for d, domain in enumerate(domains)]
-    load, tokens = [np.array(loads)] * 2, 25 * len(loads)
-    counted = CountedBatches(0, tokens, domains, load, None, {}, documents)
+    load = np.array([[10, 10, 10, 10, 10, 0, 0, 0], [0, 0, 5, 9, 9, 9, 9, 9]])
+    counted = CountedBatches(0, 50, domains, [load] * 2, None, {}, documents)
     return write_passes(root, listed, [counted], counts_only=True, by_document=True)
 
 

@@ -12,16 +12,12 @@ from typing import Any
 import numpy as np
 
 import moe_inspect
-from moe_inspect.comparison.compare import compare_checkpoints
-from tests import test_compare_models as models
 from tests import test_dropped
 from tests.support.chance import REGIMES, drawn_pair
 from tests.support.damage import edit_manifest
 from tests.support.misrecorded import FAULTS, Recording, rounded, routed_text
 from tests.support.planted import DOMAINS, planted, uniform
 from tests.support.synthetic import (
-    TWO_LOADS,
-    counts_by_document,
     uniform_ids,
     write_counts,
     write_trace,
@@ -121,29 +117,10 @@ def nothing_in_common(root: Path, E: int) -> Any:
     return pair(root, a, replace(a, ids_LTK=other.ids_LTK, E=E))
 
 
-def checkpoints(root: Path, *shares: float, documents: int = DOCUMENTS) -> Any:
-    """Checkpoints that have so much of the last one's routing."""
-    ids, kept_T = routes(), np.random.default_rng(1).random(len(routes()[0]))
-    document = np.arange(len(kept_T)) * documents // len(kept_T)
-    runs = [
-        [np.where((kept_T < share)[:, None], x, y) for x, y in zip(ids, routes(n), strict=True)]
-        for n, share in enumerate((*shares, 1), 7)
-    ]
-    alike: dict[str, Any] = {"document": document, "token_id": np.arange(len(kept_T))}
-    traces = [write_trace(root / f"{n}", of, E, **alike) for n, of in enumerate(runs)]
-    return compare_checkpoints(traces)
-
-
 def histories(root: Path, steps: int, moved: Sequence[int] = ()) -> Any:
     """Two runs, committed every 5 steps; in these, experts of the second are not by chance."""
     a, b = loads(0, steps), loads(1, steps, moved)
     return [history(root / name, of, 5) for name, of in (("a", a), ("b", b))]
-
-
-def by_words(root: Path, choose: Any, documents: int = 40) -> Any:
-    """Two models with tokenizers of their own: the experts of A follow the word."""
-    a = models.whole_words(root / "a", documents=documents)
-    return moe_inspect.compare(a, models.pieces(root / "b", choose, documents=documents))
 
 
 def losing(root: Path, nats: float, documents: int = 40, of: int = 40) -> Any:
@@ -255,10 +232,7 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "zeros, k = 1": lambda root: zeros(root, 1, 12),
     "zeros, 4 routers": lambda root: zeros(root, 1, 4),
     "no zeros, 2 routers": lambda root: zeros(root, 1, 2, False, 6_000),
-    # models, losses, checkpoints
-    "one follows words": lambda root: by_words(root, models.by_chance),
-    "one follows words, 8 documents": lambda root: by_words(root, models.by_chance, 8),
-    "both follow words": lambda root: by_words(root, models.by_word),
+    # losses
     "losses": lambda root: written(root, 0.3),
     "losses, 5 documents": lambda root: written(root, 0.3, 5),
     "even losses": lambda root: written(root, 0),
@@ -266,9 +240,6 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "better": lambda root: losing(root, -0.25),
     "worse in one document": lambda root: losing(root, 0.25, 1),
     "worse, 5 documents": lambda root: losing(root, 0.25, 5, 5),
-    "settling": lambda root: checkpoints(root, 0.1, 0.95),
-    "not settling": lambda root: checkpoints(root, 0.1, 0.5),
-    "settling, 4 documents": lambda root: checkpoints(root, 0.1, 0.95, documents=4),
     # what a trace lacks
     "lacking": lacking,
     "padded": lambda root: padded(root, 30),
@@ -285,10 +256,6 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "a steep one": lambda root: two_counts(root, STEEP, 100),
     "a steep one, few tokens": lambda root: two_counts(root, STEEP, 1),
     "two even ones": lambda root: two_counts(root, EVEN_LOAD, 100),
-    "other experts": lambda root: by_document(root, 1),
-    "other experts, 4 documents": lambda root: by_document(root, 1, 4),
-    "same experts": lambda root: by_document(root, 0),
-    "other documents": lambda root: by_document(root, 1, lacking=4),
 }
 
 
@@ -311,14 +278,6 @@ def last_tokens(root: Path, documents: int) -> Any:
     last_T = np.arange(len(ids[0])) % (len(ids[0]) // documents) == len(ids[0]) // documents - 1
     other = changed(changed(changed(ids, last_T, router=0), last_T), last_T, router=2)
     return said(root, ids, other, documents=documents)
-
-
-def by_document(root: Path, moved: int, documents: int = 40, lacking: int = 0) -> Any:
-    """Of every other document in B, the experts are `moved`; the last ones are `lacking` there."""
-    loads = [TWO_LOADS[d // 2 % 2] for d in range(documents)]
-    kept = loads[: documents - lacking]
-    other = [np.roll(load, moved * (d % 2)).tolist() for d, load in enumerate(kept)]
-    return [counts_by_document(root / name, of) for name, of in (("a", loads), ("b", other))]
 
 
 def two_counts(root: Path, load: list[int], times: int) -> Any:

@@ -22,8 +22,9 @@ def set_mismatch(mismatch_sum: float, decisions: float) -> float:
 
 @metric("agreement", ideal=1.0, range="0 to 1, k/E by chance", source="arXiv:2409.02060, eq. 5")
 def overlap(common_sum: float, chosen: float) -> float:
-    """Share of the experts of a decision that both traces chose; against the last checkpoint,
-    router saturation. Of the larger set where one is smaller. NaN where none chose any."""
+    """Share of the experts of a decision that both traces chose; if B is the last checkpoint of
+    A's training, router saturation. Of the larger set where one is smaller. NaN where none chose
+    any."""
     return ratio(common_sum, chosen)
 
 
@@ -53,13 +54,6 @@ def kl_nats(kl_sum: float, decisions: float) -> float:
     """Mean over decisions of KL(A ‖ B), the divergence of the routers' probabilities of all
     experts. NaN without logits in both."""
     return ratio(kl_sum, decisions)
-
-
-@metric("agreement", ideal=0.0, range="0 to 1")
-def set_distance(apart_sum: float, documents: float) -> float:
-    """Of counts by document, the mean over documents of 1 − |A ∩ B| ÷ |A ∪ B|, A and B the experts
-    that the two traces used for the document (1 − Jaccard). NaN without documents."""
-    return ratio(apart_sum, documents)
 
 
 @metric("overall", ideal=0.0, range="0 to 1")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import layer_label, plural, ranges
 from moe_inspect.trace.reader import Trace
@@ -18,7 +16,7 @@ def routers_of_one_model(
     """`same_places`, checked. DifferentModelsError where the shapes differ, or the number of layers
     and the caller does not say which belong together; MoeInspectError where no layer is in both."""
     pairs = same_places(a, b, routers, shift_layers)
-    if reasons := shape_differences(a, b, pairs):
+    if reasons := _shape_differences(a, b, pairs):
         raise DifferentModelsError(a, b, reasons)
     if not pairs:
         of_a, of_b = (ranges({router.layer for router in trace.routers}) for trace in (a, b))
@@ -26,7 +24,7 @@ def routers_of_one_model(
             f"no common layer: {a.path} has layers {of_a}, {b.path} has {of_b}: use --shift-layers "
             "if they are numbered differently"
         )
-    if layers is None and not shift_layers and (difference := layers_difference(a, b)):
+    if layers is None and not shift_layers and (difference := _layers_difference(a, b)):
         raise DifferentModelsError(a, b, [difference])
     return pairs
 
@@ -58,7 +56,6 @@ def layers_named(labels: Sequence[str], most: int = 6) -> str:
 
 
 PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"
-SAME_WORDS = 0.9  # of the token ids of both, that must stand for the same text
 
 
 class DifferentModelsError(MoeInspectError):
@@ -83,7 +80,7 @@ SIZES: dict[str, Callable[[Router], int]] = {
 }
 
 
-def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> list[str]:
+def _shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> list[str]:
     """How routers in the same places differ in experts and in experts per token; a phrase each."""
     of_a, of_b = a.routers, b.routers
     found = list[str]()
@@ -100,20 +97,12 @@ def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> l
     return found
 
 
-def layers_difference(a: Trace, b: Trace) -> str:
+def _layers_difference(a: Trace, b: Trace) -> str:
     """Another number of layers, dense ones included, as the configs say; "" where they do not."""
     blocks = [trace.stated_blocks for trace in (a, b)]
     if None in blocks or blocks[0] == blocks[1]:
         return ""
     return f"A has {blocks[0]} layers, B {blocks[1]}"
-
-
-def tokenizer_difference(a: Trace, b: Trace) -> str:
-    """How the vocabularies differ, "" where one is not known or most ids mean the same."""
-    words = [trace.vocabulary_table["token"].to_numpy(zero_copy_only=False) for trace in (a, b)]
-    common = min(map(len, words))
-    alike = not common or np.mean(words[0][:common] == words[1][:common]) >= SAME_WORDS
-    return "" if alike else vocabularies_apart(a, b)
 
 
 def vocabularies_apart(a: Trace, b: Trace) -> str:
