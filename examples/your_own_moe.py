@@ -1,14 +1,11 @@
 """A small GPT with experts, written from scratch. One line in its forward, `moe_inspect.probe`, is
 all it takes to record it.
 
-    python examples/your_own_moe.py build/own          # train for a minute, trace, report
-    moe-inspect trace build/own/model.pt --loader examples/your_own_moe.py:load \
-        --generate 16 -o build/own/again               # the same model from the command line
+    python examples/your_own_moe.py build/own  # train for a minute, trace, report
 
-    moe-inspect trace build/own/model.pt --loader examples/your_own_moe.py:load \
-        --routers examples/your_own_moe.py:ROUTERS -o build/own/by-spec
+`ROUTERS` records it without the line, if the code of a model cannot be edited:
 
-`ROUTERS` records it without the line, where the code of a model cannot be edited."""
+    moe_inspect.trace_model("build/own/model.pt", "build/by-spec", loader=load, routers=ROUTERS)"""
 
 from __future__ import annotations
 
@@ -102,7 +99,7 @@ ROUTERS = [moe_inspect.RouterSpec(module="blocks.*.experts", choice=choice, expe
 
 
 def load(checkpoint: str) -> tuple[GPT, Bytes]:
-    """For `moe-inspect trace CHECKPOINT --loader examples/your_own_moe.py:load`."""
+    """The loader that `trace_model` calls."""
     model = GPT()
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     return model, Bytes()

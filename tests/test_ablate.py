@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,17 @@ from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.interventions import ablation
 from moe_inspect.interventions.ablation import Below, HeldOut, open_held_out
-from moe_inspect.model.own import load_object
 from tests.conftest import Cli
 from tests.support import own, zoo
 from tests.test_cli_trace import save_tokenizer
 
-ROUTERS = """
-import moe_inspect
 
-def choice(router, args, kwargs, logits):
+def choice(router: Any, args: Any, kwargs: Any, logits: torch.Tensor) -> Any:
     weights, ids = logits.softmax(-1).topk(2)
     return ids, weights / weights.sum(-1, keepdim=True)
 
-ROUTERS = moe_inspect.RouterSpec(module="blocks.*.experts.router", choice=choice, experts=8)
-"""
+
+ROUTERS = [moe_inspect.RouterSpec(module="blocks.*.experts.router", choice=choice, experts=8)]
 # in float32, where a text's loss does not depend on the texts beside it
 SMALL = TraceOptions(max_tokens=1500, batch_tokens=512, dtype="float32")
 
@@ -121,17 +117,14 @@ def test_what_cannot_be_ablated_is_said(tmp_path: Path) -> None:
         ablation._loss(torch.zeros(9, 8), row, "Labels")
 
 
-def test_a_model_of_ones_own(tmp_path: Path, cli_here: Cli) -> None:
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
     """Of a loader, fed a text at a time; against the loss with one expert's logit masked."""
     torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
-    (tmp_path / "routers.py").write_text(ROUTERS)
-    loader, routers = f"{own.EXAMPLE}:load", f"{tmp_path}/routers.py:ROUTERS"
-    options = TraceOptions(loader=load_object(loader), routers=[load_object(routers)])
+    options = TraceOptions(loader=own.example().load, routers=ROUTERS)
     options = replace(options, max_tokens=600, batch_tokens=2048)
-    opened = open_held_out(str(tmp_path / "model.pt"), options)
-    arguments = [tmp_path / "model.pt", "--loader", loader, "--routers", routers]
-    arguments += ["--max-tokens", 600, "--layers", 2, "--experts", 5, "--format", "json"]
-    row = json.loads(cli_here("ablate", *arguments).stdout)
+    checkpoint = str(tmp_path / "model.pt")
+    opened = open_held_out(checkpoint, options)
+    row = ablate(checkpoint, options, layers=[2], experts=[5]).tables["experts"].iloc[0]
     assert row["how"] == "chose among the rest"
     model = own.gpt().eval()
     rows = [torch.from_numpy(row.ids.astype(int)) for batch in opened.batches for row in batch]
@@ -149,5 +142,3 @@ def test_a_model_of_ones_own(tmp_path: Path, cli_here: Cli) -> None:
         hook.remove()
     assert (row["loss"], row["loss_without"]) == pytest.approx((whole, without), abs=1e-6)
     assert whole != without
-    nothing = cli_here("ablate", check=2)
-    assert "give a MODEL, or --loader" in " ".join(nothing.stderr.split())

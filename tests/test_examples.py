@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import moe_inspect
-from moe_inspect.model.own import load_object
 from tests.conftest import ROOT
+from tests.support import own
 
 EXAMPLES = ROOT / "examples"
 
@@ -35,14 +35,14 @@ def test_a_training_loop_logs_every_layer(
 def test_a_model_of_ones_own_is_traced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Trained for a few steps, and traced again from the command line as its text says."""
+    """Trained for a few steps, and traced again as its text says."""
     run(monkeypatch, "your_own_moe.py", tmp_path, 3)
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith("after 3 steps")
     assert [line.split()[0] for line in out[2:6]] == ["0", "1", "2", "3"]
     assert [line.split() for line in out[7:]] == [[str(n), "128", "0.0"] for n in range(4)]
     traced = moe_inspect.open_trace(tmp_path / "trace")
-    loader = load_object(f"{EXAMPLES / 'your_own_moe.py'}:load")
+    loader = own.example().load
     checkpoint = str(tmp_path / "model.pt")
     again = moe_inspect.trace_model(checkpoint, tmp_path / "again", loader=loader, max_tokens=500)
     key = ["sequence", "position", "token_id", "expert_0", "expert_1"]

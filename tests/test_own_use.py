@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typer.testing import CliRunner
+from transformers import PreTrainedConfig
 
 import moe_inspect
-from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import candidates
-from moe_inspect.model.own import as_tokenizer, load_object, load_own
+from moe_inspect.model.own import as_tokenizer, load_own
 from tests.support import own
 from tests.support.families import build
 from tests.support.own import record_once
@@ -304,7 +303,7 @@ def test_a_tokenizer_that_fails_says_on_what() -> None:
     assert len(as_tokenizer(Tiktoken())("a<|b|>")["input_ids"]) == 6
 
 
-def test_loaders_that_are_wrong_are_named(tmp_path: Path) -> None:
+def test_loaders_that_are_wrong_are_named() -> None:
     good = own.example()
     loader: Any
     for loader, match in (
@@ -315,37 +314,20 @@ def test_loaders_that_are_wrong_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(MoeInspectError, match=match):
             load_own(loader, "x")
-    file = tmp_path / "script.py"
-    file.write_text("import sys\nsys.exit('usage: script.py')\n")
-    with pytest.raises(MoeInspectError, match=r"cannot be run: SystemExit: usage: script\.py"):
-        load_object(f"{file}:load")
-
-
-def test_routers_that_are_none_are_named_by_the_cli(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import moe_inspect\nROUTERS = 3\nNAMES = ['a']\n")
-    torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
-    command = ["trace", f"{tmp_path}/model.pt", "--loader", f"{own.EXAMPLE}:load"]
-    command += ["-o", f"{tmp_path}/t", "--routers"]
-    for name, match in (
-        ("ROUTERS", "mine.py:ROUTERS is a int, not a RouterSpec or a list of them"),
-        ("NAMES", "routers takes RouterSpecs, not str"),
-    ):
-        result = CliRunner().invoke(app, [*command, f"{tmp_path}/mine.py:{name}"])
-        assert match in f"{result.output} {result.exception}"
 
 
 def test_a_loader_of_a_model_that_states_no_positions_is_told_what_to_give(tmp_path: Path) -> None:
     """Its config may be one of transformers without the model being so."""
-    file = tmp_path / "mine.py"
-    file.write_text(
-        f"import sys\nsys.path.insert(0, {str(own.EXAMPLE.parent)!r})\n"
-        "from transformers import PretrainedConfig\nfrom your_own_moe import GPT, Bytes\n"
-        "def load():\n    model = GPT()\n    model.config = PretrainedConfig()\n"
-        "    return model, Bytes()\n"
-    )
+
+    def load() -> Any:
+        model = own.gpt()
+        model.config = PreTrainedConfig()
+        return model, own.example().Bytes()
+
     text = tmp_path / "long.txt"
     text.write_text("word " * 200)
-    command = ["trace", "--loader", f"{file}:load", "--data", str(text), "-o", str(tmp_path / "t")]
-    result = CliRunner().invoke(app, command)
-    assert "IndexError: index out of range in self (no max_position" in str(result.exception)
-    assert CliRunner().invoke(app, [*command, "--max-length", "100"]).exit_code == 0
+    given: dict[str, Any] = {"loader": load, "data": [str(text)]}
+    match = r"IndexError: index out of range in self \(no max_position"
+    with pytest.raises(MoeInspectError, match=match):
+        moe_inspect.trace_model("", tmp_path / "t", **given)
+    assert moe_inspect.trace_model("", tmp_path / "t", **given, max_length=100).n_tokens

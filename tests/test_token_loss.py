@@ -20,7 +20,6 @@ import moe_inspect
 from moe_inspect.capture import token_loss as losses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model
-from moe_inspect.model.own import load_object
 from tests.support import own
 from tests.support.families import FAMILIES, build
 from tests.support.zoo import VOCABULARY, token_batch
@@ -286,7 +285,7 @@ def test_of_a_model_of_ones_own(tmp_path: Path) -> None:
     text.write_text("a model of one's own reads this, and goes on")
     model = own.gpt()
     torch.save(model.state_dict(), tmp_path / "gpt.pt")
-    loader = load_object(f"{own.EXAMPLE}:load")
+    loader = own.example().load
     options: dict[str, Any] = {"loader": loader, "data": [str(text)], "generate": 3}
     options["token_loss"] = True
     tokens = moe_inspect.trace_model(str(tmp_path / "gpt.pt"), tmp_path / "t", **options).tokens()

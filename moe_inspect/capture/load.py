@@ -107,9 +107,7 @@ def _own_of(options: TraceOptions, name: str) -> OwnModel:
     """What the loader returns, on the device and in the dtype asked for."""
     for option in ("device_map", "revision", "trust_remote_code", "random_init", "dequantize"):
         if getattr(options, option) not in (None, False):
-            raise MoeInspectError(
-                f"--{option.replace('_', '-')} is for models of transformers: the loader decides"
-            )
+            raise MoeInspectError(f"{option} is for models of transformers: the loader decides")
     assert options.loader is not None
     own = load_own(options.loader, name)
     if options.device != "auto":

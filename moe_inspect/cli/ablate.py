@@ -17,7 +17,7 @@ run_option = in_panel("Run")
 
 def ablate(
     *,
-    model: ModelArgument = None,
+    model: ModelArgument,
     layers: Layers = None,
     experts: list[str] | None = selection_option(
         "Only these experts of each layer, e.g. 0-3,7.", "EXPERTS"
@@ -48,14 +48,13 @@ def ablate(
     moe-inspect ablate ./model --data held_out.jsonl --resume kept -o worth.csv
     moe-inspect ablate ./model --data held_out/ --table domains --most-passes 900"""
     write.form()  # a usage error comes before anything is computed
-    named = load.check(model)
     prepare()
     from moe_inspect.api import ablate as run
 
     with shown() as bar:
         try:
             done = run(
-                named,
+                model,
                 experts=ranges_of(experts, "experts"),
                 most_passes=most_passes,
                 resume=resume,

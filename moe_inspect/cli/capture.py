@@ -5,26 +5,15 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import Annotated
 
 from moe_inspect.capture.options import BatchTokens, ModelFields, TextFields
-from moe_inspect.cli.options import Options, argument, in_panel, option
+from moe_inspect.cli.options import Options, argument, in_panel
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError, missing_for_capture
-
-if TYPE_CHECKING:
-    from moe_inspect.model.custom.spec import RouterSpec
-
 
 model_option = in_panel("Model")
 ModelArgument = Annotated[
-    str | None,
-    argument(
-        'A hub id, a directory, "demo" (bundled, offline); with --loader, the argument for your '
-        "function.",
-        "MODEL",
-    ),
+    str, argument('A hub id, a directory, "demo" (bundled, offline).', "MODEL")
 ]
 
 
@@ -46,45 +35,9 @@ class HeldOutText(TextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options, ModelFields):
-    """How a model is loaded, and where its routers are."""
+    """How a model is loaded."""
 
     panel = "Model"
-
-    loader: str | None = option(
-        "Load a custom model: the function returns (model, tokenizer).", "FILE.py:FUNCTION"
-    )
-    routers: str | None = option(
-        "The routers of a custom model: a RouterSpec or a list of them.", "FILE.py:NAME"
-    )
-
-    def keywords(self) -> dict[str, Any]:
-        """With the loader and the routers that the options name."""
-        from moe_inspect.model.own import load_object
-
-        loader = load_object(self.loader) if self.loader is not None else None
-        return {**super().keywords(), "loader": loader, "routers": _routers_of(self.routers)}
-
-    def check(self, model: str | None) -> str:
-        """The argument MODEL, which only a loader does without."""
-        if model is None and self.loader is None:
-            raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
-        return model or ""
-
-
-def _routers_of(reference: str | None) -> list[RouterSpec] | None:
-    """Of "FILE.py:NAME", a RouterSpec or several."""
-    from moe_inspect.model.custom.spec import RouterSpec
-    from moe_inspect.model.own import load_object
-
-    if reference is None:
-        return None
-    found = load_object(reference)
-    if isinstance(found, RouterSpec):
-        return [found]
-    if not hasattr(found, "__iter__"):
-        kind = type(found).__name__
-        raise MoeInspectError(f"{reference} is a {kind}, not a RouterSpec or a list of them")
-    return list(found)
 
 
 def ranges_of(given: list[str] | None, what: str = "layers") -> list[int] | None:

@@ -13,7 +13,6 @@ from moe_inspect import exporters, importers
 from moe_inspect.cli.capture import model_option
 from moe_inspect.cli.options import (
     REQUIRED,
-    CommitEvery,
     FactsOptions,
     NewTrace,
     Overwrite,
@@ -66,7 +65,6 @@ def import_(
         "MAP",
     ),
     overwrite: Overwrite = False,
-    commit_every: CommitEvery = None,
     workers: int | None = run_option(
         "Processes that parse lines of JSON (default: one per core for large files).", min=1
     ),
@@ -96,7 +94,6 @@ def import_(
             pipeline_stages=pipeline_stages,
             map=",".join(map) if map else None,
             overwrite=overwrite,
-            commit_every=commit_every,
             progress=bar.counted("importing", "bytes") if bar else None,
             warn=warn,
             workers=workers or default_workers(sources),

@@ -99,7 +99,7 @@ Output = Annotated[
 ]
 NewTrace = Annotated[
     str,
-    trace_option("Directory of the trace to write, or its URL.", "DIR", flags=("-o", "--output")),
+    trace_option("Directory of the trace to write.", "DIR", flags=("-o", "--output")),
 ]
 Overwrite = Annotated[bool, trace_option("Replace an existing trace.")]
 Scheduler = Annotated[
@@ -111,15 +111,6 @@ Scheduler = Annotated[
     ),
 ]
 Layers = Annotated[list[str] | None, selection_option("Only these layers, e.g. 0-3,7.", "LAYERS")]
-CommitEvery = Annotated[
-    float | None,
-    trace_option(
-        "Commit at this interval, e.g. 5s, so that moe-inspect watch shows it early (default: when "
-        "a shard is full).",
-        "TIME",
-        parser=seconds,
-    ),
-]
 AsJson = Annotated[bool, option("Print the result as one JSON object.", flags=("--json",))]
 
 

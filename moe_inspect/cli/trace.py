@@ -17,8 +17,15 @@ from typing import Any
 import typer
 
 from moe_inspect.capture.options import Capture, FedFields, RecordedFields, Resume
-from moe_inspect.cli.capture import ModelOptions, need_torch, quiet, ranges_of, stop_cleanly
-from moe_inspect.cli.options import REQUIRED, CommitEvery, Options, Overwrite, argument, option
+from moe_inspect.cli.capture import (
+    ModelArgument,
+    ModelOptions,
+    need_torch,
+    quiet,
+    ranges_of,
+    stop_cleanly,
+)
+from moe_inspect.cli.options import REQUIRED, Options, Overwrite, option, seconds
 from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
 from moe_inspect.trace.files.location import output_location
@@ -55,7 +62,12 @@ class WriteOptions(Options):
     )
     resume: Resume = False
     overwrite: Overwrite = False
-    commit_every: CommitEvery = None
+    commit_every: float | None = option(
+        "Commit at this interval, e.g. 5s, so that moe-inspect watch shows it early (default: when "
+        "a shard is full).",
+        "TIME",
+        parser=seconds,
+    )
     watch: bool = option(
         "Show the trace while it is written, as moe-inspect watch does (commits every 2 s unless "
         "--commit-every is given).",
@@ -77,11 +89,7 @@ class WriteOptions(Options):
 
 def trace(
     *,
-    model: str | None = argument(
-        'A hub id, a directory, "demo" (bundled, offline); with --loader, the argument for your '
-        "function.",
-        "MODEL",
-    ),
+    model: ModelArgument,
     text: TracedText,
     capture: Capture = "auto",
     load: ModelOptions,
@@ -106,7 +114,6 @@ def trace(
         raise typer.BadParameter(
             "--resume keeps the existing trace, --overwrite replaces it: give only one"
         )
-    name = load.check(model)
     keywords: dict[str, Any] = {
         **text.keywords(),
         **write.keywords(),
@@ -114,8 +121,7 @@ def trace(
         "layers": ranges_of(layers),
         "capture": capture,
     }
-    # the loader decides what the name means
-    refuse_early(write, name if load.loader is None else None, load.revision)
+    refuse_early(write, model, load.revision)
     began, place = time.monotonic(), write.place
     there = write.resume and (place / MANIFEST).exists()
     complete_before = there and read_manifest(place)["status"] == "complete"
@@ -126,7 +132,7 @@ def trace(
             quiet()
             progress = bar.counted("tracing", "tokens") if bar else None
             keywords |= load.keywords()
-            written = trace_model(name, write.output, progress=progress, **keywords)
+            written = trace_model(model, write.output, progress=progress, **keywords)
     except KeyboardInterrupt:
         state = "nothing was traced yet"
         if (place / MANIFEST).exists():
@@ -199,9 +205,9 @@ def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
 
 
-def refuse_early(write: WriteOptions, model: str | None, revision: str | None) -> None:
+def refuse_early(write: WriteOptions, model: str, revision: str | None) -> None:
     """What is wrong for certain is said before torch is imported, which takes seconds.
-    `trace_model` looks again. `model`: None where it is not known yet."""
+    `trace_model` looks again."""
     from moe_inspect.trace.files.lock import refuse_while_locked
     from moe_inspect.trace.output_dir import check_directory
     from moe_inspect.trace.schema import MANIFEST
@@ -216,5 +222,4 @@ def refuse_early(write: WriteOptions, model: str | None, revision: str | None) -
         return
     from moe_inspect.model.load import refuse_unless_found
 
-    if model is not None:
-        refuse_unless_found(model, revision)
+    refuse_unless_found(model, revision)

@@ -44,7 +44,6 @@ def import_trace(
     pipeline_stages: int | None = None,
     map: str | None = None,
     overwrite: bool = False,
-    commit_every: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
     workers: int = 1,
@@ -65,8 +64,6 @@ def import_trace(
             "layer=block,expert=id,count=hits"; in JSON the path to the counts,
             "count=layers.{layer}.{expert}.hits"; or the name of a .yaml file.
         overwrite: replace a trace at `out`.
-        commit_every: seconds after which what was read is committed, for those who read the trace
-            while it is written. It is written beside `out` and renamed when it is complete.
         progress: called with (bytes read, total bytes).
         warn: called with one line per warning; default `warnings.warn`.
         workers: how many processes parse lines of JSON, ahead of this one; the trace is the same.
@@ -127,8 +124,6 @@ def import_trace(
                 counts_only=imported.counts_only,
                 vocabulary=vocabulary,
                 shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
-                # counts are committed as they come: a shard is a window of a report
-                commit_every=None if imported.counts_only else commit_every,
                 lock=lock,
             ) as writer,
         ):

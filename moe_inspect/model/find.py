@@ -93,7 +93,7 @@ def no_routers(model: Module, to_change: bool = False) -> MoeInspectError:
     E = like.experts if like and like.experts else "E"
     probe = f"add one line to its forward: moe_inspect.probe(ids, weights, layer=i, experts={E})"
     spec = f"moe_inspect.RouterSpec(module={like.pattern if like else 'path'!r}, choice=f)"
-    given = f"{probe}, or give routers=[{spec}] (trace --routers)"
+    given = f"{probe}, or give routers=[{spec}]"
     if not like:
         judged = "judging by the names of its modules and parameters"
         return MoeInspectError(f"{dense}, {judged} (if it has: {probe})")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,34 +42,6 @@ class OwnModel:
         """Whether it is called, masked and cached as the models of transformers are."""
         config = getattr(self.model, "config", None)
         return hasattr(self.model, "get_input_embeddings") and hasattr(config, "get_text_config")
-
-
-def load_object(reference: str) -> Called:
-    """The object of a reference "FILE.py:NAME". MoeInspectError where there is none."""
-    file, _, name = reference.rpartition(":")
-    path = Path(file)
-    if not file or not name.isidentifier():
-        raise MoeInspectError(f"{reference!r} is not of the form FILE.py:NAME")
-    if not path.is_file():
-        raise MoeInspectError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise MoeInspectError(f"{path} is not a Python file")
-    module, before = importlib.util.module_from_spec(spec), sys.modules.get(path.stem)
-    sys.path.insert(0, str(path.parent.resolve()))  # it may import what lies beside it
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    # whatever the user's file raises; a script that ends in sys.exit() would end this one too
-    except (Exception, SystemExit) as error:
-        raise MoeInspectError(f"{path} cannot be run: {_said(error)}") from error
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-        if before is not None:
-            sys.modules[path.stem] = before
-    if not hasattr(module, name):
-        raise MoeInspectError(f"{path} has no {name!r}")
-    return getattr(module, name)
 
 
 def load_own(loader: Callable[..., Called], name: str) -> OwnModel:
