@@ -94,9 +94,6 @@ def test_an_experts_tokens_in_context() -> None:
         assert chosen[f"expert_{row.slot}"] == 5
         assert chosen[f"weight_{row.slot}"] == row.weight
     assert trace.tokens_of(2, 5, top=7)["token"].tolist() == found["token"].iloc[:7].tolist()
-    drawn = [trace.tokens_of(2, 5, top=30, sort="random", seed=n)["token"] for n in (0, 0, 1)]
-    assert drawn[0].tolist() == drawn[1].tolist() != drawn[2].tolist()
-    assert set(drawn[2]) <= set(found["token"])
 
 
 def test_the_first_of_many_shards_are_the_first_of_all(tmp_path: Path) -> None:
@@ -110,9 +107,10 @@ def test_the_first_of_many_shards_are_the_first_of_all(tmp_path: Path) -> None:
     found = trace.tokens_of(0, 2)
     assert len(found) == (trace.routing(0)[["expert_0", "expert_1"]] == 2).to_numpy().sum()
     pd.testing.assert_frame_equal(trace.tokens_of(0, 2, top=40), found[:40])
-    drawn = trace.tokens_of(0, 2, top=40, sort="random")
+    del written["weights"]  # then the order is random, and the same at every call
+    bare = write_trace(tmp_path / "b", ids, 4, token_id=token_id, **written)
+    drawn, mixed = bare.tokens_of(0, 2, top=40), bare.tokens_of(0, 2)
     assert drawn["document"].nunique() == 9
-    mixed = trace.tokens_of(0, 2, sort="random")
     assert drawn["token"].tolist() == mixed["token"].tolist()[:40]
     nothing = [np.zeros((0, 2), np.uint16)]
     empty = write_trace(tmp_path / "e", nothing, 4, document=np.zeros(1), words=5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from moe_inspect.trace.reader import Trace
 
 
-Sort = Literal["weight", "random"]
 document_option, expert_option = in_panel("A document"), in_panel("An expert")
 
 
@@ -33,15 +32,14 @@ def text(
     expert: int | None = expert_option(
         "Print the tokens routed to this expert of the layer, in context.", "E", min=0
     ),
-    top: int = expert_option("With --expert: how many tokens; 0 is all.", min=0, default=20),
-    sort: Sort = expert_option(
-        "With --expert: the largest gate weights first, or a random sample of its tokens.",
-        default="weight",
+    top: int = expert_option(
+        "With --expert: how many tokens, the largest gate weights first; 0 is all.",
+        min=0,
+        default=20,
     ),
     context: int = expert_option(
         "With --expert: tokens of context on each side.", min=0, default=8
     ),
-    seed: int = expert_option("Seed of the sample.", default=0),
     write: TableOptions,
 ) -> None:
     """Show a document, or an expert's tokens, with their routes.
@@ -49,7 +47,7 @@ def text(
     Examples:
     moe-inspect text runs/a --document 0 --layer 3
     moe-inspect text runs/a --layer 2 --expert 5
-    moe-inspect text runs/a --layer 2 --expert 5 --sort random --format csv"""
+    moe-inspect text runs/a --layer 2 --expert 5 --context 12 --format csv"""
     if (document is None) == (expert is None):
         raise typer.BadParameter("give --document N, or --layer L with --expert E")
     if expert is not None and layer is None:
@@ -68,7 +66,7 @@ def text(
     else:
         assert layer is not None
         assert expert is not None
-        frame = opened.tokens_of(layer, expert, context, top=top or None, sort=sort, seed=seed)
+        frame = opened.tokens_of(layer, expert, context, top=top or None)
         if form is Format.table:
             _print_concordance(opened, frame, layer, expert, write.output)
             return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,6 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 PLACE = ["token", "document", "domain", "sequence", "position", "phase", "token_id"]
 CONTEXT = 8
 SPREAD = 64  # tokens that a character may be spread over, at most
-Sort = Literal["weight", "random"]
 
 
 def as_text(pieces: Sequence[str | None]) -> list[str]:
@@ -115,8 +113,6 @@ def tokens_of(
     context: int = CONTEXT,
     *,
     top: int | None = None,
-    sort: Sort = "weight",
-    seed: int = 0,
 ) -> pd.DataFrame:
     """The tokens that an expert was given, in their context: token, document, domain, sequence,
     position, phase, router, slot, weight (NaN where the trace has none), left, text, right. A token
@@ -124,8 +120,8 @@ def tokens_of(
     the expert was given in all.
 
     context  tokens to the left and to the right
-    top      only so many of them; None: all
-    sort     the largest gate weights first, or a random sample, which `seed` determines
+    top      only so many of them, the largest gate weights first; None: all. A trace without gate
+             weights gives a random sample, the same at every call
 
     MoeInspectError for a layer or an expert that the trace does not have."""
     check_whole("expert", expert)
@@ -136,12 +132,12 @@ def tokens_of(
             f"{trace.routers[routers[0]].experts}"
         )
     _need_tokens(trace)
-    by_weight, rng = sort == "weight" and trace.has_weights, np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     parts, given = list[pd.DataFrame](), 0
     for shard in trace.shards:  # in memory: a shard, and the first `top` of those before
         found = pd.concat([_hits_of(shard, router, expert) for router in routers])
         given += len(found)
-        found["order"] = -found["weight"] if by_weight else rng.random(len(found))
+        found["order"] = -found["weight"] if trace.has_weights else rng.random(len(found))
         found = _in_order([found])[:top]
         place = shard.tokens(PLACE[:-1]).take(pa.array(found.pop("row").to_numpy())).to_pandas()
         parts.append(place.join(found))
