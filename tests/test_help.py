@@ -118,8 +118,7 @@ NUMBERS: dict[str, type] = {
 def test_several_values_are_repeated_or_comma_separated(command: str, name: str) -> None:
     """Of every option that takes them, those with a list of choices too."""
     option = next(p for p in COMMANDS[command].params if p.name == name)
-    texts = ("placement", "cache") if name == "simulate" else ("a", "b\\,c")
-    a, b = ("1", "2") if name in NUMBERS else texts
+    a, b = ("1", "2") if name in NUMBERS else ("a", "b\\,c")
     given = (a, b), (f"{a}, {b}",)
     repeated, separated = (option.process_value(None, values) for values in given)
     read = NUMBERS.get(name, str)
@@ -129,9 +128,7 @@ def test_several_values_are_repeated_or_comma_separated(command: str, name: str)
 
 
 def test_lists_of_values_are_options_that_take_several() -> None:
-    assert {"data", "layers", "simulate", "threshold", "top_k", "map"} <= {
-        name for _, name in SEVERAL
-    }
+    assert {"data", "layers", "threshold", "top_k", "map"} <= {name for _, name in SEVERAL}
 
 
 WITH_TABLES = [name for name, of in COMMANDS.items() if any(p.name == "table" for p in of.params)]
