@@ -157,10 +157,10 @@ def test_a_training_resumed_from_a_checkpoint_has_no_step_twice(tmp_path: Path) 
     it.train()
     last = moe_inspect.open_trace(tmp_path / "h")
     assert [s.files.last_batch for s in last.shards] == [2, 3, 4, 6]
-    kept, shape = 0, history(tmp_path / "h").shape
-    for shard in last.shards[:2]:
+    kept = np.zeros_like(history(tmp_path / "h"))
+    for shard in list(last.shards)[:2]:
         table = shard.table("counts", ["assignments"])
-        kept += table["assignments"].to_numpy().reshape(shape)
+        kept += table["assignments"].to_numpy().reshape(kept.shape)
     again = trainer(tmp_path, RoutingCallback(tmp_path / "h"), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "trainer/checkpoint-3"))
     assert again.model.steps_passes == 3
