@@ -89,15 +89,17 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, cli_here: Cli) -> No
     assert "measured on 1 of 4 batches" in first.stderr
     losses = tmp_path / "kept" / "losses.jsonl"
     losses.write_bytes(losses.read_bytes()[:-20])  # killed while it wrote the last line
-    done = cli_here("ablate", *arguments, "-o", "out.json")
-    assert f"{at_once.passes - 5} forward passes" in done.stderr
+    done = cli_here("ablate", *arguments)
+    assert f"{at_once.passes - 5} forward passes" in done.stdout
+    cli_here("ablate", *arguments, "-o", "out.json", "--html", "page.html")
+    assert "chose among the rest" in (tmp_path / "page.html").read_text()
     table = pd.read_json(tmp_path / "out.json", lines=True)
     expected = at_once.experts
     assert list(table) == list(expected)
     columns = ["expert", "loss", "loss_without", "difference_low"]
     assert np.allclose(table[columns], expected[columns])
     again = cli_here("ablate", *arguments, "--format", "csv")
-    assert " 0 forward passes" in again.stderr
+    assert " 0 forward passes" in cli_here("ablate", *arguments).stdout
     assert "chose among the rest" in again.stdout
     other = cli_here("ablate", *arguments, "--max-tokens", 300, check=1)
     assert "losses of a different max_tokens (1500, now 300)" in other.stderr

@@ -32,7 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"demo", "trace", "errors", "files", "text"},
     "importers": {"model", "trace", "errors", "files", "text", "workers"},
     "capture": {"demo", "model", "trace", "errors", "files", "text"},
-    "interventions": {"capture", "analysis", "model", "trace", "demo", "errors", "text"},
+    "interventions": {
+        *("capture", "analysis", "model", "reporting", "trace", "demo", "errors", "text")
+    },
     "doctor": {
         *("capture", "demo", "model", "trace", "training", "reporting"),
         *("errors", "progress", "text"),

@@ -136,8 +136,6 @@ USAGE = {
     "-o load.csv": "-o load.csv needs one table: add --table summary",
     "--table load -o load.xlsx": "this ending, add --format table, csv, json, parquet",
     "--format pdf": "--format pdf is about pictures: give it with --plots DIR",
-    "--plots p --width wide": "cannot read 'wide': write a width like 3.3in",
-    "--plots p --width 1mm": "1mm is no width of a chart: give 2in to 40in",
 }
 REFUSED = {
     "--layers 3-1": "cannot read layers '3-1': a range goes from low to high",
@@ -200,7 +198,7 @@ def test_one_chart_as_wide_as_a_column_of_a_paper(
     svg = (tmp_path / "figures" / "balance.svg").read_text()
     assert re.search(r"<text[^>]*>Balance by layer</text>", svg)
     assert "sans-serif" in svg
-    cli_here("simulate", "capacity", planted_trace.path, "--plots", "c", "--width", "84mm")
+    cli_here("simulate", "capacity", planted_trace.path, "--plots", "c")
     made = {path.name for path in (tmp_path / "c").iterdir()}
     assert made == {"capacity.png", "capacity.svg"}
 

@@ -60,7 +60,7 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
     "neither weights nor vocabulary": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8), "no weights recorded"),
     "one token": (of([np.array([[0, 1]], np.uint16)], 8, 1, weights=[np.full((1, 2), 0.5, np.float32)]), "1 token is too few"),
     "one document": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5), "Too little data to judge"),
-    "one domain": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]), "domains: only one, 'a'"),
+    "one domain": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]), "Judged on 300 tokens"),
     "an encoder and a decoder": (encoder_decoder, "Judged on 10 tokens"),
     "two routers in a layer": (of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]), "layer 3/"),
     "one choice": (of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2), "Judged on 300 tokens"),

@@ -3,7 +3,6 @@ first choice is null."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.trace.reader import Trace, open_trace
@@ -197,8 +195,6 @@ def test_the_verdict_is_silent_about_it_and_one_line_says_why(both: Pair, capsys
     assert not [s for s in sentences(unknown) if "first choice" in s]
     assert sum("first choices are unknown" in note for note in unknown.notes()) == 1
     assert not any("first choices" in note for note in known.notes())
-    print_report(unknown, sys.stdout, full=True)
-    assert capsys.readouterr().out.count("first choices are unknown") == 1
     assert "repetition: first choices are unknown" in report_page(unknown)
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from moe_inspect.cli.capture import HeldOutText, ModelArgument, ModelOptions, prepare, ranges_of
 from moe_inspect.cli.options import Layers, in_panel, selection_option
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import TableOptions, output_option
-from moe_inspect.text import plural, print_stderr
+from moe_inspect.cli.show import ShowOptions, table_option
+from moe_inspect.text import print_stderr
 
-AblateTable = Literal["experts", "domains"]
 run_option = in_panel("Run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions(ShowOptions):
+    table: str | None = table_option(
+        "One table instead of the text: experts, a row per expert; domains, one per expert and "
+        "domain."
+    )
 
 
 def ablate(
@@ -31,10 +38,7 @@ def ablate(
     resume: Path | None = run_option(
         "Store every loss in this directory, and continue from the losses already there.", "DIR"
     ),
-    table: AblateTable = output_option(
-        "experts: a row per expert. domains: one per expert and domain.", default="experts"
-    ),
-    write: TableOptions,
+    show: AblateOptions,
     text: HeldOutText,
     load: ModelOptions,
 ) -> None:
@@ -47,7 +51,7 @@ def ablate(
     moe-inspect ablate demo --layers 1
     moe-inspect ablate ./model --data held_out.jsonl --resume kept -o worth.csv
     moe-inspect ablate ./model --data held_out/ --table domains --most-passes 900"""
-    write.form()  # a usage error comes before anything is computed
+    show.chosen(("experts", "domains"), "experts")  # usage errors come first
     prepare()
     from moe_inspect.api import ablate as run
 
@@ -67,13 +71,7 @@ def ablate(
             kept = f"continue with --resume {resume}" if resume is not None else "nothing was kept"
             print_stderr(f"interrupted: {kept}")
             raise
-    write.emit(done.tables[table])
-    first = done.experts.iloc[0]
-    print_stderr(
-        f"{plural(len(done.experts), 'expert')}, {first.tokens:,} tokens of "
-        f"{plural(int(first.documents), 'document')}, {done.passes:,} forward passes: "
-        f"the whole model has a loss of {first.loss:.3f} nats per token"
-    )
+    show.show(done)
     if done.measured < done.batches:
         print_stderr(
             f"measured on {done.measured} of {done.batches} batches of the text"

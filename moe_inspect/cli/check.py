@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from moe_inspect.cli.emit import Format, text_to
 from moe_inspect.cli.help import traces as complete
 from moe_inspect.cli.options import TraceArgument, exit_if_failed, option
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import TableOptions
+from moe_inspect.cli.show import ShowOptions
 from moe_inspect.text import join_first
 
 
@@ -19,7 +18,7 @@ def check(
         autocompletion=complete,
     ),
     quick: bool = option("Check the files only, not the routes.", default=False),
-    write: TableOptions,
+    show: ShowOptions,
 ) -> None:
     """Check a trace: its files, then its routes.
 
@@ -34,12 +33,8 @@ def check(
     moe-inspect check runs/new --against runs/right --format json"""
     from moe_inspect.checking.check import check_trace
 
-    form = write.form()
+    show.chosen(("findings",), "findings")  # a usage error comes before the trace is read
     with shown():
         made = check_trace(trace, against, quick)
-    if form is Format.table:
-        with text_to(write.output) as file:
-            made.write_text(file)
-    else:
-        write.emit(made.table(values=form is Format.json))
+    show.show(made)
     exit_if_failed([f"failed: {join_first(made.wrong)}"] if made.wrong else [])

@@ -17,7 +17,7 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions, output_option, table_option
+from moe_inspect.cli.show import ShowOptions, table_option
 from moe_inspect.errors import MoeInspectError
 
 
@@ -81,7 +81,7 @@ def compare(
     pair: PairOptions,
     show: CompareOptions,
     scheduler: Scheduler = None,
-    top: int = output_option(
+    top: int = option(
         "Rows per router in flips, rows in documents and movers; 0 is all.",
         min=0,
         default=20,

@@ -22,7 +22,6 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import output_option
 from moe_inspect.text import no_such, plural, print_stderr
 
 if TYPE_CHECKING:
@@ -107,10 +106,8 @@ def import_(
 def export(
     *,
     trace: TraceArgument,
-    format: ExportFormat = output_option("What to write: see Formats.", "FORMAT", default=REQUIRED),
-    output: Path = output_option(
-        "File to write.", "PATH", flags=("-o", "--output"), default=REQUIRED
-    ),
+    format: ExportFormat = option("What to write: see Formats.", "FORMAT", default=REQUIRED),
+    output: Path = option("File to write.", "PATH", flags=("-o", "--output"), default=REQUIRED),
     by: ExportBy | None = option("pruning: the score of the experts. Default: reap.", "SCORE"),
     weights: str | None = option("With --by aimer: the model, a directory or a hub id.", "MODEL"),
     losses: Path | None = option(

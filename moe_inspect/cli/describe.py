@@ -4,35 +4,24 @@ weights say of its routers and experts; `moe-inspect doctor`: what this machine 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import typer
 
 from moe_inspect.capture.options import Device, OfDtype, RandomInit, Revision, TrustRemoteCode
 from moe_inspect.cli.capture import need_torch, quiet
-from moe_inspect.cli.emit import Format, text_to, to_stdout
+from moe_inspect.cli.emit import to_stdout
 from moe_inspect.cli.options import REQUIRED, AsJson, argument, in_panel, option
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import TableOptions
+from moe_inspect.cli.show import ShowOptions
 from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr, printable
 
 Gpu = Literal["a100", "h100", "h200", "b200"]
-WeightTable = Literal["routers", "experts"]
 training_option, weights_option = in_panel("Training"), in_panel("Weights")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactTableOptions(TableOptions):
-    """Of a command whose result is text, or every fact as a table."""
-
-    format: Format | None = option(
-        "Every fact as a table, csv, json (one object per line) or parquet. Default: by "
-        "the ending of the file, else text."
-    )
 
 
 def describe(
@@ -45,9 +34,6 @@ def describe(
     weights: bool = weights_option(
         "Show statistics of the weights (safetensors) instead: of each router or expert.",
         default=False,
-    ),
-    table: WeightTable = weights_option(
-        "With --weights: the geometry of routers, or AIMER and norms of experts.", default="routers"
     ),
     context: int | None = option(
         "Context length for the FLOPs per token (default: 4096, or the model's maximum).", min=1
@@ -64,7 +50,7 @@ def describe(
     gpu_hours: float | None = training_option(
         "Also show the model FLOPs utilisation that this many GPU-hours imply.", min=1
     ),
-    write: FactTableOptions,
+    show: ShowOptions,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -80,7 +66,11 @@ def describe(
     moe-inspect describe demo --weights --table experts"""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
-    form = write.form()
+    from moe_inspect.reporting.render.console import print_table
+    from moe_inspect.reporting.shown import Result
+
+    # a usage error comes before the model is built
+    show.chosen(("routers", "experts") if weights else ("facts",), "facts")
     if weights:
         if context or train_tokens:
             raise typer.BadParameter(
@@ -89,8 +79,9 @@ def describe(
         from moe_inspect.api import describe_weights
 
         with shown():
-            found = describe_weights(model, revision=revision)[table]
-        write.emit(found)
+            found = describe_weights(model, revision=revision)
+        text = partial(print_table, found[show.table or "routers"])
+        show.show(Result(f"describe {model}", found, text=text))
         return
     from moe_inspect.model import describe as description
     from moe_inspect.model.load import stated_config
@@ -104,14 +95,14 @@ def describe(
             model, context=context, revision=revision, trust_remote_code=trust_remote_code
         )
     training = made.training(train_tokens, gpu, mfu, gpu_hours) if train_tokens is not None else []
-    if write.format is None and form is Format.table:
-        with text_to(write.output) as file:
-            print(made, file=file)
-            for n, (_, _, text) in enumerate(training):
-                print(f"{'' if n else 'train':<8}{text}", file=file)
-        return
+    lines = [str(made)]
+    lines += [f"{'' if n else 'train':<8}{text}" for n, (_, _, text) in enumerate(training)]
+
+    def text(file: TextIO) -> None:
+        print(*lines, sep="\n", file=file)
+
     facts = description.describe_table(made, training)
-    write.emit(facts.drop(columns="value") if form is Format.table else facts)
+    show.show(Result(f"describe {model}", {"facts": facts}, text=text))
 
 
 def doctor(

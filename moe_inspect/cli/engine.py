@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import typer
 
 from moe_inspect.cli.options import REQUIRED, argument, option
-from moe_inspect.cli.show import TableOptions
+from moe_inspect.cli.show import ShowOptions
 
 Command = Literal["status", "on", "off", "sample", "metrics"]
 SWITCH = ("on", "off")
@@ -24,7 +25,7 @@ def engine(
     api_key: str | None = option(
         "The server's API key.", "KEY", envvar="MOE_INSPECT_API_KEY", default=None
     ),
-    write: TableOptions,
+    show: ShowOptions,
 ) -> None:
     """Switch the recording inside a serving engine.
 
@@ -39,10 +40,13 @@ def engine(
     import pandas as pd
 
     from moe_inspect.capture.engine.control import tell
+    from moe_inspect.reporting.render.console import print_table
+    from moe_inspect.reporting.shown import Result
 
     expected = TAKES.get(command)
     if expected is None and value:
         raise typer.BadParameter(f"{command} takes no value")
     if expected is not None and (not value or (command == "metrics" and value not in SWITCH)):
         raise typer.BadParameter(f"{command} takes {expected}")
-    write.emit(pd.DataFrame(tell(url, command, value, api_key)))
+    status = pd.DataFrame(tell(url, command, value, api_key))
+    show.show(Result(f"engine {url}", {"status": status}, text=partial(print_table, status)))

@@ -25,7 +25,7 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions, output_option, table_of, table_option
+from moe_inspect.cli.show import ShowOptions, table_of, table_option
 from moe_inspect.cli.simulate import Gpus, TimesOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
@@ -51,9 +51,6 @@ def report(
     *,
     trace: Annotated[str | None, TRACE] = None,
     selection: SelectionOptions,
-    full: bool = output_option(
-        "Print every finding and note, and excerpts of the tables.", default=False
-    ),
     show: ReportOptions,
     text: str | None = option(
         "With --html: documents per domain to show in full; 0 is none. Default: those "
@@ -66,7 +63,7 @@ def report(
         "TRACE",
         autocompletion=complete,
     ),
-    top: int = output_option(
+    top: int = option(
         "Token ids per expert in vocabulary, partners per expert in tables of pairs; 0 is all.",
         min=0,
         default=20,
@@ -96,7 +93,7 @@ def report(
     moe-inspect report runs/a
     moe-inspect report runs/a --html report.html
     moe-inspect report runs/a --gpu h200 --engine vllm --dtype fp8 --gpus 32
-    moe-inspect report runs/a --plots figs --width 3.3in --format pdf
+    moe-inspect report runs/a --plots figs --format pdf
     moe-inspect report runs/a --table load --layers 0-3 --format csv -o load.csv
     moe-inspect report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0"""
     if list_metrics:
@@ -137,7 +134,7 @@ def report(
         if made.warning:
             print_stderr(f"warning: {made.warning}")
         show.save(made, lambda: made.page(amount))
-    show.write(made, table, form, **({} if table else {"full": full}))
+    show.write(made, table, form)
     exit_if_failed(failed)
 
 

@@ -23,7 +23,7 @@ from moe_inspect.cli.options import (
 )
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions
-from moe_inspect.text import no_such, print_stderr
+from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
@@ -59,15 +59,6 @@ class SimulateOptions(ShowOptions):
         with shown():
             simulate = getattr(open_trace(trace).simulate, name)
             return simulate(*others, **given)
-
-    def show(self, made: Simulation) -> None:
-        """As text, or one table where --table, --format or the ending of the file asks for it."""
-        if self.table is not None and self.table not in made.tables:
-            raise typer.BadParameter(no_such("table", self.table, made.tables))
-        main = next(iter(made.tables))
-        table, form = self.chosen(made.tables, main)
-        self.save(made)
-        self.write(made, table or (main if self.of_table else None), form)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from moe_inspect.cli.emit import Format, text_to
 from moe_inspect.cli.options import TraceArgument, in_panel
-from moe_inspect.cli.show import TableOptions
+from moe_inspect.cli.show import ShowOptions
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def text(
     context: int = expert_option(
         "With --expert: tokens of context on each side.", min=0, default=8
     ),
-    write: TableOptions,
+    show: ShowOptions,
 ) -> None:
     """Show a document, or an expert's tokens, with their routes.
 
@@ -52,45 +51,39 @@ def text(
         raise typer.BadParameter("give --document N, or --layer L with --expert E")
     if expert is not None and layer is None:
         raise typer.BadParameter("--expert needs --layer: each layer has its own experts")
-    form = write.form()
+    from moe_inspect.reporting.shown import Result
     from moe_inspect.trace.reader import open_trace
 
+    show.chosen(("tokens",), "tokens")  # a usage error comes before the trace is read
     opened = open_trace(trace)
     if document is not None:
-        if form is Format.table:
-            router = opened.router_index(layer)[0]
-            frame = opened.document(document, layer=opened.routers[router].layer)
-            _print_document(opened, frame[frame["router"] == router], router, write.output)
-            return
         frame = opened.document(document, layer=layer)
+        text = partial(_print_document, opened, frame, opened.router_index(layer)[0])
     else:
         assert layer is not None
         assert expert is not None
         frame = opened.tokens_of(layer, expert, context, top=top or None)
-        if form is Format.table:
-            _print_concordance(opened, frame, layer, expert, write.output)
-            return
-    write.emit(frame)
+        text = partial(_print_concordance, opened, frame, layer, expert)
+    show.show(Result(f"text {trace}", {"tokens": frame}, text=text))
 
 
-def _print_document(trace: Trace, rows: pd.DataFrame, router: int, output: Path | None) -> None:
+def _print_document(trace: Trace, rows: pd.DataFrame, router: int, file: TextIO) -> None:
     from moe_inspect.reporting.render.console import console_for
     from moe_inspect.reporting.render.routed_text import legend, routed_text
 
+    rows = rows[rows["router"] == router]
     if not len(rows) or not len(trace.vocabulary()):
         raise MoeInspectError(f"{trace.path} was recorded without a vocabulary: it has no text")
-    listed = trace.routers[router]
-    with text_to(output) as file:
-        console = console_for(file)
-        colours = console.is_terminal and not console.no_color
-        console.print(f"layer {listed.layer}, {listed.experts} experts", style="bold")
-        console.print(legend(rows, listed.experts))
-        console.print()
-        console.print(routed_text(rows, colours))
+    listed, console = trace.routers[router], console_for(file)
+    colours = console.is_terminal and not console.no_color
+    console.print(f"layer {listed.layer}, {listed.experts} experts", style="bold")
+    console.print(legend(rows, listed.experts))
+    console.print()
+    console.print(routed_text(rows, colours))
 
 
 def _print_concordance(
-    trace: Trace, rows: pd.DataFrame, layer: int, expert: int, output: Path | None
+    trace: Trace, rows: pd.DataFrame, layer: int, expert: int, file: TextIO
 ) -> None:
     from rich.cells import cell_len
     from rich.text import Text
@@ -101,31 +94,28 @@ def _print_concordance(
     words = [f"[{readable(text)}]" for text in rows["text"]]
     domains = [readable(domain) for domain in rows["domain"]]
     wide, of_domain = (max(map(cell_len, column), default=0) for column in (words, domains))
-    with text_to(output) as file:
-        console = console_for(file)
-        given = rows.attrs["tokens"]
-        shown = f"{len(rows):,} of " if len(rows) < given else ""
-        console.print(
-            f"layer {layer}, expert {expert}: {shown}{plural(given, 'token')}", style="bold"
-        )
-        of_document = max((len(str(n)) for n in rows["document"]), default=0)
-        after = 8 * trace.has_weights + of_domain + of_document + len("  document ")
-        room = max((console.width - wide - after - 4) // 2, 8)
-        left = [_fitted(readable(text), room, end=True) for text in rows["left"]]
-        right = [_fitted(readable(text), room) for text in rows["right"]]
-        of_left, of_right = (max(map(cell_len, column), default=0) for column in (left, right))
-        for row, word, before, behind, domain in zip(
-            rows.itertuples(), words, left, right, domains, strict=True
-        ):
-            line = Text(" " * (of_left - cell_len(before)) + before + " ")
-            blanks = wide - cell_len(word)
-            line.append(" " * (blanks // 2) + word + " " * (blanks - blanks // 2), style="bold")
-            line.append(" " + behind + " " * (of_right - cell_len(behind)))
-            if trace.has_weights:
-                line.append(f"  {row.weight:.2f}")
-            line.append(f"  {domain}" + " " * (of_domain - cell_len(domain)), style="dim")
-            line.append(f"  document {row.document:>{of_document}}", style="dim")
-            console.print(line, soft_wrap=True)
+    console = console_for(file)
+    given = rows.attrs["tokens"]
+    shown = f"{len(rows):,} of " if len(rows) < given else ""
+    console.print(f"layer {layer}, expert {expert}: {shown}{plural(given, 'token')}", style="bold")
+    of_document = max((len(str(n)) for n in rows["document"]), default=0)
+    after = 8 * trace.has_weights + of_domain + of_document + len("  document ")
+    room = max((console.width - wide - after - 4) // 2, 8)
+    left = [_fitted(readable(text), room, end=True) for text in rows["left"]]
+    right = [_fitted(readable(text), room) for text in rows["right"]]
+    of_left, of_right = (max(map(cell_len, column), default=0) for column in (left, right))
+    for row, word, before, behind, domain in zip(
+        rows.itertuples(), words, left, right, domains, strict=True
+    ):
+        line = Text(" " * (of_left - cell_len(before)) + before + " ")
+        blanks = wide - cell_len(word)
+        line.append(" " * (blanks // 2) + word + " " * (blanks - blanks // 2), style="bold")
+        line.append(" " + behind + " " * (of_right - cell_len(behind)))
+        if trace.has_weights:
+            line.append(f"  {row.weight:.2f}")
+        line.append(f"  {domain}" + " " * (of_domain - cell_len(domain)), style="dim")
+        line.append(f"  document {row.document:>{of_document}}", style="dim")
+        console.print(line, soft_wrap=True)
 
 
 def _fitted(text: str, room: int, end: bool = False) -> str:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,9 @@ from moe_inspect.model.families import LAYER, Config
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.own import OwnModel
 from moe_inspect.model.routers import Site, in_layers
+from moe_inspect.reporting.shown import FIRST_ROWS, Shown
+from moe_inspect.reporting.tables.registry import Excerpt
+from moe_inspect.text import plural
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.manifest import refuse_within_trace
 
@@ -137,8 +140,8 @@ def _loss(logits_SV: torch.Tensor, row: TokenSequence, name: str) -> float:
 # --- without an expert
 
 
-@dataclass(frozen=True)
-class Ablation:
+@dataclass(repr=False)
+class Ablation(Shown):
     """What experts are worth on held-out text, in nats of loss per token.
 
     experts    a row per expert: layer, router, expert, how, documents, tokens, loss, loss_without,
@@ -148,15 +151,33 @@ class Ablation:
     passes     forward passes of this run
     """
 
+    rows: ClassVar[int] = 20
+
     experts: pd.DataFrame
     domains: pd.DataFrame
     measured: int
     batches: int
     passes: int
 
+    def __post_init__(self) -> None:
+        self.tables = {"experts": self.experts, "domains": self.domains}
+
     @property
-    def tables(self) -> dict[str, pd.DataFrame]:
-        return {"experts": self.experts, "domains": self.domains}
+    def title(self) -> str:
+        return "ablate"
+
+    @property
+    def said(self) -> list[str]:
+        first = self.experts.iloc[0]
+        return [
+            f"{plural(len(self.experts), 'expert')}, {first.tokens:,} tokens of "
+            f"{plural(int(first.documents), 'document')}, {self.passes:,} forward passes: "
+            f"the whole model has a loss of {first.loss:.3f} nats per token."
+        ]
+
+    @property
+    def excerpts(self) -> dict[str, Excerpt]:
+        return {"experts": FIRST_ROWS}
 
 
 def ablate_held_out(

@@ -82,12 +82,11 @@ class Report(ReportData, Shown):
     def __repr__(self) -> str:
         return f"Report({str(self.trace.path)!r}, tables: {', '.join(TABLES)})"
 
-    def write_text(self, file: TextIO, full: bool = False) -> None:
-        """Writes the text as the command prints it: one screen, or (`full`) with every finding and
-        note, and excerpts of the tables."""
+    def write_text(self, file: TextIO) -> None:
+        """Writes the text as the command prints it: one screen."""
         from moe_inspect.reporting.render.terminal import print_report
 
-        print_report(self, file, full)
+        print_report(self, file)
 
     @property
     def title(self) -> str:
@@ -99,9 +98,9 @@ class Report(ReportData, Shown):
 
     @property
     def excerpts(self) -> Mapping[str, Excerpt]:
-        from moe_inspect.reporting.render.terminal import excerpts_of
+        from moe_inspect.reporting.render.terminal import excerpt_of_balance
 
-        return excerpts_of(self)
+        return {"balance": excerpt_of_balance(self)}
 
     def charts(self) -> tuple[list[Chart], list[str]]:
         from moe_inspect.reporting.charts.spec import draw_charts

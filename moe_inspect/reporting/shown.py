@@ -7,7 +7,7 @@ import base64
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO, cast
@@ -29,6 +29,7 @@ LEAST_OF_TABLE = 9  # lines of a table with two rows in a text
 # lines of a table besides its rows and what is said of those left out: an empty one, the title, the
 # columns that are the same in every row, the names, a rule
 BESIDE_ROWS = 5
+FIRST_ROWS = Excerpt("the first rows", lambda frame, most: frame.head(most))
 CELL_SENTENCES, CELL_ROWS, CELL_COLUMNS = 5, 5, 8  # of a notebook's cell
 
 
@@ -205,6 +206,31 @@ class Shown(ABC):
                     draft.write_bytes(picture(figure, path.suffix[1:], chart.description))
                 written.append(path)
         return written
+
+
+class Result(Shown):
+    """Tables and sentences, without a chart. `text`: writes the text, if it is another than the
+    sentences."""
+
+    def __init__(
+        self,
+        title: str,
+        tables: Mapping[str, pd.DataFrame],
+        said: Sequence[Finding | str] = (),
+        text: Callable[[TextIO], object] | None = None,
+    ):
+        self.tables, self._title, self._said, self._text = tables, title, said, text
+
+    @property
+    def title(self) -> str:
+        return self._title
+
+    @property
+    def said(self) -> Sequence[Finding | str]:
+        return self._said
+
+    def write_text(self, file: TextIO) -> None:
+        (self._text or super().write_text)(file)
 
 
 def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, object]) -> str:

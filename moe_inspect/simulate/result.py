@@ -20,7 +20,7 @@ from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart
-from moe_inspect.reporting.shown import Shown, python_call, python_of_table
+from moe_inspect.reporting.shown import FIRST_ROWS, Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt
 from moe_inspect.reporting.verdict.findings import FEW_DOCUMENTS, few_tokens
 from moe_inspect.simulate.shards import count_taken
@@ -39,7 +39,6 @@ Tables = Mapping[str, Frame]
 Settings = dict[str, Any]
 Labels = dict[int, str]  # router → its layer, as people read it
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
-FIRST_ROWS = Excerpt("the first rows", lambda frame, most: frame.head(most))
 # settings that plan files and verdicts need
 HIDDEN = "moe_layers", "too_few", "times", "error", "ageing", "counts_only", "in_order", "fed"
 

@@ -43,10 +43,10 @@ def uniform(root: Path, T: int = T, E: int = E, K: int = K, L: int = 3, seed: in
 
 
 def text_of(made: Report) -> str:
-    """The text of `report --full` in a file."""
+    """The report in a file, with every finding and note."""
     file = io.StringIO()
-    terminal.print_report(made, file, full=True)
-    return file.getvalue()
+    terminal.print_report(made, file)
+    return "\n".join([file.getvalue(), *sentences(made), *made.notes()])
 
 
 def sentences(made: Report) -> list[str]:

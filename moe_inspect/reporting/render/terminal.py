@@ -3,9 +3,7 @@ full, the tables cut short."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import TextIO
 
@@ -16,10 +14,10 @@ from rich.console import Console
 from rich.text import Text
 
 from moe_inspect.reporting.render import console as text
-from moe_inspect.reporting.render.console import print_lines, wrapped
-from moe_inspect.reporting.render.heatmap import MOST_ROUTERS, heatmap_lines
+from moe_inspect.reporting.render.console import wrapped
+from moe_inspect.reporting.render.heatmap import heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData, Row, records
-from moe_inspect.reporting.tables.registry import ROWS, Excerpt, highest_rows
+from moe_inspect.reporting.tables.registry import Excerpt, highest_rows
 from moe_inspect.reporting.tables.summary import notes, title_of
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
@@ -29,11 +27,14 @@ MOST_FINDINGS = 5  # on a terminal
 COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
 
 
-def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
+def print_report(data: ReportData, file: TextIO) -> None:
     """What fits the screen, on a terminal of 80 columns and 24 lines or more. The gravest findings
     come first, then the map and the table have the room that is left; the last line says what is
     not shown."""
-    head, lines = wrapped(title, console), text.screen_lines(console)
+    console = text.console_for(file)
+    titled = f"{title_of(data)} · {data.trace.path} · {data.trace.status}"
+    head = wrapped(Text(printable(titled), style="bold"), console)
+    lines = text.screen_lines(console)
     routers = len(data.selection.routers)
     least_rows, least_map = min(routers, lines // 9), min(routers, lines * 2 // 9)
     # empty lines, titles of map and table, the last line
@@ -43,10 +44,14 @@ def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
     rows_of_map = min(routers, max(least_map, room - len(said)))
     rows = lines - fixed - len(said) - rows_of_map
     more = [
-        plural(n, of) for n, of in ((left_out, "more finding"), (len(notes(data)), "note")) if n
+        f"{plural(n, of)}: --table {table}"
+        for table, n, of in (
+            ("verdict", left_out, "more finding"),
+            ("summary", len(notes(data)), "note"),
+        )
+        if n
     ]
-    adds = f"{', '.join(more)} and tables" if more else "tables"
-    last = Text(f"--full adds {adds}; --html FILE writes a page", style="dim")
+    last = Text("; ".join([*more, "page: --html FILE"]), style="dim")
     parts = [
         head,
         said,
@@ -116,41 +121,6 @@ def _balance(one: Row) -> list[str]:
     ]
 
 
-def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
-    """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
-    console, model = text.console_for(file), title_of(data)
-    title = Text(printable(f"{model} · {data.trace.path} · {data.trace.status}"), style="bold")
-    if not full:
-        print_one_screen(data, title, console)
-        return
-    print_lines(title, "", console)
-    console.print()
-    print_verdict(findings(data), console)
-    console.print()
-    most = MOST_ROUTERS if console.is_terminal else len(data.selection.routers)
-    for line in heatmap_lines(data, console, most):
-        console.print(line, no_wrap=True, overflow="crop")
-    command = f"moe-inspect report {shlex.quote(str(data.trace.path))}"
-    has_router = data.trace.has_weights or "logits" in data.trace.tables
-    absent = {"vocabulary"} if data.counts.counts_only else set[str]()
-    absent |= set() if has_router else {"router"}
-    for name, excerpt in excerpts_of(data).items():
-        alone = len(data.counts.domains) < 2 and data.selection.domains is None
-        if name == "domains" and alone:
-            labels = ", ".join(map(repr, data.counts.domains))
-            console.print()
-            console.print(Text(f"domains: only one, {labels}: nothing to compare it with"))
-        elif name not in absent:
-            table = data.tables[name]
-            if name == "specialization" and not table["domain_mi_bits"].notna().any():
-                excerpt = replace(excerpt, what="the first routers")
-            print_excerpt(table, name, excerpt, ROWS, command, console)
-    if notes(data):
-        console.print()
-    for note in notes(data):
-        print_lines(note, "dim", console, Text("note: ", "dim"))
-
-
 def print_verdict(said: Sequence[Finding | str], console: Console) -> None:
     """A bullet per finding."""
     for found in said:
@@ -176,72 +146,11 @@ def print_excerpt(
         console.print(Text(printable(more), style="dim"))
 
 
-def _most_and_least_loaded(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    if len(frame) <= most:
-        return frame
-    ordered = frame.sort_values("load_ratio", ascending=False, kind="stable")
-    ordered = ordered.dropna(subset="load_ratio")
-    half = most // 2
-    return pd.concat([ordered.head(half), ordered.iloc[half:].tail(most - half)])
-
-
-def _furthest_above_mean(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    rise = frame["activation"] - frame["activation"] / frame["lift"]
-    return frame.loc[rise.nlargest(most).index]
-
-
-def _most_exclusive(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    # first choices may be unknown
-    fraction = frame["first_choice_fraction"].fillna(frame["fraction"])
-    return frame.loc[(fraction * np.log1p(frame["count"])).nlargest(most).index]
-
-
-def _excerpt(what: str, rows: Callable[[pd.DataFrame, int], pd.DataFrame], of: str) -> Excerpt:
-    return Excerpt(what, rows, ("layer", "router", *of.split()))
-
-
-# table → what of it, in the order of the report: which rows, in words and chosen, and which columns
-EXCERPTS = {
-    "balance": _excerpt(
-        "the least balanced routers",
-        partial(highest_rows, column="max_vio"),
-        "max_over_mean expected_by_chance max_over_mean_low max_over_mean_high busiest_expert "
-        "dead_experts cv gini max_vio_batch",
-    ),
-    "load": _excerpt(
-        "the most and the least loaded experts",
-        _most_and_least_loaded,
-        "expert assignments share load_ratio first_choice",
-    ),
-    "domains": _excerpt(
-        "furthest above the mean over the domains, by activation minus that mean",
-        _furthest_above_mean,
-        "domain expert tokens activation lift",
-    ),
-    "specialization": _excerpt(
-        "the routers that separate domains best",
-        partial(highest_rows, column="domain_mi_bits"),
-        "domain_mi_bits domain_mi_null_bits token_mi_bits token_mi_null_bits jsd_bits "
-        "vocabulary_specialization",
-    ),
-    "router": _excerpt(
-        "the least confident routers",
-        partial(highest_rows, column="gate_entropy_nats", otherwise="weight_entropy_nats"),
-        "weight_mass weight_entropy_nats aux_loss z_loss gate_entropy_nats top_k_mass tie_rate",
-    ),
-    "vocabulary": _excerpt(
-        "the token ids that go to one expert most exclusively",
-        _most_exclusive,
-        "expert token count fraction first_choice_fraction",
-    ),
-}
-
-
-def excerpts_of(data: ReportData) -> dict[str, Excerpt]:
-    """EXCERPTS of a trace: the router is named where a layer has several."""
-    if len({r.layer for r in data.trace.routers}) < len(data.trace.routers):
-        return EXCERPTS
-    return {
-        name: replace(of, columns=tuple(c for c in of.columns if c != "router"))
-        for name, of in EXCERPTS.items()
-    }
+def excerpt_of_balance(data: ReportData) -> Excerpt:
+    """The least balanced routers; the router is named where a layer has several."""
+    layers = [router.layer for router in data.trace.routers]
+    columns = "layer router max_over_mean expected_by_chance max_over_mean_low max_over_mean_high "
+    columns += "busiest_expert dead_experts cv gini max_vio_batch"
+    named = [name for name in columns.split() if name != "router" or len({*layers}) < len(layers)]
+    rows = partial(highest_rows, column="max_vio")
+    return Excerpt("the least balanced routers", rows, tuple(named))
