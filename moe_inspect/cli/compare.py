@@ -91,8 +91,8 @@ def compare(
     """Compare the routing of two traces, token by token.
 
     Shows where they choose different experts, and whether rounding, another model or a misalignment
-    explains it. Traces of counts are compared by the load of their experts; of different models the
-    summaries are shown side by side. Needs neither torch nor the model.
+    explains it. Traces of counts are compared by the load of their experts. Two different models
+    get a table of their summaries. Needs neither torch nor the model.
 
     Examples:
     moe-inspect compare runs/bf16 runs/fp8
