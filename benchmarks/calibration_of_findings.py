@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage_of_intervals import cases, coverage, loss_is_found
+from benchmarks.coverage_of_intervals import cases, coverage
 from benchmarks.measuring import machine, write_results, written
 from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.rules import BATCH, DEFAULT_RULES, parse_rule
@@ -56,7 +56,6 @@ ALWAYS = {
     "signature",
     "paths",
     "drift",
-    "hard_tokens",
     "unused_in_domain",
     "repeated_rows",
     "missing_ranks",
@@ -184,7 +183,6 @@ def found(planted: Planted, seed: int) -> bool:
 def power(pool: ProcessPoolExecutor, traces: int) -> dict[str, Any]:
     """How often what is planted is found, of so many traces."""
     times = {name: list(pool.map(partial(found, PLANTED[name]), range(traces))) for name in PLANTED}
-    times["loss +0.4"] = list(pool.map(loss_is_found, range(traces)))
     for name, of in times.items():
         print(f"{name:24s} {sum(of):4d} of {traces} found", flush=True)
     return {name: {"traces": traces, "found": sum(of)} for name, of in times.items()}

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.analysis.losses import CellLosses, ExpertLosses, add_p, by_expert
 from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.analysis.metrics.signature import accuracies
 
 
@@ -103,48 +101,17 @@ def path_entropy(of: Documents, rng: np.random.Generator) -> tuple[float, float,
     return made.value, made.low, made.high
 
 
-def _losses(of: Documents, rng: np.random.Generator) -> ExpertLosses:
-    """Expert 5 serves tokens that are 0.4 nats harder. Documents have a difficulty of their own."""
-    load_UE = of.drawn(rng)
-    cell_N, count_N = np.flatnonzero(load_UE), load_UE[load_UE > 0]
-    document_S, expert_S = np.divmod(np.repeat(cell_N, count_N), of.E)
-    S = len(expert_S)
-    loss_S = rng.normal(0, 1, S) + 0.4 * (expert_S == 5) + rng.normal(0, 0.2, of.U)[document_S]
-    explained = CellLosses(loss_S, loss_S, rng.integers(0, 20, S), document_S)
-    return next(by_expert(explained, (expert_S,), of.E, [explained.group()]))
-
-
-def loss_difference(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
-    found = _losses(of, rng)
-    return tuple(
-        float(of_E[5])
-        for of_E in (  # type: ignore[return-value]
-            found.difference_nats,
-            found.difference_low,
-            found.difference_high,
-        )
-    )
-
-
-def loss_is_found(seed: int) -> bool:
-    """Whether the harder tokens of one of 64 experts are found beyond chance."""
-    of = _losses(Documents(E=64, K=8, U=60, tokens=150, taste=0.1), np.random.default_rng(seed))
-    add_p([of])
-    return bool(of.difference_p[5] < ALPHA)
-
-
 STATISTICS: dict[str, Estimate] = {
     "busiest": busiest,
     "ratio": ratio,
     "accuracy": accuracy,
     "path entropy": path_entropy,
-    "loss difference": loss_difference,
 }
 
 
 def coverage(statistic: str, regime: str, draws: int) -> tuple[float, float]:
     """The share of the intervals that hold the truth, of those that are given, and the share of the
-    draws that have none. The truth of accuracy and loss is the mean of samples alike, of as many
+    draws that have none. The truth of accuracy is the mean of samples alike, of as many
     documents."""
     of = REGIMES[regime]
     found = np.array([STATISTICS[statistic](of, np.random.default_rng([n])) for n in range(draws)])

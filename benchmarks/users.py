@@ -39,7 +39,7 @@ class Shape:
     top_k: int = 8
     per_document: int = 512
     domains: int = 8
-    extras: bool = False  # logits, norms and losses
+    extras: bool = False  # logits and norms
     per_shard: int = 65_536
     seed: int = 0
     changed: float = 0.0  # share of decisions with another expert than with the same seed and 0
@@ -69,7 +69,7 @@ TRACES = {
         2**20, layers=16, experts=64, top_k=4, per_document=2**20, domains=1
     ),
     "k = 1": Shape(200_000, top_k=1),
-    "logits, norms, loss": Shape(65_536, layers=16, experts=64, extras=True),
+    "logits, norms": Shape(65_536, layers=16, experts=64, extras=True),
 }
 
 
@@ -86,9 +86,7 @@ def make(root: str, **shape: Any) -> None:
         Router(layer, "experts", f"layers.{layer}.mlp.experts", made.experts, made.top_k)
         for layer in range(made.layers)
     ]
-    extras: dict[str, Any] = (
-        {"logits": True, "norms": True, "token_loss": True} if made.extras else {}
-    )
+    extras: dict[str, Any] = {"logits": True, "norms": True} if made.extras else {}
     words = pa.table(
         {
             "token_id": np.arange(WORDS, dtype=np.int32),
@@ -103,7 +101,6 @@ def make(root: str, **shape: Any) -> None:
 
 
 def batches(made: Shape) -> Iterator[Any]:
-    from moe_inspect.trace.schema import LOSS
     from moe_inspect.trace.writer import Document, RoutedBatch
 
     rng, chance = np.random.default_rng(made.seed), np.random.default_rng(99)
@@ -138,12 +135,10 @@ def batches(made: Shape) -> Iterator[Any]:
             weights.append(weight_TK[order])
         extras: dict[str, Any] = {}
         if made.extras:
-            loss_T = rng.gamma(2, 1, len(token_T)).astype(np.float32)
             extras["extras"] = {
                 "logits": [drawn_TE.astype(np.float16)] * made.layers,
                 "norms": [np.abs(w) + np.float16(1) for w in weights],
             }
-            extras["token_values"] = dict.fromkeys(LOSS, loss_T)
         begun = np.unique(document_T[position_T == 0])
         yield RoutedBatch(
             n,
@@ -298,8 +293,8 @@ CASES = [
     Case("1e6 tokens in a document", "text {a} --document 0"),
     Case("1e6 tokens in a document", "text {a} --layer 3 --expert 5"),
     Case("k = 1", "report {a}", "read"),
-    Case("logits, norms, loss", "report {a}", "read"),
-    Case("logits, norms, loss", "simulate routing {a}"),
+    Case("logits, norms", "report {a}", "read"),
+    Case("logits, norms", "simulate routing {a}"),
 ]
 
 

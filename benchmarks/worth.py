@@ -36,9 +36,8 @@ import moe_inspect
 from benchmarks.calls import qwen
 from benchmarks.measuring import machine, write_results
 from moe_inspect.analysis.scores import SCORES, counted, lowest, score_E
-from moe_inspect.analysis.weights.measure import weight_tables
 from moe_inspect.capture.options import TraceOptions
-from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
+from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.interventions.ablation import HeldOut, documents_of, open_held_out
 from moe_inspect.trace.reader import Trace
 
@@ -60,7 +59,6 @@ SHAPES: dict[str, dict[str, int]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "dispatch": {},
     "norms": {"output_norms": True},
-    "norms, peaks": {"output_norms": True, "output_peaks": True},
 }
 
 
@@ -132,7 +130,6 @@ SEEN = {
     "reap": (4.431, 4.655, 4.712),
     "ean": (4.376, 4.563, 4.863),
     "mean-norm": (4.837, 5.312, 5.411),
-    "aimer": (4.424, 4.540, 4.911),
     "ablation": (4.330, 4.537, 4.752),
 }
 # of each domain: those on which the ablation in SEEN was measured
@@ -172,9 +169,6 @@ def scores_of(trace: Trace, half: Path) -> dict[str, list[np.ndarray]]:
     """Of each router, float64 [E]; the least goes first. `trace`: of the texts in `half`."""
     ours = [by for by in SCORES if by != "saliency"]
     found = {by: [score_E(counted(trace, by), r, by) for r in range(4)] for by in ours}
-    aimer = weight_tables(MODEL_DIR)["experts"]
-    # the more alike its weights are in size, the less an expert has learned
-    found["aimer"] = [-of.to_numpy() for _, of in aimer.groupby("router").aimer]
     found["ablation"] = ablation_scores(half)
     found[OF_FEW] = ablation_scores(first_texts(half))
     return found

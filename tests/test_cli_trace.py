@@ -175,7 +175,7 @@ def long_corpus(tmp_path_factory: Any) -> Path:
 
 
 def start(model: Path, corpus: Path, out: Path) -> Ranks:
-    command = ("trace", model, "-o", out, "--token-loss", "--data", corpus, "--batch-tokens", 4000)
+    command = ("trace", model, "-o", out, "--data", corpus, "--batch-tokens", 4000)
     return Ranks(out.parent, 1, command)
 
 
@@ -228,7 +228,7 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
     assert status in report.stdout
     if how == signal.SIGTERM:  # from here on as for SIGINT
         return
-    again = ("trace", model, "-o", "t", "--token-loss", "--data", long_corpus, "--batch-tokens")
+    again = ("trace", model, "-o", "t", "--data", long_corpus, "--batch-tokens")
     cli_here(*again, 4000, check=1)  # it is not lost by accident
     other = cli_here(*again, 4001, "--resume", check=1)
     assert "t was made with batch tokens 4000, not 4001" in other.stderr

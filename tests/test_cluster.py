@@ -22,7 +22,6 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import LOSS
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document
 from tests.conftest import Cli, Put
@@ -45,7 +44,7 @@ def client() -> Iterator[Any]:
 
 
 def made(root: Path, seed: int = 0, shard_tokens: int = 400) -> Trace:
-    """With all that a trace may have: weights, logits, norms, losses, several domains and
+    """With all that a trace may have: weights, logits, norms, several domains and
     phases."""
     rng, passes = np.random.default_rng(seed), []
 
@@ -69,10 +68,9 @@ def made(root: Path, seed: int = 0, shard_tokens: int = 400) -> Trace:
                 documents=[Document(int(d), DOMAINS[d % 3], "", 40) for d in np.unique(document)],
                 phase="decode" if b % 2 else "prefill",
                 extras={"logits": logits, "norms": halves(BATCH, K)},
-                token_values={name: rng.random(BATCH).astype(np.float32) for name in LOSS},
             )
         )
-    has = dict.fromkeys(("weights", "norms", "token_loss"), True)
+    has = dict.fromkeys(("weights", "norms"), True)
     options = {**has, "logits": True, "manifest": {"capture": has}, "shard_tokens": shard_tokens}
     return write_passes(root, routers(L, E, K), passes, **options)
 
@@ -95,7 +93,6 @@ def test_a_report(trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
     there = moe_inspect.report("a", scheduler=client)
     same_tables(there, here)
     assert [f.text for f in there.verdict()] == [f.text for f in here.verdict()]
-    assert len(here.tables["loss"]) > 0
     with pytest.raises(AssertionError):
         same_tables(there, moe_inspect.report(trace, domains="law"))
 
@@ -105,7 +102,6 @@ def test_a_comparison(trace: Trace, client: Any, tmp_path: Path):
     there = moe_inspect.compare(trace.on(client), other.on(client))
     here = moe_inspect.compare(trace, other)
     same_tables(there, here)
-    assert len(here.tables["loss"]) > 0
     assert len(here.tables["worth"]) > 0
 
 

@@ -198,7 +198,7 @@ def test_excerpts_begin_with_the_highest(tmp_path: Path):
         assert shown == sorted(table[column], reverse=True)[:3] != table[column].tolist()[:3]
 
 
-def test_scores_of_others_fill_worth_and_make_keep_lists(tmp_path: Path):
+def test_scores_of_others_make_keep_lists(tmp_path: Path):
     """Sums over assignments, or a score per assignment, which are told apart by their names."""
     table, rng = rows(drawn(0)), np.random.default_rng(1)
     table["gate_sum"] = table["count"] * rng.random(len(table))
@@ -212,14 +212,8 @@ def test_scores_of_others_fill_worth_and_make_keep_lists(tmp_path: Path):
     worth = made.tables["worth"].set_index(["layer", "expert"])
     of_expert = summed.groupby(["layer", "expert"])[["count", "gate_sum", "saliency_sum"]].sum()
     mean = of_expert["saliency_sum"] / of_expert["count"]
-    assert np.allclose(worth["saliency"], mean)
     assert np.allclose(worth["gate_sum"], of_expert["gate_sum"])
-    assert ((worth["saliency_low"] < mean) & (mean < worth["saliency_high"])).all()
-    assert worth["saliency_low"].min() < 0
     assert worth["reap"].isna().all()
-    summary: Any = made.tables["summary"]
-    said = "saliency is the score that the files imported as table state, not one of ours"
-    assert summary["value"].str.contains(said).any()
     for by, score in (("saliency", mean), ("gate", of_expert["gate_sum"])):
         trace.export("pruning", tmp_path / f"{by}.json", by=by, keep=0.5)
         plan = json.loads((tmp_path / f"{by}.json").read_text())
@@ -233,7 +227,6 @@ def test_scores_of_others_fill_worth_and_make_keep_lists(tmp_path: Path):
     without = counts(tmp_path / "c", drawn(0))
     with pytest.raises(MoeInspectError, match="states no saliency: import counts that state it"):
         without.export("pruning", tmp_path / "n.json", by="saliency")
-    assert report(without).tables["worth"]["saliency"].isna().all()
     # and back from the counts that we write, by domain
     trace.export("counts", tmp_path / "c.csv")
     back = import_trace("counts", [tmp_path / "c.csv"], tmp_path / "back")

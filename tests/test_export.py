@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import moe_inspect
-from moe_inspect.analysis.scores import losses_without
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import MODULES
 from moe_inspect.exporters.run import export_trace, exporters, options_of
@@ -73,9 +71,6 @@ def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path
     ("format", "options", "said"),
     [
         ("pruning", {"by": "x"}, "no score 'x': there are reap, gate"),
-        ("pruning", {"by": "aimer"}, "add --weights MODEL"),
-        ("pruning", {"by": "ablation"}, "add --losses FILE"),
-        ("pruning", {"losses": "l.csv"}, "--losses is for ablation, not for reap"),
         ("counts", {"by": "gate"}, "--by is an option of the format pruning, not of counts"),
         ("pruning", {"by": "gate", "keep": 0.1}, "of 8 experts, but every token goes to 2"),
         ("counts", {"gpu_layers": 1}, "--gpu-layers is an option of the format llama-cpp, not of"),
@@ -130,72 +125,10 @@ def norms(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 @pytest.mark.parametrize("score", ["reap", "ean", "mean-norm"])
 def test_the_sizes_of_outputs_are_scores_too(score: str, norms: Trace, tmp_path: Path):
     export_trace(norms, "pruning", tmp_path / "p.json", by=score)
-    column = {"reap": "reap", "ean": "ean_sum", "mean-norm": "mean_norm"}[score]
-    expected = moe_inspect.report(norms).tables["worth"].query("layer == 2")[column].fillna(0)
-    assert read(tmp_path / "p.json")["scores"]["2"] == pytest.approx(expected.tolist())
-
-
-def test_by_the_weights_of_the_experts(norms: Trace, tmp_path: Path):
-    export_trace(norms, "pruning", tmp_path / "p.json", by="aimer", weights="demo")
-    plan = read(tmp_path / "p.json")
-    table = moe_inspect.describe_weights("demo")["experts"].set_index("layer").loc[2]
-    worth = 1 - table["aimer"].to_numpy()
-    assert plan["scores"]["2"] == pytest.approx(worth.tolist())
-    assert plan["dropped"]["2"] == sorted(np.argsort(worth)[:2].tolist())
-
-
-def write_rows(rows: pd.DataFrame, path: Path) -> Path:
-    write = {
-        ".csv": lambda: rows.to_csv(path, index=False),
-        ".json": lambda: rows.to_json(path, orient="records", lines=True),
-        ".parquet": lambda: rows.to_parquet(path),
-    }
-    write[path.suffix]()
-    return path
-
-
-def every(**levels: Any) -> pd.DataFrame:
-    return pd.MultiIndex.from_product(levels.values(), names=levels.keys()).to_frame(index=False)
-
-
-@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
-def test_by_the_losses_of_an_ablation(ending: str, trace: Trace, tmp_path: Path):
-    """Its rows are in any order."""
-    rows = every(layer=[1, 3], expert=range(E), domain=["a", "b/c"])
-    rows["router"], rows["tokens"] = rows["layer"] // 2, np.where(rows["domain"] == "a", 100, 300)
-    rows["difference"] = np.random.default_rng(0).normal(0.1, 0.2, len(rows)).round(6)
-    rows = rows.sample(frac=1, random_state=1)
-    given = {"by": "ablation", "losses": write_rows(rows, tmp_path / f"losses.{ending}")}
-    export_trace(trace, "pruning", tmp_path / "p.json", **given)
-    plan = read(tmp_path / "p.json")
-    for layer, part in rows.groupby("layer"):
-        of_layer = part.pivot(index="expert", columns="domain", values="difference")
-        whole = of_layer["a"] * 0.25 + of_layer["b/c"] * 0.75
-        assert plan["scores"][str(layer)] == pytest.approx(whole.tolist())
-        assert plan["dropped"][str(layer)] == sorted(whole.nsmallest(2).index)
-    assert (rows["difference"] < 0).any(), "control"
-    for wrong, said in (
-        (rows[rows["expert"] != 5], "losses without 7 of 8 experts in layer 1"),
-        (rows[rows["layer"] == 3], "losses without 0 of 8 experts in layer 1"),
-        (rows.drop(columns="tokens"), "no column 'tokens': it is not a table of moe-inspect abl"),
-        ("none.csv", "cannot read"),
-        ("losses.txt", "are read from .csv"),
-    ):
-        path = tmp_path / (wrong if isinstance(wrong, str) else "wrong.csv")
-        if not isinstance(wrong, str):
-            write_rows(wrong, path)
-        with pytest.raises(MoeInspectError, match=said):
-            export_trace(trace, "pruning", tmp_path / "f", by="ablation", losses=path)
-    assert not (tmp_path / "f").exists()
-
-
-@pytest.mark.parametrize("ending", ["csv", "json"])
-def test_a_domain_may_have_any_name(ending: str, trace: Trace, tmp_path: Path):
-    rows = every(layer=[1, 3], expert=range(E), domain=["007", "NA"])
-    rows = rows.assign(tokens=9, difference=0.5, difference_low=np.nan, router=rows["layer"] // 2)
-    for kept in (rows, rows[rows["domain"] == "007"]):
-        path = write_rows(kept, tmp_path / f"losses.{ending}")
-        assert np.all(np.array(losses_without(path, trace.routers)) == 0.5)
+    worth = moe_inspect.report(norms).tables["worth"].query("layer == 2").fillna(0)
+    worth["ean"] = worth["mean_norm"] * worth["assignments"]
+    expected = worth[score.replace("-", "_")].tolist()
+    assert read(tmp_path / "p.json")["scores"]["2"] == pytest.approx(expected)
 
 
 def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path):
@@ -447,7 +380,7 @@ def test_the_help_lists_every_format(cli_here: Cli) -> None:
     assert set(exporters()) == set(MODULES)
     for name, (_, writes) in MODULES.items():
         assert f"{name} {writes}" in said
-    assert options_of(exporters()["pruning"]) == ["keep", "by", "weights", "losses"]
+    assert options_of(exporters()["pruning"]) == ["keep", "by"]
     assert options_of(exporters()["sglang"]) == []
 
 

@@ -28,7 +28,6 @@ SPARSE_BYTES = 64 * 10**9
 READ: dict[str, list[str]] = {
     "rules": ["watch t --rules {}"],
     "config.json": ["import counts loads.csv -o new --config {}", "describe {}"],
-    "losses.csv": ["export t --format pruning --by ablation --losses {} -o new.json"],
     "experts.gguf": ["simulate cache t --slots 2 --gguf {}"],
     "routes.npy": ["import vllm-routed {} -o new --experts 8"],
     "counts.json": ["import auto {} -o new", "import counts {} -o new"],

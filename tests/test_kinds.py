@@ -92,11 +92,6 @@ CASES = {
     "different_models": Case("note: .* it is no comparison of tokens", "a model of more experts", "another model", None),
     "misaligned": Case("", "routes shifted", "another model", "routes shifted, 5 tokens"),
     "growth": Case("", "5% changed", "same", "10 tokens changed"),
-    "hard_tokens": Case("note: Expert 3 of .* nats harder to continue", "losses", "even losses", "losses, 5 documents"),
-    "loss": Case(r"warning: B predicts worse than A: it has a loss of .* \(\+0.2500, 95 % \+0.2500 to \+0.2500 over documents\)", "worse", "worse in one document", "worse, 5 documents"),
-    "loss of a better one": Case(r"good: B predicts better than A: it has a loss of .* \(-0.2500, 95 % -0.2500 to -0.2500 over documents\)", "better", "worse", None),
-    "loss of one document": Case("note: These documents do not show which predicts better: B has ", "worse in one document", "worse", None),
-    "loss of few documents": Case("note: .* too few documents to tell whether that is chance", "worse, 5 documents", "worse", None),
     "by_step": Case(".*Step by step: the load differs", "moved", "not moved", "moved once"),
     "repeated_rows": Case("", "padded", "lacking", "padded, 15 rows"),
     # that too little is known: where it is, and where it is not

@@ -53,7 +53,6 @@ KERNELS = {
     "offsets from one": ("tl.store(offsets, 0)\n        _place", "tl.store(offsets, 1)\n        _place"),
     "norms of another slot": ("tl.store(norms + t * K + k,", "tl.store(norms + t * K + K - 1 - k,"),
     "norms without their root": ("tl.sqrt_rn(tl.sum(row * row, 0))", "tl.sum(row * row, 0)"),
-    "peaks with their sign": ("tl.max(tl.abs(row), 0)", "tl.max(row, 0)"),
     "weights of slot 0": ("tl.load(weights + slot)", "tl.load(weights + slot // 2 * 2)"),
     "rows that were not written are summed": ("tl.where(place < end, H, 0)", "tl.where(place >= 0, H, 0)"),
     "torch reference: off-by-one page": ("tape.part(tape.ids, page % tape.pages)", "tape.part(tape.ids, (page + 1) % tape.pages)"),

@@ -1,4 +1,4 @@
-"""The tests of counting, evidence, verdict, writer, reader, importers and token losses can fail:
+"""The tests of counting, evidence, verdict, writer, reader and importers can fail:
 each mistake of this list, put in on purpose, makes one of them do so. The kernels' and the ring's
 are in test_mutations."""
 
@@ -8,14 +8,10 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from moe_inspect.capture import token_loss
-from moe_inspect.capture.hook.inputs.rows import Rows
 from tests.support.mutation import fails, mutation
 from tests.support.synthetic import thirty_documents
 
@@ -73,51 +69,6 @@ changed = by("damage.test_a_changed_footer_or_page_of_a_large_file_is_found")
 resumed = by("trace.test_uncommitted_files_are_ignored_and_resume_deletes_them")
 
 
-def masked(path: Path) -> None:
-    """A token that cannot follow."""
-    values = token_loss.nats(torch.tensor([[0.0, float("-inf"), 0.0]]), torch.tensor([2]))
-    assert torch.allclose(values, torch.full((2, 1), 2.0).log())
-
-
-def planned(path: Path) -> None:
-    """A pass of two sequences, one after the other, and the pass that follows."""
-
-    def rows(real: list[int], token: list[int], sequence: list[int], position: list[int]) -> Rows:
-        of: list[Any] = [np.array(a) for a in (token, [0] * len(token), sequence, position)]
-        return Rows(np.array(real, bool), *of, domain=np.zeros(len(token)))
-
-    first = rows([1, 1, 0, 1, 1, 1], [5, 6, 7, 8, 9], [0, 0, 1, 1, 1], [0, 1, 0, 1, 2])
-    assert token_loss.next_tokens(first).tolist() == [6, -1, -1, 8, 9, -1]
-    after = rows([1, 1], [3, 4], [0, 1], [2, 3])
-    assert token_loss.first_tokens(first, after, 2).tolist() == [-1, 4], "a padded row ended"
-    skipped = rows([1, 1], [3, 4], [0, 1], [2, 4])
-    assert token_loss.first_tokens(first, skipped, 2).tolist() == [-1, -1]
-
-
-def twice(path: Path) -> None:
-    """Rows that change places twice, and back."""
-
-    class Cache:
-        def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
-
-    watched, cache = token_loss.CachePlaces(), Cache()
-    watched.watch(cache)
-    cache.reorder_cache(torch.tensor([1, 2, 0]))
-    assert not watched.kept(3).any()
-    cache.reorder_cache(torch.tensor([2, 0, 1]))
-    assert watched.kept(3).all()
-    cache.reorder_cache(torch.tensor([1, 0, 2]))
-    assert watched.kept(3).tolist() == [False, False, True]
-    watched.watch(cache)
-    assert watched.kept(3).all()
-
-
-padded = by("token_loss.test_it_is_the_cross_entropy_of_the_models_own_logits", "olmoe")
-beams = by("token_loss.test_of_beams_a_token_that_another_row_goes_on_from_has_none")
-chunks = by("token_loss.test_no_more_logits_than_a_chunk_are_made")
-following = by("token_loss.test_what_follows_may_come_with_the_next_pass")
-another_head = by("token_loss.test_a_head_that_does_not_give_the_models_logits_is_not_used")
-
 MUTATIONS = {
     # verdict
     "averaging: half becomes twice": ("reporting.verdict.balance", 'row["max_vio"] / 2)', 'row["max_vio"] * 2)', by_sentence("pooled shows half")),
@@ -137,9 +88,6 @@ MUTATIONS = {
     "paths: a group is left out by halves": ("analysis.metrics.paths", "np.sqrt((G - 1) / G *", "np.sqrt(1 / G *", by("committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time")),
     "paths: groups split documents": ("analysis.metrics.paths", "of_S.reshape(-1) % min(GROUPS, N)", "np.arange(len(document_S)) % min(GROUPS, N)", by("committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time")),
     "samples: drawn by the place in a shard": ("analysis.counting.samples", "mixed(shard.files.first_token + seen.number_T)", "mixed(seen.number_T)", by("committee.test_samples_are_the_same_in_any_shards")),
-    "weights: experts in reverse": ("analysis.weights.measure", "(t, e * (t.size // E)", "(t, (E - 1 - e) * (t.size // E)", by("describe_weights.test_every_family_is_found_and_measured", "gpt_oss")),
-    "weights: the mean square, not its root": ("analysis.weights.measure", "/ np.sqrt(place.weights_E * square_E), np", "/ (place.weights_E * square_E), np", by("describe_weights.test_every_family_is_found_and_measured", "olmoe")),
-    "weights: bf16 by half": ("analysis.weights.stored", "<< 16", "<< 15", by("describe_weights.test_bf16_fp16_and_several_files_in_pieces")),
     "design effect without n/(n − 1)": ("analysis.metrics.uncertainty", ".sum()) * n / (n - 1)", ".sum())", by("uncertainty.test_the_design_effect_by_hand")),
     "Gaussian floor without E/(E − 1)": ("analysis.metrics.uncertainty", "/ mean_load * E / (E - 1))", "/ mean_load)", by("uncertainty.test_the_gaussian_floor_by_hand")),
     "floor of independent picks": ("analysis.metrics.uncertainty", "picks_J1 / (E - e)", "k / E + 0 * picks_J1", by("uncertainty.test_noise_floor_is_what_drawing_gives", 20, 16, 4)),
@@ -232,37 +180,12 @@ MUTATIONS = {
     "megatron: a pass of one token is a repetition": ("importers.megatron.importer", "(odd or len(first.ids_TK) > 1)", "True", by("import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken")),
     "megatron: one token of several ranks is taken once": ("importers.megatron.importer", " and T > 1:", ":", by("import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken")),
     "megatron: tensor-parallel ranks add up": ("importers.megatron.importer", "seen[source.domain, step].add(made)", "pass", by("import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree")),
-    # token losses
-    "a token predicts itself": ("capture.token_loss", "= token_BS[:, 1:][follows_BS]", "= token_BS[:, :-1][follows_BS]", padded),
-    "padding follows": ("capture.token_loss", "follows_BS = real_BS[:, 1:] & real_BS[:, :-1]", "follows_BS = real_BS[:, :-1]", padded),
-    "the next packed sequence follows": ("capture.token_loss", "position_BS[:, 1:] == position_BS[:, :-1] + 1", "position_BS[:, 1:] != position_BS[:, :-1]", following),
-    "the next planned sequence follows": ("capture.token_loss", "same = fed.sequence[1:] == fed.sequence[:-1]", "same = fed.sequence[1:] >= fed.sequence[:-1]", planned),
-    "padding ends no planned row": ("capture.token_loss", "row = np.flatnonzero(fed.real)", "row = np.arange(len(fed.token_id))", planned),
-    "a planned row goes on from anywhere": ("capture.token_loss", "== before.position[at_B] + 1", ">= before.position[at_B] + 1", planned),
-    "a pass of other text follows": ("capture.token_loss", "if fed.before is before.after and joins and", "if", following),
-    "a pass that was not recorded is none": ("capture.token_loss", "joins = fed.after.length - fed.S == before.after.length", "joins = True", following),
-    "the first position of a row is continued": ("capture.token_loss", "rows_N * S + S - 1", "rows_N * S", following),
-    "the next pass adds none": ("capture.token_loss", "held, self._held = self._held, None", "held, self._held = None, None", following),
-    "chunks are given others' tokens": ("capture.token_loss", "next_T[of_N]", "next_T[of_N][::-1].copy()", padded),
-    "all tokens in one chunk": ("capture.token_loss", "max(1, CHUNK_LOGITS // V)", "fed.T", chunks),
-    "a logit is no log-probability": ("capture.token_loss", "loss_C + sum_C.log()", "loss_C", padded),
-    "the entropy with the other sign": ("capture.token_loss", "sum_C.log() - mean_C", "sum_C.log() + mean_C", padded),
-    "what cannot follow makes no number": ("capture.token_loss", "below_CV.clamp_(min=NO_CHANCE)", "pass", masked),
-    "the end of a sequence has a loss of 0": ("capture.token_loss", "np.full((len(LOSS), self.T), np.nan, np.float32)", "np.zeros((len(LOSS), self.T), np.float32)", padded),
-    "any head is taken": ("capture.token_loss", "if not head.checked and not head.agrees(hidden, logits[:, -1]):", "if False:", another_head),
-    "a head that is far off agrees": ("capture.token_loss", "<= TOLERANCE * most", "<= most + most", another_head),
-    "beams stay where they are": ("capture.token_loss", "kept_B = self._places.kept(B)", "kept_B = np.ones(B, bool)", beams),
-    "all beams change places": ("capture.token_loss", "return np.ones(B, bool)", "return np.zeros(B, bool)", following),
-    "beams are said in every step": ("capture.token_loss", "self._told = True", "pass", beams),
-    "the cache keeps what watches it": ("capture.token_loss", 'vars(self._cache).pop("reorder_cache", None)', "pass", beams),
-    "rows change places once": ("capture.token_loss", "self._from_B = from_B if self._from_B is None else self._from_B[from_B]", "self._from_B = from_B", twice),
 }  # fmt: skip
 
 
 def test_unmutated_all_is_well(tmp_path: Path) -> None:
-    """Of the checks of this file; the others are tests, which run without a mistake by themselves.
-    Two of these, as they are called here."""
-    for n, check in enumerate((masked, planned, twice, by_hand, older_in_order)):
+    """Two tests, as they are called here."""
+    for n, check in enumerate((by_hand, older_in_order)):
         (tmp_path / str(n)).mkdir()
         check(tmp_path / str(n))
 

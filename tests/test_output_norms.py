@@ -1,6 +1,5 @@
-"""The size of what each expert returns (`--output-norms`, `--output-peaks`): it is that of the
-expert's own output, in prefill and in decoding, however the model is run; and where it cannot be
-seen, that is said."""
+"""The norm of what each expert returns (`--output-norms`): it is that of the expert's own output,
+in prefill and in decoding, however the model is run; and where it cannot be seen, that is said."""
 
 from __future__ import annotations
 
@@ -15,17 +14,14 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.analysis.metrics.worth import super_experts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
 from tests.support import zoo
-from tests.support.damage import edit_manifest
 from tests.support.families import FAMILIES, NO_INTERFACE, build
 from tests.test_verify import put, rewrite
 
-BOTH: dict[str, Any] = {"output_norms": True, "output_peaks": True}
 ROUNDING = 2**-9  # of what is stored
 STEPS = 3
 
@@ -40,13 +36,13 @@ def run(model: Any, steps: int = STEPS) -> None:
 
 
 def recorded(model: Any, path: Path, **options: Any) -> moe_inspect.Trace:
-    with moe_inspect.record(model, path, **BOTH, **options):
+    with moe_inspect.record(model, path, output_norms=True, **options):
         run(model)
     return moe_inspect.open_trace(path)
 
 
-def sizes_alone(model: Any, trace: moe_inspect.Trace) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(norms, peaks) [T, K] of each router in the order of the trace's slots: each expert's output
+def norms_alone(model: Any, trace: moe_inspect.Trace) -> list[np.ndarray]:
+    """The norms [T, K] of each router in the order of the trace's slots: each expert's output
     for each of its tokens alone, with the gate weight 1, by the family's own implementation."""
     sites, seen = find_routers(model), dict[int, list[torch.Tensor]]()
 
@@ -65,8 +61,7 @@ def sizes_alone(model: Any, trace: moe_inspect.Trace) -> list[tuple[np.ndarray, 
         ids_TK = torch.from_numpy(shard.ids(r).astype(np.int64))
         K, one_S1 = ids_TK.shape[1], torch.ones(ids_TK.numel(), 1, dtype=hidden_TH.dtype)
         y_SH = site.module(hidden_TH.repeat_interleave(K, 0), ids_TK.reshape(-1, 1), one_S1)
-        sizes = y_SH.norm(dim=1), y_SH.abs().amax(1)
-        found.append(tuple(size.reshape(ids_TK.shape).numpy() for size in sizes))
+        found.append(y_SH.norm(dim=1).reshape(ids_TK.shape).numpy())
     model.set_experts_implementation(before)
     return found
 
@@ -76,16 +71,15 @@ def sizes_alone(model: Any, trace: moe_inspect.Trace) -> list[tuple[np.ndarray, 
 def test_a_norm_is_that_of_the_experts_own_output(family: str, tmp_path: Path) -> None:
     model = build(family)
     trace = recorded(model, tmp_path / "t")
-    assert trace.slot_values == ["weight", "norm", "peak"]
+    assert trace.slot_values == ["weight", "norm"]
     shard = next(trace.shards)
     assert set(shard.tokens()["phase"].to_pylist()) == {"prefill", "decode"}
-    for r, alone in enumerate(sizes_alone(model, trace)):
-        for value, want_TK in zip(("norm", "peak"), alone, strict=True):
-            got_TK = np.stack(shard.slot_values(r, value)).T
-            assert len(got_TK) == 2 * (11 + STEPS)
-            assert np.abs(got_TK / want_TK - 1).max() <= ROUNDING
-            # and so for no other slot
-            assert np.abs(got_TK[:, ::-1] / want_TK - 1).max() > ROUNDING
+    for r, want_TK in enumerate(norms_alone(model, trace)):
+        got_TK = np.stack(shard.slot_values(r, "norm")).T
+        assert len(got_TK) == 2 * (11 + STEPS)
+        assert np.abs(got_TK / want_TK - 1).max() <= ROUNDING
+        # and so for no other slot
+        assert np.abs(got_TK[:, ::-1] / want_TK - 1).max() > ROUNDING
 
 
 @torch.no_grad()
@@ -124,7 +118,7 @@ def test_compiled(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_slots_keep_their_sizes_where_they_are_put_in_order(tmp_path: Path) -> None:
+def test_slots_keep_their_norms_where_they_are_put_in_order(tmp_path: Path) -> None:
     """phimoe's router does not sort by weight: each norm goes with its expert."""
     model = build("phimoe")
     full = recorded(model, tmp_path / "full").routing()
@@ -136,7 +130,7 @@ def test_where_outputs_are_not_seen_that_is_said(tmp_path: Path) -> None:
     for family, options, said in (
         ("mixtral", {"capture": "tap"}, "a tap does not see what the experts return"),
         ("llama4", {}, "is not on transformers' experts interface: what its experts return"),
-        ("mixtral", {"counts_only": True}, "counts_only keeps no output norms or peaks"),
+        ("mixtral", {"counts_only": True}, "counts_only keeps no output norms"),
     ):
         with pytest.raises(MoeInspectError, match=said) as error:
             moe_inspect.record(build(family), tmp_path / "t", output_norms=True, **options)
@@ -145,31 +139,26 @@ def test_where_outputs_are_not_seen_that_is_said(tmp_path: Path) -> None:
 
 
 def test_they_are_verified_and_resumed(cli_here: Cli, tmp_path: Path) -> None:
-    """And so are the tokens' losses."""
     traced = ("trace", "demo", "--max-tokens", 300, "-o", "t")
-    cli_here(*traced, "--output-norms", "--token-loss")
-    checked = cli_here("check", "t").stdout
-    assert "norms of outputs finite, not negative" in checked
-    assert "losses and entropies not negative, null in both or neither" in checked
-    for given, without in (("--token-loss", "output norms"), ("--output-norms", "token loss")):
-        again = cli_here(*traced, given, "--resume", check=1)
-        assert f"was made with {without} True, not None" in again.stderr
+    cli_here(*traced, "--output-norms")
+    assert "norms of outputs finite, not negative" in cli_here("check", "t").stdout
+    again = cli_here(*traced, "--resume", check=1)
+    assert "was made with output norms True, not None" in again.stderr
 
 
-@pytest.mark.parametrize("value", ["norm", "peak"])
-def test_values_that_no_output_has_are_found(value: str, tmp_path: Path) -> None:
-    moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, **BOTH)
+def test_norms_that_no_output_has_are_found(tmp_path: Path) -> None:
+    moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, output_norms=True)
     for wrong, said in ((-0.5, "is -0.5"), (float("inf"), "is inf"), (None, "is null, expert_1")):
         shutil.copytree(tmp_path / "t", tmp_path / "wrong", dirs_exist_ok=True)
-        rewrite(tmp_path / "wrong", "routing", 0, put(f"{value}_1", 17, wrong))
+        rewrite(tmp_path / "wrong", "routing", 0, put("norm_1", 17, wrong))
         found = verify(tmp_path / "wrong")
         assert not found.ok
-        assert f"{value}_1 {said}" in str(found.violation)
+        assert f"norm_1 {said}" in str(found.violation)
 
 
 def test_the_worth_of_experts_is_that_of_their_assignments(tmp_path: Path) -> None:
     """Each score from its rows, one by one; an interval around it; NaN in a trace without norms."""
-    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=3000, **BOTH)
+    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=3000, output_norms=True)
     worth: Any = moe_inspect.report(trace).tables["worth"]
     table: Any = trace.routing()
     for _, row in worth.iterrows():
@@ -179,35 +168,13 @@ def test_the_worth_of_experts_is_that_of_their_assignments(tmp_path: Path) -> No
         assert row["assignments"] == len(norm)
         assert row["gate_sum"] == pytest.approx(gate.sum())
         assert row["reap"] == pytest.approx((gate * norm).mean(), rel=1e-5)
-        assert (row["ean_sum"], row["mean_norm"]) == pytest.approx((norm.sum(), norm.mean()))
-        assert row["peak"] == rows.filter(like="peak_").to_numpy()[here].max()
+        assert row["mean_norm"] == pytest.approx(norm.mean())
         assert row["reap_low"] < row["reap"] < row["reap_high"]
     assert worth.groupby("router")["share"].sum().tolist() == pytest.approx([1] * 4)
-    assert worth["domains_judged"].min() < worth["domains"].max() == 6
     bare = moe_inspect.trace_model("demo", tmp_path / "bare", max_tokens=300)
     without: Any = moe_inspect.report(bare).tables["worth"]
-    assert without[["reap", "reap_low", "ean_sum", "peak", "super_expert"]].isna().all(axis=None)
+    assert without[["reap", "reap_low", "mean_norm"]].isna().all(axis=None)
     assert without["assignments"].sum() == 300 * 4 * 2
-
-
-def test_super_experts_are_few_and_early() -> None:
-    peaks = [np.ones(64) for _ in range(8)]
-    peaks[1][3] = peaks[7][5] = 100.0
-    peaks[2][4] = 9.0  # less than a tenth of the largest
-    found = super_experts(peaks, np.arange(8), 8)
-    assert [(r, int(e)) for r, of in enumerate(found) for e in np.flatnonzero(of)] == [(1, 3)]
-
-
-def test_super_experts_are_early_among_all_blocks_of_the_model(tmp_path: Path) -> None:
-    """Also where only some layers were recorded: the last of them is not the model's last."""
-    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, layers=[3], **BOTH)
-    assert trace.blocks == 4
-    assert not moe_inspect.report(trace).tables["worth"]["super_expert"].any()
-    model = trace.manifest["model"]
-    edit_manifest(tmp_path / "t", model={**model, "config": {"num_hidden_layers": 5}})
-    longer = moe_inspect.open_trace(tmp_path / "t")
-    worth: Any = moe_inspect.report(longer).tables["worth"]
-    assert worth.loc[worth["peak"].idxmax(), "super_expert"]
 
 
 def test_the_worth_of_experts_is_compared_over_the_tokens_of_both(tmp_path: Path) -> None:

@@ -40,8 +40,6 @@ COLUMNS = {
     "committee": "layer router domains top_k committee_experts committee_mass experts",
     "signature": "layer router domains documents signature_accuracy signature_null",
     "paths": "layer router tokens most_bits paths path_entropy_bits path_entropy_shuffled_bits",
-    "loss": "layer router expert domain phase assignments mean_loss_nats mean_entropy_nats "
-    "compared difference_nats difference_low difference_high difference_null_p99 difference_p",
     "verdict": "severity kind layer router text",
 }
 

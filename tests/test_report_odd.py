@@ -25,7 +25,7 @@ from tests.support.synthetic import (
 
 NOWHERE = np.iinfo(np.uint16).max
 NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality"}
-NEED_DECISIONS |= {"signature", "loss", "paths"}
+NEED_DECISIONS |= {"signature", "paths"}
 RNG = np.random.default_rng(9)
 
 

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -256,24 +255,16 @@ def test_a_cache_cut_by_the_caller(model: Any, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_counts_and_losses_of_drafts(model: Any, tmp_path: Path) -> None:
-    """Drafts count as any token. What follows a token is not a draft that was rejected."""
+def test_counts_of_drafts(model: Any, tmp_path: Path) -> None:
+    """Drafts count as any token."""
     loads = []
-    for name, options in (("t", {"token_loss": True}), ("c", {"counts_only": True})):
-        with moe_inspect.record(model, tmp_path / name, **options):
-            [text] = own_drafts(model)
+    for name, counts_only in (("t", False), ("c", True)):
+        with moe_inspect.record(model, tmp_path / name, counts_only=counts_only):
+            own_drafts(model)
         assert moe_inspect.check(tmp_path / name, quick=True).ok
         loads.append(moe_inspect.report(tmp_path / name).tables["load"].assignments.tolist())
     assert loads[0] == loads[1]
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
-    kept = tokens[tokens.phase != "draft"].sort_values("position")
-    ids = torch.tensor(text)
-    wanted = nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
-    # where a pass ended with rejected drafts, and at the end
-    unknown = kept.loss_nats.isna().to_numpy()
-    assert np.flatnonzero(unknown).tolist() == [6, 7, 10]
-    losses, known = kept.loss_nats.to_numpy(), np.flatnonzero(~unknown)
-    np.testing.assert_allclose(losses[known], wanted.numpy()[known], rtol=1e-4, atol=1e-4)
     assert (tokens[tokens.phase == "draft"].groupby("sequence").size().tolist()) == [2, 1, 1]
 
 

@@ -113,7 +113,7 @@ def test_files_of_programs_without_arrows_schema_are_read(writer: str, tmp_path:
 
 def columns_of(table: str) -> pa.Schema:
     return {
-        "tokens": schema.tokens_schema(loss=True),
+        "tokens": schema.TOKENS,
         "documents": schema.DOCUMENTS,
         "routing": schema.routing_schema(ROUTERS, schema.SLOT_VALUES),
         "logits": schema.logits_schema(8),

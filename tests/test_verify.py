@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.api import trace_model
+from moe_inspect.reporting.report import report
+from moe_inspect.trace.merge import merge
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_line, edit_lines, edit_manifest, restate, with_a_bit_less
@@ -165,31 +168,26 @@ OTHERS: dict[str, tuple[str, Change, int | None, str]] = {
         0,
         "lists expert 0 0 times in one document",
     ),
-    "a negative loss": ("tokens", put("loss_nats", 7, -0.5), 7, "loss_nats is -0.5"),
-    "no number": ("tokens", put("entropy_nats", 7, float("nan")), 7, "entropy_nats is nan"),
-    "no loss": ("tokens", put("loss_nats", 7, None), 7, "loss_nats is null where entropy_nats is"),
 }
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Traces of counts, also by document, and one of tokens with their losses."""
+    """Traces of counts, also by document."""
     root = tmp_path_factory.mktemp("others")
     counts_by_document(root / "by_document")
     write_counts(root / "counts", [np.arange(8)[None] + 10] * 2, 2)
-    trace_model("demo", root / "tokens", max_tokens=200, token_loss=True)
     return root
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_counts_and_losses_are_verified_too(name: str, others: Path, tmp_path: Path):
+def test_counts_are_verified_too(name: str, others: Path, tmp_path: Path):
     of, change, row, said = OTHERS[name]
-    table = "tokens" if of == "tokens" else "counts"
     shutil.copytree(others / of, root := tmp_path / "t")
     assert verify(root).ok
-    rewrite(root, table, 0, change)
+    rewrite(root, "counts", 0, change)
     found = verify(root)
-    assert (found.ok, found.file, found.row) == (False, f"{table}/part-0-0.parquet", row)
+    assert (found.ok, found.file, found.row) == (False, "counts/part-0-0.parquet", row)
     assert said in (found.violation or "")
 
 
@@ -232,3 +230,28 @@ def test_traces_of_the_demo_model_are_fine(tmp_path: Path):
         found = verify(tmp_path / f"{n}")
         assert found.ok, (more, found)
         assert found.empty_slots == 0
+
+
+def test_columns_that_the_format_does_not_name_are_left_alone(tmp_path: Path) -> None:
+    """As in a trace of an earlier version: every number is that of the trace without them."""
+    trace = trace_model("demo", tmp_path / "t", max_tokens=200)
+    shutil.copytree(tmp_path / "t", tmp_path / "earlier")
+    for table, name in (("tokens", "loss_nats"), ("routing", "peak_0")):
+        part = f"{table}/part-0-0.parquet"
+        file = pq.ParquetFile(tmp_path / "earlier" / part)
+        rows = [file.read_row_group(g) for g in range(file.metadata.num_row_groups)]
+        more = [of.append_column(name, pa.nulls(len(of), pa.float32())) for of in rows]
+        with pq.ParquetWriter(tmp_path / "earlier" / part, more[0].schema) as writer:
+            for of in more:
+                writer.write_table(of)
+        restate(tmp_path / "earlier", part)
+    capture = {**trace.manifest["capture"], "token_loss": True, "peaks": True}
+    edit_manifest(tmp_path / "earlier", capture=capture)
+    assert verify(tmp_path / "earlier").ok
+    earlier, tables = report(tmp_path / "earlier").tables, report(trace).tables
+    for name in set(tables) - {"summary"}:
+        pd.testing.assert_frame_equal(earlier[name], tables[name])
+    (tmp_path / "text.txt").write_text("Another text. " * 9)
+    other = trace_model("demo", tmp_path / "other", data=[str(tmp_path / "text.txt")])
+    merged = merge([tmp_path / "earlier", other], tmp_path / "m")
+    assert merged.n_tokens == trace.n_tokens + other.n_tokens

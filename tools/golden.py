@@ -24,8 +24,7 @@ from moe_inspect.__main__ import main as moe_inspect
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe")
-DEMO = "trace demo -o traces/demo --max-tokens 3000 --generate 8 --capture dispatch --logits"
-EXTRAS = "--output-norms --output-peaks --token-loss"
+DEMO = "trace demo -o traces/demo --max-tokens 3000 --generate 8 --logits --output-norms"
 OF_A_TRACE = (
     "report",
     "simulate placement",
@@ -41,7 +40,6 @@ OF_TWO = (
     ("mixtral", "qwen3_moe"),
 )
 OF_THE_MODEL = {
-    "describe demo --weights": ("routers", "experts"),
     "ablate demo --max-tokens 1500 --layers 0 --experts 0-2": ("experts", "domains"),
 }
 
@@ -70,8 +68,8 @@ def record_all() -> None:
 
     for sample in ("balanced", "collapsed", "untrained"):
         shutil.copytree(ROOT / "sample_traces" / sample, f"traces/{sample}", dirs_exist_ok=True)
-    run(f"{DEMO} {EXTRAS}")
-    run(f"{DEMO.replace('traces/demo', 'traces/again')} {EXTRAS} --dtype bfloat16")
+    run(DEMO)
+    run(f"{DEMO.replace('traces/demo', 'traces/again')} --dtype bfloat16")
     for family in FAMILIES:
         model = build(family)
         with record(model, f"traces/{family}", logits=True), torch.no_grad():

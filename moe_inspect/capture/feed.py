@@ -22,7 +22,6 @@ from moe_inspect.capture.corpus.tokenize import Tokenizer
 from moe_inspect.capture.hook.inputs.arguments import POSITIONS, cache_among
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.recorder import Recorder
-from moe_inspect.capture.token_loss import logits_in
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import OwnModel, positions_of
 from moe_inspect.text import first_line
@@ -57,7 +56,7 @@ def prefill(
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
     fed = _announce(recorder, batch, ids_BS, mask_BS)
     # neither key-value cache nor logits of all positions: not needed
-    usual = {"use_cache": False, **last_logits(network, recorder)}
+    usual = {"use_cache": False, **last_logits(network)}
     forward(network, torch.from_numpy(ids_BS), attention_mask=_attention(mask_BS, network), **usual)
     return fed
 
@@ -66,7 +65,7 @@ def decode(network: PreTrainedModel, recorder: Recorder, batch: Batch) -> int:
     """Prefill of rows of equal length, then one token per row and step, with a key-value cache and
     without padding. A row is no longer recorded after its end token."""
     ids_BS = np.stack([s.ids for s in batch.sequences])
-    calls = _with_cache(network, "input_ids", last_logits(network, recorder))
+    calls = _with_cache(network, "input_ids", last_logits(network))
     return _steps(recorder, batch, ids_BS, calls)
 
 
@@ -83,7 +82,7 @@ def encode_decode(
     encoded = forward(
         network.get_encoder(), torch.from_numpy(ids_BS), attention_mask=mask, return_dict=True
     )
-    usual = {**last_logits(network, recorder), "attention_mask": mask, "encoder_outputs": encoded}
+    usual = {**last_logits(network), "attention_mask": mask, "encoder_outputs": encoded}
     calls = _with_cache(network, "decoder_input_ids", usual)
     started_BS = np.array([start_ids(network)] * len(ids_BS))
     return fed + _steps(recorder, batch, started_BS, calls, "decoder", first=1)
@@ -236,12 +235,8 @@ def forward(
         raise MoeInspectError(f"{said}: lower --batch-tokens") from error
 
 
-def last_logits(network: PreTrainedModel, recorder: Recorder | None = None) -> dict[str, int]:
-    """The option to compute logits of the last position only, where the model has it and the
-    recorder does not need the others."""
-    losses = recorder.losses if recorder is not None else None
-    if losses is not None and losses.head is None:
-        return {}
+def last_logits(network: PreTrainedModel) -> dict[str, int]:
+    """The option to compute logits of the last position only, if the model has it."""
     takes = inspect.signature(network.forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
@@ -329,7 +324,12 @@ def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:
 def logits_of(own: OwnModel, output: Any, instead: str) -> Tensor:
     """Logits [B, S or 1, V]: a tensor, `output.logits`, or the first of several outputs.
     MoeInspectError where there are none, with what to do `instead`."""
-    if (found := logits_in(output)) is None:
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None:
+        found = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(found, Tensor) or found.dim() != 3:
         raise MoeInspectError(
             f"{own.name} returned no logits [rows, positions, vocabulary]: {instead}, or have the "
             "loader return (model, tokenizer, forward)"

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import DRAFT, CallInputs, Rows, joined
+from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, joined
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
-from moe_inspect.capture.token_loss import PassLosses, TokenLosses
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import EXTRAS, LOSS
+from moe_inspect.trace.schema import EXTRAS
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
@@ -31,18 +30,15 @@ HELD_SECONDS = 10.0  # a shard that is not full waits longer
 @dataclass(eq=False, slots=True)
 class Forward:
     """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
-    before the decoder. `losses`: of the tokens of the last stack. `since`: when it was queued.
-    `rows`: of each stack that ran, once it is on the host."""
+    before the decoder. `since`: when it was queued. `rows`: of each stack that ran, once it is on
+    the host."""
 
     number: int
     passes: list[StackPass]
-    losses: PassLosses | None
     since: float
     rows: list[Rows] = field(default_factory=list)
 
     def arrived(self, wait: bool) -> bool:
-        if self.losses is not None and not self.losses.complete:
-            return False  # the next pass completes them
         if not all(isinstance(p.fed, Rows) or p.fed.is_settled for p in self.passes):
             return False
         return all(p.rings.is_on_host(p.start + p.fed.T, wait) for p in self.passes)
@@ -67,18 +63,11 @@ Places = dict[str, tuple[StackPass, list[np.ndarray]]]
 
 class HandOver:
     """`weight_dtype`: of the gate weights in the rings, known after the first forward pass;
-    `writer`: None until then. `losses`: of the passes' tokens. `tokens`: passed to the writer so
-    far. `rings_fixed`: whether the rings keep their size, because an option says it or a CUDA graph
-    has their addresses."""
+    `writer`: None until then. `tokens`: passed to the writer so far. `rings_fixed`: whether the
+    rings keep their size, because an option says it or a CUDA graph has their addresses."""
 
-    def __init__(
-        self,
-        stacks: Mapping[str, Stack],
-        inputs: PassInputs,
-        options: RecordOptions,
-        losses: TokenLosses | None = None,
-    ):
-        self.stacks, self.inputs, self.options, self.losses = stacks, inputs, options, losses
+    def __init__(self, stacks: Mapping[str, Stack], inputs: PassInputs, options: RecordOptions):
+        self.stacks, self.inputs, self.options = stacks, inputs, options
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
         # how long a pass waits for others on a CPU
@@ -123,8 +112,7 @@ class HandOver:
             done.rings.end(done.fed.T)
             done.stack.dropped_rows += done.fed.T - done.kept
             done.stack.fed = None
-        losses = self.losses.take(passes[-1].fed.T) if self.losses is not None else None
-        self._in_flight.append(Forward(number, passes, losses, time.monotonic()))
+        self._in_flight.append(Forward(number, passes, time.monotonic()))
         self.inputs.accept()
         # on a CPU, passes wait until a page is full, or the first of them has waited long
         first = self._in_flight[0]
@@ -145,8 +133,6 @@ class HandOver:
         in_use = [(stack, stack.rings) for stack in self.stacks.values() if stack.rings is not None]
         for _, rings in in_use:
             rings.synchronize()
-        if self.losses is not None:
-            self.losses.close()
         self.drain(wait=True)
         for stack, rings in in_use:
             if stack.fed is not None:  # the last forward pass failed
@@ -162,8 +148,6 @@ class HandOver:
         """Passes on what can be, after an exception. Where it came between ring and writer, what is
         still in the rings is left out, so that no batch in between is missing."""
         self.inputs.settle()
-        if self.losses is not None:
-            self.losses.close()
         on_host = all(s.rings is None or s.rings.synchronous for s in self.stacks.values())
         if self.writer is not None and on_host and not self._torn and not self.writer.failed:
             self.drain(wait=True)
@@ -217,7 +201,6 @@ class HandOver:
 
     def _write(self, writer: TraceWriter, batch: list[Forward]) -> None:
         parts: list[Rows] = []  # those that are in the rings
-        losses: list[np.ndarray] = []
         numbers: list[np.ndarray] = []  # of the forward pass that each token is of
         places: Places = {}
         encoded = 0
@@ -229,13 +212,9 @@ class HandOver:
                 writer.dropped += (len(rows.token_id) - tokens) * len(stack.routers)
                 places.setdefault(stack.name, (done, []))[1].append(there.real)
                 encoded += tokens if stack.name == "encoder" else 0
-                if self.options.token_loss:
-                    of_last = forward.losses if rows is forward.rows[-1] else None
-                    losses.append(losses_of(of_last, rows)[:, :tokens])
                 numbers.append(np.full(tokens, forward.number, np.int32))
         fed = joined(parts)
         self.tokens += len(fed.token_id)
-        loss = np.concatenate(losses, 1) if losses else ()
         writer.write(
             RoutedBatch(
                 batch[-1].number,
@@ -248,7 +227,6 @@ class HandOver:
                 ids=self._of_routers(places, "ids"),
                 weights=self._of_routers(places, "weights"),
                 extras={kind: self._of_routers(places, kind) for kind in self.options.extras},
-                token_values=dict(zip(LOSS, loss, strict=False)),
                 documents=fed.documents,
                 phases=fed.phase_codes(),
                 group=batch[-1].rows[-1].group,
@@ -287,15 +265,3 @@ def first_rows(rows: Rows, kept: int) -> Rows:
     names = ("token_id", "document", "sequence", "position", "domain", "phases")
     of_tokens = {name: values[:n] for name in names if (values := getattr(rows, name)) is not None}
     return replace(rows, real=rows.real[:kept], **of_tokens)
-
-
-def losses_of(of_pass: PassLosses | None, rows: Rows) -> np.ndarray:
-    """The values of `schema.LOSS` of the tokens of a pass, float32 [X, tokens], NaN where there is
-    none; None: an encoder has none."""
-    if of_pass is None:
-        return np.full((len(LOSS), len(rows.token_id)), np.nan, np.float32)
-    found = of_pass.values()[:, rows.real]
-    # what follows the last token before a rejected draft was not known when it was fed
-    is_draft = rows.phase_codes() == DRAFT
-    found[:, :-1][:, is_draft[1:] & ~is_draft[:-1]] = np.nan
-    return found

@@ -94,7 +94,6 @@ class TraceOpener:
             weights=options.weights,
             **dict.fromkeys(options.extras, True),
             dropped_experts=drops and not options.counts_only,
-            token_loss=options.token_loss,
             counts_only=options.counts_only,
             by_document=options.by_document,
             vocabulary=vocabulary,

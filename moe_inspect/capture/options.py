@@ -174,17 +174,6 @@ class RecordedFields:
         more="It is the Euclidean norm before the gate weight. It needs dispatch, which "
         '"auto" then selects, also on a CPU.',
     )
-    output_peaks: bool = setting(
-        False,
-        "Record the largest |value| of each expert's output (with --capture dispatch).",
-        more="Likewise.",
-    )
-    token_loss: bool = setting(
-        False,
-        "Record the loss and the entropy of each next-token prediction.",
-        more="Both in nats. The next token of a generated sequence comes with the next forward "
-        "pass. In beam search, a token continued by another row has no loss.",
-    )
     counts_only: bool = setting(
         False,
         "Record counts by layer, domain and expert instead of decisions.",
@@ -273,11 +262,6 @@ class RecordOptions(RecordedFields, WrittenFields):
         """Whether some of it is of what the experts return."""
         return self.extras not in ((), ("logits",))
 
-    @property
-    def takes_graphs(self) -> bool:
-        """Whether passes can be recorded that a CUDA graph replays."""
-        return not self.counts_only and not self.token_loss
-
     def check(self, writes: bool) -> None:
         """MoeInspectError for options that contradict each other. `writes`: there is a path."""
         if not writes and not self.counts_only:
@@ -297,9 +281,8 @@ class RecordOptions(RecordedFields, WrittenFields):
                 raise MoeInspectError(
                     "flush_steps and commit_every both set when counts are committed: give one"
                 )
-        if self.counts_only and (self.extras or self.token_loss):
-            kind = "output norms or peaks" if self.extras else "token losses"
-            kind = "logits" if self.logits else kind
+        if self.counts_only and self.extras:
+            kind = "logits" if self.logits else "output norms"
             raise MoeInspectError(f"counts_only keeps no {kind}: drop one of the two")
         if self.by_document and not (self.counts_only and writes):
             raise MoeInspectError(
@@ -319,8 +302,6 @@ class RecordedKeywords(TypedDict, total=False):
     weights: bool
     logits: bool
     output_norms: bool
-    output_peaks: bool
-    token_loss: bool
     counts_only: bool
     by_document: bool
     capture: Literal["auto", "dispatch", "tap"]

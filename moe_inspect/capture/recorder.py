@@ -27,7 +27,6 @@ from moe_inspect.capture.hook.stack import Sinks, Stack
 from moe_inspect.capture.open_trace import Planned, TraceOpener, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
-from moe_inspect.capture.token_loss import TokenLosses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.own import as_tokenizer
@@ -92,10 +91,9 @@ class Recorder:
         self.stacks = {name: Stack(name, of, kinds, self.model) for name, of in scopes.items()}
         for site, sinks in zip(self.sites, self.attachment.sinks, strict=True):
             self.stacks[site.stack].add(site, sinks)
-        self.losses = TokenLosses(model, self.model, self.sites) if options.token_loss else None
         reader = CallReader(self.model, self.sites, options.inputs)
-        self.inputs = PassInputs(reader, documents, domains, self.losses)
-        self._hand_over = HandOver(self.stacks, self.inputs, options, self.losses)
+        self.inputs = PassInputs(reader, documents, domains)
+        self._hand_over = HandOver(self.stacks, self.inputs, options)
         tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
         self._opener = TraceOpener(
             place, self.model, self.sites, self.mode, tokenizer, options, self._planned
@@ -207,10 +205,9 @@ class Recorder:
                 "which one runs: call the model"
             )
         stack = self.stacks[""]
-        if stack.is_new or not self.options.takes_graphs:
+        if stack.is_new or self.options.counts_only:
             raise MoeInspectError(
-                "step() needs a forward pass recorded before it, and a trace (not counts_only) "
-                "without token losses"
+                "step() needs a forward pass recorded before it, and a trace (not counts_only)"
             )
         # a CUDA graph holds the rings' addresses
         self._hand_over.rings_fixed = self.stacks[""].replayed = True
@@ -232,10 +229,10 @@ class Recorder:
             self._begin()
             return
         # only the kernels' launches matter; the host must not read from the device now
-        if self._forwards < 2 or not self.options.takes_graphs or list(self.stacks) != [""]:
+        if self._forwards < 2 or self.options.counts_only or list(self.stacks) != [""]:
             raise MoeInspectError(
                 "before capturing a CUDA graph, record two forward passes; neither counts_only "
-                "nor token losses nor an encoder-decoder can be captured"
+                "nor an encoder-decoder can be captured"
             )
         self._hand_over.rings_fixed = self.stacks[""].replayed = True
 

@@ -25,7 +25,6 @@ from moe_inspect.model.load import commit_of, quantization_of
 from moe_inspect.trace.files.lock import Lock, hold, join
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import EXTRAS
 from moe_inspect.trace.writer import Document, ResumePoint
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or None)
 Batches = Iterable[tuple[list[TokenSequence], list[Document]]]
 # (a plan of before these options says nothing of them)
-LATER = (*(e.option for e in EXTRAS.values() if e.option != "logits"), "token_loss", "by_document")
+LATER = ("output_norms", "by_document")
 
 
 def trace_model(

@@ -64,7 +64,7 @@ class PairOptions(Options):
 class PairGates(GateOptions):
     fail_above: list[str] | None = limit(
         "Exit with 3 if the metric of any router, or of all tokens, is above: "
-        "set_mismatch=0.01, tokens_mismatch=0.05, loss_difference_nats=0.01."
+        "set_mismatch=0.01, tokens_mismatch=0.05."
     )
     fail_below: list[str] | None = limit("Exit with 3 if the metric is below: overlap=0.99.")
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     ExportFormat = ExportBy = StrEnum
 else:
     ExportFormat = StrEnum("ExportFormat", {name: name for name in exporters.MODULES})
-    SCORES = "reap gate frequency ean mean-norm saliency aimer ablation"
+    SCORES = "reap gate frequency ean mean-norm saliency"
     ExportBy = StrEnum("ExportBy", {by: by for by in SCORES.split()})
 
 run_option = in_panel("Run")
@@ -109,10 +109,6 @@ def export(
     format: ExportFormat = option("What to write: see Formats.", "FORMAT", default=REQUIRED),
     output: Path = option("File to write.", "PATH", flags=("-o", "--output"), default=REQUIRED),
     by: ExportBy | None = option("pruning: the score of the experts. Default: reap.", "SCORE"),
-    weights: str | None = option("With --by aimer: the model, a directory or a hub id.", "MODEL"),
-    losses: Path | None = option(
-        "With --by ablation: a table written by moe-inspect ablate.", "FILE"
-    ),
     gpu_layers: int | None = option("llama-cpp: how many layers' experts fit on the GPU.", min=0),
     keep: float | None = option(
         "pruning: keep at least this share of the experts of each layer. Default: 0.75."
@@ -130,8 +126,6 @@ def export(
         format.value,
         output,
         by=by and by.value,
-        weights=weights,
-        losses=losses,
         gpu_layers=gpu_layers,
         keep=keep,
     )

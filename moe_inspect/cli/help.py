@@ -36,10 +36,10 @@ VALUES = {
 
 # what --table takes: the registries would import pandas
 TABLES = {
-    "report": "balance, coactivation, committee, coverage, domains, drift, load, locality, loss, "
+    "report": "balance, coactivation, committee, coverage, domains, drift, load, locality, "
     "paths, repetition, router, signature, specialization, summary, transitions, verdict, "
     "vocabulary, windows, worth",
-    "compare": "agreement, depth, documents, domains, flips, load_shift, loss, margins, matched, "
+    "compare": "agreement, depth, documents, domains, flips, load_shift, margins, matched, "
     "movers, overall, phases, positions, summary, tokens, verdict, worth",
     "counts": "balance, diverged, load, load_shift, refused, summary, verdict, windows",
     "models": "summary, verdict",

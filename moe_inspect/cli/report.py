@@ -71,9 +71,6 @@ def report(
     window: int | None = option(
         "Tokens per window in the tables windows and drift (default: 1/64 of the trace).", min=1
     ),
-    weights: str | None = option(
-        "With --table worth: compute AIMER from these weights, a directory or a hub id.", "MODEL"
-    ),
     times: TimesOptions,
     gpus: Gpus = None,
     threshold: list[str] | None = gate_option(
@@ -102,8 +99,6 @@ def report(
         return
     if trace is None:
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
-    if weights and show.table != "worth":
-        raise typer.BadParameter("--weights adds a column to one table: add --table worth")
     if text is not None and show.html is None:
         raise typer.BadParameter("--text is about the page: give it with --html")
     amount = None if text is None else _amount_of_text(text)
@@ -121,7 +116,6 @@ def report(
         "baseline": baseline,
         "top": top,
         "window": window,
-        "weights": weights and _checkpoint(weights),
         "thresholds": _thresholds(threshold or []),
         "scheduler": scheduler,
     }
@@ -156,12 +150,6 @@ def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[G
     for name in tables:  # what is counted when it is asked for
         table_of(made, name)
         advance(1)
-
-
-def _checkpoint(model: str) -> Path:
-    from moe_inspect.model.load import checkpoint_dir
-
-    return checkpoint_dir(model)
 
 
 def _thresholds(texts: list[str]) -> dict[str, float]:

@@ -308,8 +308,8 @@ def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Var
     else:
         of = partial(of, y=torch.bfloat16, out=torch.bfloat16)
         yield of(torch.bfloat16, PAGE_ROWS["cuda"])
-        for sizes, columns in (((), 0), (("norms",), kernels.measuring_columns(2048))):
-            yield of(None, 0, grouped=True, sizes=sizes, columns=columns)
+        for norms, columns in ((False, 0), (True, kernels.measuring_columns(2048))):
+            yield of(None, 0, grouped=True, norms=norms, columns=columns)
 
 
 def calls(device: torch.device) -> dict[str, Step]:

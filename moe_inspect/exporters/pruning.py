@@ -12,17 +12,10 @@ from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
 
-def pruning(
-    trace: Trace,
-    output: Path,
-    keep: float = 0.75,
-    by: str = "reap",
-    weights: str | Path | None = None,
-    losses: str | Path | None = None,
-) -> None:
+def pruning(trace: Trace, output: Path, keep: float = 0.75, by: str = "reap") -> None:
     """Write one JSON object, which docs/interventions.md describes. The same number of experts goes
     in each layer, and in each group if routers choose groups first."""
-    scores = scores_of(trace, by, weights=weights, losses=losses)
+    scores = scores_of(trace, by)
     groups, _, _ = of_groups = groups_of(text_config(trace))
     several = len({router.layer for router in trace.routers}) < len(trace.routers)
     names = [router.path if several else str(router.layer) for router in trace.routers]

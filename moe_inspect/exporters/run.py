@@ -9,7 +9,6 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.exporters import MODULES
-from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.text import no_such
 from moe_inspect.trace.manifest import refuse_within_trace
 from moe_inspect.trace.reader import Trace, open_trace
@@ -34,8 +33,6 @@ def export_trace(
     output: str | Path,
     *,
     by: str | None = None,
-    weights: str | Path | None = None,
-    losses: str | Path | None = None,
     gpu_layers: int | None = None,
     keep: float | None = None,
 ) -> Path:
@@ -49,9 +46,7 @@ def export_trace(
             routing).
         output: the file to write.
         by: pruning: the score of the experts: "reap" (the default), "gate", "frequency", "ean",
-            "mean-norm", "saliency", "aimer" or "ablation".
-        weights: with "aimer": the model, a hub id or the directory of its safetensors.
-        losses: with "ablation": a table of `moe-inspect ablate`, as .csv, .json or .parquet.
+            "mean-norm" or "saliency".
         keep: pruning: the least share of the experts of each layer that stays, 0.75 by default.
         gpu_layers: llama-cpp: how many layers' experts stay on the GPU.
 
@@ -63,8 +58,6 @@ def export_trace(
         raise MoeInspectError(no_such("format", format, known))
     given = {
         "by": by,
-        "weights": weights,
-        "losses": losses,
         "keep": keep,
         "gpu_layers": gpu_layers,
     }
@@ -74,8 +67,6 @@ def export_trace(
         raise MoeInspectError(
             f"--{wrong[0].replace('_', '-')} is an option of the format {takers}, not of {format}"
         )
-    if weights is not None:
-        options["weights"] = checkpoint_dir(str(weights))
     opened, output = open_trace(trace), Path(output)
     with writing(output):
         refuse_within_trace(output)

@@ -31,7 +31,6 @@ def report(
     phase: str | None = None,
     top: int = 20,
     window: int | None = None,
-    weights: str | Path | None = None,
     thresholds: Mapping[str, float] | None = None,
     scheduler: object = None,
     progress: Callable[[int], None] | None = None,
@@ -42,15 +41,14 @@ def report(
     "decode", "encode" or "draft".
 
     `top`: token ids per expert in `vocabulary`, and partners per expert in tables of pairs; 0 for
-    all. `window`: tokens per window, by default a 64th of the trace. `weights`: the
-    directory of the model's safetensors, for AIMER in `worth`. `thresholds`: of the verdict,
-    {"uneven": 0.3}. `scheduler`: of a dask.distributed cluster, as `Trace.on` takes it.
-    `progress` is called with the number of decisions read. `baseline`: a trace of an untrained or
-    earlier model over the same or similar text; `specialization` and the verdict say what is beyond
-    it. `times`: options of `trace.simulate.step`, {"gpu": "h200", "engine": "vllm", "dtype":
-    "fp8"}: the verdict and the page then say what imbalance costs in milliseconds. Raises
-    MoeInspectError where there is no such trace, layer, domain or threshold, where the baseline has
-    other routers or domains, or counts only, and where `simulate.step` does."""
+    all. `window`: tokens per window, by default a 64th of the trace. `thresholds`: of the verdict,
+    {"uneven": 0.3}. `scheduler`: of a dask.distributed cluster, as `Trace.on` takes it. `progress`
+    is called with the number of decisions read. `baseline`: a trace of an untrained or earlier
+    model over the same or similar text; `specialization` and the verdict say what is beyond it.
+    `times`: options of `trace.simulate.step`, {"gpu": "h200", "engine": "vllm", "dtype": "fp8"}:
+    the verdict and the page then say what imbalance costs in milliseconds. Raises MoeInspectError
+    where there is no such trace, layer, domain or threshold, where the baseline has other routers
+    or domains, or counts only, and where `simulate.step` does."""
 
     opened, its = open_trace(trace, scheduler=scheduler), None
     selection = select(opened, layers, domains, phase)
@@ -64,7 +62,6 @@ def report(
         selection,
         top=top,
         window=window,
-        weights=weights,
         thresholds=thresholds,
         progress=progress,
         baseline=its,

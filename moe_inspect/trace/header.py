@@ -109,11 +109,6 @@ class TraceHeader:
         capture = self.manifest["capture"]
         return [name for name, of in schema.SUMS.items() if capture.get(of.stated) is True]
 
-    @property
-    def has_loss(self) -> bool:
-        """Whether there are the losses of the tokens (`--token-loss`)."""
-        return bool(self.manifest["capture"].get("token_loss"))
-
     def columns_of(self, table: str) -> pa.Schema:
         """The columns that a table of it has."""
         match table:
@@ -124,7 +119,7 @@ class TraceHeader:
             case "logits":
                 return schema.logits_schema(max(r.experts for r in self.routers))
             case "tokens":
-                return schema.tokens_schema(self.has_loss)
+                return schema.TOKENS
         return schema.DOCUMENTS
 
     def slots_to_order(self, router: int) -> list[list[str]] | None:

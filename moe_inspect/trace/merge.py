@@ -88,7 +88,7 @@ def _columns(trace: Trace) -> list[str]:
     """What a trace may hold or not: columns, and the table of logits."""
     there = {f"{value}_j": not trace.counts_only for value in trace.slot_values}
     there |= dict.fromkeys(trace.sums, trace.counts_only) | {"document": trace.by_document}
-    there |= {"loss_nats": trace.has_loss, "logits": "logits" in trace.tables}
+    there["logits"] = "logits" in trace.tables
     return [name for name, holds in there.items() if holds]
 
 

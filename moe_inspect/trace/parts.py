@@ -24,12 +24,10 @@ from moe_inspect.trace.schema import MOST_SHARD_TOKENS, MOST_TOKEN_IDS
 SMALL_BYTES = 2**20
 MOST_COUNT_ROWS = 2**26
 TEXT_BYTES = 2**28  # of the texts of a table: far above any, far below what memory holds
-MAY_BE_NULL = (
-    "expert_",
-    "first_choice",
-    *(f"{value}_" for value in schema.SLOT_VALUES),
-    *schema.LOSS,
-)
+# the other columns of the format may be null, and so may columns that the format does not name
+NEVER_NULL = {*schema.TOKENS.names, *schema.DOCUMENTS.names, "logits"}
+NEVER_NULL |= {*schema.counts_schema(schema.SUMS, by_document=True).names}
+NEVER_NULL -= {"first_choice", "weight_sum"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def read(
     if len(table) != rows:
         raise Damaged(name, f"{len(table)} rows could be read, it has {rows}")
     for title, column in zip(table.column_names, table.columns, strict=True):
-        if column.null_count and not nulls and not title.startswith(MAY_BE_NULL):
+        if column.null_count and not nulls and title in NEVER_NULL:
             raise Damaged(name, f"{title} is null in {column.null_count:,} rows")
     return table
 

@@ -35,22 +35,14 @@ TOKENS = pa.schema(
     + [(name, pa.int32()) for name in OF_TEXT]
     + [("domain", LABEL), ("phase", LABEL), ("batch", pa.int32())]
 )
-# of predicting the next token, float32: where capture.token_loss is true
-LOSS = {
-    "loss_nats": "negative log-probability, at temperature 1, that the model gave to the next "
-    "token of the sequence; null at its end",
-    "entropy_nats": "entropy of the model's prediction of that token; null at the end",
-}
 
 
 class Extra(NamedTuple):
     """What can be recorded of a decision beside its choice: `dtype` [T, K], or [T, E] if
-    `per_expert`, where `option` of `record` and `trace_model` asks for it. `meaning`: of its
-    columns, one a slot, in the routing table."""
+    `per_expert`, where `option` of `record` and `trace_model` asks for it."""
 
     option: str
     dtype: str
-    meaning: str = ""
     per_expert: bool = False
 
     def width(self, K: int, E: int) -> int:
@@ -59,20 +51,14 @@ class Extra(NamedTuple):
 
 EXTRAS = {
     "logits": Extra("logits", "float16", per_expert=True),
-    "norms": Extra(
-        "output_norms",
-        "float32",
-        "Euclidean norm of the output of the expert in slot j, before the gate weight",
-    ),
-    "peaks": Extra("output_peaks", "float32", "largest |value| of that output"),
+    "norms": Extra("output_norms", "float32"),
 }
-OF_SLOTS = {name: of for name, of in EXTRAS.items() if not of.per_expert}
 # of an empty slot: the expert that dropped it
 DROPPED = "dropped_expert"
 # where an engine balances the load over replicas of experts: the one that a slot was served by
 PHYSICAL = "physical"
 # of a slot, beside its expert: recorded where capture.weights, capture.norms … is true
-SLOT_VALUES = ("weight", *(name[:-1] for name in OF_SLOTS), PHYSICAL, DROPPED)
+SLOT_VALUES = ("weight", "norm", PHYSICAL, DROPPED)
 DOCUMENTS = pa.schema(
     [("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())]
 )
@@ -118,10 +104,6 @@ def sees(stack: str, phase: str) -> bool:
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
     """Type of the expert columns: uint8 up to 256 experts, else uint16, by the largest router."""
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
-
-
-def tokens_schema(loss: bool) -> pa.Schema:
-    return pa.schema([*TOKENS, *((name, pa.float32()) for name in LOSS)]) if loss else TOKENS
 
 
 def value_type(value: str) -> pa.DataType:
@@ -199,7 +181,9 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "weight_j": "gate weight handed to the expert in slot j",
 }
 OPTIONAL_GLOSSARY = {  # by what capture states
-    **{name: {f"{name[:-1]}_j": of.meaning} for name, of in OF_SLOTS.items()},
+    "norms": {
+        "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight"
+    },
     "physicals": {
         "physical_j": "physical expert that slot j was served by: a replica of expert_j, as "
         "replicas in the metadata of the file says"
@@ -209,7 +193,6 @@ OPTIONAL_GLOSSARY = {  # by what capture states
     },
     **{of.stated: {name: of.meaning} for name, of in SUMS.items() if of.stated != "weights"},
     "by_document": {"document": "the input text whose assignments a row counts"},
-    "token_loss": LOSS,
 }
 
 

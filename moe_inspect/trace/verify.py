@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise, permutations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +190,6 @@ def _rules_of_rows(trace: Trace, positions: bool) -> list[str]:
         "dropped experts < E, only in slots without an expert, none twice in a decision": (
             not counts and trace.has_dropped
         ),
-        "losses and entropies not negative, null in both or neither": not counts and trace.has_loss,
         "logits of each decision, none NaN": "logits" in trace.tables,
         "the manifest's totals are those of the shards": True,
     }
@@ -334,8 +333,8 @@ def _check_tokens(
     shard: Shard, words: int | None, documents: Documents, positions: Positions
 ) -> np.ndarray:
     """The phase of each token, as an index into PHASES."""
-    names, columns = shard.trace.columns_of("tokens").names, schema.TOKENS.names
-    rows, table = _read(shard, "tokens", names)
+    columns = schema.TOKENS.names
+    rows, table = _read(shard, "tokens", columns)
     rows.refuse_nulls(table, columns)
     of = {name: table[name].to_numpy() for name in columns if name not in ("phase", "domain")}
     expected_T = np.arange(shard.files.first_token, shard.files.last_token + 1)
@@ -349,15 +348,6 @@ def _check_tokens(
     said = f"phase is {{!r}}, not one of {', '.join(schema.PHASES)}"
     rows.refuse(phase_T >= len(schema.PHASES), said, np.array([*labels], object)[phase_T])
     documents.check(rows, of["document"], _codes(table["domain"], documents.labels))
-    # a loss or an entropy is a number, at least 0 but for rounding, and there is one of each or
-    # none; a loss is infinite where the model gave the token no probability
-    losses = {name: table[name] for name in names[len(columns) :]}
-    null_of = {name: values.is_null().to_numpy() for name, values in losses.items()}
-    for (one, one_T), (other, other_T) in permutations(null_of.items(), 2):
-        rows.refuse(one_T & ~other_T, f"{one} is null where {other} is not")
-    for name, values in losses.items():
-        values_T = values.fill_null(0).to_numpy()
-        rows.refuse(np.isnan(values_T) | (values_T < -1e-3), f"{name} is {{}}", values_T)
     encoded_T = phase_T == schema.PHASES.index("encode")
     positions.check(rows, of["sequence"], encoded_T, of["position"])
     return phase_T

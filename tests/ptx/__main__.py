@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernel_reference import Case, check_sizes, choice, tape_for
+from moe_inspect.capture.hook.kernel_reference import Case, check_norms, choice, tape_for
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
 from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, variants
@@ -64,7 +64,7 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
     yield f"rows {name}", lambda: check_rows(kernels, case, False)
     for columns in COLUMNS[weights]:
         of = _case(E, K, 2, kind), True, columns // 2 + 16
-        yield f"combine + sizes {name} of {columns}", lambda of=of: check_combine(*of, sizes=True)
+        yield f"combine + norms {name} of {columns}", lambda of=of: check_combine(*of, norms=True)
 
 
 def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Case:
@@ -91,21 +91,23 @@ def _check_logits() -> None:
     assert torch.equal(tapes[0].cursor, tapes[1].cursor)
 
 
-def check_combine(case: Case, grouped: bool, H: int = H, sizes: bool = False) -> None:
-    """Against the same sums in float32, in the order of the slots: exactly equal. `sizes`: and the
-    norms and peaks of the rows."""
+def check_combine(case: Case, grouped: bool, H: int = H, norms: bool = False) -> None:
+    """Against the same sums in float32, in the order of the slots: exactly equal. `norms`: and the
+    norms of the rows."""
     ids, weights = choice(case)
     y_SH = torch.randn(case.T * case.K, H, generator=torch.Generator().manual_seed(case.T))
     y_SH = y_SH.bfloat16()
     places = kernels.dispatch_torch(ids, None, case.E) if grouped else None
     tape = None if grouped else tape_for(kernels, case)
-    made = kernels.empty_sizes(ids, kernels.SIZES if sizes else ())
-    found = kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, case.E, tape, made)
+    norms_TK = torch.empty(ids.shape) if norms else None
+    how = torch.bfloat16, case.E, tape, norms_TK
+    found = kernels.combine_triton(y_SH, ids, weights, places, *how)
     rows = y_SH if places is None else y_SH[places.inverse.long()]
     rows = rows.view(case.T, case.K, H).float()
     if grouped:  # places without an expert count as zero
         rows[(ids < 0) | (ids >= case.E)] = 0
-    check_sizes(made, rows.double())
+    if norms_TK is not None:
+        check_norms(norms_TK, rows.double())
     total = torch.zeros(case.T, H)
     for k in range(case.K):
         product = rows[:, k] * weights[:, k : k + 1].float()

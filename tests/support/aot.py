@@ -110,18 +110,18 @@ def _recording(E: int, K: int, kind: str) -> Iterator[Call]:
             names += [f"dispatch {launches}/{launches} {of}"]
             yield names, lambda n=launches, block=block: dispatch(*many, E, tape, n, block)
 
-    def combine(H: int, grouped: bool, sizes: bool = False) -> None:
+    def combine(H: int, grouped: bool, measures: bool = False) -> None:
         y_SH = torch.zeros(16 * K, H, dtype=torch.bfloat16)
         places = kernels.empty_dispatch(ids, E) if grouped else None
-        measured = kernels.empty_sizes(ids, kernels.SIZES if sizes else ())
+        norms = torch.empty(ids.shape) if measures else None
         to = None if grouped else tape
-        kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, E, to, measured)
+        kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, E, to, norms)
 
     yield [f"combine {name}"], lambda: combine(2048, True)
     yield [f"combine + record {name}"], lambda: combine(2048, False)
     for columns in COLUMNS[kind]:
-        of_columns = [f"combine + sizes {name} of {columns}"]
-        yield of_columns, lambda H=columns: combine(H, True, sizes=True)
+        of_columns = [f"combine + norms {name} of {columns}"]
+        yield of_columns, lambda H=columns: combine(H, True, measures=True)
     ids_dtype = torch.int64 if kind == "bf16" else torch.int32
     choice = choice_of(16, K, kind, ids_dtype)
     for physicals in (None, choice[0]):

@@ -33,7 +33,6 @@ from tests.test_compare_findings import (
     said,
 )
 from tests.test_compare_loads import history, loads
-from tests.test_loss_table import worse, written
 
 T, E, K = 6_000, 8, 2
 LEK = 4, 16, 4  # of texts that are misrecorded
@@ -121,11 +120,6 @@ def histories(root: Path, steps: int, moved: Sequence[int] = ()) -> Any:
     """Two runs, committed every 5 steps; in these, experts of the second are not by chance."""
     a, b = loads(0, steps), loads(1, steps, moved)
     return [history(root / name, of, 5) for name, of in (("a", a), ("b", b))]
-
-
-def losing(root: Path, nats: float, documents: int = 40, of: int = 40) -> Any:
-    """A, and the same with these documents harder to predict."""
-    return worse(written(root / "a", 0, of), root / "b", nats, documents)
 
 
 def lacking(root: Path) -> Any:
@@ -232,14 +226,6 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "zeros, k = 1": lambda root: zeros(root, 1, 12),
     "zeros, 4 routers": lambda root: zeros(root, 1, 4),
     "no zeros, 2 routers": lambda root: zeros(root, 1, 2, False, 6_000),
-    # losses
-    "losses": lambda root: written(root, 0.3),
-    "losses, 5 documents": lambda root: written(root, 0.3, 5),
-    "even losses": lambda root: written(root, 0),
-    "worse": lambda root: losing(root, 0.25),
-    "better": lambda root: losing(root, -0.25),
-    "worse in one document": lambda root: losing(root, 0.25, 1),
-    "worse, 5 documents": lambda root: losing(root, 0.25, 5, 5),
     # what a trace lacks
     "lacking": lacking,
     "padded": lambda root: padded(root, 30),

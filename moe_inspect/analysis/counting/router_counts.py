@@ -37,7 +37,7 @@ WANTS = {
     "repetition": "consecutive tokens that choose alike: pairs_U, first_same_U, any_same_U",
     "windows": "load over time: window_load_WE, window_tokens_W",
     "srp": "how often an expert is chosen within m consecutive tokens: srp",
-    "worth": "sizes of the experts' outputs: gated_norm_UE, norm_UE, peak_E; saliency_sum_UE",
+    "worth": "sizes of the experts' outputs: gated_norm_UE, norm_UE; saliency_sum_UE",
     "weights": "confidence read off the k gate weights",
     "logits": "confidence, auxiliary and z-loss read off the router logits",
     "token_ids": "what the routing of each token id comes to: Counts.by_token_id",
@@ -72,8 +72,8 @@ class RouterCounts:
     srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m
     tokens choose the expert.
     gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
-    that norm; peak_E: the largest |value| of its outputs; energy_UE, saliency_sum_UE: those of the
-    source of counts (`schema.SUMS`). None where the trace has none.
+    that norm; energy_UE, saliency_sum_UE: those of the source of counts (`schema.SUMS`). None where
+    the trace has none.
     weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second)
     of the k weights made to sum to 1, mass: their sum as it is.
     logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
@@ -102,7 +102,6 @@ class RouterCounts:
     norm_UE: np.ndarray | None = _count("worth", "UE", float)
     energy_UE: np.ndarray | None = _count("worth", "UE", float)
     saliency_sum_UE: np.ndarray | None = _count("worth", "UE", float)
-    peak_E: np.ndarray | None = _count("worth", "E", np.float32, np.maximum)
     weight_decisions: int = field(default=0, metadata=SUM)
     weight_entropy_sum: float = field(default=0.0, metadata=SUM)
     weight_margin_sum: float = field(default=0.0, metadata=SUM)
@@ -320,11 +319,6 @@ def _worth(of: RouterDecisions, counts: RouterCounts) -> None:
         if of.weights is not None:
             gated = tuple(w * n for w, n in zip(of.weights, norms, strict=True))
             counts.gated_norm_UE = of.sums_UE(gated)
-    if (peaks := of.values("peak")) is not None:
-        peak_E = np.zeros(of.E + 1, np.float32)  # the last: slots that routed nowhere
-        for ids_T, peak_T in zip(of.slots, peaks, strict=True):
-            np.maximum.at(peak_E, ids_T, peak_T)
-        counts.peak_E = peak_E[: of.E]
 
 
 def _weights(of: RouterDecisions, counts: RouterCounts) -> None:

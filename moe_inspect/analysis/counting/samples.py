@@ -26,13 +26,12 @@ from moe_inspect.analysis.counting.select import SelectedTokens, Selection, sele
 from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import Shard
 
 DOCUMENTS = 2_048
 LOADS = 2**26  # of documents × experts of all routers, 4 bytes each
 TOKENS = 2**17
 CHOICES = 2**23  # of tokens × routers, 12 bytes each
-SLOTS = 2**26  # of tokens × slots of all routers, 2 bytes each
 
 
 Columns = dict[str, np.ndarray]
@@ -165,47 +164,13 @@ def sampled_routes(trace: Trace, selection: Selection) -> list[SampledRoutes]:
     """Of each stack: about TOKENS tokens, fewer where the model has very many routers."""
     most = min(TOKENS, CHOICES // len(selection.routers))
     routes = list[SampledRoutes]()
-    for found in _sampled(trace, selection, most, losses=False):
+    for found in _sampled(trace, selection, most):
         read = found.of_router
         known = {r for r in read if trace.routers[r].first_choice_known}
         first_LS = [first_S if r in known else None for r, (first_S, _) in read.items()]
         set_LS = [set_S for _, set_S in read.values()]
         routes.append(SampledRoutes(tuple(read), first_LS, set_LS, **found.columns))
     return routes
-
-
-@dataclass(frozen=True)
-class SampledLosses:
-    """The sample's tokens whose loss is known, of those that the routers of one stack see.
-    loss_S, entropy_S: nats, float64. phase_S, domain_S: indices into `phases` and `domains`. slots:
-    the experts of each token, by router: uint16 [S] each slot, E where it routed nowhere."""
-
-    routers: tuple[int, ...]
-    loss_S: np.ndarray
-    entropy_S: np.ndarray
-    token_id_S: np.ndarray
-    document_S: np.ndarray
-    domain_S: np.ndarray
-    phase_S: np.ndarray
-    domains: list[str]
-    phases: list[str]
-    slots: dict[int, Slots]
-
-
-def sampled_losses(trace: Trace, selection: Selection) -> list[SampledLosses]:
-    """Of each stack, for a trace that has losses (`TraceHeader.has_loss`): about TOKENS tokens,
-    fewer where the model has very many slots."""
-    most = min(TOKENS, SLOTS // sum(trace.routers[r].top_k for r in selection.routers))
-    return [
-        SampledLosses(
-            tuple(found.of_router),
-            **found.columns,
-            domains=found.labels["domain_S"],
-            phases=found.labels["phase_S"],
-            slots=found.of_router,
-        )
-        for found in _sampled(trace, selection, most, losses=True)
-    ]
 
 
 @dataclass(frozen=True)
@@ -220,9 +185,8 @@ class Sample:
     of_router: dict[int, Slots]
 
 
-def _sampled(trace: Trace, selection: Selection, most: int, losses: bool) -> list[Sample]:
-    """About `most` tokens of each stack. `losses`: with these, and the experts of each slot; tokens
-    whose loss is not known are left out."""
+def _sampled(trace: Trace, selection: Selection, most: int) -> list[Sample]:
+    """About `most` tokens of each stack."""
     tokens = dict.fromkeys([trace.routers[r].stack for r in selection.routers], 0)
     if trace.n_tokens > most:
         for sizes in by_shard(trace, "reading tokens", _sizes, selection, list(tokens)):
@@ -231,8 +195,8 @@ def _sampled(trace: Trace, selection: Selection, most: int, losses: bool) -> lis
     share_of = {stack: most / max(n, most) for stack, n in tokens.items()}
     found: dict[str, list[Sample]] = {stack: [] for stack in share_of}
     labels = dict[str, dict[str, int]]()
-    name, asked = f"reading {'losses' if losses else 'routes'}", (selection, share_of, losses)
-    for part in chain.from_iterable(by_shard(trace, name, _samples_of, *asked)):
+    asked = selection, share_of
+    for part in chain.from_iterable(by_shard(trace, "reading routes", _samples_of, *asked)):
         for column, mine in part.labels.items():
             known = labels.setdefault(column, {})
             code = np.array([known.setdefault(label, len(known)) for label in mine])
@@ -252,9 +216,7 @@ def _joined(stack: str, parts: list[Sample], labels: Labels) -> Sample:
     return Sample(stack, columns, labels, of_router)
 
 
-def _samples_of(
-    shard: Shard, selection: Selection, share_of: dict[str, float], losses: bool
-) -> list[Sample]:
+def _samples_of(shard: Shard, selection: Selection, share_of: dict[str, float]) -> list[Sample]:
     """Of a shard, by stack."""
     found = list[Sample]()
     for seen, routers in _by_stack(shard, selection):
@@ -262,21 +224,12 @@ def _samples_of(
         drawn_T = (hash_T >> np.uint64(11)) < np.uint64(share_of[seen.stack] * 2**53)
         columns = {"document_S": seen.document_T, "domain_S": seen.domain_T}
         labels = {"domain_S": seen.domains}
-        if losses:
-            table = shard.tokens(["phase", "loss_nats", "entropy_nats"])
-            phase_T, labels["phase_S"] = codes(table["phase"])
-            columns |= {"token_id_S": seen.token_id_T, "phase_S": phase_T[seen.number_T]}
-            for name, column in (("loss_S", "loss_nats"), ("entropy_S", "entropy_nats")):
-                columns[name] = table[column].to_numpy()[seen.number_T].astype(np.float64)
-            drawn_T &= np.isfinite(columns["loss_S"])
         at_N, of_router = np.flatnonzero(drawn_T), dict[int, Slots]()
         for r in routers:
             slots = _of(at_N, seen.of(shard.slots(r), r))
-            of_router[r] = tuple(slot_S.astype(np.uint16) for slot_S in slots)
-            if not losses:
-                hash_E = mixed(np.arange(shard.trace.routers[r].experts + 1))  # the last is nowhere
-                set_S = np.sum([hash_E.take(ids) for ids in slots], axis=0)
-                of_router[r] = of_router[r][0], set_S
+            hash_E = mixed(np.arange(shard.trace.routers[r].experts + 1))  # the last is nowhere
+            set_S = np.sum([hash_E.take(ids) for ids in slots], axis=0)
+            of_router[r] = slots[0].astype(np.uint16), set_S
         columns = {name: values_T[at_N] for name, values_T in columns.items()}
         found.append(Sample(seen.stack, columns, labels, of_router))
     return found

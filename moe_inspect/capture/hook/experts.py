@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _grouped_linear
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernels import SIZES, Dispatch, Tape
+from moe_inspect.capture.hook.kernels import Dispatch, Tape
 from moe_inspect.capture.hook.stack import Sink, Sinks, not_pickled
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_expert_parallel, wants_expert_parallel
@@ -47,7 +47,7 @@ class TakenOver:
     """How an experts module that a recorder has taken over runs.
 
     sink      receives its choice
-    sizes     receive the sizes of its experts' outputs: one of `SIZES` → its sink
+    norms     receives the norms of its experts' outputs; None: they are not recorded
     stock     the implementation that it would run otherwise; None where that is never used
     computes  whether ours computes (dispatch), but for up to FEW_SLOTS slots where no kernel of
               ours runs
@@ -55,7 +55,7 @@ class TakenOver:
     """
 
     sink: Sink
-    sizes: dict[str, Sink]
+    norms: Sink | None
     stock: Implementation | None
     computes: bool
     before: list[tuple[PreTrainedConfig, str | None]]
@@ -166,24 +166,26 @@ def _combined(
     tape: Tape | None,
     hidden_TH: Tensor,
 ) -> Tensor:
-    """The weighted sum of the experts' outputs. Records their sizes and, on `tape`, the choice."""
+    """The weighted sum of the experts' outputs. Records their norms and, on `tape`, the choice."""
     dtype = hidden_TH.dtype
-    sinks: dict[str, Sink] = {}  # dict[…]() is not traced by torch.compile
-    if (taken := getattr(self, TAKEN, None)) is not None:
-        sinks = {kind: sink for kind, sink in taken.sizes.items() if sink.scope.open}
+    taken: TakenOver | None = getattr(self, TAKEN, None)
+    sink = taken.norms if taken is not None else None
+    measures, norms_TK = sink is not None and sink.scope.open, None
     if _in_one_pass(hidden_TH):
-        sizes = kernels.empty_sizes(ids_TK, sinks)
+        if measures:
+            norms_TK = ids_TK.new_empty(ids_TK.shape, dtype=torch.float32)
         sum_TH = kernels.combine(
-            y_SH, ids_TK, weights_TK, grouped, dtype, self.num_experts, tape, sizes
+            y_SH, ids_TK, weights_TK, grouped, dtype, self.num_experts, tape, norms_TK
         )
     else:
         if tape is not None:
             kernels.record(tape, ids_TK, weights_TK)
         inverse_S = grouped.inverse if grouped is not None else None
-        sizes = kernels.sizes_torch(y_SH, ids_TK.shape[1], inverse_S, sinks)
+        if measures:
+            norms_TK = kernels.norms_torch(y_SH, ids_TK.shape[1], inverse_S)
         sum_TH = kernels.weighted_sum(y_SH, weights_TK, inverse_S).to(dtype)
-    for kind, sink in sinks.items():
-        sink.record(None, sizes[kind])
+    if sink is not None and norms_TK is not None:
+        sink.record(None, norms_TK)
     return sum_TH
 
 
@@ -281,10 +283,10 @@ class Takeover:
 
         for module, sinks in self.sinks.items():
             stock = stock_of(module)
-            sizes = {kind: sinks[kind] for kind in SIZES if kind in sinks}
+            norms = sinks.get("norms")
             # (grouping few slots without our kernels would only add steps)
-            own = None if sizes and computes else stock
-            setattr(module, TAKEN, TakenOver(sinks[""], sizes, own, computes, names))
+            own = None if norms is not None and computes else stock
+            setattr(module, TAKEN, TakenOver(sinks[""], norms, own, computes, names))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = stock, self
@@ -317,14 +319,14 @@ def mode_of(model: Any, sites: Sequence[Site], capture: str, outputs: bool = Fal
     obstacle = _obstacle(model, sites)
     if outputs and capture == "tap":
         raise MoeInspectError(
-            "a tap does not see what the experts return: record output norms and peaks with "
+            "a tap does not see what the experts return: record output norms with "
             "--capture dispatch"
         )
     if not obstacle and outputs and any(s.adapter is not None for s in sites):
         obstacle = NOT_ON_INTERFACE
     if (capture == "dispatch" or outputs) and obstacle:
         instead = (
-            "what its experts return is not seen: trace without --output-norms, --output-peaks"
+            "what its experts return is not seen: trace without --output-norms"
             if outputs
             else "use --capture tap"
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false, reportUntypedNamedTuple=false
 import math
 from collections import namedtuple
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -126,13 +126,6 @@ class Dispatch(NamedTuple):
     permutation: Tensor  # [S]: the slot at each place
     inverse: Tensor  # [S]: the place of each slot
     token: Tensor  # [S]: the token at each place, permutation // K
-
-
-# How large the output of each slot's expert is, before the gate weight, float32 [T, K], by what it
-# is: a vector norm of an order. 0 for a slot without an expert, where rows are grouped.
-# norms: ‖f(x)‖₂, summed in float32; peaks: the largest |value|
-SIZES = {"norms": 2.0, "peaks": math.inf}
-Sizes = dict[str, Tensor]
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -616,21 +609,17 @@ def weighted_sum(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) -> 
     return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, y_SH.shape[1]).sum(1)
 
 
-def sizes_torch(y_SH: Tensor, K: int, inverse_S: Tensor | None, wanted: Collection[str]) -> Sizes:
-    """The sizes of the experts' outputs, by the rows of `weighted_sum`. Without a gradient."""
-    y_SH, place_S = y_SH.detach(), slice(None) if inverse_S is None else inverse_S.long()
-    sizes_S = (
-        torch.linalg.vector_norm(y_SH, SIZES[kind], dim=1, dtype=torch.float32) for kind in wanted
-    )
-    return {kind: size_S[place_S].view(-1, K) for kind, size_S in zip(wanted, sizes_S, strict=True)}
-
-
-def empty_sizes(ids_TK: Tensor, wanted: Collection[str]) -> Sizes:
-    return {kind: ids_TK.new_empty(ids_TK.shape, dtype=torch.float32) for kind in wanted}
+def norms_torch(y_SH: Tensor, K: int, inverse_S: Tensor | None) -> Tensor:
+    """The norm ‖f(x)‖₂ of the output of each slot's expert before the gate weight, float32 [T, K],
+    by the rows of `weighted_sum`. If rows are grouped, it is 0 for a slot without an expert. Without
+    a gradient."""
+    place_S = slice(None) if inverse_S is None else inverse_S.long()
+    norm_S = torch.linalg.vector_norm(y_SH.detach(), dim=1, dtype=torch.float32)
+    return norm_S[place_S].view(-1, K)
 
 
 def measuring_columns(H: int) -> int:
-    """Columns per program where outputs are measured: it sees all of them."""
+    """Columns per program if it writes norms: it sees all of them."""
     return max(COMBINE_COLUMNS, 1 << (H - 1).bit_length())
 
 
@@ -656,27 +645,24 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _combine_kernel(
-        inverse, offsets, norms, peaks, y, ids, weights, out, E, H, T, tape, lane,
+        inverse, offsets, norms, y, ids, weights, out, E, H, T, tape, lane,
         K: tl.constexpr, ROUND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program sums some columns of one token. `inverse` and `offsets` None: y is in slot
-        order. `norms`, `peaks`: also writes the sizes of its rows. The very first program also
-        records the whole call, where there is a tape."""
+        order. `norms`: also writes the norms of its rows. The very first program also records the
+        whole call, where there is a tape."""
         t = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = h < H
         sum_H = tl.zeros([COLUMNS], tl.float32)
-        if norms is None and peaks is None:
+        if norms is None:
             for k in tl.static_range(K):
                 row = _row(inverse, offsets, y, t, k, h, E, H, T, K)
                 sum_H += _weighted(row, y, weights, t * K + k, ROUND)
         else:  # not unrolled: the rows of all slots would need more registers than there are
             for k in tl.range(0, K):
                 row = _row(inverse, offsets, y, t, k, h, E, H, T, K)
-                if norms is not None:
-                    tl.store(norms + t * K + k, tl.sqrt_rn(tl.sum(row * row, 0)))
-                if peaks is not None:
-                    tl.store(peaks + t * K + k, tl.max(tl.abs(row), 0))
+                tl.store(norms + t * K + k, tl.sqrt_rn(tl.sum(row * row, 0)))
                 sum_H += _weighted(row, y, weights, t * K + k, ROUND)
         if ROUND:
             sum_H = sum_H.to(y.dtype.element_ty).to(tl.float32)
@@ -689,12 +675,12 @@ if triton is not None:
 
     def combine_triton(
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
-        tape: Tape | None = None, sizes: Sizes | None = None,
+        tape: Tape | None = None, norms: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """`weighted_sum` in one launch and one pass over y, rounded as there (on a GPU torch adds
         more than four slots in another order). Places without an expert count as zero. `grouped`
         None: y is in slot order, and at most RECORD_BLOCK slots are recorded on `tape`. Fills
-        `sizes`."""
+        `norms` [T, K]."""
         T, K = weights_TK.shape
         S, H = y_SH.shape
         assert tape is None or (grouped is None and S <= RECORD_BLOCK)
@@ -705,14 +691,12 @@ if triton is not None:
             return out
         y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
         order = (grouped.inverse, grouped.offsets) if grouped is not None else (None, None)
-        columns, measured = COMBINE_COLUMNS, (None, None)
-        if sizes:
-            columns, measured = measuring_columns(H), tuple(map(sizes.get, SIZES))
+        columns = COMBINE_COLUMNS if norms is None else measuring_columns(H)
         # in the order of transformers: product, rounding, sum
         rounded = torch.promote_types(kind, weights.dtype).itemsize == 2
         with torch.cuda.device_of(y):
             _combine_kernel[(T, -(-H // columns))](
-                *order, *measured, y, ids, weights, out, experts, H, T,
+                *order, norms, y, ids, weights, out, experts, H, T,
                 *(NO_TAPE if tape is None else _arguments(tape, K, ids, weights)),
                 K=K, ROUND=rounded, COLUMNS=columns, BLOCK=RECORD_BLOCK, enable_fp_fusion=False,
                 num_warps=min(16, max(4, columns // 512)),  # 8 to 32 columns per thread
@@ -722,20 +706,20 @@ if triton is not None:
 
 def combine(
     y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
-    tape: Tape | None = None, sizes: Sizes | None = None,
+    tape: Tape | None = None, norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`combine_triton`, or the same in torch where the kernel is not to be trusted."""
     H = y_SH.size(1)
-    written = (tuple(sizes), measuring_columns(H)) if sizes else ((), 0)
+    written = (False, 0) if norms is None else (True, measuring_columns(H))
     how = 1, None, y_SH.dtype, dtype, grouped is not None, not H % 16, *written
     trusted = SELF_CHECK.trusts("combine", tape, experts, ids_TK, weights_TK, y_SH, *how)
     code = combine_triton if trusted else combine_torch
-    return code(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
+    return code(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, norms)
 
 
 def combine_torch(
     y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
-    tape: Tape | None = None, sizes: Sizes | None = None,
+    tape: Tape | None = None, norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What `combine_triton` does, in torch."""
     inverse = None
@@ -745,9 +729,8 @@ def combine_torch(
         inverse = grouped.inverse
     if tape is not None:
         record_torch(tape, ids_TK, weights_TK)
-    sizes = sizes or {}
-    for kind, size_TK in sizes_torch(y_SH, ids_TK.shape[1], inverse, sizes).items():
-        sizes[kind].copy_(size_TK)
+    if norms is not None:
+        norms.copy_(norms_torch(y_SH, ids_TK.shape[1], inverse))
     return weighted_sum(y_SH, weights_TK, inverse).to(dtype)
 
 

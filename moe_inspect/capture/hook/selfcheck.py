@@ -72,7 +72,7 @@ class Variant:
     y, out    of combine: types of the experts' outputs and of the sum
     grouped   of combine: whether the rows are in the order of the experts
     aligned   of combine: whether H is a multiple of 16
-    sizes     of combine: which sizes of the outputs it writes
+    norms     of combine: whether it writes the norms of the outputs
     columns   of combine: per program
     shifted   which of ids, weights and y do not begin at a multiple of 16 bytes
     """
@@ -91,7 +91,7 @@ class Variant:
     out: torch.dtype = torch.float32
     grouped: bool = False
     aligned: bool = True
-    sizes: tuple[str, ...] = ()
+    norms: bool = False
     columns: int = 0
     shifted: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ class Variant:
             order = "grouped" if self.grouped else "in order"
             parts += [f"{_name(self.y)} to {_name(self.out)}", order]
             parts += [] if self.aligned else ["odd width"]
-            parts += [f"{' and '.join(self.sizes)} of {self.columns}"] if self.sizes else []
+            parts += [f"norms of {self.columns}"] if self.norms else []
         parts += [f"{name} at an odd address" for name in self.shifted]
         return ", ".join(parts)
 
@@ -126,7 +126,7 @@ class Variant:
     @property
     def width(self) -> int:
         """H of the cases: of two programs, or what one that measures its rows sees."""
-        least = self.columns // 2 if self.sizes else 1024
+        least = self.columns // 2 if self.norms else 1024
         return least + (16 if self.aligned else 13)
 
     def _tokens(self, kernels: ModuleType) -> list[int]:
@@ -177,7 +177,7 @@ def wrong_with(kernels: ModuleType, variant: Variant, by_torch: bool) -> str | N
         code = functools.partial(code, launches=variant.launches, block=variant.block)
     check, more = CHECKS[name], ()
     if name == "combine":
-        more = variant.grouped, variant.width, variant.y, variant.out, variant.sizes
+        more = variant.grouped, variant.width, variant.y, variant.out, variant.norms
     try:
         for case in variant.cases(kernels):
             try:

@@ -154,12 +154,6 @@ class Segments:
         return int(self.length.sum())
 
     @cached_property
-    def broken(self) -> Segments:
-        """Those after whose last token the sequence does not go on with one that both have."""
-        start_S = self.pair * LINE + self.position + MARGIN
-        return self.take(np.flatnonzero(~np.isin(start_S + self.length, start_S)))
-
-    @cached_property
     def shards(self) -> list[int]:
         """The shards of A that have a token in common with B."""
         return np.unique(self.shard_a).tolist()
@@ -371,7 +365,6 @@ def check_tokens(alignment: Alignment) -> None:
 
 
 Columns = tuple[np.ndarray, ...]
-OF_TOKENS = -1
 DECILES = 10
 CELLS = len(PHASES) * DECILES  # a phase and a position decile
 
@@ -396,7 +389,7 @@ class RowsInShard:
 
     def read(self, columns_of: Callable[[Shard, int], Columns], router: int) -> Columns:
         columns, part = columns_of(self.shard, router), self
-        seen = None if router == OF_TOKENS else self.shard.seen(router)
+        seen = self.shard.seen(router)
         if seen is not None:
             part = RowsInShard(self.shard, (np.cumsum(seen) - 1)[self.rows], self.at)
         if (highest := int(part.rows.max(initial=-1))) >= len(columns[0]):
@@ -440,8 +433,8 @@ class AlignedRows:
         return AlignedRows((of_a, of_b), *(values[keep_T] for values in tokens))
 
     def read(self, side: int, columns_of: Callable[[Shard, int], Columns], router: int) -> Columns:
-        """What `columns_of` reads of a router of A (side 0) or of B (side 1), of these tokens;
-        OF_TOKENS for columns of the tokens themselves."""
+        """What `columns_of` reads of a router of A (side 0) or of B (side 1), of these
+        tokens."""
         parts = self.sides[side]
         found = [part.read(columns_of, router) for part in parts]
         if len(parts) == 1:

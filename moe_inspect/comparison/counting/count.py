@@ -32,7 +32,6 @@ Made = TypeVar("Made")
 Sums = dict[str, np.ndarray]
 OfRouters = dict[tuple[int, str], np.ndarray]
 Key = TypeVar("Key")
-OF_LOSSES = ("tokens", "a", "b", "apart", "entropy_a", "entropy_b")
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
 GAMMA_FLOOR = 0.8
@@ -372,18 +371,6 @@ def _count_router(
 # --- passes of their own, as few ask for them: losses of tokens, and sizes of what experts return
 
 
-def loss_sums(job: Job, segments: align.Segments) -> Sums:
-    """Of the tokens whose loss both traces know, and whose next token both have: of OF_LOSSES their
-    number, Σ of their loss in A and in B, Σ |B's loss − A's|, and Σ of the entropy of their
-    prediction in A and in B. float64 [2, U] each: the tokens that choose the same experts at every
-    router compared, and the others. Nats."""
-    # the rows after which a sequence does not go on with a token that both have
-    broken = segments.broken
-    last = {number: broken.in_shard(number) for number in segments.shards}
-    ends = {number: of.row_a + of.length - 1 for number, of in last.items()}
-    return _summed(job, segments, _losses, ends)
-
-
 def output_sums(job: Job, segments: align.Segments) -> dict[int, Sums]:
     """By router of A, of two traces with norms. load, norm, gated: of A and of B, float64 [2, U,
     E]: assignments, Σ of the norms of outputs, Σ of gate weight × norm (NaN where a trace has no
@@ -407,40 +394,6 @@ def _summed(
         for name, values in part.items():
             total[name] += values
     return total
-
-
-def _losses(job: Job, ends: dict[int, np.ndarray], shards: list[align.Segments]) -> Sums:
-    U = len(job.domains) * CLUSTERS
-    found: Sums = {name: np.zeros((2, U)) for name in OF_LOSSES}
-    for segments in shards:
-        for _, rows, routers in job.rows_by_stack(segments):
-            a, b = rows.both(_losses_of_tokens, (align.OF_TOKENS, align.OF_TOKENS))
-            going_on_T = ~np.isin(rows.row_T, ends[int(segments.shard_a[0])])
-            at = np.flatnonzero(np.isfinite(a[0]) & np.isfinite(b[0]) & going_on_T)
-            cell_T = (_differ(job, rows, routers) * U + rows.unit_T)[at]
-            (a_T, entropy_a_T), (b_T, entropy_b_T) = (
-                [of_T[at] for of_T in side] for side in (a, b)
-            )
-            of = (None, a_T, b_T, np.abs(b_T - a_T), entropy_a_T, entropy_b_T)
-            for name, values_T in zip(OF_LOSSES, of, strict=True):
-                found[name] += np.bincount(cell_T, values_T, 2 * U).reshape(2, U)
-    return found
-
-
-def _losses_of_tokens(shard: Shard, _: int) -> align.Columns:
-    table = shard.tokens(["loss_nats", "entropy_nats"])
-    return tuple(table[name].to_numpy().astype(np.float64) for name in table.column_names)
-
-
-def _differ(job: Job, rows: align.AlignedRows, routers: list[tuple[int, int]]) -> np.ndarray:
-    """bool [T]: another set of experts at any of the routers."""
-    differ_T = np.zeros(len(rows), bool)
-    for pair in () if rows.alike else routers:
-        slots_a, slots_b = rows.both(Shard.slots, pair)
-        at_N, a_KN, b_KN = kernels.unequal(slots_a, slots_b)
-        _, _, missing_N = kernels.sets(a_KN, b_KN, job.a.routers[pair[0]].experts)
-        differ_T[at_N[missing_N > 0]] = True
-    return differ_T
 
 
 def _outputs(job: Job, shards: list[align.Segments]) -> OfRouters:

@@ -18,7 +18,6 @@ from moe_inspect.comparison.counting.count import (
     PairRouterCounts,
     Sums,
     count_pair,
-    loss_sums,
     output_sums,
 )
 from moe_inspect.comparison.counting.kernels import Margins, margins
@@ -28,14 +27,6 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural
 from moe_inspect.trace.manifest import refuse_while_written
 from moe_inspect.trace.reader import Trace
-
-# table → what both traces must hold for it, as a trace has it and in words
-NEEDS: dict[str, tuple[Callable[[Trace], bool], str]] = {
-    "worth": (lambda trace: trace.has_norms, "no norms of outputs (trace --output-norms)"),
-    "loss": (lambda trace: trace.has_loss, "no losses of tokens (trace --token-loss)"),
-}
-# metric of the table `overall` → the table whose needs it has
-METRICS_OF = {"loss_difference_nats": "loss", "loss_absolute_difference_nats": "loss"}
 
 
 class Decisions(Paired):
@@ -122,26 +113,16 @@ class Decisions(Paired):
         """As `output_sums`, of two traces with the norms of outputs."""
         return output_sums(self.job, self.alignment.segments)
 
-    @cached_property
-    def losses(self) -> Sums:
-        """As `loss_sums`, of two traces with the losses of tokens."""
-        return loss_sums(self.job, self.alignment.segments)
-
     def why_not(self, name: str) -> str | None:
-        """Why these two traces cannot have a table, or a metric; None where they can."""
-        table = METRICS_OF.get(name, name)
-        if table not in NEEDS:
-            return None
-        there, what = NEEDS[table]
-        none = f"there is no {'table' if table == name else 'metric'} {name!r}"
+        """Why these two traces cannot have a table; None where they can."""
         sides = zip("AB", self.traces, strict=True)
-        without = [f"{side} ({trace.path})" for side, trace in sides if not there(trace)]
-        if without:
-            verb = "has" if len(without) == 1 else "have"
-            return f"{none}: {' and '.join(without)} {verb} {what}"
-        if table == "loss" and self.options.shift_routes:
-            return f"{none} with --shift-routes: it would pair other tokens' losses"
-        return None
+        without = [f"{side} ({trace.path})" for side, trace in sides if not trace.has_norms]
+        if name != "worth" or not without:
+            return None
+        return (
+            f"there is no table 'worth': {' and '.join(without)} "
+            f"{'has' if len(without) == 1 else 'have'} no norms of outputs (trace --output-norms)"
+        )
 
     @cached_property
     def counts(self) -> ComparisonCounts:

@@ -143,11 +143,6 @@ def _tiles(made: Decisions) -> list[Tile]:
         Tile("worst layer", f"{share_R[worst]:.2%}", layer),
         Tile("tokens compared", f"{made.counts.tokens:,}", of),
     ]
-    if len(losses := made.tables["loss"]):
-        whole = losses.iloc[0]
-        beside = f"nats per token, B {whole['mean_loss_nats_b']:.3f}, A "
-        beside += f"{whole['mean_loss_nats_a']:.3f}"
-        tiles.append(Tile("loss, B minus A", f"{whole['difference_nats']:+.4f}", beside))
     if made.noise is not None:
         noise = made.noise.mismatched / made.noise.decisions
         tiles.append(Tile("two runs of A", f"{noise:.2%}", "of decisions differ"))
@@ -260,13 +255,6 @@ Decisions.kind = result.ComparisonKind(
             "Load",
             "Experts whose load changed",
             "By more than documents explain, in all domains together or in one.",
-        ),
-        "loss": (
-            "Loss",
-            "The loss of the same tokens",
-            "Nats per token in both traces, over all domains and for each, where the same and "
-            "where different experts were chosen; tokens after which the texts diverge are left "
-            "out.",
         ),
         "summary": ("", "About these traces", ""),
     },

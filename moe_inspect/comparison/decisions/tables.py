@@ -16,8 +16,8 @@ from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, ratio_interval, special
 from moe_inspect.comparison.aligning.align import DECILES
 from moe_inspect.comparison.aligning.misaligned import matched_overlaps
-from moe_inspect.comparison.counting.count import OF_LOSSES, UNIT, Sums
-from moe_inspect.comparison.decisions.data import METRICS_OF, Decisions
+from moe_inspect.comparison.counting.count import UNIT, Sums
+from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.result import TABLES, Facts, Row, facts_table
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import table
@@ -149,11 +149,10 @@ def margins(data: Decisions) -> pd.DataFrame:
     return frame
 
 
-@table(by_router=("tokens_mismatch", *METRICS_OF), tables=TABLES)
+@table(by_router=("tokens_mismatch",), tables=TABLES)
 def overall(data: Decisions) -> pd.DataFrame:
-    """One row: all routers together; the differences of the losses are NaN where the traces have
-    none."""
-    counts, losses = data.counts, data.tables["loss"]
+    """One row: all routers together."""
+    counts = data.counts
     row: Row = {
         "tokens": counts.tokens,
         "tokens_mismatch": data.tokens_mismatch,
@@ -162,8 +161,6 @@ def overall(data: Decisions) -> pd.DataFrame:
         "router_shift": tt.router_shift(counts.gamma / UNIT, counts.gamma_tokens),
         "router_shift_below_floor": ratio(counts.gamma_below, counts.gamma_tokens),
     }
-    for name in METRICS_OF:
-        row[name] = losses[name.removeprefix("loss_")].iloc[0] if len(losses) else np.nan
     if data.noise is not None:
         row["noise_tokens_mismatch"] = data.noise.tokens_mismatch
     return pd.DataFrame([row])
@@ -401,46 +398,3 @@ def _change(
         ends = np.nanquantile(relative(values, load), [0.025, 0.975], 0)
         low_E[known_E], high_E[known_E] = ends
     return {name: change_E, f"{name}_low": low_E, f"{name}_high": high_E}
-
-
-ROUTES = {"": slice(None), "same": slice(0, 1), "different": slice(1, 2)}
-ENTROPY = "entropy_difference_nats"
-VALUES = (
-    *("mean_loss_nats_a", "mean_loss_nats_b"),
-    *("difference_nats", "difference_nats_low", "difference_nats_high"),
-    "absolute_difference_nats",
-    *("mean_entropy_nats_a", "mean_entropy_nats_b"),
-    *(ENTROPY, f"{ENTROPY}_low", f"{ENTROPY}_high"),
-)
-
-
-@table(tables=TABLES)
-def loss(data: Decisions) -> pd.DataFrame:
-    """Where both traces have losses, a row for the tokens of all domains (`domain` is empty) and of
-    each, of any routes (`routes` is empty), of the same experts at every router, and of different
-    ones at any: the loss in each trace and its difference; and the same of the entropy of the
-    prediction, how undecided the model was."""
-    rows = list[Row]()
-    losses = {} if data.why_not("loss") else data.losses
-    for domain, in_U in data.in_domains if losses else ():
-        for routes, which in ROUTES.items():
-            sums = [losses[name][which, data.units].sum(0) * in_U for name in OF_LOSSES]
-            if sums[0].any():
-                rows.append({"domain": domain, "routes": routes, **_mean_losses(data, sums)})
-    labels = {"domain": "str", "routes": "str", "tokens": "int64"}
-    frame = pd.DataFrame(rows, columns=[*labels, *VALUES])
-    return frame.astype(labels | dict.fromkeys(VALUES, "float64"))
-
-
-def _mean_losses(data: Decisions, sums: Sequence[np.ndarray]) -> Row:
-    """Of sums [U], as `loss_sums` has them: OF_LOSSES."""
-    tokens, a, b, apart, *entropies = sums
-    n = tokens.sum()
-    weights_RU = data.weights_RU if np.count_nonzero(tokens) >= FEWEST_DOCUMENTS else None
-
-    def both(a: np.ndarray, b: np.ndarray) -> tuple[float, ...]:
-        ends = ratio_interval(b - a, tokens, weights_RU)
-        return a.sum() / n, b.sum() / n, (b - a).sum() / n, *ends
-
-    of = (*both(a, b), apart.sum() / n, *both(*entropies))
-    return {"tokens": n, **dict(zip(VALUES, of, strict=True))}

@@ -233,33 +233,6 @@ def noise(data: Decisions) -> Iterator[Finding]:
     yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
 
 
-def losses(data: Decisions) -> Iterator[Finding]:
-    """Which of the two predicts the same tokens better."""
-    if data.alike or not len(table := data.tables["loss"]):
-        return
-    row = table.iloc[0]
-    ends = row[["difference_nats", "difference_nats_low", "difference_nats_high"]]
-    change, low, high = ends
-    b, a, n = row["mean_loss_nats_b"], row["mean_loss_nats_a"], int(row["tokens"])
-    of = f"the {plural(n, 'token')} with the same next token in both"
-    if not row["absolute_difference_nats"]:
-        yield finding("loss", "good", f"The same loss at each of {of}: {a:.4f} nats per token.")
-        return
-    between = f", 95 % {low:+.4f} to {high:+.4f} over documents" if low == low else ""
-    text = f"a loss of {b:.4f} nats per token, A {a:.4f} ({change:+.4f}{between}), on {of}"
-    of_a, of_b = (data.losses[side][:, data.units].sum(0) for side in "ab")
-    (p,) = p_over_documents([(of_b - of_a)[:, None]], lambda sums: np.abs(sums[:, 0]))
-    # which does not say that it is the same: the interval is how far apart it may be
-    severity, said = "note", f"These documents do not show which predicts better: B has {text}."
-    if np.isnan(p):
-        said = f"B has {text}: too few documents to tell whether that is chance."
-    elif p < ALPHA and change > 0:
-        severity, said = "warning", f"B predicts worse than A: it has {text}."
-    elif p < ALPHA:
-        severity, said = "good", f"B predicts better than A: it has {text}."
-    yield finding("loss", severity, said, **ends, tokens=n)
-
-
 def growth(data: Decisions) -> Iterator[Finding]:
     """How often tokens that have differed differ again; those near a tie may at several layers."""
     before = sum(counts.before for counts in data.every)
@@ -487,7 +460,7 @@ def percent(share: float) -> str:
 Check = Callable[[Decisions], Iterator[Finding]]
 # in the order in which they are read
 CHECKS: tuple[Check, ...] = (
-    *(same, misaligned, zero_filled, last_token, noise, losses, growth, collapsed, below_chance),
+    *(same, misaligned, zero_filled, last_token, noise, growth, collapsed, below_chance),
     *(load, domains, missing_tokens, missing_layers, unchecked, recorded),
 )
 # those that say nothing of misaligned traces

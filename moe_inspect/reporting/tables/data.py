@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -106,7 +105,6 @@ class ReportData:
         *,
         top: int = 20,
         window: int | None = None,
-        weights: str | Path | None = None,
         thresholds: Mapping[str, float] | None = None,
         progress: Callable[[int], None] | None = None,
         baseline: ReportData | None = None,
@@ -118,7 +116,7 @@ class ReportData:
         if window is not None and window < 1:
             raise MoeInspectError(f"window is {window}: give the tokens per window, 1 or more")
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
-        self.window, self.weights, self.baseline = window, weights, baseline
+        self.window, self.baseline = window, baseline
         self.thresholds: Thresholds = thresholds_with(thresholds)
         self.tables: Mapping[str, pd.DataFrame] = LazyTables(self)
         self.made: dict[object, Any] = {}

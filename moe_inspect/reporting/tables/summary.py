@@ -88,11 +88,7 @@ def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
 @once
 def notes(data: ReportData) -> list[str]:
     """Why columns are NaN, and what numbers are limited to."""
-    found: list[str] = [*_of_trace(data), *([] if data.counts.counts_only else _of_token_ids(data))]
-    if "saliency_sum" in data.trace.sums:
-        files = f"the files imported as {data.trace.manifest['capture'].get('format')}"
-        found.append(f"worth: saliency is the score that {files} state, not one of ours")
-    return found
+    return [*_of_trace(data), *([] if data.counts.counts_only else _of_token_ids(data))]
 
 
 def _of_trace(data: ReportData) -> Iterator[str]:

@@ -22,7 +22,7 @@ CHECKS: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("Serving", (balance.busiest_gpu, balance.uneven_batches)),
     ("Balance", (balance.averaging_hides, experts.overloading_domain, experts.unused_in_domain)),
     ("Specialization", (specialization.domain_specialization, specialization.domain_beyond_token)),
-    ("Specialization", (specialization.token_specialization, specialization.hard_tokens)),
+    ("Specialization", (specialization.token_specialization,)),
     ("Specialization", (specialization.committee, specialization.signature, specialization.paths)),
     ("Balance", (specialization.drift,)),
     ("Router", (specialization.router_ties,)),

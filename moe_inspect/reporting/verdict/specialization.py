@@ -215,29 +215,6 @@ def _most_exclusive_token(data: ReportData, row: Row) -> str:
     )
 
 
-def hard_tokens(data: ReportData) -> Finding | None:
-    """The expert whose tokens are most harder, or easier, to continue than others of the same
-    domain, phase and token id; none where that is not beyond chance in any."""
-    if not data.trace.has_loss:
-        return None
-    table = data.tables["loss"]
-    table = table[table["domain"].isna() & table["phase"].isna()]
-    beyond = table[table["difference_p"] < ALPHA]
-    if beyond.empty:
-        return None
-    row = top_row(beyond, beyond["difference_nats"].abs())
-    nats, low, high = (row[f"difference_{name}"] for name in ("nats", "low", "high"))
-    said = (
-        f"Expert {row['expert']} of {name_of(data, row)} serves tokens that are {abs(nats):.2f} "
-        f"nats {'harder' if nats > 0 else 'easier'} to continue than others of the same domain, "
-        f"phase and token id (95% interval over documents {low:.2f} to {high:.2f}; "
-        f"±{row['difference_null_p99']:.2f} by chance of such documents). In all, "
-        f"{len(beyond)} of {plural(len(table), 'expert')} "
-        f"{'differs' if len(beyond) == 1 else 'differ'} in this way, harder or easier."
-    )
-    return note(said, row, expert=row["expert"], difference_nats=nats, experts=len(beyond))
-
-
 def untrained_seed(trace: Trace) -> int | None:
     """The seed of a model whose weights were drawn at random, as far as the trace says so."""
     plan = mapping(mapping(trace.manifest.get("corpus")).get("plan"))

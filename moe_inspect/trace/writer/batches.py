@@ -39,10 +39,9 @@ class RoutedBatch:
     order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`: float16 [T, K_r], the bits of
     bfloat16 as uint16, float32 that one of the two holds exactly, or None (a trace without weights
     is still ordered by them), `extras[name][r]`: of `schema.EXTRAS`, float16 [T, E_r] of logits,
-    else like `weights[r]`. `domains[d]` is the label of domain code d. `token_values`: of
-    `schema.LOSS`, float32 [T], NaN where there is none. `replicas`: of a trace of physical experts,
-    forward pass → the expert that each of a router is a replica of, [L, P], −1 for none; the same
-    array where nothing has changed. Of an encoder-decoder the first `encoded`
+    else like `weights[r]`. `domains[d]` is the label of domain code d. `replicas`: of a trace of
+    physical experts, forward pass → the expert that each of a router is a replica of, [L, P], −1
+    for none; the same array where nothing has changed. Of an encoder-decoder the first `encoded`
     tokens were fed to the encoder, the others to the decoder, and a router has rows only of those
     it sees. `phases`: indices into PHASES [T], where they are not all of one `phase`."""
 
@@ -63,7 +62,6 @@ class RoutedBatch:
     batches: np.ndarray | None = None
     phases: np.ndarray | None = None
     extras: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
-    token_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     replicas: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -95,7 +93,6 @@ class RoutedBatch:
                 ids=[of_router[rows] for of_router in self.ids],
                 weights=self.weights and [of_router[rows] for of_router in self.weights],
                 extras={n: [a[rows] for a in of] for n, of in self.extras.items()},
-                token_values={n: of[rows] for n, of in self.token_values.items()},
                 replicas={n: of for n, of in self.replicas.items() if n == number},
             )
 

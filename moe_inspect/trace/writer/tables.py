@@ -29,10 +29,7 @@ from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBat
 
 
 def tokens_table(batches: list[RoutedBatch], token: pa.Array, trace: TraceHeader) -> pa.Table:
-    columns, domains = (
-        schema.tokens_schema(trace.has_loss),
-        max((b.domains for b in batches), key=len),
-    )
+    domains = max((b.domains for b in batches), key=len)
     phase_T = np.concatenate([_phases(b) for b in batches])
     known = max(2 + any(r.stack for r in trace.stated_routers), int(phase_T.max(initial=0)) + 1)
     made: dict[str, pa.Array] = {"token": token}
@@ -42,12 +39,7 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, trace: TraceHeader
     made["domain"] = _labels(np.concatenate([b.domain for b in batches]), domains)
     made["phase"] = _labels(phase_T, schema.PHASES[:known])
     made["batch"] = pa.array(np.concatenate([b.numbers for b in batches]))
-    for name in columns.names[len(schema.TOKENS) :]:  # null where it is NaN, or a batch has none
-        none = [np.full(len(b.token_id), np.nan, np.float32) for b in batches]
-        parts = [b.token_values.get(name, of) for b, of in zip(batches, none, strict=True)]
-        values_T = np.concatenate(parts).astype(np.float32, copy=False)
-        made[name] = pa.array(values_T, mask=np.isnan(values_T))
-    return pa.table(made, schema=columns)
+    return pa.table(made, schema=schema.TOKENS)
 
 
 def documents_table(documents: list[Document]) -> pa.Table:

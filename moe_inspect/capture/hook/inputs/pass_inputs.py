@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -38,26 +38,16 @@ if TYPE_CHECKING:
     from moe_inspect.model.choices import Args, Kwargs
 
 
-class PassFollower(Protocol):
-    """Is told of each forward pass: its begin, what each stack is fed, the model's output."""
-
-    def begin(self) -> None: ...
-    def feed(self, fed: Rows | CallInputs) -> None: ...
-    def returned(self, output: object) -> None: ...
-
-
 class PassInputs:
-    """`documents`, `domains`: labels of each batch row, unless `label` sets others. `follower`: is
-    told of each pass."""
+    """`documents`, `domains`: labels of each batch row, unless `label` sets others."""
 
     def __init__(
         self,
         reader: CallReader,
         documents: Sequence[Hashable] | None = None,
         domains: Sequence[str] | None = None,
-        follower: PassFollower | None = None,
     ):
-        self._reader, self._follower = reader, follower
+        self._reader = reader
         self._numbering = SequenceNumbers()
         self.domains = self._numbering.domains  # labels by code
         self.domain_code = self._numbering.domain_code
@@ -97,8 +87,6 @@ class PassInputs:
         self._numbering.discard()  # of the previous forward pass, if it failed
         self._settle_caches()
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
-        if self._follower is not None:
-            self._follower.begin()
         numbers = (rows.number for rows in self._plan.values())
         return next((number for number in numbers if number is not None), None)
 
@@ -110,8 +98,6 @@ class PassInputs:
             fed = self._calls[stack] = self._read(stack, args, kwargs)
         if self._unsettled:
             self._settle(fed)
-        if self._follower is not None:
-            self._follower.feed(fed)
         return fed
 
     def returned(self, stack: str, output: object) -> None:
@@ -126,8 +112,6 @@ class PassInputs:
                 held = cache if may_be_drafts or cache is None else ref(cache)
                 self._unsettled.append((call, held))
                 call.is_settled = False
-        if self._follower is not None and not stack:
-            self._follower.returned(output)
 
     def end(self) -> None:
         """Ends a launched pass: the key-value caches in its outputs hold what they were given."""
