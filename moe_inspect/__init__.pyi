@@ -1,7 +1,6 @@
 """The public names, and where each is defined: imported when it is first used."""
 
 from .api import ablate as ablate
-from .api import describe_weights as describe_weights
 from .api import intervene as intervene
 from .api import record as record
 from .api import trace_model as trace_model

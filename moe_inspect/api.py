@@ -172,22 +172,6 @@ def ablate(
     )
 
 
-def describe_weights(model: str, *, revision: str | None = None) -> dict[str, pd.DataFrame]:
-    """Statistics of the weights of a model's routers and experts, without running it: the tables
-    "routers" and "experts". `model`: a hub id, a directory, or "demo".
-
-    routers, a row per router: the cosines of pairs of its rows (mean and largest), their effective
-    rank and norms, beside random rows of the same shape. experts, a row per expert: AIMER (mean |w|
-    ÷ root mean square of w), the norm of its weights and of its row of the router, the expert whose
-    row is nearest. NaN where weights are quantised (other than FP8 and MXFP4), or a router has no
-    row per expert. Reads safetensors piece by piece, without torch. MoeInspectError where there are
-    none, or no experts."""
-    from moe_inspect.analysis.weights.measure import weight_tables
-    from moe_inspect.model.load import checkpoint_dir
-
-    return weight_tables(checkpoint_dir(model, revision))
-
-
 def trace_model(
     model: str,
     out: str | Path,

@@ -27,7 +27,6 @@ TYPES = {
     "moe_inspect.record(model, counts_only=True).balance()": "DataFrame",
     "moe_inspect.record": "**options: **RecordKeywords",
     "moe_inspect.describe(path)": "Description",
-    "moe_inspect.describe_weights(path)": "dict[str, DataFrame]",
     "moe_inspect.check(path)": "Checked",
     "moe_inspect.trace_model(path, path, batch_tokens=500)": "Trace",
     "trace.simulate.cache(slots=[2])": "Simulation",

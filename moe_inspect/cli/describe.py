@@ -1,10 +1,9 @@
-"""`moe-inspect describe`: parameters, memory and FLOPs of a model, without its weights; or what its
-weights say of its routers and experts; `moe-inspect doctor`: what this machine can record of it."""
+"""`moe-inspect describe`: parameters, memory and FLOPs of a model, without its weights;
+`moe-inspect doctor`: what this machine can record of it."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TextIO
@@ -21,7 +20,7 @@ from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr, printable
 
 Gpu = Literal["a100", "h100", "h200", "b200"]
-training_option, weights_option = in_panel("Training"), in_panel("Weights")
+training_option = in_panel("Training")
 
 
 def describe(
@@ -30,10 +29,6 @@ def describe(
         "A hub id, a directory, a config.json, a GGUF file, a trace, or demo.",
         "MODEL",
         default=REQUIRED,
-    ),
-    weights: bool = weights_option(
-        "Show statistics of the weights (safetensors) instead: of each router or expert.",
-        default=False,
     ),
     context: int | None = option(
         "Context length for the FLOPs per token (default: 4096, or the model's maximum).", min=1
@@ -57,35 +52,18 @@ def describe(
     """Show the parameters, memory and FLOPs of a model.
 
     Needs only a config. Active parameters are those used per token: of each router's experts, the
-    top k. With --weights, reads the weights instead, without torch, and shows how similar the rows
-    of each router are, or the AIMER of each expert.
+    top k.
 
     Examples:
     moe-inspect describe allenai/OLMoE-1B-7B-0924
-    moe-inspect describe config.json --train-tokens 2e12 --mfu 0.4
-    moe-inspect describe demo --weights --table experts"""
+    moe-inspect describe config.json --train-tokens 2e12 --mfu 0.4"""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
-    from moe_inspect.reporting.render.console import print_table
-    from moe_inspect.reporting.shown import Result
-
-    # a usage error comes before the model is built
-    show.chosen(("routers", "experts") if weights else ("facts",), "facts")
-    if weights:
-        if context or train_tokens:
-            raise typer.BadParameter(
-                "--weights computes no FLOPs: leave out --context and --train-tokens"
-            )
-        from moe_inspect.api import describe_weights
-
-        with shown():
-            found = describe_weights(model, revision=revision)
-        text = partial(print_table, found[show.table or "routers"])
-        show.show(Result(f"describe {model}", found, text=text))
-        return
     from moe_inspect.model import describe as description
     from moe_inspect.model.load import stated_config
+    from moe_inspect.reporting.shown import Result
 
+    show.chosen(("facts",), "facts")  # a usage error comes before the model is built
     made = description.of_trace(model)
     if made is None:
         stated_config(model, revision)  # before torch is imported, whether there is such a model

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_inspect.demo import MODEL_DIR
-from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 from moe_inspect.model.config import Config, read_config
 from moe_inspect.model.gguf import refuse_unless_described
@@ -68,24 +68,6 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
             f"and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
         )
-
-
-def checkpoint_dir(name: str, revision: str | None = None) -> Path:
-    """Where the safetensors files of a model are; those of the hub are downloaded."""
-    directory = Path(model_location(name))
-    if directory.is_dir():
-        return directory
-    if find_spec("huggingface_hub") is None:
-        raise MoeInspectError(f"no directory {name}; for models of the hub: {INSTALL_TRACE}")
-    refuse_unless_found(name, revision)
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = snapshot_download(name, revision=revision, allow_patterns=["*.safetensors"])
-    # the hub's client raises anything, which is the user's: a wrong name, no network, no access
-    except Exception as error:
-        raise _not_loaded("the weights of", name, error) from error
-    return Path(files)
 
 
 def stated_config(name: str, revision: str | None = None) -> Config | None:
