@@ -20,7 +20,7 @@ print(report.tables["domains"].nlargest(3, "lift")[["layer", "domain", "expert",
 
 # the decisions themselves, one router at a time, joined with their tokens
 trace = moe_inspect.open_trace(path)
-decisions = trace.routing(layer=3).merge(trace.tokens()[["token", "domain"]], on="token")
+decisions = trace.routing(layers=3).merge(trace.tokens()[["token", "domain"]], on="token")
 print(decisions.groupby("domain", observed=True)["expert_0"].agg(lambda ids: ids.mode()[0]))
 
 # the same files, without moe-inspect

@@ -103,7 +103,7 @@ def test_a_trace_is_what_experts_get(trace: Any, tmp_path: Path, model: Path, co
     tokens = made.tokens()
     assert set(tokens["domain"]) == {"x", "y"}
     documents = made.documents().set_index("document")
-    routing = {layer: made.routing(layer=layer).set_index("token") for layer in (0, 1)}
+    routing = {layer: made.routing(layers=layer).set_index("token") for layer in (0, 1)}
     for number, row in enumerate(rows):
         own = tokens[tokens["document"] == number].sort_values(["sequence", "position"])
         plain = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
@@ -133,7 +133,7 @@ def test_options(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> No
     assert set(a.tokens()["domain"]) == {"mine", "x", "y"}
     assert 0 not in set(a.tokens()["token_id"])
     assert a.manifest["corpus"]["special_tokens"] == {"before": [], "after": []}
-    assert len(a.logits(layer=1)["logits"].iloc[0]) == 8
+    assert len(a.logits(layers=1)["logits"].iloc[0]) == 8
     cli_here(*common, "-o", "b", "--counts-only", "--random-init", 3)
     b = moe_inspect.open_trace(tmp_path / "b")
     assert b.counts().groupby("router")["assignments"].sum().tolist() == [500 * 4] * 2

@@ -182,7 +182,7 @@ with torch.no_grad(), moe_inspect.record(model, "t"):
     model(input_ids=torch.arange(10)[None])
 trace = moe_inspect.open_trace("t")
 for layer, ids in enumerate(CHOSEN):
-    recorded = trace.routing(layer=layer)[["expert_0", "expert_1"]].to_numpy().tolist()
+    recorded = trace.routing(layers=layer)[["expert_0", "expert_1"]].to_numpy().tolist()
     assert recorded == ids.tolist(), (layer, recorded, ids)
 print(len(CHOSEN), "layers recorded")
 """

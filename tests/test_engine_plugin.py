@@ -429,8 +429,8 @@ def test_a_request_is_sampled_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     sources = set(trace.documents().source)
     assert 8 < len(sources) < 32
     assert held(trace) == {k: v for k, v in engine.expected.items() if k[0] in sources}
-    best = trace.logits(layer=0).logits.map(lambda of: int(np.argmax(of)))
-    first = trace.routing(layer=0).expert_0
+    best = trace.logits(layers=0).logits.map(lambda of: int(np.argmax(of)))
+    first = trace.routing(layers=0).expert_0
     assert (best.to_numpy() == first.to_numpy()).all()
 
 
@@ -878,8 +878,8 @@ def test_its_kernels_record_what_torch_does(
     assert held(trace) == {k: v for k, v in engine.expected.items() if k[0] in sources}
     assert (engine.rows.counted()[1].view(L, E).numpy() == engine.assignments).all()
     if logits:
-        best = trace.logits(layer=3).logits.map(lambda of: int(np.argmax(of)))
-        assert (best.to_numpy() == trace.routing(layer=3).expert_0).all()
+        best = trace.logits(layers=3).logits.map(lambda of: int(np.argmax(of)))
+        assert (best.to_numpy() == trace.routing(layers=3).expert_0).all()
 
 
 def test_its_kernels_count_where_nothing_is_recorded(launched: list[Callable[[], None]]) -> None:

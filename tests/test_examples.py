@@ -46,7 +46,7 @@ def test_a_model_of_ones_own_is_traced(
     checkpoint = str(tmp_path / "model.pt")
     again = moe_inspect.trace_model(checkpoint, tmp_path / "again", loader=loader, max_tokens=500)
     key = ["sequence", "position", "token_id", "expert_0", "expert_1"]
-    both = [t.tokens().merge(t.routing(layer=2), on="token")[key] for t in (traced, again)]
+    both = [t.tokens().merge(t.routing(layers=2), on="token")[key] for t in (traced, again)]
     assert len(both[1].merge(both[0])) == 500  # the same routing
     longer = moe_inspect.trace_model(
         checkpoint, tmp_path / "longer", loader=loader, max_tokens=500, generate=4

@@ -256,7 +256,7 @@ def test_a_routing_profile_is_what_can_be_counted_by_hand(tmp_path: Path) -> Non
     assert profile["tokens_by_phase"] == {"prefill": 150, "decode": 150}
     tokens, ways = trace.tokens(), {"domain": ("a", "b"), "phase": ("prefill", "decode")}
     for layer in profile["layers"]:
-        rows = trace.routing(layer=layer["layer"])[["expert_0", "expert_1"]].to_numpy(float)
+        rows = trace.routing(layers=layer["layer"])[["expert_0", "expert_1"]].to_numpy(float)
         chosen = [{int(e) for e in row if e == e} for row in rows]
         counted = partial(load_of, chosen)
         whole = counted(range(300))

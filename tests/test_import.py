@@ -194,7 +194,7 @@ def test_decisions_are_no_table_of_counts(tmp_path: Path):
 
 def test_logits_of_a_sidecar(tmp_path: Path):
     trace, made, _ = imported("megatron", tmp_path)
-    found = np.stack(trace.logits(layer=2)["logits"].to_list())[:5]
+    found = np.stack(trace.logits(layers=2)["logits"].to_list())[:5]
     drawn = foreign.router_logits(2, (made.ids or [])[1][:5])
     assert np.abs(found - drawn).max() < 0.02  # bfloat16 cut off
     assert np.abs(found[::-1] - drawn).max() > 0.5

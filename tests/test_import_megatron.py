@@ -609,7 +609,7 @@ def test_real_files_come_to_their_truth(name: str, tmp_path: Path):
     assert {r.slot_order for r in trace.routers} == {"weight" if known else "unknown"}
     for n, r in enumerate(trace.routers if known else ()):
         chosen = decisions(trace, n).astype(int)
-        of_token = np.stack(trace.logits(layer=r.layer)["logits"].to_list())
+        of_token = np.stack(trace.logits(layers=r.layer)["logits"].to_list())
         logits = np.take_along_axis(of_token, chosen, 1)
         equal = (logits[:, 0] == logits[:, 1]).sum()  # in bfloat16
         assert equal < 10

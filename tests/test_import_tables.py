@@ -367,8 +367,8 @@ def test_decisions_are_read_in_every_form(form: str, tmp_path: Path):
     trace, _ = taken(tmp_path, "table", path, map=columns, experts=8)
     assert verify(tmp_path / "t").ok
     assert [r.layer for r in trace.routers] == [1, 4]
-    assert trace.routing(layer=4)["expert_1"].tolist() == [(t + 4) % 8 for t in range(6)]
-    assert trace.routing(layer=1)["weight_1"].tolist() == [0.25] * 6
+    assert trace.routing(layers=4)["expert_1"].tolist() == [(t + 4) % 8 for t in range(6)]
+    assert trace.routing(layers=1)["weight_1"].tolist() == [0.25] * 6
     assert trace.tokens()["document"].tolist() == [0, 0, 0, 1, 1, 1]
     assert set(trace.tokens()["domain"]) == {"law"}
 
@@ -499,7 +499,7 @@ def test_a_users_preset_joins_the_files_of_layers(tmp_path: Path):
     how = {"map": str(tmp_path / "form.yaml")}
     trace, _ = taken(tmp_path, "table", tmp_path / "law", **how)
     assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [(3, 9, 2), (12, 9, 2)]
-    assert trace.routing(layer=12)["expert_1"].tolist() == [4] * 3
+    assert trace.routing(layers=12)["expert_1"].tolist() == [4] * 3
     assert set(trace.tokens()["domain"]) == {"law"}
     assert trace.vocabulary()["token"].tolist() == ["▁t0", "▁t1", "▁t2"]
     assert trace.manifest["corpus"]["notes"] == ["made for a test"]

@@ -22,7 +22,7 @@ LENGTHS = [13, 9, 5]
 
 
 def load(trace: moe_inspect.Trace, layer: int) -> np.ndarray:
-    ids = trace.routing(layer=layer).filter(like="expert_").to_numpy().astype(int)
+    ids = trace.routing(layers=layer).filter(like="expert_").to_numpy().astype(int)
     return np.bincount(ids.flatten(), minlength=next(r.experts for r in trace.routers))
 
 
@@ -43,7 +43,7 @@ def test_text_is_recognised_in_any_order_and_in_generated_steps(tmp_path: Path) 
     again = open_trace(tmp_path / "b")
 
     def decisions(of: moe_inspect.Trace) -> list[tuple[int, int, list[int]]]:
-        routing = of.routing(layer=1).merge(of.tokens(), on="token")
+        routing = of.routing(layers=1).merge(of.tokens(), on="token")
         sets = map(sorted, routing.filter(like="expert_").to_numpy().tolist())
         return sorted(zip(routing.token_id, routing.position, sets, strict=True))
 
@@ -274,10 +274,10 @@ def test_dropping_is_what_a_model_without_these_experts_does(family: str) -> Non
 def test_fewer_experts_than_slots_have_the_whole_weight(family: str, tmp_path: Path) -> None:
     model, inputs = families.build(family), token_batch(LENGTHS)
     layer = families.moe_layers(family)[-1]
-    own_sum = recorded(model, tmp_path / "a", inputs).routing(layer=layer).filter(like="weight")
+    own_sum = recorded(model, tmp_path / "a", inputs).routing(layers=layer).filter(like="weight")
     with intervene(model, drop={layer: range(7)}):
         trace = recorded(model, tmp_path / "b", inputs)
-    table: Any = trace.routing(layer=layer)
+    table: Any = trace.routing(layers=layer)
     ids, weights = (table.filter(like=f"{name}_").to_numpy() for name in ("expert", "weight"))
     assert (weights[ids != 7] == 0).all()
     assert moe_inspect.check(tmp_path / "b", quick=True).ok, "no expert is twice in a decision"

@@ -51,7 +51,7 @@ USUAL: dict[str, list[Any]] = {
     "describe": ["demo"],
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "check": ["t"],
-    "text": ["t", "--layer", 0, "--expert", 1],
+    "text": ["t", "--layers", 0, "--experts", 1],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
     "merge": ["t", "u", "-o", "new"],

@@ -113,7 +113,7 @@ def test_logits_of_a_probe_are_recorded(tmp_path: Path) -> None:
     values, ids = logits.softmax(1).topk(2)
     model = Probing(lambda n: moe_inspect.probe(ids, values, layer=5, logits=logits))
     own.record_twice(model, tmp_path / "t", logits=True)
-    found = own.path_of(tmp_path / "t").logits(layer=5)
+    found = own.path_of(tmp_path / "t").logits(layers=5)
     shown = np.stack(found["logits"].to_list())
     assert np.abs(shown - logits.repeat(2, 1).numpy()).max() < 2**-8
     assert own.path_of(tmp_path / "t").routers[0].experts == 4

@@ -95,7 +95,7 @@ def test_commands_for_data_behind_a_hub_read_files_of_the_forms_described(tmp_pa
             trace = open_trace(imported(name).absolute())
             assert [r.layer for r in trace.routers] == layers
             for layer, ids_TK in zip(layers, ids_LTK, strict=True):
-                chosen = trace.routing(layer=layer).filter(like="expert_")
+                chosen = trace.routing(layers=layer).filter(like="expert_")
                 assert np.array_equal(chosen, ids_TK)
     assert trace.documents()["domain"].tolist() == ["anatomy"]
 
@@ -110,7 +110,7 @@ def test_deepseek_v2_lite_has_the_choices_its_authors_published(deepseek: Trace)
     assert shapes == [(layer, 64, 6) for layer in range(1, 27)]
     assert len(deepseek.documents()) == (ESFT / "expert_weights_1.txt").read_text().count("\n")
     assert set(deepseek.documents()["domain"]) == {"esft_law"}
-    by_token = deepseek.routing(layer=3).set_index("token")
+    by_token = deepseek.routing(layers=3).set_index("token")
     first, *_ = (ESFT / "expert_weights_3.txt").read_text().splitlines()
     ids, weights = (np.array(part.split(), float).reshape(-1, 6) for part in first.split("\t\t"))
     of_first = by_token.iloc[: len(ids)]
@@ -309,8 +309,8 @@ def test_a_figure_that_differs_says_why() -> None:
     def ours(how: str) -> list[float]:
         return [0.0123, 1.256]
 
-    same = Figure("x", "us", "0.012, 1.26", "report a; report b --domain {domain}", ours)
-    end = "| the same | `report a`<br>`report b --domain NAME` |"
+    same = Figure("x", "us", "0.012, 1.26", "report a; report b --domains {domain}", ours)
+    end = "| the same | `report a`<br>`report b --domains NAME` |"
     assert row(same) == f"| x | us | 0.012, 1.26 | 0.012, 1.26 {end}"
     with pytest.raises(SystemExit, match=r"^y: 0.012, 1.26, not 0.013, 1.26: say why$"):
         row(Figure("y", "us", "0.013, 1.26", "", ours))

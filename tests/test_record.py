@@ -32,7 +32,7 @@ def model() -> Any:
 
 
 def slots(trace: moe_inspect.Trace, layer: int, prefix: str) -> np.ndarray:
-    return trace.routing(layer=layer).filter(like=prefix).to_numpy()
+    return trace.routing(layers=layer).filter(like=prefix).to_numpy()
 
 
 # --- against what the experts' own function receives, to the bit; that the tokens are those which

@@ -100,7 +100,7 @@ def test_the_report_in_words_on_stdout_and_in_a_file(said: Any, tmp_path: Path):
 
 
 def test_selecting_on_the_command_line(printed: Any):
-    asked = "--layers 1,3 --domain law,code --domain math"
+    asked = "--layers 1,3 --domains law,code --domains math"
     frame = pd.read_csv(printed("domains", "csv", *asked.split()))
     assert frame["layer"].unique().tolist() == [1, 3]
     assert sorted(frame["domain"].unique()) == ["code", "law", "math"]
@@ -122,11 +122,11 @@ def test_a_comma_may_be_of_the_name_of_a_domain(cli_here: Cli, tmp_path: Path, c
         given: Any = {"document": np.arange(400) // 100, "domain_of_document": labels}
         write_trace(tmp_path / "t", [ids], 8, **given)
     for asked, expected in NAMED.items():
-        named = [part for text in asked.split("|") for part in ("--domain", text)]
+        named = [part for text in asked.split("|") for part in ("--domains", text)]
         done = cli_here("report", "t", "--table", "domains", "--format", "csv", *named)
         shown = pd.read_csv(io.StringIO(done.stdout))["domain"].str.removeprefix("'")
         assert sorted(set(shown)) == expected
-    refused = cli_here("report", "t", "--domain", "=a,b,c", check=1).stderr
+    refused = cli_here("report", "t", "--domains", "=a,b,c", check=1).stderr
     assert refused == "error: no domain c in t: it has =a, =a, b, a, b\n"
 
 
@@ -141,7 +141,7 @@ REFUSED = {
     "--layers 3-1": "cannot read layers '3-1': a range goes from low to high",
     "--table gini": "no table 'gini': there are summary, balance",
     "--layers 9": "it has layers 0-3",
-    "--domain opera": "it has code, law, math, prose",
+    "--domains opera": "it has code, law, math, prose",
     "--table load -o no/such/place.csv": "cannot write no/such/place.csv: No such file or dir",
     "-o no/such/place.txt": "cannot write no/such/place.txt",
     "--html no/such/page.html": "cannot write no/such/page.html",
@@ -256,7 +256,7 @@ IMPORTED = {
     "report TRACE --table load --threshold uneven=0.3": "",
     "report TRACE --table balance": "scipy",
     "report TRACE --table load --html OUT": "pandas pyarrow.compute scipy regex",
-    "text TRACE --document 0": "pandas pyarrow.compute regex",
+    "text TRACE --documents 0": "pandas pyarrow.compute regex",
     "": "",
 }
 

@@ -246,8 +246,8 @@ def test_what_is_dropped_is_counted_everywhere(
     whole = tmp_path / "whole"
     with moe_inspect.record(model, whole), torch.no_grad():
         model(**batch)
-    one = moe_inspect.open_trace(whole).routing(layer=1).filter(like="expert_").to_numpy()
-    found = trace.routing(layer=1).filter(like="expert_")
+    one = moe_inspect.open_trace(whole).routing(layers=1).filter(like="expert_").to_numpy()
+    found = trace.routing(layers=1).filter(like="expert_")
     for _, rows in found.groupby(trace.tokens().batch.to_numpy()):
         assert (rows.to_numpy() == one[: len(rows)]).all()
 
@@ -302,7 +302,7 @@ def test_replays_that_are_announced_are_recorded(small_pages: None, tmp_path: Pa
     rec.__exit__(None)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.n_tokens == 4 + 30 * 6
-    table, tokens = trace.routing(layer=1).iloc[4:], trace.tokens().iloc[4:]
+    table, tokens = trace.routing(layers=1).iloc[4:], trace.tokens().iloc[4:]
     assert (tokens.token_id.to_numpy() == np.repeat(np.arange(30), 6)).all()
     assert tokens.document.nunique() == 60
     assert (table.weight_2.to_numpy() == np.repeat(np.arange(30), 6) / 64).all()

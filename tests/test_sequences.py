@@ -90,7 +90,7 @@ def agreed(path: Path, fed: Fed) -> pd.DataFrame:
     tokens = trace.tokens()
     assert tokens.token_id.tolist() == fed.ids
     for layer, chosen in fed.experts.items():
-        found = trace.routing(layer=layer)[["expert_0", "expert_1"]].to_numpy()
+        found = trace.routing(layers=layer)[["expert_0", "expert_1"]].to_numpy()
         assert list(map(frozenset, found.tolist())) == chosen
     return tokens
 

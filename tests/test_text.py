@@ -3,6 +3,7 @@ browser: what is drawn is what the trace holds, in every script, and nothing of 
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def test_a_document_has_all_its_routes() -> None:
 def test_an_experts_tokens_in_context() -> None:
     trace = moe_inspect.open_trace(SAMPLE)
     found = trace.tokens_of(2, 5, context=4)
-    routing = trace.routing(layer=2)
+    routing = trace.routing(layers=2)
     mine = routing[["expert_0", "expert_1"]] == 5
     assert len(found) == mine.to_numpy().sum()
     assert set(found["token"]) == set(routing["token"][mine.any(axis=1)])
@@ -130,10 +131,10 @@ def test_characters_cut_by_tokens_are_whole_in_the_concordance(
             first = max(n for n in range(at + 1) if JOINED[n])
             assert (row.left, row.text) == ("".join(JOINED[:first]), JOINED[first])
             assert row.left + row.text + row.right == whole
-    asked = ["--layer", "0", "--expert", "2", "--context", "20"]
+    asked = ["--layers", "0", "--experts", "2", "--context", "20"]
     shown = cli_here("text", trace.path, *asked).stdout
     assert "[क्षि] ␣👩\u200d💻👍🏽🇩🇪" in re.sub(" +", " ", shown)
-    document = cli_here("text", str(trace.path), "--document", "0").stdout
+    document = cli_here("text", str(trace.path), "--documents", "0").stdout
     assert "क्षि[1][2]" in document
     assert "👩\u200d💻" in document
     lines = [_fitted(whole * 3, room, end) for room in (2, 5, 9) for end in (False, True)]
@@ -165,34 +166,32 @@ def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
     def printed(options: str) -> str:
         return cli_here("text", SAMPLE, *options.split()).stdout
 
-    concordance = printed("--layer 2 --expert 5 --top 3")
+    concordance = printed("--layers 2 --experts 5 --top 3")
     assert concordance.startswith("layer 2, expert 5: 3 of 1,738 tokens\n")
     assert len(concordance.splitlines()) == 4
-    rows = printed("--layer 2 --expert 5 --top 3 --format json").splitlines()
+    rows = printed("--layers 2 --experts 5 --top 3 --format json").splitlines()
     assert [json.loads(line)["weight"] for line in rows]
-    assert len(printed("--layer 2 --expert 5 --top 0 --format json").splitlines()) == 1738
-    document = printed("--document 5 --layer 2")
+    assert len(printed("--layers 2 --experts 5 --top 0 --format json").splitlines()) == 1738
+    document = printed("--documents 5 --layers 2")
     assert document.startswith("layer 2, 8 experts\nfirst expert: ")
-    printed(f"--document 5 -o {tmp_path / 'routes.csv'}")
+    printed(f"--documents 5 -o {tmp_path / 'routes.csv'}")
     assert set(pd.read_csv(tmp_path / "routes.csv")["layer"]) == {0, 1, 2, 3}
 
 
 REFUSED = {
-    "": "give --document N, or --layer L with --expert E",
-    "--expert 3": "--expert needs --layer",
-    "--document 999": "no document 999",
-    "--layer 2 --expert 8": "no expert 8 in layer 2",
-    "--layer 9 --expert 1": "no layer 9",
+    "": "give --documents N, or --layers L with --experts E",
+    "--documents 999": "no document 999",
+    "--layers 2 --experts 8": "no expert 8 in layer 2",
+    "--layers 9 --experts 1": "no layer 9",
 }
 
 
 NOT_WHOLE: list[tuple[str, dict[str, Any], str]] = [
-    ("tokens_of", {"layer": 0, "expert": "a"}, "expert is 'a'"),
-    ("tokens_of", {"layer": 0, "expert": True}, "expert is True"),
-    ("tokens_of", {"layer": 0, "expert": -1}, "expert is -1"),
-    ("routing", {"layer": "3"}, "layer is '3'"),
-    ("routing", {"layer": True}, "layer is True"),
-    ("routing", {"router": 1.5}, "router is 1.5"),
+    ("tokens_of", {"layers": 0, "experts": "a"}, "cannot read experts 'a': write them like 0-3,7"),
+    ("tokens_of", {"layers": 0, "experts": -1}, "cannot read experts '-1': write them like 0-3,7"),
+    ("routing", {"layers": True}, "cannot read layers 'True': write them like 0-3,7"),
+    ("routing", {"layers": 1.5}, "cannot read layers '1.5': write them like 0-3,7"),
+    ("routing", {"router": 1.5}, "router is 1.5: give a whole number, 0 or more"),
 ]
 
 
@@ -201,9 +200,34 @@ def test_numbers_of_layers_routers_and_experts_are_whole(
     method: str, asked: dict[str, Any], error: str
 ) -> None:
     trace = moe_inspect.open_trace(SAMPLE)
-    with pytest.raises(MoeInspectError, match=f"^{error}: give a whole number, 0 or more$"):
+    with pytest.raises(MoeInspectError, match=f"^{error}$"):
         getattr(trace, method)(**asked)
-    assert len(trace.routing(layer=np.int64(1))) == len(trace.routing(layer=1.0)) > 0  # type: ignore
+
+
+def test_layers_are_given_in_several_ways() -> None:
+    trace = moe_inspect.open_trace(SAMPLE)
+    asked: list[Any] = [np.int64(1), "1", [1], np.array([1])]
+    assert {len(trace.routing(layers=layers)) for layers in asked} == {trace.n_tokens}
+
+
+def test_several_experts_and_layers(cli_here: Cli) -> None:
+    trace = moe_inspect.open_trace(SAMPLE)
+    several = trace.tokens_of("1-2", [5, 7], top=3)
+    single = [trace.tokens_of(layer, expert, top=3) for layer in (1, 2) for expert in (5, 7)]
+    pd.testing.assert_frame_equal(several, pd.concat(single, ignore_index=True))
+    keys = several[["layer", "expert"]].drop_duplicates().to_numpy().tolist()
+    assert keys == [[1, 5], [1, 7], [2, 5], [2, 7]]
+    assert several.attrs["tokens"][1, 7] == len(trace.tokens_of(1, 7))
+    asked = "--layers 1,2 --experts 5,7 --top 3"
+    shown = cli_here("text", SAMPLE, *asked.split()).stdout
+    assert [line for line in shown.splitlines() if line.startswith("layer")] == [
+        f"layer {a}, expert {b}: 3 of {len(trace.tokens_of(a, b)):,} tokens" for a, b in keys
+    ]
+    two = cli_here("text", SAMPLE, "--documents", "3,5", "--layers", "1-2").stdout
+    assert two.count("layer 1, 8 experts") == two.count("layer 2, 8 experts") == 2
+    rows = cli_here("text", SAMPLE, "--documents", "3,5", "--format", "csv").stdout
+    frame = pd.read_csv(io.StringIO(rows))
+    assert frame["document"].unique().tolist() == [3, 5]
 
 
 @pytest.mark.parametrize(("options", "error"), REFUSED.items())

@@ -67,8 +67,8 @@ simulate cache T -o out.csv
 simulate cache T --html out.html
 simulate routing T -o out.parquet
 simulate routing T --html out.html
-text T --layer 0 --expert 1 -o out.txt
-text T --layer 0 --expert 1 -o out.csv
+text T --layers 0 --experts 1 -o out.txt
+text T --layers 0 --experts 1 -o out.csv
 describe CONFIG -o out.csv
 export T --format counts -o out.csv
 export T --format counts -o out.json

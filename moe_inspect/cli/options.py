@@ -184,15 +184,11 @@ class SelectionOptions(Options):
     panel = "Selection"
 
     layers: Layers = None
-    domain: list[str] | None = option("Only tokens of this domain.", "NAME")
+    domains: list[str] | None = option("Only tokens of these domains.", "NAMES")
     phase: Phase | None = option(
         "Only prompt tokens (prefill), generated ones (decode), an encoder's (encode), or "
         "rejected drafts (draft)."
     )
-
-    def keywords(self) -> dict[str, Any]:
-        given = super().keywords()
-        return {"domains": given.pop("domain"), **given}
 
 
 @dataclass(frozen=True, kw_only=True)

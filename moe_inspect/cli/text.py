@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from moe_inspect.cli.options import TraceArgument, in_panel
+from moe_inspect.cli.capture import ranges_of
+from moe_inspect.cli.options import TraceArgument, in_panel, selection_option
 from moe_inspect.cli.show import ShowOptions
 from moe_inspect.errors import MoeInspectError
 
@@ -18,60 +20,71 @@ if TYPE_CHECKING:
     from moe_inspect.trace.reader import Trace
 
 
-document_option, expert_option = in_panel("A document"), in_panel("An expert")
+expert_option = in_panel("With --experts")
 
 
 def text(
     *,
     trace: TraceArgument,
-    document: int | None = document_option(
-        "Print this document, each token in the colour of its first expert.", "N", min=0
+    documents: list[str] | None = selection_option(
+        "Print these documents, each token in the colour of its first expert.", "DOCUMENTS"
     ),
-    layer: int | None = expert_option("The layer (--document: by default the first).", "L"),
-    expert: int | None = expert_option(
-        "Print the tokens routed to this expert of the layer, in context.", "E", min=0
+    layers: Annotated[
+        list[str] | None,
+        selection_option(
+            "These layers, e.g. 0-3,7 (default: with --documents the first, else all).", "LAYERS"
+        ),
+    ] = None,
+    experts: list[str] | None = selection_option(
+        "Print the tokens routed to these experts of each layer, in context.", "EXPERTS"
     ),
     top: int = expert_option(
-        "With --expert: how many tokens, the largest gate weights first; 0 is all.",
+        "Number of tokens per expert, the largest gate weights first; 0 is all.",
         min=0,
         default=20,
     ),
-    context: int = expert_option(
-        "With --expert: tokens of context on each side.", min=0, default=8
-    ),
+    context: int = expert_option("Tokens of context on each side.", min=0, default=8),
     show: ShowOptions,
 ) -> None:
-    """Show a document, or an expert's tokens, with their routes.
+    """Show documents, or the tokens of experts, with their routes.
 
     Examples:
-    moe-inspect text runs/a --document 0 --layer 3
-    moe-inspect text runs/a --layer 2 --expert 5
-    moe-inspect text runs/a --layer 2 --expert 5 --context 12 --format csv"""
-    if (document is None) == (expert is None):
-        raise typer.BadParameter("give --document N, or --layer L with --expert E")
-    if expert is not None and layer is None:
-        raise typer.BadParameter("--expert needs --layer: each layer has its own experts")
+    moe-inspect text runs/a --documents 0 --layers 3
+    moe-inspect text runs/a --layers 2 --experts 5
+    moe-inspect text runs/a --layers 2 --experts 5,7 --context 12 --format csv"""
+    if (documents is None) == (experts is None):
+        raise typer.BadParameter("give --documents N, or --layers L with --experts E")
     from moe_inspect.reporting.shown import Result
     from moe_inspect.trace.reader import open_trace
 
     show.chosen(("tokens",), "tokens")  # a usage error comes before the trace is read
     opened = open_trace(trace)
-    if document is not None:
-        frame = opened.document(document, layer=layer)
-        text = partial(_print_document, opened, frame, opened.router_index(layer)[0])
+    if documents is not None:
+        import pandas as pd
+
+        numbers = ranges_of(documents, "documents") or []
+        routers = opened.router_index(layers)
+        frames = {number: opened.document(number, layers=layers) for number in numbers}
+        frame = pd.concat(frames, names=["document", None]).reset_index("document")
+        text = partial(_print_documents, opened, frame, routers if layers else routers[:1])
     else:
-        assert layer is not None
-        assert expert is not None
-        frame = opened.tokens_of(layer, expert, context, top=top or None)
-        text = partial(_print_concordance, opened, frame, layer, expert)
+        frame = opened.tokens_of(layers, experts, context, top=top or None)
+        text = partial(_print_concordances, opened, frame)
     show.show(Result(f"text {trace}", {"tokens": frame}, text=text))
+
+
+def _print_documents(
+    trace: Trace, frame: pd.DataFrame, routers: Sequence[int], file: TextIO
+) -> None:
+    for _, rows in frame.groupby("document", sort=False):
+        for router in routers:
+            _print_document(trace, rows[rows["router"] == router], router, file)
 
 
 def _print_document(trace: Trace, rows: pd.DataFrame, router: int, file: TextIO) -> None:
     from moe_inspect.reporting.render.console import console_for
     from moe_inspect.reporting.render.routed_text import legend, routed_text
 
-    rows = rows[rows["router"] == router]
     if not len(rows) or not len(trace.vocabulary()):
         raise MoeInspectError(f"{trace.path} was recorded without a vocabulary: it has no text")
     listed, console = trace.routers[router], console_for(file)
@@ -82,8 +95,14 @@ def _print_document(trace: Trace, rows: pd.DataFrame, router: int, file: TextIO)
     console.print(routed_text(rows, colours))
 
 
+def _print_concordances(trace: Trace, frame: pd.DataFrame, file: TextIO) -> None:
+    for (layer, expert), tokens in frame.attrs["tokens"].items():
+        rows: pd.DataFrame = frame.loc[(frame["layer"] == layer) & (frame["expert"] == expert)]
+        _print_concordance(trace, rows, f"layer {layer}, expert {expert}", tokens, file)
+
+
 def _print_concordance(
-    trace: Trace, rows: pd.DataFrame, layer: int, expert: int, file: TextIO
+    trace: Trace, rows: pd.DataFrame, title: str, tokens: int, file: TextIO
 ) -> None:
     from rich.cells import cell_len
     from rich.text import Text
@@ -95,9 +114,8 @@ def _print_concordance(
     domains = [readable(domain) for domain in rows["domain"]]
     wide, of_domain = (max(map(cell_len, column), default=0) for column in (words, domains))
     console = console_for(file)
-    given = rows.attrs["tokens"]
-    shown = f"{len(rows):,} of " if len(rows) < given else ""
-    console.print(f"layer {layer}, expert {expert}: {shown}{plural(given, 'token')}", style="bold")
+    shown = f"{len(rows):,} of " if len(rows) < tokens else ""
+    console.print(f"{title}: {shown}{plural(tokens, 'token')}", style="bold")
     of_document = max((len(str(n)) for n in rows["document"]), default=0)
     after = 8 * trace.has_weights + of_domain + of_document + len("  document ")
     room = max((console.width - wide - after - 4) // 2, 8)

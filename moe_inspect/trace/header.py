@@ -12,7 +12,7 @@ from moe_inspect.text import did_you_mean, ranges
 from moe_inspect.trace import parts, schema, slot_order
 from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, inside
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import Layers, Router, layers_text, parse_layers
 
 
 class TraceHeader:
@@ -158,22 +158,18 @@ class TraceHeader:
         recorded = "trace without --counts-only"
         return "import a recording of every token" if self.imported else recorded
 
-    def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]:
-        """Indices of all routers, of those of a layer, or of one."""
-        for name, value in (("layer", layer), ("router", router)):
-            if value is not None:
-                check_whole(name, value)
-        chosen = [
-            i
-            for i, r in enumerate(self.routers)
-            if layer in (None, r.layer) and router in (None, i)
-        ]
+    def router_index(self, layers: Layers = None, router: int | None = None) -> list[int]:
+        """Return the indices of the routers of these layers, ascending; only `router` if it is
+        given. Raises MoeInspectError if there are none."""
+        if router is not None:
+            check_whole("router", router)
+        chosen = [i for i in parse_layers(layers, self.routers) if router in (None, i)]
         if not chosen:
-            layers = sorted({r.layer for r in self.routers})
-            asked = f"layer {layer}" if layer is not None else f"router {router}"
-            near = "" if layer is None else did_you_mean(str(layer), map(str, layers))
+            existing = sorted({r.layer for r in self.routers})
+            asked = f"router {router}" if layers is None else f"layer {layers_text(layers)}"
+            near = did_you_mean(asked.split()[1], map(str, existing)) if layers is not None else ""
             raise MoeInspectError(
-                f"no {asked} in {self.path}{near}: it has layers {ranges(layers)} and routers "
+                f"no {asked} in {self.path}{near}: it has layers {ranges(existing)} and routers "
                 f"0-{len(self.routers) - 1}"
             )
         return chosen

@@ -19,7 +19,7 @@ from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.replicas import changes
-from moe_inspect.trace.schema import SORTED_BATCHES
+from moe_inspect.trace.schema import SORTED_BATCHES, Layers
 from moe_inspect.trace.shard import JoinedShards, Shard
 from moe_inspect.trace.shard_list import are_replaced, committed_shards
 
@@ -29,9 +29,10 @@ TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
 class Trace(Answers, TraceHeader):
-    """A trace on disk. Tables are pandas DataFrames; read large ones by router (`routing(layer=3)`)
-    or by shard (`for shard in trace.shards`), which keeps memory independent of the trace's
-    length. `scheduler`: of the dask.distributed cluster that passes over it run on, see `on`."""
+    """A trace on disk. Tables are pandas DataFrames. Read large ones by layer
+    (`routing(layers=3)`) or by shard (`for shard in trace.shards`), which keeps memory independent
+    of the trace's length. `scheduler`: of the dask.distributed cluster that passes over it run on,
+    see `on`."""
 
     scheduler: Scheduler = None
 
@@ -148,10 +149,11 @@ class Trace(Answers, TraceHeader):
                 tokens = files.tokens
         return found
 
-    def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
-        """The routing table, of all routers, one layer or one router."""
+    def routing(self, layers: Layers = None, router: int | None = None) -> pd.DataFrame:
+        """The routing table, of all routers, of these layers ("0-3,7", 3 or [0, 7]) or of one
+        router."""
         self._refuse_counts("decisions")
-        chosen = self.router_index(layer, router)
+        chosen = self.router_index(layers, router)
         return self._frame("routing", [s.routing(r) for r in chosen for s in self.shards])
 
     def replicas(self) -> pd.DataFrame:
@@ -185,10 +187,10 @@ class Trace(Answers, TraceHeader):
             )
         return self._frame("counts", [s.counts() for s in self.shards])
 
-    def logits(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
+    def logits(self, layers: Layers = None, router: int | None = None) -> pd.DataFrame:
         if "logits" not in self.tables:
             raise MoeInspectError(f"{self.path} has no logits: trace with --logits")
-        found = [(s, r) for r in self.router_index(layer, router) for s in self.shards]
+        found = [(s, r) for r in self.router_index(layers, router) for s in self.shards]
         return self._frame("logits", [s.rows_of_router("logits", r) for s, r in found])
 
     def vocabulary(self) -> pd.DataFrame:

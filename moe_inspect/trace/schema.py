@@ -29,6 +29,7 @@ SORTED_BATCHES = 16
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
 LABEL = pa.dictionary(pa.int32(), pa.string())
 DECISION = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
+Layers = str | int | Iterable[int | str] | None  # "0-3,7", 3, [0, 7] or None for all
 OF_TEXT = ("token_id", "document", "sequence", "position")
 TOKENS = pa.schema(
     [("token", pa.int64())]
@@ -201,6 +202,25 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
     ).hexdigest()
+
+
+def parse_layers(layers: Layers, routers: Sequence[Router]) -> list[int]:
+    """Return the indices of the routers of "0-3,7", of 3 or of ["0-3", "7"]; of all for None. A
+    range takes the layers that exist in it (dense blocks have no router); a single layer must
+    exist."""
+    if layers is None:
+        return list(range(len(routers)))
+    text, existing = layers_text(layers), {r.layer for r in routers}
+    parse_ranges(text)  # so that an error names the whole text
+    parts = [existing.intersection(parse_ranges(part)) for part in text.split(",")]
+    return [i for i, r in enumerate(routers) if all(parts) and any(r.layer in p for p in parts)]
+
+
+def layers_text(layers: str | int | Iterable[int | str]) -> str:
+    """Return layers as text, like "0-3,7"."""
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        return ",".join(map(str, layers))
+    return str(layers)
 
 
 def parse_ranges(text: str, what: str = "layers") -> list[int]:

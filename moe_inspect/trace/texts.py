@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import regex
 
-from moe_inspect.errors import MoeInspectError, check_whole
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.later import pd
 from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import Layers, layers_text, parse_ranges
 from moe_inspect.trace.shard import Shard
 
 # as its reader sees it: an extended grapheme cluster (Unicode, UAX 29)
@@ -67,11 +68,11 @@ def text(trace: Trace, document: int) -> str:
     return "".join(as_text(pieces_of(trace, tokens["token_id"].to_numpy())))
 
 
-def document(trace: Trace, number: int, *, layer: int | None = None) -> pd.DataFrame:
+def document(trace: Trace, number: int, *, layers: Layers = None) -> pd.DataFrame:
     """A row per token and router, in the order of the text: token, sequence, position, phase,
     token_id, text ("" where the trace has no vocabulary), layer, router, expert_0 …, weight_0 ….
-    `layer`: only its routers."""
-    tokens, routers = _of_document(trace, number), trace.router_index(layer)
+    `layers`: only their routers."""
+    tokens, routers = _of_document(trace, number), trace.router_index(layers)
     has_text = len(trace.vocabulary_table) > 0
     ids = tokens["token_id"].to_numpy()
     tokens["text"] = as_text(pieces_of(trace, ids)) if has_text else ""
@@ -108,30 +109,50 @@ def requests(trace: Trace) -> pd.DataFrame:
 
 def tokens_of(
     trace: Trace,
-    layer: int,
-    expert: int,
+    layers: Layers,
+    experts: Layers,
     context: int = CONTEXT,
     *,
     top: int | None = None,
 ) -> pd.DataFrame:
-    """The tokens that an expert was given, in their context: token, document, domain, sequence,
-    position, phase, router, slot, weight (NaN where the trace has none), left, text, right. A token
-    that is a part of a character stands with the whole of it. `attrs["tokens"]`: how many tokens
-    the expert was given in all.
+    """Return the tokens that were routed to these experts of these layers, in context. A row per
+    assignment: layer, expert, token, document, domain, sequence, position, phase, router, slot,
+    weight (NaN if the trace has none), left, text, right. The text of a token that is a part of a
+    character is the whole character. `attrs["tokens"]`: number of tokens of each (layer, expert).
 
-    context  tokens to the left and to the right
-    top      only so many of them, the largest gate weights first; None: all. A trace without gate
-             weights gives a random sample, the same at every call
+    layers   "0-3,7", 3 or [0, 7]; None: all
+    experts  likewise
+    context  number of tokens to the left and to the right
+    top      at most this many tokens per expert, the largest gate weights first; None: all. A trace
+             without gate weights gives a random sample, the same at every call
 
-    MoeInspectError for a layer or an expert that the trace does not have."""
-    check_whole("expert", expert)
-    routers = trace.router_index(layer)
-    if expert >= max(trace.routers[r].experts for r in routers):
-        raise MoeInspectError(
-            f"no expert {expert} in layer {layer} of {trace.path}: it has "
-            f"{trace.routers[routers[0]].experts}"
-        )
+    Raises MoeInspectError for a layer or an expert that the trace does not have."""
+    routers_by_layer: dict[int, list[int]] = {}
+    for router in trace.router_index(layers):
+        routers_by_layer.setdefault(trace.routers[router].layer, []).append(router)
     _need_tokens(trace)
+    parts, tokens = list[pd.DataFrame](), dict[tuple[int, int], int]()
+    for layer, routers in routers_by_layer.items():
+        E = max(trace.routers[router].experts for router in routers)
+        chosen = range(E) if experts is None else parse_ranges(layers_text(experts), "experts")
+        if chosen[-1] >= E:
+            raise MoeInspectError(
+                f"no expert {chosen[-1]} in layer {layer} of {trace.path}: it has {E}"
+            )
+        for expert in chosen:
+            rows, tokens[layer, expert] = _tokens_of_expert(trace, routers, expert, context, top)
+            rows.insert(0, "layer", layer)
+            rows.insert(1, "expert", expert)
+            parts.append(rows)
+    frame = pd.concat(parts, ignore_index=True)
+    frame.attrs["tokens"] = tokens
+    return frame
+
+
+def _tokens_of_expert(
+    trace: Trace, routers: list[int], expert: int, context: int, top: int | None
+) -> tuple[pd.DataFrame, int]:
+    """Return the first `top` rows, and the number of tokens of the expert."""
     rng = np.random.default_rng(0)
     parts, given = list[pd.DataFrame](), 0
     for shard in trace.shards:  # in memory: a shard, and the first `top` of those before
@@ -144,9 +165,7 @@ def tokens_of(
         if top is not None:
             parts = [_in_order(parts)[:top]]
     hits = _in_order(parts)
-    made = hits.drop(columns="order").assign(**_context(trace, hits, routers, context))
-    made.attrs["tokens"] = given
-    return made
+    return hits.drop(columns="order").assign(**_context(trace, hits, routers, context)), given
 
 
 def _in_order(parts: list[pd.DataFrame]) -> pd.DataFrame:

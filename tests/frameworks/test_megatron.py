@@ -99,7 +99,7 @@ def test_a_training_step(router: str, tmp_path: Path, check: Check) -> None:
     assert [r.layer for r in trace.routers] == MOE_LAYERS
     assert (listed.experts, listed.top_k, listed.shared_experts) == (EXPERTS, 2, 1)
     assert listed.scoring == router.split(",")[0].split(" ")[0].replace("capacity", "softmax")
-    slots = trace.routing(layer=1).filter(regex="^expert_").isna().to_numpy()
+    slots = trace.routing(layers=1).filter(regex="^expert_").isna().to_numpy()
     assert bool(slots.any()) == ("capacity" in router)
 
 
@@ -117,7 +117,7 @@ def test_recomputation(recompute: str, tmp_path: Path, check: Check) -> None:
     found = compare(trace, watched.passes, ids_BS)
     check("megatron-core", f"GPTModel, 2 training steps, {recompute}", found, 2 * DECISIONS)
     for layer, block in blocks(model).items():  # it does not count in a first pass without gradient
-        rows = trace.routing(layer=layer).filter(regex="^expert_").to_numpy().astype("int64")
+        rows = trace.routing(layers=layer).filter(regex="^expert_").to_numpy().astype("int64")
         counts_E = torch.bincount(torch.tensor(rows.flatten()), minlength=EXPERTS)
         assert torch.equal(counts_E, block.router.local_tokens_per_expert.long())
 

@@ -77,7 +77,7 @@ def test_training_steps(name: str, tmp_path: Path, check: Check) -> None:
     assert (listed.experts, listed.top_k, listed.shared_experts) == (8, 2, 1)
     assert listed.scoring == name.split(", ")[1]
     for layer, router in routers(model).items():
-        rows = trace.routing(layer=layer).filter(regex="^expert_").to_numpy().astype("int64")
+        rows = trace.routing(layers=layer).filter(regex="^expert_").to_numpy().astype("int64")
         counts_E = torch.bincount(torch.tensor(rows.flatten()), minlength=8)
         assert torch.equal(counts_E, router.batch_size_per_expert.long())
 
@@ -132,7 +132,7 @@ def test_what_capacity_drops_is_in_the_trace(tmp_path: Path) -> None:
     trace = moe_inspect.open_trace(tmp_path / "t")
     kept = dropped = 0
     for layer, block in watched.passes[0].items():
-        rows = trace.routing(layer=layer).filter(regex="^expert_").to_numpy().astype("int64")
+        rows = trace.routing(layers=layer).filter(regex="^expert_").to_numpy().astype("int64")
         for chosen, routed in zip(block.chosen(), rows, strict=True):
             assert chosen.keys() <= set(routed.tolist())
             kept += len(chosen)

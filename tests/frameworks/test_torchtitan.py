@@ -88,7 +88,7 @@ def test_training_steps(name: str, checkpointing: str | None, tmp_path: Path, ch
     tokens = trace.tokens()
     first = tokens.token[tokens.batch == 0]
     for layer, counts_E in counted.items():
-        rows = trace.routing(layer=layer).set_index("token").loc[first].filter(regex="^expert_")
+        rows = trace.routing(layers=layer).set_index("token").loc[first].filter(regex="^expert_")
         ids = torch.tensor(rows.to_numpy().astype("int64").flatten())
         assert torch.equal(torch.bincount(ids, minlength=len(counts_E)), counts_E)
 

@@ -161,8 +161,8 @@ def _local(tensor: Any) -> Tensor:
 def assert_chosen_by_logits(trace: moe_inspect.Trace) -> None:
     """The experts of each decision are those of its largest router logits."""
     for router in trace.routers:
-        logits_TE = np.stack(trace.logits(layer=router.layer)["logits"].to_list()).astype(float)
-        ids_TK = trace.routing(layer=router.layer).filter(regex="^expert_").to_numpy().astype(int)
+        logits_TE = np.stack(trace.logits(layers=router.layer)["logits"].to_list()).astype(float)
+        ids_TK = trace.routing(layers=router.layer).filter(regex="^expert_").to_numpy().astype(int)
         lowest_T = np.take_along_axis(logits_TE, ids_TK, 1).min(1)
         np.put_along_axis(logits_TE, ids_TK, -np.inf, 1)
         assert (lowest_T >= logits_TE.max(1) - 1e-3).all()  # a trace has them in float16
@@ -217,7 +217,7 @@ def compare(
         assert of_pass.position.tolist() == positions_BS.flatten()[real_T].tolist()
         assert {router.layer for router in trace.routers} == set(blocks)
         for layer, block in blocks.items():
-            rows = trace.routing(layer=layer).set_index("token").loc[of_pass.token]
+            rows = trace.routing(layers=layer).set_index("token").loc[of_pass.token]
             ids_TK, weights_TK = (
                 torch.tensor(rows.filter(regex=f"^{name}_").astype(float).to_numpy())
                 for name in ("expert", "weight")

@@ -107,7 +107,7 @@ def test_replicas(tmp_path: Path, record_property: Property) -> None:
     (path,) = closed_in(tmp_path)
     trace = moe_inspect.open_trace(path)
     assert trace.replicas().expert.tolist() == [expert for of in maps for expert in of]
-    rows = trace.routing(layer=1)
+    rows = trace.routing(layers=1)
     assert set(rows.physical_0[rows.expert_0 == 3]) == {E - 1 - 3, E + 1}
     tokens, equal, total = compared([path], asked, model)
     row = f"| SGLang {version('sglang')} | Qwen3-MoE | replicas of experts"

@@ -93,7 +93,7 @@ def watched(model: Any) -> Iterator[Given]:
 
 def recorded(trace: Trace, layer: int) -> list[frozenset[int]]:
     """The experts of each token of a trace, in its order."""
-    routing = trace.routing(layer=layer)
+    routing = trace.routing(layers=layer)
     ids = routing[[c for c in routing.columns if c.startswith("expert_")]].to_numpy(float)
     return [frozenset(int(e) for e in row if e >= 0) for row in np.nan_to_num(ids, nan=-1)]
 

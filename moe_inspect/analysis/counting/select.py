@@ -17,12 +17,10 @@ import numpy as np
 
 from moe_inspect.analysis.counting.kernels_numpy import Order, Slots, order_of
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import did_you_mean, ranges, separated
+from moe_inspect.text import separated
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import PHASES, Router, parse_ranges, sees
+from moe_inspect.trace.schema import PHASES, Layers, sees
 from moe_inspect.trace.shard import Shard, codes, numbers
-
-Layers = str | int | Iterable[int | str] | None
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,7 @@ def select(
 ) -> Selection:
     """Checks what was asked for against what the trace holds. A text of domains is one by that
     name, else several: "law,code"."""
-    chosen = parse_layers(layers, trace.routers)
-    if not chosen:
-        known, asked = sorted({r.layer for r in trace.routers}), _text(layers or "")
-        raise MoeInspectError(
-            f"no layer {asked} in {trace.path}{did_you_mean(asked, map(str, known))}: it has "
-            f"layers {ranges(known)}"
-        )
+    chosen = trace.router_index(layers)
     if phase is not None and phase not in PHASES:
         raise MoeInspectError(f"no phase {phase!r}: there are {' and '.join(PHASES)}")
     labels = [domains] if isinstance(domains, str) else list(domains or [])
@@ -68,21 +60,6 @@ def select(
             f"{trace.path} holds counts only, which have no phases: {trace.more_than_counts}"
         )
     return Selection(tuple(chosen), frozenset(labels) or None, phase)
-
-
-def parse_layers(layers: Layers, routers: list[Router]) -> list[int]:
-    """The routers of "0-3,7", of 3 or of ["0-3", "7"]; all of them for None. A range takes the
-    layers that exist in it (dense blocks have no router); a single layer must exist."""
-    if layers is None:
-        return list(range(len(routers)))
-    text, there = _text(layers), {r.layer for r in routers}
-    parse_ranges(text)  # a complaint names all that was asked for
-    found = [there.intersection(parse_ranges(part)) for part in text.split(",")]
-    return [i for i, r in enumerate(routers) if all(found) and any(r.layer in of for of in found)]
-
-
-def _text(layers: str | int | Iterable[int | str]) -> str:
-    return str(layers) if isinstance(layers, (str, int)) else ",".join(map(str, layers))
 
 
 @dataclass(frozen=True)
