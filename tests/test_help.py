@@ -62,7 +62,7 @@ def test_examples_are_read_as_they_stand(example: str) -> None:
 PANELS: dict[str, dict[str, str | None]] = {
     "trace": {"data": "Text", "special_tokens": "Text", "text": "Record"} | {"model": None},
     "ablate": {"data": "Held-out text", "batch_tokens": "Held-out text"},
-    "placement": {"output": "Plan", "table": "Output"},
+    "placement": {"output": "Output", "hardware": "Times"},
 }
 
 

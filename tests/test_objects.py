@@ -33,7 +33,7 @@ def _loads(folder: Path) -> moe_inspect.Comparison:
     return moe_inspect.compare(*traces)
 
 
-H200: dict[str, Any] = {"gpu": "h200", "engine": "vllm", "dtype": "bfloat16"}
+H200: dict[str, Any] = {"hardware": "h200", "engine": "vllm", "dtype": "bfloat16"}
 MADE: dict[str, Callable[[Path], Shown]] = {
     "Comparison": lambda _: moe_inspect.compare(BALANCED, COLLAPSED),
     "Comparison of counts": _loads,
@@ -42,7 +42,7 @@ MADE: dict[str, Callable[[Path], Shown]] = {
     "placement": lambda _: moe_inspect.open_trace(BALANCED).simulate.placement(gpus=4),
     "decode": lambda _: moe_inspect.open_trace(BALANCED).simulate.decode(),
     "cache": lambda _: moe_inspect.open_trace(BALANCED).simulate.cache(),
-    "step": lambda _: moe_inspect.open_trace(BALANCED).simulate.step(**H200),
+    "placement priced": lambda _: moe_inspect.open_trace(BALANCED).simulate.placement(**H200),
 }
 
 

@@ -56,7 +56,6 @@ USUAL: dict[str, list[Any]] = {
     "doctor": ["demo", "--no-measure"],
     "merge": ["t", "u", "-o", "new"],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
-    "simulate step": ["t", "--gpu", "h200", "--engine", "vllm", "--dtype", "fp8", "--gpus", 2],
     "simulate capacity": ["t"],
     "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],
     "simulate decode": ["t"],

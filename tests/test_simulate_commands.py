@@ -16,6 +16,7 @@ from tests.conftest import ROOT, Cli
 from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 TRACE = ROOT / "sample_traces/collapsed"
+H200 = "--hardware h200 --engine vllm --dtype fp8"
 
 
 COLUMNS = {
@@ -26,8 +27,9 @@ COLUMNS = {
     "decode decode": "layer,router,batch,steps,distinct_experts,distinct_experts_low,distinct_",
     "decode batch_needed": "layer,router,reached_experts,reads_all_from,compute_bound_from",
     "decode speculation --draft 1,2": "batch,draft,acceptance,steps,distinct_experts,independent",
-    "step step --gpu h200 --engine vllm --dtype fp8": "phase,domain,tokens,steps,ms,even_ms",
-    "step step_layers --gpu h200 --engine vllm --dtype fp8": "phase,domain,tokens,layer,router",
+    f"placement imbalance {H200}": "phase,domain,tokens,steps,ms,even_ms",
+    f"placement imbalance_layers {H200}": "phase,domain,tokens,layer,router",
+    f"placement steps {H200}": "policy,tokens,ms,even_ms,cost,tokens_per_s,ms_p,current_p",
     "capacity capacity_by_position": "layer,router,capacity_factor,position_in,tenth,assignments",
     "cache cache_by_phase": "layer,router,phase,policy,slots,hit_rate,hit_rate_warm,accesses",
     "routing routing": "layer,router,algorithm,experts_per_token,max_vio,max_vio_batch,mass,",
@@ -53,7 +55,7 @@ SAID = {
     "decode --batch 1,8 --draft 1,4": "1 sequence with drafts of 4 tokens: a",
     "capacity --capacity-factor 1,1.5 --group-tokens sequence": "1.5, in groups of a sequence",
     "cache --slots 2,4 --policy lru,belady --expert-mb 90 --gb-per-s 25": "tokens/s",
-    "step --gpu h200 --engine vllm --dtype fp8": "what imbalance costs is within the error of the",
+    f"placement {H200}": "what imbalance costs is within the error of the",
     "routing --layers 3 --top-k 1,2": "Simulated: a loss-free bias would bring layer 3 to 1.",
 }
 

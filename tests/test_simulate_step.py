@@ -1,5 +1,6 @@
-"""`simulate step`, and placements priced: the loads of steps by brute force, what must not change a
-time, and what sentences claim of chance, of imbalance that is planted, and of too little text."""
+"""Placements priced, and what imbalance costs under the one in use: the loads of steps by brute
+force, what must not change a time, and what sentences claim of chance, of imbalance that is
+planted, and of too little text."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from moe_inspect.simulate.placement.pricing import Ageing, ageing
 from moe_inspect.simulate.prices import LOW_LATENCY, Prices
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.sampling import StepLoads, decisions_of, draw_steps, step_loads
-from moe_inspect.simulate.step import turning_point
+from moe_inspect.simulate.step import imbalance_costs, turning_point
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
@@ -29,7 +30,7 @@ from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_workloads import EVEN, PILED, written
 
 CONFIG = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 1024}
-KERNEL: dict[str, Any] = {"gpu": "h200", "engine": "vllm", "dtype": "bfloat16"}
+KERNEL: dict[str, Any] = {"hardware": "h200", "engine": "vllm", "dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def of_size(trace: Trace) -> Trace:
 
 
 def simulated(trace: Trace, constants: Path, **options: Any) -> Simulation:
-    return of_size(trace).simulate.step(**KERNEL, latency=constants, **options)
+    return imbalance_costs(of_size(trace), **KERNEL, latency=constants, **options)
 
 
 def claims(made: Simulation) -> list[str]:
@@ -128,7 +129,7 @@ def test_permuting_the_experts_of_a_gpu_changes_no_time(tmp_path: Path, constant
         path = tmp_path / f"{n}.json"
         path.write_text(f'{{"physical_to_logical_map": {[plan] * 2}}}')
         made = simulated(trace, constants, gpus=4, batch_tokens=[64], placement=path)
-        costs.append(made.tables["step"][["ms", "even_ms", "waiting_ms"]].iloc[0])
+        costs.append(made.tables["imbalance"][["ms", "even_ms", "waiting_ms"]].iloc[0])
     np.testing.assert_allclose(costs[0], costs[1])
     assert abs(costs[0]["ms"] / costs[2]["ms"] - 1) > 0.001  # other GPUs hold other experts
 
@@ -140,14 +141,14 @@ def test_the_cost_is_the_load_ratio_where_time_is_the_rows(tmp_path: Path, const
     made = simulated(
         write_counts(tmp_path / "t", loads, 2, ["text"]), constants, gpus=4, batch_tokens=[16_384]
     )
-    assert made.tables["step"]["cost"].item() == pytest.approx(16 / 7 - 1, abs=0.02)
+    assert made.tables["imbalance"]["cost"].item() == pytest.approx(16 / 7 - 1, abs=0.02)
     assert claims(made)
     assert any("have no intervals" in said for said in made.verdict)
 
 
 def test_more_tokens_take_longer(tmp_path: Path, constants: Path):
     trace = drawn(tmp_path / "t", Regime(documents=40), 0)
-    table = simulated(trace, constants, batch_tokens=[8, 64, 512, 2_048]).tables["step"]
+    table = simulated(trace, constants, batch_tokens=[8, 64, 512, 2_048]).tables["imbalance"]
     whole = table[table["domain"] == ""]
     for name in ("ms", "even_ms", "chance_ms"):
         assert whole[name].is_monotonic_increasing
@@ -167,16 +168,16 @@ def test_a_planted_imbalance_is_priced(tmp_path: Path, constants: Path):
     made = simulated(trace, constants, gpus=4, batch_tokens=[256])
     assert "95% interval" in claims(made)[0]
     assert made.verdict[1].startswith("Layer 1 costs most")
-    row = made.tables["step"].query("domain == ''").iloc[0]
+    row = made.tables["imbalance"].query("domain == ''").iloc[0]
     assert row["cost_low"] > row["cost_by_chance"] > -0.01
-    assert made.tables["step_layers"].set_index("layer")["cost"].idxmax() == 1
+    assert made.tables["imbalance_layers"].set_index("layer")["cost"].idxmax() == 1
 
 
 def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path):
     trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0, Planted(4.0)))
     times = KERNEL | {"gpus": 4, "latency": constants}
     made, plain = (moe_inspect.report(trace, layers="1", times=t) for t in (times, None))
-    costs = trace.simulate.step(layers="1", **times)
+    costs = imbalance_costs(trace, layers="1", **times)
     assert claims(costs)
     found, load = (
         next(one for one in of.verdict() if one.kind == "busiest_gpu") for of in (made, plain)
@@ -186,11 +187,11 @@ def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path
     assert made.verdict().index(found) == critical  # it was asked for
     assert plain.verdict().index(load) > critical
     assert "the busiest GPU of a layer would get" in load.text
-    assert "Simulated: step" in made.page()
-    assert "Simulated: step" not in plain.page()
-    with pytest.raises(MoeInspectError, match="give --gpu, one of b200, h100, h200"):
-        moe_inspect.report(trace, times=times | {"gpu": None, "latency": None})
-    only = trace.simulate.step(layers="1", **times | {"gpu": None})  # of whom there are times
+    assert "Simulated: imbalance" in made.page()
+    assert "Simulated: imbalance" not in plain.page()
+    with pytest.raises(MoeInspectError, match="give --hardware, one of b200, h100, h200"):
+        moe_inspect.report(trace, times=times | {"hardware": None, "latency": None})
+    only = imbalance_costs(trace, layers="1", **times | {"hardware": None})  # there is one
     assert only.verdict == costs.verdict
 
 
@@ -208,7 +209,7 @@ def test_steps_of_counts_do_not_depend_on_what_else_is_asked(tmp_path: Path, con
     loads = [np.array([[9_000, 1_000, 8_000, 2_000, 7_000, 3_000, 6_000, 4_000]])] * 4
     trace = write_counts(tmp_path / "t", loads, 2)
     alone, among = (
-        simulated(trace, constants, gpus=4, batch_tokens=sizes).tables["step_layers"]
+        simulated(trace, constants, gpus=4, batch_tokens=sizes).tables["imbalance_layers"]
         for sizes in ([512], [64, 512])
     )
     among = among[among["tokens"] == 512].reset_index(drop=True)
@@ -249,7 +250,7 @@ def test_counts_of_an_even_load_claim_nothing(tmp_path: Path, constants: Path):
     """A step of few tokens is uneven by chance."""
     trace = write_counts(tmp_path / "t", [np.full((1, 8), 10_000)], 2, ["text"])
     made = simulated(trace, constants, gpus=4, batch_tokens=[8, 16])
-    assert made.tables["step"]["cost"].min() > 0.1
+    assert made.tables["imbalance"]["cost"].min() > 0.1
     assert not claims(made)
 
 
@@ -260,12 +261,12 @@ def test_chance_of_a_plan_is_that_of_its_slots(tmp_path: Path, constants: Path):
     path.write_text('{"physical_to_logical_map": [[0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 6, 7]]}')
     options: dict[str, Any] = {"gpus": 4, "batch_tokens": [4_096], "placement": path}
     made = simulated(write_counts(tmp_path / "t", loads, 2, ["text"]), constants, **options)
-    row = made.tables["step"].iloc[0]
+    row = made.tables["imbalance"].iloc[0]
     assert abs(row["cost"] - row["cost_by_chance"]) < 0.02
     assert not claims(made)
     even = [np.full((1, 8), 10_000)]  # which that plan does not expect
     made = simulated(write_counts(tmp_path / "u", even, 2, ["text"]), constants, **options)
-    assert made.tables["step"]["cost"].item() == pytest.approx(1 / 4, abs=0.03)
+    assert made.tables["imbalance"]["cost"].item() == pytest.approx(1 / 4, abs=0.03)
     assert claims(made)
 
 
@@ -281,7 +282,7 @@ def test_a_domain_need_not_have_every_phase(tmp_path: Path, constants: Path):
         batch_tokens=40,
         phases=("prefill", "decode"),  # of law, and of code
     )
-    table = simulated(trace, constants, batch_tokens=[16]).tables["step"]
+    table = simulated(trace, constants, batch_tokens=[16]).tables["imbalance"]
     assert [*zip(table["phase"], table["domain"], strict=True)] == [
         ("prefill", ""),
         ("prefill", "law"),
@@ -295,7 +296,7 @@ def test_a_domain_need_not_have_every_phase(tmp_path: Path, constants: Path):
     [
         ({"batch_tokens": [0]}, "steps of 0 tokens: give numbers from 1 to"),
         ({"gpus": 3}, "cannot split 8 experts over 3 GPUs"),
-        ({"gpu": "abacus"}, "no times of gpu abacus: there are h200"),
+        ({"hardware": "abacus"}, "no times of gpu abacus: there are h200"),
         ({"placement": "no plan"}, "is no plan for SGLang"),
         ({"placement": "too short"}, "layer 1 does not place its 8 experts"),
     ],
@@ -310,7 +311,7 @@ def test_wrong_settings_are_refused(
         options = {"placement": path}
     trace = of_size(drawn(tmp_path / "t", Regime(documents=4, tokens=100), 0))
     with pytest.raises(MoeInspectError, match=said):
-        trace.simulate.step(**{**KERNEL, "latency": constants, **options})
+        imbalance_costs(trace, **{**KERNEL, "latency": constants, **options})
 
 
 def test_times_of_unknown_error_claim_no_cost(tmp_path: Path, constants: Path):
@@ -344,11 +345,12 @@ def test_a_token_more_than_low_latency_kernels_take_costs_no_less(constants: Pat
 
 def test_what_was_never_measured_is_told(tmp_path: Path):
     trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0))
-    assert "extrapolated" not in " ".join(trace.simulate.step(**KERNEL).verdict)
+    assert "extrapolated" not in " ".join(imbalance_costs(trace, **KERNEL).verdict)
     config = {**CONFIG, "hidden_size": 64}
     edit_manifest(Path(str(trace.path)), model={"id": "synthetic", "config": config})
-    narrow = moe_inspect.open_trace(str(trace.path)).simulate
-    for made in (narrow.step(**KERNEL), narrow.placement(**KERNEL, gpus=4, batch_tokens=64)):
+    narrow = moe_inspect.open_trace(str(trace.path))
+    placed = narrow.simulate.placement(**KERNEL, gpus=4, batch_tokens=[64])
+    for made in (imbalance_costs(narrow, **KERNEL), placed):
         said = " ".join(made.verdict)
         assert "extrapolated beyond all that was measured: hidden 64 (measured: 2,048 to" in said
 
@@ -356,7 +358,7 @@ def test_what_was_never_measured_is_told(tmp_path: Path):
 def test_experts_of_unknown_size_are_refused(tmp_path: Path, constants: Path):
     trace = drawn(tmp_path / "t", Regime(documents=4, tokens=100), 0)
     with pytest.raises(MoeInspectError, match="does not say how large an expert is"):
-        trace.simulate.step(**KERNEL, latency=constants)
+        imbalance_costs(trace, **KERNEL, latency=constants)
 
 
 def placed(trace: Trace, constants: Path, **options: Any) -> Simulation:
@@ -364,7 +366,7 @@ def placed(trace: Trace, constants: Path, **options: Any) -> Simulation:
     how: dict[str, Any] = {
         "gpus": 4,
         "policies": ["contiguous", "eplb"],
-        "batch_tokens": 50,
+        "batch_tokens": [50],
         **options,
     }
     return of_size(trace).simulate.placement(**KERNEL, latency=constants, **how)
@@ -385,15 +387,16 @@ def test_policies_are_compared_by_time(tmp_path: Path, constants: Path):
     np.testing.assert_allclose(slowdown, [18 / 6, 10 / 6], rtol=0.15)  # steps of 50 tokens vary
     np.testing.assert_allclose(table["tokens_per_s"] * table["ms"], 50_000)
     assert made.settings["recommended"] == "eplb"
-    assert table["in_order_p"]["eplb"] < 0.01
+    assert table["current_p"]["eplb"] < 0.01
     assert re.search(
         r"instead of .* in order \(−\d+%; of the step −[34]\d%, ", said_of(made, "EPLB")
     )
     assert said_of(made, "EPLB").endswith("model error 1%): worth it.")
-    for slots in (8, 12):  # without replicas in order is what `step` says, with or without
+    for slots in (8, 12):  # without replicas in order is what imbalance says, with or without
         priced = placed(trace, constants, fit_share=1.0, physical_experts=slots)
-        step = simulated(trace, constants, gpus=4, batch_tokens=[50]).tables["step"].iloc[0]
-        assert priced.settings["in_order"] == {"ms": step["ms"], "even_ms": step["even_ms"]}
+        step = simulated(trace, constants, gpus=4, batch_tokens=[50]).tables["imbalance"].iloc[0]
+        assert priced.settings["current"] == {"ms": step["ms"], "even_ms": step["even_ms"]}
+        pd.testing.assert_series_equal(priced.tables["imbalance"].iloc[0], step)
         ms = priced.tables["policies"].set_index("policy")["ms"]
         assert (ms["contiguous"] == step["ms"]) == (slots == 8)
         change = f"{ms['eplb'] / step['ms'] - 1:+.0%}".replace("-", "−")
@@ -401,6 +404,40 @@ def test_policies_are_compared_by_time(tmp_path: Path, constants: Path):
     unpriced = trace.simulate.placement(gpus=4, policies=["contiguous", "eplb"])
     assert not any("EPLB" in said for said in unpriced.verdict)
     assert "ms" not in unpriced.tables["policies"], "without a GPU nothing changes"
+
+
+def test_a_plan_in_use_is_a_policy_like_the_others(tmp_path: Path, constants: Path):
+    """Written for each engine, and read from its file. Policies are compared by the largest step;
+    what the plan in use costs is what the report says of it."""
+    trace = written(tmp_path / "t", np.stack([PILED] * 2), 60)
+    first = placed(trace, constants, physical_experts=12)
+    for name, engine in (("a.json", None), ("b.yaml", None), ("c.json", "vllm-ascend")):
+        path = tmp_path / name
+        first.write_plan(path, engine)
+        made = placed(trace, constants, placement=path, batch_tokens=[50, 10, 9_999])
+        policies = made.tables["policies"].set_index("policy")
+        assert [*policies.index] == ["current", "contiguous", "eplb"]
+        best = first.settings["recommended"]
+        same = first.tables["policies"].set_index("policy").loc[best, ["ms", "even_ms"]]
+        assert policies.loc["current", ["ms", "even_ms"]].tolist() == same.tolist()
+        assert policies["current_p"]["current"] == 1
+        steps = made.tables["steps"].set_index(["tokens", "policy"])
+        assert [*steps.index] == [(n, name) for n in (10, 50) for name in policies.index]
+        assert (steps.loc[50, "ms"] == policies["ms"]).all()
+        assert (steps["cost"] == steps["ms"] / steps["even_ms"] - 1).all()
+        assert any(said.startswith("No step of 9,999 tokens in") for said in made.verdict)
+        given = {"gpus": 4, "batch_tokens": [10, 50, 9_999], "placement": path}
+        costs = simulated(trace, constants, **given)
+        for table, mine in costs.tables.items():
+            pd.testing.assert_frame_equal(made.tables[table], mine)
+        assert made.verdict[: len(costs.verdict) - 1] == costs.verdict[:-1]
+        assert said_of(made, "EPLB here").count(" in use (")
+        assert said_of(made, "To rebalance from the placement in use to eplb")
+    with pytest.raises(MoeInspectError, match="has 12 slots per layer: give --physical-experts 12"):
+        placed(trace, constants, placement=path, physical_experts=16)
+    unpriced = trace.simulate.placement(gpus=4, placement=path)
+    assert unpriced.tables["policies"]["policy"].iloc[0] == "current"
+    assert unpriced.verdict[0].startswith("On 4 GPUs with the current placement, the MoE layers")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -425,29 +462,32 @@ def test_of_few_documents_no_policy_is_worth_it(tmp_path: Path, constants: Path)
     made = placed(written(tmp_path / "t", np.stack([PILED] * 2), 3), constants, sweep=[8, 16])
     assert said_of(made, "EPLB").endswith("too little text to tell whether it is worth it.")
     assert said_of(made, "How many slots").endswith("too little text.")
-    large: dict[str, Any] = {"batch_tokens": 2_000, "sweep": [8, 16]}  # 3 steps in the judged part
+    large: dict[str, Any] = {
+        "batch_tokens": [2_000],
+        "sweep": [8, 16],
+    }  # 3 steps in the judged part
     made = placed(written(tmp_path / "v", np.stack([PILED] * 2), 60), constants, **large)
     assert said_of(made, "EPLB").endswith("too little text to tell whether it is worth it.")
     assert said_of(made, "How many slots").endswith("too little text.")
     with pytest.raises(MoeInspectError, match="the judged part has no step of 4,096 tokens"):
-        placed(written(tmp_path / "u", np.stack([PILED] * 2), 3), constants, batch_tokens=4_096)
+        placed(written(tmp_path / "u", np.stack([PILED] * 2), 3), constants, batch_tokens=[4_096])
 
 
 def test_a_workload_too_small_for_a_step_is_named(tmp_path: Path, constants: Path):
     long = of_size(written(tmp_path / "long", np.stack([PILED]), 60))
     short = of_size(written(tmp_path / "short", np.stack([PILED]), 2))
-    made = placed(long, constants, judge=[long.path, short.path][1:], batch_tokens=150)
+    made = placed(long, constants, judge=[long.path, short.path][1:], batch_tokens=[150])
     assert made.tables["policies"]["ms"].notna().all()
     with pytest.raises(MoeInspectError, match="no step of 300 tokens"):
-        placed(long, constants, judge=[short.path], batch_tokens=300)
+        placed(long, constants, judge=[short.path], batch_tokens=[300])
     other = of_size(written(tmp_path / "other", np.stack([PILED]), 60))
-    made = placed(long, constants, judge=[short.path, other.path], batch_tokens=300)
+    made = placed(long, constants, judge=[short.path, other.path], batch_tokens=[300])
     assert "No step of 300 tokens in prefill of short, which is not in the times." in made.verdict
 
 
 def test_counts_are_priced_by_their_load(tmp_path: Path, constants: Path):
     trace = write_counts(tmp_path / "t", [np.array([[9, 9, 1, 1, 1, 1, 1, 1]]) * 1000], 2, ["a"])
-    made = placed(trace, constants, batch_tokens=16_384)
+    made = placed(trace, constants, batch_tokens=[16_384])
     table = made.tables["policies"]
     np.testing.assert_allclose(table["ms"] / table["even_ms"], [18 / 6, 10 / 6], rtol=0.02)
     assert table["ms_p"].isna().all()
@@ -478,7 +518,7 @@ def test_where_nothing_is_to_gain_the_fewest_slots_are_the_knee(tmp_path: Path, 
     """Of steps that load experts alike, and where the times err by more than is saved."""
     ids = np.arange(8_000, dtype=np.uint16)[:, None] % 8
     alike = write_trace(tmp_path / "t", [ids], 8, document=np.arange(8_000) // 80)
-    made = placed(alike, constants, sweep=[8, 12, 16], batch_tokens=80)
+    made = placed(alike, constants, sweep=[8, 12, 16], batch_tokens=[80])
     assert said_of(made, "8 slots per layer are the knee")
     model = LatencyModel.from_file(constants)
     model.kernels[0].errors["imbalance_error_median"] = 0.9
@@ -493,7 +533,7 @@ def test_traffic_is_of_each_token_to_the_gpus_it_reaches(tmp_path: Path, constan
     nodes; experts stand in order."""
     ids = np.where(np.arange(8_000)[:, None] // 4 % 2 == 0, [0, 7], [2, 3]).astype(np.uint16)
     trace = write_trace(tmp_path / "t", [ids], 8, document=np.arange(8_000) // 80)
-    made = placed(trace, constants, nodes=2, policies=["contiguous"], batch_tokens=80)
+    made = placed(trace, constants, nodes=2, policies=["contiguous"], batch_tokens=[80])
     traffic = made.tables["traffic"].set_index(["gpu_from", "gpu_to"])["tokens_per_step"]
     for gpu in range(4):  # 20 of the 80 tokens are its own, half of each kind
         assert traffic[gpu].tolist() == [10, 10, 0, 10]
@@ -588,7 +628,7 @@ def test_how_often_to_rebalance_is_unknown_of_too_little(tmp_path: Path, linked:
         (long, {}, "documents last longer than a window"),
         (
             written(tmp_path / "few", np.stack([PILED] * 2), 3),
-            {"batch_tokens": 10},
+            {"batch_tokens": [10]},
             "too little text",
         ),
     ):
@@ -609,8 +649,8 @@ def test_ageing_is_the_slope_over_age_apart_from_good_plans_and_busy_windows():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"gpu": None, "latency": None}, "are of measured times: give --gpu"),
-        ({"batch_tokens": 0}, "steps of 0 tokens"),
+        ({"hardware": None, "latency": None}, "are of measured times: give --hardware"),
+        ({"batch_tokens": [0]}, "steps of 0 tokens"),
         ({"sweep": [10]}, "cannot split 10 physical experts over 4 GPUs"),
         ({"sweep": [4]}, "4 physical experts for 8 experts"),
     ],
@@ -619,5 +659,5 @@ def test_wrong_prices_are_refused(tmp_path: Path, constants: Path, options: dict
     trace = of_size(written(tmp_path / "t", np.stack([EVEN] * 2), 4))
     with pytest.raises(MoeInspectError, match=said):
         trace.simulate.placement(
-            **{**KERNEL, "latency": constants, "gpus": 4, "batch_tokens": 50, **options}
+            **{**KERNEL, "latency": constants, "gpus": 4, "batch_tokens": [50], **options}
         )

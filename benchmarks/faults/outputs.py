@@ -60,9 +60,9 @@ simulate placement T --gpus 2 --policy contiguous --html out.html
 simulate decode T -o out.csv
 simulate decode T --html out.html
 simulate decode T --plots out
-simulate step T --gpu h200 --engine vllm --dtype fp8 -o out.csv
-simulate step T --gpu h200 --engine vllm --dtype fp8 --html out.html
-simulate step T --gpu h200 --engine vllm --dtype fp8 --plots out
+simulate placement T --hardware h200 --engine vllm --dtype fp8 --table steps -o out.csv
+simulate placement T --hardware h200 --engine vllm --dtype fp8 --html out.html
+simulate placement T --hardware h200 --engine vllm --dtype fp8 --plots out
 simulate cache T -o out.csv
 simulate cache T --html out.html
 simulate routing T -o out.parquet

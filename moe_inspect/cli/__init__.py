@@ -20,8 +20,7 @@ SETTINGS: dict[str, Any] = {"max_content_width": 1_000}
 Listed = Mapping[str, Mapping[str, Any]]
 SIMULATIONS: Listed = {
     "Commands": {
-        name: f"simulate {name}"
-        for name in ("step", "placement", "decode", "cache", "capacity", "routing")
+        name: f"simulate {name}" for name in ("placement", "decode", "cache", "capacity", "routing")
     }
 }
 COMMANDS: Listed = {

@@ -83,13 +83,13 @@ def report(
     """Report load balance and expert specialisation.
 
     Which layers and experts are out of balance, compared with chance, and what each expert
-    specialises in. Needs neither torch nor the model. With --gpu, also what imbalance costs in
-    milliseconds, as simulate step does.
+    specialises in. Needs neither torch nor the model. With --hardware, also what imbalance costs in
+    milliseconds, as simulate placement does.
 
     Examples:
     moe-inspect report runs/a
     moe-inspect report runs/a --html report.html
-    moe-inspect report runs/a --gpu h200 --engine vllm --dtype fp8 --gpus 32
+    moe-inspect report runs/a --hardware h200 --engine vllm --dtype fp8 --gpus 32
     moe-inspect report runs/a --plots figs --format pdf
     moe-inspect report runs/a --table load --layers 0-3 --format csv -o load.csv
     moe-inspect report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0"""

@@ -22,7 +22,7 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions
+from moe_inspect.cli.show import ShowOptions, output_option
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 Order = Literal["arrival", "token", "weight"]
 Dispatch = Literal["even", "lp"]
 Engine = Literal["sglang", "tensorrt-llm", "vllm-ascend"]
-gpu_option, policy_option, plan_option, times_option = map(
-    in_panel, ("GPUs", "Policy", "Plan", "Times")
-)
+gpu_option, policy_option, times_option = map(in_panel, ("GPUs", "Policy", "Times"))
 Gpus = Annotated[
     int | None, gpu_option("GPUs that share the experts. Default: up to 8.", "G", min=1)
 ]
@@ -65,14 +63,11 @@ class SimulateOptions(ShowOptions):
 class PlanOptions(SimulateOptions):
     """And how a plan is written."""
 
-    output: Path | None = plan_option(
-        "Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With "
-        "--table, write that table.",
+    output: Path | None = output_option(
+        "Write the plan (.json, .yaml), or the table of --table.",
         flags=("-o", "--output"),
     )
-    plan_for: Engine | None = plan_option(
-        "Engine that -o writes the plan for. Default: by file extension."
-    )
+    plan_for: Engine | None = output_option("Engine of the plan. Default: by file extension.")
 
 
 def group_tokens_of(text: str) -> int | str:
@@ -126,12 +121,12 @@ class TimesOptions(Options):
 
     panel = "Times"
 
-    gpu: str | None = times_option("GPU whose measured times are used, e.g. h200.", "NAME")
+    hardware: str | None = times_option("GPU whose measured times are used, e.g. h200.", "NAME")
     engine: str | None = times_option("Engine that they were measured in, e.g. vllm.", "NAME")
     dtype: str | None = times_option("Data type of the experts' weights, e.g. fp8.", "NAME")
     kernel: str | None = times_option("Kernel, where several were measured.", "NAME")
     latency: Path | None = times_option(
-        "Times of your own instead: fitted constants (.json), or tokens per expert and ms (.csv).",
+        "Own times: constants (.json), or tokens per expert and ms (.csv).",
         "FILE",
     )
 
@@ -153,34 +148,34 @@ class PlacementOptions(Options):
         "POLICY",
         flags=("--policy",),
     )
+    placement: Path | None = policy_option(
+        "Plan in use, an engine's file: the policy current.", "FILE"
+    )
     fit_share: float | None = policy_option(
-        "Of a trace alone: fit on this share, from its start; judge on the rest. Default: 0.5.",
+        "Fit on this first share alone. Default: 0.5.",
         min=0,
         max=1,
     )
-    judge: list[str] | None = policy_option(
-        "Judge on this trace of the same model.", "TRACE", autocompletion=traces
-    )
+    judge: list[str] | None = policy_option("Judge on this trace.", "TRACE", autocompletion=traces)
     fit_domains: list[str] | None = policy_option(
-        "Fit on this domain, judge on the others.", "NAME", flags=("--fit-domain",)
+        "Fit on this domain alone.", "NAME", flags=("--fit-domain",)
     )
     fit_phase: Phase | None = policy_option("Fit on this phase, judge on the others.")
     weights: list[float] | None = policy_option(
-        "Weight of each trace or domain fitted on, in their order. Default: equal.",
+        "Weight of each trace or domain.",
         "NUMBER",
         flags=("--weight",),
     )
     dispatch: Dispatch = policy_option(
-        "lp: also report the balance under optimal dispatch among the replicas of an "
-        "expert (a linear program per window).",
+        "lp: also optimal dispatch among replicas.",
         default="even",
     )
-    batch_tokens: int | None = times_option(
-        "Tokens of a step, over all GPUs.", "TOKENS", min=1, show_default="4096"
+    batch_tokens: list[int] | None = times_option(
+        "Tokens of a step, over all GPUs.",
+        "TOKENS",
+        show_default="64,512,4096",
     )
-    sweep: list[int] | None = times_option(
-        "Also price these numbers of slots per layer, e.g. 256,264,288.", "SLOTS"
-    )
+    sweep: list[int] | None = times_option("Price these slots per layer, e.g. 256,288.", "SLOTS")
 
 
 def placement(
@@ -199,19 +194,16 @@ def placement(
     """Compare placements of experts on GPUs.
 
     Reports balance, GPUs reached per token, and how a plan ages. Plans are fitted on the first part
-    of the trace and judged on the rest; or fitted on several traces or domains, or a phase, each
-    weighing the same, and judged on others (--table judged). -o writes the recommended plan: of the
-    policies that are no slower than the fastest on the judged part by 1%, or beyond chance, that of
-    the first in the order of --policy. EPLB matches the published code slot for slot, except for
-    equal loads, whose order it leaves open: here the lower number goes first. With --gpu, policies
-    are compared by the time of a step, as measured.
+    of the trace and judged on the rest, or fitted on traces, domains or a phase. -o writes the
+    recommended plan: the first in the order of --policy that is no slower than the fastest by 1%,
+    or beyond chance. With --hardware, also the milliseconds of the MoE layers of a step, and how
+    much of that imbalance costs (--table steps; of the placement in use --table imbalance).
 
     Examples:
-    moe-inspect simulate placement runs/a --gpus 8 --physical-experts 72
-    moe-inspect simulate placement runs/a --gpus 8 -o plan.json
+    moe-inspect simulate placement runs/a --physical-experts 72 -o plan.json
     moe-inspect simulate placement runs/a --gpus 8 --fit-phase decode
     moe-inspect simulate placement runs/a runs/b --gpus 8 --judge runs/c
-    moe-inspect simulate placement runs/a --gpu h200 --engine vllm --dtype fp8"""
+    moe-inspect simulate placement run --hardware h200 --engine vllm --dtype fp8"""
     from moe_inspect.simulate.placement.plan import ENDINGS
 
     output, plan_for = show.output, show.plan_for
@@ -225,41 +217,6 @@ def placement(
         print_stderr(f"wrote {output}: {made.write_plan(output, plan_for)}")
         show = replace(show, output=None)
     show.show(made)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions(Options):
-    panel = "Options"
-
-    gpus: Gpus = None
-    nodes: Nodes = 1
-    batch_tokens: list[int] | None = option(
-        "Tokens of a step, over all GPUs.", "TOKENS", show_default="64,512,4096"
-    )
-    placement: Path | None = option(
-        "Place experts by this plan for SGLang, as simulate placement -o writes it. Default: in "
-        "order.",
-        "FILE",
-    )
-
-
-def step(
-    *,
-    trace: TraceArgument,
-    options: StepOptions,
-    times: TimesOptions,
-    selection: SelectionOptions,
-    show: SimulateOptions,
-) -> None:
-    """Price the imbalance of a step, in milliseconds.
-
-    Reports the time that the MoE layers of a step take, beside an even load and chance, by phase,
-    domain and layer. Each GPU takes the time that was measured for as many tokens in as many
-    experts; the layer waits for the slowest.
-
-    Examples:
-    moe-inspect simulate step runs/a --gpu h200 --engine vllm --dtype fp8"""
-    show.show(show.simulation("step", trace, options, times, selection))
 
 
 @dataclass(frozen=True, kw_only=True)

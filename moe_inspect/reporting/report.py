@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Shown
+from moe_inspect.reporting.shown import Shown, python_call
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, Excerpt, check_table
 from moe_inspect.reporting.tables.summary import facts, notes, title_of
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.trace.answers import TraceMethod
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
@@ -45,10 +47,10 @@ def report(
     {"uneven": 0.3}. `scheduler`: of a dask.distributed cluster, as `Trace.on` takes it. `progress`
     is called with the number of decisions read. `baseline`: a trace of an untrained or earlier
     model over the same or similar text; `specialization` and the verdict say what is beyond it.
-    `times`: options of `trace.simulate.step`, {"gpu": "h200", "engine": "vllm", "dtype": "fp8"}:
-    the verdict and the page then say what imbalance costs in milliseconds. Raises MoeInspectError
-    where there is no such trace, layer, domain or threshold, where the baseline has other routers
-    or domains, or counts only, and where `simulate.step` does."""
+    `times`: options of `trace.simulate.placement`, {"hardware": "h200", "engine": "vllm", "dtype":
+    "fp8"}: the verdict and the page then say what imbalance costs in milliseconds. Raises
+    MoeInspectError where there is no such trace, layer, domain or threshold, where the baseline has
+    other routers or domains, or counts only, and where those times cannot be used."""
 
     opened, its = open_trace(trace, scheduler=scheduler), None
     selection = select(opened, layers, domains, phase)
@@ -68,13 +70,16 @@ def report(
     )
     if times:
         what = {"layers": layers, "domains": domains, "phase": phase}
-        made.costs = opened.simulate.step(**what, **times)
+        lines = python_call("simulate.placement", [opened], what | {**times})
+        made.costs = replace(made.imbalance_costs(**what, **times), python=lines)
     return made
 
 
 class Report(ReportData, Shown):
     """`tables["balance"]` and the others are DataFrames, computed when first asked for; `verdict()`
     is what they come to, in plain sentences. `print(report)` is one screen of it."""
+
+    imbalance_costs = TraceMethod[..., Any]("simulate.step", "imbalance_costs")
 
     def __repr__(self) -> str:
         return f"Report({str(self.trace.path)!r}, tables: {', '.join(TABLES)})"

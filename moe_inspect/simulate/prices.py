@@ -7,7 +7,7 @@ N tokens of a step, S steps, P physical slots, G GPUs, k experts of a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from moe_inspect.simulate.sampling import StepLoads
 from moe_inspect.trace.reader import Trace
 
 LOW_LATENCY = 128  # tokens of a GPU up to which DeepEP's low-latency kernels transfer them
-MOST_TOKENS = 2**18  # of a step
+BATCH_TOKENS = 64, 512, 4096  # of a step, by default
+MOST_TOKENS = 2**18
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,16 @@ def even(N: int, shape: Shape, P: int, G: int) -> StepLoads:
     return StepLoads(slots_P[None], np.full((1, G), reached))
 
 
+def sizes_of(batch_tokens: Sequence[int]) -> list[int]:
+    """The numbers of tokens of a step, ascending. MoeInspectError for one out of range."""
+    sizes = sorted(set(batch_tokens))
+    if not sizes or sizes[0] < 1 or sizes[-1] > MOST_TOKENS:
+        raise MoeInspectError(
+            f"steps of {', '.join(map(str, sizes))} tokens: give numbers from 1 to {MOST_TOKENS:,}"
+        )
+    return sizes
+
+
 def prices_of(named: Mapping[str, str | None], latency: str | Path | None) -> Prices:
     """The only kernel with these names (gpu, engine, dtype, kernel), of the constants of `latency`
     or the shipped ones, and the transfers of its GPU. MoeInspectError where there is not one."""
@@ -139,7 +150,7 @@ def prices_of(named: Mapping[str, str | None], latency: str | Path | None) -> Pr
     wanted = {name: value for name, value in named.items() if value is not None}
     known = list(dict.fromkeys(each.gpu for each in model.kernels))
     if named["gpu"] is None and len(known) != 1:
-        raise MoeInspectError(f"times are of a GPU: give --gpu, one of {', '.join(known)}")
+        raise MoeInspectError(f"times are of a GPU: give --hardware, one of {', '.join(known)}")
     found = model.kernel(**wanted)
     # of those with several settings, the one with the most of the GPU, the last
     transfers = {way.kernel: way for way in model.transfers if way.gpu == found.gpu}

@@ -40,7 +40,17 @@ Settings = dict[str, Any]
 Labels = dict[int, str]  # router → its layer, as people read it
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
 # settings that plan files and verdicts need
-HIDDEN = "moe_layers", "too_few", "times", "error", "ageing", "counts_only", "in_order", "fed"
+HIDDEN = (
+    "moe_layers",
+    "too_few",
+    "times",
+    "error",
+    "ageing",
+    "counts_only",
+    "current",
+    "costs",
+    "fed",
+)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,5 +1,5 @@
-"""`simulate step`: how many milliseconds the MoE layers of a step take on G GPUs, and what of it is
-due to imbalance.
+"""What imbalance costs under the placement in use: how many milliseconds the MoE layers of a step
+take on G GPUs, and what of it is due to imbalance.
 
 Every GPU computes the tokens of its experts, and the layer waits for the slowest. Steps are drawn
 from the trace's tokens (`sampling`), and the times of a GPU are those of a kernel that was measured
@@ -29,78 +29,85 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
 from moe_inspect.simulate import result, sampling
 from moe_inspect.simulate.latency import Shape
-from moe_inspect.simulate.placement.plan import placed_by
+from moe_inspect.simulate.placement.plan import placement_of
 from moe_inspect.simulate.placement.policies import contiguous, layouts_of
 from moe_inspect.simulate.prices import (
-    MOST_TOKENS,
+    BATCH_TOKENS,
     Prices,
     Times,
     even,
     p_apart,
     prices_of,
     shape_of,
+    sizes_of,
 )
 from moe_inspect.simulate.result import Frame, Labels, Settings, Tables
 from moe_inspect.simulate.sampling import COUNTED, FEWEST_BLOCKS, SEED, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
 from moe_inspect.text import plural
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace
 
 DRAWS = 8  # steps by chance
 POOL = 2**16  # tokens that they are drawn from
 MOST_DOMAINS = 12  # that have rows of their own
 
 
-@result.repeatable
-def simulate_step(
-    trace: Trace | str | Path,
+def imbalance_costs(
+    trace: Trace,
     *,
-    gpu: str | None = None,
+    hardware: str | None = None,
     engine: str | None = None,
     dtype: str | None = None,
     kernel: str | None = None,
     gpus: int | None = None,
     nodes: int = 1,
-    batch_tokens: Sequence[int] = (64, 512, 4096),
+    batch_tokens: Sequence[int] = BATCH_TOKENS,
     placement: str | Path | None = None,
     latency: str | Path | None = None,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> result.Simulation:
-    """What imbalance costs, in milliseconds of the MoE layers.
+    """What imbalance costs, in milliseconds of the MoE layers. The options are those of
+    simulate_placement; each phase of the trace is simulated by itself.
 
-    `gpu`, `engine`, `dtype`, `kernel`: whose measured times, of those that the constants have.
-    `gpus`: that share the experts; default up to 8. `batch_tokens`: tokens of a step, over all
-    GPUs. `placement`: a plan for SGLang, as `simulate placement -o` writes it; by default experts
-    are in order. `latency`: a file of constants, or a csv of `LatencyModel.fit`; by default the
-    constants that are part of moe-inspect.
-    `layers`, `domains`, `phase`: what is selected; each phase of the trace is simulated by itself.
-
-    Tables: step (a row per phase, domain and tokens), step_layers (a row per layer too). Times are
-    in ms, of the mean step. `cost` is the time ÷ that of an even load − 1, `cost_low` and
+    Tables: imbalance (a row per phase, domain and tokens), imbalance_layers (a row per layer too).
+    Times are in ms, of the mean step. `cost` is the time ÷ that of an even load − 1, `cost_low` and
     `cost_high` are its 95 % interval over documents, and `p` tells whether it is that of chance.
 
     MoeInspectError for settings out of range, a kernel that was not measured, and a trace that does
     not say how large its experts are."""
-    trace = open_trace(trace)
-    sizes = sorted(set(batch_tokens))
-    if not sizes or sizes[0] < 1 or sizes[-1] > MOST_TOKENS:
-        raise MoeInspectError(
-            f"steps of {', '.join(map(str, sizes))} tokens: give numbers from 1 to {MOST_TOKENS:,}"
-        )
-    named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
+    named = {"gpu": hardware, "engine": engine, "dtype": dtype, "kernel": kernel}
     prices = prices_of(named, latency)
     selection = select(trace, layers, domains, phase)
     placed, physical = dict[int, np.ndarray](), None
     if placement is not None:
-        routers = [trace.routers[r] for r in selection.routers]
-        placed = dict(zip(selection.routers, placed_by(placement, routers), strict=True))
+        placed = placement_of(placement, trace, selection)
         physical = len(next(iter(placed.values())))
     layouts = layouts_of(trace, selection, gpus, nodes, physical, None)
     for r, layout in layouts.items():
         placed.setdefault(r, contiguous(np.empty(trace.routers[r].experts), layout))
-    G = next(iter(layouts.values())).gpus
+    gpus, sizes = next(iter(layouts.values())).gpus, sizes_of(batch_tokens)
+    tables, settings = priced_steps(trace, selection, prices, placed, (gpus, nodes), sizes)
+    settings |= {
+        "placement": str(placement) if placement is not None else None,
+        "latency": str(latency) if latency is not None else None,
+    }
+    few = result.too_few(trace, selection)
+    return result.simulation(trace, few, tables, settings, verdict, chart, ("imbalance",))
+
+
+def priced_steps(
+    trace: Trace,
+    selection: Selection,
+    prices: Prices,
+    placed: dict[int, np.ndarray],
+    layout: tuple[int, int],
+    sizes: list[int],
+) -> tuple[dict[str, pd.DataFrame], Settings]:
+    """The tables of `imbalance_costs`, and what `costs_said` and `panels` need. `placed`: the
+    expert of each slot, by router. `layout`: GPUs and nodes."""
+    G, nodes = layout
     shapes = {r: shape_of(trace, r) for r in selection.routers}
     placed_layers = PlacedLayers(trace, prices, placed, shapes, G)
     rows = [row for part in _parts(trace, selection) for row in placed_layers.rows(part, sizes)]
@@ -109,8 +116,10 @@ def simulate_step(
     table = pd.DataFrame(rows)
     whole = table["layer"].isna()
     tables = {
-        "step": table[whole].drop(columns=["layer", "router"]).reset_index(drop=True),
-        "step_layers": table[~whole].astype({"layer": int, "router": int}).reset_index(drop=True),
+        "imbalance": table[whole].drop(columns=["layer", "router"]).reset_index(drop=True),
+        "imbalance_layers": table[~whole]
+        .astype({"layer": int, "router": int})
+        .reset_index(drop=True),
     }
     settings: Settings = {
         "kernel": prices.kernel.name,
@@ -119,12 +128,10 @@ def simulate_step(
         "gpus": G,
         "nodes": nodes,
         "batch_tokens": sizes,
-        "placement": str(placement) if placement is not None else None,
-        "latency": str(latency) if latency is not None else None,
         "counts_only": trace.counts_only,
+        "too_few": bool(result.too_few(trace, selection)),
     }
-    few = result.too_few(trace, selection)
-    return result.simulation(trace, few, tables, settings, verdict, chart, ("step",))
+    return tables, settings
 
 
 def _parts(trace: Trace, selection: Selection) -> list[tuple[str, Selection]]:
@@ -246,7 +253,11 @@ def _row(
 
 
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
-    table, layers = tables["step"], tables["step_layers"]
+    return [*costs_said(tables, settings, label_of), f"Simulated: {settings['times']}."]
+
+
+def costs_said(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
+    table, layers = tables["imbalance"], tables["imbalance_layers"]
     sentences, sizes = list[str](), settings["batch_tokens"]
     whole, several = table[table["domain"] == ""], table["phase"].nunique() > 1
     for row in whole.sort_values("tokens", ascending=False).to_dict("records"):
@@ -278,7 +289,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
             "Counts do not tell tokens apart: steps were drawn as if each token chose by the load "
             "of all, and have no intervals."
         )
-    return [*sentences, f"Simulated: {settings['times']}."]
+    return sentences
 
 
 def _costs(row: dict[str, Any], settings: Settings, of: str) -> str:
@@ -327,26 +338,29 @@ def turning_point(rows: Frame, settings: Settings) -> tuple[int, int] | None:
     return (saves, costs) if saves and costs and saves < costs else None
 
 
-def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart | None:
-    """Of each phase: the time and the cost by tokens of a step, and what the time of each layer is
-    made of."""
-    table, layers = tables["step"], tables["step_layers"]
-    several, panels = table["phase"].nunique() > 1, list[spec.Panel]()
-    whole = table[table["domain"] == ""]
-    for phase, mine in whole.groupby("phase", sort=False, dropna=False):
-        of = f" of {phase}" if several else ""
-        panels += _by_tokens(mine, settings, of)
-        largest = layers[layers["tokens"] == mine["tokens"].max()]
-        same = largest["phase"] == phase if several else slice(None)
-        panels.append(_by_layer(largest[same], label_of, of))
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
     return spec.Chart(
         "What imbalance costs",
         f"Milliseconds of the MoE layers of a step on {plural(settings['gpus'], 'GPU')}, by times "
         f"of {settings['kernel']}",
-        tuple(panels),
+        tuple(panels(tables, settings, label_of)),
         text=result.SIMULATED,
-        name="step",
+        name="imbalance",
     )
+
+
+def panels(tables: Tables, settings: Settings, label_of: Labels) -> Iterator[spec.Panel]:
+    """Of each phase: the time and the cost by tokens of a step, and what the time of each layer is
+    made of."""
+    table, layers = tables["imbalance"], tables["imbalance_layers"]
+    several = table["phase"].nunique() > 1
+    whole = table[table["domain"] == ""]
+    for phase, mine in whole.groupby("phase", sort=False, dropna=False):
+        of = f" of {phase}" if several else ""
+        yield from _by_tokens(mine, settings, of)
+        largest = layers[layers["tokens"] == mine["tokens"].max()]
+        same = largest["phase"] == phase if several else slice(None)
+        yield _by_layer(largest[same], label_of, of)
 
 
 def _by_tokens(rows: Frame, settings: Settings, of: str) -> Iterator[spec.Panel]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from moe_inspect.simulate import decode as _decode
     from moe_inspect.simulate import routing as _routing
     from moe_inspect.simulate.placement.placement import simulate_placement as _placement
-    from moe_inspect.simulate.step import simulate_step as _step
     from moe_inspect.trace import texts as _texts
 
     def of(function: Callable[Concatenate[Any, Options], Result]) -> TraceMethod[Options, Result]:
@@ -61,7 +60,7 @@ class Answers:
     @property
     def simulate(self) -> Simulations:
         """The trace replayed under other assumptions: `.placement(gpus=8)`, `.capacity()`,
-        `.decode()`, `.cache()`, `.routing()`, `.step(gpu=…)`."""
+        `.decode()`, `.cache()`, `.routing()`."""
         return Simulations(self)
 
 
@@ -74,11 +73,10 @@ class Simulations:
     if TYPE_CHECKING:
         cache, capacity = of(_cache.simulate_cache), of(_capacity.simulate_capacity)
         decode, placement = of(_decode.simulate_decode), of(_placement)
-        routing, step = of(_routing.simulate_routing), of(_step)
+        routing = of(_routing.simulate_routing)
     else:
         cache = TraceMethod("simulate.cache", "simulate_cache")
         capacity = TraceMethod("simulate.capacity", "simulate_capacity")
         decode = TraceMethod("simulate.decode", "simulate_decode")
         placement = TraceMethod("simulate.placement.placement", "simulate_placement")
         routing = TraceMethod("simulate.routing", "simulate_routing")
-        step = TraceMethod("simulate.step", "simulate_step")

@@ -118,8 +118,8 @@ def busiest_gpu(data: ReportData) -> Finding | None:
     alone = f" ({there:.2f}x at {name_of(data, worst)})" if len(data.loaded) > 1 else ""
     said = (
         f"With one GPU per expert, the busiest GPU of a layer would get {ratio:.2f}x the mean "
-        f"load{alone}. What that costs in time depends on the GPU and the engine: simulate step "
-        "tells it."
+        f"load{alone}. What that costs in time depends on the GPU and the engine: simulate "
+        "placement --hardware tells it."
     )
     return note(said, worst, busiest_over_mean=ratio, busiest_over_mean_at_worst=there)
 

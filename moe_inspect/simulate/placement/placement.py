@@ -21,13 +21,20 @@ from moe_inspect.progress import tracked
 from moe_inspect.simulate.placement import policies as policy
 from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.forecast import local_search
-from moe_inspect.simulate.placement.plan import plan_table
-from moe_inspect.simulate.placement.policies import Layout, layouts_of
-from moe_inspect.simulate.placement.pricing import PRICED, PlanTimes, pricing_of, traffic_of
+from moe_inspect.simulate.placement.plan import placement_of, plan_table
+from moe_inspect.simulate.placement.policies import CURRENT, Layout, layouts_of
+from moe_inspect.simulate.placement.pricing import (
+    PRICED,
+    PlanTimes,
+    in_use,
+    pricing_of,
+    traffic_of,
+)
 from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, worth
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of
 from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation, too_few
+from moe_inspect.simulate.step import priced_steps
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
@@ -64,14 +71,15 @@ def simulate_placement(
     physical_experts: int | None = None,
     groups: int | None = None,
     policies: Sequence[str] | None = None,
+    placement: str | Path | None = None,
     fit_share: float | None = None,
     dispatch: Literal["even", "lp"] = "even",
-    gpu: str | None = None,
+    hardware: str | None = None,
     engine: str | None = None,
     dtype: str | None = None,
     kernel: str | None = None,
     latency: str | Path | None = None,
-    batch_tokens: int | None = None,
+    batch_tokens: Sequence[int] | None = None,
     sweep: Sequence[int] | None = None,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
@@ -84,18 +92,24 @@ def simulate_placement(
     itself, as a trace), or this phase, and judged on the other domains or phases. `weights`: of the
     traces or domains fitted on; default equal. `gpus`: default up to 8. `physical_experts`: slots
     of a layer, replicas included; default one per expert. `groups`: of experts, for hierarchical
-    EPLB; default the model config's. `policies`: names of POLICIES; default all. `fit_share`: of a
-    trace alone, plans are fitted on this first share, above 0 to 1, and judged on the rest; default
-    0.5. `dispatch`: "lp" adds the least load of the busiest GPU that any dispatch among replicas
-    could reach. `gpu`, `engine`, `dtype`, `kernel`,
-    `latency`: whose measured times a step of `batch_tokens` tokens is priced with, as in
-    simulate_step; the policies are then compared by time. `sweep`: numbers of slots, of which each
-    is priced. `layers`, `domains`, `phase`: what is selected.
+    EPLB; default the model config's. `policies`: names of POLICIES; default all. `placement`: the
+    plan in use, a file that an engine reads, as the policy "current"; default contiguous.
+    `fit_share`: of a trace alone, plans are fitted on this first share, above 0 to 1, and judged on
+    the rest; default 0.5. `dispatch`: "lp" adds the least load of the busiest GPU that any dispatch
+    among replicas could reach. `hardware`, `engine`, `dtype`, `kernel`: whose measured times steps
+    are priced with, of those that the constants have; the policies are then compared by time.
+    `latency`: a file of constants, or a csv of `LatencyModel.fit`; by default the constants that
+    are part of moe-inspect. `batch_tokens`: numbers of tokens of a step, over all GPUs, by the
+    largest of which policies are compared; default 64, 512 and 4096. `sweep`: numbers of slots, of
+    which each is priced. `layers`, `domains`, `phase`: what is selected.
 
     Tables: placement (a row per router and policy), policies, windows, plan (the recommended
-    policy's), with workloads judged (a row per policy and workload), where priced rebalancing (a
-    row per change of the plan) and traffic (a row per pair of GPUs), and where asked for sweep (a
-    row per number of slots).
+    policy's), with workloads judged (a row per policy and workload), where priced steps (a row per
+    policy and tokens of a step), imbalance (of the placement in use on all that is selected of the
+    first trace, a row per phase, domain and tokens), imbalance_layers (a row per layer too),
+    rebalancing (a row per change of the plan) and traffic (a row per pair of GPUs), and where asked
+    for sweep (a row per number of slots). Times are in ms, of the mean step; `cost` is the time ÷
+    that of an even load − 1.
     MoeInspectError for settings out of range, numbers that do not divide, and traces of other
     routers."""
     trace = open_trace(trace)
@@ -103,6 +117,14 @@ def simulate_placement(
     every = [select(each, layers, domains, phase) for each in traces]
     selection, apart = every[0], bool(len(traces) > 1 or fit_domains or fit_phase)
     names = list(policies or POLICIES)
+    current = {} if placement is None else placement_of(placement, trace, selection)
+    for expert_P in current.values():
+        physical_experts = physical_experts or len(expert_P)
+        if len(expert_P) != physical_experts:
+            raise MoeInspectError(
+                f"{placement} has {len(expert_P)} slots per layer: give --physical-experts "
+                f"{len(expert_P)}, or none"
+            )
     layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
     unknown = [name for name in names if name not in POLICIES]
     parts = sum(map(bool, (others, fit_domains, fit_phase)))
@@ -125,7 +147,7 @@ def simulate_placement(
     ):
         if is_wrong:
             raise MoeInspectError(said)
-    named = {"gpu": gpu, "engine": engine, "dtype": dtype, "kernel": kernel}
+    named = {"gpu": hardware, "engine": engine, "dtype": dtype, "kernel": kernel}
     pricing = pricing_of(named, latency, batch_tokens, sweep)
     among = None
     if apart:
@@ -133,14 +155,15 @@ def simulate_placement(
     selection, windows, loads = _seen(trace, selection, among, fit_share)
     empty = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
     place = partial(_placed, empty, among)
-    plans = place(layouts, names)
+    plans = place(layouts, names, current)
     tables = tables_of(plans, fitting.ranks_reached(plans.judging), dispatch == "lp")
     if among:
         tables["judged"] = among.table(plans, tables["windows"])
         ratio = tables["policies"].set_index("policy")["max_over_mean"]
         tables["policies"]["slower_p"] = among.slower_p(plans, ratio)
-    priced: Settings = dict.fromkeys(PRICED)
+    priced: Settings = dict.fromkeys((*PRICED, "costs"))
     times = dict[str, PlanTimes]()
+    layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
     if pricing:
         judged = among.judged or among.fitted if among else [workload(trace, selection)]
         priced, times = pricing.added(tables, plans, judged, ONLINE)
@@ -148,13 +171,16 @@ def simulate_placement(
         sizes = {
             P: layouts_of(trace, selection, gpus, nodes, P, groups) for P in sorted(sweep or ())
         }
-        every = ((P, place(of, [strongest])) for P, of in sizes.items())
-        tables |= pricing.swept(every, judged)
+        slots = ((P, place(of, [strongest], {})) for P, of in sizes.items())
+        tables |= pricing.swept(slots, judged, priced["batch_tokens"])
+        costs, priced["costs"] = priced_steps(
+            trace, every[0], pricing.prices, in_use(plans), (layout.gpus, nodes), pricing.sizes
+        )
+        tables |= costs
     best, same = fastest(tables["policies"]), list[str]()
     if (tables["windows"]["part"] == "judged").any():
-        best, *same = alike(tables["policies"], POLICIES, worth(priced["error"]))
+        best, *same = alike(tables["policies"], (CURRENT, *POLICIES), worth(priced["error"]))
     tables["plan"] = plan_table(plans, best)
-    layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
     if pricing and plans.judging:  # tokens are told apart
         sent = traffic_of(times[best].sent_GG, layout.nodes)
         tables["traffic"] = sent.assign(policy=best)[["policy", *sent]]
@@ -163,7 +189,8 @@ def simulate_placement(
         "nodes": layout.nodes,
         "groups": layout.groups,
         "physical_experts": physical_experts,
-        "policies": names,
+        "policies": [*([CURRENT] if current else []), *names],
+        "placement": str(placement) if placement is not None else None,
         "fitted_on": [one.name for one in among.fitted] if among else None,
         "weights": weights,
         "fit_share": (fit_share or FIT_SHARE) if alone else None,
@@ -179,7 +206,8 @@ def simulate_placement(
         "fed": trace.fed_by_length if alone else "",
     }
     few = among.too_few if among else too_few(trace, selection)
-    return simulation(trace, few, tables, settings, verdict, chart, ("policies",))
+    shown = ("policies", "steps") if pricing else ("policies",)
+    return simulation(trace, few, tables, settings, verdict, chart, shown)
 
 
 def _placed(
@@ -187,9 +215,11 @@ def _placed(
     among: Workloads | None,
     layouts: dict[int, Layout],
     policies: Sequence[str],
+    current: dict[int, np.ndarray],
 ) -> fitting.PlacementPlans:
-    """The plans of these policies."""
-    plans = replace(empty, layouts=layouts, of={})
+    """The plan in use, by router, where one is given, and those of these policies."""
+    in_use = {(r, CURRENT): expert_P for r, expert_P in current.items()}
+    plans = replace(empty, layouts=layouts, of=in_use)
     several = among is not None and len(among.fitted) > 1
     for r in tracked(plans.selection.routers, "placing", "routers"):
         for name in policies:

@@ -3,7 +3,7 @@
 sglang (.json): --init-expert-location, {"physical_to_logical_map": [layers, slots]}; the rows are
 all blocks of the model, as SGLang counts them, and a block without a placement has its experts in
 order. tensorrt-llm (.yaml): the MoE layers by their number. vllm-ascend (.json): expert_map_path,
-the MoE layers counted from 0 in the order of the model, the devices of each.
+the MoE layers counted from 0 in the order of the model, the devices of each. Each is read, too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 from moe_inspect.simulate.placement.policies import shares
 from moe_inspect.simulate.placement.windows import PlacementPlans
 from moe_inspect.trace.output_dir import output_file
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
@@ -77,25 +79,59 @@ def write_plan(table: Any, settings: Settings, path: str | Path, engine: str | N
     )
 
 
-def read_plan(path: str | Path) -> dict[int, list[int]]:
-    """The expert of each slot, by layer, of a plan for SGLang."""
+def read_plan(path: str | Path, moe_layers: Sequence[int] = ()) -> Slots:
+    """The expert of each slot, by layer, of a plan for one of ENGINES. `moe_layers`: of the model,
+    which a plan for vllm-ascend counts."""
     try:
-        rows: list[list[int]] = json.loads(read_small(path))["physical_to_logical_map"]
-        table = np.array(rows)
-    except (ValueError, KeyError, TypeError):
-        rows, table = [], np.empty(0)
+        slots = _slots_of(Path(path), moe_layers)
+        table = np.array([*slots.values()])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        slots, table = dict[int, list[int]](), np.empty(0)
     if table.ndim != 2 or not table.size or table.dtype.kind != "i" or table.min() < 0:
         raise MoeInspectError(
             f'{path} is no plan for SGLang: {{"physical_to_logical_map": [the expert of each slot, '
-            'layer by layer]}, as "simulate placement -o plan.json" writes it'
+            'layer by layer]}, as "simulate placement -o plan.json" writes it; nor one for '
+            "TensorRT-LLM (.yaml) or vllm-ascend"
         )
-    return dict(enumerate(rows))
+    return slots
 
 
-def placed_by(path: str | Path, routers: Iterable[Router]) -> list[np.ndarray]:
-    """The expert of each slot of each router, int64 [P], as a plan for SGLang places them.
+def _slots_of(path: Path, moe_layers: Sequence[int]) -> Slots:
+    if ENDINGS.get(path.suffix.lower()) == "tensorrt-llm":
+        import yaml
+
+        try:
+            return yaml.safe_load(read_small(path))["initial_global_assignments"]
+        except yaml.YAMLError as error:
+            raise ValueError from error
+    plan = json.loads(read_small(path))
+    if "layer_list" not in plan:
+        return dict(enumerate(plan["physical_to_logical_map"]))
+    devices = [layer["device_list"] for layer in plan["layer_list"]]
+    rows = [[e for device in of for e in device["device_expert"]] for of in devices]
+    return dict(zip(moe_layers or range(len(rows)), rows, strict=False))
+
+
+def layers_of(routers: Iterable[Router]) -> list[int]:
+    return sorted({router.layer for router in routers})
+
+
+def placement_of(path: str | Path, trace: Trace, selection: Selection) -> dict[int, np.ndarray]:
+    """The expert of each slot of each router that is selected, int64 [P], as a plan places them.
+    MoeInspectError where the routers have different numbers of slots."""
+    routers = [trace.routers[r] for r in selection.routers]
+    placed = dict(zip(selection.routers, placed_by(path, routers, trace.routers), strict=True))
+    if len(slots := {len(expert_P) for expert_P in placed.values()}) > 1:
+        raise MoeInspectError(f"{path}: layers of {', '.join(map(str, sorted(slots)))} slots")
+    return placed
+
+
+def placed_by(
+    path: str | Path, routers: Iterable[Router], of_model: Iterable[Router]
+) -> list[np.ndarray]:
+    """The expert of each slot of these of a model's routers, int64 [P], as a plan places them.
     MoeInspectError where it does not place each of its experts."""
-    plan, placed = read_plan(path), list[np.ndarray]()
+    plan, placed = read_plan(path, layers_of(of_model)), list[np.ndarray]()
     for router in routers:
         placed.append(np.array(plan.get(router.layer, []), np.int64))
         if {*placed[-1].tolist()} != {*range(router.experts)}:
@@ -105,10 +141,10 @@ def placed_by(path: str | Path, routers: Iterable[Router]) -> list[np.ndarray]:
 
 
 def placed_over(path: Path, gpus: int, routers: Sequence[Router]) -> list[np.ndarray]:
-    """Of each router the share of each expert's load that each GPU gets, [E, G], where a plan for
-    SGLang spreads its slots over so many. MoeInspectError where it is not of these routers and
+    """Of each router the share of each expert's load that each GPU gets, [E, G], where a plan
+    spreads its slots over so many. MoeInspectError where it is not of these routers and
     GPUs."""
-    placed = placed_by(path, routers)
+    placed = placed_by(path, routers, routers)
     if uneven := next((len(slots) for slots in placed if len(slots) % gpus), None):
         raise MoeInspectError(f"{path}: its {uneven} slots cannot be split over {gpus} GPUs")
     both = zip(placed, routers, strict=True)

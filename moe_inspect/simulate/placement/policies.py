@@ -24,6 +24,7 @@ from moe_inspect.trace.reader import Trace
 
 MOST_SLOTS = 2**20  # of a layer
 MOST_GPUS = 8  # where no number is asked for
+CURRENT = "current"  # the policy that a plan file gives: the placement in use
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,18 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import sampling
-from moe_inspect.simulate.placement.policies import Layout, contiguous, shares
+from moe_inspect.simulate.placement.policies import CURRENT, Layout, contiguous, shares
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
 from moe_inspect.simulate.placement.workloads import Workload
-from moe_inspect.simulate.prices import MOST_TOKENS, Prices, even, p_apart, prices_of, shape_of
+from moe_inspect.simulate.prices import (
+    BATCH_TOKENS,
+    Prices,
+    even,
+    p_apart,
+    prices_of,
+    shape_of,
+    sizes_of,
+)
 from moe_inspect.simulate.result import Settings
 from moe_inspect.simulate.sampling import COUNTED, FEWEST_BLOCKS, MOST_BLOCKS, SEED, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
@@ -68,39 +76,36 @@ class PlanTimes:
         return float(np.minimum(max(math.comb(plans, 2), 1) * self.p(other), 1.0))  # NaN stays
 
 
-BATCH_TOKENS = 4096  # of a step, by default
 Place = Callable[[np.ndarray, Layout], np.ndarray]
 # settings
-PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "ageing", "in_order"
+PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "ageing", "current"
 
 
 def pricing_of(
     named: Mapping[str, str | None],
     latency: str | Path | None,
-    tokens: int | None,
+    batch_tokens: Sequence[int] | None,
     sweep: Sequence[int] | None,
 ) -> Pricing | None:
-    """None where no GPU is given. MoeInspectError for settings that do not go together, and a
+    """None where no hardware is given. MoeInspectError for settings that do not go together, and a
     kernel that was not measured."""
-    if not (named["gpu"] or latency) and (any(named.values()) or sweep or tokens is not None):
+    if not (named["gpu"] or latency) and (any(named.values()) or sweep or batch_tokens):
         raise MoeInspectError(
             "--engine, --dtype, --kernel, --batch-tokens and --sweep are of measured times: give "
-            "--gpu"
+            "--hardware"
         )
-    tokens = BATCH_TOKENS if tokens is None else tokens
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise MoeInspectError(f"steps of {tokens} tokens: give a number from 1 to {MOST_TOKENS:,}")
+    sizes = sizes_of(BATCH_TOKENS if batch_tokens is None else batch_tokens)
     if named["gpu"] is None and latency is None:
         return None
-    return Pricing(prices_of(named, latency), tokens)
+    return Pricing(prices_of(named, latency), sizes)
 
 
 @dataclass(frozen=True)
 class Pricing:
-    """`tokens`: of a step, over all GPUs."""
+    """`sizes`: tokens of a step, over all GPUs, ascending."""
 
     prices: Prices
-    tokens: int
+    sizes: list[int]
 
     def added(
         self,
@@ -109,29 +114,45 @@ class Pricing:
         judged: Sequence[Workload],
         places: Mapping[str, Place],
     ) -> tuple[Settings, dict[str, PlanTimes]]:
-        """Adds the times to the table `policies`, and the table `rebalancing`, of the first of
-        `places` that there are plans of. The settings PRICED, and the times."""
-        prices, N = self.prices, self.tokens
-        times, unpriced = self.times(plans, judged)
-        layout = next(iter(plans.layouts.values()))
-        in_order = self.in_order(plans, judged, times.get("contiguous"))
-        columns = self.columns(times, in_order, layout.nodes)
-        tables["policies"] = tables["policies"].merge(columns, "left", "policy")
+        """Adds the table `steps`, the times of the largest step to the table `policies`, and the
+        table `rebalancing`, of the first of `places` that there are plans of. The settings PRICED,
+        and the times of the largest step. MoeInspectError where the judged part has no step."""
+        prices, layout = self.prices, next(iter(plans.layouts.values()))
+        N, times, current = 0, dict[str, PlanTimes](), None
+        unpriced, steps = dict[str, int](), list[pd.DataFrame]()
+        for size in self.sizes:
+            found, without = self.times(plans, judged, size)
+            unpriced = dict.fromkeys(without, size) | unpriced
+            if found:
+                N, times, current = size, found, self.current(plans, judged, found, size)
+                steps.append(self.columns(times, current, layout.nodes, N))
+        if not steps:
+            raise MoeInspectError(
+                f"the judged part has no step of {self.sizes[0]:,} tokens: give fewer with "
+                "--batch-tokens"
+            )
+        tables["steps"] = pd.concat(steps, ignore_index=True)
+        largest = steps[-1].drop(columns="tokens")
+        tables["policies"] = tables["policies"].merge(largest, "left", "policy")
         ageing = None
         if again := next((name for name in places if name in times), None):
             changes, ageing = rebalancing(plans, again, places[again], prices, N)
             tables["rebalancing"] = changes
         shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
         said = prices.said(layout.gpus, layout.nodes, shapes, N)
-        first = in_order and {"ms": in_order.ms, "even_ms": in_order.even}
+        first = current and {"ms": current.ms, "even_ms": current.even}
         of = prices.kernel.name, N, prices.error, said, unpriced, ageing, first
         return dict(zip(PRICED, of, strict=True)), times
 
-    def in_order(
-        self, plans: PlacementPlans, judged: Sequence[Workload], contiguous: PlanTimes | None
+    def current(
+        self, plans: PlacementPlans, judged: Sequence[Workload], times: dict[str, PlanTimes], N: int
     ) -> PlanTimes | None:
-        """Of experts in order, without replicas, as a server has them at first; of `contiguous`,
-        which may have replicas, where the GPUs cannot share experts evenly."""
+        """Of the placement in use: of the plan that is given; or of experts in order, without
+        replicas, as a server has them at first, or of `contiguous`, which may have replicas, where
+        the GPUs cannot share experts evenly."""
+        if CURRENT in times:
+            return times[CURRENT]
+        contiguous = times.get("contiguous")
         experts = {r: plans.trace.routers[r].experts for r in plans.layouts}
         slots = {r: layout.slots for r, layout in plans.layouts.items()}
         uneven = any(E % plans.layouts[r].gpus for r, E in experts.items())
@@ -142,21 +163,21 @@ class Pricing:
             "of": {(r, "in order"): np.arange(E) for r, E in experts.items()},
         }
         alone = replace(plans, **of, judging=[replace(one, **of) for one in plans.judging])
-        return self.times(alone, judged)[0]["in order"]
+        return self.times(alone, judged, N)[0].get("in order")
 
     def swept(
-        self, every: Iterable[tuple[int, PlacementPlans]], judged: Sequence[Workload]
+        self, every: Iterable[tuple[int, PlacementPlans]], judged: Sequence[Workload], N: int
     ) -> dict[str, pd.DataFrame]:
         """The table `sweep`, a row per number of slots, where there are any; `every`: each with the
-        plans of one policy."""
+        plans of one policy; N: tokens of a step."""
         times, rows = list[PlanTimes](), list[dict[str, object]]()
         for slots, plans in every:
-            [(policy, of)] = self.times(plans, judged)[0].items()
+            [(policy, of)] = self.times(plans, judged, N)[0].items()
             times.append(of)
             experts = {plans.trace.routers[r].experts for r in plans.selection.routers}
             row = {"physical_experts": slots, "redundant": slots - max(experts)}
             row |= {"policy": policy, "memory_gb": self.memory(plans)}
-            rows.append(row | self.row(of))
+            rows.append(row | _prices(of, N))
         if not rows:
             return {}
         fastest = min(times, key=lambda of: of.ms)
@@ -171,16 +192,13 @@ class Pricing:
             for r, layout in plans.layouts.items()
         )
 
-    def row(self, of: PlanTimes) -> dict[str, object]:
-        return {"ms": of.ms, "even_ms": of.even, "tokens_per_s": self.tokens / of.ms * 1e3}
-
     def times(
-        self, plans: PlacementPlans, judged: Sequence[Workload]
+        self, plans: PlacementPlans, judged: Sequence[Workload], N: int
     ) -> tuple[dict[str, PlanTimes], list[str]]:
-        """By policy; and which of the text is too little for a step. `judged`: the counts of what
-        plans are judged on, where there are only these.
-        MoeInspectError where there is no step at all, or no size of experts is known."""
-        N, trace = self.tokens, plans.trace
+        """By policy, none where there is no step of N tokens; and which of the text is too little
+        for a step. `judged`: the counts of what plans are judged on, where there are only these.
+        MoeInspectError where no size of experts is known."""
+        trace = plans.trace
         policies = list(dict.fromkeys(name for _, name in plans.of))
         parts = _drawn(plans.judging, policies, N)
         if not plans.judging:
@@ -197,37 +215,40 @@ class Pricing:
                 found[name].parts.append(np.bincount(of_S, ms_S) / steps_B)
                 sent_GG = np.sum([x.sent_GG for x in of.values()], axis=0)
                 found[name].sent.append(sent_GG / len(block_S))
-            evenly.append(sum(self.evenly(trace, r, plans.layouts[r]) for r in loads[0]))
+            evenly.append(sum(self.evenly(trace, r, plans.layouts[r], N) for r in loads[0]))
             weights.append(weight)
         if not weights:
-            raise MoeInspectError(
-                f"the judged part has no step of {N:,} tokens: give fewer with --batch-tokens"
-            )
+            return {}, without
         share = [w / sum(weights) for w in weights]
         mean = float(np.dot(share, evenly))
         return {n: PlanTimes(of.parts, share, mean, of.sent) for n, of in found.items()}, without
 
-    def evenly(self, trace: Trace, router: int, layout: Layout) -> float:
+    def evenly(self, trace: Trace, router: int, layout: Layout, N: int) -> float:
         """Milliseconds of a layer of evenly loaded slots, whose tokens choose at random."""
-        N, shape = self.tokens, shape_of(trace, router)
+        shape = shape_of(trace, router)
         spread = even(N, shape, layout.slots, layout.gpus)
         return float(self.prices.of(spread, shape, N).total.item())
 
     def columns(
-        self, times: dict[str, PlanTimes], first: PlanTimes | None, nodes: int
+        self, times: dict[str, PlanTimes], current: PlanTimes | None, nodes: int, N: int
     ) -> pd.DataFrame:
-        """For the table `policies`: a row per policy. The p-values are corrected for the number of
-        pairs of policies."""
+        """For the tables `policies` and `steps`: a row per policy. The p-values are corrected for
+        the number of pairs of policies."""
         fastest = min(times.values(), key=lambda of: of.ms)
         rows = list[dict[str, object]]()
         for name, of in times.items():
             p = {"ms_p": of.corrected_p(fastest, len(times))}
-            if first:
-                p["in_order_p"] = of.corrected_p(first, len(times))
-            rows.append({"policy": name} | self.row(of) | p)
+            if current:
+                p["current_p"] = of.corrected_p(current, len(times))
+            rows.append({"policy": name, "tokens": N} | _prices(of, N) | p)
             if of.sent_GG.any():
                 rows[-1] |= _crossing(of.sent_GG, nodes)
         return pd.DataFrame(rows)
+
+
+def _prices(of: PlanTimes, N: int) -> dict[str, object]:
+    cost = of.ms / of.even - 1
+    return {"ms": of.ms, "even_ms": of.even, "cost": cost, "tokens_per_s": N / of.ms * 1e3}
 
 
 def traffic_of(sent_GG: np.ndarray, nodes: int) -> pd.DataFrame:
@@ -309,6 +330,17 @@ def _by_counts(
             yield one.name, 1.0, np.repeat(np.arange(blocks), S), loads
 
 
+def in_use(plans: PlacementPlans) -> dict[int, np.ndarray]:
+    """The expert of each slot, by router, under the placement in use: that of the plan that is
+    given, or experts in order, without replicas where GPUs can share them evenly."""
+    placed = dict[int, np.ndarray]()
+    for r, layout in plans.layouts.items():
+        E = plans.trace.routers[r].experts
+        without = layout if E % layout.gpus else replace(layout, slots=E)  # replicas
+        placed[r] = plans.of.get((r, CURRENT), contiguous(plans.loads[r][0], without))
+    return placed
+
+
 # --- changes of the plan
 
 SHUFFLES = 999
@@ -329,16 +361,11 @@ class Ageing:
 def rebalancing(
     plans: PlacementPlans, policy: str, place: Place, prices: Prices, N: int
 ) -> tuple[pd.DataFrame, Ageing]:
-    """Of this policy, for steps of N tokens: a row for the plan after experts in order, and one per
-    window whose own plan follows that of the window before. `plans`: on windows of time, or on
+    """Of this policy, for steps of N tokens: a row for the plan after the placement in use, and one
+    per window whose own plan follows that of the window before. `plans`: on windows of time, or on
     workloads, which have no order."""
-    in_order = dict[int, np.ndarray]()
-    for r, layout in plans.layouts.items():
-        E = plans.trace.routers[r].experts
-        without = layout if E % layout.gpus else replace(layout, slots=E)  # replicas
-        in_order[r] = contiguous(plans.loads[r][0], without)
     planned = {r: plans.of[r, policy] for r in plans.selection.routers}
-    first = {"window": None, "policy": policy, **moved(plans, in_order, planned, prices)}
+    first = {"window": None, "policy": policy, **moved(plans, in_use(plans), planned, prices)}
     if plans.windows.names or plans.trace.counts_only:
         return pd.DataFrame([first]), Ageing(unknown="the loads have no order in time")
     W, gap = len(plans.windows.edge_W) - 1, _spanned(plans)

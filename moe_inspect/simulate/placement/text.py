@@ -9,12 +9,15 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.charts import spec
+from moe_inspect.simulate.placement.policies import CURRENT
 from moe_inspect.simulate.placement.tables import time_of, worth
 from moe_inspect.simulate.result import SIMULATED, Frame, Labels, Settings, Tables
+from moe_inspect.simulate.step import costs_said
+from moe_inspect.simulate.step import panels as imbalance_panels
 from moe_inspect.text import plural
 
 LISTED = 4  # workloads that a sentence names
-UNFITTED = ("contiguous", "round-robin")  # policies that do not look at the load
+UNFITTED = (CURRENT, "contiguous", "round-robin")  # policies that do not look at the load
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
 BUSIEST = "busiest GPU ÷ mean GPU"
 
@@ -22,16 +25,19 @@ BUSIEST = "busiest GPU ÷ mean GPU"
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     rows = {row["policy"]: row for row in tables["policies"].to_dict("records")}
     best = rows[settings["recommended"]]
-    first = rows.get("contiguous") or next(iter(rows.values()))
+    first = rows.get(CURRENT) or rows.get("contiguous") or next(iter(rows.values()))
     takes = f"the MoE layers take {first['max_over_mean']:.2f}x the time of perfect balance"
     if settings["times"]:
         takes = f"the busiest GPU has {first['max_over_mean']:.2f}x the mean load"
-    sentences = [
+    sentences = list[str]()
+    if settings["costs"]:
+        sentences += costs_said(tables, settings["costs"], label_of)
+    sentences.append(
         f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, {takes} "
         f"(worst layer {first['worst_max_over_mean']:.2f}x)."
-    ]
+    )
     by = time_of(tables["policies"])
-    from_ms = settings["in_order"] or first
+    from_ms = settings["current"] or first
     saved = 1 - best[by] / (from_ms if by == "ms" else first)[by]
     least = worth(settings["error"])
     if best is not first and saved >= least:
@@ -197,13 +203,15 @@ def _priced(tables: Tables, rows: dict[str, Any], settings: Settings, unseen: bo
         )
     if "sweep" in tables:
         said.append(_knee(tables["sweep"], settings))
-    steps = f"No step of {settings['batch_tokens']:,} tokens in"
-    return said + [f"{steps} {of}, which is not in the times." for of in settings["unpriced"]]
+    return said + [
+        f"No step of {N:,} tokens in {of}, which is not in the times."
+        for of, N in settings["unpriced"].items()
+    ]
 
 
 def _eplb(rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
-    """Whether the faster EPLB is worth it, beside experts in order, without replicas."""
-    eplbs, first = [rows[name] for name in rows if name.startswith("eplb")], settings["in_order"]
+    """Whether the faster EPLB is worth it, beside the placement in use."""
+    eplbs, first = [rows[name] for name in rows if name.startswith("eplb")], settings["current"]
     if not eplbs or not first:
         return []
     best, error = min(eplbs, key=lambda row: row["ms"]), settings["error"]
@@ -211,9 +219,10 @@ def _eplb(rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
     less = f"{costs / of_first - 1:+.0%}; of the step " if of_first > 0 else "of the step "
     doubt = f"model error {error:.0%}" if error is not None else "model error unknown"
     change = best["ms"] / first["ms"] - 1
+    place = "in use" if settings["placement"] else "in order"
     line = (
         f"EPLB here: imbalance costs {costs:.2g} ms, on top of {best['even_ms']:.3g}, instead of "
-        f"{of_first:.2g} in order ({less}{change:+.0%}, {doubt})"
+        f"{of_first:.2g} {place} ({less}{change:+.0%}, {doubt})"
     ).replace("-", "−")
     doubt = _doubt(best, first, settings)
     why = doubt or ("worth it" if unseen else "worth it on the text that it is fitted on")
@@ -221,9 +230,9 @@ def _eplb(rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
 
 
 def _doubt(row: Any, first: Any, settings: Settings) -> str:
-    """Why a policy is not said to be worth it, beside experts in order."""
+    """Why a policy is not said to be worth it, beside the placement in use."""
     error, change = settings["error"], float(np.log(row["ms"] / first["ms"]))
-    if settings["too_few"] or (np.isnan(p := row["in_order_p"]) and not settings["counts_only"]):
+    if settings["too_few"] or (np.isnan(p := row["current_p"]) and not settings["counts_only"]):
         return "too little text to tell whether it is worth it"
     if p >= ALPHA:
         return "no more than chance: not worth it"
@@ -237,8 +246,9 @@ def _doubt(row: Any, first: Any, settings: Settings) -> str:
 def _rebalanced(tables: Tables, rows: dict[str, Any], settings: Settings) -> list[str]:
     table, ageing, N = tables["rebalancing"], settings["ageing"], settings["batch_tokens"]
     start, again = table.iloc[0], table.iloc[1:].drop(columns="window").mean(numeric_only=True)
-    mine, first, error = rows[start["policy"]], settings["in_order"], settings["error"]
-    said = f"To rebalance from experts in order to {start['policy']}, {_sent(start)}"
+    mine, first, error = rows[start["policy"]], settings["current"], settings["error"]
+    before = "the placement in use" if settings["placement"] else "experts in order"
+    said = f"To rebalance from {before} to {start['policy']}, {_sent(start)}"
     said += " at the bandwidth within a node" if start["move_ms"] > 0 else ""
     if first and start["move_ms"] > 0 and not _doubt(mine, first, settings):
         steps = start["move_ms"] / (first["ms"] - mine["ms"])
@@ -318,6 +328,8 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
         panels.append(_by_pair(tables["traffic"]))
     if "sweep" in tables:
         panels.append(_by_memory(tables["sweep"]))
+    if settings["costs"]:
+        panels += imbalance_panels(tables, settings["costs"], label_of)
     return spec.Chart(
         "Placement of experts",
         "Load of the busiest GPU ÷ mean load of the GPUs, by policy",
