@@ -22,7 +22,7 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions, output_option
+from moe_inspect.cli.show import ShowOptions
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ class SimulateOptions(ShowOptions):
 class PlanOptions(SimulateOptions):
     """And how a plan is written."""
 
-    output: Path | None = output_option(
+    output: Path | None = option(
         "Write the plan (.json, .yaml), or the table of --table.",
         flags=("-o", "--output"),
     )
-    plan_for: Engine | None = output_option("Engine of the plan. Default: by file extension.")
+    plan_for: Engine | None = option("Engine of the plan. Default: by file extension.")
 
 
 def group_tokens_of(text: str) -> int | str:
