@@ -279,8 +279,8 @@ def test_the_interval_of_the_entropy_is_over_documents():
 
 
 def test_the_page_shows_what_the_trace_has(tmp_path: Path):
-    page = report(led(tmp_path / "t", slot_order="unknown")).page(text=0)
-    one = report(open_trace(tmp_path / "t"), domains="law").page(text=0)
+    page = report(led(tmp_path / "t", slot_order="unknown")).page(text=False)
+    one = report(open_trace(tmp_path / "t"), domains="law").page(text=False)
     of_domains = ("Experts that lead in every domain", "Does routing identify the domain?")
     for title in (*of_domains, "Paths through the layers"):
         assert title in page

@@ -105,7 +105,7 @@ SEVERAL = [
     for name, command in COMMANDS.items()
     for option in command.params
     if getattr(option, "multiple", False)
-    and option.name not in ("domain", "fit_domains")  # as `select` splits them
+    and option.name not in ("domains", "fit_domains")  # as `select` splits them
 ]
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("batches", "batch_tokens", "drafts", "slots", "sweep", "top_k"), int),

@@ -777,4 +777,4 @@ def test_what_counts_do_not_say_is_unknown_in_their_report(tmp_path: Path):
         made = trace_report(trace)
         assert made.title == "Unknown model"
         assert dict(made.facts())["documents"] == documents
-        assert "<title>Unknown model" in made.page(text=0)
+        assert "<title>Unknown model" in made.page(text=False)

@@ -19,7 +19,7 @@ from moe_inspect.cli.text import _fitted
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.routed_text import routed_text
-from moe_inspect.reporting.render.texts import text_section
+from moe_inspect.reporting.render.texts import choose, find_documents, text_section
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.texts import CHARACTER, as_text
 from tests.conftest import ROOT, Cli, OpenPage
@@ -331,22 +331,23 @@ def test_which_documents_are_the_most_telling(tmp_path: Path) -> None:
     ids[document == 4] = 3
     given: Any = {"document": document, "domain_of_document": ("a", "b"), "words": 5}
     trace = write_trace(tmp_path / "t", [ids], 8, **given)
-    one: Any = text_section(report(trace), 1)
-    assert sorted(d["domain"] for d in one.data["documents"]) == ["a", "b"]
-    assert 4 in [d["number"] for d in one.data["documents"]]
-    everything: Any = text_section(report(trace), "all")
+    documents = find_documents(report(trace), list(trace.shards))
+    two = choose(documents, tokens=200, longest=100)
+    assert sorted(two["domain"]) == ["a", "b"]
+    assert 4 in two["document"].tolist()
+    everything: Any = text_section(report(trace))
     assert len(everything.data["documents"]) == 20
     assert "Shown in full: 20 documents." in everything.text
-    only: Any = text_section(report(trace, domains="b"), "all")
+    only: Any = text_section(report(trace, domains="b"))
     assert {d["number"] for d in only.data["documents"]} == set(range(1, 20, 2))
 
 
-def test_a_page_without_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_without_text_says_so(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, 300, 8, 2)]
     silent = write_trace(tmp_path / "a", ids, 8, manifest={"capture": {"text": False}})
     said = "This trace was recorded without its text"
-    page, short = report_page(report(silent)), report_page(report(silent), text=0)
+    page, short = report_page(report(silent)), report_page(report(silent), text=False)
     assert page.count(said) == 1
     assert said not in short
     told = "91% of the tokens were recovered from expert selections (arXiv:2602.04105)"
@@ -356,9 +357,6 @@ def test_a_page_without_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert text_section(report(counts)) == "text: counts alone hold no tokens"
     words = write_trace(tmp_path / "c", ids, 8, words=5)
     assert told not in report_page(report(words))
-    monkeypatch.setattr("moe_inspect.reporting.render.texts.MOST_BYTES", 100)
-    with pytest.raises(MoeInspectError, match="ask for fewer documents or layers"):
-        text_section(report(words), "all")
 
 
 def test_two_traces_are_compared_in_the_text(open_page: OpenPage, tmp_path: Path) -> None:

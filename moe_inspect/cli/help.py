@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
 MOST = 200  # traces that are completed
-DOMAINS = {"domain", "fit_domains"}  # whose names may have commas: `select` splits them
+DOMAINS = {"domains", "fit_domains"}  # whose names may have commas: `select` splits them
 # what stands for a value that has no name of its own, by typer's name of its type
 VALUES = {
     "str": "",  # of an argument, which has a name

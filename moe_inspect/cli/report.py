@@ -34,7 +34,6 @@ from moe_inspect.text import print_stderr
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moe_inspect.reporting.render.texts import Amount
     from moe_inspect.reporting.report import Report
     from moe_inspect.reporting.verdict.gate import Gate
 
@@ -52,10 +51,9 @@ def report(
     trace: Annotated[str | None, TRACE] = None,
     selection: SelectionOptions,
     show: ReportOptions,
-    text: str | None = option(
-        "With --html: documents per domain to show in full; 0 is none. Default: those "
-        "that differ most between domains, 1 MB in total.",
-        "N|all",
+    text: bool = option(
+        "With --html: show the documents that differ most between domains (up to 1 MB).",
+        default=True,
     ),
     baseline: str | None = option(
         "A trace of an untrained or earlier model over the same text: say what "
@@ -99,9 +97,8 @@ def report(
         return
     if trace is None:
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
-    if text is not None and show.html is None:
-        raise typer.BadParameter("--text is about the page: give it with --html")
-    amount = None if text is None else _amount_of_text(text)
+    if not text and show.html is None:
+        raise typer.BadParameter("--no-text is about the page: give it with --html")
     from moe_inspect.reporting.report import TABLES, check_table
     from moe_inspect.reporting.report import report as make
     from moe_inspect.reporting.verdict.gate import breaches
@@ -127,7 +124,7 @@ def report(
         failed = [f"failed: {line}" for line in breaches(made, gates)]
         if made.warning:
             print_stderr(f"warning: {made.warning}")
-        show.save(made, lambda: made.page(amount))
+        show.save(made, lambda: made.page(text))
     show.write(made, table, form)
     exit_if_failed(failed)
 
@@ -169,15 +166,6 @@ def _thresholds(texts: list[str]) -> dict[str, float]:
             raise typer.BadParameter(f"--threshold {text}: {wrong}")
         of_name[name] = float(value)
     return of_name
-
-
-def _amount_of_text(asked: str) -> Amount:
-    """What --text says: a number of documents, or all."""
-    if asked == "all":
-        return "all"
-    if not (asked.isascii() and asked.isdecimal()):
-        raise typer.BadParameter(f"--text {asked}: give a number of documents, or all")
-    return int(asked)
 
 
 def write_metrics(form: Format, output: Path | None) -> None:

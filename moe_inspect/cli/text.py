@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -97,8 +97,8 @@ def _print_document(trace: Trace, rows: pd.DataFrame, router: int, file: TextIO)
 
 def _print_concordances(trace: Trace, frame: pd.DataFrame, file: TextIO) -> None:
     for (layer, expert), tokens in frame.attrs["tokens"].items():
-        rows: pd.DataFrame = frame.loc[(frame["layer"] == layer) & (frame["expert"] == expert)]
-        _print_concordance(trace, rows, f"layer {layer}, expert {expert}", tokens, file)
+        is_shown: Any = (frame["layer"] == layer) & (frame["expert"] == expert)
+        _print_concordance(trace, frame[is_shown], f"layer {layer}, expert {expert}", tokens, file)
 
 
 def _print_concordance(

@@ -20,7 +20,6 @@ from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.charts.spec import Chart
-    from moe_inspect.reporting.render.texts import Amount
 
 __all__ = ["TABLES", "Report", "check_table", "report"]  # whoever imports these has every table
 
@@ -109,9 +108,9 @@ class Report(ReportData, Shown):
 
         return draw_charts(self)
 
-    def page(self, text: Amount = None) -> str:
-        """The page, as one string of HTML. `text`: documents of each domain on the page, "all", 0
-        for none; by default as many as a megabyte holds."""
+    def page(self, text: bool = True) -> str:
+        """Return the page, as one string of HTML. `text`: whether it shows documents, as many as a
+        megabyte holds."""
         from moe_inspect.reporting.render.page import report_page
 
         return report_page(self, text)

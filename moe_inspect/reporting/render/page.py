@@ -18,7 +18,7 @@ from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.domains import UNIFORM
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.reporting.render.payload import Json, numbers, scale_json
-from moe_inspect.reporting.render.texts import Amount, text_section
+from moe_inspect.reporting.render.texts import text_section
 from moe_inspect.reporting.shown import python_call, python_of_table
 from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
 from moe_inspect.reporting.tables.load import chosen
@@ -37,9 +37,9 @@ FOOTER = (
 )
 
 
-def report_page(data: ReportData, text: Amount = None) -> str:
-    """The page of a report, as HTML. `text`: documents of each domain on the page, "all", 0 for
-    none; by default as many as a megabyte holds."""
+def report_page(data: ReportData, text: bool = True) -> str:
+    """Return the page of a report, as HTML. `text`: whether it shows documents, as many as a
+    megabyte holds."""
     of_text = text_section(data, text)  # before the charts, whose tables stay in memory
     charts, left_out = spec.draw_charts(data)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)

@@ -15,13 +15,11 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, selected_tokens
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import tracked
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.payload import Json
@@ -34,7 +32,6 @@ from moe_inspect.trace.shard import Shard, codes
 from moe_inspect.trace.texts import as_text, pieces_of
 
 TEXT_BYTES = 1_000_000  # of the documents on the page, where no number of them was asked for
-MOST_BYTES = 64_000_000  # beyond which a browser has trouble
 LEVELS = 127  # of gate weights: √(weight ÷ largest)
 POOL_TOKENS, POOL_LONGEST = 8192, 256  # that contexts are drawn from; of one document
 SEED = 0
@@ -56,34 +53,26 @@ READ = 40_000_000  # assignments of all shards that are read, at least one shard
 MOST_SHARDS = 16
 SHORT = 64  # tokens: a shorter document is judged as if it had so many
 NOWHERE = -1
-Amount = int | Literal["all"] | None
 
 
-def text_section(data: ReportData, amount: Amount = None) -> Section | str:
-    """The section, or why there is none. `amount`: documents of each domain, "all", 0 for no text;
-    by default as many as TEXT_BYTES hold."""
+def text_section(data: ReportData, text: bool = True) -> Section | str:
+    """Return the section, or why there is none. It has as many documents as TEXT_BYTES hold."""
     trace = data.trace
-    if amount == 0:
+    if not text:
         return "text: left out as requested"
     if trace.counts_only:
         return "text: counts alone hold no tokens"
     if not len(trace.vocabulary_table):
         return Section(TITLE, without_text(trace), group="Specialization", name="text")
     routers, router = data.selection.routers, telling_router(data)
-    shards = _shards_to_read(trace, routers, amount)
+    shards = _shards_to_read(trace, routers)
     found = find_documents(data, shards)
     if not len(found):
         return "text: no token is selected"
     listed = [trace.routers[r] for r in routers]
     budget, longest = sizes(listed, trace.has_weights, len(set(found["domain"])))
-    shown = choose(found, amount, budget, longest)
-    tokens = int(shown["shown"].sum())
-    if (size := TEXT_BYTES * tokens / budget) > MOST_BYTES:
-        raise MoeInspectError(
-            f"the text asked for, {tokens:,} tokens with all their routes, would take about "
-            f"{size / 1e6:,.0f} MB of the page: ask for fewer documents or layers"
-        )
-    pooled = choose(found.assign(bits=0.0), None, POOL_TOKENS, POOL_LONGEST)
+    shown = choose(found, budget, longest)
+    pooled = choose(found.assign(bits=0.0), POOL_TOKENS, POOL_LONGEST)
     both = pd.concat([shown, pooled[~pooled["document"].isin(shown["document"])]])
     numbers, most = both["document"].to_numpy(), both["shown"].to_numpy()
     tokens = tokens_of_documents(shards, data.selection, numbers, most)
@@ -249,10 +238,10 @@ def _contexts(
 # --- the documents, and the routes of their tokens
 
 
-def _shards_to_read(trace: Trace, routers: tuple[int, ...], amount: Amount) -> list[Shard]:
-    """A few shards, spread over the trace, where no number of documents was asked for; else all."""
+def _shards_to_read(trace: Trace, routers: tuple[int, ...]) -> list[Shard]:
+    """Return a few shards, spread over the trace; all of a short trace."""
     shards = [shard for shard in trace.shards if shard.files.tokens]
-    if amount or not shards:
+    if not shards:
         return shards
     each = sum(trace.routers[r].top_k for r in routers) * trace.n_tokens / len(shards)
     n = min(len(shards), MOST_SHARDS, max(1, int(READ / each)))
@@ -306,10 +295,10 @@ def _decisions(shard: Shard, router: int, rows: np.ndarray) -> tuple[np.ndarray,
     return at, (np.cumsum(seen) - 1)[rows[at]]
 
 
-def choose(documents: pd.DataFrame, amount: Amount, tokens: int, longest: int) -> pd.DataFrame:
-    """The documents to show, in order: of each domain in turn the most telling that is left.
-    `amount`: so many of each domain. None: as many as `tokens` tokens hold, of each the first
-    `longest`, at least one. The column `shown` is the number of tokens shown."""
+def choose(documents: pd.DataFrame, tokens: int, longest: int) -> pd.DataFrame:
+    """Return the documents to show, in order: of each domain in turn the most telling that is left.
+    There are as many as `tokens` tokens hold, but at least one; only the first `longest` tokens of
+    each are shown. The column `shown` is their number."""
     # among equals those that are spread over the trace, not its first
     spread = (documents["document"] * 0.61803398875) % 1
     ordered = documents.assign(spread=spread)
@@ -317,12 +306,8 @@ def choose(documents: pd.DataFrame, amount: Amount, tokens: int, longest: int) -
     by_domain = ordered.groupby("domain")
     ordered = ordered.assign(rank=by_domain.cumcount(), size=by_domain["tokens"].transform("sum"))
     ordered = ordered.sort_values(["rank", "size"], ascending=[True, False], kind="stable")
-    shown = ordered["tokens"]
-    if amount is None:
-        shown = shown.clip(upper=longest)
-        ordered = ordered[(shown.cumsum() <= tokens) | (np.arange(len(shown)) == 0)]
-    elif amount != "all":
-        ordered = ordered[ordered["rank"] < amount]
+    shown = ordered["tokens"].clip(upper=longest)
+    ordered = ordered[(shown.cumsum() <= tokens) | (np.arange(len(shown)) == 0)]
     ordered = ordered.assign(shown=shown.loc[ordered.index])
     return ordered.drop(columns=["spread", "rank", "size"]).reset_index(drop=True)
 
