@@ -11,16 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.analysis.metrics.signature import accuracies
 
 
 @dataclass(frozen=True)
 class Documents:
     """`taste`: standard deviation of a document's shares ÷ even share. `times`: the load of expert
-    5 ÷ that of others. `spread`: of the logarithm of the documents' lengths. `apart`: of the logits
-    of domains."""
+    5 ÷ that of others. `spread`: of the logarithm of the documents' lengths."""
 
     U: int = 30
     E: int = 8
@@ -29,7 +26,6 @@ class Documents:
     taste: float = 0.3
     times: float = 1.0
     spread: float = 0.2
-    apart: float = 0.0
 
     @property
     def share_E(self) -> np.ndarray:
@@ -40,10 +36,7 @@ class Documents:
         """Assignments by document and expert. int64 [U, E]"""
         length_U = np.exp(rng.normal(0, self.spread, self.U))
         tokens_U = np.maximum(3, length_U / length_U.mean() * self.tokens).astype(int)
-        domain_U = np.arange(self.U) % 2
-        apart_DE = np.exp(self.apart * np.random.default_rng(1).normal(size=(2, self.E)))
-        share_DE = self.share_E * apart_DE
-        share_UE = (share_DE / share_DE.sum(1, keepdims=True))[domain_U]
+        share_UE = np.broadcast_to(self.share_E, (self.U, self.E))
         if self.taste:
             concentration = self.E / self.taste**2
             share_UE = np.stack([rng.dirichlet(concentration * of_E) for of_E in share_UE])
@@ -62,8 +55,6 @@ REGIMES = {
     "x2, 5 documents": Documents(U=5, times=2),
     "even, 6 documents, 64/8": Documents(U=6, E=64, K=8),
     "x2, 8 documents": Documents(U=8, times=2),
-    "domains apart": Documents(apart=0.3),
-    "domains far apart": Documents(apart=1.0),
 }
 
 # the value of a sample, and its interval
@@ -78,7 +69,7 @@ def busiest(of: Documents, rng: np.random.Generator) -> tuple[float, float, floa
 
 
 def ratio(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
-    """The share of expert 5: as repetition, committees and what an expert is worth, a ratio of
+    """The share of expert 5: as repetition and what an expert is worth, a ratio of
     sums over documents."""
     load_UE = of.drawn(rng)
     hits_U, of_U = load_UE[:, 5], load_UE.sum(1)
@@ -86,49 +77,25 @@ def ratio(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]
     return float(hits_U.sum() / of_U.sum()), *unc.ratio_interval(hits_U, of_U, weights_RU)
 
 
-def accuracy(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
-    made, _ = accuracies([of.drawn(rng)], np.arange(of.U) % 2)
-    return made.value, made.low, made.high
-
-
-def path_entropy(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
-    load_UE = of.drawn(rng)
-    cell_N, count_N = np.flatnonzero(load_UE), load_UE[load_UE > 0]
-    document_S, path_S = np.divmod(np.repeat(cell_N, count_N), of.E)
-    group_S = pth.groups_of(document_S, 0 * document_S)
-    (made,) = pth.entropies([path_S], document_S, group_S)
-    assert made is not None
-    return made.value, made.low, made.high
-
-
 STATISTICS: dict[str, Estimate] = {
     "busiest": busiest,
     "ratio": ratio,
-    "accuracy": accuracy,
-    "path entropy": path_entropy,
 }
 
 
 def coverage(statistic: str, regime: str, draws: int) -> tuple[float, float]:
     """The share of the intervals that hold the truth, of those that are given, and the share of the
-    draws that have none. The truth of accuracy is the mean of samples alike, of as many
-    documents."""
+    draws that have none."""
     of = REGIMES[regime]
     found = np.array([STATISTICS[statistic](of, np.random.default_rng([n])) for n in range(draws)])
-    value_N, low_N, high_N = found.T
+    _, low_N, high_N = found.T
     truths = {"busiest": float(of.share_E.max() * of.E - 1), "ratio": float(of.share_E[5])}
-    truths["path entropy"] = float(-(of.share_E * np.log2(of.share_E)).sum())
-    truth = truths.get(statistic, float(np.nanmean(value_N)))
+    truth = truths[statistic]
     given_N = ~np.isnan(low_N)
     held = (low_N <= truth + 1e-9) & (truth - 1e-9 <= high_N)
     return float(held[given_N].mean()) if given_N.any() else np.nan, float(1 - given_N.mean())
 
 
 def cases() -> list[tuple[str, str]]:
-    """(statistic, regime): domains that are apart tell something of accuracy alone."""
-    return [
-        (statistic, name)
-        for statistic in STATISTICS
-        for name, of in REGIMES.items()
-        if statistic == "accuracy" or not of.apart
-    ]
+    """(statistic, regime)"""
+    return [(statistic, name) for statistic in STATISTICS for name in REGIMES]

@@ -33,7 +33,6 @@ import pandas as pd
 
 from benchmarks.measuring import ROOT
 from moe_inspect.analysis.metrics.balance import max_over_mean, min_over_max
-from moe_inspect.analysis.metrics.pairs import next_accuracy, next_accuracy_marginal
 from moe_inspect.cli import app
 
 
@@ -131,23 +130,6 @@ def kept(how: str) -> list[float]:
         run(command)
     ours, published = read("keep.json")["kept"], read("glm52/keep_mix108_maxmin.json")["keep"]
     return [sum(ours[layer] == sorted(keep) for layer, keep in published.items())]
-
-
-def foretold(how: str, model: str, E: int) -> list[float]:
-    """Share of arXiv's tokens whose first choice at the next layer recorded is the commonest there
-    after their first choice here, and the share of that layer's commonest: for both pairs of
-    layers. The pairs add up to the first choices of both layers."""
-    named, made = f"olmoe_paper/{model}_expert_counts_", list[float]()
-    loads = read(f"{named}top1_arxiv.json.gz")
-    for n, pairs in enumerate(read(f"{named}crosslayer_top1_arxiv.json.gz")):
-        next_EN = np.zeros((E, E))
-        for pair, count in pairs.items():
-            next_EN[tuple(json.loads(pair))] = count
-        for axis in (0, 1):
-            load = loads[n + 1 - axis]
-            assert next_EN.sum(axis).tolist() == [load.get(str(e), 0) for e in range(E)]
-        made += [next_accuracy(next_EN), next_accuracy_marginal(next_EN)]
-    return made
 
 
 def as_published(how: str) -> list[float]:
@@ -276,23 +258,6 @@ FIGURES = (
         "97.7, 37.7, 77.0",
         OF_ACTIVATION.format("olmoe"),
         lambda how: [100 * x for x in by_domain(how, "arxiv c4 github", "activation", np.max)],
-        "olmoe_paper",
-    ),
-    Figure(
-        "OLMoE across layers 0 → 7, 7 → 15: first choices of arXiv's tokens foretold by those of "
-        "the layer before, and without",
-        f"{COUNTED} the pairs of {OLMOE}, figures 33 ff.",
-        "0.283, 0.185, 0.613, 0.573",
-        "",
-        partial(foretold, model="olmoe", E=64),
-        "olmoe_paper",
-    ),
-    Figure(
-        "Mixtral-8x7B across layers: the same",
-        f"{COUNTED} the pairs of {OLMOE}, figures 33 ff.",
-        "0.201, 0.144, 0.294, 0.176",
-        "",
-        partial(foretold, model="mistral", E=8),
         "olmoe_paper",
     ),
     Figure(

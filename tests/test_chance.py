@@ -122,7 +122,7 @@ def test_what_is_unknown_has_no_p_value():
     assert np.isnan(chance.joint_p([float("nan")], [np.zeros(9)])).all()
 
 
-@pytest.mark.parametrize("statistic", ["busiest", "ratio", "accuracy"])
+@pytest.mark.parametrize("statistic", ["busiest", "ratio"])
 def test_intervals_hold_the_truth(statistic: str):
     """95 of 100 in the long run: 86 or fewer have a probability of 0.0003."""
     for regime in ("even, iid", "x2", "x2, heavy-tailed lengths", "x2, 5 documents"):

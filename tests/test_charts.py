@@ -103,13 +103,6 @@ SHOWN = {
     ("drift", 1, "first to last window: chance"): "first_to_last_floor",
     ("drift", 2, "placed for the window itself"): "balancedness_fresh",
     ("drift", 2, "placed for the window before"): "balancedness_stale",
-    ("locality", 0, "the same again"): "first_choice_repetition",
-    ("locality", 1, "an expert in common"): "any_choice_repetition",
-    ("locality", 2, "segments of 16 tokens"): "srp_16",
-    ("locality", 2, "segments of 16 tokens: at these loads"): "srp_16_by_load",
-    ("locality", 3, "predicted"): "next_accuracy",
-    ("locality", 3, "predicted: chance"): "next_accuracy_null",
-    ("locality", 3, "always the most frequent"): "next_accuracy_marginal",
 }
 
 
@@ -127,19 +120,13 @@ def test_a_mark_shows_a_column_with_its_interval(name: str, panel: int, mark: st
             assert of == pytest.approx(table[f"{column}{end}"].to_numpy(), nan_ok=True)
 
 
-def test_repetition_is_that_of_each_domain_and_its_reference_that_of_all():
+def test_repetition_is_that_of_each_domain():
     table: Any = of("balanced").tables["repetition"]
     lines = marks_of(drawn("balanced")["repetition"], 0)
     for domain, rows in table.groupby("domain"):
         for end, shown in (("", "y"), ("_low", "low"), ("_high", "high")):
             values = rows[f"first_choice{end}"].to_numpy()
             assert getattr(lines[domain], shown) == pytest.approx(values)
-    rows = table[table["router"] == 2]
-    by_load = np.average(rows["first_choice_by_load"], weights=rows["pairs"])
-    dots = marks_of(drawn("balanced")["locality"], 0)
-    assert dots["the same again: chance at these loads"].y[2] == pytest.approx(by_load)
-    shared = marks_of(drawn("balanced")["locality"], 1)["an expert in common: chance"]
-    assert shared.y == pytest.approx([0.4643] * 4, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", spec.every_chart())

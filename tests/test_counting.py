@@ -96,14 +96,14 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
             x, y = getattr(mine, name), getattr(b.of[r], name)
             if x is None:
                 assert y is None
-            elif isinstance(x, dict):  # batches, srp
+            elif isinstance(x, dict):  # batches
                 assert x.keys() == y.keys()
                 assert all(np.array(x[of]) == pytest.approx(np.array(y[of])) for of in x)
             else:
                 np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=name)
 
 
-def test_repetition_and_segments_follow_a_sequence_across_batches():
+def test_repetition_follows_a_sequence_across_batches():
     # two sequences decoded side by side: their tokens alternate, the second starts a new sequence
     # of the same document at 2
     document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
@@ -112,12 +112,12 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
     rows_T = document - 7, *np.zeros((3, 6), np.int64)
     token_rows = kernels_numpy.TokenRows(*rows_T, 2, 1, 1, 1, order)
     for by in KERNELS:
-        first, common = by.repetition(slots, token_rows, 4)
+        # {0,1},{0,2} then {0,2},{1,3}; {3,2},{2,3}
+        first, shared, chosen = by.repetition(slots, token_rows, 4)
         assert token_rows.pairs_U.tolist() == [2, 1]
         assert first.tolist() == [1, 0]
-        assert common.tolist() == [1, 1]
-        # windows of 2 tokens: {0,1},{0,2} then {0,2},{1,3}; {3,2},{2,3}
-        assert by.srp(slots, token_rows, 4, 2).tolist() == [[1 + 0, 2 + 4, 1 + 0], [2, 0, 2]]
+        assert shared.tolist() == [1, 2]
+        assert chosen.tolist() == [8, 4]
 
 
 def test_tokens_that_do_not_follow_each_other_are_no_pair():
@@ -156,7 +156,6 @@ def test_kernels_count_as_their_references(
         ("weight_sum", unit_T, slots, weights, 3, experts),
         ("transitions", slots, after, experts, experts),
         ("repetition", slots, token_rows, experts),
-        *(("srp", slots, token_rows, experts, m) for m in (1, 2, 5)),
     ):
         both = [getattr(by, name)(*arguments) for by in KERNELS]
         both = [found if isinstance(found, tuple) else (found,) for found in both]
@@ -185,8 +184,7 @@ def test_kernels_count_as_their_references(
 def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
     twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision
     for by in KERNELS:
-        total, first = by.transitions(twice, twice, 1, 1)
-        assert (total.tolist(), first.tolist()) == ([[4 * tokens]], [[tokens]])
+        assert by.transitions(twice, twice, 1, 1).tolist() == [[4 * tokens]]
         assert by.by_slot((*twice, twice[0]), 1).tolist() == [[3 * tokens]]
 
 
@@ -197,10 +195,10 @@ def test_a_decision_that_names_an_expert_twice_spoils_no_other_unit():
     ids_TK[unit_T == 0] = 1  # damaged
     order = kernels_numpy.order_of(unit_T, unit_T, np.arange(tokens))
     rows = kernels_numpy.TokenRows(*[unit_T] * 4, 2, 2, 2, 2, order)
-    for m in (1, 4, 16):
-        reference, compiled = (by.srp(slots_of(ids_TK, E), rows, E, m) for by in KERNELS)
-        assert compiled[1].tolist() == reference[1].tolist()
-        assert reference[1].sum() == (tokens // 2 - m + 1) * E
+    for by in KERNELS:
+        first_U, shared_U, chosen_U = by.repetition(slots_of(ids_TK, E), rows, E)
+        assert (first_U[1], shared_U[1]) == (0, tokens // 2 - 1)
+        assert chosen_U[1] == 4 * (tokens // 2 - 1)
 
 
 @given(st.integers(200, T), st.integers(0, 3))
@@ -266,7 +264,7 @@ def test_sums_that_must_hold(tmp_path: Path):
     there_T, next_T = ((ids_with_gaps(seed) >= 0).sum(1) for seed in range(2))
     assert np.diag(mine.together_EE).tolist() == load_E.tolist()
     assert mine.together_EE.sum() == (there_T**2).sum()
-    pairs = kernels_numpy.pairs(*[slots_of(ids_with_gaps(0))] * 2, E, E)
+    pairs = kernels_numpy.transitions(*[slots_of(ids_with_gaps(0))] * 2, E, E)
     assert mine.together_EE.tolist() == pairs.tolist()
     assert mine.next_EN.sum() == (there_T * next_T).sum()
     assert counts.of[1].next_EN is None  # there is none after it
@@ -275,8 +273,7 @@ def test_sums_that_must_hold(tmp_path: Path):
     firsts = [first for _, first, _, _ in counts.windows(0)]
     assert firsts == [*range(0, T, counts.window_tokens)]
     assert mine.pairs_U.sum() == T - 30  # 30 documents of 40 tokens
-    for m, histogram in mine.srp.items():
-        assert histogram.sum() == (30 * max(0, 40 - m + 1)) * E
+    assert mine.shared_U.sum() <= mine.chosen_U.sum() / 2
 
 
 def test_windows_by_hand(tmp_path: Path):
@@ -297,9 +294,9 @@ def test_what_hangs_on_a_first_choice_is_unknown_without_one(tmp_path: Path):
     for order, known in (("weight", True), ("unknown", False)):
         trace = write_trace(tmp_path / order, ids, E, slot_order=order, **IN_DOCUMENTS)
         found = counted(trace, {"repetition", "transitions"}).of[0]
-        unsure = (found.first_choice_DE, found.first_same_U, found.next_first_EN)
-        assert [counted is not None for counted in unsure] == [known] * 3
-        assert found.any_same_U is not None
+        unsure = (found.first_choice_DE, found.first_same_U)
+        assert [counted is not None for counted in unsure] == [known] * 2
+        assert found.shared_U is not None
         assert found.next_EN is not None
 
 
@@ -325,11 +322,11 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
         fed[phase] = [i for i in ids if len(i)]
         passes.append(a_pass(b, ids, size, encoded=size if phase == "encode" else 0))
     trace = write_passes(tmp_path / "t", routers, passes)
-    counts = counted(trace, {"pairs", "transitions", "repetition", "windows", "srp"})
+    counts = counted(trace, {"pairs", "transitions", "repetition", "windows"})
     assert [counts.tokens_of(r) for r in range(4)] == [60, 60, 20, 20]
     assert (counts.tokens, counts.decisions) == (80, 160)
     assert [counts.next_router(r) for r in range(4)] == [1, None, 3, None]
-    pairs = kernels_numpy.pairs(*(slots_of(ids, 4) for ids in fed["encode"]), 4, 4)
+    pairs = kernels_numpy.transitions(*(slots_of(ids, 4) for ids in fed["encode"]), 4, 4)
     assert counts.of[0].next_EN.tolist() == pairs.tolist()
     assert [int(counts.of[r].pairs_U.sum()) for r in range(4)] == [59, 59, 19, 19]
     assert counts.of[0].batches.keys() == {60}
@@ -401,7 +398,7 @@ def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: i
         for n in (10_000, shard_tokens)
     ]
     assert [trace.n_shards for trace in both] == [1, 2 if shard_tokens > 8 else 4]
-    counts = [counted(trace, {"repetition", "srp"}, window=10) for trace in both]
+    counts = [counted(trace, {"repetition"}, window=10) for trace in both]
     assert counts[0].of[0].pairs_U.sum() == 4 * 33
     if shard_tokens > 8:
         same(*counts)

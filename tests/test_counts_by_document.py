@@ -1,5 +1,5 @@
 """Counts that say which document they are of give what decisions of the same documents give:
-intervals, nulls, signatures, drift."""
+intervals, nulls, drift."""
 
 from __future__ import annotations
 
@@ -75,8 +75,6 @@ SAME = {
     "balance": ["tokens", "max_over_mean_low", "max_over_mean_high", "design_effect"],
     "domains": ["tokens", "assignments", "lift", "expected_by_chance", "overload_p"],
     "specialization": ["domain_mi_bits", "domain_mi_null_bits", "domain_mi_p", "jsd_null_bits"],
-    "committee": ["committee_experts", "committee_null", "committee_mass_low"],
-    "signature": ["documents", "signature_accuracy", "signature_accuracy_low", "signature_null"],
     "windows": ["first_token", "tokens", "max_over_mean", "total_variation_floor"],
     "drift": ["windows", "total_variation", "trend_expert", "trend_first", "trend_p"],
 }
@@ -88,7 +86,7 @@ def test_tables_are_those_of_decisions(name: str, pair: tuple[Trace, Trace]):
     of_decisions, of_counts = (table[["layer", *SAME[name]]].astype(float) for table in made)
     assert not of_decisions.isna().all().any()
     pd.testing.assert_frame_equal(of_counts, of_decisions)
-    if name in ("balance", "domains", "specialization", "committee", "drift"):  # a control
+    if name in ("balance", "domains", "specialization", "drift"):  # a control
         by_domain = report(by_domains(pair[0].path.parent), window=2 * EACH).tables[name]
         assert by_domain[SAME[name]].astype(float).isna().any().any()
 
@@ -120,7 +118,7 @@ def test_they_reconcile_and_are_selected_by_domain(pair: tuple[Trace, Trace]):
     assert "interval" in said
     assert "independent tokens" not in said
     assert "independent tokens" in by_domain
-    for name in ("paths", "vocabulary", "repetition"):
+    for name in ("vocabulary", "repetition"):
         with pytest.raises(MoeInspectError, match="holds counts only"):
             _ = report(trace).tables[name]
 

@@ -215,51 +215,15 @@ def by_domain(m: Made, values_TE: np.ndarray) -> np.ndarray:
     return m.by(m.domain, values_TE) / np.bincount(m.domain)[:, None]
 
 
-def first_pairs(m: Made) -> np.ndarray:
-    first, after = (ids_TK[:, 0] for ids_TK in m.ids)
-    found, known = np.zeros((E, E)), (first >= 0) & (after >= 0)
-    np.add.at(found, (first[known], after[known]), 1)
-    return found
-
-
-def next_choice(m: Made, r: int) -> np.ndarray:
-    """The share of each pair; there is no router after the last."""
-    return first_pairs(m) / (first_pairs(m).sum() if r + 1 < L else math.nan)
-
-
-def repeated(m: Made, r: int, any_choice: bool) -> np.ndarray:
+def repeated(m: Made, r: int) -> np.ndarray:
     """Share of a domain's pairs of consecutive tokens that choose alike. [D]"""
     by_T, follows_T = m.neighbours
     alike = np.zeros((2, 2))
     for before, after, follows in zip(by_T, by_T[1:], follows_T[1:], strict=False):
         a, b = ([x for x in m.ids[r][t] if x >= 0] for t in (before, after))
-        same = bool(set(a) & set(b)) if any_choice else bool(a and b and a[0] == b[0])
+        same = bool(a and b and a[0] == b[0])
         alike[m.domain[after]] += (same and follows, follows)
     return alike[:, 0] / alike[:, 1]
-
-
-def best_f(frequency: np.ndarray, m: int, weight: np.ndarray | float = 1.0) -> float:
-    """The best F-measure over thresholds of how many of m tokens choose an expert."""
-    of = np.broadcast_to(weight, frequency.shape)
-    hits = of * frequency
-    thresholds = (frequency >= f for f in range(1, m + 1))
-    return max(2 * hits[at].sum() / (m * of[at].sum() + hits.sum()) for at in thresholds)
-
-
-def srp(m: Made, r: int, length: int) -> float:
-    found = []
-    for s in range(S):
-        by_T = np.flatnonzero(m.sequence == s)
-        by_T = by_T[np.argsort(m.position[by_T])]
-        starts = range(len(by_T) - length + 1)
-        found += [m.chosen[r][by_T[t : t + length]].sum(0) for t in starts]
-    return best_f(np.ravel(found), length)
-
-
-def srp_by_load(m: Made, r: int, length: int) -> float:
-    p_E, f_M = m.chosen[r].mean(0)[:, None], np.arange(length + 1)
-    ways_M = np.array([math.comb(length, f) for f in f_M])
-    return best_f(f_M, length, (ways_M * p_E**f_M * (1 - p_E) ** (length - f_M)).sum(0))
 
 
 def frequent(m: Made, r: int, first: bool) -> float:
@@ -276,23 +240,6 @@ def frequent(m: Made, r: int, first: bool) -> float:
 def domain_mi_bits(m: Made, r: int) -> float:
     share_DE = share(m.by(m.domain, m.chosen[r]))
     return float((share_DE * np.log2(share_DE / share_DE.mean(0))).sum(1).mean())
-
-
-def signature(m: Made) -> tuple[float, float]:
-    """Accuracy and the lower end of its interval, of all routers together."""
-    share_UX = np.hstack([share(m.by(m.document, chosen_TE)) for chosen_TE in m.chosen])
-    distance_UU = ((share_UX[:, None] - share_UX) ** 2).sum(2) + np.diag([np.inf] * len(share_UX))
-    nearest_U, U = distance_UU.argmin(1), len(share_UX)
-    p = float((nearest_U % 2 == np.arange(U) % 2).mean())
-    n = U / (1 + (nearest_U[nearest_U] == np.arange(U)).mean())
-    z = 1.959964
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return p, max(0.0, (p + z**2 / (2 * n) - half) / (1 + z**2 / n))
-
-
-def entropy_bits(choice_TX: np.ndarray) -> float:
-    _, count = np.unique(choice_TX, axis=0, return_counts=True)
-    return float(-(share(count) * np.log2(share(count))).sum())
 
 
 def confidence(m: Made, r: int) -> np.ndarray:
@@ -321,12 +268,7 @@ EXACT: dict[str, Callable[[Made, int], Any]] = {
     "specialization.jsd_bits": domain_mi_bits,  # of two domains it is the same
     "specialization.vocabulary_specialization": lambda m, r: frequent(m, r, first=True),
     "specialization.vocabulary_specialization_any": lambda m, r: frequent(m, r, first=False),
-    "repetition.first_choice": lambda m, r: repeated(m, r, any_choice=False),
-    "repetition.any_choice": lambda m, r: repeated(m, r, any_choice=True),
-    "locality.srp_4": lambda m, r: srp(m, r, 4),
-    "locality.srp_4_by_load": lambda m, r: srp_by_load(m, r, 4),
-    "locality.next_accuracy": lambda m, r: next_choice(m, r).max(1).sum(),
-    "locality.next_accuracy_marginal": lambda m, r: next_choice(m, r).sum(0).max(),
+    "repetition.first_choice": lambda m, r: repeated(m, r),
     "router.weight_mass": lambda m, r: confidence(m, r)[0],
     "router.weight_entropy_nats": lambda m, r: confidence(m, r)[1],
     "router.weight_margin": lambda m, r: confidence(m, r)[2],
@@ -340,9 +282,6 @@ EXACT: dict[str, Callable[[Made, int], Any]] = {
     "drift.first_to_last_floor": lambda m, r: drift_floors(m, r, m.whole_windows(r)[[0, -1]])[0, 0],
     "drift.balancedness_fresh": fresh,
     "drift.balancedness_stale": stale,
-    "paths.path_entropy_bits": lambda m, r: entropy_bits(
-        np.stack([ids_TK[:, 0] for ids_TK in m.ids[: r + 1]], 1)
-    ),
 }
 
 
@@ -377,21 +316,6 @@ def test_pairs_leave_out_empty_slots(table: str, made: Made) -> None:
             found = of.groupby("expert")["expected"].sum().to_numpy()
             np.fill_diagonal(count_EE, 0)
             assert found == pytest.approx(count_EE.sum(1))
-
-
-def test_a_signatures_interval(made: Made) -> None:
-    row = made.report.tables["signature"].iloc[0]
-    found = row["signature_accuracy"], row["signature_accuracy_low"]
-    assert found == pytest.approx(signature(made))
-
-
-def test_the_null_of_the_next_choice_keeps_the_loads(made: Made) -> None:
-    count_EE, rng = first_pairs(made), np.random.default_rng(0)
-    rows, chances = count_EE.sum(1).astype(int), share(count_EE.sum(0))
-    drawn = rng.multinomial(rows, chances, size=(2_000, E)).max(2).sum(1) / count_EE.sum()
-    found = made.report.tables["locality"]["next_accuracy_null"]
-    assert found[0] == pytest.approx(drawn.mean(), abs=4 * drawn.std() / math.sqrt(5))
-    assert np.isnan(found[1])
 
 
 def test_what_chance_gives_the_busiest_expert_leaves_out_empty_slots(made: Made) -> None:

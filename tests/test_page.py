@@ -219,17 +219,14 @@ LACKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda root: write_counts(root, LOADS, 2, domains=("a", "b")),
         (
             "load over time and drift: counts written at once have no order",
-            "repetition and locality: counts alone have no order",
+            "repetition: counts alone have no order",
             "Experts of a domain",
             "Without recorded weights there is no gate score.",
         ),
     ),
     "one token": (
         lambda root: write_trace(root, [THREE[:1]], 8),
-        (
-            "drift: no router has load in two whole windows",
-            "locality: no token follows another, and no layer another",
-        ),
+        ("drift: no router has load in two whole windows",),
     ),
     "three tokens": (
         lambda root: write_trace(root, [THREE] * 2, 8, document=np.arange(3)),
@@ -317,9 +314,9 @@ def test_the_search_leads_to_experts_tokens_domains_and_sections(opened: Opened,
     opened.press("Enter")
     assert opened.said().count("in <b>code</b>") == 1
     opened.locator("#map-domain").select_option(label="all domains")
-    assert "Locality\nsection" in opened.ask("local")
+    assert "Repetition\nsection" in opened.ask("repet")
     opened.press("Enter")
-    assert opened.evaluate("location.hash") == "#locality"
+    assert opened.evaluate("location.hash") == "#repetition"
     assert opened.ask("no such thing") == ["Nothing found."]
     opened.press("Escape")
     opened.locator("#find").fill("")

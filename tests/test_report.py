@@ -34,12 +34,8 @@ COLUMNS = {
     "vocabulary": "layer router expert token_id token count fraction",
     "coactivation": "layer router expert other probability lift",
     "transitions": "layer router next_layer expert next_expert probability lift",
-    "repetition": "layer router domain first_choice first_choice_random any_choice "
-    "any_choice_random",
+    "repetition": "layer router domain first_choice first_choice_random",
     "windows": "layer router window first_token tokens max_over_mean busiest_expert",
-    "committee": "layer router domains top_k committee_experts committee_mass experts",
-    "signature": "layer router domains documents signature_accuracy signature_null",
-    "paths": "layer router tokens most_bits paths path_entropy_bits path_entropy_shuffled_bits",
     "verdict": "severity kind layer router text",
 }
 

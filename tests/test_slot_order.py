@@ -147,16 +147,8 @@ BOUNDS = ("", "_low", "_high")
 FIRST = {  # table → columns that need first choices
     "load": ["first_choice"],
     "repetition": [*(f"first_choice{bound}" for bound in BOUNDS), "first_choice_by_load"],
-    "locality": [
-        *(f"{name}{b}" for name in ("first_choice_repetition", "next_accuracy") for b in BOUNDS),
-        *("next_accuracy_marginal", "next_accuracy_null"),
-    ],
     "specialization": [f"vocabulary_specialization{of}" for of in ("", "_null", "_p")],
     "vocabulary": ["first_choice_fraction"],
-    "paths": [
-        *("paths", "path_entropy_bits", "path_entropy_low", "path_entropy_high"),
-        *("path_entropy_shuffled_bits", "path_entropy_independent_bits"),
-    ],
 }
 
 

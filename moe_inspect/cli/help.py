@@ -36,9 +36,8 @@ VALUES = {
 
 # what --table takes: the registries would import pandas
 TABLES = {
-    "report": "balance, coactivation, committee, coverage, domains, drift, load, locality, "
-    "paths, repetition, router, signature, specialization, summary, transitions, verdict, "
-    "vocabulary, windows, worth",
+    "report": "balance, coactivation, coverage, domains, drift, load, repetition, router, "
+    "specialization, summary, transitions, verdict, vocabulary, windows, worth",
     "compare": "agreement, depth, documents, domains, flips, load_shift, margins, matched, "
     "movers, overall, phases, positions, summary, tokens, verdict, worth",
     "counts": "balance, diverged, load, load_shift, refused, summary, verdict, windows",

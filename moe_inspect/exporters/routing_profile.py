@@ -50,7 +50,7 @@ def routing_profile(trace: Trace, output: Path) -> None:
 
 def _profile(trace: Trace) -> Json:
     data = ReportData(trace, select(trace))
-    counts = data.counts_for("windows", "srp")
+    counts = data.counts_for("windows", "repetition")
     if not any(counts.load_E(r).any() for r in counts.indices):
         raise MoeInspectError(f"no router of {trace.path} made an assignment")
     why, none = dict[str, str](), "the trace holds counts, no decisions"
@@ -79,7 +79,7 @@ def _profile(trace: Trace) -> Json:
         if len(phases) > 1:
             by_phase = {name: of.load_E(r) for name, of in phases.items() if router.sees(name)}
             layer["assignments_by_phase"] = by_phase
-        if counts.of[r].srp is not None:
+        if counts.of[r].shared_U is not None:
             layer["locality"] = _locality(counts, r)
         layer |= {"distinct_experts": distinct[r]} if r in distinct else {}
         layer |= {"ranks": ranks[r]} if r in ranks else {}
@@ -119,9 +119,12 @@ def _phases(trace: Trace, counts: Counts) -> dict[str, Counts]:
 def _locality(counts: Counts, r: int) -> dict[str, float]:
     """Of the experts of two consecutive tokens of a sequence, the share that both choose; and of
     two independent tokens of one domain."""
-    windows_U3 = (counts.of[r].srp or {})[2]
-    both_U, of_U = windows_U3[:, 2], windows_U3 @ np.arange(3) / 2
-    pairs_D = counts.by_domain(windows_U3.sum(1)) / counts.routers[r].experts
+    found = counts.of[r]
+    assert found.pairs_U is not None
+    assert found.shared_U is not None
+    assert found.chosen_U is not None
+    both_U, of_U = found.shared_U, found.chosen_U / 2
+    pairs_D = counts.by_domain(found.pairs_U)
     activation_DE = counts.assignments_DE(r) / np.maximum(counts.tokens_D_of(r), 1)[:, None]
     of = float(of_U.sum()) or np.nan
     low, high = unc.ratio_interval(both_U, of_U, counts.weights_RU)

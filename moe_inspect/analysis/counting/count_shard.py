@@ -25,8 +25,6 @@ from moe_inspect.analysis.counting.select import SelectedTokens, Selection, amon
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes, numbers
 
-NEEDS_ORDER = frozenset({"repetition", "srp"})
-
 
 @dataclass(frozen=True)
 class Windows:
@@ -95,7 +93,7 @@ def prepare_shard(
     prepared = PreparedShard(shard, part, {})
     if shard.trace.counts_only:
         return prepared
-    order, windows = bool(wants & NEEDS_ORDER), windows if "windows" in wants else None
+    order, windows = "repetition" in wants, windows if "windows" in wants else None
     every = selected_tokens(shard, selection, order=order)
     if not len(every.domain_T):
         return prepared
@@ -157,10 +155,7 @@ def count_routers(
             if before is not None and r in reached:
                 b, of_b = before
                 here, there = part.routers[b], part.routers[r]
-                total_EN, next_first_EN = by.transitions(of_b, slots, here.experts, there.experts)
-                ranked = here.first_choice_known and there.first_choice_known
-                counts[b].next_EN = total_EN
-                counts[b].next_first_EN = next_first_EN if ranked else None
+                counts[b].next_EN = by.transitions(of_b, slots, here.experts, there.experts)
             before = (r, slots) if r in chosen else None
     return counts
 

@@ -19,7 +19,7 @@ from moe_inspect.analysis.counting.count_shard import (
 )
 from moe_inspect.analysis.counting.counts import Counts, empty_like, joined, merge, no_counts
 from moe_inspect.analysis.counting.kernels_numpy import Slots
-from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
+from moe_inspect.analysis.counting.router_counts import BASE, WANTS
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_router, runs_of, shares, workers
 from moe_inspect.errors import MoeInspectError
@@ -73,7 +73,7 @@ def count_trace(
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     sizes = (windows.tokens, windows.count) if windows else (0, 0)
     total = no_counts(trace.routers, selection.routers, asked, sizes)
-    fast, by_id = is_long(trace, selection, asked), "token_ids" in asked
+    fast, by_id = is_long(trace, selection), "token_ids" in asked
     plans = token_ids.plans_of(trace, selection, every=not top) if by_id else {}
     request = CountRequest(selection, asked, windows, fast, total, plans, top)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
@@ -97,12 +97,9 @@ def too_many_pairs(trace: Trace, routers: Iterable[int]) -> bool:
     return sum(trace.routers[r].experts ** 2 for r in routers) > MOST_PAIRS
 
 
-def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) -> bool:
+def is_long(trace: Trace, selection: Selection) -> bool:
     """Whether to count by the compiled kernels."""
-    routers = [trace.routers[r] for r in selection.routers]
-    # the NumPy reference loops over every expert
-    cells = sum(r.experts for r in routers) * len(SRP_LENGTHS) if "srp" in wants else 0
-    return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
+    return trace.n_tokens * sum(trace.routers[r].top_k for r in selection.routers) >= LONG
 
 
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:

@@ -81,10 +81,9 @@ def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) 
 
 
 @njit(nogil=True, cache=True)
-def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-untyped-def]
+def _transitions(slots, next_slots, total_EN):  # type: ignore[no-untyped-def]
     in_fours = len(slots) - len(slots) % 4
     for t in range(len(slots[0])):
-        first_EN[np.uint64(slots[0][t]), np.uint64(next_slots[0][t])] += ONE
         # four rows at a time, so that their addresses stay in registers
         for i in range(0, in_fours, 4):
             a_N, b_N = total_EN[np.uint64(slots[i][t])], total_EN[np.uint64(slots[i + 1][t])]
@@ -101,11 +100,11 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
                 row_N[np.uint64(next_slots[j][t])] += ONE
 
 
-def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint32 [E, N], twice"""
-    total_EN, first_EN = np.zeros((2, E + 1, N + 1), np.uint32)
-    _transitions(slots, next_slots, total_EN, first_EN)
-    return total_EN[:E, :N], first_EN[:E, :N]
+def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
+    """uint32 [E, N]"""
+    total_EN = np.zeros((E + 1, N + 1), np.uint32)
+    _transitions(slots, next_slots, total_EN)
+    return total_EN[:E, :N]
 
 
 @njit(nogil=True, cache=True)
@@ -221,80 +220,29 @@ def accumulate(
         _accumulate(any_XE, first_XE, visits.by_N, visits.row_N, ids_TK, slots)
 
 
-ONE_64 = np.uint64(1)
-F_BITS = np.uint64(7)  # of f, below the window since which it is that
-F_MASK = np.uint64(2**7 - 1)
-
-
 @njit(nogil=True, cache=True)
-def _repetition(slots, by_T, follows_T, unit_T, nowhere, first_U, any_U):  # type: ignore[no-untyped-def]
+def _repetition(slots, by_T, follows_T, unit_T, nowhere, first_U, shared_U, chosen_U):  # type: ignore[no-untyped-def]
     for index in range(1, len(by_T)):
         if follows_T[index]:
-            before, t, common = by_T[index - 1], by_T[index], False
+            before, t, shared, chosen = by_T[index - 1], by_T[index], 0, 0
             for i in range(len(slots)):
-                e = slots[i][before]
+                e, common = slots[i][before], False
                 for j in range(len(slots)):
                     common |= (e == slots[j][t]) & (e < nowhere)
-            e = slots[0][t]
-            first_U[unit_T[t]] += (e == slots[0][before]) & (e < nowhere)
-            any_U[unit_T[t]] += common
+                shared += common
+                chosen += (e < nowhere) + (slots[i][t] < nowhere)
+            e, u = slots[0][t], unit_T[t]
+            first_U[u] += (e == slots[0][before]) & (e < nowhere)
+            shared_U[u] += shared
+            chosen_U[u] += chosen
 
 
-def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [U], twice"""
+def repetition(
+    slots: Slots, token_rows: TokenRows, E: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 [U], three times"""
     assert token_rows.order is not None
     by_T, follows_T = token_rows.order.by_T, token_rows.order.follows_T
-    first_U, any_U = np.zeros((2, token_rows.U), np.int64)
-    _repetition(slots, by_T, follows_T, token_rows.unit_T, E, first_U, any_U)
-    return first_U, any_U
-
-
-@njit(nogil=True, inline="always")
-def _change(slots, t, step, windows, state_E, held_KF):  # type: ignore[no-untyped-def]
-    """Adds `step` to f of the experts of a token, and how long each f stayed to held_KF."""
-    nowhere = np.uint64(len(state_E))
-    for j in range(len(slots)):
-        e = np.uint64(slots[j][t])
-        if e < nowhere:
-            f = state_E[e] & F_MASK
-            held_KF[j, f] += np.uint32(windows - (state_E[e] >> F_BITS))
-            # a damaged decision may name one expert k times
-            state_E[e] = windows << F_BITS | (f + step & F_MASK)
-
-
-@njit(nogil=True, cache=True)
-def _srp(slots, by_T, start_S, unit_T, E, m, total_UM):  # type: ignore[no-untyped-def]
-    """f of each expert changes only when a token that chose it enters or leaves: how long it stayed
-    is added then, slot by slot: what is added to one number again and again waits for itself. A
-    sequence is of one unit."""
-    K, state_E = len(slots), np.zeros(E, np.uint64)
-    came_KF, went_KF = np.zeros((2, K, F_MASK + ONE_64), np.uint32)
-    for s in range(len(start_S) - 1):
-        first, windows = start_S[s], np.uint64(0)
-        for index in range(first, start_S[s + 1]):
-            _change(slots, by_T[index], ONE_64, windows, state_E, came_KF)
-            if index - first >= m:
-                _change(slots, by_T[index - m], -ONE_64, windows, state_E, went_KF)
-            if index - first >= m - 1:
-                windows += ONE_64
-        if windows:
-            for e in range(E):
-                came_KF[0, state_E[e] & F_MASK] += np.uint32(windows - (state_E[e] >> F_BITS))
-            total_M = total_UM[unit_T[by_T[first]]]
-            for j in range(K):
-                for f in range(len(total_M)):
-                    total_M[f] += came_KF[j, f] + went_KF[j, f]
-                    came_KF[j, f] = went_KF[j, f] = 0
-        state_E[:] = 0
-
-
-def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
-    """int64 [U, m+1]"""
-    assert token_rows.order is not None
-    assert m < F_MASK, f"segments of {m} tokens"
-    by_T, follows_T = token_rows.order.by_T, token_rows.order.follows_T
-    start_S = np.append(np.flatnonzero(~follows_T), len(by_T))
-    # f is m+1 between a token's coming and another's going, for no window
-    total_UM = np.zeros((token_rows.U, m + 2), np.int64)
-    _srp(slots, by_T, start_S, token_rows.unit_T, E, m, total_UM)
-    return total_UM[:, : m + 1]
+    first_U, shared_U, chosen_U = np.zeros((3, token_rows.U), np.int64)
+    _repetition(slots, by_T, follows_T, token_rows.unit_T, E, first_U, shared_U, chosen_U)
+    return first_U, shared_U, chosen_U

@@ -153,13 +153,9 @@ def _add_cells(table_XE: np.ndarray, row: np.ndarray, ids: np.ndarray) -> None:
         np.add.at(flat, cell, flat.dtype.type(1))
 
 
-def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often a token chose expert e here and expert n at the next router: all pairs of slots,
-    and of first choices alone. int64 [E, N], twice"""
-    return pairs(slots, next_slots, E, N), pairs(slots[:1], next_slots[:1], E, N)
-
-
-def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
+def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
+    """How often a token chose expert e here and expert n at the next router: all pairs of slots.
+    int64 [E, N]"""
     total = np.zeros((E + 1) * (N + 1), np.int64)
     for here_T in slots:
         for there_T in next_slots:
@@ -170,50 +166,28 @@ def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
 def by_slot(slots: Slots, E: int) -> np.ndarray:
     """Pairs of experts of one decision: that of the earlier slot by that of the later. int64 [E,
     E]"""
-    parts = (pairs((slot_T,), slots[j:], E, E) for j, slot_T in enumerate(slots, 1))
+    parts = (transitions((slot_T,), slots[j:], E, E) for j, slot_T in enumerate(slots, 1))
     return sum(parts, np.zeros((E, E), np.int64))
 
 
-def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """By unit, of the pairs of consecutive tokens: those with the same first choice, those with an
-    expert in common. int64 [U]"""
+def repetition(
+    slots: Slots, token_rows: TokenRows, E: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By unit, of the pairs of consecutive tokens: the pairs with the same first choice, the
+    experts that both tokens chose, and the assignments of both tokens. int64 [U] each"""
     assert token_rows.order is not None
     by_T, after = token_rows.order.by_T, np.flatnonzero(token_rows.order.follows_T)
     ids_TK = np.stack(slots).T[by_T]
     before_PK, after_PK = ids_TK[after - 1], ids_TK[after]
     first_P = (before_PK[:, 0] == after_PK[:, 0]) & (after_PK[:, 0] < E)
-    any_P = np.zeros(len(after), bool)
+    shared_P = np.zeros(len(after), np.int64)
     for slot_P in before_PK.T:
-        any_P |= ((slot_P[:, None] == after_PK) & (slot_P < E)[:, None]).any(1)
-    unit_P, U = token_rows.unit_T[by_T[after]], token_rows.U
-    return np.bincount(unit_P[first_P], minlength=U), np.bincount(unit_P[any_P], minlength=U)
-
-
-def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
-    """By unit, how many (m consecutive tokens of a sequence, expert) have f of the m tokens choose
-    the expert. int64 [U, m+1]. The windows slide by one token; a sequence of fewer than m tokens
-    has none. arXiv:2505.16056."""
-    assert token_rows.order is not None
-    by_T, follows_T = token_rows.order.by_T, token_rows.order.follows_T
-    T, index_T = len(by_T), np.arange(len(by_T))
-    run_start_T = np.maximum.accumulate(np.where(follows_T, 0, index_T))
-    last = np.flatnonzero(index_T - run_start_T >= m - 1)  # the last token of each window
-    unit_last = token_rows.unit_T[by_T[last]]
-    histogram = np.zeros(token_rows.U * (m + 1), np.int64)
-    sorted_TK = np.stack(slots).T[by_T]
-    step = max(1, BLOCK // (T + 1))
-    for first_expert in range(0, E, step):
-        width = min(step, E - first_expert)
-        # one more column takes what is no expert of this block
-        chosen = np.zeros((T + 1, width + 1), np.int32)
-        inside_TK = (sorted_TK >= first_expert) & (sorted_TK < first_expert + width)
-        column_TK = np.where(inside_TK, sorted_TK.astype(np.int64) - first_expert, width)
-        chosen[index_T[:, None] + 1, column_TK] = 1
-        cumulative = chosen[:, :width].cumsum(0)
-        f = cumulative[last + 1] - cumulative[last + 1 - m]
-        cells = (unit_last[:, None] * (m + 1) + f).reshape(-1)
-        histogram += np.bincount(cells, minlength=len(histogram))
-    return histogram.reshape(token_rows.U, m + 1)
+        shared_P += ((slot_P[:, None] == after_PK) & (slot_P < E)[:, None]).any(1)
+    chosen_P = (before_PK < E).sum(1) + (after_PK < E).sum(1)
+    unit_P, found = token_rows.unit_T[by_T[after]], np.zeros((3, token_rows.U), np.int64)
+    for total_U, values_P in zip(found, (first_P, shared_P, chosen_P), strict=True):
+        np.add.at(total_U, unit_P, values_P)
+    return found[0], found[1], found[2]
 
 
 def weight_confidence(weights: Slots) -> dict[str, float]:

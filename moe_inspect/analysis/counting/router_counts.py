@@ -28,15 +28,13 @@ from moe_inspect.trace.schema import DROPPED, Router
 from moe_inspect.trace.shard import Shard
 
 T = TypeVar("T", str, tuple[str, int])  # labels of rows
-SRP_LENGTHS = (2, 4, 16, 64)  # tokens of a segment; of 2: the experts that both choose
 WANTS = {
     "load": "assignments, first choices and gate weights of each expert",
     "domains": "the same by domain and by cluster of documents (comes with load)",
     "pairs": "experts chosen together: by_slot_EE, together_EE",
-    "transitions": "experts here and at the next router: next_EN, next_first_EN",
-    "repetition": "consecutive tokens that choose alike: pairs_U, first_same_U, any_same_U",
+    "transitions": "experts here and at the next router: next_EN",
+    "repetition": "consecutive tokens: pairs_U, first_same_U, shared_U, chosen_U",
     "windows": "load over time: window_load_WE, window_tokens_W",
-    "srp": "how often an expert is chosen within m consecutive tokens: srp",
     "worth": "sizes of the experts' outputs: gated_norm_UE, norm_UE; saliency_sum_UE",
     "weights": "confidence read off the k gate weights",
     "logits": "confidence, auxiliary and z-loss read off the router logits",
@@ -65,12 +63,10 @@ class RouterCounts:
     and routed any, how many there were and the sum of their max_vio.
     by_slot_EE: pairs of experts of one decision, that of the earlier slot by that of the later.
     next_EN: of every decision all k·k' pairs (expert here, expert of the same token at the next
-    router). next_first_EN: pairs of first choices; None where a router's are unknown.
+    router).
     pairs_U: pairs of consecutive tokens of a sequence; first_same_U: with the same first choice
-    (None: unknown); any_same_U: with an expert in common.
+    (None: unknown); shared_U: the experts that both tokens chose; chosen_U: their assignments.
     window_load_WE, window_tokens_W: load and tokens of each window of the trace.
-    srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m
-    tokens choose the expert.
     gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
     that norm; energy_UE, saliency_sum_UE: those of the source of counts (`schema.SUMS`). None where
     the trace has none.
@@ -91,13 +87,12 @@ class RouterCounts:
     batches: dict[int, tuple[int, float]] = field(default_factory=dict[int, tuple[int, float]])
     by_slot_EE: np.ndarray | None = _count("pairs", "EE")
     next_EN: np.ndarray | None = _count("transitions", "EN")
-    next_first_EN: np.ndarray | None = _count("transitions", "EN")
     pairs_U: np.ndarray | None = _count("repetition", "U")
     first_same_U: np.ndarray | None = _count("repetition", "U")
-    any_same_U: np.ndarray | None = _count("repetition", "U")
+    shared_U: np.ndarray | None = _count("repetition", "U")
+    chosen_U: np.ndarray | None = _count("repetition", "U")
     window_load_WE: np.ndarray | None = _count("windows", "WE")
     window_tokens_W: np.ndarray | None = _count("windows", "W")
-    srp: dict[int, np.ndarray] | None = None
     gated_norm_UE: np.ndarray | None = _count("worth", "UE", float)
     norm_UE: np.ndarray | None = _count("worth", "UE", float)
     energy_UE: np.ndarray | None = _count("worth", "UE", float)
@@ -129,8 +124,7 @@ class RouterCounts:
             and f.metadata["want"] in wants | BASE
             and not set(axes) - set(sizes) - {"U", "D"}
         }
-        srp = {m: np.zeros((0, m + 1), np.int64) for m in SRP_LENGTHS} if "srp" in wants else None
-        return cls(**arrays, srp=srp)
+        return cls(**arrays)
 
     @property
     def together_EE(self) -> np.ndarray | None:
@@ -165,10 +159,6 @@ class RouterCounts:
                 setattr(self, name, mine + theirs)
         for size, (n, vio) in other.batches.items():
             self.add_batches(size, n, vio)
-        if self.srp is None or other.srp is None:
-            self.srp = None
-        else:
-            self.srp = {m: rows["U"](mine, other.srp[m]) for m, mine in self.srp.items()}
 
     def add_batches(self, tokens: int, n: int, vio: float) -> None:
         before, sum_before = self.batches.get(tokens, (0, 0.0))
@@ -185,7 +175,7 @@ def narrowed(value: Any) -> Any:
     return value.astype(kind) if kind.itemsize <= 4 else value
 
 
-# all but `batches` and `srp`, which `add` merges by name
+# all but `batches`, which `add` merges by name
 DECLARED: dict[str, Field[Any]] = {f.name: f for f in fields(RouterCounts) if f.metadata}
 
 
@@ -305,12 +295,9 @@ def _pairs(of: RouterDecisions, counts: RouterCounts) -> None:
 
 def _repetition(of: RouterDecisions, counts: RouterCounts) -> None:
     counts.pairs_U = of.token_rows.pairs_U.copy()
-    first_same_U, counts.any_same_U = of.kernels.repetition(of.slots, of.token_rows, of.E)
+    found = of.kernels.repetition(of.slots, of.token_rows, of.E)
+    first_same_U, counts.shared_U, counts.chosen_U = found
     counts.first_same_U = first_same_U if of.router.first_choice_known else None
-
-
-def _srp(of: RouterDecisions, counts: RouterCounts) -> None:
-    counts.srp = {m: of.kernels.srp(of.slots, of.token_rows, of.E, m) for m in SRP_LENGTHS}
 
 
 def _worth(of: RouterDecisions, counts: RouterCounts) -> None:
@@ -337,7 +324,6 @@ FILLS: dict[str, Callable[[RouterDecisions, RouterCounts], None]] = {
     "load": _load,
     "pairs": _pairs,
     "repetition": _repetition,
-    "srp": _srp,
     "worth": _worth,
     "weights": _weights,
     "logits": _logits,

@@ -1,8 +1,8 @@
 """Which experts are chosen together: in one decision, at a layer and the next, by a token and the
 next.
 
-E experts of a router, N of the next MoE layer's, D domains, m tokens of a window. together_EE[a, b]
-counts the decisions that chose both a and b, together_EE[a, a] those that chose a.
+E experts of a router, N of the next MoE layer's, D domains. together_EE[a, b] counts the decisions
+that chose both a and b, together_EE[a, a] those that chose a.
 next_EN[a, b] counts the tokens for which a was chosen here and b at the next MoE layer. All pairs
 of slots count, not only first choices.
 """
@@ -10,21 +10,17 @@ of slots count, not only first choices.
 from __future__ import annotations
 
 from functools import partial
-from math import comb
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
+from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
-from moe_inspect.analysis.metrics.uncertainty import SEED
 
 ROUNDS = 200  # of fitting at most; a dozen are enough unless an expert is in nearly every decision
 BLOCK = 2**14  # pairs that are worked on at a time, which stay in a cache
-GRID = 2**12  # a power of 2, so that multiplying by it does not round
 NEARLY_ALL = 1 - 1e-6  # an expert in all decisions would have an infinite weight
 
 probability = partial(metric, column="probability", range="0 to 1", unit="probability")
-repeated = partial(probability, column="", axes="D", source="arXiv:2401.04088, table 5")
 
 
 @probability("coactivation", ideal="(k - 1) / (E - 1)", axes="EE", source="arXiv:2409.02060, eq. 6")
@@ -170,72 +166,11 @@ def transition_lift(next_EN: np.ndarray) -> np.ndarray:
     return share_EN / nan_for_zero(next_EN.sum(0) / nan_for_zero(np.asarray(next_EN.sum())))
 
 
-@metric("locality", ideal="1 / E", range="1/E to 1", source="arXiv:2401.08383")
-def next_accuracy(next_first_EN: np.ndarray) -> float:
-    """How often the next MoE layer's first choice is the one that most often follows this layer's
-    first choice: Σ_a max_b N_ab ÷ N. Read it beside its marginal (always the most frequent) and its
-    null (the accuracy of as many independent choices)."""
-    return ratio(next_first_EN.max(1, initial=0).sum(), next_first_EN.sum())
-
-
-@metric("locality", ideal="1 / E", range="1/E to 1", source="arXiv:2401.08383")
-def next_accuracy_marginal(next_first_EN: np.ndarray) -> float:
-    """How often the next MoE layer's first choice is its most frequent one: the accuracy of a
-    prediction that ignores this layer."""
-    return ratio(next_first_EN.sum(0).max(initial=0), next_first_EN.sum())
-
-
-def next_accuracy_null(next_first_EN: np.ndarray) -> float:
-    """Mean `next_accuracy` of independent choices with these marginals: with few tokens the maximum
-    of each row is above the marginal's by chance alone."""
-    row_E, column_N = next_first_EN.sum(1), next_first_EN.sum(0)
-    if not column_N.any():
-        return float("nan")
-    rng, share_N = np.random.default_rng([SEED, *next_first_EN.shape]), column_N / column_N.sum()
-    return float(np.mean([next_accuracy(_independent(row_E, share_N, rng)) for _ in range(5)]))
-
-
-def _independent(row_E: np.ndarray, share_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Counts of independent choices with probabilities share_N, row_E of each row. [E, N]"""
-    E, N, total = len(row_E), len(share_N), int(row_E.sum())
-    if total >= E * N:
-        return rng.multinomial(row_E, share_N)
-    # few choices are drawn faster one by one
-    cell_X = np.repeat(np.arange(E) * N, row_E) + _choices(share_N, total, rng)
-    return np.bincount(cell_X, minlength=E * N).reshape(E, N)
-
-
-def _choices(share_N: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """`rng.choice(N, size, p=share_N)`, the same draws in less time: between most neighbours of a
-    grid no cumulated share lies, and all that is drawn there is the same choice. int64 [size]"""
-    up_to_N = share_N.cumsum()
-    up_to_N /= up_to_N[-1]
-    first_G = up_to_N.searchsorted(np.linspace(0, 1, GRID + 1), side="right")
-    drawn_X = rng.random(size)
-    at_X = (drawn_X * GRID).astype(np.int64)
-    chosen_X, decided_G = first_G[at_X], first_G[1:] == first_G[:-1]
-    open_X = np.flatnonzero(~decided_G[at_X])
-    chosen_X[open_X] = up_to_N.searchsorted(drawn_X[open_X], side="right")
-    return chosen_X
-
-
-@repeated("repetition", ideal="1 / E")
+@probability("repetition", column="", ideal="1 / E", axes="D", source="arXiv:2401.04088, table 5")
 def first_choice(first_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
     """The share of tokens with the same first choice as the token before in the same sequence.
     Random choices: 1/E."""
     return first_same_D / nan_for_zero(pairs_D)
-
-
-@repeated("repetition", ideal="1 - C(E - k, k) / C(E, k)")
-def any_choice(any_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
-    """The share of tokens that share at least one expert with the token before in the same
-    sequence. Random choices: 1 − C(E−k, k)/C(E, k)."""
-    return any_same_D / nan_for_zero(pairs_D)
-
-
-def any_choice_random(E: int, k: int) -> float:
-    """P(two independent choices of k of E experts have one in common)."""
-    return 1 - comb(E - k, k) / comb(E, k)
 
 
 def first_choice_by_load(first_choice_DE: np.ndarray) -> np.ndarray:
@@ -243,36 +178,6 @@ def first_choice_by_load(first_choice_DE: np.ndarray) -> np.ndarray:
     uneven load alone. [D]"""
     share_DE = first_choice_DE / nan_for_zero(first_choice_DE.sum(1))[:, None]
     return (share_DE**2).sum(1)
-
-
-@metric("locality", ideal="2 * k / (E + k)", range="0 to 1; 1 for m = 1", source="arXiv:2505.16056")
-def srp(windows_M: np.ndarray) -> float:
-    """Segment routing best performance: how well one fixed set of experts can serve all m tokens of
-    a window, as the best F-measure over thresholds α, 2Σ_{f≥α}f ÷ Σ(m·1[f≥α] + f). windows_M[f],
-    f = 0 … m: how many (window, expert) have f of the m tokens at the expert. NaN without any."""
-    return float(best_f(windows_M))
-
-
-def best_f(windows_M: np.ndarray) -> np.ndarray:
-    """`srp` of any number of histograms at once: [..., m+1] → [...]"""
-    m: int = windows_M.shape[-1] - 1
-    assigned = nan_for_zero(windows_M @ np.arange(m + 1.0))
-    pairs = hits = best = np.zeros_like(assigned)
-    for f in range(m, 0, -1):  # a vector at a time stays in the nearest cache
-        pairs = pairs + windows_M[..., f]  # with at least this f
-        hits = hits + f * windows_M[..., f]
-        best = np.maximum(best, 2 * hits / (m * pairs + assigned))
-    return best
-
-
-def srp_by_load(load_E: np.ndarray, tokens: float, m: int) -> float:
-    """`srp` of tokens that choose independently, with these loads: f is binomial. NaN without
-    tokens."""
-    if tokens <= 0 or not load_E.any():
-        return float("nan")
-    chosen_E1, f_M = np.clip(load_E / tokens, 0, 1)[:, None], np.arange(m + 1)
-    ways_M = np.array([float(comb(m, f)) for f in f_M])
-    return srp((ways_M * chosen_E1**f_M * (1 - chosen_E1) ** (m - f_M)).sum(0))
 
 
 def _without_diagonal(values_EE: np.ndarray, filler: float = np.nan) -> np.ndarray:

@@ -221,14 +221,6 @@ def student(documents: float) -> float:
     return float(special("stdtrit")(max(documents - 1, 1), 0.975))
 
 
-def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:
-    """95 % interval of a share of so many decisions, for counts that are not known by document: its
-    variance is `effect` (the design effect) times that of independent decisions."""
-    variance = np.maximum(effect, 1) * share * (1 - share) / nan_for_zero(np.asarray(decisions))
-    half = 1.96 * np.sqrt(variance)
-    return float(np.maximum(share - half, 0)), float(np.minimum(share + half, 1))
-
-
 def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.ndarray:
     """log₁₀ of the probability of a count at least as far from the expected one, of `most` trials:
     twice the binomial tail on its side, at most 1. The incomplete beta function extends the tail to

@@ -16,7 +16,6 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError, vocabularies_apart
 from moe_inspect.errors import MoeInspectError
@@ -106,6 +105,15 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
     hashes = (np.add.reduceat(x, first) if len(first) else first for x in (hash_T, early_T))
     part = np.stack([*keys, np.diff(edges), first, *hashes])
     return part, [labels[d] for d in np.unique(code_T)], bool((id_T >= 0).any())
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """A well-mixed 64-bit hash of each whole number: the finalizer of SplitMix64
+    (doi:10.1145/2660193.2660195). uint64"""
+    h = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))
 
 
 def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

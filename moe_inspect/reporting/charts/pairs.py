@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, layer_axis
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, layer_axis
 from moe_inspect.reporting.tables import pairs
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.pairs import BOUNDS, PairEvidence
@@ -23,9 +23,7 @@ MOST_PAIRS = 60  # rows of the table of pairs below a chart
 MOST_DOMAINS = 24  # rows of a heatmap
 MOST_DOTS = 60  # dots with intervals that can be told apart; more make a heatmap
 MOST_MATRICES = 4  # layers drawn, each as a matrix of experts
-NEXT = "First choice at the next layer"
 MANY_EXPERTS = 64  # more are shown only as far as they have a supported pair
-OFFSET = 0.1  # between the dots of one layer, which would hide each other; layers are 1 apart
 BEYOND = "is chosen more often than chance explains"
 OF_EVIDENCE = {
     "lift_sd": "the standard deviation of lift by chance, for tokens that come in documents.",
@@ -40,7 +38,7 @@ OF_EVIDENCE = {
 def repetition(data: ReportData) -> Chart | str:
     """How often the next token has the same first choice, by layer and domain."""
     if data.counts.counts_only:
-        return "repetition and locality: counts alone have no order"
+        return "repetition: counts alone have no order"
     table = data.tables["repetition"]
     if table["first_choice"].isna().all():
         return "repetition: first choices are unknown, or no token follows another"
@@ -99,85 +97,6 @@ def _intervals(panels: Iterable[Panel]) -> str:
     """What bars mean, where any mark has one."""
     marks = (mark for panel in panels for mark in panel.marks)
     return spec.INTERVALS if any(getattr(m, "low", None) is not None for m in marks) else ""
-
-
-# title of a panel → its unit, and of each kind: column, name, column of its reference, and what
-# that is
-LOCALITY = {
-    "First choice of the token before": (
-        "share of tokens",
-        [("first_choice_repetition", "the same again", "by_load", "chance at these loads")],
-    ),
-    "Any choice of the token before": (
-        "share of tokens",
-        [("any_choice_repetition", "an expert in common", "by_chance", "chance")],
-    ),
-    "Experts of a segment (SRP)": (
-        "SRP",
-        [
-            (f"srp_{m}", f"segments of {m} tokens", f"srp_{m}_by_load", "at these loads")
-            for m in pairs.LENGTHS
-        ],
-    ),
-    NEXT: ("accuracy", [("next_accuracy", "predicted", "next_accuracy_null", "chance")]),
-}
-
-
-@spec.chart("locality", "repetition", group="Serving")
-def locality(data: ReportData) -> Chart | str:
-    """How well a choice can be predicted from the token before, the segment and the layer before,
-    by layer, each beside what chance gives."""
-    if data.counts.counts_only:
-        return ""  # repetition says so
-    table, panels = data.tables["locality"], list[Panel]()
-    x, axis = np.arange(len(table), dtype=float), layer_axis(data, table["router"])
-    # the references of repetition over all domains: all pairs of tokens have equal weight
-    rows = data.tables["repetition"]
-    of = rows.assign(expected=rows["first_choice_by_load"] * rows["pairs"]).groupby("router")
-    by_load, by_chance = of["expected"].sum() / of["pairs"].sum(), of["any_choice_random"].first()
-    frame = table.assign(
-        by_load=by_load.reindex(table["router"]).to_numpy(),
-        by_chance=by_chance.reindex(table["router"]).to_numpy(),
-    )
-    for title, (unit, kinds) in LOCALITY.items():
-        marks = list[spec.Mark]()
-        for i, (column, name, reference, meaning) in enumerate(kinds):
-            value, low, high, expected = (
-                frame[c].to_numpy() for c in (*(column + b for b in BOUNDS), reference)
-            )
-            if not np.isnan(value).all():
-                beside, colour = x + OFFSET * (i - (len(kinds) - 1) / 2), spec.SERIES[i]
-                ends = spec.known_interval(low, high)
-                marks.append(Points(beside, value, name, colour, "dot", *ends))
-                marks.append(Points(beside, expected, f"{name}: {meaning}", colour, "tick"))
-        if marks and title == NEXT:
-            marginal = table["next_accuracy_marginal"].to_numpy()
-            marks.append(Points(x + OFFSET, marginal, "always the most frequent", "c2", "tick"))
-        if marks:
-            panels.append(Panel(tuple(marks), axis, Axis(unit, low=0), title))
-    if not panels:
-        return "locality: no token follows another, and no layer another"
-    drawn = {panel.title for panel in panels}
-    missing = [title[0].lower() + title[1:] for title in LOCALITY if title not in drawn]
-    return Chart(
-        "Locality",
-        "How well a choice can be predicted from the choices just before",
-        tuple(panels),
-        columns=2,
-        text="How well a choice can be predicted from the choices just before: what prefetching "
-        "and caching of experts can gain. Only the distance of a dot above the dash of its "
-        "colour is locality."
-        + _intervals(panels)
-        + (f" Not in this trace: {', '.join(missing)}." if missing else ""),
-        table=table,
-        definitions={
-            **spec.definitions(
-                "first_choice", "any_choice", "srp", "next_accuracy", "next_accuracy_marginal"
-            ),
-            "chance": "the value expected of tokens that choose independently: at these loads; at "
-            "even loads; for the next layer, with the same number of first choices.",
-        },
-    )
 
 
 @spec.chart("coactivation", group="Serving")

@@ -6,14 +6,13 @@ L routers, E experts of a router, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.domains import UNIFORM
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
@@ -47,7 +46,6 @@ def report_page(data: ReportData, text: bool = True) -> str:
     parts: list[Section | str] = [
         of_text,
         *(_section(data, chart) for chart in charts if chart is not lead),
-        *_tables(data),
         *([data.costs.section()] if data.costs else []),
         Section("About this trace", table=data.tables["summary"], python=code),
     ]
@@ -71,44 +69,6 @@ def report_page(data: ReportData, text: bool = True) -> str:
             link_of=lambda finding: _link(data, finding),
         )
     )
-
-
-# table → a column that it has values in where it says anything, its title, how to read it
-TABLES_SHOWN = {
-    "committee": (
-        "committee_experts",
-        "Experts that lead in every domain",
-        "How many experts are among the k with the largest load in every domain, and the share of "
-        "the assignments that they carry. committee_null: how many where domains share one mean.",
-    ),
-    "signature": (
-        "signature_accuracy",
-        "Does routing identify the domain?",
-        "How often the document with the most similar shares of assignments is of the same domain, "
-        "by all routers together (first row) and by each; signature_null: with the domains "
-        "shuffled among documents of like length.",
-    ),
-    "paths": (
-        "set_path_entropy_bits",
-        "Paths through the layers",
-        "Distinct paths of tokens through the routers up to each one, by first choices (path) and "
-        "by sets of experts (set_path), and their entropy; shuffled: with every router's choices "
-        "shuffled among the tokens of each document. Near most_bits, almost every token has its "
-        "own path.",
-    ),
-}
-
-
-def _tables(data: ReportData) -> Iterator[Section]:
-    """Those that this trace has values for."""
-    for name, (column, title, text) in TABLES_SHOWN.items():
-        try:
-            table = data.tables[name]
-        except MoeInspectError:  # of counts only: the summary says what that leaves out
-            continue
-        if table[column].notna().any():
-            code = python_of_report(data, name)
-            yield Section(title, text, table=table, group="Specialization", name=name, python=code)
 
 
 def _section(data: ReportData, chart: spec.Chart) -> Section:

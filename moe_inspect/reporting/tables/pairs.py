@@ -1,6 +1,6 @@
 """Tables of pairs: experts of one decision, of one layer and the next, of one token and the next.
 
-E experts, N experts of the next router, D domains, U units, R resamples, M tokens of a segment.
+E experts, N experts of the next router, D domains, U units, R resamples.
 The tables of pairs of experts list, for each expert, the `top` partners with the most evidence
 against chance. The rows of a router are sorted by that evidence: pairs more frequent than expected
 first, pairs less frequent than expected last.
@@ -8,12 +8,10 @@ first, pairs less frequent than expected last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.analysis.counting.router_counts import SRP_LENGTHS, RouterCounts
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.later import pd
@@ -21,16 +19,9 @@ from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import AsColumns, table
 
-LENGTHS = SRP_LENGTHS[1:]  # tokens of a segment
 BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
 ALPHA = 0.05  # probability that chance alone makes any pair of the trace supported (family-wise)
 Listed = tuple[np.ndarray, np.ndarray]  # pairs: expert, partner
-REPEATED = ("first_choice", "any_choice")
-LOCALITY = (
-    *(f"{name}_repetition{bound}" for name in REPEATED for bound in BOUNDS),
-    *(f"srp_{m}{suffix}" for m in LENGTHS for suffix in (*BOUNDS, "_by_load")),
-    *(f"next_accuracy{suffix}" for suffix in (*BOUNDS, "_marginal", "_null")),
-)
 
 
 @table("pairs")
@@ -134,9 +125,8 @@ def supported_pairs(data: ReportData, name: str) -> tuple[pd.DataFrame, int]:
 @table("repetition")
 def repetition(data: ReportData) -> AsColumns:
     """One row per router and domain: how often a token has the same first choice as the token
-    before it in its sequence, and how often the two share any expert, with 95 % intervals by
-    document (low, high); and the same for independent choices, uniform (random) or with the
-    domain's loads (by_load)."""
+    before it in its sequence, with a 95 % interval by document (low, high); and the same for
+    independent choices, uniform (random) or with the domain's loads (by_load)."""
     counts = data.decisions("repetition")
     of_domain = [np.flatnonzero(counts.domain_of_unit_U == d) for d in range(len(counts.domains))]
     resampled = [unc.resample_weights(units * 0) for units in of_domain]
@@ -147,79 +137,23 @@ def repetition(data: ReportData) -> AsColumns:
         pairs_D = counts.by_domain(pairs_U)
         found: dict[str, np.ndarray | float] = {"domain": np.array(counts.domains, object)}
         found |= {"pairs": pairs_D}
-        found |= {name + bound: np.nan for name in REPEATED for bound in BOUNDS}
-        for name, formula, same in _repeated(of):
+        found |= {f"first_choice{bound}": np.nan for bound in BOUNDS}
+        if (same_U := of.first_same_U) is not None:
             ends = [
-                unc.ratio_interval(same[units], pairs_U[units], weights)
+                unc.ratio_interval(same_U[units], pairs_U[units], weights)
                 for units, weights in zip(of_domain, resampled, strict=True)
             ]
             low_D, high_D = np.array(ends).reshape(-1, 2).T
-            share_D = formula(counts.by_domain(same), pairs_D)
-            found |= {name: share_D, f"{name}_low": low_D, f"{name}_high": high_D}
+            share_D = pairs.first_choice(counts.by_domain(same_U), pairs_D)
+            found |= {"first_choice": share_D, "first_choice_low": low_D}
+            found |= {"first_choice_high": high_D}
         by_load = np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
         return found | {
             "first_choice_random": 1 / router.experts,
             "first_choice_by_load": by_load,
-            "any_choice_random": pairs.any_choice_random(router.experts, router.top_k),
         }
 
     return load.rows_per_router(data, columns)
-
-
-Formula = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def _repeated(of: RouterCounts) -> Iterator[tuple[str, Formula, np.ndarray]]:
-    """How often consecutive tokens choose alike: name, formula, and how many do in each unit;
-    without the first choices where these are unknown."""
-    formulas, same = (pairs.first_choice, pairs.any_choice), (of.first_same_U, of.any_same_U)
-    for name, formula, same_U in zip(REPEATED, formulas, same, strict=True):
-        if same_U is not None:
-            yield name, formula, same_U
-
-
-@table("repetition", "srp", "transitions", by_router=LOCALITY)
-def locality(data: ReportData) -> pd.DataFrame:
-    """One row per router: how well a choice can be predicted from the token before (repetition, all
-    domains), from the segment (SRP of m tokens, and that of independent choices with these loads)
-    and from the layer before (accuracy of predicting the next MoE layer's first choice, its
-    marginal and its null). 95 % intervals (low, high) by document; that of the accuracy by the
-    design effect of the router's load, since pairs of layers are not counted by document."""
-    counts = data.decisions("locality")
-    weights_RU = counts.weights_RU
-
-    def values(r: int) -> dict[str, float]:
-        of, row = counts.of[r], dict[str, float]()
-
-        def add(name: str, value: float, interval: tuple[float, float]) -> None:
-            row.update(zip((name + bound for bound in BOUNDS), (value, *interval), strict=True))
-
-        pairs_U = _counted(of.pairs_U)
-        for name, formula, same_U in _repeated(of):
-            share = formula(same_U.sum(keepdims=True), pairs_U.sum(keepdims=True))[0]
-            interval = unc.ratio_interval(same_U, pairs_U, weights_RU)
-            add(f"{name}_repetition", float(share), interval)
-        for m in LENGTHS:
-            windows_UM = (of.srp or {})[m]
-            value, spread_R = pairs.srp(windows_UM.sum(0)), np.array([np.nan])
-            if weights_RU is not None:
-                spread_R = pairs.best_f((windows_UM.T @ weights_RU.T).T)
-            documents = unc.effective_documents(windows_UM.sum(1))
-            low, high = unc.interval(spread_R, documents, unc.SHARE).tolist()
-            add(f"srp_{m}", value, (low, high))
-            if value == value:  # else the trace has no segment of m tokens to compare with it
-                by_load = pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m)
-                row[f"srp_{m}_by_load"] = by_load
-        if of.next_first_EN is not None:
-            next_EN = of.next_first_EN.astype(np.int64)
-            value, effect = pairs.next_accuracy(next_EN), load.design_effects(data)[r]
-            add("next_accuracy", value, unc.share_interval(value, next_EN.sum(), effect))
-            row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(next_EN)
-            row["next_accuracy_null"] = pairs.next_accuracy_null(next_EN)
-        return row
-
-    frame = load.row_per_router(counts, data.selection.routers, LOCALITY, values)
-    return frame.astype(dict.fromkeys(LOCALITY, "float64"))
 
 
 @dataclass(frozen=True)

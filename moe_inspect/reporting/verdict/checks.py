@@ -23,7 +23,6 @@ CHECKS: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("Balance", (balance.averaging_hides, experts.overloading_domain, experts.unused_in_domain)),
     ("Specialization", (specialization.domain_specialization, specialization.domain_beyond_token)),
     ("Specialization", (specialization.token_specialization,)),
-    ("Specialization", (specialization.committee, specialization.signature, specialization.paths)),
     ("Balance", (specialization.drift,)),
     ("Router", (specialization.router_ties,)),
     ("", (data_checks.few_tokens, data_checks.few_documents_per_domain)),

@@ -53,14 +53,11 @@ class Gated(Protocol):
 
 def breaches(data: Gated, gates: Iterable[Gate], tables: Mapping[str, Table] = TABLES) -> list[str]:
     """A line per router and gate that fails, or per gate on all routers together. NaN counts as a
-    failure; but a metric of the next layer has no value at the last one, which is left out."""
+    failure."""
     lines = list[str]()
     for metric, limit, above in gates:
         table = data.tables[gated(tables)[metric]]
-        rows = table.assign(value=table[metric].astype(float))
-        if metric.startswith("next_accuracy") and rows["value"].notna().any():
-            rows = rows[rows["value"].notna()]
-        for row in records(rows):
+        for row in records(table.assign(value=table[metric].astype(float))):
             value, where = row["value"], "all routers"
             if "router" in row:
                 where = f"layer {layer_label(data.trace.routers, row['router'])}"

@@ -1,6 +1,5 @@
-"""What the experts do: specialisation by domain and by token id; what the routing of whole texts
-shows: experts that lead in every domain, documents that are told by their routing, paths through
-the layers, drift, a note each where it is beyond chance; and ties of the logits of the router.
+"""What the experts do: specialisation by domain and by token id; drift of the load, where it is
+beyond chance; and ties of the logits of the router.
 
 Each check takes the data of the report and returns one Finding or none.
 """
@@ -11,9 +10,9 @@ import math
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.later import pd
-from moe_inspect.reporting.tables.data import ReportData, Row, records
+from moe_inspect.reporting.tables.data import ReportData, Row
 from moe_inspect.reporting.tables.summary import mapping
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, good, name_of, note, top_row
@@ -241,93 +240,6 @@ def router_ties(data: ReportData) -> Finding | None:
 
 # of a trace for which a pass of its own costs little beside the report
 MOST_DECISIONS = 2**20
-CONNECTED = 0.02  # share of the shuffled entropy that is missing, under which it is no news
-UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each has a path of its own
-
-
-def committee(data: ReportData) -> Finding | None:
-    """Experts that are among the k with the most load in every domain, where so many domains would
-    hardly agree by chance, and that carry more than their even share."""
-    if data.counts.documents_unknown or untrained_seed(data.trace) is not None:
-        return None
-    table = data.tables["committee"]
-    standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
-    n, expected = len(standing), float(table["committee_by_chance"].sum())
-    # the probability of n or more, of a Poisson distribution
-    p = 1 - math.exp(-expected) * sum(expected**i / math.factorial(i) for i in range(n))
-    if p > ALPHA:
-        return None
-    row = top_row(standing, standing["committee_mass"] - standing["committee_mass_even"])
-    mass, low, high, even = (row[f"committee_mass{of}"] for of in ("", "_low", "_high", "_even"))
-    experts, size = row["experts"].split(), int(row["committee_experts"])
-    said = (
-        f"In {n} of {plural(len(table), 'router')} the same experts lead in all "
-        f"{int(row['domains'])} domains, most in {name_of(data, row)}: {plural(size, 'expert')} "
-        f"({', '.join(experts)}) {'carries' if size == 1 else 'carry'} {mass:.0%} of a domain's "
-        f"assignments (95% interval {low:.0%} to {high:.0%}; even share {even:.0%}). "
-        "Changing them for one domain affects all."
-    )
-    return note(
-        said, row, committee_mass=mass, committee_mass_even=even, committee_experts=size, routers=n
-    )
-
-
-def signature(data: ReportData) -> Finding | None:
-    """Whether the nearest other document by routing is of the same domain more often than
-    with the domains of documents of like length shuffled."""
-    if not is_small(data.trace) or len(data.counts.domains) < 2:
-        return None
-    # of all routers together
-    row = records(data.tables["signature"])[0]
-    documents = row["documents"]
-    share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
-    if not low > row["signature_null_p99"]:
-        return None
-    beside, its = "Untrained routers show part of this from the text alone", math.nan
-    if data.baseline is None:
-        beside += ": trace with --random-init to see how much"
-    elif data.baseline.trace.n_decisions <= MOST_DECISIONS:
-        its = records(data.baseline.tables["signature"])[0]["signature_accuracy"]
-        beside = beside if math.isnan(its) else f"In the baseline it is {its:.0%}"
-    said = (
-        f"Routing identifies the domain: for {'all' if share == 1 else f'{share:.0%} of'} "
-        f"{documents:,} documents the nearest other one shares it (95% interval {low:.0%} to "
-        f"{high:.0%}; {row['signature_null']:.0%} by chance). {beside}."
-    )
-    return note(
-        said, signature_accuracy=share, signature_null=row["signature_null"], documents=documents
-    )
-
-
-def paths(data: ReportData) -> Finding | None:
-    """Whether tokens take fewer paths through the layers than layers that choose independently
-    within a document give them, as far as paths are not as many as tokens."""
-    if data.counts.counts_only or not is_small(data.trace) or fnd.few_documents(data):
-        return None
-    table = data.tables["paths"]
-    shuffled, value, high = (
-        table[f"path_entropy_{of}"] for of in ("shuffled_bits", "bits", "high")
-    )
-    # of many routers, some are outside of their 95 % interval by chance
-    reach: pd.Series[float] = (high - value) * z_of(ALPHA / len(table)) / z_of(0.025)
-    beyond: pd.Series[bool] = (value + reach < shuffled) & (value <= (1 - CONNECTED) * shuffled)
-    unsaturated: pd.Series[bool] = shuffled <= table["most_bits"] - UNSATURATED
-    told = table[unsaturated & beyond]
-    if told.empty:
-        return None
-    row = top_row(told, (shuffled - value)[told.index])
-    bits, independent, low, high = (
-        row[f"path_entropy_{of}"] for of in ("bits", "shuffled_bits", "low", "high")
-    )
-    said = (
-        f"Layers do not choose independently: up to {name_of(data, row)}, the first choices of "
-        f"{row['tokens']:,} tokens take {row['paths']:,} distinct routes (entropy {bits:.2f} bits, "
-        f"95% interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices "
-        "shuffled within documents). A token's earlier choices help predict its later ones."
-    )
-    values = {"path_entropy_bits": bits, "path_entropy_shuffled_bits": independent}
-    values |= {"paths": row["paths"]}
-    return note(said, row, **values)
 
 
 def drift(data: ReportData) -> Finding | None:
