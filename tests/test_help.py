@@ -130,6 +130,14 @@ def test_lists_of_values_are_options_that_take_several() -> None:
     assert {"data", "layers", "threshold", "top_k", "map"} <= {name for _, name in SEVERAL}
 
 
+def test_every_command_that_prints_tables_has_the_same_options_for_it() -> None:
+    for name, command in COMMANDS.items():
+        output = [p.name for p in command.params if getattr(p, "rich_help_panel", "") == "Output"]
+        output += ["output"] if name == "placement" else []  # -o is a plan's too
+        if output:
+            assert sorted(output) == ["format", "html", "output", "plots", "table"], name
+
+
 WITH_TABLES = [name for name, of in COMMANDS.items() if any(p.name == "table" for p in of.params)]
 
 
