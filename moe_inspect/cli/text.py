@@ -70,7 +70,7 @@ def text(
     else:
         frame = opened.tokens_of(layers, experts, context, top=top or None)
         text = partial(_print_concordances, opened, frame)
-    show.show(Result(f"text {trace}", {"tokens": frame}, text=text))
+    show.show(Result(f"text {trace}", {"tokens": frame}, text))
 
 
 def _print_documents(

@@ -209,17 +209,12 @@ class Shown(ABC):
 
 
 class Result(Shown):
-    """Tables and sentences, without a chart. `text`: writes the text, if it is another than the
-    sentences."""
+    """Tables, without findings and charts. `text`: writes the text."""
 
     def __init__(
-        self,
-        title: str,
-        tables: Mapping[str, pd.DataFrame],
-        said: Sequence[Finding | str] = (),
-        text: Callable[[TextIO], object] | None = None,
+        self, title: str, tables: Mapping[str, pd.DataFrame], text: Callable[[TextIO], object]
     ):
-        self.tables, self._title, self._said, self._text = tables, title, said, text
+        self.tables, self._title, self._text = tables, title, text
 
     @property
     def title(self) -> str:
@@ -227,10 +222,10 @@ class Result(Shown):
 
     @property
     def said(self) -> Sequence[Finding | str]:
-        return self._said
+        return ()
 
     def write_text(self, file: TextIO) -> None:
-        (self._text or super().write_text)(file)
+        self._text(file)
 
 
 def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, object]) -> str:

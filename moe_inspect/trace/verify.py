@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -85,13 +85,10 @@ class Verification:
         return STATE.get(self.status or "complete", interrupted)
 
 
-def verify(
-    trace: Trace | str | Path | Remote, progress: Callable[[int], None] | None = None
-) -> Verification:
+def verify(trace: Trace | str | Path | Remote) -> Verification:
     """Checks a trace by every rule of its format (docs/trace-format.md), every byte of it.
 
-    A damaged file is a violation like any other. MoeInspectError where there is no trace.
-    `progress` is called with the number of tokens of each shard that is done."""
+    A damaged file is a violation like any other. MoeInspectError where there is no trace."""
     root = place_of(trace)
     if isinstance(root, Path):
         settle(root)
@@ -101,7 +98,7 @@ def verify(
         found, opened = Verification(address(trace)), None
         try:
             opened = Trace(root)
-            _verify(opened, found, progress)
+            _verify(opened, found)
         except Damaged as error:
             found.ok, found.violation, found.file = False, error.what, error.file
             found.row = error.row
@@ -124,7 +121,7 @@ def _missing(root: Path | Remote) -> MoeInspectError:
     return no_trace(root)
 
 
-def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
+def _verify(trace: Trace, found: Verification) -> None:
     stated = trace.manifest.get("counts")
     found.status = _status(trace)
     plan = (trace.manifest.get("corpus") or {}).get("plan")
@@ -154,8 +151,6 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
                 _check_logits(shard, phase_T)
         found.shards += 1
         found.tokens += shard.files.tokens
-        if progress:
-            progress(shard.files.tokens)
     if trace.status == "complete" and isinstance(stated, dict):
         for name in ("tokens",) if trace.counts_only else ("tokens", "decisions"):
             if stated.get(name) != (value := getattr(found, name)):

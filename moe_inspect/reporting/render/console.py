@@ -107,10 +107,10 @@ def print_frame(
     return shown + sum(value != "" for value in constant.values())
 
 
-def print_lines(text: str | Text, style: str, console: Console, lead: Text | None = None) -> None:
+def print_lines(text: str | Text, style: str, console: Console) -> None:
     """Prints a text, `wrapped`."""
     text = Text(printable(text), style=style) if isinstance(text, str) else text
-    for line in wrapped(text, console, lead):
+    for line in wrapped(text, console):
         console.print(line, soft_wrap=True)
 
 

@@ -115,11 +115,10 @@ class Excerpt:
         return f"{name}: {self.what}, {len(rows):,} of {len(whole):,} rows"
 
 
-def highest_rows(frame: pd.DataFrame, most: int, column: str, otherwise: str = "") -> pd.DataFrame:
-    """If not all rows fit: those where a column, or else `otherwise`, is highest, the highest
-    first; else the first."""
+def highest_rows(frame: pd.DataFrame, most: int, column: str) -> pd.DataFrame:
+    """If not all rows fit: those where a column is highest, the highest first."""
     if len(frame) <= most:
         return frame
     if not frame[column].notna().any():
-        return highest_rows(frame, most, otherwise) if otherwise else frame.head(most)
+        return frame.head(most)
     return frame.nlargest(most, column)
