@@ -25,7 +25,7 @@ REGISTERING = {
 }
 # files whose strings name functions and modules, to be imported when they are needed
 LAZY = {
-    *("cli/__init__.py", "trace/answers.py", "importers/__init__.py", "exporters/__init__.py"),
+    *("cli/__init__.py", "importers/__init__.py", "exporters/__init__.py"),
     "capture/engine/sender.py",  # the program of the process that writes
 }
 # modules that are passed as values: `by.load(…)` is one of their functions
@@ -58,6 +58,7 @@ EXCUSED = {
     "tokens_of.context": "a method of Trace",
     "Follower.clock": "tests set the time",
     "Watched.clock": "tests set the time",
+    "Rings.page_rows": "tests set it",
     "Traces.describe": "tests describe models of their own",
     "count_trace.threads": "tests set their number",
 }
@@ -94,7 +95,7 @@ class Reader(ast.NodeVisitor):
         self.is_lazy = path.relative_to(package).as_posix() in LAZY
         self.module = Definition(path.stem, f"{path}:1", is_root=True)
         self.current, self.owner = self.module, None
-        self.local = [set[str]()]
+        self.local, self.callees = [set[str]()], set[int]()
         tree = ast.parse(path.read_text())
         # `module.name` names something of the module
         self.modules = {
@@ -193,26 +194,33 @@ class Reader(ast.NodeVisitor):
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load) and not any(node.id in names for names in self.local):
             self.current.names.add(node.id)
+            self.take_value(node, node.id)
+
+    def take_value(self, node: ast.AST, name: str) -> None:
+        """Notes a function that is handed on: whoever gets it may call it with any argument."""
+        if id(node) not in self.callees:
+            self.current.calls.append((name, ANY, set()))
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if isinstance(node.ctx, ast.Load):
             self.current.members.add(node.attr)
+            self.take_value(node, node.attr)
             if isinstance(node.value, ast.Name) and node.value.id in self.modules:
                 self.current.names.add(node.attr)
         self.visit(node.value)
 
     def visit_Call(self, node: ast.Call) -> None:
-        of = getattr(node.func, "id", getattr(node.func, "attr", ""))
-        if of in ("getattr", "hasattr", "attrgetter", "methodcaller", "setattr"):
+        function = node.func.value if isinstance(node.func, ast.Subscript) else node.func
+        of = getattr(function, "id", getattr(function, "attr", ""))
+        if of in ("getattr", "hasattr", "attrgetter", "methodcaller", "setattr", "TraceMethod"):
             for each in ast.walk(node):
                 if isinstance(each, ast.Constant) and isinstance(each.value, str):
                     self.current.members.add(each.value)
                     self.current.names.add(each.value)
         unknown = any(isinstance(each, ast.Starred) for each in node.args)
-        if of == "partial" and node.args:
-            of, unknown = getattr(node.args[0], "id", getattr(node.args[0], "attr", "")), True
         keywords = {each.arg or "**" for each in node.keywords}
         self.current.calls.append((of, ANY if unknown else len(node.args), keywords))
+        self.callees.add(id(function))
         self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:

@@ -125,7 +125,9 @@ def check_rows(kernels: ModuleType, case: Case, reference: bool, module: Any = r
     """Its kernels are in a module of their own. The kind of tape is none of theirs."""
     if case.T:
         with patch.object(module.kernels, "runs_triton", lambda _: True):  # else none are kept
-            checks.check_rows(module, case, module.rows_torch if reference else module.rows_triton)
+            kind = "torch" if reference else "triton"
+            both = getattr(module, f"keep_{kind}"), getattr(module, f"take_{kind}")
+            checks.check_rows(module, case, both)
 
 
 CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_combine}

@@ -449,6 +449,3 @@ if triton is not None:
         if logits is not None:
             torch.index_select(of.logits, 1, picked[:m], out=logits)
         return [*of_rows, ids, weights, logits, physicals]
-
-    rows_triton = keep_triton, take_triton  # for the self-check
-rows_torch = keep_torch, take_torch
