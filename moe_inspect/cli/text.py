@@ -95,10 +95,10 @@ def _print_document(trace: Trace, rows: pd.DataFrame, router: int, file: TextIO)
     console.print(routed_text(rows, colours))
 
 
-def _print_concordances(trace: Trace, frame: pd.DataFrame, file: TextIO) -> None:
+def _print_concordances(trace: Trace, frame: Any, file: TextIO) -> None:
     for (layer, expert), tokens in frame.attrs["tokens"].items():
-        is_shown: Any = (frame["layer"] == layer) & (frame["expert"] == expert)
-        _print_concordance(trace, frame[is_shown], f"layer {layer}, expert {expert}", tokens, file)
+        rows = frame[(frame["layer"] == layer) & (frame["expert"] == expert)]
+        _print_concordance(trace, rows, f"layer {layer}, expert {expert}", tokens, file)
 
 
 def _print_concordance(

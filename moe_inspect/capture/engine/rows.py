@@ -10,7 +10,7 @@ from __future__ import annotations
 # pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with
 # triton:
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
 import itertools
 from collections import deque
