@@ -79,7 +79,8 @@ def on_disk(root: Path, E: int, k: int) -> Path:
 @benchmark
 def capacity() -> Rates:
     from moe_inspect.simulate import kernels_numba
-    from moe_inspect.simulate.capacity import levels, simulate_capacity
+    from moe_inspect.simulate.capacity import levels
+    from moe_inspect.simulate.routing import simulate_routing
     from moe_inspect.simulate.shards import expert_capacity
 
     start_G = np.arange(0, TOKENS + 1, 8192)
@@ -100,7 +101,7 @@ def capacity() -> Rates:
             trace = on_disk(Path(directory) / "t", E, k)
             yield (
                 f"capacity, three factors, trace, {k} of {E}",
-                rate(partial(simulate_capacity, trace), 4 * TOKENS * ROUTERS, 2),
+                rate(partial(simulate_routing, trace), 4 * TOKENS * ROUTERS, 2),
                 20,
             )
 

@@ -281,7 +281,7 @@ CASES = [
     Case("1e8", "report {a} --html {out}.html"),
     Case("1e8", "simulate cache {a}", "read"),
     Case("1e8", "simulate placement {a}", "read"),
-    Case("1e8", "simulate capacity {a}", "read"),
+    Case("1e8", "simulate routing {a}", "read"),
     Case("1e8", "simulate decode {a}", "read"),
     *(Case(f"{n} domains", "report {a}", "read") for n in (8, 500)),
     Case("1e6 documents", "report {a}", "read"),

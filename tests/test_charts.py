@@ -23,9 +23,9 @@ from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.reporting.verdict.findings import uneven
 from moe_inspect.simulate.cache import simulate_cache
-from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.result import Simulation
+from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT
 from tests.support.sweep import WHOLE
@@ -324,7 +324,7 @@ def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
     heatmap = placed.chart.panels[0].heatmap
     assert heatmap is not None
     assert heatmap.values.shape == (3, 14)
-    for simulated in (placed, simulate_cache(trace), simulate_capacity(trace)):
+    for simulated in (placed, simulate_cache(trace), simulate_routing(trace)):
         assert overlapping(simulated.plot()) == []
         made = simulated.page()
         assert "data-panel" in made

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.simulate.decode import simulate_decode
+from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.support.synthetic import routers, write_counts
@@ -380,7 +380,7 @@ def test_a_decode_step_is_of_one_position(made: Made, phase: str | None) -> None
 
 def test_a_generated_token_is_a_group_of_its_own_where_sequences_are_groups(made: Made) -> None:
     factor, group_T = 1.25, made.sequence * 1_000 + made.batch
-    simulated = simulate_capacity(made.trace, capacity_factors=[factor], group_tokens="sequence")
+    simulated = simulate_routing(made.trace, capacity_factors=[factor], group_tokens="sequence")
     table, tokens_G = simulated.tables["capacity"], np.unique(group_T, return_counts=True)[1]
     for r in range(L):
         load_GE = made.by(group_T, made.chosen[r])

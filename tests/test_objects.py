@@ -38,7 +38,7 @@ MADE: dict[str, Callable[[Path], Shown]] = {
     "Comparison": lambda _: moe_inspect.compare(BALANCED, COLLAPSED),
     "Comparison of counts": _loads,
     "Comparison of models": lambda place: moe_inspect.compare(BALANCED, _counts(place)),
-    "capacity": lambda _: moe_inspect.open_trace(BALANCED).simulate.capacity(),
+    "routing": lambda _: moe_inspect.open_trace(BALANCED).simulate.routing(),
     "placement": lambda _: moe_inspect.open_trace(BALANCED).simulate.placement(gpus=4),
     "decode": lambda _: moe_inspect.open_trace(BALANCED).simulate.decode(),
     "cache": lambda _: moe_inspect.open_trace(BALANCED).simulate.cache(),

@@ -56,7 +56,6 @@ USUAL: dict[str, list[Any]] = {
     "doctor": ["demo", "--no-measure"],
     "merge": ["t", "u", "-o", "new"],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
-    "simulate capacity": ["t"],
     "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],
     "simulate decode": ["t"],
     "simulate cache": ["t"],
@@ -232,7 +231,6 @@ OUTPUTS = {
         ["--format", f, "-o", f"new{e}"] for f, e in (("counts", ".csv"), ("sglang", ".json"))
     ],
     "simulate placement": [["-o", "new.json"], ["-o", "new.yaml"], ["-o", "new.csv"]],
-    "simulate capacity": [["-o", "new.txt"]],
     "simulate decode": [["--plots", "new"]],
     "simulate cache": [["--html", "new.html"]],
     "simulate routing": [["-o", "new.parquet"]],

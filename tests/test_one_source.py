@@ -23,7 +23,6 @@ from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.gate import breaches, gate
 from moe_inspect.simulate.cache import simulate_cache
-from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.text import layer_label
@@ -154,7 +153,7 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
     for name in ("layer 5/1: max_vio is", "layer 5/2", worst, "layer 0"):
         assert name in said
     assert "(router" not in said
-    capacity, cache = simulate_capacity(trace), simulate_cache(trace)
+    capacity, cache = simulate_routing(trace), simulate_cache(trace)
     assert "layer 5/1 would drop most" in capacity.verdict[0]
     assert any("(layer 5/1), which leaves" in s for s in capacity.verdict)
     assert any("layer 5/1, drop rate by position" in s for s in capacity.verdict)
@@ -164,7 +163,7 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
 
 def test_a_simulation_of_routing_names_routers_too(tmp_path: Path):
     trace = encoder_decoder(tmp_path / "t")
-    simulated = simulate_routing(trace, algorithms=["as recorded", "loss-free bias"])
-    _, recorded, other, *_ = simulated.verdict  # the first: that one document is too few to advise
-    assert recorded.startswith("As recorded, layer 0 (encoder) is the least balanced: its busiest ")
-    assert "layer 0 (encoder)" in other
+    said = simulate_routing(trace, algorithms=["as recorded"]).verdict
+    assert any(
+        one.startswith("As recorded, layer 0 (encoder) is the least balanced") for one in said
+    )

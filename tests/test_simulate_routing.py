@@ -7,16 +7,18 @@ from collections import Counter
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate import capacity, kernels_numba, routing_algorithms
-from moe_inspect.simulate.capacity import ORDERS, simulate_capacity
+from moe_inspect.simulate import capacity, kernels_numba
+from moe_inspect.simulate.capacity import ORDERS
 from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.simulate.routing_algorithms import ALGORITHMS, Algorithm, RouterScores, largest
 from moe_inspect.simulate.shards import expert_capacity
@@ -24,14 +26,15 @@ from tests.conftest import ROOT
 from tests.support.sweep import WHOLE
 from tests.support.synthetic import uniform_ids, write_trace
 
-VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
+CAPACITY = ["capacity", "capacity_needed", "capacity_tokens"]
+CAPACITY += ["capacity_by_domain", "capacity_by_position"]
+VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factors": 1.0}
 
 
 def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> RouterScores:
     logits_TE = logits_TE.astype(np.float16)
     chosen_TE = largest(logits_TE.astype(np.float32), k)
-    token_id_T = np.arange(len(logits_TE)) % 17
-    return RouterScores(logits_TE, chosen_TE, token_id_T, k, scoring, 0)
+    return RouterScores(logits_TE, chosen_TE, k, scoring)
 
 
 def skewed(seed: int = 0, T: int = 200, E: int = 8) -> np.ndarray:
@@ -40,21 +43,17 @@ def skewed(seed: int = 0, T: int = 200, E: int = 8) -> np.ndarray:
 
 
 def choose(of: Algorithm, made: RouterScores) -> np.ndarray:
-    return of.choose(made, VALUES[of.setting], of.prepare(made) if of.prepare else {})
+    return of.choose(made, VALUES[of.setting])
 
 
 @pytest.mark.parametrize("of", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_experts_a_token_and_what_leaks_the_future_says_so(of: Algorithm):
-    memory = of.prepare(batch(skewed(5))) if of.prepare else {}
     moved = 0
     for seed in range(5):
         logits_TE = skewed(seed)
         later_TE = logits_TE.copy()
         later_TE[100:] = skewed(seed + 50)[100:, ::-1]
-        first, second = (
-            of.choose(batch(x), VALUES[of.setting], {k: v.copy() for k, v in memory.items()})[:100]
-            for x in (logits_TE, later_TE)
-        )
+        first, second = (choose(of, batch(x))[:100] for x in (logits_TE, later_TE))
         moved += int((first != second).sum())
     assert bool(moved) == bool(of.leaks)
     chosen_TE = choose(of, batch(skewed()))
@@ -80,21 +79,9 @@ def test_the_largest_are_those_of_a_stable_sort_whatever_is_guessed(values: int)
             assert (largest(values_TE, k, guess=guess) == expected).all()
 
 
-def test_a_hash_is_of_the_token_id_alone():
-    made = batch(skewed())
-    token_id_T = np.where(np.arange(200) % 5, made.token_id_T, -1)
-    chosen_TE = choose(ALGORITHMS["hash"], replace(made, token_id_T=token_id_T))
-    for t in range(200):
-        one = made.logits_TE[:1], made.model_TE[:1], token_id_T[t : t + 1]
-        alone = RouterScores(*one, made.k, made.scoring, 0)
-        assert (choose(ALGORITHMS["hash"], alone) == chosen_TE[t]).all()
-    assert not chosen_TE[token_id_T < 0].any()
-    assert (chosen_TE[token_id_T >= 0].sum(1) == 2).all()
-
-
 def test_top_p_by_hand():
     made = batch(np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.97, 0.01, 0.01, 0.01]])))
-    found = [ALGORITHMS["top-p"].choose(made, p, {}).sum(1).tolist() for p in (0.4, 0.6, 0.8, 1.0)]
+    found = [ALGORITHMS["top-p"].choose(made, p).sum(1).tolist() for p in (0.4, 0.6, 0.8, 1.0)]
     assert found == [[1, 1], [2, 1], [3, 1], [4, 4]]
 
 
@@ -103,7 +90,7 @@ def test_top_p_sums_in_double_precision():
     sum_TE = np.cumsum(np.sort(made.share_TE, axis=1)[:, ::-1], axis=1, dtype=np.float64)
     for t, sum_E in enumerate(sum_TE):
         for p, k in ((sum_E[99] - 2e-9, 100), (sum_E[99] + 2e-9, 101)):
-            assert ALGORITHMS["top-p"].choose(made, p + 1e-6, {})[t].sum() == k
+            assert ALGORITHMS["top-p"].choose(made, p + 1e-6)[t].sum() == k
 
 
 @settings(max_examples=100 if WHOLE else 50, deadline=None)
@@ -132,65 +119,6 @@ def test_expert_choice_gives_ties_to_the_first_tokens():
     assert (choose(ALGORITHMS["expert choice"], made) == expected).all()
 
 
-def test_sinkhorn_of_one_token_is_its_top_k():
-    for row_E in skewed():
-        made = batch(row_E[None])
-        assert (choose(ALGORITHMS["sinkhorn"], made) == made.own_TE).all()
-
-
-def test_sinkhorn_evens_out_what_top_k_does_not():
-    logits_TE = skewed(T=4000)
-    names = ("sinkhorn", "top-k")
-    load_2E = [choose(ALGORITHMS[name], batch(logits_TE)).sum(0) for name in names]
-    even, uneven = (load_E.max() / load_E.mean() - 1 for load_E in load_2E)
-    assert even < 0.1 < 0.5 < uneven
-
-
-def test_a_bias_moves_by_the_sign_of_the_load_error_after_as_many_tokens_as_a_step_of_training():
-    state = {"bias_E": np.zeros(4, np.float32), "load_E": np.zeros(4, np.int64)}
-    made = batch(np.array([[9.0, 5, 1, 0]]), k=2)
-    for _ in range(routing_algorithms.BIAS_TOKENS - 1):  # decode steps
-        ALGORITHMS["loss-free bias"].choose(made, 0, state)
-    assert not state["bias_E"].any()
-    ALGORITHMS["loss-free bias"].choose(made, 0, state)
-    rate = routing_algorithms.BIAS_RATE
-    assert state["bias_E"].tolist() == pytest.approx([-rate, -rate, rate, rate])
-    assert not state["load_E"].any()
-
-
-@pytest.mark.parametrize(("T", "decimals"), [(203, 9), (203, 0), (50, 9)])  # 0: with ties
-def test_a_fitted_bias_is_that_of_plain_rounds(
-    T: int, decimals: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(routing_algorithms, "BIAS_TOKENS", 64)
-    made = batch(skewed(T=T, E=24).round(decimals))
-    rng, bias_E = np.random.default_rng(routing_algorithms.SEED), np.zeros(24, np.float32)
-    for rate in np.geomspace(0.05, 0.001, 300):
-        at_N = rng.integers(T, size=64) if T > 64 else np.arange(T)
-        best_NK = np.argsort(-(made.scores_TE[at_N] + bias_E), axis=1, kind="stable")[:, :2]
-        load_E = np.bincount(best_NK.ravel(), minlength=24)
-        bias_E += np.float32(rate) * np.sign(load_E.mean() - load_E).astype(np.float32)
-    prepare = ALGORITHMS["loss-free bias"].prepare
-    assert prepare
-    assert (prepare(made)["bias_E"] == bias_E).all()
-
-
-def test_a_bias_is_judged_on_documents_that_it_has_not_seen(tmp_path: Path):
-    rng, document = np.random.default_rng(0), np.arange(8_000) // 50
-    skew = np.linspace(2, 0, 8)
-    # what evens out the one half makes the other worse
-    turned = np.where(document[:, None] % 2 == 0, skew, skew[::-1])
-
-    def vio(name: str, lean: np.ndarray, document: np.ndarray) -> tuple[float, int]:
-        trace = with_logits(tmp_path / name, rng.normal(size=(8_000, 8)) + lean, 2, document)
-        row = simulate_routing(trace, algorithms=["loss-free bias"]).tables["routing"].iloc[0]
-        return row["max_vio"], row["tokens"]
-
-    assert vio("alike", skew, document) == (pytest.approx(0.05, abs=0.05), 4_000)
-    assert vio("turned", turned, document)[0] > 1.5
-    assert vio("one document", skew, document * 0) == (pytest.approx(0.05, abs=0.05), 8_000)
-
-
 def with_logits(root: Path, logits_TE: np.ndarray, k: int, document: np.ndarray) -> Trace:
     logits_TE = logits_TE.astype(np.float16)
     ids = np.argsort(-logits_TE, axis=1, kind="stable")[:, :k].astype(np.uint16)
@@ -202,28 +130,41 @@ def test_more_compute_is_no_better_balance(tmp_path: Path):
     rng = np.random.default_rng(0)
     logits_TE = rng.normal(size=(2_000, 8)) + np.linspace(1, 0, 8)
     trace = with_logits(tmp_path / "t", logits_TE, 4, np.arange(2_000) // 50)
-    made = simulate_routing(trace, capacity_factor=[0.5])
+    made = simulate_routing(trace, capacity_factors=[0.5])
     advice = made.tables["routing_algorithms"].set_index("algorithm")
     assert advice.loc["top-k 8", ["max_vio_worst", "experts_per_token"]].tolist() == [0, 8]
     assert advice.loc["top-k 8", "use_when"].endswith("; computes 2x as many experts per token")
     half = advice.loc["next best 0.5", "use_when"]
     assert half.endswith("; computes 0.5x as many experts per token")
     assert advice.loc["top-k 4", "use_when"] == ALGORITHMS["top-k"].use_when
-    assert any("loss-free bias keeps the most probability mass" in s for s in made.verdict)
+    assert any("no causal algorithm with the same compute balances" in s for s in made.verdict)
 
 
-def test_a_loss_free_bias_evens_the_collapsed_layer_and_keeps_four_fifths_of_the_mass():
+def test_expert_choice_evens_the_collapsed_layer_and_keeps_four_fifths_of_the_mass():
     made = simulate_routing(ROOT / "sample_traces/collapsed", layers=3)
     table = made.tables["routing"].set_index("algorithm")
     assert table.loc["as recorded", "max_vio"] > 1.8
-    assert table.loc["loss-free bias", "max_vio"] < 0.2
-    assert table.loc["loss-free bias", "mass_retained"] >= 0.8
+    assert table.loc["expert choice", "max_vio"] < 0.2
+    assert table.loc["expert choice", "mass_retained"] >= 0.8
     own = table.loc["as recorded", ["mass_retained", "agreement"]]
     assert own.tolist() == pytest.approx([1, 1], abs=1e-6)
     # the logits are those that chose, but for ties in float16
     assert table.loc["top-k 2", "agreement"] > 0.99
-    assert table.loc["random", "agreement"] == pytest.approx(2 / 8, abs=0.02)
-    assert table.loc["random", "mass_retained"] < 0.5
+
+
+def test_without_logits_the_drops_remain_and_a_line_says_what_the_rest_needs(tmp_path: Path):
+    logits_TE, document = skewed(), np.arange(200) // 20
+    whole = with_logits(tmp_path / "a", logits_TE, 2, document)
+    ids = np.argsort(-logits_TE.astype(np.float16), axis=1, kind="stable")[:, :2].astype(np.uint16)
+    how = {"document": document, "batch_tokens": 200}
+    made = simulate_routing(write_trace(tmp_path / "b", [ids], 8, **how))
+    assert [*made.tables] == CAPACITY
+    assert made.verdict[-1] == "For top-k, top-p, expert choice, next best: trace with --logits."
+    among = simulate_routing(whole)
+    assert [*among.tables][:2] == ["routing", "routing_algorithms"]
+    assert made.verdict[:-1] == among.verdict[: len(made.verdict) - 1]
+    for name, table in made.tables.items():
+        pd.testing.assert_frame_equal(table, among.tables[name])
 
 
 def test_scoring_is_the_routers_own():
@@ -250,18 +191,16 @@ def test_logits_that_no_softmax_takes_are_refused(wrong: float, tmp_path: Path):
 
 def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
     trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4)
-    why = "has no logits, which simulate routing needs: trace with --logits"
-    with pytest.raises(MoeInspectError, match=why):
-        simulate_routing(trace)
     with pytest.raises(MoeInspectError, match="no algorithm best: there are as recorded"):
         simulate_routing(ROOT / "sample_traces/balanced", algorithms=["best"])
     with pytest.raises(MoeInspectError, match="holds no gate weights"):
-        simulate_capacity(trace, order="weight")
+        simulate_routing(trace, order="weight")
     with pytest.raises(MoeInspectError, match="capacity factors"):
-        simulate_capacity(trace, capacity_factors=[0.0])
+        simulate_routing(trace, capacity_factors=[0.0])
 
 
 COLLAPSED = ROOT / "sample_traces/collapsed"
+RECORDED: dict[str, Any] = {"algorithms": ["as recorded"]}
 FACTORS = (0.5, 1.0, 1.25, 2.0)
 
 
@@ -334,7 +273,7 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     ids = np.array([0, 0, 0, 0, 0, 1, 0, 0], np.uint16)[:, None]
     cut = {"batch_tokens": 4, "shard_tokens": 4, "document": np.arange(8) // 4}
     trace = write_trace(tmp_path / "t", [ids], 2, domain_of_document=("a", "b"), **cut)
-    made = simulate_capacity(trace, capacity_factors=[1.0], target_drop=0.0)
+    made = simulate_routing(trace, capacity_factors=[1.0], target_drop=0.0)
     columns = ["simulated_drop_rate", "tokens_hit", "tokens_lost", "unused_capacity"]
     assert made.tables["capacity"].iloc[0][columns].tolist() == [3 / 8] * 4
     assert made.tables["capacity_by_domain"]["simulated_drop_rate"].tolist() == [2 / 4, 1 / 4]
@@ -347,18 +286,19 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     assert ceil(1.1 * 100) == 111
     assert expert_capacity(1.1, 100, 1, 1) == 110
     assert expert_capacity(1.25, 7, 2, 8) == 3
-    few, *said = made.verdict
+    few, *said, rest = made.verdict
+    assert rest.startswith("For top-k")
     assert few.startswith("Too little data to advise: with fewer than 8 documents")
     assert all(sentence.startswith("Simulated") for sentence in said)
 
 
 @pytest.mark.parametrize("group", ["batch", "sequence", 100])
 def test_what_a_factor_needs_is_what_it_then_drops(group: str | int):
-    how = {"group_tokens": group, "layers": 3}
-    made = simulate_capacity(COLLAPSED, target_drop=0.05, **how)
+    how = {"group_tokens": group, "layers": 3, **RECORDED}
+    made = simulate_routing(COLLAPSED, target_drop=0.05, **how)
     row = made.tables["capacity_needed"].iloc[0]
     factors = [round(row["capacity_factor"] + step, 2) for step in (-0.01, 0)]
-    made = simulate_capacity(COLLAPSED, capacity_factors=factors, **how)
+    made = simulate_routing(COLLAPSED, capacity_factors=factors, **how)
     too_little, enough = made.tables["capacity"].to_dict("records")
     assert too_little["simulated_drop_rate"] > 0.05
     for column in ("simulated_drop_rate", "unused_capacity"):
@@ -372,9 +312,13 @@ def test_a_document_that_was_cut_is_its_sequences_one_after_the_other():
 
 
 def test_order_moves_drops_and_a_group_may_be_larger_than_any_pass():
-    usual, made = (simulate_capacity(COLLAPSED, group_tokens=of) for of in ("batch", 10**30))
+    usual, made = (
+        simulate_routing(COLLAPSED, group_tokens=of, **RECORDED) for of in ("batch", 10**30)
+    )
     assert made.tables["capacity"].equals(usual.tables["capacity"])
-    made = [simulate_capacity(COLLAPSED, order=order, group_tokens=200) for order in ORDERS]
+    made = [
+        simulate_routing(COLLAPSED, order=order, group_tokens=200, **RECORDED) for order in ORDERS
+    ]
     tables = [of.tables["capacity"] for of in made]
     dropped, hit = ([of[name].tolist() for of in tables] for name in ("dropped", "tokens_hit"))
     assert dropped[0] == dropped[1] == dropped[2]

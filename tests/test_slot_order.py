@@ -14,7 +14,7 @@ from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import report
-from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import descending
@@ -192,13 +192,13 @@ def test_the_verdict_is_silent_about_it_and_one_line_says_why(both: Pair, capsys
 
 def test_capacity_serves_first_choices_first_only_where_it_knows_them(both: Pair) -> None:
     known, unknown = both
-    assert simulate_capacity(known).settings["order"] == "arrival"
-    found = simulate_capacity(unknown)
+    assert simulate_routing(known).settings["order"] == "arrival"
+    found = simulate_routing(unknown)
     assert found.settings["order"] == "token"
-    by_token = simulate_capacity(known, order="token")
+    by_token = simulate_routing(known, order="token")
     assert found.tables["capacity"].equals(by_token.tables["capacity"])
     with pytest.raises(MoeInspectError, match="does not record: use order token"):
-        simulate_capacity(unknown, order="arrival")
+        simulate_routing(unknown, order="arrival")
 
 
 def test_exported_counts_have_first_choices_only_where_known(both: Pair, tmp_path: Path) -> None:

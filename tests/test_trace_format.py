@@ -69,7 +69,7 @@ def test_the_example_verifies_and_is_reported_and_simulated(written: Path) -> No
     tables = moe_inspect.report(trace).tables
     assert tables["balance"]["assignments"].tolist() == [1000, 1000]
     assert tables["load"]["first_choice"].sum() == 1000
-    assert len(trace.simulate.capacity().tables)
+    assert len(trace.simulate.routing().tables)
     assert len(trace.simulate.cache().tables)
     assert len(trace.simulate.decode().tables)
 

@@ -29,7 +29,6 @@ OF_A_TRACE = (
     "report",
     "simulate placement",
     "simulate cache",
-    "simulate capacity",
     "simulate decode",
     "simulate routing",
 )

@@ -51,8 +51,6 @@ check T -o out.csv
 compare T T -o out.txt
 compare T T --table flips -o out.parquet
 compare T T --html out.html
-simulate capacity T -o out.txt
-simulate capacity T --html out.html
 simulate placement T --gpus 2 --policy contiguous -o out.json
 simulate placement T --gpus 2 --policy contiguous -o out.yaml
 simulate placement T --gpus 2 --policy contiguous -o out.csv
@@ -65,6 +63,7 @@ simulate placement T --hardware h200 --engine vllm --dtype fp8 --html out.html
 simulate placement T --hardware h200 --engine vllm --dtype fp8 --plots out
 simulate cache T -o out.csv
 simulate cache T --html out.html
+simulate routing T -o out.txt
 simulate routing T -o out.parquet
 simulate routing T --html out.html
 text T --layers 0 --experts 1 -o out.txt

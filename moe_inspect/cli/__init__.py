@@ -19,9 +19,7 @@ SETTINGS: dict[str, Any] = {"max_content_width": 1_000}
 # title in --help → name of a command → "module function" of this folder, or a group of commands
 Listed = Mapping[str, Mapping[str, Any]]
 SIMULATIONS: Listed = {
-    "Commands": {
-        name: f"simulate {name}" for name in ("placement", "decode", "cache", "capacity", "routing")
-    }
+    "Commands": {name: f"simulate {name}" for name in ("placement", "routing", "decode", "cache")}
 }
 COMMANDS: Listed = {
     "Record": {

@@ -78,44 +78,6 @@ def group_tokens_of(text: str) -> int | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityOptions(Options):
-    panel = "Options"
-
-    capacity_factors: list[float] | None = option(
-        "Capacity = ceil(factor · G · k / E) per expert and group of G tokens. Default: "
-        "1.0, 1.25 and 2.0.",
-        "FACTOR",
-        flags=("--capacity-factor",),
-    )
-    group_tokens: Any = option(
-        "A group is a forward pass, at most N tokens of one, or a sequence.",
-        "N|batch|sequence",
-        parser=group_tokens_of,
-        default="batch",
-    )
-    order: Order | None = option(
-        "Order of service: all first choices first (arrival, GShard), token by token "
-        "(token, Switch), highest gate weight first (weight). "
-        "Default: arrival, or token where the trace does not say which choice was the first."
-    )
-    target_drop: float = option(
-        "Report the smallest factor that drops at most this share.", min=0, max=1, default=0.01
-    )
-    layers: Layers = None
-
-
-def capacity(*, trace: TraceArgument, options: CapacityOptions, show: SimulateOptions) -> None:
-    """Simulate the drops that a capacity factor would cause.
-
-    Reports drops by layer, domain and position, and the smallest factor that meets a target drop
-    rate. The effect of dropped tokens on later layers is not simulated.
-
-    Examples:
-    moe-inspect simulate capacity runs/a --capacity-factor 1.0,1.25,2.0"""
-    show.show(show.simulation("capacity", trace, options))
-
-
-@dataclass(frozen=True, kw_only=True)
 class TimesOptions(Options):
     """Whose measured times what is simulated is priced with."""
 
@@ -295,14 +257,30 @@ class RoutingOptions(Options):
     panel = "Options"
 
     algorithms: list[str] | None = option(
-        'Simulate only these algorithms, e.g. "top-k,loss-free bias".',
+        'Simulate only these algorithms, e.g. "top-k,expert choice".',
         "NAME",
         flags=("--algorithm",),
     )
     top_k: list[int] | None = option("Experts per token, for top-k. Default 1, k and 2k.", "K")
     top_p: list[float] | None = option("Cumulative probability, for top-p. Default 0.7.", "P")
-    capacity_factor: list[float] | None = option(
-        "Capacity factor, for next best, which re-routes overflow. Default 1.0 and 1.25.", "FACTOR"
+    capacity_factors: list[float] | None = option(
+        "Capacity = ceil(factor · G · k / E) per expert and group of G tokens. Default: 1.0, 1.25 "
+        "and 2.0.",
+        "FACTOR",
+        flags=("--capacity-factor",),
+    )
+    group_tokens: Any = option(
+        "A group is a forward pass, at most N tokens of one, or a sequence.",
+        "N|batch|sequence",
+        parser=group_tokens_of,
+        default="batch",
+    )
+    order: Order | None = option(
+        "Who is served first: all first choices (arrival), token by token, or the highest gate "
+        "weight. Default: arrival, or token where first choices are not known."
+    )
+    target_drop: float = option(
+        "Report the smallest factor that drops at most this share.", min=0, max=1, default=0.01
     )
     uneven: float | None = option(
         "max_vio from which a router counts as unbalanced. Default as in report.", min=0
@@ -311,11 +289,14 @@ class RoutingOptions(Options):
 
 
 def routing(*, trace: TraceArgument, options: RoutingOptions, show: SimulateOptions) -> None:
-    """Simulate other routing algorithms on the recorded logits.
+    """Simulate other routing: capacity factors, and other algorithms.
 
-    Needs a trace with --logits. Reports balance, probability mass kept, agreement with the model's
-    own choices, whether a token's routing depends on later tokens, and when to use each.
+    Reports what token choice drops under a capacity, by layer, domain and position, and the
+    smallest factor that meets a target drop rate. Of a trace with --logits also balance,
+    probability mass kept, agreement with the model's own choices, and when to use each algorithm.
+    The effect on later layers is not simulated.
 
     Examples:
+    moe-inspect simulate routing runs/a --capacity-factor 1.0,1.25,2.0
     moe-inspect simulate routing runs/a --top-k 1,2,4"""
     show.show(show.simulation("routing", trace, options))

@@ -1,4 +1,5 @@
-"""`simulate capacity`: what a capacity factor would drop, of routing that dropped nothing.
+"""Token choice under a capacity, for `simulate routing`: what a capacity factor would drop, of
+routing that dropped nothing.
 
 An expert takes capacity = ceil(cf · G · k / E) assignments of a group of G tokens (GShard,
 arXiv:2006.16668; Switch, arXiv:2101.03961); what comes later in its queue is dropped. The tokens'
@@ -11,22 +12,19 @@ tokens of one domain and the same tenths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, reduce
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.tasks import summed
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Chart, Line, Panel, look
-from moe_inspect.simulate import result
+from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Line, Panel, look
 from moe_inspect.simulate.kernels_numba import NOWHERE, queue
 from moe_inspect.simulate.result import Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, expert_capacity, routed
@@ -39,7 +37,7 @@ Order = Literal["arrival", "token", "weight"]
 ORDERS: dict[Order, str] = {
     "arrival": "first choices of all tokens, then second choices (GShard)",
     "token": "token after token, each with all its choices (Switch)",
-    "weight": "the highest gate weight first",
+    "weight": "the highest gate weight first (batch prioritized routing, arXiv:2106.05974)",
 }
 GroupTokens = int | Literal["batch", "sequence"]
 MOST_FACTORS = 50
@@ -47,31 +45,19 @@ STEP = 100  # the least factor is searched for in hundredths
 POSITIONS = ("document", "group")  # what a token's tenth is a tenth of
 
 
-@result.repeatable
-def simulate_capacity(
-    trace: Trace | str | Path,
-    *,
-    capacity_factors: Sequence[float] = (1.0, 1.25, 2.0),
-    group_tokens: GroupTokens = "batch",
-    order: Order | None = None,
-    target_drop: float = 0.01,
-    layers: str | int | Iterable[int | str] | None = None,
-) -> result.Simulation:
-    """What experts of limited capacity would drop.
-
-    `capacity_factors`: up to 50, each above 0. `group_tokens`: the tokens that share the experts'
-    capacity: "batch" (a forward pass), a number (at most so many of one pass) or "sequence" (the
-    tokens of one sequence in one pass). `order`: which assignments are served first, one of ORDERS;
-    default "arrival", or "token" where the trace does not say which choice of a decision was the
-    first. `target_drop`: drop rate, 0 to 1, for which the least factor is sought. `layers`:
-    "0-3,7", 3 or [0, 3]; default all.
-
-    Tables: capacity (a row per router and factor), capacity_needed (per router), capacity_tokens
-    (per factor, all layers), capacity_by_domain, capacity_by_position. MoeInspectError for settings
-    out of range, and for traces without decisions or without the weights that `order` needs."""
-    trace = result.with_decisions(trace, "simulate capacity")
-    selection = select(trace, layers=layers)
-    chosen = selection.routers
+def simulated_drops(
+    trace: Trace,
+    chosen: Sequence[int],
+    capacity_factors: Sequence[float],
+    group_tokens: GroupTokens,
+    order: Order | None,
+    target_drop: float,
+) -> tuple[dict[str, pd.DataFrame], Settings]:
+    """The tables capacity (a row per router and factor), capacity_needed (per router),
+    capacity_tokens (per factor, all layers), capacity_by_domain and capacity_by_position, of the
+    routers `chosen`; and what `drops_said` and `panels` need. The options are those of
+    simulate_routing. MoeInspectError for settings out of range, and for traces without the weights
+    or first choices that `order` needs."""
     ranked = all(trace.routers[r].first_choice_known for r in chosen)
     factors = tuple(sorted({float(f) for f in capacity_factors}))
     order = order or ("arrival" if ranked else "token")
@@ -99,17 +85,14 @@ def simulate_capacity(
     if wrong:
         raise MoeInspectError(wrong)
     asked = chosen, factors, group_tokens, order
-    parts = summed(trace, "simulating capacity", _add, _drops_of_shard, *asked)
+    parts = summed(trace, "simulating drops", _add, _drops_of_shard, *asked)
     settings: Settings = {
         "capacity_factors": factors,
         "group_tokens": group_tokens,
         "order": order,
         "target_drop": target_drop,
     }
-    tables = _tables(trace, reduce(_add, parts), settings)
-    shown = ("capacity", "capacity_needed")
-    few = result.too_few(trace, selection)
-    return result.simulation(trace, few, tables, settings, verdict, chart, shown)
+    return _tables(trace, reduce(_add, parts), settings), settings
 
 
 # --- counting: the queues before the experts of each router in each shard
@@ -398,7 +381,7 @@ def _group(group: int | str) -> str:
     return {"batch": "a forward pass", "sequence": "a sequence"}.get(str(group), f"{group} tokens")
 
 
-def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
+def drops_said(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     factors = settings["capacity_factors"]
     factor = factors[len(factors) // 2]
     main, across, needed = tables["capacity"], tables["capacity_tokens"], tables["capacity_needed"]
@@ -440,7 +423,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     return sentences
 
 
-def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
+def panels(tables: Tables, settings: Settings, label_of: Labels) -> tuple[Panel, Panel]:
     """What each layer drops; and where in its document and group the worst layer's drops fall."""
     factors, main = settings["capacity_factors"], tables["capacity"]
     routers = list(main["router"].unique())
@@ -462,17 +445,6 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     layers = Axis("layer", tuple(label_of[r] for r in routers))
     tenths = Axis("tenth (10 is the end)", tuple(str(i) for i in range(1, 11)))
     rate = Axis("share of assignments dropped", low=0)
+    groups = f"By layer, in groups of {_group(settings['group_tokens'])}"
     where = f"Layer {label_of[worst]} at factor {factor:g}, by position"
-    return Chart(
-        "Capacity of experts",
-        "Share of the assignments that are dropped, in groups of "
-        + _group(settings["group_tokens"]),
-        (
-            Panel(by_layer, layers, rate, "By layer"),
-            Panel(tuple(by_position), tenths, rate, where),
-        ),
-        text=result.SIMULATED
-        + "An expert takes at most its even share of a group × the capacity factor.",
-        columns=2,
-        name="capacity",
-    )
+    return Panel(by_layer, layers, rate, groups), Panel(tuple(by_position), tenths, rate, where)

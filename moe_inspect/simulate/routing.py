@@ -1,4 +1,5 @@
-"""`simulate routing`: other routing algorithms on the logits that the model computed.
+"""`simulate routing`: token choice under a capacity, of the choices that the model made
+(`capacity`), and other routing algorithms on the logits that it computed.
 
 T tokens of a batch, E experts. A batch is a forward pass, as recorded. The effect on the quality of
 the model, whose experts were trained with its own routing, is not simulated; the share of the
@@ -8,7 +9,7 @@ router's probability mass that an algorithm keeps shows how far it departs from 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,9 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, cell_numbers
 from moe_inspect.simulate import result
 from moe_inspect.simulate import routing_algorithms as algo
-from moe_inspect.simulate.result import Labels, Settings, Tables
+from moe_inspect.simulate.capacity import GroupTokens, Order, drops_said, simulated_drops
+from moe_inspect.simulate.capacity import panels as drops_panels
+from moe_inspect.simulate.result import Frame, Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, check_length, routed
 from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.runs import run_edges
@@ -31,41 +34,25 @@ from moe_inspect.trace.shard import Shard
 # by setting of an algorithm, the values that it is run with; None is the default
 ValuesOf = dict[str, Sequence[float] | None]
 INFINITE = 0x7C00  # the bits of a float16; NaN is above
-SAMPLE = 16_384  # tokens, at most, that an algorithm that learns is prepared on
 
 
-class ShardTokens:
-    """The tokens of a shard that reach the routers of a stack: where their batches begin, and
-    which half of the documents each is in."""
-
-    def __init__(self, shard: Shard, half_of: pd.Series, router: int, seen: Seen) -> None:
-        columns = shard.tokens(["batch", "token_id", "document"]).columns
-        self.batch_T, self.token_id_T, document_T = (c.to_numpy()[seen] for c in columns)
-        self.half_T = half_of.reindex(document_T).to_numpy()
-        self.edges = run_edges(self.batch_T).tolist()
-        self.blind_B = [dict[tuple[str, int, int], np.ndarray]() for _ in self.edges[1:]]
-
-    def scored(self, shard: Shard, r: int, ids_KT: np.ndarray) -> algo.RouterScores:
-        """With what a router computed for them, and what the model chose."""
-        router, logits_TE = shard.trace.routers[r], shard.logits(r)
-        check_length(logits_TE, len(self.batch_T), r)
-        bits_TE = logits_TE.view(np.uint16)
-        size_TE = bits_TE & 0x7FFF  # without the sign
-        highest = size_TE.max(initial=0)
-        unknown = highest > INFINITE or (highest == INFINITE and (bits_TE == INFINITE).any())
-        if unknown or (highest == INFINITE and (size_TE.min(1) == INFINITE).any()):
-            raise MoeInspectError(
-                f"{shard.trace.path}: router {r} has logits that are NaN or +inf, or tokens "
-                "without any finite logit"
-            )
-        model_TE = np.zeros((len(self.batch_T), router.experts + 1), bool)
-        model_TE[np.arange(len(model_TE)), ids_KT] = True  # an unused slot, −1: the last column
-        of = np.ascontiguousarray(model_TE[:, :-1]), self.token_id_T, router.top_k, router.scoring
-        return algo.RouterScores(logits_TE, *of, -1)
-
-    def of_half(self, half: int | None) -> np.ndarray:
-        """The tokens of one half of the documents, or of all. int64 [T]"""
-        return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
+def scored(shard: Shard, r: int, ids_KT: np.ndarray) -> algo.RouterScores:
+    """What a router computed for the tokens of a shard that reach it, and what the model chose."""
+    router, logits_TE, tokens = shard.trace.routers[r], shard.logits(r), ids_KT.shape[1]
+    check_length(logits_TE, tokens, r)
+    bits_TE = logits_TE.view(np.uint16)
+    size_TE = bits_TE & 0x7FFF  # without the sign
+    highest = size_TE.max(initial=0)
+    unknown = highest > INFINITE or (highest == INFINITE and (bits_TE == INFINITE).any())
+    if unknown or (highest == INFINITE and (size_TE.min(1) == INFINITE).any()):
+        raise MoeInspectError(
+            f"{shard.trace.path}: router {r} has logits that are NaN or +inf, or tokens "
+            "without any finite logit"
+        )
+    model_TE = np.zeros((tokens, router.experts + 1), bool)
+    model_TE[np.arange(tokens), ids_KT] = True  # an unused slot, −1: the last column
+    of = np.ascontiguousarray(model_TE[:, :-1]), router.top_k, router.scoring
+    return algo.RouterScores(logits_TE, *of)
 
 
 @result.repeatable
@@ -75,52 +62,54 @@ def simulate_routing(
     algorithms: Sequence[str] | None = None,
     top_k: Sequence[int] | None = None,
     top_p: Sequence[float] = (0.7,),
-    capacity_factor: Sequence[float] = (1.0, 1.25),
+    capacity_factors: Sequence[float] = (1.0, 1.25, 2.0),
+    group_tokens: GroupTokens = "batch",
+    order: Order | None = None,
+    target_drop: float = 0.01,
     layers: str | int | Iterable[int | str] | None = None,
     uneven: float = UNEVEN,
 ) -> result.Simulation:
-    """Balance, probability mass and agreement of other routing algorithms on recorded logits.
+    """What token choice under a capacity drops, and balance, probability mass and agreement of
+    other routing algorithms on recorded logits. A trace without logits gives the drops alone.
 
-    `algorithms`: names of ALGORITHMS; default all. `top_k`: experts per token of "top-k", at
-    least 1; default 1, k and 2k. `top_p`: cumulative probability of "top-p", above 0 and at most 1.
-    `capacity_factor`: of "next best", above 0. `layers`: only these. `uneven`: max_vio from which a
-    router counts as unbalanced, the report's threshold of that name.
+    `algorithms`: names of ALGORITHMS; default all. `top_k`: experts per token of "top-k", at least
+    1; default 1, k and 2k. `top_p`: cumulative probability of "top-p", above 0 and at most 1.
+    `capacity_factors`: up to 50, each above 0; also of "next best". `group_tokens`: the tokens that
+    share the experts' capacity: "batch" (a forward pass), a number (at most so many of one pass) or
+    "sequence" (the tokens of one sequence in one pass). `order`: which assignments are served
+    first, one of ORDERS; default "arrival", or "token" where the trace does not say which choice of
+    a decision was the first. `target_drop`: drop rate, 0 to 1, for which the least factor is
+    sought. `layers`: only these. `uneven`: max_vio from which a router counts as unbalanced, the
+    report's threshold of that name.
 
-    Tables: routing (a row per router and algorithm), routing_algorithms (a row per algorithm).
-    MoeInspectError for a trace without logits, and for values out of range."""
+    Tables: capacity (a row per router and factor), capacity_needed (per router), capacity_tokens
+    (per factor, all layers), capacity_by_domain, capacity_by_position; with logits first routing (a
+    row per router and algorithm) and routing_algorithms (a row per algorithm). MoeInspectError for
+    settings out of range, and for traces without decisions or without the weights that `order`
+    needs."""
     trace = result.with_decisions(trace, "simulate routing")
     names = tuple(algorithms or algo.ALGORITHMS)
-    values_of = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
-    _check(trace, names, values_of)
+    values_of = {"top_k": top_k, "top_p": top_p, "capacity_factors": capacity_factors}
+    _check(names, values_of)
     selection = select(trace, layers=layers)
     chosen = selection.routers
-    documents = trace.documents().drop_duplicates("document").sort_values("document")
-    # alternating within each domain: two halves with the same mix of domains
-    half_of = documents.set_index("document").groupby("domain", observed=True).cumcount() % 2
-    # algorithms that learn are fitted on one half of the documents and evaluated on the other
-    held_out = half_of.nunique() == 2
-    asked = names, values_of, half_of, held_out
-    runs_of = _runs_of(trace, chosen, *asked)
+    drops, settings = simulated_drops(
+        trace, chosen, capacity_factors, group_tokens, order, target_drop
+    )
+    tables, shown = drops, ("capacity", "capacity_needed")
     k = float(np.mean([trace.routers[r].top_k for r in chosen]))
-    settings: Settings = {
-        "batch": "a forward pass",
-        "bias_held_out": held_out,
-        "experts_per_token": k,
-        **values_of,
-        "uneven": uneven,
-        "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen}),
-    }
-    shown = ("routing_algorithms",)
-    tables = _tables(trace, runs_of, k)
+    settings |= {"experts_per_token": k, "top_k": top_k, "top_p": top_p, "uneven": uneven}
+    if "logits" in trace.tables:
+        tables = _tables(trace, _runs_of(trace, chosen, names, values_of), k) | drops
+        shown = ("routing_algorithms", "capacity_needed")
+        scoring = {trace.routers[r].scoring or "softmax (not stated)" for r in chosen}
+        settings["scoring"] = sorted(scoring)
     few = result.too_few(trace, selection)
-    return result.simulation(trace, few, tables, settings, verdict, chart, shown)
+    made = result.simulation(trace, few, tables, settings, verdict, chart, shown)
+    return replace(made, name="routing")
 
 
-def _check(trace: Trace, names: Sequence[str], values_of: ValuesOf) -> None:
-    if "logits" not in trace.tables:
-        raise MoeInspectError(
-            f"{trace.path} has no logits, which simulate routing needs: trace with --logits"
-        )
+def _check(names: Sequence[str], values_of: ValuesOf) -> None:
     if unknown := [name for name in names if name not in algo.ALGORITHMS]:
         raise MoeInspectError(
             f"no algorithm {', '.join(unknown)}: there are {', '.join(algo.ALGORITHMS)}"
@@ -128,23 +117,16 @@ def _check(trace: Trace, names: Sequence[str], values_of: ValuesOf) -> None:
     for name, option, fits, rule in (
         ("top_k", "top-k", lambda k: k >= 1, "at least 1"),
         ("top_p", "top-p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        ("capacity_factor", "capacity factor", lambda f: 0 < f < 1e6, "above 0"),
     ):
         if wrong := [value for value in values_of[name] or () if not fits(value)]:
             raise MoeInspectError(f"{option} {wrong[0]:g}: give a number {rule}")
 
 
 def _runs_of(
-    trace: Trace,
-    routers: Sequence[int],
-    names: Sequence[str],
-    values_of: ValuesOf,
-    half_of: pd.Series,
-    held_out: bool,
+    trace: Trace, routers: Sequence[int], names: Sequence[str], values_of: ValuesOf
 ) -> dict[int, list[Run]]:
-    """Each algorithm, with each value of its setting, on the decisions of each router. `held_out`:
-    algorithms that learn are fitted on half 0 of the documents and evaluated on half 1."""
-    found, (fit, judged) = dict[int, list[Run]](), (0, 1) if held_out else (None, None)
+    """Each algorithm, with each value of its setting, on the decisions of each router."""
+    found = dict[int, list[Run]]()
     for r in routers:
         k, E = trace.routers[r].top_k, trace.routers[r].experts
         found[r] = [
@@ -153,22 +135,20 @@ def _runs_of(
             for value in _values(algo.ALGORITHMS[name], values_of, k, E)
         ]
     for shard in shards_of(trace, "simulating routing"):
-        for r, tokens, ids_KT in routed(shard, routers, partial(ShardTokens, shard, half_of)):
-            every, of_fit = tokens.scored(shard, r, ids_KT), tokens.of_half(fit)
-            for run in found[r]:
-                if run.algorithm.prepare and not run.state and len(of_fit):
-                    drawn = np.random.default_rng(algo.SEED).permutation(of_fit)[:SAMPLE]
-                    run.state = run.algorithm.prepare(every.part(np.sort(drawn)))
-            for (first, last), blind in zip(pairwise(tokens.edges), tokens.blind_B, strict=True):
-                number = int(tokens.batch_T[first])
-                batch = every.part(slice(first, last), number=number, blind=blind)
-                at_N = np.flatnonzero(tokens.half_T[first:last] == judged)
+        batch_T = shard.tokens(["batch"])["batch"].to_numpy()
+        edges_of = partial(_edges, batch_T)
+        for r, edges, ids_KT in routed(shard, routers, edges_of):
+            every = scored(shard, r, ids_KT)
+            for first, last in pairwise(edges.tolist()):
+                batch = every.part(slice(first, last))
                 for run in found[r]:
-                    if not (held_out and run.algorithm.prepare):
-                        run.add(batch)
-                    elif len(at_N):
-                        run.add(batch.part(at_N))
+                    run.add(batch)
     return found
+
+
+def _edges(batch_T: np.ndarray, router: int, seen: Seen) -> np.ndarray:
+    """Where the batches begin among the tokens that a router sees, and the end."""
+    return run_edges(batch_T[seen])
 
 
 def _values(algorithm: algo.Algorithm, values_of: ValuesOf, k: int, E: int) -> list[float]:
@@ -186,7 +166,6 @@ class Run:
     algorithm: algo.Algorithm
     value: float
     load_E: np.ndarray
-    state: algo.State = field(default_factory=dict)
     tokens: int = 0
     mass: float = 0.0
     own: float = 0.0  # mass that the top-k of the scores has
@@ -200,12 +179,7 @@ class Run:
         return self.algorithm.name + (f" {self.value:g}" if self.algorithm.setting else "")
 
     def add(self, batch: algo.RouterScores) -> None:
-        blind = self.algorithm.name, len(self.load_E), batch.k
-        chosen_TE = batch.blind.get(blind)
-        if chosen_TE is None:
-            chosen_TE = self.algorithm.choose(batch, self.value, self.state)
-        if self.algorithm.blind:
-            batch.blind[blind] = chosen_TE
+        chosen_TE = self.algorithm.choose(batch, self.value)
         load_E, mass, agreed, unrouted = batch.tally(chosen_TE)
         self.tokens += len(chosen_TE)
         self.own += batch.own[1]
@@ -257,6 +231,7 @@ def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, 
                 "mass_retained_least": mine["mass_retained"].min(),
                 "agreement_least": mine["agreement"].min(),
                 "leaks_future": "yes" if algorithm.leaks else "no",
+                "source": algorithm.source,
                 "use_when": algorithm.use_when + added_compute(experts / k),
             }
         )
@@ -273,32 +248,28 @@ def added_compute(times: float) -> str:
 
 
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
+    said = drops_said(tables, settings, label_of)
+    if "routing" in tables:
+        return [*said, *algorithms_said(tables, settings, label_of)]
+    return [
+        *said,
+        f"For {', '.join(name for name in algo.ALGORITHMS if name != 'as recorded')}: trace with "
+        "--logits.",
+    ]
+
+
+def algorithms_said(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     routing, advice = tables["routing"], tables["routing_algorithms"]
     sentences, uneven = [], settings["uneven"]
     recorded = routing[routing["algorithm"] == "as recorded"]
     if len(recorded):
         worst = recorded.loc[recorded["max_vio"].idxmax()]
-        layer = label_of[int(worst["router"])]
         sentences.append(
-            f"As recorded, layer {layer} is the least balanced: its busiest expert gets "
-            f"{1 + worst['max_vio']:.2f}x the mean load over all tokens."
+            f"As recorded, layer {label_of[int(worst['router'])]} is the least balanced: its "
+            f"busiest expert gets {1 + worst['max_vio']:.2f}x the mean load over all tokens."
         )
-        mine = routing[routing["router"] == worst["router"]].set_index("algorithm")
-        if "loss-free bias" in mine.index:
-            row = mine.loc["loss-free bias"]
-            helps, judged = row["max_vio"] < worst["max_vio"], "."
-            if settings["bias_held_out"]:
-                judged = ", on the half of the documents held out from fitting the bias."
-            sentences.append(
-                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer "
-                f"{layer}{' to' if helps else ':'} {1 + row['max_vio']:.2f}x the mean load "
-                f"({1 + row['max_vio_batch']:.2f}x per batch), keeping "
-                f"{row['mass_retained']:.0%} of the probability mass of the router's own "
-                f"top choices and {row['agreement']:.0%} of the model's choices{judged}"
-            )
     same = (advice["experts_per_token"] / settings["experts_per_token"] - 1).abs() <= SAME_COMPUTE
-    causal = (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])
-    even = advice[same & causal & (advice["max_vio_worst"] < uneven)]
+    even = advice[same & (advice["leaks_future"] == "no") & (advice["max_vio_worst"] < uneven)]
     rule = f"(no expert gets {1 + uneven:g}x the mean load)"
     said = f"no causal algorithm with the same compute balances every layer {rule}."
     if len(even):
@@ -326,8 +297,25 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
 
 
 def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
+    panels = drops_panels(tables, settings, label_of)
+    said = "An expert takes at most its even share of a group × the capacity factor."
+    if "routing" in tables:
+        panels = (*panels, *_by_algorithm(tables["routing"], label_of))
+        said += " 1 is even load. An algorithm that is not causal lets later tokens decide, which "
+        said += "are unknown during generation."
+    return Chart(
+        "Routing algorithms",
+        "What a capacity drops; how even the load is under each algorithm, and how much of the "
+        "router's choice it keeps",
+        panels,
+        text=result.SIMULATED + said,
+        columns=2,
+        name="routing",
+    )
+
+
+def _by_algorithm(routing: Frame, label_of: Labels) -> list[Panel]:
     """Each algorithm at each layer: imbalance, and the probability mass that is kept."""
-    routing = tables["routing"]
     algorithms = list(routing["algorithm"].unique())
     leaks = set(routing[routing["leaks_future"]]["algorithm"])
     names = tuple(f"{name} (not causal)" if name in leaks else name for name in algorithms)
@@ -344,11 +332,4 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
         scale = amount(column, even, value_AL, least)
         heatmap = Heatmap(value_AL, scale, cell_numbers(value_AL))
         panels.append(Panel((heatmap,), layers, Axis("algorithm", names), title))
-    said = "1 is even load. An algorithm that is not causal lets later tokens decide, which are "
-    return Chart(
-        "Routing algorithms",
-        "How even the load is under each algorithm, and how much of the router's choice it keeps",
-        tuple(panels),
-        text=f"{result.SIMULATED}{said}unknown during generation.",
-        name="routing",
-    )
+    return panels

@@ -1,6 +1,6 @@
 """The loops of `simulate routing` over the tokens and experts of a batch, compiled by numba.
 
-T tokens, E experts; N tokens drawn of them; R rounds of a fit.
+T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ from numba import njit
 
 
 @njit(nogil=True, cache=True)
-def choose_largest(  # type: ignore[no-untyped-def]
-    values_TE, drawn_N, times_N, k, add_E, room_E, guess_T, chosen_NE
-):
-    """In turn, each of the tokens drawn takes the experts of its k largest values + add_E, none of
-    −inf; ties go to the lowest id. times_N: how often it takes them. room_E: how many tokens each
-    expert takes still; a full one's add_E becomes −inf. guess_T: about the k-th largest, which it
-    becomes. Values are finite or −inf."""
-    kind, zero = add_E.dtype.type, np.int32(0)
-    none, E, row_E, apart = kind(-np.inf), len(add_E), np.empty_like(add_E), kind(0)
-    limited = room_E.min() <= times_N.sum()
-    for n in range(len(drawn_N)):
-        t, times, there = drawn_N[n], np.int32(times_N[n]), zero
+def choose_largest(values_TE, k, room, guess_T, chosen_TE):  # type: ignore[no-untyped-def]
+    """In turn, each of the tokens takes the experts of its k largest values, none of −inf, that
+    have fewer than `room` tokens; ties go to the lowest id. guess_T: about the k-th largest, which
+    it becomes. Values are finite or −inf."""
+    kind, zero, (T, E) = values_TE.dtype.type, np.int32(0), values_TE.shape
+    none, row_E, load_E, apart = kind(-np.inf), np.empty(E, kind), np.zeros(E, np.int32), kind(0)
+    for t in range(T):
+        there = zero
         for e in range(E):
-            row_E[e] = values_TE[t, e] + add_E[e]
+            row_E[e] = values_TE[t, e] if load_E[e] < room else none
             there = np.int32(there + np.int32(row_E[e] > none))
         # a bound that k values are above, between a low one that more are above and a high one
         guess = guess_T[t] if np.isfinite(guess_T[t]) else kind(0)
@@ -50,61 +46,19 @@ def choose_largest(  # type: ignore[no-untyped-def]
         found = zero
         for e in range(E):
             above = row_E[e] > bound
-            chosen_NE[n, e] = above
-            room_E[e] -= times if above else zero
+            chosen_TE[t, e] = above
+            load_E[e] += np.int32(above)
             found = np.int32(found + np.int32(above))
         e = 0
         while found < k and bound > none:
             if row_E[e] == bound:
-                chosen_NE[n, e] = True
-                room_E[e] -= times
+                chosen_TE[t, e] = True
+                load_E[e] += 1
                 found += 1
             e += 1
-        if limited:
-            for e in range(E):
-                add_E[e] = add_E[e] if room_E[e] > 0 else none
         if bound > none:
             apart += (abs(bound - guess) / kind(2) - apart) / kind(8)
             guess_T[t] = bound
-
-
-@njit(nogil=True, cache=True)
-def fit_bias(scores_TE, k, start_R, drawn_N, times_N, rate_R):  # type: ignore[no-untyped-def]
-    """The bias after rounds, each of which chooses for the tokens drawn for it (their numbers from
-    start_R on) and then takes a step."""
-    (T, E), most = scores_TE.shape, np.diff(start_R).max()
-    bias_E, room_E = np.zeros(E, np.float32), np.empty(E, np.int32)
-    guess_T, chosen_NE = np.zeros(T, np.float32), np.empty((most, E), np.bool_)
-    for r in range(len(rate_R)):
-        room_E[:] = 2**31 - 1
-        of = slice(start_R[r], start_R[r + 1])
-        drawn = drawn_N[of], times_N[of], k
-        choose_largest(scores_TE, *drawn, bias_E, room_E, guess_T, chosen_NE)
-        step_bias(bias_E, -room_E, rate_R[r])
-    return bias_E
-
-
-@njit(nogil=True, cache=True)
-def step_bias(bias_E, load_E, rate):  # type: ignore[no-untyped-def]
-    """Moves each bias by the sign of mean − load."""
-    mean = load_E.mean()
-    for e in range(len(bias_E)):
-        bias_E[e] += np.float32(rate * np.sign(mean - load_E[e]))
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
-def plan_sums(plan_TE: np.ndarray, weight_E: np.ndarray) -> np.ndarray:
-    """The sum of each column once each row, times the weights, is made to sum to 1; without the
-    weights. float64 [E]"""
-    sum_E = np.zeros(len(weight_E))
-    for t in range(len(plan_TE)):
-        total = 0.0
-        for e in range(len(weight_E)):
-            total += plan_TE[t, e] * weight_E[e]
-        total = 1 / total
-        for e in range(len(weight_E)):
-            sum_E[e] += plan_TE[t, e] * total
-    return sum_E
 
 
 @njit(nogil=True, cache=True)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from moe_inspect.exporters.run import export_trace as _export
     from moe_inspect.reporting.report import report as _report
     from moe_inspect.simulate import cache as _cache
-    from moe_inspect.simulate import capacity as _capacity
     from moe_inspect.simulate import decode as _decode
     from moe_inspect.simulate import routing as _routing
     from moe_inspect.simulate.placement.placement import simulate_placement as _placement
@@ -59,8 +58,8 @@ class Answers:
 
     @property
     def simulate(self) -> Simulations:
-        """The trace replayed under other assumptions: `.placement(gpus=8)`, `.capacity()`,
-        `.decode()`, `.cache()`, `.routing()`."""
+        """The trace replayed under other assumptions: `.placement(gpus=8)`,
+        `.routing()`, `.decode()`, `.cache()`."""
         return Simulations(self)
 
 
@@ -71,12 +70,11 @@ class Simulations:
         self.trace = trace
 
     if TYPE_CHECKING:
-        cache, capacity = of(_cache.simulate_cache), of(_capacity.simulate_capacity)
+        cache = of(_cache.simulate_cache)
         decode, placement = of(_decode.simulate_decode), of(_placement)
         routing = of(_routing.simulate_routing)
     else:
         cache = TraceMethod("simulate.cache", "simulate_cache")
-        capacity = TraceMethod("simulate.capacity", "simulate_capacity")
         decode = TraceMethod("simulate.decode", "simulate_decode")
         placement = TraceMethod("simulate.placement.placement", "simulate_placement")
         routing = TraceMethod("simulate.routing", "simulate_routing")
