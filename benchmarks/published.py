@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.measuring import ROOT
-from moe_inspect.analysis.metrics.balance import max_over_mean, min_over_max
+from moe_inspect.analysis.metrics.balance import max_over_mean
 from moe_inspect.cli import app
 
 
@@ -169,7 +169,7 @@ def subjects(how: str) -> list[float]:
     any layer; the largest max ÷ min."""
     loads = load_DLE(how)
     worst_DL = np.array([max_over_mean(load_LE) for load_LE in loads])
-    apart = max(float((1 / min_over_max(load_LE)).max()) for load_LE in loads)
+    apart = max(float((load_LE.max(1) / load_LE.min(1)).max()) for load_LE in loads)
     return [*np.sort(worst_DL.mean(1))[[0, -1]].tolist(), float(worst_DL.max()), apart]
 
 

@@ -14,11 +14,11 @@ import pytest
 from moe_inspect.analysis.counting import token_ids
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.engine import count_trace as count
-from moe_inspect.analysis.counting.select import parse_layers, select
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.load import design_effects
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import Router, parse_layers
 from tests.support.synthetic import (
     a_pass,
     routers,
@@ -214,7 +214,7 @@ def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
 def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
     loads = [np.array([[40, 20, 20, 0], [20, 20, 20, 20]]), np.full((2, 4), 20)]
     made = report(write_counts(tmp_path / "t", loads, 2, ["code", "law"]))
-    balance = made.tables["balance"]
+    balance = made.tables.complete("balance")
     assert balance["max_over_mean"].tolist() == [60 * 4 / 160, 1]
     assert balance["tokens"].tolist() == [80, 80]
     unknown = ["max_over_mean_low", "max_over_mean_high", "max_vio_batch", "design_effect"]
@@ -258,7 +258,7 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path):
     counts = count(trace, select(trace))
     assert counts.documents == T
     assert len(counts.units) == CLUSTERS
-    assert report(trace).tables["balance"]["design_effect"].iloc[0] == pytest.approx(1, abs=0.3)
+    assert design_effects(report(trace))[0] == pytest.approx(1, abs=0.3)
 
 
 def test_token_ids_beyond_the_budget_are_left_out_and_said(

@@ -113,11 +113,11 @@ def marks_of(chart: Chart, panel: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "panel", "mark"), SHOWN)
 def test_a_mark_shows_a_column_with_its_interval(name: str, panel: int, mark: str):
     chart, column = drawn("balanced")[name], SHOWN[name, panel, mark]
-    table: Any = chart.table
+    table: Any = of("balanced").tables.complete(name)
     found = marks_of(chart, panel)[mark]
-    for end, of in (("", found.y), ("_low", found.low), ("_high", found.high)):
+    for end, shown in (("", found.y), ("_low", found.low), ("_high", found.high)):
         if f"{column}{end}" in table:
-            assert of == pytest.approx(table[f"{column}{end}"].to_numpy(), nan_ok=True)
+            assert shown == pytest.approx(table[f"{column}{end}"].to_numpy(), nan_ok=True)
 
 
 def test_repetition_is_that_of_each_domain():

@@ -86,15 +86,17 @@ def test_the_blocks_are_formatted_and_linted(copy: Copy) -> None:
 
 def test_a_metric(copy: Copy) -> None:
     copy.follow("Add a metric")
-    listed, balance, gate = copy.cli(
+    listed, balance, load, gate = copy.cli(
         "report --list-metrics --format csv",
         f"report {SAMPLE} --table balance --format json",
+        f"report {SAMPLE} --table load --format json",
         f"report {SAMPLE} --fail-above spread=0.01",
         fails=3,
     )
     assert "spread" in listed
+    experts = [json.loads(line) for line in load.splitlines()]
     for row in map(json.loads, balance.splitlines()):
-        least = row["max_over_mean"] * row["min_over_max"]
+        least = min(of["load_ratio"] for of in experts if of["router"] == row["router"])
         assert row["spread"] == pytest.approx(row["max_over_mean"] - least)
     assert "spread" in gate
 

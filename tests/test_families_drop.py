@@ -84,8 +84,6 @@ def check(trace: Trace, truth: list[tuple[np.ndarray, np.ndarray]]) -> None:
         assert rows["dropped"].tolist() == lost_E.tolist()
         row = tables["balance"].iloc[r]
         assert row["dropped"] == row["empty_slots"] == lost_E.sum()
-        assert row["max_over_mean_before_drops"] == pytest.approx(before_E.max() / before_E.mean())
-        assert row["busiest_expert_before_drops"] == before_E.argmax()
 
 
 @pytest.mark.parametrize("how", ["eval", "compiled", "checkpointed"])
@@ -180,7 +178,6 @@ def test_nllb_says_how_many_choices_were_dropped_not_of_which_expert(tmp_path: P
         assert table["drop_rate"][r] == pytest.approx(lost / ids_TK.size)
     assert trace.drops
     assert not trace.has_dropped
-    assert table["max_over_mean_before_drops"].isna().all()
     found = of(trace, "dropped")
     assert found is not None
     assert "every load here is what was left" in found.text

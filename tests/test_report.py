@@ -23,14 +23,14 @@ from tests.support.synthetic import uniform_ids, write_trace
 
 COLUMNS = {
     "summary": "key value",
-    "balance": "layer router experts top_k tokens assignments max_over_mean max_vio min_over_max "
+    "balance": "layer router experts top_k tokens assignments max_over_mean max_vio "
     "cv gini entropy dead_experts busiest_expert expected_by_chance max_over_mean_low "
-    "max_over_mean_high max_vio_batch noise_floor_batch",
+    "max_over_mean_high max_vio_batch",
     "load": "layer router expert assignments share load_ratio first_choice weight_sum",
     "domains": "layer router domain expert tokens assignments activation lift",
-    "specialization": "layer router domain_mi_bits domain_mi_null_bits domain_mi_null_p99_bits "
+    "specialization": "layer router domain_mi_bits domain_mi_null_bits "
     "domain_mi_given_token_bits domain_mi_given_token_null_bits domain_mi_given_token_p "
-    "token_mi_bits token_mi_null_bits jsd_bits jsd_null_bits vocabulary_specialization",
+    "token_mi_bits vocabulary_specialization",
     "vocabulary": "layer router expert token_id token count fraction",
     "coactivation": "layer router expert other probability lift",
     "transitions": "layer router next_layer expert next_expert probability lift",

@@ -163,7 +163,6 @@ _DEAD = (
 ADVICE: Mapping[str, str] = {
     "dead_experts": _DEAD,
     "starved_experts": _DEAD,
-    "min_over_max": _DEAD,
     "drift": (
         "A lower learning rate of the router, or warm-up, keeps the choice stable "
         "(arXiv:2202.08906); the router's z-loss keeps its logits small (arXiv:2202.08906)."
@@ -191,7 +190,6 @@ CALM = 3
 AT_FAULT: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # load_E → bool [E]
     "dead_experts": lambda load_E: load_E == 0,
     "starved_experts": lambda load_E: (load_E > 0) & (load_E < bal.STARVED * load_E.mean()),
-    "min_over_max": lambda load_E: np.arange(len(load_E)) == load_E.argmin(),
 }
 
 

@@ -31,6 +31,7 @@ from moe_inspect.comparison.result import LOAD_TABLES, Row
 from moe_inspect.comparison.steps import StepWindows, step_windows
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.load import design_effect
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.findings import (
     BEYOND_LONG_DOCUMENTS,
@@ -90,8 +91,9 @@ class Loads(result.Paired):
 
     def design_effect(self, router: int) -> float:
         """How much more than of independent tokens the load varies, if decisions tell it."""
-        effects = [self.of(side, "balance", router)["design_effect"].iloc[0] for side in SIDES]
-        return float(np.nanmax([1.0, *map(float, effects)]))
+        mine = {"a": router, "b": dict(self.pairs)[router]}
+        effects = (design_effect(self.reports[side].counts, mine[side]) for side in SIDES)
+        return float(np.nanmax([1.0, *effects]))
 
     @cached_property
     def documents_known(self) -> bool:

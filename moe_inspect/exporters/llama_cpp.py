@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.analysis.metrics.balance import effective_experts
+from moe_inspect.analysis.metrics.balance import entropy_nats, nan_for_zero
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
@@ -29,7 +29,8 @@ def llama_cpp(trace: Trace, output: Path, gpu_layers: int | None = None) -> None
     for r, router in enumerate(trace.routers):
         if router.stack:
             raise MoeInspectError("llama.cpp has no encoder-decoders with experts")
-        effective = effective_experts(counts.load_E(r)[None])[0]  # NaN without load
+        load_E = counts.load_E(r)
+        effective = np.exp(entropy_nats(load_E / nan_for_zero(load_E.sum())))  # NaN without load
         used[router.layer] = used.get(router.layer, 0.0) + float(np.nan_to_num(effective))
     if gpu_layers > len(used):
         raise MoeInspectError(f"--gpu-layers {gpu_layers}: {len(used)} layers have experts")

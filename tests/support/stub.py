@@ -17,6 +17,11 @@ from moe_inspect.reporting.tables.data import thresholds_with
 from moe_inspect.trace.schema import Router
 
 
+class Tables(dict[str, pd.DataFrame]):
+    def complete(self, name: str) -> pd.DataFrame:
+        return self[name]
+
+
 def row(
     load: Sequence[int] | np.ndarray, k: int = 1, tokens: int | None = None, **columns: Any
 ) -> dict[str, Any]:
@@ -24,6 +29,7 @@ def row(
     load_E = np.array(load)
     known = metrics_of("balance", {"load_LE"}).items()
     found: dict[str, Any] = {name: np.asarray(m.function(load_E[None])).item() for name, m in known}
+    found["min_over_max"] = load_E.min() / load_E.max() if load_E.any() else np.nan
     assignments, most = int(load_E.sum()), found["max_over_mean"]
     return (
         found
@@ -113,7 +119,7 @@ def stub(
     frames = {name: pd.DataFrame(of) for name, of in made.items()}
     return SimpleNamespace(
         costs=None,
-        tables=frames,
+        tables=Tables(frames),
         rows_of=lambda name, r: frames[name][frames[name]["router"] == r],
         loaded=[one for one in balance if not np.isnan(one["max_vio"])],
         counts=counts,

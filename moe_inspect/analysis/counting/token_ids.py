@@ -14,7 +14,7 @@ tables, and how their labels are shuffled, are settled before the first decision
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from types import ModuleType
 
 import numpy as np
@@ -286,13 +286,9 @@ def _columns(
     """The metrics of token ids, each beside its mean with the token ids shuffled."""
     occurrences_V = tables.plan.judged.occurrences_V
     shuffled_any = [shuffled.any_XE for shuffled in tables.shuffled_ids]
-    special_any = partial(sp.vocabulary_specialization_any, occurrences_V=occurrences_V)
-
     columns = {
         "token_mi_bits": sp.token_mi_bits(any_VE),
         "token_mi_null_bits": float(np.mean([*map(sp.token_mi_bits, shuffled_any)])),
-        "vocabulary_specialization_any": special_any(any_VE),
-        "vocabulary_specialization_any_null": float(np.mean([*map(special_any, shuffled_any)])),
     }
     if first_VE is not None:
         firsts = [of.first_XE for of in tables.shuffled_ids]

@@ -33,13 +33,6 @@ def max_vio(load_LE: np.ndarray) -> np.ndarray:
     return (load_LE.max(1) - mean_L) / mean_L  # exact, which max_over_mean − 1 is not
 
 
-@metric("balance", ideal=1.0, range="0 to 1", axes="L")
-def min_over_max(load_LE: np.ndarray) -> np.ndarray:
-    """Load of the least used expert ÷ load of the busiest, in [0, 1]. 1 is even, 0 means a dead
-    expert."""
-    return load_LE.min(1) / nan_for_zero(load_LE.max(1))
-
-
 @metric("balance", ideal=0.0, range="0 to √(E/k − 1)", axes="L", source="arXiv:1701.06538")
 def cv(load_LE: np.ndarray) -> np.ndarray:
     """Coefficient of variation: population σ ÷ mean of the load. 0 is even; chance alone gives
@@ -71,13 +64,6 @@ def dead_experts(load_LE: np.ndarray) -> np.ndarray:
     return np.where(load_LE.sum(1) > 0, (load_LE == 0).sum(1), np.nan)
 
 
-@metric("balance", ideal="E", range="k to E", unit="experts", axes="L")
-def effective_experts(load_LE: np.ndarray) -> np.ndarray:
-    """Exponential of the entropy of the load: the number of evenly loaded experts with the same
-    entropy. E is even."""
-    return np.exp(entropy_nats(load_LE / nan_for_zero(load_LE.sum(1))[:, None]))
-
-
 @metric("balance", ideal=0.0, range="0 to E − 1", unit="experts", axes="L")
 def starved_experts(load_LE: np.ndarray, starved: float = STARVED) -> np.ndarray:
     """Experts with some load, but under a tenth of the mean load. Means little on few tokens, like
@@ -92,13 +78,6 @@ def balancedness(load_LE: np.ndarray) -> np.ndarray:
     wait for the busiest. The slowdown is 1 ÷ this. For another placement pass the loads of its
     GPUs, load_LG."""
     return 1 / max_over_mean(load_LE)
-
-
-@metric("balance", ideal=0.0, range="0 to √(E − 1)", axes="L", source="arXiv:1701.06538")
-def importance_cv(weight_sum_LE: np.ndarray) -> np.ndarray:
-    """Coefficient of variation of the summed gate weights of each expert ("importance"). NaN
-    without weights."""
-    return cv(weight_sum_LE)
 
 
 @metric("balance", ideal=0.0, range="0 to E/k − 1", source="arXiv:2408.15664")

@@ -126,12 +126,13 @@ def signed_sums(residual_UE: np.ndarray) -> np.ndarray:
 
 
 def null_loads(
-    assignments_UE: np.ndarray, domain_U: np.ndarray, draws: int = SIGNS
+    assignments_UE: np.ndarray, domain_U: np.ndarray
 ) -> Iterator[tuple[np.ndarray, Drawn]]:
     """The load of each expert where the domains share the mean of their shares, and documents vary
-    as these do, in at most so many draws. Every domain keeps its documents, and so what few tokens
-    in it give. Of one domain after the other: float64 [P, E], 0 or more, and which of these each
-    draw is. The signs of few documents can be arranged in few ways, each of which is given once."""
+    as these do, in as many draws as `signs_of`. Every domain keeps its documents, and so what few
+    tokens in it give. Of one domain after the other: float64 [P, E], 0 or more, and which of these
+    each draw is. The signs of few documents can be arranged in few ways, each of which is given
+    once."""
     (U, E), tokens_U = assignments_UE.shape, assignments_UE.sum(1)
     of_D = [np.flatnonzero(domain_U == d) for d in range(int(domain_U.max()) + 1)]
     load_DE = np.stack([assignments_UE[of].sum(0) for of in of_D]).astype(float)
@@ -139,7 +140,7 @@ def null_loads(
     share_E = (load_DE[loaded_D] / load_DE[loaded_D].sum(1, keepdims=True)).mean(0)
     expected_DE = load_DE.sum(1)[:, None] * share_E
     residual_UE = (assignments_UE - tokens_U[:, None] * share_E).astype(np.float32)
-    signs_BU = signs_of(U, len(of_D) * E)[:draws]
+    signs_BU = signs_of(U, len(of_D) * E)
     for of, expected_E in zip(of_D, expected_DE, strict=True):
         signs_PU, drawn_B = signs_BU[:, of], ALL
         if 2 << len(of) < len(signs_BU):

@@ -21,9 +21,7 @@ from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
-FEW_DOMAINS, DRAWN_PAIRS = 150, 10_000  # up to which all pairs are compared; how many else
-JSD_DRAWS, JSD_PAIRS = 20, 100_000  # by chance, at most: draws, and pairs of domains in all of them
-CHUNK_CELLS = 2**16  # of pairs of domains, or of draws, taken together, which stay in a cache
+CHUNK_CELLS = 2**16  # of draws taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
 TINY = np.finfo(float).tiny
@@ -121,43 +119,6 @@ def domain_mi_error(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     return float(np.nanstd(bits_R))
 
 
-@of_router(ideal=0.0, range="0 to 1", unit="bits")
-def jsd_bits(assignments_DE: np.ndarray) -> float:
-    """Jensen–Shannon divergence between the expert shares of two domains, in [0, 1], its mean over
-    all pairs (of more than 150 domains over 10,000 random ones). NaN with fewer than two domains
-    that have load. (The divergence of all domains at once is `domain_mi_bits`.)"""
-    share_DE = share_by_domain(assignments_DE[assignments_DE.sum(1) > 0].astype(float))
-    if len(share_DE) < 2:
-        return float("nan")
-    (D, E), entropy_D = share_DE.shape, _entropy_bits(share_DE)
-    if D <= FEW_DOMAINS:
-        first, second = np.triu_indices(D, 1)
-    else:
-        rng = np.random.default_rng(0)
-        first = rng.integers(D, size=DRAWN_PAIRS)
-        second = (first + rng.integers(1, D, DRAWN_PAIRS)) % D
-    step, total = max(1, CHUNK_CELLS // E), 0.0
-    for at in range(0, len(first), step):
-        one, other = first[at : at + step], second[at : at + step]
-        both_PE = share_DE[one]
-        both_PE += share_DE[other]
-        both_PE /= 2
-        total += (_entropy_bits(both_PE) - (entropy_D[one] + entropy_D[other]) / 2).sum()
-    return float(max(total, 0.0) / len(first))  # rounding may leave less than 0
-
-
-def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
-    """The mean `jsd_bits` of documents (units) like these whose domains share one mean. NaN with
-    fewer than two domains, or no load."""
-    D = int(domain_U.max(initial=-1)) + 1
-    if D < 2 or not assignments_UE.any():
-        return float("nan")
-    draws = int(np.clip(JSD_PAIRS // D**2, 1, JSD_DRAWS))
-    null = chance.null_loads(assignments_UE, domain_U, draws)
-    load_DBE = np.stack([load_PE[drawn_B] for load_PE, drawn_B in null])
-    return float(np.mean([jsd_bits(load_DBE[:, b]) for b in range(load_DBE.shape[1])]))
-
-
 @of_router(ideal="1 / E", range="1/E to 1", source="arXiv:2409.02060, eq. 8")
 def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     """The share of tokens whose first choice is the favourite of their token id: Σ_x max_e N_xe ÷
@@ -166,19 +127,10 @@ def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     return ratio(first_choice_VE.max(1, initial=0).sum(), first_choice_VE.sum())
 
 
-@of_router(ideal="k / E", range="k/E to 1", source="arXiv:2409.02060, eq. 8")
-def vocabulary_specialization_any(any_VE: np.ndarray, occurrences_V: np.ndarray) -> float:
-    """The share of tokens that reach, with any choice, the expert that most tokens of their id
-    reach: Σ_x max_e N_xe ÷ Σ_x N_x. Saturates as k grows: read it beside the first choice's. NaN
-    without token ids to judge."""
-    return ratio(any_VE.max(1, initial=0).sum(), occurrences_V.sum())
-
-
 @of_router(ideal=0.0, range="0 to log₂ E", unit="bits")
 def token_mi_bits(any_VE: np.ndarray) -> float:
     """Plug-in I(token id; expert) over the token ids frequent enough to judge. Its bias is large:
-    read it only beside the same with the token ids shuffled (token_mi_null_bits). NaN without
-    any."""
+    read it only beside the same with the token ids shuffled. NaN without any."""
     load_V, load_E = any_VE.sum(1, dtype=np.int64), any_VE.sum(0, dtype=np.int64)
     if not (total := int(load_V.sum())):
         return float("nan")

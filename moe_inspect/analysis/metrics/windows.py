@@ -72,7 +72,6 @@ def first_to_last(load_WE: np.ndarray) -> float:
     return _mean(step_total_variation(load_WE[[0, -1]])) if len(load_WE) > 1 else float("nan")
 
 
-@metric("drift", ideal=1.0, range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
 def balancedness_fresh(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
     """Mean ÷ max load of the GPUs with a placement made for each window's own load, averaged over
     windows."""
@@ -81,21 +80,12 @@ def balancedness_fresh(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | No
     )
 
 
-@metric("drift", ideal=1.0, range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
 def balancedness_stale(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
     """Mean ÷ max load of the GPUs with a placement made for the window before, averaged over
     windows: what remains if experts are rebalanced once per window. NaN with fewer than two
     windows."""
     rank_WE = pack(load_WE, ranks) if rank_WE is None else rank_WE
     return _mean(_balancedness(load_WE[1:], rank_WE[:-1], ranks))
-
-
-@metric("windows", ideal=0.0, range="0 to 1", axes="W", source="arXiv:2006.16668")
-def simulated_drop_rate(load_WE: np.ndarray, capacity_factor: float) -> np.ndarray:
-    """The share of a window's assignments beyond the capacity of their expert, ceil(factor · mean
-    load): what a model with this capacity factor would drop. NaN for a window without load."""
-    capacity_W = np.ceil(capacity_factor * load_WE.mean(1))
-    return np.maximum(load_WE - capacity_W[:, None], 0).sum(1) / nan_for_zero(load_WE.sum(1))
 
 
 def step_total_variation(load_WE: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ def domains(data: ReportData) -> Chart | str:
 @spec.chart("specialization", group="Specialization")
 def specialization(data: ReportData) -> Chart | str:
     """What domain and token id tell about the expert, in bits by layer, beside chance."""
-    table = data.tables["specialization"]
+    table = data.tables.complete("specialization")
     x, marks = np.arange(len(table), dtype=float), list[spec.Mark]()
     for name, column, colour in (
         ("domain", "domain_mi", "c1"),
@@ -91,7 +91,7 @@ def specialization(data: ReportData) -> Chart | str:
         text="Bits of information that the domain, and the token id, carry about the chosen "
         "expert. Only the distance above the dotted line of the same colour is evidence: "
         "chance alone reaches the dotted line.",
-        table=table,
+        table=data.tables["specialization"],
         definitions={
             "domain": "mutual information of expert and domain, all domains with equal weight; "
             "by chance: documents that vary as these do, of domains that share one mean.",

@@ -142,13 +142,14 @@ def drift(data: ReportData) -> Chart | str:
         floor = table[f"{column}_floor"].to_numpy()
         distances.append(Points(x, table[column].to_numpy(), name, colour))
         distances.append(Points(x, floor, f"{name}: chance", colour, "tick"))
-    fresh, stale = (table[f"balancedness_{age}"].to_numpy() for age in ("fresh", "stale"))
+    placed = data.tables.complete("drift")
+    fresh, stale = (placed[f"balancedness_{age}"].to_numpy() for age in ("fresh", "stale"))
     costs = (
         spec.Links(x, np.fmin(stale, fresh), np.fmax(stale, fresh)),
         Points(x, fresh, "placed for the window itself", "c1"),
         Points(x, stale, "placed for the window before", "c2"),
     )
-    sizes = " or ".join(map(str, sorted({int(n) for n in table["gpus"]})))
+    sizes = " or ".join(map(str, sorted({int(n) for n in placed["gpus"]})))
     y = Axis(f"mean ÷ max load of {sizes} GPUs", high=1)
     return Chart(
         "Drift",
@@ -167,7 +168,7 @@ def drift(data: ReportData) -> Chart | str:
             "load, widened because tokens of one document are alike (design effect). Part of the "
             "cost of an old placement is chance too: the smaller the windows, the larger "
             "that part.",
-            **spec.definitions("balancedness_fresh", "balancedness_stale"),
+            "balancedness": "mean ÷ max load of the GPUs, averaged over windows.",
         },
     )
 

@@ -25,13 +25,11 @@ MOST_DOTS = 60  # dots with intervals that can be told apart; more make a heatma
 MOST_MATRICES = 4  # layers drawn, each as a matrix of experts
 MANY_EXPERTS = 64  # more are shown only as far as they have a supported pair
 BEYOND = "is chosen more often than chance explains"
-OF_EVIDENCE = {
-    "lift_sd": "the standard deviation of lift by chance, for tokens that come in documents.",
-    "log10_p": "the evidence: log₁₀ of the probability of a count at least as far from the "
-    "expected one, by chance at these loads (binomial, two-sided; counts ÷ design effect). "
-    "Supported: that probability × all pairs of the trace (Bonferroni) is at most "
-    f"{pairs.ALPHA:g}.",
-}
+SUPPORTED = (
+    "the probability of a count at least as far from the expected one, by chance at these loads "
+    "(binomial, two-sided; counts ÷ design effect), × all pairs of the trace (Bonferroni), is at "
+    f"most {pairs.ALPHA:g}."
+)
 
 
 @spec.chart("repetition", group="Serving")
@@ -120,8 +118,8 @@ def coactivation(data: ReportData) -> Chart | str:
             "probability": "P(other chosen, given expert chosen), over all pairs of slots; "
             "(k − 1)/(E − 1) by chance.",
             "lift": "P(both chosen) relative to what the loads of the two alone would give.",
-            "expected": "the number of decisions that choose both if experts keep their loads and "
-            "are otherwise picked at random.",
+            "chance": "the probability if experts keep their loads and are otherwise picked at "
+            "random.",
         },
     )
     return _with_matrices(drawn, data, table, pairs.chosen_together, "other expert")
@@ -196,8 +194,8 @@ def _with_matrices(
         columns=min(2, drawn),
         subset=f"the {drawn} of {routers} layers furthest from chance" if drawn < routers else "",
         # those with the most evidence first
-        table=table[table["lift"] > 1].nsmallest(MOST_PAIRS, "log10_p"),
-        definitions={**chart.definitions, **OF_EVIDENCE},
+        table=table[table["lift"] > 1].nsmallest(MOST_PAIRS, "log10_p").drop(columns="log10_p"),
+        definitions={**chart.definitions, "supported": SUPPORTED},
     )
 
 

@@ -59,7 +59,7 @@ class Thresholds:
             "specialised": (
                 f"(domain_mi_bits - domain_mi_null_bits) / log2(experts) >= {self.specialised:g}"
             ),
-            "no_domain": f"domain_mi_null_p99_bits < {self.no_domain:g}",
+            "no_domain": f"99th percentile of domain_mi_null_bits < {self.no_domain:g}",
             "tie": f"tie_rate >= {self.tie:g}",
             "repeated": f"share of tokens in runs of identical rows >= {self.repeated:g}",
         }
@@ -118,7 +118,7 @@ class ReportData:
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
         self.window, self.baseline = window, baseline
         self.thresholds: Thresholds = thresholds_with(thresholds)
-        self.tables: Mapping[str, pd.DataFrame] = LazyTables(self)
+        self.tables = LazyTables(self)
         self.made: dict[object, Any] = {}
         self._counts: Counts | None = None
 
@@ -211,8 +211,8 @@ class ReportData:
 
     @cached_property
     def loaded(self) -> list[Row]:
-        """The rows of `balance` of the routers that have any load."""
-        return records(self.tables["balance"].dropna(subset=["max_vio"]))
+        """The rows of `balance`, complete, of the routers that have any load."""
+        return records(self.tables.complete("balance").dropna(subset=["max_vio"]))
 
     def pooled_max_over_mean(self) -> float | None:
         """max_over_mean of the load of all routers together; None where their experts differ."""

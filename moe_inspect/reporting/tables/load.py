@@ -25,16 +25,17 @@ BALANCE = tuple(
         [
             *metrics_of("balance", {"load_LE"}),
             *("busiest_expert", "expected_by_chance", "max_over_mean_low", "max_over_mean_high"),
-            *("max_vio_batch", "noise_floor_batch", "design_effect", "busiest_p", "least_used_p"),
-            *("importance_cv", "empty_slots", "dropped", "drop_rate"),
-            *("busiest_expert_before_drops", "max_over_mean_before_drops"),
+            *("max_vio_batch", "busiest_p", "least_used_p", "empty_slots", "dropped", "drop_rate"),
             *(m.column for m in metrics_of("balance", INPUTS).values()),
         ]
     )
 )
 
 
-@table(by_router=BALANCE)
+UNLISTED = ("min_over_max", "design_effect", "noise_floor_batch")
+
+
+@table(by_router=BALANCE, unlisted=UNLISTED)
 def balance(data: ReportData) -> AsColumns:
     """One row per router: how even its load is, and what is expected by chance."""
     return _balance(data.counts, data.thresholds.starved, data.trace.drops)
@@ -44,7 +45,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
     """The balance table of any counts, also those of a recording in progress. `starved`: load ratio
     below which an expert counts as starved. `drops`: whether slots that routed nowhere are
     dropped."""
-    return as_frame(_balance(counts, starved, drops))
+    return as_frame(_balance(counts, starved, drops)).drop(columns=[*UNLISTED])
 
 
 def _balance(counts: Counts, starved: float, drops: bool) -> AsColumns:
@@ -61,14 +62,13 @@ def _balance(counts: Counts, starved: float, drops: bool) -> AsColumns:
         effect = design_effect(counts, r)
         batch, floor = _by_batch(counts, r)
         lost = slots - total if drops and math.isnan(dropped) else dropped
-        before_E = load_E + dropped_E
-        known = before_E.sum() > 0
         return {
             "experts": E,
             "top_k": k,
             "tokens": T,
             "assignments": total,
             **values_of(counts, r, "balance"),
+            "min_over_max": load_E.min() / load_E.max() if total else math.nan,
             "starved_experts": float(bal.starved_experts(load_E[None], starved)[0]),
             "busiest_expert": int(bal.busiest_expert(load_E[None])[0]) if total else None,
             "max_over_mean_low": min(1 + low, most),
@@ -80,20 +80,13 @@ def _balance(counts: Counts, starved: float, drops: bool) -> AsColumns:
             "empty_slots": slots - total,
             "dropped": dropped,
             "drop_rate": lost / slots if slots else math.nan,
-            "busiest_expert_before_drops": int(before_E.argmax()) if known else None,
-            "max_over_mean_before_drops": before_E.max() / before_E.mean() if known else math.nan,
             **p_values[r],
         }
 
     rows = [{"layer": counts.routers[r].layer, "router": r, **values(r)} for r in counts.indices]
-    names = ("layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE)
+    names = ("layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE, *UNLISTED)
     columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
-    for name in (
-        "dead_experts",
-        "starved_experts",
-        "busiest_expert",
-        "busiest_expert_before_drops",
-    ):
+    for name in ("dead_experts", "starved_experts", "busiest_expert"):
         known = columns[name].astype(float)
         columns[name] = np.ma.array(np.nan_to_num(known).astype(np.int64), mask=np.isnan(known))
     columns["min_tokens"] = columns["min_tokens"].astype(np.int64)
@@ -112,7 +105,8 @@ def chosen(data: ReportData) -> list[Row]:
     if not data.trace.has_dropped:
         return data.loaded
     before, starved = data.counts.before_drops(), data.thresholds.starved
-    return records(balance_of(before, starved, data.trace.drops).dropna(subset=["max_vio"]))
+    frame = as_frame(_balance(before, starved, data.trace.drops))
+    return records(frame.dropna(subset=["max_vio"]))
 
 
 def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
@@ -214,22 +208,20 @@ def row_per_router(
     return pd.DataFrame(rows, columns=["layer", "router", *names])
 
 
-CAPACITY_FACTOR = 1.25  # of simulated_drop_rate
 DRIFT = (
     "windows",
-    *("total_variation", "total_variation_floor", "window_jsd_bits", "window_jsd_floor_bits"),
+    *("total_variation", "total_variation_floor", "window_jsd_bits"),
     *("first_to_last", "first_to_last_floor"),
     *("trend_expert", "trend_first", "trend_last", "trend_p"),
-    *("gpus", "balancedness_fresh", "balancedness_stale"),
 )
+PLACED = ("gpus", "balancedness_fresh", "balancedness_stale")
 
 
 @table("windows")
 def windows(data: ReportData) -> pd.DataFrame:
     """One row per window of tokens, in the order of execution: its balance and the one expected by
     chance of as many tokens of documents like these; the distance of its load from that of the
-    window before and the one expected by chance; the share of assignments that a capacity factor of
-    1.25 would drop."""
+    window before and the one expected by chance."""
     counts = data.decisions("windows")
 
     def columns(r: int) -> Columns:
@@ -251,7 +243,6 @@ def windows(data: ReportData) -> pd.DataFrame:
             "busiest_expert": np.where(load_WE.sum(1) > 0, bal.busiest_expert(load_WE), -1),
             "expected_by_chance": 1 + floor_W * widened(design_effects(data)[r]),
             **{name: np.r_[np.nan, step][: len(tokens_W)] for name, step in steps.items()},
-            "simulated_drop_rate": win.simulated_drop_rate(load_WE, CAPACITY_FACTOR),
         }
 
     frame = pd.DataFrame(rows_per_router(data, columns))
@@ -259,20 +250,19 @@ def windows(data: ReportData) -> pd.DataFrame:
     return frame.assign(busiest_expert=busiest.mask(busiest < 0))
 
 
-@table("windows", by_router=DRIFT)
+@table("windows", by_router=DRIFT, unlisted=PLACED)
 def drift(data: ReportData) -> pd.DataFrame:
-    """One row per router: how far its load moves from one window to the next, how far chance alone
-    moves it, and what that costs if experts are placed on GPUs by the load of the window before.
-    Windows with fewer than half the tokens of the largest are left out. trend_expert: the expert
-    whose share rises or falls most steadily, with its load ÷ mean load in the first quarter of the
-    trace and in the last (trend_first, trend_last), and the probability that documents by chance
-    give any expert of any router such a trend (trend_p)."""
+    """One row per router: how far its load moves from one window to the next, and how far chance
+    alone moves it. Windows with fewer than half the tokens of the largest are left out.
+    trend_expert: the expert whose share rises or falls most steadily, with its load ÷ mean load in
+    the first quarter of the trace and in the last (trend_first, trend_last), and the probability
+    that documents by chance give any expert of any router such a trend (trend_p)."""
     counts = data.decisions("drift")
 
     def values(r: int) -> Row:
         _, _, tokens_W, load_WE = _windows(counts, r)
         load_WE = load_WE[bal.whole_passes(tokens_W)]
-        tv_floor, jsd_floor = _floors(data, r, load_WE)
+        tv_floor, _ = _floors(data, r, load_WE)
         ends, _ = _floors(data, r, load_WE[[0, -1]]) if len(load_WE) > 1 else (tv_floor, None)
         # with one expert per GPU no placement is better than another
         gpus = min(win.RANKS, max(1, counts.routers[r].experts // 2))
@@ -282,7 +272,6 @@ def drift(data: ReportData) -> pd.DataFrame:
             "total_variation": win.total_variation(load_WE),
             "total_variation_floor": _mean(tv_floor),
             "window_jsd_bits": win.window_jsd_bits(load_WE),
-            "window_jsd_floor_bits": _mean(jsd_floor),
             "first_to_last": win.first_to_last(load_WE),
             "first_to_last_floor": _mean(ends),
             **_trend(data, r, load_WE),
@@ -291,7 +280,7 @@ def drift(data: ReportData) -> pd.DataFrame:
             "balancedness_stale": win.balancedness_stale(load_WE, gpus, rank_WE),
         }
 
-    frame = row_per_router(counts, data.selection.routers, DRIFT, values)
+    frame = row_per_router(counts, data.selection.routers, (*DRIFT, *PLACED), values)
     return frame.astype({"trend_expert": "Int64"})
 
 

@@ -24,13 +24,12 @@ ALPHA = 0.05  # probability that chance alone makes any pair of the trace suppor
 Listed = tuple[np.ndarray, np.ndarray]  # pairs: expert, partner
 
 
-@table("pairs")
+@table("pairs", unlisted=("log10_p",))
 def coactivation(data: ReportData) -> AsColumns:
     """One row per ordered pair of experts: decisions that chose both (together); P(other chosen,
-    given expert chosen) in one decision, over all pairs of slots; that probability and that number
-    of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
-    the standard deviation of lift under chance, given the design effect of documents (lift_sd), and
-    the evidence against chance (log10_p, supported: see PairEvidence)."""
+    given expert chosen) in one decision, over all pairs of slots; that probability as expected by
+    chance at these loads (chance); the ratio to it (lift), and whether there is evidence against
+    chance (supported: see PairEvidence)."""
     data.decisions("coactivation")
 
     def columns(r: int) -> load.Columns:
@@ -56,13 +55,12 @@ def _coactivation(
     return both.in_order(found, listed)
 
 
-@table("transitions")
+@table("transitions", unlisted=("log10_p",))
 def transitions(data: ReportData) -> pd.DataFrame:
     """One row per expert and expert of the next MoE layer: tokens that chose both (together), and
     the number expected by chance at these loads (expected); P(next_expert chosen there, given
     expert chosen here), over all pairs of slots; its ratio to the probability of next_expert
-    (lift), the standard deviation of lift under chance, given the design effect of documents
-    (lift_sd), and the evidence against chance (log10_p, supported: see PairEvidence)."""
+    (lift), and whether there is evidence against chance (supported: see PairEvidence)."""
     data.decisions("transitions")
 
     def columns(r: int) -> load.Columns | None:
@@ -74,7 +72,7 @@ def transitions(data: ReportData) -> pd.DataFrame:
         return frame
     # only the last MoE layer is selected
     whole = ("layer", "router", "next_layer", "next_router", "expert", "next_expert", "together")
-    real = ("probability", "lift", "expected", "lift_sd", "log10_p")
+    real = ("probability", "lift", "expected", "log10_p")
     kinds = dict.fromkeys(whole, "int64") | dict.fromkeys(real, "float64") | {"supported": "bool"}
     return pd.DataFrame(columns=[*kinds]).astype(kinds)
 
@@ -93,6 +91,7 @@ def _transitions(
         "together": both.count_EN[listed],
         "probability": pairs.transition(both.count_EN, counts.load_E(r))[listed],
         "lift": pairs.transition_lift(both.count_EN)[listed],
+        "expected": both.expected_EN[listed],
     }
     return both.in_order(found, listed)
 
@@ -118,7 +117,7 @@ def supported_pairs(data: ReportData, name: str) -> tuple[pd.DataFrame, int]:
 
     if (key := (supported_pairs, name)) not in data.made:
         frame = pd.DataFrame(load.rows_per_router(data, columns))
-        data.made[key] = frame if len(frame.columns) else data.tables[name], listed
+        data.made[key] = frame if len(frame.columns) else data.tables.complete(name), listed
     return data.made[key]
 
 
@@ -199,24 +198,22 @@ class PairEvidence:
         return np.concatenate(experts), np.concatenate(others)
 
     def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
+        """The columns log10_p and supported of these pairs: (expert, partner)."""
         effect = load.at_least_1(self.effect)
         (expert, other), count, expected = pairs, self.count_EN[pairs], self.expected_EN[pairs]
         most = _most(count, self.load_E[expert], self.load_N[other])
         log10_p = unc.log10_tail(count / effect, expected / effect, most / effect)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            lift_sd = np.sqrt(np.maximum(self.effect, 1) / expected)
         supported = log10_p <= np.log10(ALPHA / self.tested)
-        return {"lift_sd": lift_sd, "log10_p": log10_p, "supported": supported}
+        return {"log10_p": log10_p, "supported": supported}
 
     def in_order(
         self, columns: dict[str, np.ndarray], pairs: tuple[np.ndarray, ...]
     ) -> dict[str, np.ndarray]:
-        """The columns of these pairs with `expected` and the evidence, by which they are sorted:
-        more frequent than expected first, less frequent last."""
-        rows = columns | {"expected": self.expected_EN[pairs], **self.evidence(pairs)}
+        """The columns of these pairs with the evidence, by which they are sorted: more frequent
+        than expected first, less frequent last."""
+        rows = columns | self.evidence(pairs)
         together, log10_p = rows["together"], rows["log10_p"]
-        beyond = together > rows["expected"]
+        beyond = together > self.expected_EN[pairs]
         order = np.lexsort((-together, np.where(beyond, log10_p, -log10_p), ~beyond))
         return {name: values[order] for name, values in rows.items()}
 

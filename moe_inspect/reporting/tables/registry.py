@@ -23,24 +23,29 @@ Made = TypeVar("Made", bound=Maker)
 @dataclass(frozen=True)
 class Table:
     """wants: what it needs counted beyond the load (names of `analysis.counting.counts.WANTS`).
-    by_router: numeric columns of a table with one row per router: what a gate can be put on."""
+    by_router: numeric columns of a table with one row per router: what a gate can be put on.
+    unlisted: columns that findings and charts read, and that the table does not show."""
 
     make: Maker
     wants: frozenset[str]
     by_router: tuple[str, ...]
+    unlisted: tuple[str, ...] = ()
 
 
 TABLES: dict[str, Table] = {}
 
 
 def table(
-    *wants: str, by_router: tuple[str, ...] = (), tables: dict[str, Table] = TABLES
+    *wants: str,
+    by_router: tuple[str, ...] = (),
+    unlisted: tuple[str, ...] = (),
+    tables: dict[str, Table] = TABLES,
 ) -> Callable[[Made], Made]:
     """Registers a table under the function's name, which `TABLES` of cli/help.py lists too.
     `tables`: of what; by default of the report."""
 
     def register(function: Made) -> Made:
-        tables[function.__name__] = Table(function, frozenset(wants), by_router)
+        tables[function.__name__] = Table(function, frozenset(wants), by_router, unlisted)
         return function
 
     return register
@@ -73,6 +78,7 @@ class LazyTables(Mapping[str, "pd.DataFrame"]):
     ):
         self._data, self._tables, self._why_not = data, tables, why_not
         self._made: dict[str, pd.DataFrame | AsColumns] = {}
+        self._complete: dict[str, pd.DataFrame | AsColumns] = {}
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         if not isinstance(made := self.as_made(name), pd.DataFrame):
@@ -85,8 +91,20 @@ class LazyTables(Mapping[str, "pd.DataFrame"]):
             raise MoeInspectError(why)
         check_table(name, self._tables)
         if name not in self._made:
-            self._made[name] = self._tables[name].make(self._data)
+            made, unlisted = self._tables[name].make(self._data), self._tables[name].unlisted
+            self._complete[name] = made
+            if isinstance(made, pd.DataFrame):
+                self._made[name] = made.drop(columns=[*unlisted]) if unlisted else made
+            else:
+                self._made[name] = {n: of for n, of in made.items() if n not in unlisted}
         return self._made[name]
+
+    def complete(self, name: str) -> pd.DataFrame:
+        """A table with its unlisted columns."""
+        self.as_made(name)
+        if not isinstance(made := self._complete[name], pd.DataFrame):
+            made = self._complete[name] = as_frame(made)
+        return made
 
     def __contains__(self, name: object) -> bool:
         return name in self._tables

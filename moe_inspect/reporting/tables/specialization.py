@@ -19,11 +19,12 @@ from moe_inspect.reporting.tables.data import ReportData, Row
 from moe_inspect.reporting.tables.registry import AsColumns, table
 
 SPECIALIZATION = (
-    *("domain_mi_bits", "domain_mi_null_bits", "domain_mi_null_p99_bits", "domain_mi_p"),
+    *("domain_mi_bits", "domain_mi_null_bits", "domain_mi_p"),
     *(f"domain_mi_given_token_{of}" for of in ("bits", "null_bits", "p")),
-    *("token_mi_bits", "token_mi_null_bits", "jsd_bits", "jsd_null_bits"),
-    *(f"vocabulary_specialization{of}" for of in ("", "_null", "_p", "_any", "_any_null")),
+    "token_mi_bits",
+    *(f"vocabulary_specialization{of}" for of in ("", "_null", "_p")),
 )
+UNLISTED = ("domain_mi_null_p99_bits", "token_mi_null_bits")
 # of what a baseline is subtracted → its unit, the end of its name
 BEYOND = {
     "domain_mi": "_bits",
@@ -71,7 +72,7 @@ def _overload_p(counts: Counts, router: int) -> np.ndarray:
     return np.minimum(p_DE * p_DE.size * len(counts.of), 1)
 
 
-@table("token_ids", by_router=SPECIALIZATION)
+@table("token_ids", by_router=SPECIALIZATION, unlisted=UNLISTED)
 def specialization(data: ReportData) -> pd.DataFrame:
     """One row per router: the information about the expert that the domain carries, that the token
     id carries, and that the domain carries given the token id; each with its null: documents of
@@ -92,7 +93,6 @@ def specialization(data: ReportData) -> pd.DataFrame:
             **(of.columns if of else {}),
             "domain_mi_null_bits": float(null_LB[-1].mean()),
             "domain_mi_null_p99_bits": float(np.quantile(null_LB[-1], 0.99)),
-            "jsd_null_bits": sp.jsd_null(*units) if judged else np.nan,
             "domain_mi_given_token_null_bits": float(given_LB[-1].mean()),
         }
         if expected:
@@ -100,12 +100,13 @@ def specialization(data: ReportData) -> pd.DataFrame:
             row["domain_mi_given_token_bits"] = given
         return row
 
-    frame = load.row_per_router(counts, data.selection.routers, SPECIALIZATION, values)
+    names = (*SPECIALIZATION, *UNLISTED)
+    frame = load.row_per_router(counts, data.selection.routers, names, values)
     for name, nulls in (("domain_mi", null_LB), ("domain_mi_given_token", given_LB)):
         without = np.array([bool(np.isnan(null).any()) for null in nulls])
         known = frame[f"{name}_bits"].astype("float64").mask(without)
         frame[f"{name}_p"] = chance.joint_p(known.tolist(), nulls)
-    frame = frame.astype(dict.fromkeys(SPECIALIZATION, "float64"))
+    frame = frame.astype(dict.fromkeys(names, "float64"))
     return frame if data.baseline is None else beyond_baseline(data, frame, data.baseline)
 
 
@@ -129,7 +130,7 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
             f"the baseline {other.trace.path} has other {' and other '.join(differ)} than "
             f"{data.trace.path}: trace the same texts with a model of the same shape"
         )
-    its_frame, added = other.tables["specialization"], dict[str, pd.Series]()
+    its_frame, added = other.tables.complete("specialization"), dict[str, pd.Series]()
     for name, unit in BEYOND.items():
         here, there = (of[f"{name}{unit}"] - of[f"{name}_null{unit}"] for of in (frame, its_frame))
         added[f"{name}_baseline{unit}"] = there

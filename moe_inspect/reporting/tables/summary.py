@@ -107,9 +107,9 @@ def _of_trace(data: ReportData) -> Iterator[str]:
         )
     if len(counts.domains) < 2:
         label = "" if data.selection.domains else "; label sources as DOMAIN=SRC when tracing"
-        yield f"one domain: domain_mi_* and jsd_bits need two{label}"
+        yield f"one domain: domain_mi_* needs two{label}"
     if not trace.has_weights:
-        yield "no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN"
+        yield "no weights recorded: weight_sum and weight_* are NaN"
     if unknown := sum(not trace.routers[r].first_choice_known for r in routers):
         which = "" if unknown == len(routers) else f" of {plural(unknown, 'router')}"
         yield (

@@ -25,7 +25,7 @@ DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the i
 def domain_specialization(data: ReportData) -> Finding | None:
     """Whether the domain carries information about the expert beyond what documents give by chance,
     in how many routers, and what that comes to in the router where it is most."""
-    table, counts = data.tables["specialization"], data.counts
+    table, counts = data.tables.complete("specialization"), data.counts
     if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
         return None
     if (untold := _cannot_tell(data, table)) is not None:
@@ -129,7 +129,7 @@ def _beyond_chance(table: pd.DataFrame) -> pd.DataFrame:
 
 def domain_beyond_token(data: ReportData) -> Finding | None:
     """How much of the domain's information is vocabulary, in the router where it is most."""
-    table = data.tables["specialization"]
+    table = data.tables.complete("specialization")
     if len(data.counts.domains) < 2 or _cannot_tell(data, table):
         return None
     real = _beyond_chance(table)
@@ -169,7 +169,7 @@ def _specialist(data: ReportData, router: int) -> str:
 
 def token_specialization(data: ReportData) -> Finding | None:
     """Whether the token id determines the expert, and the token id that does most."""
-    name, table = "vocabulary_specialization", data.tables["specialization"]
+    name, table = "vocabulary_specialization", data.tables.complete("specialization")
     table = table.dropna(subset=[name, f"{name}_null"])
     # with a single token id there is nothing to tell
     if table.empty or not table["token_mi_null_bits"].max() > 0:
