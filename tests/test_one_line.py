@@ -336,7 +336,7 @@ def test_parquet_text_that_is_no_utf8(
 
     monkeypatch.setattr(tables, "_labels", labels)
     sample(here / "bad", "law", "code")
-    if command in ("simulate routing", "simulate placement", "watch"):  # they read no label
+    if command in ("simulate placement", "watch"):  # they read no label
         return fine(run(command, usual=["bad"]))
     usual = ["bad", *USUAL[command][1:]]
     broken(command, "tokens/part-0-0.parquet", "UTF8", usual=usual)
