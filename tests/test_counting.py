@@ -104,10 +104,10 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
 
 
 def test_repetition_follows_a_sequence_across_batches():
-    # two sequences decoded side by side: their tokens alternate, the second starts a new sequence
-    # of the same document at 2
+    # two sequences decoded side by side: their tokens alternate. The last token is in a sequence of
+    # its own, at the position after that of the first sequence
     document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
-    order = kernels_numpy.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
+    order = kernels_numpy.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 3]))
     slots = slots_of(np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]]), 4)
     rows_T = document - 7, *np.zeros((3, 6), np.int64)
     token_rows = kernels_numpy.TokenRows(*rows_T, 2, 1, 1, 1, order)

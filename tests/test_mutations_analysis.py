@@ -59,7 +59,7 @@ by_hand = by("aggregate.test_counts_are_those_of_counting_by_hand")
 sums = by("counting.test_sums_that_must_hold")
 merging = by("counting.test_merging_is_associative_and_commutative_and_leaves_the_parts_alone")
 two_stacks = by("counting.test_an_encoder_and_a_decoder_have_tokens_of_their_own")
-in_sequences = by("counting.test_repetition_and_segments_follow_a_sequence_across_batches")
+in_sequences = by("counting.test_repetition_follows_a_sequence_across_batches")
 logits = by("counting.test_what_logits_and_weights_say_by_hand")
 of_pairs = by("compare_tables.test_the_loops_over_decisions", 371, 5, 5)
 written_in_order = by("slot_order.test_slots_are_written_in_descending_weight", "float16", 0.2)
@@ -103,7 +103,6 @@ MUTATIONS = {
     "pairs over the edges of sequences": ("analysis.counting.kernels_numpy", "same_T = np.r_[False, (d[1:] == d[:-1]) & (s[1:] == s[:-1])]", "same_T = np.r_[False, d[1:] == d[:-1]]", in_sequences),
     "pairs over gaps": ("analysis.counting.kernels_numpy", "same_T & np.r_[False, p[1:] == p[:-1] + 1]", "same_T & np.r_[False, p[1:] > p[:-1]]", by("counting.test_tokens_that_do_not_follow_each_other_are_no_pair")),
     "tokens in the order of the trace": ("analysis.counting.kernels_numpy", "if not later_T.all():", "if False:", in_sequences),
-    "segments a token longer": ("analysis.counting.kernels_numpy", "index_T - run_start_T >= m - 1", "index_T - run_start_T >= m", in_sequences),
     "pairs of slots: each with itself": ("analysis.counting.kernels_numpy", "slots[j:], E, E)", "slots[j - 1 :], E, E)", sums),
     "windows a token late": ("analysis.counting.count_shard", "windows.of(shard, seen.number_T) if windows", "windows.of(shard, seen.number_T + 1) if windows", by("counting.test_windows_by_hand")),
     "windows begin anew in every shard": ("analysis.counting.count_shard", "(self.before[shard.files.rank, shard.files.index] + number_T)", "(0 + number_T)", by("counting.test_windows_by_hand")),

@@ -257,11 +257,6 @@ class RecordOptions(RecordedFields, WrittenFields):
         "with), any of them. By default the arguments' names tell.",
     )
 
-    @property
-    def of_outputs(self) -> bool:
-        """Whether some of it is of what the experts return."""
-        return self.extras not in ((), ("logits",))
-
     def check(self, writes: bool) -> None:
         """MoeInspectError for options that contradict each other. `writes`: there is a path."""
         if not writes and not self.counts_only:

@@ -82,7 +82,7 @@ class Recorder:
         options.check(place is not None)
         self.model = unwrapped(model, by_path=bool(options.routers))
         self.sites = recordable(self.model, options.routers, options.layers, options.logits)
-        self.mode = mode_of(self.model, self.sites, options.capture, options.of_outputs)
+        self.mode = mode_of(self.model, self.sites, options.capture, options.output_norms)
         if place is not None and planned is None:
             check_directory(place, options.overwrite)
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)

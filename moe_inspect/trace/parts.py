@@ -26,8 +26,7 @@ MOST_COUNT_ROWS = 2**26
 TEXT_BYTES = 2**28  # of the texts of a table: far above any, far below what memory holds
 # the other columns of the format may be null, and so may columns that the format does not name
 NEVER_NULL = {*schema.TOKENS.names, *schema.DOCUMENTS.names, "logits"}
-NEVER_NULL |= {*schema.counts_schema(schema.SUMS, by_document=True).names}
-NEVER_NULL -= {"first_choice", "weight_sum"}
+NEVER_NULL |= {*schema.counts_schema(schema.SUMS, by_document=True).names} - {"first_choice"}
 
 
 @dataclass(frozen=True)
