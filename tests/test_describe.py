@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import moe_inspect
-from moe_inspect.cli.describe import Gpu
+from moe_inspect.cli.describe import Hardware
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.describe import PEAK_FLOPS, describe_table
 from moe_inspect.model.find import find_routers
@@ -65,7 +65,7 @@ def test_training_and_its_inverse() -> None:
     assert facts["training.flops"] == pytest.approx(6 * 68.7e9 * 2e12, rel=0.05)
     assert 0.40 < facts["training.mfu"] < 0.46
     assert facts["training.gpu_hours"] == pytest.approx(1_720_320 * facts["training.mfu"] / 0.4)
-    assert set(PEAK_FLOPS) == set(get_args(Gpu))
+    assert set(PEAK_FLOPS) == set(get_args(Hardware))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +128,7 @@ def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
     lines = cli_here("describe", config, "--format", "json").stdout.splitlines()
     active = {"key": "parameters.active", "value": 12_879_925_248, "text": "12,879,925,248"}
     assert active in map(json.loads, lines)
-    training = "--train-tokens", "2e12", "--gpu", "a100", "--mfu", "0.4"
+    training = "--train-tokens", "2e12", "--hardware", "a100", "--mfu", "0.4"
     cli_here("describe", config, *training, "-o", "facts.csv")
     assert pd.read_csv(tmp_path / "facts.csv").set_index("key").value["training.gpu_hours"] > 1e5
     of_dense = cli_here("describe", dense).stdout

@@ -233,7 +233,7 @@ def test_each_trace_weighs_the_same_however_long_unless_weights_say_otherwise(tm
     b = write_counts(tmp_path / "b", [np.array([[5, 3, 0, 0]])], 1)
     plans = {}
     for weights in (None, [1, 100], [100, 1]):
-        made = simulate_placement(a, b, gpus=2, policies=["eplb"], weights=weights)
+        made = simulate_placement(a, b, gpus=2, policies=["eplb"], fit_weights=weights)
         slots = made.tables["plan"]["expert"].tolist()
         plans[str(weights)] = {frozenset(slots[:2]), frozenset(slots[2:])}
     # mean shares .5625, .1875, 0, .25: the heaviest with the lightest
@@ -297,12 +297,12 @@ def test_judged_domains_are_those_that_the_plan_is_not_fitted_on(tmp_path: Path)
 def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path: Path):
     a, b = (written(tmp_path / n, SHIFTED, 10, seed) for seed, n in enumerate("ab"))
     c = written(tmp_path / "c", SHIFTED[::-1], 10)
-    args = [a.path, b.path, "--judge", c.path, "--weight", "2,1", "--gpus", 4]
+    args = [a.path, b.path, "--judge", c.path, "--fit-weights", "2,1", "--gpus", 4]
     done = cli_here("simulate", "placement", *args, "--table", "judged", "-o", "judged.csv")
-    made = a.simulate.placement(b.path, judge=[c], weights=[2, 1], gpus=4)
+    made = a.simulate.placement(b.path, judge=[c], fit_weights=[2, 1], gpus=4)
     told = pd.read_csv(tmp_path / "judged.csv")
     pd.testing.assert_frame_equal(told, made.tables["judged"], check_dtype=False)
-    assert f"placement({str(b.path)!r}, judge=[{str(c.path)!r}], weights=[2, 1]" in made.python
+    assert f"placement({str(b.path)!r}, judge=[{str(c.path)!r}], fit_weights=[2, 1]" in made.python
     here: dict[str, Any] = {}
     exec(made.python, here)
     assert here["made"].verdict == made.verdict
@@ -321,9 +321,15 @@ def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path
         ({"judge": ["b"], "fit_share": 0.5}, "--fit-share is for one trace"),
         ({"fit_domains": "a", "fit_phase": "decode"}, "give one of these"),
         ({"phase": "prefill", "fit_phase": "decode"}, "give one of these"),
-        ({"weights": [1.0]}, "weights are for several"),
-        ({"judge": ["b"], "weights": [1.0, 2.0]}, "weights 1.0, 2.0: give a number above 0"),
-        ({"judge": ["b"], "weights": [-1.0]}, "weights -1.0: give a number above 0 for each of a"),
+        ({"fit_weights": [1.0]}, "fit_weights are for several"),
+        (
+            {"judge": ["b"], "fit_weights": [1.0, 2.0]},
+            "fit_weights 1.0, 2.0: give a number above 0",
+        ),
+        (
+            {"judge": ["b"], "fit_weights": [-1.0]},
+            "fit_weights -1.0: give a number above 0 for each of a",
+        ),
         ({"fit_domains": "z"}, "no domain z"),
         ({"fit_domains": "a", "domains": "b"}, "no token of a is selected"),
         ({"fit_phase": "decode"}, "decode"),

@@ -19,7 +19,7 @@ from moe_inspect.cli.show import ShowOptions
 from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr, printable
 
-Gpu = Literal["a100", "h100", "h200", "b200"]
+Hardware = Literal["a100", "h100", "h200", "b200"]
 training_option = in_panel("Training")
 
 
@@ -36,7 +36,9 @@ def describe(
     train_tokens: float | None = training_option(
         "Also show the FLOPs of training on this many tokens, e.g. 2e12.", min=1
     ),
-    gpu: Gpu = training_option("GPU whose dense bf16 peak is used for training.", default="h100"),
+    hardware: Hardware = training_option(
+        "GPU whose dense bf16 peak is used for training.", default="h100"
+    ),
     mfu: float | None = training_option(
         "Also show the GPU-hours of training at this model FLOPs utilisation, e.g. 0.4.",
         min=0.001,
@@ -72,7 +74,9 @@ def describe(
         made = description.describe(
             model, context=context, revision=revision, trust_remote_code=trust_remote_code
         )
-    training = made.training(train_tokens, gpu, mfu, gpu_hours) if train_tokens is not None else []
+    training = (
+        made.training(train_tokens, hardware, mfu, gpu_hours) if train_tokens is not None else []
+    )
     lines = [str(made)]
     lines += [f"{'' if n else 'train':<8}{text}" for n, (_, _, text) in enumerate(training)]
 

@@ -120,13 +120,11 @@ class PlacementOptions(Options):
     )
     judge: list[str] | None = policy_option("Judge on this trace.", "TRACE", autocompletion=traces)
     fit_domains: list[str] | None = policy_option(
-        "Fit on this domain alone.", "NAME", flags=("--fit-domain",)
+        "Fit on these domains, judge on the others.", "NAMES"
     )
     fit_phase: Phase | None = policy_option("Fit on this phase, judge on the others.")
-    weights: list[float] | None = policy_option(
-        "Weight of each trace or domain.",
-        "NUMBER",
-        flags=("--weight",),
+    fit_weights: list[float] | None = policy_option(
+        "Weight of each trace or domain that plans are fitted on.", "NUMBER"
     )
     dispatch: Dispatch = policy_option(
         "lp: also optimal dispatch among replicas.",

@@ -182,7 +182,7 @@ class Description:
         return sorted({layer for layer, _, _ in self.routers})
 
     def training(
-        self, tokens: float, gpu: str, mfu: float | None, gpu_hours: float | None
+        self, tokens: float, hardware: str, mfu: float | None, gpu_hours: float | None
     ) -> list[Fact]:
         """FLOPs of training on `tokens`; the GPU-hours that an MFU (model FLOPs utilisation: the
         model's FLOPs as a share of the GPU's peak, arXiv:2204.02311) implies, or the MFU that
@@ -191,16 +191,18 @@ class Description:
             raise MoeInspectError(
                 f"the FLOPs of {self.kind} are not known: give its config.json instead of a trace"
             )
-        flops, peak = self.training_flops(tokens), PEAK_FLOPS[gpu]
+        flops, peak = self.training_flops(tokens), PEAK_FLOPS[hardware]
         text = f"{flops:.3g} FLOP for {tokens:,.0f} tokens"
         facts: list[Fact] = [("training.flops", flops, text)]
         if gpu_hours is not None:
             share = flops / (gpu_hours * 3600 * peak)
-            text = f"{share:.3f} of {_si(peak)}FLOP/s, from {gpu_hours:,.0f} {gpu.upper()}-hours"
+            text = (
+                f"{share:.3f} of {_si(peak)}FLOP/s, from {gpu_hours:,.0f} {hardware.upper()}-hours"
+            )
             facts.append(("training.mfu", share, text))
         if mfu is not None:
             hours = flops / (mfu * peak) / 3600
-            text = f"{hours:,.0f} {gpu.upper()}-hours at an MFU of {mfu}"
+            text = f"{hours:,.0f} {hardware.upper()}-hours at an MFU of {mfu}"
             facts.append(("training.gpu_hours", hours, text))
         return facts
 

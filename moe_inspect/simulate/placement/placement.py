@@ -65,7 +65,7 @@ def simulate_placement(
     judge: Sequence[Trace | str | Path] | None = None,
     fit_domains: str | Iterable[str] | None = None,
     fit_phase: str | None = None,
-    weights: Sequence[float] | None = None,
+    fit_weights: Sequence[float] | None = None,
     gpus: int | None = None,
     nodes: int = 1,
     physical_experts: int | None = None,
@@ -89,7 +89,7 @@ def simulate_placement(
 
     `others`: traces of the same model, for one plan that is fitted on all. `judge`: traces that
     plans are judged on. `fit_domains`, `fit_phase`: plans are fitted on these domains (each for
-    itself, as a trace), or this phase, and judged on the other domains or phases. `weights`: of the
+    itself, as a trace), or this phase, and judged on the other domains or phases. `fit_weights`: of the
     traces or domains fitted on; default equal. `gpus`: default up to 8. `physical_experts`: slots
     of a layer, replicas included; default one per expert. `groups`: of experts, for hierarchical
     EPLB; default the model config's. `policies`: names of POLICIES; default all. `placement`: the
@@ -143,7 +143,7 @@ def simulate_placement(
             parts + bool(fit_phase and phase) > 1,
             "plans are fitted on several traces, domains, or a phase: give one of these",
         ),
-        (weights and not apart, "weights are for several traces or domains fitted on"),
+        (fit_weights and not apart, "fit_weights are for several traces or domains fitted on"),
     ):
         if is_wrong:
             raise MoeInspectError(said)
@@ -151,7 +151,7 @@ def simulate_placement(
     pricing = pricing_of(named, latency, batch_tokens, sweep)
     among = None
     if apart:
-        among = workloads_of(traces, every, 1 + len(others), fit_domains, fit_phase, weights)
+        among = workloads_of(traces, every, 1 + len(others), fit_domains, fit_phase, fit_weights)
     selection, windows, loads = _seen(trace, selection, among, fit_share)
     empty = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
     place = partial(_placed, empty, among)
@@ -192,7 +192,7 @@ def simulate_placement(
         "policies": [*([CURRENT] if current else []), *names],
         "placement": str(placement) if placement is not None else None,
         "fitted_on": [one.name for one in among.fitted] if among else None,
-        "weights": weights,
+        "fit_weights": fit_weights,
         "fit_share": (fit_share or FIT_SHARE) if alone else None,
         "window": -(-windows.tokens // (len(windows.edge_W) - 1)) if alone else None,
         "dispatch": dispatch,

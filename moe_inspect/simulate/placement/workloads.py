@@ -190,7 +190,7 @@ def workloads_of(
     weight_W = np.ones(len(fitted)) if weights is None else np.array(weights, float)
     if len(weight_W) != len(fitted) or not (np.isfinite(weight_W) & (weight_W > 0)).all():
         raise MoeInspectError(
-            f"weights {', '.join(map(str, weights or []))}: give a number above 0 for each of "
+            f"fit_weights {', '.join(map(str, weights or []))}: give a number above 0 for each of "
             f"{', '.join(one.name for one in fitted)}"
         )
     return Workloads(fitted, judged, weight_W)
