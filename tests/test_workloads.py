@@ -324,11 +324,11 @@ def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path
         ({"fit_weights": [1.0]}, "fit_weights are for several"),
         (
             {"judge": ["b"], "fit_weights": [1.0, 2.0]},
-            "fit_weights 1.0, 2.0: give a number above 0",
+            "fit_weights 1.0, 2.0: give a number",
         ),
         (
             {"judge": ["b"], "fit_weights": [-1.0]},
-            "fit_weights -1.0: give a number above 0 for each of a",
+            "fit_weights -1.0: give a number above 0",
         ),
         ({"fit_domains": "z"}, "no domain z"),
         ({"fit_domains": "a", "domains": "b"}, "no token of a is selected"),

@@ -89,8 +89,8 @@ def simulate_placement(
 
     `others`: traces of the same model, for one plan that is fitted on all. `judge`: traces that
     plans are judged on. `fit_domains`, `fit_phase`: plans are fitted on these domains (each for
-    itself, as a trace), or this phase, and judged on the other domains or phases. `fit_weights`: of the
-    traces or domains fitted on; default equal. `gpus`: default up to 8. `physical_experts`: slots
+    itself, as a trace), or this phase, and judged on the other domains or phases. `fit_weights`:
+    weights of the traces or domains fitted on; default equal. `gpus`: default up to 8. `physical_experts`: slots
     of a layer, replicas included; default one per expert. `groups`: of experts, for hierarchical
     EPLB; default the model config's. `policies`: names of POLICIES; default all. `placement`: the
     plan in use, a file that an engine reads, as the policy "current"; default contiguous.
