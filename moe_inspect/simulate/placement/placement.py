@@ -90,18 +90,18 @@ def simulate_placement(
     `others`: traces of the same model, for one plan that is fitted on all. `judge`: traces that
     plans are judged on. `fit_domains`, `fit_phase`: plans are fitted on these domains (each for
     itself, as a trace), or this phase, and judged on the other domains or phases. `fit_weights`:
-    weights of the traces or domains fitted on; default equal. `gpus`: default up to 8. `physical_experts`: slots
-    of a layer, replicas included; default one per expert. `groups`: of experts, for hierarchical
-    EPLB; default the model config's. `policies`: names of POLICIES; default all. `placement`: the
-    plan in use, a file that an engine reads, as the policy "current"; default contiguous.
-    `fit_share`: of a trace alone, plans are fitted on this first share, above 0 to 1, and judged on
-    the rest; default 0.5. `dispatch`: "lp" adds the least load of the busiest GPU that any dispatch
-    among replicas could reach. `hardware`, `engine`, `dtype`, `kernel`: whose measured times steps
-    are priced with, of those that the constants have; the policies are then compared by time.
-    `latency`: a file of constants, or a csv of `LatencyModel.fit`; by default the constants that
-    are part of moe-inspect. `batch_tokens`: numbers of tokens of a step, over all GPUs, by the
-    largest of which policies are compared; default 64, 512 and 4096. `sweep`: numbers of slots, of
-    which each is priced. `layers`, `domains`, `phase`: what is selected.
+    weights of the traces or domains fitted on; default equal. `gpus`: default up to 8.
+    `physical_experts`: slots of a layer, replicas included; default one per expert. `groups`: of
+    experts, for hierarchical EPLB; default the model config's. `policies`: names of POLICIES;
+    default all. `placement`: the plan in use, a file that an engine reads, as the policy "current";
+    default contiguous. `fit_share`: of a trace alone, plans are fitted on this first share, above 0
+    to 1, and judged on the rest; default 0.5. `dispatch`: "lp" adds the least load of the busiest
+    GPU that any dispatch among replicas could reach. `hardware`, `engine`, `dtype`, `kernel`: whose
+    measured times steps are priced with, of those that the constants have; the policies are then
+    compared by time. `latency`: a file of constants, or a csv of `LatencyModel.fit`; by default the
+    constants that are part of moe-inspect. `batch_tokens`: numbers of tokens of a step, over all
+    GPUs, by the largest of which policies are compared; default 64, 512 and 4096. `sweep`: numbers
+    of slots, of which each is priced. `layers`, `domains`, `phase`: what is selected.
 
     Tables: placement (a row per router and policy), policies, windows, plan (the recommended
     policy's), with workloads judged (a row per policy and workload), where priced steps (a row per
