@@ -26,9 +26,9 @@ from rich.table import Table
 
 from benchmarks.measuring import RESULTS
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernel_reference import Case, choice, tape_for
 from tests.ptx.launch import Device, executed
 from tests.support.aot import TARGETS, GPUTarget
+from tests.support.kernel_reference import Case, choice, tape_for
 
 SHAPES = (  # E, k, T
     (8, 2, 4096),

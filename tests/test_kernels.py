@@ -18,7 +18,6 @@ import torch
 from moe_inspect.capture.engine import rows
 from moe_inspect.capture.engine.rows import Rows as EngineRows
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernel_reference import Case, assert_close, choice, tape_for
 from tests.support.aot import TARGETS, lines_of
 from tests.support.kernel_checks import (
     CHECKS,
@@ -27,6 +26,7 @@ from tests.support.kernel_checks import (
     check_record,
     pairwise,
 )
+from tests.support.kernel_reference import Case, assert_close, choice, tape_for
 from tests.support.sweep import WHOLE
 
 if kernels.triton is None:

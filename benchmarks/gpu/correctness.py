@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sanitizer import sanitize
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernel_reference import Case, assert_close, choice
+from tests.support.kernel_reference import Case, assert_close, choice
 
 SKEWS = ("uniform", "zipf", "one-hot")
 POISON = 77

@@ -14,7 +14,6 @@ import torch
 
 from moe_inspect.capture.corpus.plan import CorpusPlan
 from moe_inspect.capture.corpus.tokenize import Tokenizer
-from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
 from moe_inspect.capture.options import RecordOptions, TraceOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.errors import MoeInspectError, writing
@@ -56,8 +55,7 @@ class Planned:
 
 @dataclass
 class TraceOpener:
-    """`path`: None writes no trace. `tokenizer`: its vocabulary is stored in the trace.
-    `selfcheck`: what was found of the kernels used so far."""
+    """`path`: None writes no trace. `tokenizer`: its vocabulary is stored in the trace."""
 
     path: Path | None
     model: torch.nn.Module
@@ -66,7 +64,6 @@ class TraceOpener:
     tokenizer: Tokenizer | None
     options: RecordOptions
     planned: Planned
-    selfcheck: Found = field(default_factory=dict)
     _own_lock: Lock | None = None
 
     def open(self, routers: Sequence[Router], weight_dtype: torch.dtype) -> TraceWriter | None:
@@ -137,7 +134,6 @@ class TraceOpener:
             model["note"] = "; ".join(sorted(notes - {""}))
         capture = {
             **capture_facts(self.model, self.mode),
-            **selfcheck_facts(self.selfcheck),
             **drop_facts(self.sites),
             "weight_dtype": str(weight_dtype).removeprefix("torch.") if weight_dtype else None,
             **({} if self.options.text else {"text": False}),
@@ -172,9 +168,8 @@ def drop_facts(sites: Sequence[Site]) -> dict[str, object]:
     return {"drops": True} if sites and all(site.drops for site in sites) else {}
 
 
-def selfcheck_facts(found: Found) -> dict[str, object]:
-    """What the self-check has found of the kernels that a recording used, if any."""
-    return {"selfcheck": summary(found)} if found else {}
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def process_facts() -> Json:

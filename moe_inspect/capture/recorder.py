@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from moe_inspect.capture.hand_over import HandOver
-from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
 from moe_inspect.capture.hook.experts import mode_of
@@ -24,7 +23,7 @@ from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.stack import Sinks, Stack
-from moe_inspect.capture.open_trace import Planned, TraceOpener, selfcheck_facts
+from moe_inspect.capture.open_trace import Planned, TraceOpener
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.errors import MoeInspectError
@@ -128,7 +127,6 @@ class Recorder:
         if self._entered:
             raise MoeInspectError("this recording is over: call record again for another")
         self._entered = True
-        self._opener.selfcheck = kernels.SELF_CHECK.begin()
         self.attachment.attach()
         return self
 
@@ -150,10 +148,8 @@ class Recorder:
         finally:
             try:
                 if self.writer is not None:
-                    self.writer.at_close["capture"] = selfcheck_facts(self._opener.selfcheck)
                     self.writer.close(status, quiet=status != "complete")
             finally:
-                kernels.SELF_CHECK.end(self._opener.selfcheck)
                 self._opener.release()
 
     @contextmanager

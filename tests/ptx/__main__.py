@@ -16,11 +16,11 @@ from triton.backends.compiler import GPUTarget
 
 from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernel_reference import Case, check_norms, choice, tape_for
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
 from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, variants
 from tests.support.kernel_checks import check_dispatch, check_record, check_rows
+from tests.support.kernel_reference import Case, check_norms, choice, tape_for
 
 TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
 SKEWS = ("uniform", "zipf", "one-hot")

@@ -17,7 +17,7 @@ from moe_inspect.text import first_line
 
 REFUSED = "nothing is recorded"
 PREFIX = "MOE_INSPECT_"
-OTHERS = ("API_KEY", "SELFCHECK")  # variables that others of moe-inspect read
+OTHERS = ("API_KEY",)  # variables that others of moe-inspect read
 PATH = "/v1/moe_inspect"  # of the endpoint: below /v1 engines ask for their API key, if any
 KEY = "moe_inspect"  # of the internal state that SGLang's server shows and takes
 

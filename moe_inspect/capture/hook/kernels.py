@@ -16,16 +16,16 @@ from __future__ import annotations
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false, reportUntypedNamedTuple=false
 import math
 from collections import namedtuple
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.selfcheck import SelfCheck
+from moe_inspect.capture.hook import first_launch
 
 try:
     import triton
@@ -101,20 +101,14 @@ class Tape:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.ids, self.weights, self.cursor, self.dropped, self.limit, self.enabled
 
-    @cached_property
-    def kind(self) -> int:
-        """Equal for tapes that the kernels are compiled alike for."""
-        weights = self.weights.dtype if self.weights is not None else None
-        facts = self.cursor.device, self.experts, self.K, self.ids is None, weights, self.P
-        return _kinds.setdefault(facts, len(_kinds))
+    @property
+    def written(self) -> tuple[Tensor | None, ...]:
+        return self.tensors[:4]
 
     def part(self, tensor: Tensor, page: int) -> Tensor:
         """View [P, K] of this router's part of page `page` of `tensor`."""
         start = page * self.page_values + self.base
         return tensor[start : start + self.P * self.K].view(self.P, self.K)
-
-
-_kinds: dict[Hashable, int] = {}
 
 
 class Dispatch(NamedTuple):
@@ -132,10 +126,6 @@ def runs_triton(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-# of each variant of a kernel, the first time that it is to run on a device
-SELF_CHECK = SelfCheck(__name__)
-
-
 # --- record: writes decisions without dispatching
 
 
@@ -151,13 +141,13 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
 
 
 def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    if runs_triton(tape.cursor):
-        fed = ids_TK if ids_TK is not None else weights_TK
-        launches = 1 if fed.numel() <= RECORD_BLOCK else 2
-        read_TK = ids_TK if tape.ids is not None else None
-        if SELF_CHECK.trusts("record", tape, 0, read_TK, weights_TK, None, launches):
-            return record_triton(tape, ids_TK, weights_TK)
-    return record_torch(tape, ids_TK, weights_TK)
+    fed = ids_TK if ids_TK is not None else weights_TK
+    if not runs_triton(tape.cursor) or not fed.numel():
+        return record_torch(tape, ids_TK, weights_TK)
+    name = "record" if fed.numel() <= RECORD_BLOCK else "record in two launches"
+    call = record_triton, record_torch, tape, ids_TK, weights_TK
+    first_launch.run(name, fed.device, tape.written, *call)
+    return None
 
 
 def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
@@ -326,14 +316,18 @@ def _dispatch(
     tape: Tape | None,
     out: Dispatch | None = None,
 ) -> Dispatch:
-    if not runs_triton(ids_TK):
+    if not runs_triton(ids_TK) or not ids_TK.numel():
         here = dispatch_numpy if ids_TK.is_cpu else dispatch_torch
         return here(ids_TK, weights_TK, experts, tape)
     launches, block = dispatch_plan(ids_TK.numel(), experts)
-    recorded_TK = weights_TK if tape is not None else None
-    if SELF_CHECK.trusts("dispatch", tape, experts, ids_TK, recorded_TK, None, launches, block):
-        return dispatch_triton(ids_TK, weights_TK, experts, tape, launches, block, out)
-    return dispatch_torch(ids_TK, weights_TK, experts, tape)
+    kernel = partial(dispatch_triton, launches=launches, block=block, out=out)
+    written = () if tape is None else tape.written
+    call = kernel, dispatch_torch, ids_TK, weights_TK, experts, tape
+    return first_launch.run(DISPATCHES[launches], ids_TK.device, written, *call)
+
+
+# how many launches a dispatch takes → its name
+DISPATCHES = {1: "dispatch", 2: "dispatch in two launches", 3: "dispatch in three launches"}
 
 
 def dispatch_plan(slots: int, experts: int) -> tuple[int, int]:
@@ -708,13 +702,13 @@ def combine(
     y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
     tape: Tape | None = None, norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`combine_triton`, or the same in torch where the kernel is not to be trusted."""
-    H = y_SH.size(1)
-    written = (False, 0) if norms is None else (True, measuring_columns(H))
-    how = 1, None, y_SH.dtype, dtype, grouped is not None, not H % 16, *written
-    trusted = SELF_CHECK.trusts("combine", tape, experts, ids_TK, weights_TK, y_SH, *how)
-    code = combine_triton if trusted else combine_torch
-    return code(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, norms)
+    """`combine_triton`, or `combine_torch` if the kernel is wrong on the device."""
+    call = y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, norms
+    if not y_SH.numel():
+        return combine_torch(*call)
+    name = "combine" if norms is None else "combine with norms"
+    written = *(() if tape is None else tape.written), norms
+    return first_launch.run(name, y_SH.device, written, combine_triton, combine_torch, *call)
 
 
 def combine_torch(

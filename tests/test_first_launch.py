@@ -1,0 +1,257 @@
+"""The first launch of a kernel on a device is compared with its twin in torch: right kernels pass,
+a wrong one is noticed, and what is recorded is right all the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture.engine import rows
+from moe_inspect.capture.hook import first_launch, kernels
+from tests.conftest import ROOT, Cli, Put
+from tests.support import kernel_reference as reference
+from tests.support.kernel_checks import small_cases
+from tests.support.kernel_reference import choice, tape_for
+from tests.support.sweep import sample
+
+if kernels.triton is None:
+    pytest.skip("no triton on this platform", allow_module_level=True)
+
+Capture = pytest.CaptureFixture[str]
+CPU = torch.device("cpu")
+CASE = reference.Case(
+    8, 2, 5, "uniform", None, torch.int64, "float32 as float16", "in one page", True
+)
+E, K = CASE.E, CASE.K
+
+
+@pytest.fixture(autouse=True)
+def found(put: Put) -> dict[Any, str]:
+    """As on a GPU where no kernel has run."""
+    put(kernels, runs_triton=lambda tensor: True)
+    put(first_launch, FOUND={})
+    return first_launch.FOUND
+
+
+@pytest.fixture
+def ran(put: Put) -> list[str]:
+    """The names of the functions that ran."""
+    names = list[str]()
+    for module in (kernels, rows):
+        for name, code in list(vars(module).items()):
+            if name.endswith(("_triton", "_torch")) and name not in ("runs_triton", "norms_torch"):
+                put(module, **{name: noting(names, name, code)})
+    return names
+
+
+def noting(names: list[str], name: str, code: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given, **named: (names.append(name), code(*given, **named))[1]
+
+
+def record() -> None:
+    """Records a choice, and finds it on the tape."""
+    ids, weights = choice(CASE)
+    tape = tape_for(kernels, CASE)
+    kernels.record(tape, ids, weights)
+    reference.check_tape(CASE, tape, ids, weights)
+
+
+def dispatch() -> None:
+    reference.check_dispatch(kernels, CASE, kernels.dispatch)
+
+
+def combine(norms: bool = False) -> None:
+    for grouped in (True, False):
+        of = grouped, 6, torch.float32, torch.float32, norms
+        reference.check_combine(kernels, CASE, kernels.combine, *of)
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "record": record,
+    "dispatch": dispatch,
+    "combine": combine,
+    "combine with norms": lambda: combine(norms=True),
+}
+
+
+def test_the_first_launch_is_compared_and_no_other(
+    ran: list[str], found: dict[Any, str], capsys: Capture
+) -> None:
+    for kernel, call in CALLS.items():
+        ran.clear()
+        call()
+        name = kernel.partition(" ")[0]
+        assert {f"{name}_triton", f"{name}_torch"} <= {*ran}
+        assert found[kernel, CPU] == ""
+        ran.clear()
+        call()
+        assert f"{name}_torch" not in ran[ran.index(f"{name}_triton") :]
+    assert capsys.readouterr().err == ""
+
+
+def test_each_kernel_is_compared_on_its_own(found: dict[Any, str], put: Put) -> None:
+    ids = torch.arange(4200).view(-1, 6) % 512
+    for T, two_launches in ((2, 16384), (400, 16384), (700, 0)):
+        put(kernels, TWO_LAUNCHES=two_launches)
+        kernels.dispatch(ids[:T], None, 512)
+    for T in (2, 700):
+        case = reference.Case(
+            60, 2, T, "uniform", None, torch.int64, "float16", "in one page", False
+        )
+        kernels.record(tape_for(kernels, case), *choice(case))
+    of = rows.Rows((1, 16, 2), 8, False, CPU)
+    chosen, weights = choice(CASE)
+    of.keep(0, chosen, weights, weights)
+    at = torch.arange(16)
+    for counted, m in ((5, 0), (5, 5), (0, 5)):
+        of.take(counted, m, None, at.int(), at)
+    names = ["dispatch", "dispatch in two launches", "dispatch in three launches"]
+    names += ["record", "record in two launches"]
+    names += ["rows kept", "rows counted", "rows counted and taken", "rows taken"]
+    assert found == dict.fromkeys([(name, CPU) for name in names], "")
+
+
+def test_without_tokens_nothing_is_launched_or_compared(found: dict[Any, str]) -> None:
+    ids, weights = torch.zeros(0, K, dtype=torch.int64), torch.zeros(0, K)
+    kernels.record(tape_for(kernels, CASE), ids, weights)
+    grouped = kernels.dispatch(ids, weights, E)
+    assert kernels.combine(torch.zeros(0, 6), ids, weights, grouped, torch.float32, E).shape == (
+        0,
+        6,
+    )
+    assert found == {}
+
+
+# the kernel, and what it does wrong after its work: `made` is its result
+MISTAKES = {
+    "recorded id": ("record", "tape.ids[tape.ids != 77] += 1"),
+    "recorded weight": ("record", "tape.weights[tape.weights != 77] += 1e-3"),
+    "cursor": ("record", "tape.cursor.add_(1)"),
+    "dropped": ("record", "tape.dropped.add_(1)"),
+    "beyond": ("record", "tape.ids[-1] = 0"),
+    "permutation": ("dispatch", "made.permutation.copy_(made.permutation.flip(0))"),
+    "offsets": ("dispatch", "made.offsets[-1] += 1"),
+    "record of a dispatch": ("dispatch", "tape.ids[tape.ids != 77] += 1"),
+    "sum": ("combine", "made[1, 2] *= 1.01"),
+    "sum that is not finite": ("combine", "made[0, 0] = float('nan')"),
+    "norms": ("combine with norms", "norms[0, 0] *= 1.01"),
+    "nothing": ("record", "raise RuntimeError('Failed to find C compiler.\\nMore.')"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_kernel_is_noticed_at_its_first_launch_and_torch_does_its_work(
+    mistake: str, put: Put, ran: list[str], found: dict[Any, str], capsys: Capture
+) -> None:
+    kernel, breakage = MISTAKES[mistake]
+    name = kernel.partition(" ")[0]
+    right = getattr(kernels, f"{name}_triton")
+
+    def wrong(*given: Any, **named: Any) -> Any:
+        made = right(*given, **named)
+        of = [g for g in given if isinstance(g, kernels.Tape)]
+        exec(breakage, {"made": made, "tape": of[0] if of else None, "norms": given[-1]})
+        return made
+
+    put(kernels, **{f"{name}_triton": wrong})
+    CALLS[kernel]()  # which finds right results
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    raises = mistake == "nothing"
+    why = "cannot be run: Failed to find C compiler." if raises else "gives a wrong result"
+    assert said.startswith(f"warning: {kernel} on cpu: the kernel {why}: torch runs instead")
+    assert found[kernel, CPU] == why
+    ran.clear()
+    CALLS[kernel]()
+    assert f"{name}_triton" not in ran, "it is not tried again"
+    assert capsys.readouterr().err == "", "it is said once"
+
+
+def test_rounding_is_no_mistake(put: Put, found: dict[Any, str]) -> None:
+    right = kernels.combine_triton
+    put(kernels, combine_triton=lambda *given: right(*given) * (1 + 1e-7))
+    combine()
+    assert found["combine", CPU] == ""
+
+
+@pytest.mark.parametrize("mistake", ["ids", "sums", "taken"])
+def test_wrong_rows_are_noticed(mistake: str, put: Put, found: dict[Any, str]) -> None:
+    keep, take = rows.keep_triton, rows.take_triton
+
+    def wrong_keep(to_ids: Any, *given: Any) -> None:
+        keep(to_ids, *given)
+        to_ids += mistake == "ids"
+
+    def wrong_take(of: Any, *given: Any) -> Any:
+        taken = take(of, *given)
+        of.sums += mistake == "sums"
+        taken[2] += mistake == "taken"
+        return taken
+
+    put(rows, keep_triton=wrong_keep, take_triton=wrong_take)
+    ids, weights = choice(CASE)
+    at = torch.arange(16)
+    of = rows.Rows((1, 16, K), E, False, CPU)
+    of.keep(0, ids, weights, weights)
+    taken = of.take(5, 5, None, at.int(), at)
+    assert torch.equal(taken[2][0], ids.short())
+    routed = ids[(ids >= 0) & (ids < E)]
+    assert of.counted()[1].tolist() == routed.bincount(minlength=E).tolist()
+    names = "rows kept", "rows counted and taken"
+    assert [found[name, CPU] == "" for name in names] == [mistake != "ids", mistake == "ids"]
+
+
+def test_while_a_graph_is_captured_nothing_is_compared(put: Put, found: dict[Any, str]) -> None:
+    gpu = torch.device("cuda:0")
+    put(torch.cuda, is_current_stream_capturing=lambda: True)
+    run = lambda: first_launch.run("it", gpu, [], lambda: "kernel", lambda: "twin")  # noqa: E731
+    assert run() == "kernel"
+    assert found == {}
+    found["it", gpu] = "gives a wrong result"
+    assert run() == "twin"
+
+
+@pytest.mark.parametrize("case", list(small_cases()), ids=str)
+def test_what_stands_in_for_a_kernel_is_right(case: reference.Case) -> None:
+    reference.check_record(kernels, case, kernels.record_on_device)
+    reference.check_dispatch(kernels, case, kernels.dispatch_torch)
+    if case.T * case.K <= kernels.RECORD_BLOCK:
+        for grouped in (True, False):
+            kind = grouped, 6, torch.float32, torch.float32, True
+            reference.check_combine(kernels, case, kernels.combine_torch, *kind)
+
+
+# --- the whole of it
+
+
+@pytest.mark.parametrize(
+    ("capture", "broken"),
+    sample([("tap", "record"), ("dispatch", "dispatch"), ("dispatch", "combine")], 2),
+)
+def test_with_a_broken_kernel_the_trace_is_exact(
+    capture: str, broken: str, tmp_path: Path, cli_here: Cli, put: Put
+) -> None:
+    put(kernels, runs_triton=lambda tensor: False)
+    usual = ("trace", "demo", "--max-tokens", 40, "--dtype", "float32", "--capture", capture)
+    cli_here(*usual, "-o", "right")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.broken", *map(str, usual), "-o", "broken"],
+        cwd=tmp_path,
+        env={**os.environ, "BROKEN": broken, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {broken} on cpu: the kernel gives a wrong result: " in done.stderr
+    assert done.stderr.count("warning: ") == 1
+    traces = [moe_inspect.open_trace(tmp_path / name) for name in ("right", "broken")]
+    right, exact = (trace.routing() for trace in traces)
+    assert exact.equals(right)
