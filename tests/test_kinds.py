@@ -115,8 +115,7 @@ CASES = {
 }  # fmt: skip
 
 CALLS = ("finding",)
-# rooms that judge a model, not a trace: in test_audit_loss and test_doctor
-OF_MODELS = {"doctor", "training"}
+OF_MODELS = {"training"}  # rooms that judge a model, not a trace: in test_audit_loss
 
 
 def kinds_of_sentences() -> set[str]:

@@ -35,10 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interventions": {
         *("capture", "analysis", "model", "reporting", "trace", "demo", "errors", "text")
     },
-    "doctor": {
-        *("capture", "demo", "model", "trace", "training", "reporting"),
-        *("errors", "progress", "text"),
-    },
+    "doctor": {"capture", "errors", "progress", "text"},
     "analysis": {"trace", "errors", "files", "later", "progress", "text", "workers"},
     "alarms": {"analysis", "trace", "errors", "files", "text"},
     # what watches a training run counts on the model, judges and draws what it counted

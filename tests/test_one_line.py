@@ -53,7 +53,7 @@ USUAL: dict[str, list[Any]] = {
     "check": ["t"],
     "text": ["t", "--layers", 0, "--experts", 1],
     "watch": ["t", "--every", "10ms"],
-    "doctor": ["demo", "--no-measure"],
+    "doctor": ["--directory", "."],
     "merge": ["t", "u", "-o", "new"],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
     "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],
@@ -358,7 +358,7 @@ def test_labels_and_names_steer_no_terminal(command: str, here: Path) -> None:
 # (watch waits for a trace that is not there)
 @pytest.mark.parametrize("command", [c for c in USUAL if c != "watch"])
 def test_errors_steer_no_terminal(command: str, here: Path) -> None:
-    place, read = HOSTILE + LATIN, ("t", "demo", "loads.csv", *USUAL["engine"])
+    place, read = HOSTILE + LATIN, ("t", "demo", ".", "loads.csv", *USUAL["engine"])
     result = run(command, usual=[place if given in read else given for given in USUAL[command]])
     one_line(result, printable(place))
     assert result[1].removesuffix("\n").isprintable()

@@ -612,11 +612,6 @@ def norms_torch(y_SH: Tensor, K: int, inverse_S: Tensor | None) -> Tensor:
     return norm_S[place_S].view(-1, K)
 
 
-def measuring_columns(H: int) -> int:
-    """Columns per program if it writes norms: it sees all of them."""
-    return max(COMBINE_COLUMNS, 1 << (H - 1).bit_length())
-
-
 if triton is not None:
 
     @triton.jit
@@ -685,7 +680,9 @@ if triton is not None:
             return out
         y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
         order = (grouped.inverse, grouped.offsets) if grouped is not None else (None, None)
-        columns = COMBINE_COLUMNS if norms is None else measuring_columns(H)
+        columns = COMBINE_COLUMNS
+        if norms is not None:  # a program sees all of H
+            columns = max(columns, 1 << (H - 1).bit_length())
         # in the order of transformers: product, rounding, sum
         rounded = torch.promote_types(kind, weights.dtype).itemsize == 2
         with torch.cuda.device_of(y):

@@ -1,4 +1,4 @@
-"""What `moe-inspect doctor` shows of this machine, as plain JSON values and as a page. torch is
+"""Facts about this machine for `moe-inspect doctor`, as plain JSON values and as a page. torch is
 imported by the functions that need it. Nothing names the user, the host or a path."""
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import re
 import shutil
 import sys
 import tempfile
-import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_inspect.capture.engine.installed import installed_engines, text_of, version_of
-from moe_inspect.errors import INSTALL_TRACE, MoeInspectError, missing_for_capture, writing
+from moe_inspect.errors import INSTALL_TRACE, missing_for_capture, writing
 from moe_inspect.progress import phase
-from moe_inspect.text import format_ratio, plural
+from moe_inspect.text import first_line, plural
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     *("moe-inspect", "torch", "transformers", "triton", "accelerate"),
@@ -29,47 +32,31 @@ PACKAGES = (
 )
 WRITE_BYTES = 64 << 20
 WRITE_SECONDS = 2.0  # after which a slow disk's test ends
+TOKENS = (16384, 1024, 8)  # dispatched in three launches, two and one
 
 Facts: TypeAlias = dict[str, Any]  # plain JSON values
 
 
-def examine(
-    model: str | None = None, directory: Path = Path("."), measure: bool = True, **options: Any
-) -> Facts:
-    """Facts about this machine and, with `model`, about recording that model on it. `directory`:
-    of traces. `measure`: check kernels and measure speeds too, for seconds. `options`: of the model
-    (device, dtype, revision, trust_remote_code, random_init)."""
+def examine(directory: Path = Path(".")) -> Facts:
+    """Facts about this machine. `directory`: of traces."""
     missing = missing_for_capture()
-    if model is not None and missing is not None:
-        raise MoeInspectError(f"this needs {missing}: {INSTALL_TRACE}")
-    if measure:
-        phase("measuring the disk")
+    phase("measuring the disk")
     facts: Facts = {
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {p: version_of(p) for p in PACKAGES},
         "system": system(),
-        "directory": disk(directory, measure),
+        "directory": disk(directory),
         "devices": list(devices()) if missing is None else [],
         "captures": list(captures(missing)),
     }
-    if missing is not None:
-        return facts
-    from moe_inspect.doctor import costs
-
-    if measure:
+    if missing is None:
         phase("checking kernels")
-        facts["selfcheck"] = [row for gpu in costs.gpus() for row in costs.selfchecks_of(gpu)]
-        phase("measuring costs")
-        facts["costs"] = costs.measured()
-    if model is not None:
-        facts["model"] = costs.examined(model, measure, **options)
+        facts["kernels"] = [row for gpu in gpus() for row in check_kernels(gpu)]
     return facts
 
 
 def devices() -> Iterator[Facts]:
     import torch
-
-    from moe_inspect.capture.hook.selfcheck import driver_version
 
     yield {"device": "cpu", "threads": torch.get_num_threads()}
     for n in range(torch.cuda.device_count()):
@@ -82,6 +69,12 @@ def devices() -> Iterator[Facts]:
             "multiprocessors": of.multi_processor_count,
             "driver": driver_version(),
         }
+
+
+def driver_version() -> str | None:
+    """Version of the GPU's kernel driver: NVIDIA's, else AMD's."""
+    found = re.search(r"\b\d{3,}\.\d[\d.]*", text_of(Path("/proc/driver/nvidia/version")))
+    return found[0] if found else text_of(Path("/sys/module/amdgpu/version")).strip() or None
 
 
 def captures(missing: str | None) -> Iterator[Facts]:
@@ -139,7 +132,7 @@ def system() -> Facts:
     }
 
 
-def disk(directory: Path, measure: bool = True) -> Facts:
+def disk(directory: Path) -> Facts:
     """The file system of `directory`, to which it must be possible to write."""
     resolved = directory.resolve()
     mounts = [line.split(" ")[1:3] for line in text_of(Path("/proc/mounts")).splitlines()]
@@ -147,7 +140,7 @@ def disk(directory: Path, measure: bool = True) -> Facts:
     holding = [m for m in mounts if resolved.is_relative_to(m[0].replace("\\040", " "))]
     with writing(directory):
         free = shutil.disk_usage(directory).free
-        speed = _write_speed(directory, min(WRITE_BYTES, free // 4)) if measure else None
+        speed = _write_speed(directory, min(WRITE_BYTES, free // 4))
     return {
         "filesystem": max(holding, key=lambda mount: len(mount[0]))[1] if holding else None,
         "free_bytes": free,
@@ -165,6 +158,55 @@ def _write_speed(directory: Path, most: int) -> float | None:
         file.flush()
         os.fsync(file.fileno())
         return written / (time.perf_counter() - began) if written else None
+
+
+# --- the Triton kernels
+
+
+def gpus() -> list[torch.device]:
+    """GPUs on which the kernels run."""
+    import torch
+
+    count = 0 if find_spec("triton") is None else torch.cuda.device_count()
+    return [torch.device("cuda", n) for n in range(count)]
+
+
+def check_kernels(device: torch.device) -> Iterator[Facts]:
+    """Launch each kernel, and compare it with its twin in torch. `wrong`: the fault, or None."""
+    from moe_inspect.capture.hook import first_launch
+
+    broken = ""
+    try:
+        _launch_kernels(device)
+    except Exception as error:  # after some faults a GPU computes nothing more
+        broken = first_line(error)
+    for (kernel, where), wrong in first_launch.FOUND.items():
+        if where == device:
+            yield {"device": str(device), "kernel": kernel, "wrong": wrong or None}
+    if broken:
+        yield {"device": str(device), "kernel": "the others", "wrong": f"cannot be run: {broken}"}
+
+
+def _launch_kernels(device: torch.device) -> None:
+    import torch
+
+    from moe_inspect.capture.engine.rows import Rows
+    from moe_inspect.capture.hook import kernels
+    from moe_inspect.capture.hook.ring import PassShape, Rings
+
+    E, K, H = 256, 8, 512
+    tape = Rings(PassShape([(device, K, E)], [0]), torch.bfloat16, 2 * sum(TOKENS)).tapes[""][0]
+    for T in TOKENS:
+        ids = torch.rand(T, E, device=device).topk(K).indices
+        weights = torch.rand(T, K, device=device).bfloat16()
+        grouped = kernels.dispatch(ids, weights, E, tape)
+        kernels.record(tape, ids, weights)
+    y_SH = torch.randn(T * K, H, device=device).bfloat16()
+    for norms in (None, torch.empty(T, K, device=device)):
+        kernels.combine(y_SH, ids, weights, grouped, y_SH.dtype, E, None, norms)
+    rows = Rows((1, T, K), E, False, device)
+    rows.keep(0, ids, weights, weights)
+    rows.take(T, T, None, rows.every, rows.every)
 
 
 # --- as text
@@ -186,12 +228,8 @@ def _sections(facts: Facts) -> Iterator[tuple[str, Iterable[Line]]]:
     yield "versions", ((name, found or "–") for name, found in facts["versions"].items())
     yield "machine", _machine(facts)
     yield "what can be recorded", map(_capture, facts["captures"])
-    if "selfcheck" in facts:
-        yield "self-check of the Triton kernels", _selfcheck(facts["selfcheck"])
-    if "costs" in facts:
-        yield "what recording costs the host", _costs(facts["costs"])
-    if "model" in facts:
-        yield from _model(facts["model"])
+    if "kernels" in facts:
+        yield "Triton kernels", _kernels(facts["kernels"])
 
 
 def _machine(facts: Facts) -> Iterator[Line]:
@@ -206,7 +244,7 @@ def _machine(facts: Facts) -> Iterator[Line]:
             continue
         parts = device["name"], _bytes(device["memory_bytes"]), device["architecture"]
         yield device["device"], f"{', '.join(parts)}, driver {device['driver'] or 'unknown'}"
-    speed = disk.get("write_bytes_per_s")
+    speed = disk["write_bytes_per_s"]
     writes = f"writes {_rate(speed)}" if speed else ""
     parts = disk["filesystem"], f"{_bytes(disk['free_bytes'])} free", writes
     yield "directory of traces", ", ".join(part for part in parts if part)
@@ -217,70 +255,16 @@ def _capture(row: Facts) -> Line:
     return row["capture"], f"{answer}: {row['note']}" if row["note"] else answer
 
 
-def _selfcheck(rows: Iterable[Facts]) -> Iterator[Line]:
-    """A line per kernel and GPU, and one per variant that is wrong."""
-    device = None
-    for row in rows:
-        if row["device"] != device:
-            device = row["device"]
-            yield "on", device
-        checked = f"({plural(row['variants'], 'variant')} in {row['ms']:,.0f} ms)"
-        yield row["kernel"], f"{'WRONG: torch runs instead' if row['wrong'] else 'right'} {checked}"
-        for variant, wrong in (row["wrong"] or {}).items():
-            yield "", f"{wrong} ({variant})"
-    if device is None:
+def _kernels(rows: Sequence[Facts]) -> Iterator[Line]:
+    """A line per GPU whose kernels are right, and one per wrong kernel."""
+    if not rows:
         yield "no GPU", "torch runs instead"
-
-
-def _costs(costs: Facts) -> Iterator[Line]:
-    for name, (low, middle, high) in costs["record_on_cpu_us"].items():
-        # where a quarter of the rounds took no longer than untraced ones, the others tell nothing
-        said = f"{middle:.0f} µs of CPU time (" if low > 0 else "too little to be measured here ("
-        yield f"router call, {name}", f"{said}quartiles {low:.0f} to {high:.0f} µs)"
-    for name, us in costs["launch_us"].items():
-        yield f"launch, {name}", f"{us:.1f} µs"
-    if not costs["launch_us"]:
-        yield "launch of a kernel", "not measured: no GPU"
-    speed = costs["copy_bytes_per_s"]
-    yield "copy to pinned memory", _rate(speed) if speed else "not measured: no GPU"
-
-
-def _model(model: Facts) -> Iterator[tuple[str, Iterable[Line]]]:
-    routers = plural(model["routers"], "router")
-    yield (
-        "the model",
-        [
-            ("model", f"{model['id'] or 'of a directory'} ({model['class']})"),
-            ("parameters", f"{model['parameters']:,} {model['dtype']} on {model['device']}"),
-            ("routers", f"{routers}, {model['top_k']} of {model['experts']} experts"),
-            *map(_capture, model["captures"]),
-            ("auto is", model["auto"]),
-            *((f"kernel {name}", found) for name, found in model["selfcheck"].items()),
-        ],
-    )
-    if "speed" in model:
-        on_cpu = model["device"] == "cpu"
-        by = "CPU time of one thread" if on_cpu else "the clock"
-        lines = (_speed(row, "cpu" if on_cpu else "wall") for row in model["speed"])
-        yield f"traced ÷ untraced tokens/s, by {by}", lines
-    if "balancing_loss" in model:
-        yield "the balancing loss", _loss(model["balancing_loss"])
-
-
-def _loss(findings: Iterable[Facts]) -> Iterator[Line]:
-    for found in findings:
-        first, *more = textwrap.wrap(found["text"], WIDTH - NAME - 2, break_on_hyphens=False)
-        yield found["severity"], first
-        yield from (("", line) for line in more)
-
-
-def _speed(row: Facts, clock: str) -> Line:
-    if "not_measured" in row:
-        return row["phase"], f"not measured: {row['not_measured']}"
-    ratios = row["traced_over_untraced"].items()
-    shown = ", ".join(f"{name} {format_ratio(ratio[clock])}" for name, ratio in ratios)
-    rate = row["tokens"] / row["seconds"]["untraced"][clock]
-    return row["phase"], f"{shown}; untraced {rate:,.0f} tokens/s"
+    for device, of_device in groupby(rows, key=lambda row: row["device"]):
+        kernels = list(of_device)
+        wrong = [row for row in kernels if row["wrong"]]
+        yield device, f"{len(kernels) - len(wrong)} of {plural(len(kernels), 'kernel')} right"
+        for row in wrong:
+            yield "", f"WRONG: {row['kernel']} {row['wrong']}; torch runs instead"
 
 
 def _bytes(count: float) -> str:
