@@ -1,5 +1,5 @@
-"""The cases that the kernels and their torch implementations are checked on, against the reference
-of the self-check. The module under test, `kernels`, is an argument, so that the mutation tests can
+"""The cases that the kernels and their torch implementations are checked on, against NumPy. The
+module under test, `kernels`, is an argument, so that the mutation tests can
 pass a broken one."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.engine import rows
-from moe_inspect.capture.hook import kernel_reference as checks
-from moe_inspect.capture.hook.kernel_reference import POISON, Case, choice
+from tests.support import kernel_reference as checks
+from tests.support.kernel_reference import POISON, Case, choice
 from tests.support.sweep import WHOLE
 
 TAPES = ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled")
@@ -125,9 +125,9 @@ def check_rows(kernels: ModuleType, case: Case, reference: bool, module: Any = r
     """Its kernels are in a module of their own. The kind of tape is none of theirs."""
     if case.T:
         with patch.object(module.kernels, "runs_triton", lambda _: True):  # else none are kept
-            kind = "torch" if reference else "triton"
-            both = getattr(module, f"keep_{kind}"), getattr(module, f"take_{kind}")
-            checks.check_rows(module, case, both)
+            by = "torch" if reference else "triton"
+            run = getattr(module, f"keep_{by}"), getattr(module, f"take_{by}")
+            checks.check_rows(module, case, *run)
 
 
 CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_combine}

@@ -10,7 +10,7 @@ from __future__ import annotations
 # pyright sees neither what @triton.jit makes of a signature nor that the kernels exist only with
 # triton:
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalSubscript=false
 import itertools
 from collections import deque
@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.selfcheck import SelfCheck
+from moe_inspect.capture.hook import first_launch, kernels
 from moe_inspect.errors import MoeInspectError
 
 try:
@@ -37,7 +36,6 @@ BLOCK = 1024  # slots per program
 # rows that wait on a CPU until the engine's own thread counts them, as where the sender is blocked
 COUNT_AT = 4096
 FEWEST = 16  # rows that a step counts for: what is held of it takes as much memory
-SELF_CHECK = SelfCheck(__name__)
 # tokens and positions [m], ids and weights [L, m, K], logits [L, m, E] or None, and physical ids
 # [L, m, K] or None; of a CPU tokens, positions and what each router returned
 Taken = list[Any]
@@ -141,12 +139,13 @@ class Rows:
             return self.host.take(counted, m, picked, tokens, positions)
         if (rows := max(counted, m)) > len(self.every):
             raise ValueError(f"{rows} rows of a buffer of {len(self.every)}")
-        code = take_torch
-        if self.staged is not None:
-            ids, weights, *_ = self._of_router[0]
-            trusted = SELF_CHECK.trusts("rows", None, self.E, ids, weights, None)
-            code = take_triton if trusted else take_torch
-        return code(self, counted, m, picked, tokens, positions)
+        call = self, counted, m, picked, tokens, positions
+        if self.staged is None or not rows:
+            return take_torch(*call)
+        parts = ("counted", counted), ("taken", m)
+        name = "rows " + " and ".join(part for part, n in parts if n)
+        codes = take_triton, take_torch
+        return first_launch.run(name, self.device, [self.sums], *codes, *call)
 
     def count(self, n: int) -> None:
         ids_LNK = self.ids.narrow(1, 0, n).clamp(-1, self.E)
@@ -263,10 +262,13 @@ def _keep(
 ) -> None:
     """More columns than a row has are fused shared experts, behind the routed ones; more rows than
     the buffer has are those of a profiling pass."""
-    code, recorded = keep_torch, None if to_weights is None else weights
-    if kernels.runs_triton(to_ids) and SELF_CHECK.trusts("rows", None, E, ids, recorded, None):
-        code = keep_triton
-    code(to_ids, to_weights, ids, recorded, to_physicals, physicals)
+    recorded = None if to_weights is None else weights
+    call = to_ids, to_weights, ids, recorded, to_physicals, physicals
+    if kernels.runs_triton(to_ids) and len(ids):
+        written = to_ids, to_weights, to_physicals
+        first_launch.run("rows kept", to_ids.device, written, keep_triton, keep_torch, *call)
+    else:
+        keep_torch(*call)
     if to_logits is not None and logits is not None:
         _copy(to_logits, logits)
 
@@ -338,7 +340,7 @@ def take_torch(
 ) -> Taken:
     if counted:
         of.count(counted)
-    if tokens is None or positions is None or of.weights is None:
+    if not m or tokens is None or positions is None or of.weights is None:
         return []
     at = slice(0, m) if picked is None else picked
     of_routers = (None if t is None else t[:, at] for t in of.kept)
