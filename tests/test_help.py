@@ -109,7 +109,7 @@ SEVERAL = [
 ]
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("batches", "batch_tokens", "drafts", "slots", "sweep", "top_k"), int),
-    **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor", "weights"), float),
+    **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor", "fit_weights"), float),
 }
 
 
@@ -122,8 +122,18 @@ def test_several_values_are_repeated_or_comma_separated(command: str, name: str)
     repeated, separated = (option.process_value(None, values) for values in given)
     read = NUMBERS.get(name, str)
     assert list(repeated) == list(separated) == [read(a), read(b.replace("\\", ""))]
-    assert option.help.endswith("Repeated or comma-separated.")
-    assert option.help.lower().count("repeat") == 1
+
+
+def test_help_marks_options_that_take_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n".join(help_of(COMMANDS["report"], 100, monkeypatch))
+    assert "--layers LAYERS,…" in text
+    assert "--top N " in text
+
+
+def test_every_page_of_help_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, command in COMMANDS.items():
+        most = 70 if name in ("trace", "report", "placement") else 50
+        assert len(help_of(command, 100, monkeypatch)) <= most, name
 
 
 def test_lists_of_values_are_options_that_take_several() -> None:

@@ -56,7 +56,9 @@ def documented(options: type | None = None) -> Callable[[T], T]:
 
 BatchTokens = Annotated[int, Setting("Tokens per forward pass, padding included.", "N", 1)]
 Device = Annotated[str, Setting("auto, cpu, cuda, cuda:1, …", "DEVICE", panel="Model")]
-OfDtype = Annotated[Dtype, Setting("auto: as stored in the checkpoint.", panel="Model")]
+OfDtype = Annotated[
+    Dtype, Setting("auto (as stored), float32, bfloat16 or float16.", panel="Model")
+]
 Revision = Annotated[
     str | None, Setting("Branch, tag or commit on the hub.", "REVISION", panel="Model")
 ]
@@ -64,8 +66,7 @@ TrustRemoteCode = Annotated[bool, Setting("Run code from the model's repository.
 RandomInit = Annotated[
     int | None,
     Setting(
-        "Initialise the weights at random with this seed instead of reading them: the untrained "
-        "baseline.",
+        "Initialise the weights at random with this seed: the untrained baseline.",
         "SEED",
         panel="Model",
     ),
@@ -107,8 +108,8 @@ class TextFields:
 
     data: Sequence[str] = setting(
         (),
-        "A .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a "
-        "quoted glob, or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
+        "A .txt, .jsonl, .csv or .parquet file, a folder (subfolders are domains), a quoted "
+        "glob, or a URL (hf:// s3:// …). Default: the bundled corpus.",
         "[DOMAIN=]SRC",
     )
     text_field: str = setting("text", "The field that holds the text.", "FIELD")
@@ -118,7 +119,7 @@ class TextFields:
     max_tokens: int | None = setting(None, "Stop after this many tokens.", "N", 1)
     max_length: int | None = setting(
         None,
-        "Split longer documents (default: fits the model and an engine, at most 2048).",
+        "Split longer documents (default: as the model takes them, at most 2048).",
         "N",
         1,
     )
@@ -156,8 +157,7 @@ class ModelFields:
     trust_remote_code: TrustRemoteCode = False
     dequantize: bool = setting(
         False,
-        "Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
-        "reading them.",
+        "Dequantise MXFP4, FP8 or compressed-tensors weights while reading them.",
     )
     random_init: RandomInit = None
 
@@ -181,7 +181,7 @@ class RecordedFields:
     )
     by_document: bool = setting(
         False,
-        "With --counts-only: counts of each document instead of each domain, to choose texts from.",
+        "With --counts-only: counts of each document instead of each domain.",
         more="A document is fed whole, and nothing is generated from it.",
     )
 

@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_inspect.cli.capture import HeldOutText, ModelArgument, ModelOptions, prepare, ranges_of
-from moe_inspect.cli.options import Layers, in_panel, selection_option
+from moe_inspect.cli.options import Layers, selection_option
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions, table_option
 from moe_inspect.text import print_stderr
-
-run_option = in_panel("Run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions(ShowOptions):
     table: str | None = table_option(
-        "One table instead of the text: experts, a row per expert; domains, one per expert and "
-        "domain."
+        "One table instead of the text: experts, or domains (experts by domain)."
     )
 
 
@@ -29,13 +26,12 @@ def ablate(
     experts: list[str] | None = selection_option(
         "Only these experts of each layer, e.g. 0-3,7.", "EXPERTS"
     ),
-    most_passes: int | None = run_option(
-        "Run at most this many forward passes, so that every expert is judged on less "
-        "text. With --resume, a later run continues.",
+    most_passes: int | None = selection_option(
+        "Run at most this many forward passes, each on less text.",
         "N",
         min=2,
     ),
-    resume: Path | None = run_option(
+    resume: Path | None = selection_option(
         "Store every loss in this directory, and continue from the losses already there.", "DIR"
     ),
     show: AblateOptions,
@@ -45,7 +41,7 @@ def ablate(
     """Measure the loss on held-out text without each expert.
 
     Drops each expert in turn; its router chooses among the rest. Differences are in nats per token,
-    with 95 % intervals over documents. Layers below the dropped expert are computed only once.
+    with 95 % intervals over documents.
 
     Examples:
     moe-inspect ablate demo --layers 1

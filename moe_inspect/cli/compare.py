@@ -24,8 +24,8 @@ from moe_inspect.errors import MoeInspectError
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(ShowOptions):
     table: str | None = table_option(
-        f"One table instead of the text: {TABLES['compare']}; of traces of counts "
-        f"{TABLES['counts']}; of two different models {TABLES['models']}."
+        f"One table instead of the text: {TABLES['compare']}; for counts {TABLES['counts']}; "
+        f"for two models {TABLES['models']}."
     )
 
 
@@ -63,10 +63,9 @@ class PairOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class PairGates(GateOptions):
     fail_above: list[str] | None = limit(
-        "Exit with 3 if the metric of any router, or of all tokens, is above: "
-        "set_mismatch=0.01, tokens_mismatch=0.05."
+        "Exit with 3 above: set_mismatch=0.01, tokens_mismatch=0.05."
     )
-    fail_below: list[str] | None = limit("Exit with 3 if the metric is below: overlap=0.99.")
+    fail_below: list[str] | None = limit("Exit with 3 below: overlap=0.99.")
 
 
 def compare(
@@ -91,8 +90,7 @@ def compare(
     """Compare the routing of two traces, token by token.
 
     Shows where they choose different experts, and whether rounding, another model or a misalignment
-    explains it. Traces of counts are compared by the load of their experts. Two different models
-    get a table of their summaries. Needs neither torch nor the model.
+    explains it. Traces of counts are compared by load, two different models by their summaries.
 
     Examples:
     moe-inspect compare runs/bf16 runs/fp8

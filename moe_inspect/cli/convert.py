@@ -3,6 +3,7 @@ export`: a trace → the file of another tool."""
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,6 @@ from moe_inspect.cli.options import (
     Overwrite,
     TraceArgument,
     argument,
-    in_panel,
     option,
 )
 from moe_inspect.cli.progress import shown
@@ -31,10 +31,13 @@ else:
     SCORES = "reap gate frequency ean mean-norm saliency"
     ExportBy = StrEnum("ExportBy", {by: by for by in SCORES.split()})
 
-run_option = in_panel("Run")
-
+# what follows these in the description of a format is left to docs/import.md
+DETAILS = r"; | \(|, with |, made of| of the modes| of example| or rank| \[,"
 FORMATS = {
-    "import": {name: reads.replace("`", "") for name, (_, reads) in importers.MODULES.items()},
+    "import": {
+        name: re.split(DETAILS, reads.replace("`", ""))[0]
+        for name, (_, reads) in importers.MODULES.items()
+    },
     "export": {name: writes for name, (_, writes) in exporters.MODULES.items()},
 }
 
@@ -42,7 +45,7 @@ FORMATS = {
 def import_(
     *,
     format: str = argument(
-        f"auto (recognise the files), or one of {', '.join(importers.MODULES)}.",
+        "auto (recognise the files), or one of the formats below.",
         "FORMAT",
         default=REQUIRED,
     ),
@@ -52,25 +55,20 @@ def import_(
     output: NewTrace,
     facts: FactsOptions,
     pipeline_stages: int | None = model_option(
-        "megatron: pipeline stages of a run whose files number layers from 0 in each "
-        "stage. More than one needs --model or --config.",
+        "megatron: number of pipeline stages, if each numbers its layers from 0.",
         min=1,
     ),
     map: list[str] | None = option(
-        "table, counts: where the columns are, if they have other names: "
-        "layer=block,expert=id,count=hits; in nested JSON: "
-        "count=layers.{layer}.{expert}.hits; or a FILE.yaml of them. Decisions have position, "
-        "experts, weights; or a row per slot: position, slot, expert, weight.",
+        "table, counts: names of the columns, like layer=block,expert=id,count=hits, or a "
+        "FILE.yaml of them.",
         "MAP",
     ),
     overwrite: Overwrite = False,
-    workers: int | None = run_option(
+    workers: int | None = option(
         "Processes that parse lines of JSON (default: one per core for large files).", min=1
     ),
 ) -> None:
     """Convert recordings of engines and trainers to a trace.
-
-    Reports read it like any other trace, and state what is missing.
 
     Examples:
     moe-inspect import auto recorded/ -o runs/served --model Qwen/Qwen3-30B-A3B

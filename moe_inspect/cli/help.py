@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
 MOST = 200  # traces that are completed
+CHOICES_WIDTH = 18  # of values in the column of names; longer lists move to the text
 DOMAINS = {"domains", "fit_domains"}  # whose names may have commas: `select` splits them
 # what stands for a value that has no name of its own, by typer's name of its type
 VALUES = {
@@ -98,12 +99,7 @@ class GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
                 rest = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                name = re.sub(
-                    r"<(?:list\[)?([^][<>]+)\]?>",
-                    lambda found: VALUES.get(found[1], f"<{found[1]}>"),
-                    record[0],
-                ).rstrip()
-                rows.setdefault(_panel(parameter, rest), []).append((name, record[1]))
+                rows.setdefault(_panel(parameter, rest), []).append(_shortened(parameter, *record))
         rows["Options"] = rows.pop("Options")  # last: --help is among them
         _write_sections(formatter, rows)
 
@@ -131,13 +127,29 @@ class GroupOfCommands(TyperGroup):
         _write_examples(formatter, self.epilog)
 
 
+def _shortened(parameter: Any, name: str, text: str) -> tuple[str, str]:
+    """Shorten a line of help: the values of a choice move to the text if they are long, a lower
+    bound is left to the error, and ",…" marks an option that takes several values."""
+
+    def metavar(match: re.Match[str]) -> str:
+        value = VALUES.get(match[1], f"<{match[1]}>")
+        return parameter.name.upper() if len(value) > CHOICES_WIDTH else value
+
+    short = re.sub(r"<(?:list\[)?([^][<>]+)\]?>", metavar, name).rstrip()
+    choices = re.search(r"<((?:[\w.-]+\|)+[\w.-]+)>", name)
+    if choices and short.endswith(parameter.name.upper()):
+        unnamed = [value for value in choices[1].split("|") if value not in text]
+        text = f"{', '.join(choices[1].split('|'))}. {text}" if unnamed else text
+    several = ",…" if getattr(parameter, "multiple", False) else ""
+    return short + several, re.sub(r"; x>=[\d.]+|\s*\[x>=[\d.]+\]", "", text)
+
+
 def _panel(of: Any, otherwise: str) -> str:
     return getattr(of, "rich_help_panel", None) or otherwise
 
 
 def _take_several(option: Any) -> None:
-    """An option of several values takes them repeated or comma-separated, and says so."""
-    option.help = f"{option.help} Repeated or comma-separated."
+    """Let an option of several values take them repeated or comma-separated."""
     process = option.process_value
 
     def split(ctx: Context, value: Any) -> Any:

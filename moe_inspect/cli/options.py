@@ -105,7 +105,7 @@ Overwrite = Annotated[bool, trace_option("Replace an existing trace.")]
 Scheduler = Annotated[
     str | None,
     option(
-        "Run on this dask.distributed cluster, whose workers see the trace at the same path.",
+        "Run on this dask.distributed cluster; its workers see the same path.",
         "ADDRESS",
         panel="Options",
     ),
@@ -186,7 +186,7 @@ class SelectionOptions(Options):
     layers: Layers = None
     domains: list[str] | None = option("Only tokens of these domains.", "NAMES")
     phase: Phase | None = option(
-        "Only prompt tokens (prefill), generated ones (decode), an encoder's (encode), or "
+        "Only prompts (prefill), generated tokens (decode), an encoder's (encode) or "
         "rejected drafts (draft)."
     )
 
@@ -198,8 +198,7 @@ class FactsOptions(Options):
     panel = "Model"
 
     model: str | None = option(
-        "Hub id or directory of the model, for what the files lack: number of experts, "
-        "top-k, dense layers, vocabulary.",
+        "Hub id or directory of the model, for facts that the files lack.",
         "MODEL",
     )
     config: Path | None = option("The same from a config.json, without transformers.", "FILE")

@@ -43,8 +43,8 @@ class ShowOptions(Options):
 
     table: str | None = table_option("Print one table instead of the summary.")
     format: Literal["table", "csv", "json", "parquet", "png", "svg", "pdf"] | None = option(
-        "Format of the table, by default from the file's ending, else table; json is one "
-        "object per line. With --plots also png, svg or pdf, that of the pictures."
+        "table, csv, json (a line per row) or parquet (default: by the file's ending); with "
+        "--plots also png, svg or pdf."
     )
     output: Output = None
     plots: Path | None = option(

@@ -123,9 +123,7 @@ class PlacementOptions(Options):
         "Fit on these domains, judge on the others.", "NAMES"
     )
     fit_phase: Phase | None = policy_option("Fit on this phase, judge on the others.")
-    fit_weights: list[float] | None = policy_option(
-        "Weight of each trace or domain that plans are fitted on.", "NUMBER"
-    )
+    fit_weights: list[float] | None = policy_option("Weight of each trace or domain.", "NUMBER")
     dispatch: Dispatch = policy_option(
         "lp: also optimal dispatch among replicas.",
         default="even",

@@ -41,11 +41,9 @@ def balance(data: ReportData) -> AsColumns:
     return _balance(data.counts, data.thresholds.starved, data.trace.drops)
 
 
-def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False) -> pd.DataFrame:
-    """The balance table of any counts, also those of a recording in progress. `starved`: load ratio
-    below which an expert counts as starved. `drops`: whether slots that routed nowhere are
-    dropped."""
-    return as_frame(_balance(counts, starved, drops)).drop(columns=[*UNLISTED])
+def balance_of(counts: Counts) -> pd.DataFrame:
+    """Return the balance table of any counts, also of a recording in progress."""
+    return as_frame(_balance(counts, bal.STARVED, drops=False)).drop(columns=[*UNLISTED])
 
 
 def _balance(counts: Counts, starved: float, drops: bool) -> AsColumns:
