@@ -106,10 +106,8 @@ CONVERTED: dict[str, tuple[str | None, dict[str, Any]]] = {
         },
     ),
 }
-# what an engine runs as another model than the config states
-OTHERWISE = {
-    ("sglang", "Qwen3-MoE, layers 0 and 2 dense"): "SGLang takes no layer of Qwen3-MoE for dense"
-}
+# pairs that are not compared: SGLang takes no layer of Qwen3-MoE for dense
+OTHERWISE = {("sglang", "Qwen3-MoE, layers 0 and 2 dense")}
 
 
 def save(name: str, directory: Path, tied: bool = True) -> Path:

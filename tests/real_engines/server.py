@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.real_engines.models import save
+from tests.real_engines.models import MODELS, OTHERWISE, save
 
 BIN = Path(sys.executable).parent
 
@@ -71,15 +71,18 @@ YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 1.0}
 YARN |= {"original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 1.0}
 OVERRIDE = {"rope_parameters": YARN, "moe_layer_freq": 1, "scoring_func": "softmax"}
 LATENT = (*WITH_KERNELS, "--json-model-override-args", json.dumps(OVERRIDE))
-# for parametrize; the ids are what `make test-vllm` and `make test-sglang` select
-INSTALLED = [
+# Engines and models for parametrize. `make test-vllm` and `make test-sglang` select by the ids.
+SERVED = [
     pytest.param(
-        name,
+        (name, model),
         marks=pytest.mark.skipif(
             find_spec(name) is None, reason=f"make test-{name} installs {engine.name}"
         ),
+        id=f"{name}-{model}",
     )
     for name, engine in ENGINES.items()
+    for model in MODELS
+    if (name, model) not in OTHERWISE
 ]
 
 

@@ -14,25 +14,19 @@ import pytest
 
 import moe_inspect
 from tests.conftest import ROOT
-from tests.real_engines.models import MODELS, OTHERWISE, POSITIONS
-from tests.real_engines.server import ENGINES, INSTALLED, Served, serving
+from tests.real_engines.models import POSITIONS
+from tests.real_engines.server import ENGINES, SERVED, Served, serving
 
 PLACE = ["document", "sequence", "position"]  # of a token
 
 
-@pytest.fixture(scope="module", params=INSTALLED)
-def engine(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=SERVED)
 def served(
-    engine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """One server at a time."""
-    if reason := OTHERWISE.get((engine, request.param)):
-        pytest.skip(reason)
-    with serving(engine, request.param, tmp_path_factory.mktemp("served")) as found:
+    engine, model = request.param
+    with serving(engine, model, tmp_path_factory.mktemp("served")) as found:
         yield found
 
 
