@@ -209,7 +209,7 @@ def test_shards_threads_and_kernels_change_nothing(
     root = tmp_path_factory.mktemp("traces")
     whole, split = made(root / "whole", T, seed), made(root / "split", shard_tokens, seed)
     expected, by_numpy = counted(whole, window=100), counted(split, window=100)
-    assert all(len(of.columns) == 7 for of in expected.by_token_id.values())
+    assert all(len(of.columns) == 5 for of in expected.by_token_id.values())
     same(by_numpy, expected, shards=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "LONG", 0)

@@ -220,8 +220,6 @@ LACKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         (
             "load over time and drift: counts written at once have no order",
             "repetition: counts alone have no order",
-            "Experts of a domain",
-            "Without recorded weights there is no gate score.",
         ),
     ),
     "one token": (
@@ -230,12 +228,12 @@ LACKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "three tokens": (
         lambda root: write_trace(root, [THREE] * 2, 8, document=np.arange(3)),
-        ("Not in this trace: first choice of the token before, any choice",),
+        ("repetition: first choices are unknown, or no token follows another",),
     ),
     "one choice, no words": (
         lambda root: write_trace(root, [ONE], 8),
         (
-            "Not in this trace: first choice at the next layer.",
+            "transitions: no two layers follow each other",
             "domains: there is only one",
             "co-activation: with one expert per token there are no pairs",
         ),

@@ -37,7 +37,6 @@ PHASES: dict[Callable[[str], object], dict[str, int]] = {
     lambda path: compare(path, path).verdict(): {"comparing": T},
     lambda path: report(path).page(): {
         **COUNTED,
-        **dict.fromkeys(("reading documents", "counting documents", "reading routes"), T),
         **dict.fromkeys(("drawing", "reading text", "writing page"), 0),
     },
     simulate_cache: {"simulating cache": T},

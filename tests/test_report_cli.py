@@ -198,9 +198,9 @@ def test_one_chart_as_wide_as_a_column_of_a_paper(
     svg = (tmp_path / "figures" / "balance.svg").read_text()
     assert re.search(r"<text[^>]*>Balance by layer</text>", svg)
     assert "sans-serif" in svg
-    cli_here("simulate", "capacity", planted_trace.path, "--plots", "c")
+    cli_here("simulate", "routing", planted_trace.path, "--plots", "c")
     made = {path.name for path in (tmp_path / "c").iterdir()}
-    assert made == {"capacity.png", "capacity.svg"}
+    assert made == {"routing.png", "routing.svg"}
 
 
 def test_plots_without_domains_or_documents(tmp_path: Path):

@@ -93,10 +93,13 @@ class LazyTables(Mapping[str, "pd.DataFrame"]):
         if name not in self._made:
             made, unlisted = self._tables[name].make(self._data), self._tables[name].unlisted
             self._complete[name] = made
-            if isinstance(made, pd.DataFrame):
-                self._made[name] = made.drop(columns=[*unlisted]) if unlisted else made
-            else:
+            # without unlisted columns nothing is looked at: that would import pandas
+            if not unlisted:
+                self._made[name] = made
+            elif isinstance(made, Mapping):
                 self._made[name] = {n: of for n, of in made.items() if n not in unlisted}
+            else:
+                self._made[name] = made.drop(columns=[*unlisted])
         return self._made[name]
 
     def complete(self, name: str) -> pd.DataFrame:
