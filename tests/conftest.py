@@ -40,8 +40,8 @@ OpenPage = Callable[..., "Opened"]
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
-    "zoo experts audit_loss kernels benchmarks ablate placement readme cli_trace ranks "
-    "before_call counting mutations loading wrapped real_data report_cli contributing "
+    "zoo experts audit_loss kernels benchmarks ablate placement options readme cli_trace "
+    "ranks before_call counting mutations loading wrapped real_data report_cli contributing "
     "mutations_analysis alarms page page_sizes commit_every ptx docs kinds"
 )
 
