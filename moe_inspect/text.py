@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TextIO
 
 JOINERS = "\u200c\u200d"  # join or part letters of Persian or Hindi, and emoji
@@ -138,11 +138,6 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
     inside = [other for other in known if len(name) > 2 and name in other]
     close = list(dict.fromkeys([*get_close_matches(name, known, most), *inside]))[:most]
     return f" (did you mean {', '.join(close)}?)" if close else ""
-
-
-def verb_for(subjects: Sized, verb: str) -> str:
-    """The verb in the number of its subjects: "gets" for one, "get" for more."""
-    return f"{verb}s" if len(subjects) == 1 else verb
 
 
 def ranges(values: Iterable[int]) -> str:

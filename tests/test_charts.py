@@ -49,7 +49,6 @@ def drawn(sample: str) -> dict[str, Chart]:
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_every_chart_of_a_sample_is_drawn_in_the_order_of_the_page(sample: str):
     assert list(drawn(sample)) == list(spec.every_chart())
-    assert drawn(sample)["drift"].panels[2].y.title == "mean ÷ max load of 4 GPUs"
     assert {table for of in spec.every_chart().values() for table in of.tables} <= set(TABLES)
 
 
@@ -101,8 +100,6 @@ SHOWN = {
     ("drift", 1, "to the next window: chance"): "total_variation_floor",
     ("drift", 1, "first to last window"): "first_to_last",
     ("drift", 1, "first to last window: chance"): "first_to_last_floor",
-    ("drift", 2, "placed for the window itself"): "balancedness_fresh",
-    ("drift", 2, "placed for the window before"): "balancedness_stale",
 }
 
 
@@ -246,7 +243,6 @@ def test_both_drawers_know_every_mark():
         spec.Band(x, x * 0, x, "band"),
         spec.Bars(x, x, x + 1, "bars", "c4"),
         spec.Rule(1, "rule", dash="dash"),
-        spec.Links(x, x, x + 1),
         Line(x, y, "line", "c1", "dot", True, y - 1, y + 1),
         Points(x, y, "dots", "c2", "dot", y - 1, y + 1),
         Points(x, y, "ticks", "c3", "tick"),
@@ -259,9 +255,9 @@ def test_both_drawers_know_every_mark():
     assert kinds == set(spec.Mark.__args__)  # type: ignore[attr-defined]
     axes = draw(chart).axes[0]
     assert axes.get_ylim()[1] == 9
-    assert sum(isinstance(found, LineCollection) for found in axes.collections) == 3
+    assert sum(isinstance(found, LineCollection) for found in axes.collections) == 2
     page = [payload.panel_json(panel) for panel in chart.panels]
-    assert page[0]["marks"][4]["y"] == [1, None, 3, 2]
+    assert page[0]["marks"][3]["y"] == [1, None, 3, 2]
     script = html.asset("chart.js")
     assert all(f'"{kind.__name__.lower()}"' in script for kind in kinds - {Points})
     with pytest.raises(TypeError, match="no way to draw str"):

@@ -223,15 +223,15 @@ def test_a_folder_is_there_whole_or_not(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    for name in (".b.1.tmp", ".b.2.tmp", ".c.1.tmp"):
+    for name in (".b.1-ab.tmp", ".b.2-ab.tmp", ".c.1-ab.tmp"):
         # as the operating system does where its process is killed
         hold(tmp_path / name).close_in_child()
-    running = hold(tmp_path / ".b.2.tmp")
-    (tmp_path / ".b.3.tmp").mkdir()
+    running = hold(tmp_path / ".b.2-ab.tmp")
+    (tmp_path / ".b.3-ab.tmp").mkdir()
     with draft_folder_of(tmp_path / "b") as (draft, _):
         assert is_locked(draft)
     running.release()
-    assert names(tmp_path) == {"b", ".b.2.tmp", ".c.1.tmp"}
+    assert names(tmp_path) == {"b", ".b.2-ab.tmp", ".c.1-ab.tmp"}
     assert not (tmp_path / "b" / LOCK).exists()
 
 

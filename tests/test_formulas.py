@@ -183,29 +183,6 @@ def batches(m: Made, r: int) -> tuple[float, float]:
     return vio, float(np.mean([chance(m, r, n * filled) for n in tokens_B[whole]]))
 
 
-def packed(load_E: np.ndarray, gpus: int) -> list[int]:
-    """The GPU of each expert."""
-    gpu_of, load_G, room_G = [0] * E, [0.0] * gpus, [-(-E // gpus)] * gpus
-    for e in sorted(range(E), key=lambda e: (-load_E[e], e)):
-        g = min((g for g in range(gpus) if room_G[g]), key=lambda g: (load_G[g], g))
-        gpu_of[e], load_G[g], room_G[g] = g, load_G[g] + load_E[e], room_G[g] - 1
-    return gpu_of
-
-
-def balancedness(load_E: np.ndarray, gpu_of: list[int], gpus: int = E // 2) -> float:
-    load_G = np.bincount(gpu_of, load_E, gpus)
-    return load_G.mean() / load_G.max()
-
-
-def fresh(m: Made, r: int) -> float:
-    return float(np.mean([balancedness(x, packed(x, E // 2)) for x in m.whole_windows(r)]))
-
-
-def stale(m: Made, r: int) -> float:
-    steps = pairwise(m.whole_windows(r))
-    return float(np.mean([balancedness(now, packed(old, E // 2)) for old, now in steps]))
-
-
 def by_domain(m: Made, values_TE: np.ndarray) -> np.ndarray:
     """Mean over a domain's tokens. [D, E]"""
     return m.by(m.domain, values_TE) / np.bincount(m.domain)[:, None]
@@ -272,8 +249,6 @@ EXACT: dict[str, Callable[[Made, int], Any]] = {
     "drift.total_variation": lambda m, r: total_variation(m.whole_windows(r)).mean(),
     "drift.total_variation_floor": lambda m, r: whole_floors(m, r)[0],
     "drift.first_to_last_floor": lambda m, r: drift_floors(m, r, m.whole_windows(r)[[0, -1]])[0, 0],
-    "drift.balancedness_fresh": fresh,
-    "drift.balancedness_stale": stale,
 }
 
 

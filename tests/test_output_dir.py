@@ -214,7 +214,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_trace_is_overwritten_also_a_damaged_one(damage: str, copied: Path) -> None:
-    (copied / "routing" / ".part-0-7.parquet.tmp").touch()
+    (copied / "routing" / ".part-0-7.parquet.1-ab.tmp").touch()
     DAMAGE[damage](copied)
     with pytest.raises(MoeInspectError, match=r"there is a trace at .*--overwrite"):
         check_directory(copied, False)
@@ -251,8 +251,8 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
             assert [p.name for p in again.iterdir()] == [LOCK]
 
 
-DRAFT = f".{MANIFEST}.tmp"
-PART = "tokens/.part-0-0.parquet.tmp"
+DRAFT = f".{MANIFEST}.1-ab.tmp"
+PART = "tokens/.part-0-0.parquet.1-ab.tmp"
 
 
 @pytest.mark.parametrize("left", [(), (LOCK,), (DRAFT,), (LOCK, DRAFT, "shards-0.jsonl"), (PART,)])
@@ -303,13 +303,13 @@ def test_a_link_within_the_trace_is_followed(copied: Path) -> None:
 def test_verify_tells_interrupted_from_damaged(copied: Path) -> None:
     root = copied
     (root / "routing/part-0-9.parquet").touch()
-    (root / "routing/.part-0-8.parquet.tmp").touch()
+    (root / "routing/.part-0-8.parquet.1-ab.tmp").touch()
     assert "an orphan" in (verify(root).violation or "")  # of a complete trace
     edit_manifest(root, status="recording", corpus={"plan": {}})
     found = verify(root)
     assert (found.ok, found.status, found.resumable) == (True, "interrupted", True)
     assert found.tokens == 300
-    assert found.uncommitted == ["routing/.part-0-8.parquet.tmp", "routing/part-0-9.parquet"]
+    assert found.uncommitted == ["routing/.part-0-8.parquet.1-ab.tmp", "routing/part-0-9.parquet"]
     (note,) = check(root, quick=True).findings
     assert (note.kind, note.severity) == ("unfinished", "note")
     assert "was interrupted and can be resumed; what is committed is fine." in note.text
@@ -324,9 +324,9 @@ def test_verify_tells_interrupted_from_damaged(copied: Path) -> None:
 
 
 def test_a_probe_does_not_touch_the_draft_of_another(tmp_path: Path) -> None:
-    (tmp_path / f".{MANIFEST}.tmp").write_text("half")
+    (tmp_path / f".{MANIFEST}.1-ab.tmp").write_text("half")
     check_directory(tmp_path, False)
-    assert (tmp_path / f".{MANIFEST}.tmp").read_text() == "half"
+    assert (tmp_path / f".{MANIFEST}.1-ab.tmp").read_text() == "half"
 
 
 # --- several processes

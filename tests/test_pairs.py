@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 import moe_inspect
-from moe_inspect.analysis.metrics import pairs, windows
+from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.pairs import coactivation, supported_lift
@@ -138,11 +138,6 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
     for domain, warm in (("a", True), ("b", False)):
         said = sentences(report(trace, domains=domain))
         assert any("identical rows" in sentence for sentence in said) == warm
-
-
-def test_gpus_whose_number_does_not_divide_that_of_the_experts():
-    packed = windows.pack(np.array([[5, 4, 3], [1, 2, 9]]), 2)
-    assert packed.tolist() == [[0, 1, 1], [1, 1, 0]]
 
 
 def test_too_many_experts_are_not_counted_by_pairs(

@@ -44,9 +44,9 @@ def blamed(said: str) -> Iterator[None]:
 HOW_TO_NAME = "give a directory, a hub id that is cached or can be reached, or demo"
 
 
-def _not_loaded(what: str, name: str, error: Exception, misnamed: bool = True) -> MoeInspectError:
+def _not_loaded(name: str, error: Exception, misnamed: bool = True) -> MoeInspectError:
     way_out = f": {HOW_TO_NAME}" if misnamed else ""
-    return MoeInspectError(f"cannot load {what} {name!r}: {first_line(error).rstrip('.')}{way_out}")
+    return MoeInspectError(f"cannot load model {name!r}: {first_line(error).rstrip('.')}{way_out}")
 
 
 def refuse_unless_found(name: str, revision: str | None = None) -> None:
@@ -62,7 +62,7 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
     try:
         cached = _cached_config(location, revision)
     except HFValidationError as error:
-        raise _not_loaded("model", name, error) from error
+        raise _not_loaded(name, error) from error
     if constants.HF_HUB_OFFLINE and cached is None:
         raise MoeInspectError(
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
@@ -106,7 +106,7 @@ def load_config(
                 f"model {name!r} needs to run code from its own repository: review it, then "
                 "give --trust-remote-code"
             ) from None
-        raise _not_loaded("model", name, error, not Path(location).exists()) from error
+        raise _not_loaded(name, error, not Path(location).exists()) from error
 
 
 def of_the_text_model(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -128,7 +128,7 @@ def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     location = model_location(name)
-    if _has_file(location, "config.json", revision):
+    if _has_config(location, revision):
         return name, revision
     with blamed(f"cannot load adapter {name!r}"):
         if (path := find_adapter_config_file(location, revision=revision)) is None:
@@ -142,14 +142,14 @@ def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
     return base, of_base
 
 
-def _has_file(location: str, file: str, revision: str | None) -> bool:
-    """Whether a model or an adapter has this file, in its directory or on the hub."""
+def _has_config(location: str, revision: str | None) -> bool:
+    """Whether a model or an adapter has a config.json, in its directory or on the hub."""
     from transformers.utils.hub import cached_file
 
     quiet = ("gated_repo", "missing_entries", "connection_errors")
     options = {f"_raise_exceptions_for_{what}": False for what in quiet}
     try:
-        return cached_file(location, file, revision=revision, **options) is not None
+        return cached_file(location, "config.json", revision=revision, **options) is not None
     except OSError:  # there is no such repository
         return False
 

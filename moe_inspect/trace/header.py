@@ -144,9 +144,7 @@ class TraceHeader:
     @property
     def without_text(self) -> bool:
         """Whether it has decisions but no token ids, which were left out (`--no-text`)."""
-        plan = (self.manifest.get("corpus") or {}).get("plan") or {}  # of earlier versions
-        stated = self.manifest["capture"].get("text"), plan.get("text")
-        return not self.counts_only and False in stated
+        return not self.counts_only and self.manifest["capture"].get("text") is False
 
     @property
     def imported(self) -> bool:

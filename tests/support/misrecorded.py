@@ -340,10 +340,6 @@ def longest(a: Recording) -> slice:
     return slice(int(begin[n]), int(begin[n] + size[n]))
 
 
-def first_half(a: Recording) -> np.ndarray:
-    return a.position < 8
-
-
 def retracted(a: Recording, ids: np.ndarray, rng: Rng) -> np.ndarray:
     """The rows before the retraction are there twice, and the last ones pushed out."""
     of, kept = longest(a), ids.copy()

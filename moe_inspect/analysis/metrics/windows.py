@@ -1,8 +1,8 @@
 """Does the load change over time? Pure functions on the loads of windows of consecutive tokens.
 
-W windows in the order of execution, E experts, R GPUs, k choices per token. rank_WE: the GPU of
-each expert, the result of `pack`. Chance moves the load too: every distance between windows has a
-floor, the distance expected of two windows of these sizes that draw from the same distribution.
+W windows in the order of execution, E experts, k choices per token. Chance moves the load too:
+every distance between windows has a floor, the distance expected of two windows of these sizes that
+draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.specialization import mutual_information_bits
 from moe_inspect.analysis.metrics.uncertainty import effective_documents, residuals, student_p
 
-RANKS = 8  # GPUs of the placements in the table `drift`
 FEWEST_WINDOWS = 8  # two in each quarter
 
 
@@ -72,22 +71,6 @@ def first_to_last(load_WE: np.ndarray) -> float:
     return _mean(step_total_variation(load_WE[[0, -1]])) if len(load_WE) > 1 else float("nan")
 
 
-def balancedness_fresh(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
-    """Mean ÷ max load of the GPUs with a placement made for each window's own load, averaged over
-    windows."""
-    return _mean(
-        _balancedness(load_WE, pack(load_WE, ranks) if rank_WE is None else rank_WE, ranks)
-    )
-
-
-def balancedness_stale(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
-    """Mean ÷ max load of the GPUs with a placement made for the window before, averaged over
-    windows: what remains if experts are rebalanced once per window. NaN with fewer than two
-    windows."""
-    rank_WE = pack(load_WE, ranks) if rank_WE is None else rank_WE
-    return _mean(_balancedness(load_WE[1:], rank_WE[:-1], ranks))
-
-
 def step_total_variation(load_WE: np.ndarray) -> np.ndarray:
     """½Σ|p − q| of each window and the one before. [W − 1]; of load [W, …, E] [W − 1, …]"""
     share_WE = load_WE / nan_for_zero(load_WE.sum(-1))[..., None]
@@ -116,34 +99,6 @@ def step_floors(
     there, nothing_WE = np.broadcast_to(share_E > 0, variance_WE.shape), np.zeros_like(variance_WE)
     relative_WE = np.divide(variance_WE, share_E, out=nothing_WE, where=there)
     return np.minimum(total_variation_W, 1), np.minimum(relative_WE.sum(-1) / (8 * math.log(2)), 1)
-
-
-def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
-    """A placement for the load of each window: the GPU of each expert. Each GPU has room for
-    ceil(E / ranks) experts; the heaviest expert is placed first, each on the least loaded GPU with
-    room. Of equals the lowest id comes first, and the lowest GPU. int64 [W, E]"""
-    W, E = map(int, load_WE.shape)
-    order_WE = np.argsort(-load_WE, axis=1, kind="stable")
-    heaviest_EW = np.take_along_axis(load_WE, order_WE, 1).T.astype(float)
-    load_X, room_X = np.zeros(W * ranks), np.full(W * ranks, -(-E // ranks))  # X = W · ranks
-    load_WR, first_W = load_X.reshape(W, ranks), np.arange(W) * ranks
-    rank_EW = np.zeros((E, W), np.int64)
-    for load_W, rank_W in zip(heaviest_EW, rank_EW, strict=True):
-        load_WR.argmin(1, out=rank_W)
-        x = first_W + rank_W
-        load_X[x] += load_W
-        room_X[x] -= 1
-        load_X[x[room_X[x] == 0]] = np.inf
-    rank_WE = np.zeros((W, E), np.int64)
-    np.put_along_axis(rank_WE, order_WE, rank_EW.T, 1)
-    return rank_WE
-
-
-def _balancedness(load_WE: np.ndarray, rank_WE: np.ndarray, ranks: int) -> np.ndarray:
-    """Mean ÷ max load of the GPUs. [W]"""
-    pairs = zip(rank_WE, load_WE, strict=True)
-    load_WR = np.array([np.bincount(*pair, ranks) for pair in pairs]).reshape(-1, ranks)
-    return load_WR.mean(1) / nan_for_zero(load_WR.max(1, initial=0))
 
 
 def _mean(values: np.ndarray) -> float:

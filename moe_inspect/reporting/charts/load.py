@@ -120,7 +120,7 @@ def windows(data: ReportData) -> Chart | str:
 
 @spec.chart("drift", "windows", group="Balance")
 def drift(data: ReportData) -> Chart | str:
-    """How far the load moves, by window and layer, and what that costs an older placement."""
+    """How far the load moves, by window and layer."""
     table, moved = data.tables["drift"], "total_variation"
     if not table[moved].notna().any():
         if data.counts.counts_only:
@@ -142,33 +142,17 @@ def drift(data: ReportData) -> Chart | str:
         floor = table[f"{column}_floor"].to_numpy()
         distances.append(Points(x, table[column].to_numpy(), name, colour))
         distances.append(Points(x, floor, f"{name}: chance", colour, "tick"))
-    placed = data.tables.complete("drift")
-    fresh, stale = (placed[f"balancedness_{age}"].to_numpy() for age in ("fresh", "stale"))
-    costs = (
-        spec.Links(x, np.fmin(stale, fresh), np.fmax(stale, fresh)),
-        Points(x, fresh, "placed for the window itself", "c1"),
-        Points(x, stale, "placed for the window before", "c2"),
-    )
-    sizes = " or ".join(map(str, sorted({int(n) for n in placed["gpus"]})))
-    y = Axis(f"mean ÷ max load of {sizes} GPUs", high=1)
     return Chart(
         "Drift",
-        "How far the load of each layer moves, and what that costs a placement of experts",
-        (
-            first,
-            Panel(tuple(distances), axis, share, "By layer"),
-            Panel(costs, axis, y, "Balancedness of a placement made for the window before"),
-        ),
+        "How far the load of each layer moves from one window to the next, and by chance",
+        (first, Panel(tuple(distances), axis, share, "By layer")),
         text="How far the load of each layer moves from one window to the next, compared with "
-        "chance. The last panel shows what this costs a placement made for the window before.",
+        "chance.",
         table=table,
         definitions={
             **spec.definitions("total_variation", "first_to_last"),
             "chance": "the distance expected of two windows of these sizes that draw from the same "
-            "load, widened because tokens of one document are alike (design effect). Part of the "
-            "cost of an old placement is chance too: the smaller the windows, the larger "
-            "that part.",
-            "balancedness": "mean ÷ max load of the GPUs, averaged over windows.",
+            "load, widened because tokens of one document are alike (design effect).",
         },
     )
 

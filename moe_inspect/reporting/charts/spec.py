@@ -144,15 +144,6 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Links:
-    """A thin vertical line from low to high at each x, which joins two points. float [N]"""
-
-    x: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-@dataclass(frozen=True)
 class Scale:
     """How a heatmap is coloured. "ratio": by log₂ around 1, so that a half is as far from 1 as
     double; 0 has a colour of its own. "amount": from little to much, linear or by log₂. low, high:
@@ -234,7 +225,7 @@ class Heatmap:
     notes: np.ndarray | None = None
 
 
-Mark = Line | Points | Band | Bars | Rule | Links | Heatmap
+Mark = Line | Points | Band | Bars | Rule | Heatmap
 
 
 @dataclass(frozen=True)

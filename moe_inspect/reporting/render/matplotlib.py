@@ -392,8 +392,6 @@ def draw_mark(mark: spec.Mark, axes: Axes) -> None:
             axes.bar(mark.x, mark.high - mark.low, 0.8, mark.low, lw=0, **style)
         case spec.Rule():
             axes.axhline(mark.y, lw=1.2 if mark.dash else 0.8, ls=DASHES[mark.dash], **style)
-        case spec.Links():
-            axes.vlines(mark.x, mark.low, mark.high, lw=1, alpha=0.6, **style)
         case spec.Heatmap():
             shown: Any = {"cmap": colour_map(mark.scale), "interpolation": "nearest"}
             axes.imshow(_positions(mark.values, mark.scale), aspect="auto", vmin=0, vmax=1, **shown)

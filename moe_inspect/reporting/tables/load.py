@@ -212,7 +212,6 @@ DRIFT = (
     *("first_to_last", "first_to_last_floor"),
     *("trend_expert", "trend_first", "trend_last", "trend_p"),
 )
-PLACED = ("gpus", "balancedness_fresh", "balancedness_stale")
 
 
 @table("windows")
@@ -248,7 +247,7 @@ def windows(data: ReportData) -> pd.DataFrame:
     return frame.assign(busiest_expert=busiest.mask(busiest < 0))
 
 
-@table("windows", by_router=DRIFT, unlisted=PLACED)
+@table("windows", by_router=DRIFT)
 def drift(data: ReportData) -> pd.DataFrame:
     """One row per router: how far its load moves from one window to the next, and how far chance
     alone moves it. Windows with fewer than half the tokens of the largest are left out.
@@ -262,9 +261,6 @@ def drift(data: ReportData) -> pd.DataFrame:
         load_WE = load_WE[bal.whole_passes(tokens_W)]
         tv_floor, _ = _floors(data, r, load_WE)
         ends, _ = _floors(data, r, load_WE[[0, -1]]) if len(load_WE) > 1 else (tv_floor, None)
-        # with one expert per GPU no placement is better than another
-        gpus = min(win.RANKS, max(1, counts.routers[r].experts // 2))
-        rank_WE = win.pack(load_WE, gpus)
         return {
             "windows": len(load_WE),
             "total_variation": win.total_variation(load_WE),
@@ -273,12 +269,9 @@ def drift(data: ReportData) -> pd.DataFrame:
             "first_to_last": win.first_to_last(load_WE),
             "first_to_last_floor": _mean(ends),
             **_trend(data, r, load_WE),
-            "gpus": gpus,
-            "balancedness_fresh": win.balancedness_fresh(load_WE, gpus, rank_WE),
-            "balancedness_stale": win.balancedness_stale(load_WE, gpus, rank_WE),
         }
 
-    frame = row_per_router(counts, data.selection.routers, (*DRIFT, *PLACED), values)
+    frame = row_per_router(counts, data.selection.routers, DRIFT, values)
     return frame.astype({"trend_expert": "Int64"})
 
 

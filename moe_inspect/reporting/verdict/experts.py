@@ -18,7 +18,7 @@ from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.load import at_least_1
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, beyond_documents, name_of, note, warning
-from moe_inspect.text import format_ratio, join_first, plural, verb_for
+from moe_inspect.text import format_ratio, join_first, plural
 
 LITTLE_USED = 0.5  # load ratio under which the least used expert is named
 # mean load of a domain's experts from which an expert with few assignments is not just unlucky
@@ -87,7 +87,8 @@ def _crowd(rows: pd.DataFrame, load: str) -> Finding | None:
     n, routers = len(rows), rows["router"].nunique()
     if not n:
         return None
-    said = f"{plural(n, 'expert')} in {plural(routers, 'router')} {verb_for(rows, 'get')} {load}."
+    get = "gets" if n == 1 else "get"
+    said = f"{plural(n, 'expert')} in {plural(routers, 'router')} {get} {load}."
     return warning(
         said, records(rows.head(1))[0] if routers == 1 else None, experts=n, routers=routers
     )

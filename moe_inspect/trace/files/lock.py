@@ -29,7 +29,7 @@ from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import print_stderr
 
 LOCK = ".lock"
-UNIQUE = r"\.\d+(-[0-9a-f]+)?"  # in the name of a draft; earlier versions: the pid alone
+UNIQUE = r"\.\d+-[0-9a-f]+"  # in the name of a draft: the pid, and random digits
 OLD = ".old"  # ending of a trace that is set aside while another is put in its place
 PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
 HOLDER = re.compile(r"(\d{1,9}) ([\w.-]+) \w+")  # pid, host, random id
@@ -229,9 +229,8 @@ def draft_name(path: Path) -> Path:
 
 
 def drafts_of(name: str) -> str:
-    """A regular expression of the drafts of files whose names match the one that is given. Those
-    of earlier versions have no pid either."""
-    return rf"\.({name})({UNIQUE})?\.tmp"
+    """A regular expression of the drafts of files whose names match the one that is given."""
+    return rf"\.({name}){UNIQUE}\.tmp"
 
 
 def left_of(path: Path, ending: str = ".tmp") -> Iterator[Path]:

@@ -185,10 +185,8 @@ moe.plot = (element, make, options = {}) => {
       if (mark.low)
         mark.x.forEach((v, i) => {
           if (mark.low[i] === null || mark.high[i] === null) return;
-          const style = mark.kind === "links" ? "stroke: var(--baseline)" : colour(mark);
-          g.append(moe.s("line", { x1: x(v), x2: x(v), y1: y(mark.low[i]), y2: y(mark.high[i]), class: mark.kind === "links" ? "link" : "interval", style }));
+          g.append(moe.s("line", { x1: x(v), x2: x(v), y1: y(mark.low[i]), y2: y(mark.high[i]), class: "interval", style: colour(mark) }));
         });
-      if (mark.kind === "links") continue;
       if (mark.kind === "line") {
         const path = mark.x.map((_, i) => at(i)).map(([px, py], i, all) => (py === null ? "" : `${i && all[i - 1][1] !== null ? "L" : "M"}${px.toFixed(1)} ${py.toFixed(1)}`));
         g.append(moe.s("path", { d: path.join(""), class: `line ${mark.dash}`, style: colour(mark) }));
