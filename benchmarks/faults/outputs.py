@@ -48,6 +48,7 @@ report T --table load -o out.json
 report T --table load -o out.parquet
 report T --html out.html
 check T -o out.csv
+check T --html out.html
 compare T T -o out.txt
 compare T T --table flips -o out.parquet
 compare T T --html out.html
@@ -68,7 +69,9 @@ simulate routing T -o out.parquet
 simulate routing T --html out.html
 text T --layers 0 --experts 1 -o out.txt
 text T --layers 0 --experts 1 -o out.csv
+text T --layers 0 --experts 1 --html out.html
 describe CONFIG -o out.csv
+describe CONFIG --html out.html
 export T --format counts -o out.csv
 export T --format counts -o out.json
 export T --format counts -o out.parquet
