@@ -173,13 +173,13 @@ def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
     assert [json.loads(line)["weight"] for line in rows]
     assert len(printed("--layers 2 --experts 5 --top 0 --format json").splitlines()) == 1738
     document = printed("--documents 5 --layers 2")
-    assert document.startswith("layer 2, 8 experts\nfirst expert: ")
+    assert document.startswith("document 5, layer 2, 8 experts\nfirst expert: ")
     printed(f"--documents 5 -o {tmp_path / 'routes.csv'}")
     assert set(pd.read_csv(tmp_path / "routes.csv")["layer"]) == {0, 1, 2, 3}
 
 
 REFUSED = {
-    "": "give --documents N, or --layers L with --experts E",
+    "": "give either --documents N or --experts E, not both",
     "--documents 999": "no document 999",
     "--layers 2 --experts 8": "no expert 8 in layer 2",
     "--layers 9 --experts 1": "no layer 9",
@@ -224,7 +224,8 @@ def test_several_experts_and_layers(cli_here: Cli) -> None:
         f"layer {a}, expert {b}: 3 of {len(trace.tokens_of(a, b)):,} tokens" for a, b in keys
     ]
     two = cli_here("text", SAMPLE, "--documents", "3,5", "--layers", "1-2").stdout
-    assert two.count("layer 1, 8 experts") == two.count("layer 2, 8 experts") == 2
+    assert two.count(", layer 1, 8 experts") == two.count(", layer 2, 8 experts") == 2
+    assert "document 5, layer 2, 8 experts" in two
     rows = cli_here("text", SAMPLE, "--documents", "3,5", "--format", "csv").stdout
     frame = pd.read_csv(io.StringIO(rows))
     assert frame["document"].unique().tolist() == [3, 5]

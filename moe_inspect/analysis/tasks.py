@@ -126,8 +126,7 @@ def by_router(
         tasks = ((share, *arguments) for share in parts)
         for share, part in zip(parts, at.each(function, (trace,), tasks), strict=True):
             whole |= part
-            if advance:
-                advance(len(share))
+            advance(len(share))
     return whole
 
 

@@ -147,7 +147,8 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             if get_origin(annotation) is Sequence:
                 annotation = list[get_args(annotation)]
             declared.rich_help_panel = declared.rich_help_panel or panel
-            if default is False and not declared.param_decls:  # without a --no- form
+            # without a --no- form; flags of its own are the default of a declared option
+            if default is False and declared.default is ... and not declared.param_decls:
                 declared.param_decls = (f"--{name.replace('_', '-')}",)
             annotation = Annotated[annotation, declared]
         default = inspect.Parameter.empty if default is MISSING else default

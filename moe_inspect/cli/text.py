@@ -53,7 +53,7 @@ def text(
     moe-inspect text runs/a --layers 2 --experts 5
     moe-inspect text runs/a --layers 2 --experts 5,7 --context 12 --format csv"""
     if (documents is None) == (experts is None):
-        raise typer.BadParameter("give --documents N, or --layers L with --experts E")
+        raise typer.BadParameter("give either --documents N or --experts E, not both")
     from moe_inspect.reporting.shown import Result
     from moe_inspect.trace.reader import open_trace
 
@@ -76,12 +76,14 @@ def text(
 def _print_documents(
     trace: Trace, frame: pd.DataFrame, routers: Sequence[int], file: TextIO
 ) -> None:
-    for _, rows in frame.groupby("document", sort=False):
+    for number, rows in frame.groupby("document", sort=False):
         for router in routers:
-            _print_document(trace, rows[rows["router"] == router], router, file)
+            _print_document(trace, rows[rows["router"] == router], router, f"{number}", file)
 
 
-def _print_document(trace: Trace, rows: pd.DataFrame, router: int, file: TextIO) -> None:
+def _print_document(
+    trace: Trace, rows: pd.DataFrame, router: int, document: str, file: TextIO
+) -> None:
     from moe_inspect.reporting.render.console import console_for
     from moe_inspect.reporting.render.routed_text import legend, routed_text
 
@@ -89,7 +91,8 @@ def _print_document(trace: Trace, rows: pd.DataFrame, router: int, file: TextIO)
         raise MoeInspectError(f"{trace.path} was recorded without a vocabulary: it has no text")
     listed, console = trace.routers[router], console_for(file)
     colours = console.is_terminal and not console.no_color
-    console.print(f"layer {listed.layer}, {listed.experts} experts", style="bold")
+    title = f"document {document}, layer {listed.layer}, {listed.experts} experts"
+    console.print(title, style="bold")
     console.print(legend(rows, listed.experts))
     console.print()
     console.print(routed_text(rows, colours))

@@ -198,6 +198,8 @@ class Shown(ABC):
         from moe_inspect.trace.output_dir import output_file, output_folder
 
         charts = [self.chart_named(name) for name in only] if only else self.charts()[0]
+        if not charts:
+            return []
         folder, written = output_folder(directory), list[Path]()
         for chart in tracked(charts, "writing pictures", "pictures"):
             figure = draw(chart, width_inches or WIDTH)
