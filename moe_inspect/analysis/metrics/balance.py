@@ -89,6 +89,12 @@ def max_vio_batch(vio_sum_S: np.ndarray, passes_S: np.ndarray, tokens_S: np.ndar
     return ratio(vio_sum_S[whole_S].sum(), passes_S[whole_S].sum())
 
 
+@metric("balance", ideal="T * k / E", range="0 to T·k/E", unit="tokens")
+def min_tokens(load_E: np.ndarray) -> int:
+    """Tokens of the expert with the fewest. 0 if an expert is dead."""
+    return int(load_E.min())
+
+
 def whole_passes(tokens_S: np.ndarray) -> np.ndarray:
     """Which passes have at least half the tokens of the largest. The others, often the last pass of
     a run or decode steps beside prompts, are too small to show more than chance. bool [S]"""
