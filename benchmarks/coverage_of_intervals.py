@@ -77,10 +77,7 @@ def ratio(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]
     return float(hits_U.sum() / of_U.sum()), *unc.ratio_interval(hits_U, of_U, weights_RU)
 
 
-STATISTICS: dict[str, Estimate] = {
-    "busiest": busiest,
-    "ratio": ratio,
-}
+STATISTICS: dict[str, Estimate] = {"busiest": busiest, "ratio": ratio}
 
 
 def coverage(statistic: str, regime: str, draws: int) -> tuple[float, float]:

@@ -247,7 +247,7 @@ for path in sorted(Path("{a}", "routing").glob("*.parquet")):
     file = pq.ParquetFile(path, memory_map=True)
     for group in range(file.num_row_groups):
         file.read_row_group(group, use_threads=False)
-""",
+"""
     },
 }
 

@@ -56,10 +56,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_experts_per_tok": 8,
     },
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "dispatch": {},
-    "norms": {"output_norms": True},
-}
+WAYS: dict[str, dict[str, Any]] = {"dispatch": {}, "norms": {"output_norms": True}}
 
 
 def measured(name: str, tokens: int, rounds: int, place: Path) -> dict[str, Any]:

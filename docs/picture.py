@@ -79,9 +79,7 @@ def workloads() -> None:
 
 def opened(browser: Any, page: Path, theme: str, width: int, height: int, scale: float = 1) -> Any:
     view = browser.new_page(
-        viewport={"width": width, "height": height},
-        color_scheme=theme,
-        device_scale_factor=scale,
+        viewport={"width": width, "height": height}, color_scheme=theme, device_scale_factor=scale
     )
     view.goto(page.as_uri())
     view.wait_for_selector("html[data-ready]", state="attached")

@@ -361,10 +361,7 @@ def test_a_breach_exits_with_3_and_a_limit_on_nothing_with_2(cli_here: Cli, tmp_
     for option, said in (
         ("--fail-above ginny=1", "no metric 'ginny' (did you mean gini?)"),
         ("--fail-below gini", "expected METRIC=VALUE, e.g. gini=0.5"),
-        (
-            "--threshold even=1",
-            "no threshold 'even' (did you mean uneven?): there are uneven",
-        ),
+        ("--threshold even=1", "no threshold 'even' (did you mean uneven?): there are uneven"),
         ("--threshold uneven=-1", "give a number from 0 up"),
         ("--threshold uneven=0.3,uneven=0.4", "uneven=0.4: uneven is given twice"),
         ("--threshold uneven", "expected NAME=VALUE, e.g. uneven=0.3"),

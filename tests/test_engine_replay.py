@@ -60,11 +60,7 @@ def test_a_request_goes_on_where_it_was_and_begins_its_sequence_again() -> None:
     replay = Replay(TRACE, SHAPE, CPU)
     first, length, begins = replay.place("a")
     at = replay.at(["b", "a"], np.array([0, 1, 4]), torch.tensor([0, 0, 1, length]))
-    assert at[1:].tolist() == [
-        first + begins,
-        first + (begins + 1) % length,
-        first + begins,
-    ]
+    assert at[1:].tolist() == [first + begins, first + (begins + 1) % length, first + begins]
 
 
 @pytest.mark.parametrize(

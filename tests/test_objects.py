@@ -48,10 +48,7 @@ MADE: dict[str, Callable[[Path], Shown]] = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_result_fits_a_screen(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(WIDE))
     made = MADE[name](tmp_path)

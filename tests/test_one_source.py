@@ -29,12 +29,7 @@ from moe_inspect.text import layer_label
 from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT
 from tests.support.planted import text_of
-from tests.support.synthetic import (
-    encoder_decoder,
-    uniform_ids,
-    write_counts,
-    write_trace,
-)
+from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 
 @pytest.fixture(scope="module")

@@ -165,10 +165,7 @@ def test_the_policy_stops_scripts_and_requests(browser: Any, opened: Opened):
       document.head.append(script);
       return fetch("data:text/plain,x").then(() => "fetched", () => "refused");
     }"""
-    for address, fetched, ran in (
-        ("about:blank", "fetched", 1),
-        (opened.address, "refused", None),
-    ):
+    for address, fetched, ran in (("about:blank", "fetched", 1), (opened.address, "refused", None)):
         view.goto(address)
         assert view.evaluate(inject) == fetched
         assert view.evaluate("window.ran") == ran

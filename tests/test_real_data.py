@@ -151,8 +151,7 @@ def test_deepseek_v2_lite_is_unbalanced_on_law_and_the_verdict_says_so(deepseek:
 
 
 @pytest.mark.parametrize(
-    ("name", "model"),
-    [("mixtral_mmlu", "original"), ("mixtral_instruct_mmlu", "instruct")],
+    ("name", "model"), [("mixtral_mmlu", "original"), ("mixtral_instruct_mmlu", "instruct")]
 )
 def test_mixtral_on_mmlu(name: str, model: str, real: Real):
     trace = real(name)

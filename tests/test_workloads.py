@@ -322,14 +322,8 @@ def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path
         ({"fit_domains": "a", "fit_phase": "decode"}, "give one of these"),
         ({"phase": "prefill", "fit_phase": "decode"}, "give one of these"),
         ({"fit_weights": [1.0]}, "fit_weights are for several"),
-        (
-            {"judge": ["b"], "fit_weights": [1.0, 2.0]},
-            "fit_weights 1.0, 2.0: give a number",
-        ),
-        (
-            {"judge": ["b"], "fit_weights": [-1.0]},
-            "fit_weights -1.0: give a number above 0",
-        ),
+        ({"judge": ["b"], "fit_weights": [1.0, 2.0]}, "fit_weights 1.0, 2.0: give a number"),
+        ({"judge": ["b"], "fit_weights": [-1.0]}, "fit_weights -1.0: give a number above 0"),
         ({"fit_domains": "z"}, "no domain z"),
         ({"fit_domains": "a", "domains": "b"}, "no token of a is selected"),
         ({"fit_phase": "decode"}, "decode"),

@@ -38,9 +38,7 @@ OF_TWO = (
     ("demo", "again"),
     ("mixtral", "qwen3_moe"),
 )
-OF_THE_MODEL = {
-    "ablate demo --max-tokens 1500 --layers 0 --experts 0-2": ("experts", "domains"),
-}
+OF_THE_MODEL = {"ablate demo --max-tokens 1500 --layers 0 --experts 0-2": ("experts", "domains")}
 
 
 def run(line: str) -> tuple[str, str]:

@@ -17,16 +17,7 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 
 from benchmarks.gpu.bench import Bench, by_graph, host_us
 from benchmarks.gpu.micro import a_choice
-from benchmarks.gpu.rivals import (
-    CAPTURABLE,
-    HOOK,
-    LOGITS,
-    OFF,
-    ON,
-    Workload,
-    a_model,
-    running,
-)
+from benchmarks.gpu.rivals import CAPTURABLE, HOOK, LOGITS, OFF, ON, Workload, a_model, running
 from moe_inspect.capture.hook import experts
 from moe_inspect.model.find import find_routers
 

@@ -118,10 +118,7 @@ class TextFields:
     )
     max_tokens: int | None = setting(None, "Stop after this many tokens.", "N", 1)
     max_length: int | None = setting(
-        None,
-        "Split longer documents (default: as the model takes them, at most 2048).",
-        "N",
-        1,
+        None, "Split longer documents (default: as the model takes them, at most 2048).", "N", 1
     )
     batch_tokens: BatchTokens = 8192
 
@@ -156,8 +153,7 @@ class ModelFields:
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     dequantize: bool = setting(
-        False,
-        "Dequantise MXFP4, FP8 or compressed-tensors weights while reading them.",
+        False, "Dequantise MXFP4, FP8 or compressed-tensors weights while reading them."
     )
     random_init: RandomInit = None
 

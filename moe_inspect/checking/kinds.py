@@ -40,9 +40,7 @@ KINDS: dict[str, Kind] = {
         "Copy the file again, or record again.",
     ),
     "unfinished": Kind(
-        "a writer that has not ended",
-        "Readers see what is committed.",
-        severity="note",
+        "a writer that has not ended", "Readers see what is committed.", severity="note"
     ),
     "lengths": Kind(
         "another number of rows than of tokens",

@@ -36,11 +36,7 @@ COMMANDS: Listed = {
         "describe": "describe describe",
     },
     "Try": {"ablate": "ablate ablate", "simulate": SIMULATIONS},
-    "Files": {
-        "check": "check check",
-        "merge": "files merge",
-        "export": "convert export",
-    },
+    "Files": {"check": "check check", "merge": "files merge", "export": "convert export"},
 }
 
 

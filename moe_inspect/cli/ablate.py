@@ -27,9 +27,7 @@ def ablate(
         "Only these experts of each layer, e.g. 0-3,7.", "EXPERTS"
     ),
     most_passes: int | None = selection_option(
-        "Run at most this many forward passes, each on less text.",
-        "N",
-        min=2,
+        "Run at most this many forward passes, each on less text.", "N", min=2
     ),
     resume: Path | None = selection_option(
         "Store every loss in this directory, and continue from the losses already there.", "DIR"

@@ -81,9 +81,7 @@ def compare(
     show: CompareOptions,
     scheduler: Scheduler = None,
     top: int = option(
-        "Rows per router in flips, rows in documents and movers; 0 is all.",
-        min=0,
-        default=20,
+        "Rows per router in flips, rows in documents and movers; 0 is all.", min=0, default=20
     ),
     limits: PairGates,
 ) -> None:

@@ -45,9 +45,7 @@ FORMATS = {
 def import_(
     *,
     format: str = argument(
-        "auto (recognise the files), or one of the formats below.",
-        "FORMAT",
-        default=REQUIRED,
+        "auto (recognise the files), or one of the formats below.", "FORMAT", default=REQUIRED
     ),
     sources: list[str] = argument(
         "Files or folders. DOMAIN=SRC labels the tokens of one.", "SRC...", default=REQUIRED
@@ -55,8 +53,7 @@ def import_(
     output: NewTrace,
     facts: FactsOptions,
     pipeline_stages: int | None = model_option(
-        "megatron: number of pipeline stages, if each numbers its layers from 0.",
-        min=1,
+        "megatron: number of pipeline stages, if each numbers its layers from 0.", min=1
     ),
     map: list[str] | None = option(
         "table, counts: names of the columns, like layer=block,expert=id,count=hits, or a "
@@ -120,11 +117,6 @@ def export(
     from moe_inspect.exporters.run import export_trace
 
     made = export_trace(
-        trace,
-        format.value,
-        output,
-        by=by and by.value,
-        gpu_layers=gpu_layers,
-        keep=keep,
+        trace, format.value, output, by=by and by.value, gpu_layers=gpu_layers, keep=keep
     )
     print_stderr(f"wrote {made}")

@@ -98,8 +98,7 @@ Output = Annotated[
     ),
 ]
 NewTrace = Annotated[
-    str,
-    trace_option("Directory of the trace to write.", "DIR", flags=("-o", "--output")),
+    str, trace_option("Directory of the trace to write.", "DIR", flags=("-o", "--output"))
 ]
 Overwrite = Annotated[bool, trace_option("Replace an existing trace.")]
 Scheduler = Annotated[
@@ -199,8 +198,7 @@ class FactsOptions(Options):
     panel = "Model"
 
     model: str | None = option(
-        "Hub id or directory of the model, for facts that the files lack.",
-        "MODEL",
+        "Hub id or directory of the model, for facts that the files lack.", "MODEL"
     )
     config: Path | None = option("The same from a config.json, without transformers.", "FILE")
     experts: int | None = option(

@@ -64,8 +64,7 @@ class PlanOptions(SimulateOptions):
     """And how a plan is written."""
 
     output: Path | None = option(
-        "Write the plan (.json, .yaml), or the table of --table.",
-        flags=("-o", "--output"),
+        "Write the plan (.json, .yaml), or the table of --table.", flags=("-o", "--output")
     )
     plan_for: Engine | None = option("Engine of the plan. Default: by file extension.")
 
@@ -88,8 +87,7 @@ class TimesOptions(Options):
     dtype: str | None = times_option("Data type of the experts' weights, e.g. fp8.", "NAME")
     kernel: str | None = times_option("Kernel, where several were measured.", "NAME")
     latency: Path | None = times_option(
-        "Own times: constants (.json), or tokens per expert and ms (.csv).",
-        "FILE",
+        "Own times: constants (.json), or tokens per expert and ms (.csv).", "FILE"
     )
 
 
@@ -114,9 +112,7 @@ class PlacementOptions(Options):
         "Plan in use, an engine's file: the policy current.", "FILE"
     )
     fit_share: float | None = policy_option(
-        "Fit on this first share alone. Default: 0.5.",
-        min=0,
-        max=1,
+        "Fit on this first share alone. Default: 0.5.", min=0, max=1
     )
     judge: list[str] | None = policy_option("Judge on this trace.", "TRACE", autocompletion=traces)
     fit_domains: list[str] | None = policy_option(
@@ -124,14 +120,9 @@ class PlacementOptions(Options):
     )
     fit_phase: Phase | None = policy_option("Fit on this phase, judge on the others.")
     fit_weights: list[float] | None = policy_option("Weight of each trace or domain.", "NUMBER")
-    dispatch: Dispatch = policy_option(
-        "lp: also optimal dispatch among replicas.",
-        default="even",
-    )
+    dispatch: Dispatch = policy_option("lp: also optimal dispatch among replicas.", default="even")
     batch_tokens: list[int] | None = times_option(
-        "Tokens of a step, over all GPUs.",
-        "TOKENS",
-        show_default="64,512,4096",
+        "Tokens of a step, over all GPUs.", "TOKENS", show_default="64,512,4096"
     )
     sweep: list[int] | None = times_option("Price these slots per layer, e.g. 256,288.", "SLOTS")
 

@@ -55,10 +55,7 @@ class WriteOptions(Options):
     panel = "Trace"
 
     output: str = option(
-        "The directory of the trace.",
-        "DIR",
-        flags=("-o", "--output"),
-        default=REQUIRED,
+        "The directory of the trace.", "DIR", flags=("-o", "--output"), default=REQUIRED
     )
     resume: Resume = False
     overwrite: Overwrite = False

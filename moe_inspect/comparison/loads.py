@@ -15,12 +15,7 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
-from moe_inspect.analysis.metrics.chance import (
-    ALPHA,
-    FEWEST_TO_JUDGE,
-    LONG_DOCUMENT,
-    z_of,
-)
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT, z_of
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation

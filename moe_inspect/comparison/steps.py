@@ -53,10 +53,7 @@ def step_windows(
         why_none = f"A counts {of_a}, B {of_b}"
     spans = [] if why_none else [_spans(trace) for trace in traces]
     first_W, last_W, windows = _windows(spans)
-    left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or (
-        "",
-        "",
-    )
+    left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or ("", "")
     if spans and not len(first_W):
         why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
     sizes = {r: traces[0].routers[r].experts for r, _ in pairs}

@@ -56,11 +56,7 @@ def export_trace(
     known = exporters()
     if format not in known:
         raise MoeInspectError(no_such("format", format, known))
-    given = {
-        "by": by,
-        "keep": keep,
-        "gpu_layers": gpu_layers,
-    }
+    given = {"by": by, "keep": keep, "gpu_layers": gpu_layers}
     options = {name: value for name, value in given.items() if value is not None}
     if wrong := [name for name in options if name not in options_of(known[format])]:
         takers = ", ".join(name for name, other in known.items() if wrong[0] in options_of(other))

@@ -95,10 +95,7 @@ def _parquet(file: pa.NativeFile, read_dictionary: list[str] | None = None) -> p
     # routers of a shard are read from several threads, which Arrow's buffer of what comes next does
     # not stand
     return pq.ParquetFile(
-        file,
-        read_dictionary=read_dictionary,
-        page_checksum_verification=True,
-        pre_buffer=False,
+        file, read_dictionary=read_dictionary, page_checksum_verification=True, pre_buffer=False
     )
 
 

@@ -108,12 +108,7 @@ def requests(trace: Trace) -> pd.DataFrame:
 
 
 def tokens_of(
-    trace: Trace,
-    layers: Layers,
-    experts: Layers,
-    context: int = CONTEXT,
-    *,
-    top: int | None = None,
+    trace: Trace, layers: Layers, experts: Layers, context: int = CONTEXT, *, top: int | None = None
 ) -> pd.DataFrame:
     """Return the tokens that were routed to these experts of these layers, in context. A row per
     assignment: layer, expert, token, document, domain, sequence, position, phase, router, slot,

@@ -47,11 +47,7 @@ def test_a_forward_pass(name: str, tmp_path: Path, check: Check) -> None:
         model(ids_BS, positions_BS)
     trace = moe_inspect.open_trace(tmp_path / "t")
     found = compare(
-        trace,
-        watched.passes,
-        ids_BS,
-        positions_BS=positions_BS,
-        run=partial(run_expert, model),
+        trace, watched.passes, ids_BS, positions_BS=positions_BS, run=partial(run_expert, model)
     )
     check("torchtitan", f"{name}, forward", found, MOE_LAYERS[name] * B * S, BF16)
     assert trace.tokens().document.nunique() == B + 1  # the second row holds two

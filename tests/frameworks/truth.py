@@ -181,9 +181,7 @@ class Compared:
     def __add__(self, other: Compared) -> Compared:
         errors = [e for e in (self.weight_error, other.weight_error) if e == e]
         return Compared(
-            self.equal + other.equal,
-            self.total + other.total,
-            max(errors, default=float("nan")),
+            self.equal + other.equal, self.total + other.total, max(errors, default=float("nan"))
         )
 
 

@@ -34,10 +34,7 @@ USUAL: dict[str, Any] = {
 # name → (family, its config beside USUAL); an entry without a family is the bundled model
 MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "bundled Mixtral": (None, {}),
-    "OLMoE": (
-        "olmoe",
-        {"num_hidden_layers": 4, "intermediate_size": 96, "num_key_value_heads": 4},
-    ),
+    "OLMoE": ("olmoe", {"num_hidden_layers": 4, "intermediate_size": 96, "num_key_value_heads": 4}),
     "Qwen3-MoE, layers 0 and 2 dense": (
         "qwen3_moe",
         {
@@ -74,7 +71,7 @@ DEEPSEEK: dict[str, tuple[str | None, dict[str, Any]]] = {
             "topk_group": 1,
             "routed_scaling_factor": 1.0,
         },
-    ),
+    )
 }
 # of llama.cpp, which of a Qwen3-MoE always makes the weights of a token sum to 1
 CONVERTED: dict[str, tuple[str | None, dict[str, Any]]] = {

@@ -193,8 +193,7 @@ def first_layers(model: Path, place: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "algorithm"),
-    [*((name, "NGRAM") for name in NAMES), ("bundled Mixtral", "STANDALONE")],
+    ("name", "algorithm"), [*((name, "NGRAM") for name in NAMES), ("bundled Mixtral", "STANDALONE")]
 )
 def test_rejected_drafts_are_absent(
     name: str, algorithm: str, tmp_path: Path, record_property: Property

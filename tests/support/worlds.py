@@ -17,11 +17,7 @@ from tests.support.chance import REGIMES, drawn_pair
 from tests.support.damage import edit_manifest
 from tests.support.misrecorded import FAULTS, Recording, rounded, routed_text
 from tests.support.planted import DOMAINS, planted, uniform
-from tests.support.synthetic import (
-    uniform_ids,
-    write_counts,
-    write_trace,
-)
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_compare_findings import (
     DOCUMENTS,
     avoiding,

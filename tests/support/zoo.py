@@ -363,9 +363,7 @@ def dropped(model: Any) -> str:
 
 
 def page(
-    how: dict[str, tuple[str, str]],
-    with_towers: dict[str, tuple[str, str]],
-    drops: dict[str, str],
+    how: dict[str, tuple[str, str]], with_towers: dict[str, tuple[str, str]], drops: dict[str, str]
 ) -> str:
     """The families and how each is traced, as Markdown: family → (class that was loaded, how), and
     family → how experts are dropped."""

@@ -32,11 +32,7 @@ EVERY_S = 0.2
 COUNTS_EVERY_S = 1.0
 CLOSE_S = 5.0  # engines kill workers that take longer to stop
 # the writer gets no GPU and one thread
-QUIET = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "HIP_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-}
+QUIET = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 # It is no child of the worker's for long, as engines kill those. And it reads while it imports:
 # the first steps come before it is ready, and a worker that is killed may have no others
 START = """

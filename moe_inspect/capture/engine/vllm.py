@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.capture.engine.settings import (
-    PATH,
-    Settings,
-    is_asked,
-    tell_unknown,
-    tell_why,
-)
+from moe_inspect.capture.engine.settings import PATH, Settings, is_asked, tell_unknown, tell_why
 from moe_inspect.capture.engine.step import Step, edges_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line

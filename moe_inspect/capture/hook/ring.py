@@ -237,11 +237,7 @@ class Rings:
     Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values."""
 
     def __init__(
-        self,
-        shape: PassShape,
-        weight_dtype: torch.dtype,
-        rows: int,
-        page_rows: int | None = None,
+        self, shape: PassShape, weight_dtype: torch.dtype, rows: int, page_rows: int | None = None
     ):
         self.shape, self.kinds, (_, *extras) = shape, shape.kinds, shape.kinds
         routers, devices = shape.routers, dict.fromkeys(d for d, *_ in shape.routers)

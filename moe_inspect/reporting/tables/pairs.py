@@ -147,10 +147,7 @@ def repetition(data: ReportData) -> AsColumns:
             found |= {"first_choice": share_D, "first_choice_low": low_D}
             found |= {"first_choice_high": high_D}
         by_load = np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
-        return found | {
-            "first_choice_random": 1 / router.experts,
-            "first_choice_by_load": by_load,
-        }
+        return found | {"first_choice_random": 1 / router.experts, "first_choice_by_load": by_load}
 
     return load.rows_per_router(data, columns)
 

@@ -23,13 +23,7 @@ from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.forecast import local_search
 from moe_inspect.simulate.placement.plan import placement_of, plan_table
 from moe_inspect.simulate.placement.policies import CURRENT, Layout, layouts_of
-from moe_inspect.simulate.placement.pricing import (
-    PRICED,
-    PlanTimes,
-    in_use,
-    pricing_of,
-    traffic_of,
-)
+from moe_inspect.simulate.placement.pricing import PRICED, PlanTimes, in_use, pricing_of, traffic_of
 from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, worth
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of
@@ -233,10 +227,7 @@ def _placed(
 
 
 def _seen(
-    trace: Trace,
-    selection: Selection,
-    among: Workloads | None,
-    fit_share: float | None,
+    trace: Trace, selection: Selection, among: Workloads | None, fit_share: float | None
 ) -> tuple[Selection, fitting.FitWindows, dict[int, np.ndarray]]:
     """What plans are fitted to: windows of the trace, or of its only workload; one where it holds
     counts, in no order; or several workloads, a window each."""

@@ -243,10 +243,7 @@ STATISTICS = {"token", "layer", "router", "document", "batch"}
 
 
 def write_part(
-    path: Path,
-    columns: pa.Schema,
-    groups: Sequence[Callable[[], pa.Table]],
-    bf16: bool = False,
+    path: Path, columns: pa.Schema, groups: Sequence[Callable[[], pa.Table]], bf16: bool = False
 ) -> Json:
     """Writes a Parquet file, a row group at a time. `bf16`: its weights are values of bfloat16.
     Returns what its line in shards-<rank>.jsonl states: rows, bytes, footer_crc32, sha256."""
