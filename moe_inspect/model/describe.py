@@ -234,8 +234,7 @@ def describe(
     trust_remote_code: bool = False,
 ) -> Description:
     """`model`: a hub id, a directory, a config.json, a GGUF file, a trace (by its manifest), or
-    "demo".
-    `context`: context length in tokens; default: the model's, at most 4096."""
+    "demo". `context`: context length in tokens; default: the model's, at most 4096."""
     if (of_routers := of_trace(model)) is not None:
         return of_routers
     import torch

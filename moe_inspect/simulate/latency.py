@@ -281,8 +281,7 @@ class LatencyModel:
 
         At least 100 rows of each kernel that have tokens. With three shapes or more, errors are
         those of shapes that were held out; costs of imbalance are learnt from loads with the same
-        sum of tokens.
-        MoeInspectError for rows that are no such load, and fewer rows."""
+        sum of tokens. MoeInspectError for rows that are no such load, and fewer rows."""
         source = "a table of your own" if isinstance(table, pd.DataFrame) else str(table)
         return cls([each.kernel_time() for each in measured(own_times(table))], (), source)
 

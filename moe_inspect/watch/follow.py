@@ -150,9 +150,8 @@ class _Rank:
 class Follower:
     """`poll` counts what was committed since the last call. `path`: a directory, or a URL that
     fsspec reads; the trace need not exist yet, and is the next one once an engine goes on there. Of
-    a directory of traces the newest is followed, also one that comes later.
-    `of_process`: only the trace that this process writes there. MoeInspectError where it stays
-    unreadable."""
+    a directory of traces the newest is followed, also one that comes later. `of_process`: only the
+    trace that this process writes there. MoeInspectError where it stays unreadable."""
 
     def __init__(
         self,

@@ -182,10 +182,9 @@ DECLARED: dict[str, Field[Any]] = {f.name: f for f in fields(RouterCounts) if f.
 @dataclass(frozen=True)
 class ByTokenId:
     """What the routing of each token id comes to at one router. `columns`: metrics by name;
-    `expected`: the load of documents beside what their token ids explain. Of the
-    token ids that go to each expert most exclusively, expert by expert, a row each (`narrowed`):
-    expert, token id, how often it goes there, how often as first choice (None: unknown), how often
-    it occurs."""
+    `expected`: the load of documents beside what their token ids explain. Of the token ids that go
+    to each expert most exclusively, expert by expert, a row each (`narrowed`): expert, token id,
+    how often it goes there, how often as first choice (None: unknown), how often it occurs."""
 
     columns: dict[str, float]
     expected: Expected | None

@@ -441,8 +441,7 @@ class AlignedRows:
         return AlignedRows((of_a, of_b), *(values[keep_T] for values in tokens))
 
     def read(self, side: int, columns_of: Callable[[Shard, int], Columns], router: int) -> Columns:
-        """What `columns_of` reads of a router of A (side 0) or of B (side 1), of these
-        tokens."""
+        """What `columns_of` reads of a router of A (side 0) or of B (side 1), of these tokens."""
         parts = self.sides[side]
         found = [part.read(columns_of, router) for part in parts]
         if len(parts) == 1:

@@ -142,8 +142,7 @@ def placed_by(
 
 def placed_over(path: Path, gpus: int, routers: Sequence[Router]) -> list[np.ndarray]:
     """Of each router the share of each expert's load that each GPU gets, [E, G], where a plan
-    spreads its slots over so many. MoeInspectError where it is not of these routers and
-    GPUs."""
+    spreads its slots over so many. MoeInspectError where it is not of these routers and GPUs."""
     placed = placed_by(path, routers, routers)
     if uneven := next((len(slots) for slots in placed if len(slots) % gpus), None):
         raise MoeInspectError(f"{path}: its {uneven} slots cannot be split over {gpus} GPUs")

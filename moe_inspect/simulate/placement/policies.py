@@ -188,8 +188,7 @@ def replicate(
     as light as can be.
 
     Returns the expert of each replica, the first E in order, int64 [slots], and the replicas of
-    each expert, int64 [E].
-    `most`: replicas that an expert may have at most."""
+    each expert, int64 [E]. `most`: replicas that an expert may have at most."""
     expert_P, replicas_E = np.arange(slots), np.ones(len(load_E), np.int64)
     each_E = load_E.astype(np.float64)
     for p in range(len(load_E), slots):
