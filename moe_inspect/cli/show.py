@@ -29,12 +29,6 @@ def table_option(help: str) -> Any:
     return option(help, "NAME", autocompletion=tables)
 
 
-def _no_format(output: Path | None) -> typer.BadParameter:
-    return typer.BadParameter(
-        f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions(Options):
     """How a command shows its result: as text or a table, as pictures and as a page."""
@@ -71,7 +65,8 @@ class ShowOptions(Options):
         form = self.of_table or format_of(self.output)
         if form is None:
             if self.table or main:
-                raise _no_format(self.output)
+                said = f"no format has this ending, add --format {', '.join(Format)}"
+                raise typer.BadParameter(f"-o {self.output}: {said}")
             form = Format.table
         if form is not Format.table and not (self.table or main):
             asked = f"--format {self.format}" if self.of_table else f"-o {self.output}"

@@ -178,11 +178,6 @@ def loads_of_steps(
     return loads
 
 
-def chance_ids(rng: np.random.Generator, E: int, k: int, T: int) -> np.ndarray:
-    """Tokens that choose k of E experts uniformly at random. int64 [K, T]"""
-    return rng.random((T, E), np.float32).argpartition(min(k, E - 1), axis=1)[:, :k].T
-
-
 def from_load(
     rng: np.random.Generator,
     load_E: np.ndarray,

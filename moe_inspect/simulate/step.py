@@ -219,8 +219,9 @@ class PlacedLayers:
 
 @cache
 def _pool(E: int, k: int) -> np.ndarray:
-    """Tokens that choose uniformly at random, for steps by chance."""
-    return sampling.chance_ids(np.random.default_rng(SEED), E, k, POOL)
+    """Tokens that choose k of E experts uniformly at random. int64 [k, POOL]"""
+    random_TE = np.random.default_rng(SEED).random((POOL, E), np.float32)
+    return random_TE.argpartition(min(k, E - 1), axis=1)[:, :k].T
 
 
 def _row(

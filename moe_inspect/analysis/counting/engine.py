@@ -73,7 +73,8 @@ def count_trace(
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     sizes = (windows.tokens, windows.count) if windows else (0, 0)
     total = no_counts(trace.routers, selection.routers, asked, sizes)
-    fast, by_id = is_long(trace, selection), "token_ids" in asked
+    slots = sum(trace.routers[r].top_k for r in selection.routers)
+    fast, by_id = trace.n_tokens * slots >= LONG, "token_ids" in asked
     plans = token_ids.plans_of(trace, selection, every=not top) if by_id else {}
     request = CountRequest(selection, asked, windows, fast, total, plans, top)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
@@ -95,11 +96,6 @@ def count_trace(
 def too_many_pairs(trace: Trace, routers: Iterable[int]) -> bool:
     """Whether counts of pairs of experts would take too much memory."""
     return sum(trace.routers[r].experts ** 2 for r in routers) > MOST_PAIRS
-
-
-def is_long(trace: Trace, selection: Selection) -> bool:
-    """Whether to count by the compiled kernels."""
-    return trace.n_tokens * sum(trace.routers[r].top_k for r in selection.routers) >= LONG
 
 
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:

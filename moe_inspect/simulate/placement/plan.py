@@ -112,10 +112,6 @@ def _slots_of(path: Path, moe_layers: Sequence[int]) -> Slots:
     return dict(zip(moe_layers or range(len(rows)), rows, strict=False))
 
 
-def layers_of(routers: Iterable[Router]) -> list[int]:
-    return sorted({router.layer for router in routers})
-
-
 def placement_of(path: str | Path, trace: Trace, selection: Selection) -> dict[int, np.ndarray]:
     """The expert of each slot of each router that is selected, int64 [P], as a plan places them.
     MoeInspectError where the routers have different numbers of slots."""
@@ -131,7 +127,7 @@ def placed_by(
 ) -> list[np.ndarray]:
     """The expert of each slot of these of a model's routers, int64 [P], as a plan places them.
     MoeInspectError where it does not place each of its experts."""
-    plan, placed = read_plan(path, layers_of(of_model)), list[np.ndarray]()
+    plan, placed = read_plan(path, sorted({r.layer for r in of_model})), list[np.ndarray]()
     for router in routers:
         placed.append(np.array(plan.get(router.layer, []), np.int64))
         if {*placed[-1].tolist()} != {*range(router.experts)}:
