@@ -323,3 +323,13 @@ def test_order_moves_drops_and_a_group_may_be_larger_than_any_pass():
     dropped, hit = ([of[name].tolist() for of in tables] for name in ("dropped", "tokens_hit"))
     assert dropped[0] == dropped[1] == dropped[2]
     assert hit[0] != hit[1] != hit[2]
+
+
+def test_an_algorithm_that_needs_logits_is_refused_without_them(tmp_path: Path) -> None:
+    ids = uniform_ids(np.random.default_rng(0), 60, 8, 2)
+    simulate = write_trace(tmp_path / "t", [ids], 8).simulate.routing
+    for asked in ({"algorithms": ["as recorded", "expert choice"]}, {"top_k": [1]}):
+        with pytest.raises(MoeInspectError, match=r"no logits for (expert choice|top-k): trace wi"):
+            simulate(**asked)
+    for asked in ({}, {"algorithms": ["as recorded"]}):
+        assert "capacity" in simulate(**asked).tables

@@ -91,6 +91,12 @@ def simulate_routing(
     names = tuple(algorithms or algo.ALGORITHMS)
     values_of = {"top_k": top_k, "top_p": top_p, "capacity_factors": capacity_factors}
     _check(names, values_of)
+    need_logits = [name for name in algorithms or () if name != "as recorded"]
+    need_logits += ["top-k"] if top_k and not algorithms else []
+    if need_logits and "logits" not in trace.tables:
+        raise MoeInspectError(
+            f"{trace.path} has no logits for {', '.join(need_logits)}: trace with --logits"
+        )
     selection = select(trace, layers=layers)
     chosen = selection.routers
     drops, settings = simulated_drops(
