@@ -56,7 +56,7 @@ def balance(data: ReportData) -> Chart | str:
         return "balance: no router made an assignment"
     x, value = np.arange(len(table), dtype=float), 1 + table["max_vio"].to_numpy()
     floor_L = table["expected_by_chance"].to_numpy()
-    marks: list[spec.Mark] = [spec.chance_band(floor_L, "expected by chance"), spec.Rule(1)]
+    marks: list[spec.Mark] = [spec.chance_band(floor_L), spec.Rule(1)]
     low, high = spec.known_interval(table["max_over_mean_low"], table["max_over_mean_high"])
     name = f"busiest expert, all tokens{', with 95% interval' if low is not None else ''}"
     rows = records(table)
@@ -165,7 +165,7 @@ def _by_window(data: ReportData, column: str) -> pd.DataFrame:
 
 def _time(data: ReportData) -> Axis:
     first = data.tables["windows"].drop_duplicates("window").sort_values("window")["first_token"]
-    return spec.token_axis("first token of the window", first)
+    return spec.token_axis(first)
 
 
 def _heatmap(data: ReportData, values_LW: np.ndarray, scale: spec.Scale, title: str = "") -> Panel:

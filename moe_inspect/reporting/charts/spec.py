@@ -349,14 +349,15 @@ def layer_axis(data: ReportData, routers: Iterable[int]) -> Axis:
     return Axis("layer", tuple(layer_label(data.trace.routers, int(r)) for r in routers))
 
 
-def token_axis(title: str, first_token: Iterable[int]) -> Axis:
+def token_axis(first_token: Iterable[int]) -> Axis:
     """An axis with a position per window, and ticks at round numbers of tokens."""
     first_W = np.array(list(first_token), float)
     marks = round_numbers(first_W[0], first_W[-1], 10) if len(first_W) > 1 else []
     at = np.interp(marks, first_W, np.arange(len(first_W)))
     # a window's position is its middle, its first token is at its left edge
     ticks = [(float(a) - 0.5, f"{mark:,.0f}") for a, mark in zip(at, marks, strict=True)]
-    return Axis(title, tuple(f"{token:,.0f}" for token in first_W), ticks=tuple(ticks))
+    labels = tuple(f"{token:,.0f}" for token in first_W)
+    return Axis("first token of the window", labels, ticks=tuple(ticks))
 
 
 def load_scale(routers: Iterable[Router], title: str) -> Scale:
@@ -374,10 +375,10 @@ def log_axis(title: str, values: np.ndarray) -> Axis:
     return Axis(title, low=1, log=float(np.nanmax(values)) > FAR)
 
 
-def chance_band(ratio_L: np.ndarray, name: str) -> Band:
+def chance_band(ratio_L: np.ndarray) -> Band:
     """The area from 1 to the ratio that chance gives each layer, as wide as the panel."""
     x = np.r_[-0.5, np.arange(len(ratio_L)), len(ratio_L) - 0.5]
-    return Band(x, np.ones(len(x)), np.r_[ratio_L[0], ratio_L, ratio_L[-1]], name)
+    return Band(x, np.ones(len(x)), np.r_[ratio_L[0], ratio_L, ratio_L[-1]], "expected by chance")
 
 
 def look(i: int) -> tuple[str, Dash]:

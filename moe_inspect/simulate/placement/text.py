@@ -390,7 +390,7 @@ def _by_window(by_window: Frame, settings: Settings) -> spec.Panel:
     first_token = [settings["window"] * int(w) for w in mean.columns]
     return spec.Panel(
         (band, spec.Rule(1), *lines),
-        spec.token_axis("first token of the window", first_token),
+        spec.token_axis(first_token),
         spec.log_axis(BUSIEST, mean.to_numpy()),
         "As the plan ages, mean over layers",
     )
