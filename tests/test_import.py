@@ -228,16 +228,16 @@ def again(made: foreign.Made, root: Path) -> Trace:
 
 def test_drafts_of_killed_imports_are_cleared_and_no_others(tmp_path: Path):
     trace, made, _ = imported("vllm-routed", tmp_path)
-    names = ("t.7-0a0b", "t.8", "t.9-c0de", "t.10-beef", "u.7-0a0b", "t.x")
+    names = ("t.7-0a0b", "t.8-0b0e", "t.9-c0de", "t.10-beef", "u.7-0a0b", "t.x")
     drafts = {name: tmp_path / f".{name}.tmp" for name in names}
     for draft in drafts.values():
         shutil.copytree(trace.path, draft)
     (drafts["t.9-c0de"] / "notes.txt").touch()
-    shutil.rmtree(drafts["t.8"] / "routing")
+    shutil.rmtree(drafts["t.8-0b0e"] / "routing")
     for table in ("tokens", "documents"):
-        shutil.rmtree(drafts["t.8"] / table)
+        shutil.rmtree(drafts["t.8-0b0e"] / table)
     for name in ("trace.json", "shards-0.jsonl"):  # killed before there was one
-        (drafts["t.8"] / name).unlink()
+        (drafts["t.8-0b0e"] / name).unlink()
     with hold(drafts["t.10-beef"]):  # another import, at work
         again(made, tmp_path)
     left = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("."))
