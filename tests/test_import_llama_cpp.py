@@ -11,7 +11,7 @@ import pytest
 
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
-from moe_inspect.model.gguf import TYPES, read_gguf
+from moe_inspect.model.gguf import read_gguf
 from moe_inspect.trace.verify import verify
 from tests.support.foreign import gguf_file, write_imatrix
 from tests.support.importing import loads, refused, taken
@@ -125,8 +125,6 @@ def test_counts_beyond_float32_are_told(tmp_path: Path):
 
 def test_the_reader_agrees_with_the_gguf_package(tmp_path: Path):
     gguf = pytest.importorskip("gguf", reason="needs the gguf package")
-    theirs = {int(t): (t.name, *size) for t, size in gguf.GGML_QUANT_SIZES.items()}
-    assert {kind: theirs[kind] for kind in TYPES if kind in theirs} == TYPES
     write_imatrix(tmp_path / "a.gguf", {0: np.array([3, 1, 4, 0])}, 4)
     ours, theirs = read_gguf(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "a.gguf")
     assert ours.fields == {

@@ -31,20 +31,13 @@ SCALARS = {  # type of a metadata value → struct's letter
 }
 STRING, ARRAY = 8, 9
 MOST_DEPTH, MOST_DIMENSIONS = 4, 4
-# ggml's types of tensors, which are stored in blocks: name, elements and bytes of a block
-TYPES = {
-    **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20)},
-    **{6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40)},
-    **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144)},
-    **{13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292)},
-    **{16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98)},
-    **{19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110)},
-    **{22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2)},
-    **{26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56)},
-    **{30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66)},
-    **{39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18)},
-}
-F32 = 0
+F32 = 0  # ggml's type of a tensor
+
+
+def need_gguf(name: object) -> None:
+    """Raise MoeInspectError if the package gguf is missing."""
+    if find_spec("gguf") is None:
+        raise MoeInspectError(f"{name} needs gguf: pip install 'moe-inspect[gguf]'")
 
 
 @dataclass(frozen=True)
@@ -58,10 +51,18 @@ class GgufTensor:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes. MoeInspectError where its type is unknown."""
-        if self.kind not in TYPES:
-            raise MoeInspectError(f"tensor {self.name[:60]!r} is of unknown type {self.kind}")
-        _, elements, nbytes = TYPES[self.kind]
+        """Its size in bytes; of quantised types by the package gguf. Raises MoeInspectError if its
+        type is unknown."""
+        if self.kind == F32:
+            return 4 * math.prod(self.shape)
+        need_gguf(self.name[:60])
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.kind)]
+        except (KeyError, ValueError):
+            message = f"tensor {self.name[:60]!r} is of unknown type {self.kind}"
+            raise MoeInspectError(message) from None
         return math.prod(self.shape) // elements * nbytes
 
 
@@ -228,8 +229,7 @@ def refuse_unless_described(path: Path) -> Gguf:
             f"{path} is of architecture {kind}, whose config cannot be read from GGUF: only that "
             f"of {', '.join(ARCHITECTURES)} can; give the original model"
         )
-    if find_spec("gguf") is None:
-        raise MoeInspectError(f"{path} needs gguf: pip install 'moe-inspect[gguf]'")
+    need_gguf(path)
     return header
 
 
