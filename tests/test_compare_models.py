@@ -48,7 +48,7 @@ def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_p
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     for heading in ("Two models, side by side", "The summaries of both"):
         assert heading in page
-    assert not list((tmp_path / "plots").iterdir())
+    assert not (tmp_path / "plots").exists()
     assert "assignments,800,1600\n" in cli_here("compare", "a", "b", "--format", "csv").stdout
     for asked, says in (
         (["--table", "agreement"], "there is no table 'agreement'"),
