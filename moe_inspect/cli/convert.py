@@ -3,7 +3,6 @@ export`: a trace → the file of another tool."""
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +30,9 @@ else:
     SCORES = "reap gate frequency ean mean-norm saliency"
     ExportBy = StrEnum("ExportBy", {by: by for by in SCORES.split()})
 
-# what follows these in the description of a format is left to docs/import.md
-DETAILS = r"; | \(|, with |, made of| of the modes| of example| or rank| \[,"
 FORMATS = {
     "import": {
-        name: re.split(DETAILS, reads.replace("`", ""))[0]
+        name: reads.replace("`", "").partition(";")[0]
         for name, (_, reads) in importers.MODULES.items()
     },
     "export": {name: writes for name, (_, writes) in exporters.MODULES.items()},

@@ -55,16 +55,18 @@ def text(
     from moe_inspect.reporting.shown import Result
     from moe_inspect.trace.reader import open_trace
 
-    show.chosen(("tokens",), "tokens")  # a usage error comes before the trace is read
+    table, _ = show.chosen(("tokens",), "tokens")  # a usage error comes before the trace is read
     opened = open_trace(trace)
     if documents is not None:
         import pandas as pd
 
         numbers = ranges_of(documents, "documents") or []
         routers = opened.router_index(layers)
+        if layers is None and table is None:  # the text shows one router: no other layer is read
+            routers, layers = routers[:1], [str(opened.routers[routers[0]].layer)]
         frames = {number: opened.document(number, layers=layers) for number in numbers}
         frame = pd.concat(frames, names=["document", None]).reset_index("document")
-        text = partial(_print_documents, opened, frame, routers if layers else routers[:1])
+        text = partial(_print_documents, opened, frame, routers)
     else:
         frame = opened.tokens_of(layers, experts, context, top=top or None)
         text = partial(_print_concordances, opened, frame)

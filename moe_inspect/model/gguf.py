@@ -34,10 +34,10 @@ MOST_DEPTH, MOST_DIMENSIONS = 4, 4
 F32 = 0  # ggml's type of a tensor
 
 
-def need_gguf(name: object) -> None:
+def need_gguf(path: Path) -> None:
     """Raise MoeInspectError if the package gguf is missing."""
     if find_spec("gguf") is None:
-        raise MoeInspectError(f"{name} needs gguf: pip install 'moe-inspect[gguf]'")
+        raise MoeInspectError(f"{path} needs gguf: pip install 'moe-inspect[gguf]'")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class GgufTensor:
         type is unknown."""
         if self.kind == F32:
             return 4 * math.prod(self.shape)
-        need_gguf(self.name[:60])
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         try:
@@ -175,6 +174,7 @@ def layer_experts(path: Path) -> dict[int, tuple[int, int]]:
         parts = [path.with_name(f"{split[1]}-{n:05}-of-{split[3]}.gguf") for n in numbers]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise MoeInspectError(f"{path} is one of {len(parts)} files of a model: no {missing[0]}")
+    need_gguf(path)
     found: dict[int, tuple[int, int]] = {}
     for part in parts:
         for tensor in read_gguf(part).tensors.values():
