@@ -2,7 +2,8 @@
 the bundled corpus.
 
 docs/report.png: the first screen. docs/pictures/page-THEME-WIDTH.png: the first screen in both
-themes, as wide as a desktop's window, a tablet and a phone. docs/pictures/NAME.png: sections.
+themes, as wide as a desktop's window, a tablet and a phone. docs/pictures/text.png: the section of
+text. docs/pictures/placement.png: the chart of simulate placement on that trace.
 docs/pictures/workloads.png: placements of DeepSeek-V3's experts, where the counts are there.
 """
 
@@ -23,7 +24,6 @@ from moe_inspect.reporting.render.page import report_page
 
 DOCS = Path(__file__).parent
 SCREENS = {1440: 900, 800: 1000, 390: 844}  # width → height
-SECTIONS = {"placement": "simulated-placement", "text": "text"}
 POLICIES = ("contiguous", "greedy", "eplb", "local-search")
 LOADS = DOCS.parent.parent / "shared" / "real" / "deepseek_loads"
 NOTHING_STAYS = """for (const element of document.querySelectorAll("body *"))
@@ -34,6 +34,9 @@ def main() -> None:
     (DOCS / "pictures").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as place, sync_playwright() as tool:
         trace = moe_inspect.trace_model("demo", Path(place) / "demo", logits=True)
+        trace.simulate.placement().save_plots(
+            DOCS / "pictures", only=["placement"], formats=["png"]
+        )
         page = Path(place) / "report.html"
         page.write_text(report_page(moe_inspect.report(trace)), encoding="utf-8")
         browser = tool.chromium.launch(
@@ -49,12 +52,7 @@ def main() -> None:
         view.close()
         view = opened(browser, page, "light", 1200, 900)
         view.evaluate(NOTHING_STAYS)  # or the header would lie over a long section
-        for name, anchor in SECTIONS.items():
-            found = view.locator(f"#{anchor}")
-            if found.count():
-                save(found.screenshot(), DOCS / "pictures" / f"{name}.png")
-            else:
-                print(f"no section #{anchor}")
+        save(view.locator("#text").screenshot(), DOCS / "pictures" / "text.png")
         browser.close()
     workloads()
 
