@@ -435,6 +435,12 @@ def test_a_plan_in_use_is_a_policy_like_the_others(tmp_path: Path, constants: Pa
         assert said_of(made, "To rebalance from the placement in use to eplb")
     with pytest.raises(MoeInspectError, match="has 12 slots per layer: give --physical-experts 12"):
         placed(trace, constants, placement=path, physical_experts=16)
+    ids = uniform_ids(np.random.default_rng(0), 300, 8, 2)
+    more = write_trace(tmp_path / "more", [ids] * (len(trace.routers) + 1), 8)
+    with pytest.raises(
+        MoeInspectError, match=r"c\.json places 1 MoE layer, the trace has 2$"
+    ):
+        more.simulate.placement(gpus=4, placement=path)
     unpriced = trace.simulate.placement(gpus=4, placement=path)
     assert unpriced.tables["policies"]["policy"].iloc[0] == "current"
     assert unpriced.verdict[0].startswith("On 4 GPUs with the current placement, the MoE layers")

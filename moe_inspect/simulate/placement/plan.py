@@ -21,6 +21,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 from moe_inspect.simulate.placement.policies import shares
 from moe_inspect.simulate.placement.windows import PlacementPlans
+from moe_inspect.text import plural
 from moe_inspect.trace.output_dir import output_file
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
@@ -109,7 +110,11 @@ def _slots_of(path: Path, moe_layers: Sequence[int]) -> Slots:
         return dict(enumerate(plan["physical_to_logical_map"]))
     devices = [layer["device_list"] for layer in plan["layer_list"]]
     rows = [[e for device in of for e in device["device_expert"]] for of in devices]
-    return dict(zip(moe_layers or range(len(rows)), rows, strict=False))
+    if moe_layers and len(rows) != len(moe_layers):  # the plan does not say which layers they are
+        raise MoeInspectError(
+            f"{path} places {plural(len(rows), 'MoE layer')}, the trace has {len(moe_layers)}"
+        )
+    return dict(zip(moe_layers or range(len(rows)), rows, strict=True))
 
 
 def placement_of(path: str | Path, trace: Trace, selection: Selection) -> dict[int, np.ndarray]:
