@@ -437,9 +437,7 @@ def test_a_plan_in_use_is_a_policy_like_the_others(tmp_path: Path, constants: Pa
         placed(trace, constants, placement=path, physical_experts=16)
     ids = uniform_ids(np.random.default_rng(0), 300, 8, 2)
     more = write_trace(tmp_path / "more", [ids] * (len(trace.routers) + 1), 8)
-    with pytest.raises(
-        MoeInspectError, match=r"c\.json places 1 MoE layer, the trace has 2$"
-    ):
+    with pytest.raises(MoeInspectError, match=r"c\.json places 1 MoE layer, the trace has 2$"):
         more.simulate.placement(gpus=4, placement=path)
     unpriced = trace.simulate.placement(gpus=4, placement=path)
     assert unpriced.tables["policies"]["policy"].iloc[0] == "current"
