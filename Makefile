@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang test-llama-cpp lint docs picture bench fuzz clean
+.PHONY: help demo test test-all mutants test-families test-ptx test-newest test-oldest test-frameworks test-vllm test-sglang test-llama-cpp lint docs picture bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,11 +26,11 @@ demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; rep
 test: $(VENV)/.installed ## The whole test suite
 	$(PYTEST)
 
-test-quick: $(VENV)/.installed ## The tests that are not marked slow
-	$(PYTEST) -m "not slow"
+test-all: $(VENV)/.installed ## All members of what the suite samples: model families, importers, sizes, steps to die at
+	SWEEP=whole $(PYTEST)
 
-test-slow: $(VENV)/.installed ## Those that are: compilers, browsers, several processes, mistakes put in on purpose
-	$(PYTEST) -m slow
+mutants: $(VENV)/.installed ## Plant mistakes in the code, one at a time, and print those that no test notices (two hours)
+	$(BIN)/python -m tests.support.mutants
 
 NEWEST := build/venv-newest
 OLDEST := build/venv-oldest
@@ -39,9 +39,6 @@ OLDEST_PYTHON ?= python3.11
 
 test-ptx: $(VENV)/.installed ## Compile every kernel for every target, and execute it as compiled for three, without a GPU
 	SWEEP=whole $(BIN)/python -m pytest -n auto tests/test_ptx.py tests/test_kernels.py
-
-test-whole: $(VENV)/.installed ## The test suite with all cases of the sweeps of which `make test` runs a sample
-	SWEEP=whole $(PYTEST)
 
 test-newest: ## The suite on the newest Python and the newest release of every dependency (build/venv-newest)
 	$(NEWEST_PYTHON) -m venv $(NEWEST)

@@ -41,14 +41,16 @@ OpenPage = Callable[..., "Opened"]
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
     "zoo experts audit_loss kernels benchmarks ablate placement options readme cli_trace "
-    "ranks before_call counting mutations loading wrapped real_data report_cli contributing "
-    "mutations_analysis alarms page page_sizes commit_every ptx docs kinds"
+    "ranks before_call counting loading wrapped real_data report_cli contributing "
+    "alarms page page_sizes commit_every ptx docs kinds"
 )
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, then by number of tests."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first, then by number of tests, where several processes share the files."""
+    if not hasattr(config, "workerinput"):
+        return
     tests, long = Counter(item.path.stem for item in items), LONG.split()
 
     def turn(item: pytest.Item) -> tuple[int, int, str]:

@@ -8,8 +8,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported
 
@@ -27,8 +25,8 @@ BREAKS = {
 def load(broken: str, place: Path) -> None:
     """Puts broken kernels, whose source is written to `place`, where the package's are."""
     spec = importlib.util.find_spec(NAME)
-    source: Any = SimpleNamespace(__file__=spec.origin, __name__=NAME)
-    file = place / "kernels.py"
+    assert spec is not None
+    source, file = Path(str(spec.origin)).read_text(), place / "kernels.py"
     file.write_text(changed_source(source, *BREAKS[broken]))
     module = sys.modules["moe_inspect.capture.hook"].kernels = load_file(NAME, file)
     module.runs_triton = lambda tensor: True

@@ -1,4 +1,4 @@
-"""Of what `make test` runs a sample, and SWEEP=whole (`make test-whole`) everything."""
+"""Of what `make test` runs a sample, and SWEEP=whole (`make test-all`) everything."""
 
 from __future__ import annotations
 

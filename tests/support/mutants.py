@@ -1,0 +1,326 @@
+"""`make mutants`: plants mistakes in the package, one at a time, and prints those that no test
+notices.
+
+The mistakes are a fixed random sample of what cosmic-ray can do to the code that records and
+analyses, and the list of tests/mutants.toml. Each is planted in a copy of the project, and the
+tests that reach its line run: a first run of the whole suite under coverage tells which they are.
+tests/mutants.toml also lists survivors that change nothing a user can see, with the reasons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from time import perf_counter
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+from coverage import CoverageData
+
+from tests.support.mutation import changed_source
+
+ROOT = Path(__file__).parents[2]
+ROOMS = "analysis", "simulate", "comparison", "capture", "trace"
+# operators that make a mistake a person might make; the others mostly make code that cannot run
+OPERATORS = re.compile(
+    "core/(ReplaceBinaryOperator_((Add|Sub|Mul|Div|FloorDiv|Mod)_(Add|Sub|Mul|Div)|Bit(Or|And)_Bit(Or|And))"
+    "|ReplaceComparisonOperator|ReplaceUnaryOperator_(Delete_|USub_UAdd)|AddNot|Replace(True|False)With"
+    "|Replace(And|Or)With|Replace(Break|Continue)With|NumberReplacer|ZeroIterationForLoop)"
+)
+# of the tests that reach a line, the quickest files first, up to so many seconds
+MOST_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: `source` is the whole file with it, `change` its line before and after."""
+
+    file: str
+    line: int
+    function: str
+    change: str
+    source: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.file} {self.function}: {self.change}"
+
+
+def functions(source: str) -> list[tuple[int, int, str, bool]]:
+    """First line, last line, qualified name of each function, and whether numba compiles it."""
+    found = list[tuple[int, int, str, bool]]()
+
+    def visit(node: ast.AST, path: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                name = f"{path}.{child.name}".lstrip(".")
+                if not isinstance(child, ast.ClassDef):
+                    compiled = "jit" in " ".join(map(ast.unparse, child.decorator_list))
+                    found.append((child.lineno, child.end_lineno or 0, name, compiled))
+                visit(child, name)
+            else:
+                visit(child, path)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def inside(source: str, line: int) -> tuple[str, bool]:
+    """The function around a line, and whether numba compiles it."""
+    around = [of for of in functions(source) if of[0] <= line <= of[1]]
+    return (around[-1][2], any(compiled for *_, compiled in around)) if around else ("", False)
+
+
+def mutant(file: str, source: str, changed: str) -> Mutant:
+    """The mistake that `changed` makes in `source`."""
+    before, after = source.splitlines(), changed.splitlines()
+    line = next(n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
+    end = len(before) - len(after) + line + 1 if len(before) > len(after) else line + 1
+    change = f"{' '.join(' '.join(before[line:end]).split())} → {' '.join(after[line].split())}"
+    return Mutant(file, line + 1, inside(source, line + 1)[0], change, changed)
+
+
+def positions(source: str) -> Iterator[tuple[tuple[int, int], str, int]]:
+    """Every place where an operator applies: its line and column, the operator, and as which of
+    the places of that operator it comes."""
+    operators = {name: get_operator(name)() for name in operator_names() if OPERATORS.match(name)}
+    seen = Counter[str]()
+    for node in ast_nodes(get_ast(source)):
+        for name, operator in operators.items():
+            for start, _ in operator.mutation_positions(node):
+                yield start, name, seen[name]
+                seen[name] += 1
+
+
+def meaning(source: str) -> str:
+    """What a file does: its code without the annotations of types. "" where it is no Python."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def sample(size: int, rooms: list[str]) -> list[Mutant]:
+    """A random sample that stays the same where the code does: the places whose hashes are the
+    lowest, one mistake a place."""
+    ranked = list[tuple[str, str, str, int]]()
+    for path in sorted(p for room in rooms for p in (ROOT / "moe_inspect" / room).rglob("*.py")):
+        source, file = path.read_text(), str(path.relative_to(ROOT))
+        lines, places = source.splitlines(), defaultdict[tuple[int, int], list](list)
+        for start, name, occurrence in positions(source):
+            places[start].append((name, occurrence))
+        for (line, column), ways in places.items():
+            text = f"{file} {lines[line - 1]} {column}"
+            order = [hashlib.sha256(f"{text} {way}".encode()).hexdigest() for way, _ in ways]
+            name, occurrence = ways[order.index(min(order))]
+            ranked.append((hashlib.sha256(text.encode()).hexdigest(), file, name, occurrence))
+    made = list[Mutant]()
+    for _, file, name, occurrence in sorted(ranked):
+        if len(made) == size:
+            break
+        source = (ROOT / file).read_text()
+        changed = mutate_code(source, get_operator(name)(), occurrence)
+        if meaning(changed) not in ("", meaning(source)):
+            made.append(mutant(file, source, changed))
+    return made
+
+
+def planted(listed: list[dict[str, str]]) -> list[Mutant]:
+    """The mistakes of tests/mutants.toml."""
+    made = list[Mutant]()
+    for of in listed:
+        source = (ROOT / of["file"]).read_text()
+        made.append(mutant(of["file"], source, changed_source(source, of["old"], of["new"])))
+    return made
+
+
+class Reached:
+    """Which tests reach a line, and how long they take, from a run of the suite under coverage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.coverage = CoverageData(str(folder / ".coverage"))
+        self.coverage.read()
+        self.seconds = Counter[str]()
+        self.tests = defaultdict[str, list[str]](list)  # of each file, in order
+        for case in ET.parse(folder / "junit.xml").iter("testcase"):
+            file = case.get("classname", "").replace(".", "/") + ".py"
+            name = f"{file}::{case.get('name')}"
+            self.seconds[name] = float(case.get("time", 0))
+            self.tests[file].append(name)
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        return {str(p): p.read_text() for p in (ROOT / "moe_inspect").rglob("*.py")}
+
+    def _contexts(self, file: str, lines: set[int]) -> set[str]:
+        measured = next((f for f in self.coverage.measured_files() if f.endswith("/" + file)), "")
+        by_line = self.coverage.contexts_by_lineno(measured)
+        return {c for line in lines for c in by_line.get(line, ()) if c}
+
+    def contexts(self, file: str, line: int, known: frozenset[str] = frozenset()) -> set[str]:
+        """What coverage saw a line in. It sees nothing in what numba compiles: there, the lines
+        count that name the function."""
+        source = (ROOT / file).read_text()
+        name, compiled = inside(source, line)
+        if not compiled or name in known:
+            # a mistake in a statement of several lines: all of them
+            statements = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt)]
+            around = [n for n in statements if n.lineno <= line <= (n.end_lineno or 0)]
+            least = max(around, key=lambda n: n.lineno, default=None)
+            lines = set(range(least.lineno, (least.end_lineno or 0) + 1)) if least else {line}
+            if isinstance(least, ast.If | ast.For | ast.While | ast.With | ast.FunctionDef):
+                lines = {line, least.lineno}
+            return self._contexts(file, lines | {line})
+        named, found = re.compile(rf"\b{re.escape(name.split('.')[-1])}\("), set[str]()
+        for path, text in self._sources.items():
+            for n, of in enumerate(text.splitlines(), 1):
+                if named.search(of) and not of.lstrip().startswith("def "):
+                    other = str(Path(path).relative_to(ROOT))
+                    found |= self.contexts(other, n, known | {name})
+        return found
+
+    def choose(self, mutant: Mutant) -> list[str]:
+        """The tests to run. What a fixture reached counts for all tests of its file."""
+        tests = set[str]()
+        for context in self.contexts(mutant.file, mutant.line):
+            test, _, phase = context.rpartition("|")
+            tests.update([test] if phase == "run" else self.tests[test.partition("::")[0]])
+        by_file = defaultdict[str, list[str]](list)
+        for test in sorted(tests & set(self.seconds), key=self.seconds.__getitem__):
+            by_file[test.partition("::")[0]].append(test)
+        chosen, total = list[str](), 0.0
+        for of in sorted(by_file.values(), key=lambda of: sum(map(self.seconds.__getitem__, of))):
+            for test in of:
+                total += self.seconds[test]
+                if total < MOST_SECONDS or not chosen:
+                    chosen.append(test)
+        return chosen
+
+
+def run_suite(folder: Path) -> None:
+    """The whole suite under coverage, with the name of the test beside each line."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = folder / "coverage.ini"
+    settings.write_text(
+        f"[run]\nbranch = true\nsource = moe_inspect\nparallel = true\npatch = subprocess\n"
+        f"data_file = {folder}/.coverage\n"
+    )
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile"),
+            *("--no-loadscope-reorder", "--cov", f"--cov-config={settings}", "--cov-context=test"),
+            *("--cov-report=", f"--junitxml={folder}/junit.xml", "--durations=0"),
+        ],
+        cwd=ROOT,
+        check=True,
+    )
+
+
+def copy_of_project(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def survives(project: Path, mutant: Mutant, tests: list[str], most_seconds: float) -> bool:
+    """Whether all tests pass with the mistake, within so many seconds."""
+    listed, file = project / "build" / "tests.txt", project / mutant.file
+    listed.parent.mkdir(exist_ok=True)
+    listed.write_text("\n".join(tests))
+    before = file.read_text()
+    file.write_text(mutant.source)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"@{listed}"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=(project / "build" / "log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return run.wait(most_seconds) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        os.killpg(run.pid, signal.SIGKILL) if run.poll() is None else None
+        file.write_text(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, default=200, help="how many random mistakes")
+    parser.add_argument("--rooms", nargs="+", default=list(ROOMS), help="where they are planted")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="how many run at once")
+    parser.add_argument("--again", action="store_true", help="use the last run of the suite")
+    options = parser.parse_args()
+    folder = ROOT / "build" / "mutants"
+    known = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())
+    mutants = [*sample(options.sample, options.rooms), *planted(known.get("planted", []))]
+    reasons = {of["mutant"]: of["reason"] for of in known.get("survivor", [])}
+    if not options.again:
+        run_suite(folder / "suite")
+    reached, projects = Reached(folder / "suite"), SimpleQueue[Path]()
+    for n in range(options.workers):
+        projects.put(copy_of_project(folder / f"project{n}"))
+
+    def judge(mutant: Mutant) -> dict[str, object]:
+        tests, begun = reached.choose(mutant), perf_counter()
+        project = projects.get()
+        try:
+            seconds = sum(map(reached.seconds.__getitem__, tests))
+            survived = not tests or survives(project, mutant, tests, 60 + 5 * seconds)
+        finally:
+            projects.put(project)
+        took = round(perf_counter() - begun)
+        outcome = "survived" if survived else "killed"
+        print(f"{outcome} {took:4} s {len(tests):5} tests  {mutant.key}", flush=True)
+        return {"mutant": mutant.key, "survived": survived, "tests": len(tests), "seconds": took}
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        judged = list(pool.map(judge, mutants))
+    (folder / "result.json").write_text(json.dumps(judged, indent=1, ensure_ascii=False))
+    survivors = [str(of["mutant"]) for of in judged if of["survived"]]
+    print(f"\n{len(judged) - len(survivors)} of {len(judged)} killed. Survivors:")
+    for key in survivors:
+        print(f"  {key}\n    {reasons.get(key, 'no reason known: a test is missing')}")
+    sys.exit(any(key not in reasons for key in survivors))
+
+
+if __name__ == "__main__":
+    main()

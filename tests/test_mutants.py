@@ -1,0 +1,57 @@
+"""The tool behind `make mutants`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support import mutants
+
+PLANTED = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["planted"]
+MODULE = "def larger(a: int, b: int) -> int:\n    if a > b:\n        return a\n    return b\n"
+
+
+def test_every_planted_mistake_still_has_its_place_and_changes_the_code() -> None:
+    for made, of in zip(mutants.planted(PLANTED), PLANTED, strict=True):
+        before = mutants.meaning((ROOT / of["file"]).read_text())
+        assert mutants.meaning(made.source) not in ("", before), of["name"]
+
+
+def test_a_planted_mistake_without_a_place_is_refused() -> None:
+    for old in ("no such line", "return"):
+        with pytest.raises(AssertionError, match="times in"):
+            mutants.planted([{"file": PLANTED[0]["file"], "old": old, "new": "pass"}])
+
+
+def test_the_sample_is_the_same_each_time_and_changes_the_code() -> None:
+    first, again = (mutants.sample(5, ["watch"]) for _ in "12")
+    assert first == again
+    assert len({made.key for made in first}) == 5
+    for made in first:
+        assert mutants.meaning(made.source) != mutants.meaning((ROOT / made.file).read_text())
+
+
+def test_annotations_are_no_part_of_what_code_does() -> None:
+    assert mutants.meaning(MODULE) == mutants.meaning(MODULE.replace("b: int", "b: int | None"))
+    assert mutants.meaning(MODULE) != mutants.meaning(MODULE.replace("a > b", "a < b"))
+
+
+@pytest.mark.parametrize(
+    ("check", "survived"),
+    [("larger(2, 1) == 2", False), ("larger(1, 1) == 1", True), ("time.sleep(60)", False)],
+    ids=["noticed", "not noticed", "a test that does not end"],
+)
+def test_a_mistake_survives_where_all_tests_pass(
+    check: str, survived: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "code_of_it.py").write_text(MODULE)
+    (tmp_path / "test_code.py").write_text(
+        f"import time\nfrom code_of_it import larger\ndef test_it():\n    assert {check}\n"
+    )
+    mistake = mutants.mutant("code_of_it.py", MODULE, MODULE.replace("a > b", "a < b"))
+    assert mistake.key == "code_of_it.py larger: if a > b: → if a < b:"
+    assert mutants.survives(tmp_path, mistake, ["test_code.py::test_it"], 5) is survived
+    assert (tmp_path / "code_of_it.py").read_text() == MODULE
