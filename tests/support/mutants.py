@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
@@ -45,6 +45,7 @@ OPERATORS = re.compile(
     "|ReplaceComparisonOperator|ReplaceUnaryOperator_(Delete_|USub_UAdd)|AddNot|Replace(True|False)With"
     "|Replace(And|Or)With|Replace(Break|Continue)With|NumberReplacer|ZeroIterationForLoop)"
 )
+SCOPES = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 # of the tests that reach a line, the quickest files first, up to so many seconds
 MOST_SECONDS = 120
 
@@ -64,29 +65,23 @@ class Mutant:
         return f"{self.file} {self.function}: {self.change}"
 
 
-def functions(source: str) -> list[tuple[int, int, str, bool]]:
-    """First line, last line, qualified name of each function, and whether numba compiles it."""
-    found = list[tuple[int, int, str, bool]]()
-
-    def visit(node: ast.AST, path: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-                name = f"{path}.{child.name}".lstrip(".")
-                if not isinstance(child, ast.ClassDef):
-                    compiled = "jit" in " ".join(map(ast.unparse, child.decorator_list))
-                    found.append((child.lineno, child.end_lineno or 0, name, compiled))
-                visit(child, name)
-            else:
-                visit(child, path)
-
-    visit(ast.parse(source), "")
-    return found
+@cache
+def statements(source: str) -> list[ast.stmt]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
 
 
-def inside(source: str, line: int) -> tuple[str, bool]:
-    """The function around a line, and whether numba compiles it."""
-    around = [of for of in functions(source) if of[0] <= line <= of[1]]
-    return (around[-1][2], any(compiled for *_, compiled in around)) if around else ("", False)
+def around(source: str, line: int) -> list[ast.stmt]:
+    """The statements around a line, the innermost last."""
+    found = [n for n in statements(source) if n.lineno <= line <= (n.end_lineno or 0)]
+    return sorted(found, key=lambda n: (n.lineno, -(n.end_lineno or 0)))
+
+
+def named(statement: ast.stmt) -> list[str]:
+    """What a statement gives a name to."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement.name]
+    targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+    return [n.id for of in targets if of for n in ast.walk(of) if isinstance(n, ast.Name)]
 
 
 def mutant(file: str, source: str, changed: str) -> Mutant:
@@ -95,7 +90,9 @@ def mutant(file: str, source: str, changed: str) -> Mutant:
     line = next(n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
     end = len(before) - len(after) + line + 1 if len(before) > len(after) else line + 1
     change = f"{' '.join(' '.join(before[line:end]).split())} → {' '.join(after[line].split())}"
-    return Mutant(file, line + 1, inside(source, line + 1)[0], change, changed)
+    scopes = [of for of in around(source, line + 1) if isinstance(of, SCOPES)]
+    function = ".".join(scope.name for scope in scopes)
+    return Mutant(file, line + 1, function, change, changed)
 
 
 def positions(source: str) -> Iterator[tuple[tuple[int, int], str, int]]:
@@ -176,34 +173,48 @@ class Reached:
 
     @cached_property
     def _sources(self) -> dict[str, str]:
-        return {str(p): p.read_text() for p in (ROOT / "moe_inspect").rglob("*.py")}
+        paths = sorted((ROOT / "moe_inspect").rglob("*.py"))
+        return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
-    def _contexts(self, file: str, lines: set[int]) -> set[str]:
+    @cache  # noqa: B019, it lives as long as the program
+    def contexts(self, file: str, line: int) -> frozenset[str]:
+        """The tests that reach the statement of a line. Coverage sees nothing of what a compiler
+        runs or an import does: there, those that reach a line that names the function, the class
+        or the constant."""
+        return self._contexts(file, line, set())
+
+    def _contexts(self, file: str, line: int, seen: set[str]) -> frozenset[str]:
+        scope = around(self._sources[file], line)
+        if not scope:
+            return frozenset()
+        last = scope[-1]
+        # of a statement that holds others its head alone
+        end = last.body[0].lineno - 1 if hasattr(last, "body") else last.end_lineno or 0
+        lines = {line, *range(last.lineno, end + 1)}
+        if found := {c for of in lines for c in self._by_line(file).get(of, ()) if c}:
+            return frozenset(found)
+        functions = [of for of in scope if isinstance(of, SCOPES[:2])]
+        names = set(named(functions[0] if functions else last)) - seen
+        if not names:
+            return frozenset()
+        seen |= names
+        places = {place for name in names for place in self._words[name]} - {(file, line)}
+        return frozenset[str]().union(*(self._contexts(*place, seen) for place in places))
+
+    @cached_property
+    def _words(self) -> dict[str, list[tuple[str, int]]]:
+        """The lines that hold each word."""
+        words = defaultdict[str, list[tuple[str, int]]](list)
+        for file, text in self._sources.items():
+            for n, line in enumerate(text.splitlines(), 1):
+                for word in re.findall(r"\w+", line):
+                    words[word].append((file, n))
+        return words
+
+    @cache  # noqa: B019
+    def _by_line(self, file: str) -> dict[int, list[str]]:
         measured = next((f for f in self.coverage.measured_files() if f.endswith("/" + file)), "")
-        by_line = self.coverage.contexts_by_lineno(measured)
-        return {c for line in lines for c in by_line.get(line, ()) if c}
-
-    def contexts(self, file: str, line: int, known: frozenset[str] = frozenset()) -> set[str]:
-        """What coverage saw a line in. It sees nothing in what numba compiles: there, the lines
-        count that name the function."""
-        source = (ROOT / file).read_text()
-        name, compiled = inside(source, line)
-        if not compiled or name in known:
-            # a mistake in a statement of several lines: all of them
-            statements = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt)]
-            around = [n for n in statements if n.lineno <= line <= (n.end_lineno or 0)]
-            least = max(around, key=lambda n: n.lineno, default=None)
-            lines = set(range(least.lineno, (least.end_lineno or 0) + 1)) if least else {line}
-            if isinstance(least, ast.If | ast.For | ast.While | ast.With | ast.FunctionDef):
-                lines = {line, least.lineno}
-            return self._contexts(file, lines | {line})
-        named, found = re.compile(rf"\b{re.escape(name.split('.')[-1])}\("), set[str]()
-        for path, text in self._sources.items():
-            for n, of in enumerate(text.splitlines(), 1):
-                if named.search(of) and not of.lstrip().startswith("def "):
-                    other = str(Path(path).relative_to(ROOT))
-                    found |= self.contexts(other, n, known | {name})
-        return found
+        return self.coverage.contexts_by_lineno(measured)
 
     def choose(self, mutant: Mutant) -> list[str]:
         """The tests to run. What a fixture reached counts for all tests of its file."""
