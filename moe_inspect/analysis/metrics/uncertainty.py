@@ -174,7 +174,7 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
     below = 0.025 if rivals == 1 else 1 - (1 - BELOW) ** (1 / rivals)
     t_low, t_high = special("stdtrit")(max(documents, 1), [1 - below, 0.975])
     relative_E = error_E / nan_for_zero(ratio_E)
-    low = float(np.max((ratio_E * np.exp(-t_low * relative_E))[rival_E]))
+    low = float(np.nanmax((ratio_E * np.exp(-t_low * relative_E))[rival_E]))  # NaN: without load
     return max(low, 1) - 1, float(ratio_E[busiest] * np.exp(t_high * relative_E[busiest])) - 1
 
 
