@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
 FOLDER = tempfile.TemporaryDirectory(prefix="generated-")  # removed when the process ends
-SHAPES = (((8, 2),) * 3, ((4, 1), (12, 3)), ((300, 4), (6, 6), (8, 2)), ((2, 1),))
+SHAPES = (((8, 2),) * 3, ((4, 1), (12, 3)), ((300, 2), (6, 6), (8, 2)), ((2, 1),))
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Kind:
     weights: bool = True
     ordered: bool = True  # without weights: whether slot 0 is the first choice
     logits: bool = False
+    norms: bool = False  # of the experts' outputs
     answers: float = 0.0  # share of each sequence that was generated, a token per pass
     shard_tokens: int = 1_000  # a shard holds whole sequences
 
@@ -62,15 +63,20 @@ def written(kind: Kind) -> Path:
     columns = rng.integers(0, 12, T), document, sequence, position, document % kind.domains
     choices = [_choices(rng, E, k, document, kind) for E, k in kind.shape]
     known = "weight" if kind.ordered or kind.weights else "unknown"
+    scoring = ("softmax", "sigmoid", "")
     routers = [
-        Router(2 * r, "gate", f"layers.{2 * r}", E, k, "softmax", slot_order=known)
+        Router(2 * r, "gate", f"layers.{2 * r}", E, k, scoring[r], slot_order=known)
         for r, (E, k) in enumerate(kind.shape)
     ]
     capture = {"mode": "tap", **({"drops": True} if kind.dropped else {})}
     root = Path(tempfile.mkdtemp(dir=FOLDER.name)) / "t"
     words = pa.table({"token_id": range(12), "token": [f" w{i}" for i in range(12)]})
     options: dict[str, Any] = {"vocabulary": words, "shard_tokens": kind.shard_tokens}
-    options |= {"weights": kind.weights, "logits": kind.logits, "dropped_experts": kind.dropped}
+    options |= {name: getattr(kind, name) for name in ("weights", "logits", "norms")}
+    options["dropped_experts"] = kind.dropped
+    norms = [rng.integers(1, 256, ids.shape).astype(np.float32) for ids, *_ in choices]
+    extras = {"logits": [of for *_, of in choices], "norms": norms}
+    extras = {name: of for name, of in extras.items() if options[name]}
     with TraceWriter(root, {"model": {"id": "made"}, "capture": capture}, routers, **options) as to:
         for batch in range(1 + numbers[-1]):
             [at] = np.nonzero(numbers == batch)
@@ -83,7 +89,7 @@ def written(kind: Kind) -> Path:
                 [weights[at] for _, weights, _ in choices] if kind.weights else None,
                 [Document(d, labels[d % kind.domains], "made", kind.lengths[d]) for d in new],
                 phase="decode" if step[at[0]] else "prefill",
-                extras={"logits": [of[at] for *_, of in choices]} if kind.logits else {},
+                extras={name: [a[at] for a in of] for name, of in extras.items()},
             )
             to.write(one)
     return root
@@ -106,8 +112,9 @@ def _choices(
 ODD = {
     "uneven documents": Kind(),
     "one token": Kind(lengths=(1,), domains=1),
+    "many documents": Kind(lengths=tuple(range(1, 60, 3)), norms=True, logits=True),
     "one document": Kind(lengths=(120,), domains=1, shape=SHAPES[3]),
-    "dropped slots": Kind(empty=0.2, dropped=True, logits=True),
+    "dropped slots": Kind(empty=0.2, dropped=True, logits=True, norms=True),
     "empty slots, several shards": Kind(empty=0.3, shard_tokens=50, answers=0.3),
     "no weights": Kind(weights=False, shape=SHAPES[1], domains=3),
     "slots in no order": Kind(weights=False, ordered=False, empty=0.1, domains=3),
@@ -116,10 +123,10 @@ ODD = {
 
 
 def generated() -> st.SearchStrategy[Kind]:
-    flags = "dropped", "weights", "ordered", "logits"
+    flags = "dropped", "weights", "ordered", "logits", "norms"
     kinds: dict[str, Any] = dict.fromkeys(flags, st.booleans())
     kinds |= dict.fromkeys(("empty", "answers"), st.sampled_from((0.0, 0.15, 0.6)))
-    kinds["lengths"] = st.lists(st.integers(1, 90), min_size=1, max_size=8).map(tuple)
+    kinds["lengths"] = st.lists(st.integers(1, 90), min_size=1, max_size=14).map(tuple)
     kinds |= {"domains": st.integers(1, 3), "shard_tokens": st.sampled_from((30, 100, 1_000))}
     kinds |= {"seed": st.integers(0, 9), "shape": st.sampled_from(SHAPES)}
     return st.builds(Kind, **kinds)
@@ -131,7 +138,13 @@ def on_generated(most: int = 6) -> Callable[[Any], Any]:
     def decorated(test: Any) -> Any:
         for kind in ODD.values():
             test = example(kind=kind)(test)
-        few = settings(max_examples=most, derandomize=True, deadline=None, database=None)
+        phases = (
+            Phase.explicit,
+            Phase.generate,
+        )  # without shrinking: the kinds are small
+        few = settings(
+            max_examples=most, derandomize=True, deadline=None, database=None, phases=phases
+        )
         return few(given(kind=generated())(test))
 
     return decorated
@@ -147,7 +160,7 @@ def decisions(root: Path) -> pd.DataFrame:
         tokens = pd.read_parquet(root / line["path"].replace("routing", "tokens", 1))
         rows = pd.read_parquet(root / line["path"]).merge(tokens, on="token")
         parts.append(rows.assign(shard=line["shard"]))
-    names, keys = ["expert", "weight", "dropped_expert"], ["router", "token"]
+    names, keys = ["expert", "weight", "norm", "dropped_expert"], ["router", "token"]
     slots = pd.wide_to_long(pd.concat(parts), names, keys, "slot", sep="_").reset_index()
     routers = pd.DataFrame(stated["routers"]).rename_axis("router").reset_index()
     order = routers["slot_order"] if "slot_order" in routers else pd.Series("", routers.index)
