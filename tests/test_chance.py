@@ -13,9 +13,10 @@ from benchmarks.calibration_of_findings import claims
 from benchmarks.coverage_of_intervals import coverage
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
-from moe_inspect.analysis.metrics import windows as win
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.report import report
 from tests.support.chance import REGIMES, drawn
+from tests.support.synthetic import uniform_ids
 
 TRIES, L, E, K, U, D = 150, 3, 8, 2, 24, 3
 CLAIMS = ("busiest", "least used", "domain information", "overload")
@@ -62,26 +63,6 @@ def test_a_p_value_is_as_rare_as_it_says(p_values: dict[str, np.ndarray], name: 
     assert (p_values[name] < 0.1).sum() < 26
 
 
-def test_what_is_planted_is_found():
-    rng, tokens_U, domain_U = np.random.default_rng(1), np.full(60, 150), np.arange(60) % D
-    of_LUE = loads(rng, 0.1, tokens_U)
-    of_LUE[1, :, 5] += 8  # of 300 assignments to 8 experts: 1.2 times the mean
-    nulls = [chance.evenness_nulls(c, domain_U)[0] for c in of_LUE]
-    p_L = chance.joint_p(excess(of_LUE), nulls)
-    assert (p_L < chance.ALPHA).tolist() == [False, True, False]
-    of_LUE[2, domain_U == 1, 3] += 38  # twice the mean in one domain
-    p_DE = chance.overload_p(of_LUE[2], domain_U) * L * D * E
-    assert np.argwhere(p_DE < chance.ALPHA).tolist() == [[1, 3]]
-
-
-def test_what_is_the_same_at_two_routers_is_one_case():
-    rng, one_domain_U = np.random.default_rng(4), np.zeros(U, np.int64)
-    c = loads(rng, 0.3, np.full(U, 100))[0]
-    nulls = [chance.evenness_nulls(c, one_domain_U)[0] for _ in range(9)]
-    (alone,) = chance.joint_p(excess([c]), nulls[:1])
-    assert chance.joint_p(excess([c] * 9), nulls) == pytest.approx([alone] * 9)
-
-
 def test_many_units_are_judged_as_few():
     """More units than signs are drawn for are added up: the null stays as wide."""
     rng = np.random.default_rng(2)
@@ -116,12 +97,6 @@ def test_the_token_id_is_judged_within_documents():
     assert small["across"] == 40  # positive control
 
 
-def test_what_is_unknown_has_no_p_value():
-    assert np.isnan(chance.overload_p(np.ones((4, 3), int), np.zeros(4, int))).all()
-    assert np.isnan(chance.overload_p(np.ones((3, 3), int), np.array([0, 0, 1]))[1]).all()
-    assert np.isnan(chance.joint_p([float("nan")], [np.zeros(9)])).all()
-
-
 @pytest.mark.parametrize("statistic", ["busiest", "ratio"])
 def test_intervals_hold_the_truth(statistic: str):
     """95 of 100 in the long run: 86 or fewer have a probability of 0.0003."""
@@ -148,23 +123,6 @@ def test_reports_on_chance_hardly_ever_claim_anything(tmp_path: Path):
     assert sum(map(bool, claimed.values())) < 5, claimed
 
 
-def test_a_trend_by_chance_of_documents_is_as_rare_as_it_says():
-    rng, domain_U = np.random.default_rng(3), np.arange(64) % 2
-    alike = blind = long = 0
-    for _ in range(TRIES):
-        c = loads(rng, 0.3, np.full(64, 50))[0]
-        alike += win.trend_p(c, c, domain_U).min() * E < 0.01
-        # tokens as documents of their own
-        each = np.repeat(np.eye(E, dtype=int), c.sum(0), axis=0)
-        blind += win.trend_p(c, each, np.zeros(len(each), int)).min() * E < 0.01
-        # documents of which a few are most of the trace
-        sizes = np.exp(rng.normal(0, 1.5, 64))
-        c = loads(rng, 0.3, np.maximum(3, sizes / sizes.sum() * 3_000).astype(int))[0]
-        long += win.trend_p(c, c, domain_U).min() * E < 0.01
-    assert max(alike, long) < 6
-    assert blind > 20
-
-
 def test_a_large_table_has_fewer_draws_of_the_same_signs() -> None:
     few, fewer, all_ = (chance.signs_of(40, cells) for cells in (2**14, 2**16, 2**10))
     assert (len(few), len(fewer), len(all_)) == (199, 101, chance.SIGNS)
@@ -173,3 +131,52 @@ def test_a_large_table_has_fewer_draws_of_the_same_signs() -> None:
     nulls = [signs.sum(1) for signs in (few, all_)]  # of routers with other numbers of experts
     p = chance.joint_p([50.0, 0.0], nulls)
     assert p[0] < chance.ALPHA < 0.5 < p[1]
+
+
+# --- noise floors
+
+FLOORS = {  # of 256, 1,024, 4,096 and 16,384 tokens
+    (8, 2): (1.15, 1.08, 1.04, 1.02),
+    (64, 8): (1.41, 1.20, 1.10, 1.05),
+    (256, 8): (2.13, 1.52, 1.26, 1.13),
+}
+
+
+@pytest.mark.parametrize(("E", "k"), FLOORS)
+def test_noise_floor_is_the_published_one(E: int, k: int):
+    floors = [1 + unc.noise_floor(256 * 4**n, E, k) for n in range(4)]
+    assert floors == pytest.approx(FLOORS[E, k], abs=0.02 + 0.01 * (E == 256))
+
+
+def test_noise_floors_known_without_drawing():
+    assert [unc.noise_floor(100, 8, 8), unc.noise_floor(1, 8, 2)] == [0, 3]
+    assert np.isnan(unc.noise_floor(0, 8, 2))
+    T = 64 * unc.GAUSSIAN_FROM // 8  # from here on Gaussian
+    assert unc.noise_floor(T - 1, 64, 8) == pytest.approx(unc.noise_floor(T, 64, 8), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "k", "filled"),
+    [(400, 4, 4, 0.5), (900, 8, 8, 0.97), (300, 32, 32, 0.1), (90, 8, 5, 0.6)],
+)
+def test_empty_slots_make_noise_also_where_every_expert_may_be_chosen(
+    T: int, E: int, k: int, filled: float
+):
+    rng, drawn = np.random.default_rng(1), list[float]()
+    for _ in range(1_500):
+        load_E = np.bincount(uniform_ids(rng, T, E, k)[rng.random((T, k)) < filled], minlength=E)
+        drawn.append(load_E.max() / load_E.mean() - 1)
+    floors = unc.noise_floor(T * filled, E, k, filled), unc.noise_of([T * filled], E, k, filled)[0]
+    assert floors == pytest.approx((np.mean(drawn),) * 2, rel=0.06)
+    assert unc.noise_floor(T, E, k) == pytest.approx(0 if k == E else floors[0], rel=0.6), "control"
+
+
+def test_the_gaussian_floor_by_hand():
+    """Of two experts, one of them chosen by each token: E|2X/T − 1| is √(2/(πT))."""
+    assert unc.noise_floor(2_000, 2, 1) == pytest.approx(np.sqrt(2 / (np.pi * 2_000)), rel=0.01)
+
+
+def test_floors_between_simulated_sizes():
+    sizes = np.array([1, 100, 300, 1_500])
+    between = unc.noise_of(sizes, 64, 8)[0]
+    assert between == pytest.approx([unc.noise_floor(int(T), 64, 8) for T in sizes], rel=0.05)

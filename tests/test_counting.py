@@ -103,29 +103,6 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
                 np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=name)
 
 
-def test_repetition_follows_a_sequence_across_batches():
-    # two sequences decoded side by side: their tokens alternate. The last token is in a sequence of
-    # its own, at the position after that of the first sequence
-    document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
-    order = kernels_numpy.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 3]))
-    slots = slots_of(np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]]), 4)
-    rows_T = document - 7, *np.zeros((3, 6), np.int64)
-    token_rows = kernels_numpy.TokenRows(*rows_T, 2, 1, 1, 1, order)
-    for by in KERNELS:
-        # {0,1},{0,2} then {0,2},{1,3}; {3,2},{2,3}
-        first, shared, chosen = by.repetition(slots, token_rows, 4)
-        assert token_rows.pairs_U.tolist() == [2, 1]
-        assert first.tolist() == [1, 0]
-        assert shared.tolist() == [1, 2]
-        assert chosen.tolist() == [8, 4]
-
-
-def test_tokens_that_do_not_follow_each_other_are_no_pair():
-    """Token 2 of the sequence is missing, as a selection by phase leaves it."""
-    order = kernels_numpy.order_of(*np.zeros((2, 4), np.int64), np.array([0, 1, 3, 4]))
-    assert order.follows_T.tolist() == [False, True, False, True]
-
-
 @given(
     st.integers(0, 10_000),
     # each k is compiled anew
@@ -255,49 +232,6 @@ def test_merging_is_associative_and_commutative_and_leaves_the_parts_alone(tmp_p
     same(left, counted(trace, set(WANTS) - {"token_ids"}, window=300))
     with pytest.raises(AssertionError):
         same(left, merge([a, b]))
-
-
-def test_sums_that_must_hold(tmp_path: Path):
-    trace = made(tmp_path / "t")
-    counts = counted(trace)
-    mine, load_E = counts.of[0], counts.load_E(0)
-    there_T, next_T = ((ids_with_gaps(seed) >= 0).sum(1) for seed in range(2))
-    assert np.diag(mine.together_EE).tolist() == load_E.tolist()
-    assert mine.together_EE.sum() == (there_T**2).sum()
-    pairs = kernels_numpy.transitions(*[slots_of(ids_with_gaps(0))] * 2, E, E)
-    assert mine.together_EE.tolist() == pairs.tolist()
-    assert mine.next_EN.sum() == (there_T * next_T).sum()
-    assert counts.of[1].next_EN is None  # there is none after it
-    assert mine.window_load_WE.sum(0).tolist() == load_E.tolist()
-    assert sum(tokens for _, _, tokens, _ in counts.windows(0)) == T
-    firsts = [first for _, first, _, _ in counts.windows(0)]
-    assert firsts == [*range(0, T, counts.window_tokens)]
-    assert mine.pairs_U.sum() == T - 30  # 30 documents of 40 tokens
-    assert mine.shared_U.sum() <= mine.chosen_U.sum() / 2
-
-
-def test_windows_by_hand(tmp_path: Path):
-    """Of 70 tokens each, in shards of 80, over two ranks' worth of documents."""
-    ids = [ids_with_gaps(seed, null=0).astype(np.uint16) for seed in range(2)]
-    cut = {"batch_tokens": 40, "shard_tokens": 80}
-    trace = write_trace(tmp_path / "t", ids, E, **IN_DOCUMENTS, **cut)
-    counts = counted(trace, {"windows"}, window=70)
-    assert [first for _, first, _, _ in counts.windows(1)] == list(range(0, T, 70))
-    for w, first, tokens, load_E in counts.windows(1):
-        of_window = ids[1][70 * w : 70 * (w + 1)]
-        assert (first, tokens) == (70 * w, len(of_window))
-        assert load_E.tolist() == np.bincount(of_window.reshape(-1), minlength=E).tolist()
-
-
-def test_what_hangs_on_a_first_choice_is_unknown_without_one(tmp_path: Path):
-    ids = [ids_with_gaps(seed, null=0).astype(np.uint16) for seed in range(2)]
-    for order, known in (("weight", True), ("unknown", False)):
-        trace = write_trace(tmp_path / order, ids, E, slot_order=order, **IN_DOCUMENTS)
-        found = counted(trace, {"repetition", "transitions"}).of[0]
-        unsure = (found.first_choice_DE, found.first_same_U)
-        assert [counted is not None for counted in unsure] == [known] * 2
-        assert found.shared_U is not None
-        assert found.next_EN is not None
 
 
 def test_windows_too_many_for_memory_are_refused():

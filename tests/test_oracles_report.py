@@ -410,13 +410,18 @@ def steps(w: World, r: Router, load_WE: np.ndarray) -> tuple[np.ndarray, np.ndar
     variation = np.abs(np.diff(p_WE, axis=0)).sum(1) / 2
     middle = (p_WE[1:] + p_WE[:-1]) / 2
     jsd = (entropy(middle) - (entropy(p_WE[1:]) + entropy(p_WE[:-1])) / 2) / math.log(2)
-    chosen_E, floors = np.minimum(r.k * share_E, 1), []
-    for before, after in pairwise(over(1, load_WE.sum(1) / r.k)):
-        spread = widened(w, r) ** 2 * chosen_E * (1 - chosen_E) / r.k**2 * (before + after)
-        tv = np.sqrt(2 * spread / math.pi).sum() / 2
+    effect = max(1, np.nan_to_num(design_effect(w, r)))
+    return variation, jsd, floors_of(share_E, load_WE.sum(1) / r.k, r.k, effect)
+
+
+def floors_of(share_E: np.ndarray, tokens_W: np.ndarray, k: int, effect: float) -> np.ndarray:
+    """Total variation and JSD that chance gives each window and the one before. [W − 1, 2]"""
+    chosen_E, found = np.minimum(k * share_E, 1), []
+    for before, after in pairwise(over(1, tokens_W)):
+        spread = effect * chosen_E * (1 - chosen_E) / k**2 * (before + after)
         js = np.where(share_E > 0, over(spread, share_E), 0).sum() / (8 * math.log(2))
-        floors.append((np.minimum(tv, 1), np.minimum(js, 1)))
-    return variation, jsd, np.array(floors).reshape(-1, 2)
+        found.append(np.minimum((np.sqrt(2 * spread / math.pi).sum() / 2, js), 1))
+    return np.array(found).reshape(-1, 2)
 
 
 def drift(w: World, r: Router) -> dict[str, Any]:

@@ -1,7 +1,5 @@
-"""Pairs, repetition, windows: whole traces routed at random against the values known for
-them. Pairs of experts are ranked by evidence: what chance expects of them and how far from it they
-are, against enumeration, scipy's exact tails and random routing. The formulas themselves are in
-test_formulas."""
+"""Pairs of experts: what chance expects of them, against enumeration, and how far from it they are,
+against scipy's exact tails; what the page and pictures show of them. And routes that look wrong."""
 
 from __future__ import annotations
 
@@ -19,9 +17,9 @@ from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.pairs import coactivation, supported_lift
-from moe_inspect.reporting.render.page import map_data, report_page
+from moe_inspect.reporting.render.page import map_data
 from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together, supported_pairs
+from moe_inspect.reporting.tables.pairs import chosen_together, supported_pairs
 from moe_inspect.reporting.verdict.data_checks import in_runs
 from tests.support.planted import sentences
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
@@ -44,48 +42,6 @@ def test_chance_is_exact_also_where_experts_are_in_nearly_all_decisions(
     rtol = 1e-8 if heaviest == 1 else 2e-3
     np.testing.assert_allclose(expected_EE, apart_EE, rtol=rtol)
     assert (expected_EE == expected_EE.T).all()
-
-
-def test_random_choices_have_the_values_of_chance(tmp_path: Path):
-    rng = np.random.default_rng(1)
-    T, E, k = 12_000, 8, 2
-    ids = [uniform_ids(rng, T, E, k) for _ in range(2)]
-    of = {"document": np.arange(T) // 200, "domain_of_document": ["a", "b"]}
-    made = report(write_trace(tmp_path / "t", ids, E, shard_tokens=4_000, **of))
-    repetition = made.tables["repetition"]
-    drift = made.tables["drift"]
-    np.testing.assert_allclose(drift["total_variation"], drift["total_variation_floor"], rtol=0.15)
-    for name, known in (("coactivation", 1 / 7), ("transitions", k / E)):
-        of_pairs = made.tables[name]
-        assert of_pairs["probability"].to_numpy() == pytest.approx(known, abs=0.03)
-        assert of_pairs["lift"].to_numpy() == pytest.approx(1, abs=0.15)
-    ends = ("_low", "", "_random", "_high")
-    low, value, random, high = (repetition[f"first_choice{end}"] for end in ends)
-    assert value.to_numpy() == pytest.approx(1 / 8, abs=0.03)
-    assert ((low < value) & (value < high)).all()
-    # independent choices of even load: nearly every interval holds the value of chance
-    assert ((low < random) & (random < high)).mean() >= 0.5
-
-
-def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_few(tmp_path: Path):
-    """Half of the documents repeat every choice, half none; or every document does both."""
-    rng = np.random.default_rng(5)
-    T, E, each = 4_000, 8, 100
-    fresh = uniform_ids(rng, T, E, 2)
-    held = np.repeat(uniform_ids(rng, T // each, E, 2), each, axis=0)
-    document = np.arange(T) // each
-    halves = np.where((np.arange(T) % each < each // 2)[:, None], held, fresh)
-    apart = np.where((document % 2 == 0)[:, None], held, fresh)
-    ids = {"apart": apart, "mixed": halves, "few": halves[: 4 * each]}
-    value_of, width_of = {}, {}
-    for name, chosen in ids.items():
-        trace = write_trace(tmp_path / name, [chosen], E, document=document[: len(chosen)])
-        row = report(trace).tables["repetition"].iloc[0]
-        value_of[name] = row["first_choice"]
-        width_of[name] = row["first_choice_high"] - row["first_choice_low"]
-    assert value_of["apart"] == pytest.approx(value_of["mixed"], abs=0.02)
-    assert width_of["apart"] > 5 * width_of["mixed"]
-    assert np.isnan(width_of["few"])
 
 
 def test_one_pass_counts_what_is_prepared(tmp_path: Path):
@@ -140,32 +96,19 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
         assert any("identical rows" in sentence for sentence in said) == warm
 
 
-def test_too_many_experts_are_not_counted_by_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is by pairs is left out, which the page says; the rest is as it was."""
-    rng = np.random.default_rng(0)
-    ids = [uniform_ids(rng, 300, 8, 2) for _ in range(2)]
-    trace = write_trace(tmp_path / "t", ids, 8, document=np.arange(300) // 30, words=1)
-    whole = report(trace)
-    load, page = whole.tables["load"], report_page(whole)
-    monkeypatch.setattr("moe_inspect.analysis.counting.engine.MOST_PAIRS", 2 * 8**2 - 1)
-    made = report(trace)
-    said = "too many experts to count pairs of them: no coactivation table; select fewer layers"
-    assert said in report_page(made)
-    assert said not in page
-    with pytest.raises(MoeInspectError, match=said):
-        made.tables["coactivation"]
-    assert made.tables["load"].equals(load)
-    assert len(report(trace, layers=0).tables["coactivation"])
-    with pytest.raises(MoeInspectError, match="too many experts to count pairs"):
-        moe_inspect.compare(trace, trace)
-
-
-def test_ids_beyond_16_bits(tmp_path: Path) -> None:
+def test_too_many_experts_are_not_counted_by_pairs(tmp_path: Path) -> None:
+    """Of ids beyond 16 bits too. The page says what is left out."""
     ids = np.array([[40_000, 3], [65_534, 40_001]], np.uint16)
     trace = write_trace(tmp_path / "t", [ids], 65_535)
     assert next(iter(trace.shards)).ids(0).tolist() == ids.tolist()
+    made, said = report(trace), "too many experts to count pairs of them: no coactivation table"
+    with pytest.raises(MoeInspectError, match=said):
+        made.tables["coactivation"]
+    assert set(np.flatnonzero(made.tables["load"]["assignments"])) == set(ids.ravel())
+    made.prepare(["coactivation", "load"])
+    assert said in "\n".join(made.charts()[1])
+    with pytest.raises(MoeInspectError, match="too many experts to count pairs"):
+        moe_inspect.compare(trace, trace)
 
 
 def test_tails_are_the_binomial_ones_far_out_too():
@@ -180,12 +123,6 @@ def test_tails_are_the_binomial_ones_far_out_too():
     assert np.isfinite(found).all()
     assert found[5] < -5_000  # which no float holds, and which is still in order
     assert found[7] == pytest.approx(10_000 * np.log10(0.3), rel=1e-3)
-
-
-def test_tails_of_real_counts_lie_between_those_of_whole_ones():
-    tails = unc.log10_tail(np.array([6, 6.5, 7]), np.full(3, 2.0), np.full(3, 100.0))
-    assert tails[0] > tails[1] > tails[2]
-    assert unc.log10_tail(np.array([1.0]), np.array([1.0]), np.array([1.0])) == 0
 
 
 def test_the_deviance_orders_as_the_tails_do():
@@ -212,23 +149,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 @pytest.mark.parametrize("name", ["coactivation", "transitions"])
-def test_tables_lead_with_evidence_not_with_what_was_seen_once(made: Report, name: str):
-    table = made.tables.complete(name)
-    of_first = table[table["router"] == 0].assign(expected=lambda of: of["together"] / of["lift"])
-    other = "other" if name == "coactivation" else "next_expert"
-    best = of_first.iloc[: 2 if name == "coactivation" else 4]
-    assert set(best["expert"]) | set(best[other]) == {7, 8}
-    assert best["supported"].all()
-    once = of_first[(of_first["expert"] == 60) & (of_first[other] == 61)].iloc[0]
-    assert (once["together"], once["probability"]) == (1, 1)
-    assert once["lift"] > 100
-    assert not once["supported"]
-    beyond = of_first["together"] > of_first["expected"]
-    assert of_first.loc[beyond, "log10_p"].is_monotonic_increasing
-    assert beyond.is_monotonic_decreasing  # fewer than expected comes last
-
-
-@pytest.mark.parametrize("name", ["coactivation", "transitions"])
 def test_supported_pairs_are_those_of_the_whole_table(made: Report, name: str):
     (rows, listed), table = supported_pairs(made, name), made.tables.complete(name)
     expected = table[table["supported"]]
@@ -248,56 +168,3 @@ def test_pictures_and_page_show_what_is_supported(made: Report):
     for e, others in ((7, [8]), (60, [])):
         begin, end = partners["start"][first[0] + e : first[0] + e + 2]
         assert partners["other"][begin:end] == others
-
-
-def test_random_routing_supports_no_pair(tmp_path: Path):
-    """Uneven loads, tokens of a document that repeat each other's choices: nothing of it is
-    co-activation."""
-    rng, T, E, k = np.random.default_rng(1), 12_000, 8, 4
-    weight_E = np.exp(rng.normal(0, 1, E))
-    sets = np.array(list(combinations(range(E), k)))
-    chance = np.prod(weight_E[sets], axis=1)
-    drawn = sets[rng.choice(len(sets), T, p=chance / chance.sum())].astype(np.uint16)
-    repeated = np.repeat(drawn[::20], 20, axis=0)
-    none = "co-activation: no pair is chosen more often than chance explains"
-    for name, ids in (("random", [drawn, rng.permutation(drawn)]), ("repeated", [repeated])):
-        made = report(write_trace(tmp_path / name, ids, E, document=np.arange(T) // 20))
-        assert len(made.tables["coactivation"]) == len(ids) * E * (E - 1)
-        assert not made.tables["coactivation"]["supported"].any(), name
-        assert not made.tables["transitions"]["supported"].any(), name
-        assert coactivation(made) == none
-
-
-def test_the_design_effect_is_what_spares_repeated_tokens(tmp_path: Path):
-    """Positive control of the test before: the same tables with documents too few to know a design
-    effect."""
-    rng, T = np.random.default_rng(1), 12_000
-    repeated = np.repeat(uniform_ids(rng, T // 20, 8, 4), 20, axis=0)
-    known, unknown = (
-        report(write_trace(tmp_path / f"{n}", [repeated], 8, document=np.arange(T) // n))
-        for n in (20, 4_000)
-    )
-    assert not known.tables["coactivation"]["supported"].any()
-    assert unknown.tables["coactivation"]["supported"].any()
-    assert np.isnan(chosen_together(unknown, 0).effect)
-
-
-def test_the_number_of_pairs_is_that_of_the_trace(made: Report):
-    assert chosen_together(made, 0).tested == 2 * 64 * 63 // 2
-    alone = report(made.trace, layers=0)
-    pd = made.tables["coactivation"]
-    assert alone.tables["coactivation"].equals(pd[pd["router"] == 0])
-
-
-def test_one_pair_in_so_many_is_chance():
-    at = np.array([0]), np.array([0])
-    for tested, supported in ((100, True), (130, False)):  # p is 0.000444
-        thousand = [np.array([1_000])] * 2
-        met = PairEvidence(np.array([[9]]), np.array([[2.0]]), *thousand, tested, 1.0)
-        found = met.evidence(at)
-        p = 10 ** found["log10_p"][0]
-        assert p == pytest.approx(2 * stats.binom.sf(8, 1_000, 0.002), rel=1e-6)
-        assert bool(found["supported"][0]) == supported == (p * tested <= ALPHA)
-    # of tokens that come in documents, three times the counts are worth as much
-    met = PairEvidence(np.array([[27]]), np.array([[6.0]]), *[np.array([3_000])] * 2, 100, 3.0)
-    np.testing.assert_allclose(met.evidence(at)["log10_p"], found["log10_p"], rtol=1e-9)

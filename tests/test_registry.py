@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.metrics.registry import METRICS, Metric, listing, metric, metrics
+from moe_inspect.analysis.metrics.registry import (
+    METRICS,
+    Metric,
+    listing,
+    metric,
+    metrics,
+    metrics_of,
+)
 
 metrics()
 E, K, T = 12, 3, 8_800  # so that even counts are whole numbers
@@ -171,3 +178,12 @@ def test_a_name_is_given_once():
 
 def test_the_listing_has_every_metric():
     assert [row["metric"] for row in listing()] == [m.column for m in metrics().values()]
+
+
+@pytest.mark.parametrize("name", metrics_of("balance", {"load_LE"}))
+def test_no_load_has_no_value_and_routers_do_not_mix(name: str) -> None:
+    function = metrics_of("balance", {"load_LE"})[name].function
+    load_LE = np.array([[0, 0, 0, 0], [1, 2, 3, 4], [0, 0, 9, 3], [5, 5, 5, 5]])
+    alone = [float(function(load_E[None])[0]) for load_E in load_LE]
+    assert np.isnan(alone).tolist() == [True, False, False, False]
+    assert function(load_LE) == pytest.approx(alone, nan_ok=True, rel=1e-12)
