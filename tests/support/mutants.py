@@ -176,30 +176,33 @@ class Reached:
         paths = sorted((ROOT / "moe_inspect").rglob("*.py"))
         return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
-    @cache  # noqa: B019, it lives as long as the program
-    def contexts(self, file: str, line: int) -> frozenset[str]:
+    def contexts(self, file: str, line: int) -> set[str]:
         """The tests that reach the statement of a line. Coverage sees nothing of what a compiler
         runs or an import does: there, those that reach a line that names the function, the class
-        or the constant."""
-        return self._contexts(file, line, set())
+        or the constant, or a line that names what that line defines, and so on."""
+        places, seen = {(file, line)}, set[str]()
+        while places:
+            if found := {test for place in places for test in self._reaching(*place)}:
+                return found
+            names = {name for place in places for name in self._named_by(*place)} - seen
+            places = {place for name in names for place in self._words[name]}
+            seen |= names
+        return set()
 
-    def _contexts(self, file: str, line: int, seen: set[str]) -> frozenset[str]:
+    def _reaching(self, file: str, line: int) -> list[str]:
         scope = around(self._sources[file], line)
         if not scope:
-            return frozenset()
+            return []
         last = scope[-1]
         # of a statement that holds others its head alone
         end = last.body[0].lineno - 1 if hasattr(last, "body") else last.end_lineno or 0
         lines = {line, *range(last.lineno, end + 1)}
-        if found := {c for of in lines for c in self._by_line(file).get(of, ()) if c}:
-            return frozenset(found)
+        return [test for of in lines for test in self._by_line(file).get(of, ()) if test]
+
+    def _named_by(self, file: str, line: int) -> list[str]:
+        scope = around(self._sources[file], line)
         functions = [of for of in scope if isinstance(of, SCOPES[:2])]
-        names = set(named(functions[0] if functions else last)) - seen
-        if not names:
-            return frozenset()
-        seen |= names
-        places = {place for name in names for place in self._words[name]} - {(file, line)}
-        return frozenset[str]().union(*(self._contexts(*place, seen) for place in places))
+        return named((functions or scope)[0 if functions else -1]) if scope else []
 
     @cached_property
     def _words(self) -> dict[str, list[tuple[str, int]]]:
@@ -310,9 +313,8 @@ def main() -> None:
     for n in range(options.workers):
         projects.put(copy_of_project(folder / f"project{n}"))
 
-    def judge(mutant: Mutant) -> dict[str, object]:
-        tests, begun = reached.choose(mutant), perf_counter()
-        project = projects.get()
+    def judge(mutant: Mutant, tests: list[str]) -> dict[str, object]:
+        project, begun = projects.get(), perf_counter()
         try:
             seconds = sum(map(reached.seconds.__getitem__, tests))
             survived = not tests or survives(project, mutant, tests, 60 + 5 * seconds)
@@ -324,7 +326,7 @@ def main() -> None:
         return {"mutant": mutant.key, "survived": survived, "tests": len(tests), "seconds": took}
 
     with ThreadPoolExecutor(options.workers) as pool:
-        judged = list(pool.map(judge, mutants))
+        judged = list(pool.map(judge, mutants, map(reached.choose, mutants)))
     (folder / "result.json").write_text(json.dumps(judged, indent=1, ensure_ascii=False))
     survivors = [str(of["mutant"]) for of in judged if of["survived"]]
     print(f"\n{len(judged) - len(survivors)} of {len(judged)} killed. Survivors:")
