@@ -1,5 +1,5 @@
-"""What is counted of one router: by hand, the compiled kernels against their NumPy references, and
-all of it whatever the shards."""
+"""What is counted of one router: the compiled kernels against their NumPy references, all of it
+whatever the shards; and what cannot be counted is refused."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, token_ids
 from moe_inspect.analysis.counting.count_shard import count_shard
-from moe_inspect.analysis.counting.counts import Counts, merge
+from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
 from moe_inspect.analysis.counting.router_counts import WANTS, ByTokenId, RouterCounts
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import Router, parse_layers
 from tests.support.sweep import WHOLE
-from tests.support.synthetic import a_pass, routers, uniform_ids, write_passes, write_trace
+from tests.support.synthetic import (
+    a_pass,
+    routers,
+    uniform_ids,
+    write_counts,
+    write_passes,
+    write_trace,
+)
 
 NOWHERE = np.iinfo(np.uint16).max
 T, E, K = 1_200, 8, 3
@@ -58,19 +66,13 @@ def slots_of(ids_TK: np.ndarray, E: int = E) -> kernels_numpy.Slots:
     return tuple(np.where(ids_TK < 0, E, ids_TK).astype(np.uint8).T.copy())
 
 
-def made(root: Path, shard_tokens: int = 400, seed: int = 0) -> Trace:
+def made(root: Path, shard_tokens: int = 400, seed: int = 0, **more: Any) -> Trace:
     ids = [ids_with_gaps(n) for n in (seed, seed + 1)]
     weights_TK = np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32)
-    return write_trace(
-        root,
-        [np.where(i < 0, NOWHERE, i).astype(np.uint16) for i in ids],
-        E,
-        weights=[weights_TK] * 2,
-        batch_tokens=200,
-        shard_tokens=shard_tokens,
-        token_id=np.random.default_rng(8).zipf(1.5, T).clip(max=300),
-        **IN_DOCUMENTS,
-    )
+    usual: dict[str, Any] = {"weights": [weights_TK] * 2, "shard_tokens": shard_tokens}
+    usual |= {"token_id": np.random.default_rng(8).zipf(1.5, T).clip(max=300), "batch_tokens": 200}
+    listed = [np.where(i < 0, NOWHERE, i).astype(np.uint16) for i in ids]
+    return write_trace(root, listed, E, **IN_DOCUMENTS | usual | more)
 
 
 def same(a: Counts, b: Counts, shards: bool = True) -> None:
@@ -267,23 +269,12 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
     assert counts.of[2].batches.keys() == {20}
 
 
-def test_what_logits_and_weights_say_by_hand():
+def test_logits_that_are_no_numbers_are_left_out():
     logits = np.array([[0, 0, 0, 0], [3, 1, 1, 0], [np.nan, 0, 0, 0]], np.float16)
     said = kernels_numpy.logit_confidence(logits, 2, "softmax")
-    p = np.exp([3, 1, 1, 0]) / np.exp([3, 1, 1, 0]).sum()
-    assert said["logit_decisions"] == 2
-    np.testing.assert_allclose(said["probability_sum_E"], 0.25 + p)
-    assert said["z_sum"] == pytest.approx(np.log(4) ** 2 + np.log(np.exp([3, 1, 1, 0]).sum()) ** 2)
-    assert said["entropy_sum"] == pytest.approx(np.log(4) - (p * np.log(p)).sum())
-    assert said["top1_margin_sum"] == 2
-    assert said["boundary_margin_sum"] == 0
-    assert said["ties"] == 2
-    assert said["topk_mass_sum"] == pytest.approx(0.5 + p[:2].sum())
-    assert np.isnan(kernels_numpy.logit_confidence(logits, 4, "softmax")["boundary_margin_sum"])
-    weights = tuple(np.array([[0.3, 0.2, 0], [0.1, 0.2, 0]], np.float32))
-    entropy = np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25)
-    said = list(kernels_numpy.weight_confidence(weights).values())
-    assert said == pytest.approx([2, entropy, 0.5, 0.8])  # decisions, entropy, margin, mass
+    known = kernels_numpy.logit_confidence(logits[:2], 2, "softmax")
+    assert (said["logit_decisions"], said["ties"], said["top1_margin_sum"]) == (2, 2, 2)
+    assert said["probability_sum_E"].tolist() == known["probability_sum_E"].tolist()
 
 
 def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
@@ -366,3 +357,132 @@ def test_a_token_id_that_comes_up_more_often_than_a_narrow_row_holds(tmp_path: P
     assert of.count_N.tolist() == of.occurrences_N.tolist() == [70_000, 70_000, 900, 900]
     assert of.columns["vocabulary_specialization"] == 1
     np.testing.assert_allclose(of.expected.assignments_UE, of.expected.expected_UE)
+
+
+# --- what is selected, and what a trace lacks
+
+
+def test_the_order_of_batches_changes_nothing(tmp_path: Path):
+    orders = range(6), np.random.default_rng(0).permutation(6).tolist()
+    both = [made(tmp_path / f"{n}", batch_order=order) for n, order in enumerate(orders)]
+    wants = set(WANTS) - {"windows"}
+    same(*(counted(trace, wants) for trace in both), shards=False)
+
+
+NOT_THERE: list[tuple[dict[str, Any], str]] = [
+    ({"layers": "7"}, "it has layers 0-1"),
+    ({"layers": "a-b"}, "cannot read layers 'a-b': write them like 0-3,7"),
+    ({"layers": "0,1-0"}, "cannot read layers '0,1-0': a range goes from low to high"),
+    ({"layers": "²"}, "cannot read layers '²': write them like 0-3,7"),
+    ({"layers": [0, -1]}, "cannot read layers '0,-1': write them like 0-3,7"),
+    ({"domains": ["law", "opera"]}, "no domain opera in .*: it has code, law, prose"),
+    ({"phase": "training"}, "prefill and decode"),
+    ({"phase": "decode"}, "no tokens of phase decode"),
+    ({"top": -1}, "top is -1"),
+]
+
+
+def test_asking_for_what_is_not_there(tmp_path: Path):
+    trace = made(tmp_path / "t")
+    for asked, says in NOT_THERE:
+        with pytest.raises(MoeInspectError, match=says):
+            report(trace, **asked).tables["balance"]
+    none = {"document": np.zeros(1), "status": "interrupted"}
+    empty = write_trace(tmp_path / "e", [np.zeros((0, 2), np.uint16)], 4, **none)
+    with pytest.raises(MoeInspectError, match="nothing is committed"):
+        report(empty).tables["load"]
+
+
+def test_layers_as_written():
+    listed = [Router(layer, "gate", "", 8, 2) for layer in (0, 1, 1, 5)]
+    for layers, expected in (
+        ("0-1, 5", [0, 1, 2, 3]),
+        ("1", [1, 2]),  # a layer may have several routers
+        ("2-9", [3]),  # a range takes what exists in it
+        (5, [3]),
+        ([0, 5], [0, 3]),
+        (None, [0, 1, 2, 3]),
+        ("5,2", []),
+    ):
+        assert parse_layers(layers, listed) == expected
+
+
+def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_said(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    passes = [
+        a_pass(b, [uniform_ids(rng, T, 8, 2)], phase="prefill" if T == 200 else "decode")
+        for b, T in enumerate([200, 200, 4, 4, 4])
+    ]
+    notes = report(write_passes(tmp_path / "t", routers(1, 8, 2), passes)).notes()
+    assert any("max_vio_batch covers 2 of 5 batches" in note for note in notes)
+    assert not any("max_vio_batch" in x for x in report(tmp_path / "t", phase="decode").notes())
+
+
+def test_ranks_of_a_distributed_run_add_up(tmp_path: Path):
+    rng, loads = np.random.default_rng(0), []
+    for rank in range(2):
+        ids = uniform_ids(rng, 300, 8, 2)
+        loads.append(np.bincount(ids.reshape(-1), minlength=8))
+        one = a_pass(0, [ids], document=np.arange(300) // 30 + 10 * rank)
+        write_passes(tmp_path / "t", routers(1, 8, 2), [one], rank=rank)
+    found = report(tmp_path / "t")
+    assert found.tables["load"]["assignments"].tolist() == (loads[0] + loads[1]).tolist()
+    # batch 0 of either rank is a forward pass of its own
+    assert found.counts.of[0].batches[300][0] == 2
+    assert len(found.counts.units) == 20
+
+
+def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
+    found = report(made(tmp_path / "t", token_id=np.full(T, -1)))
+    assert found.tables["vocabulary"].empty
+    special = found.tables["specialization"]
+    unknown = ["token_mi_bits", "vocabulary_specialization", "domain_mi_given_token_bits"]
+    assert special[unknown].isna().all(axis=None)
+    assert special["domain_mi_bits"].notna().all()
+    assert any("no token id occurs 8 times" in note for note in found.notes())
+    assert found.verdict()
+
+
+def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
+    loads = [np.array([[40, 20, 20, 0], [20, 20, 20, 20]]), np.full((2, 4), 20)]
+    found = report(write_counts(tmp_path / "t", loads, 2, ["code", "law"]))
+    balance, special = (found.tables.complete(x) for x in ("balance", "specialization"))
+    assert balance["max_over_mean"].tolist() == [60 * 4 / 160, 1]
+    assert balance["tokens"].tolist() == [80, 80]
+    unknown = ["max_over_mean_low", "max_over_mean_high", "max_vio_batch", "design_effect"]
+    assert balance[unknown].isna().all(axis=None)
+    activation = found.tables["domains"].groupby(["router", "domain"])["activation"]
+    assert activation.sum().tolist() == [2] * 4
+    assert special["domain_mi_bits"][0] > special["domain_mi_bits"][1] == pytest.approx(0)
+    unknown = ["domain_mi_null_bits", "token_mi_bits", "domain_mi_given_token_bits"]
+    assert special[unknown].isna().all(axis=None)
+    assert any("counts only" in note for note in found.notes())
+    assert found.verdict()
+    for asked in (lambda: found.tables["vocabulary"], lambda: report(found.trace, phase="decode")):
+        with pytest.raises(MoeInspectError, match="counts only"):
+            asked()
+    one = report(found.trace, domains="code").tables["balance"]
+    assert one["assignments"].tolist() == [80, 80]
+
+
+def test_memory_does_not_grow_with_documents(tmp_path: Path):
+    counts = counted(made(tmp_path / "t", document=np.arange(T), domain_of_document=["a"]))
+    assert counts.documents == T
+    assert len(counts.units) == CLUSTERS
+
+
+def test_token_ids_beyond_the_budget_are_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trace = made(tmp_path / "t", token_id=np.arange(T) % 90)
+    all_ids = report(trace).tables["specialization"]
+    assert not any("most frequent" in note for note in report(trace).notes())
+    monkeypatch.setattr(token_ids, "CELLS", 30 * 3 * 17)
+    few = report(trace, top=10**6)
+    assert any("the 30 most frequent token ids" in note for note in few.notes())
+    fewer, given_bits = few.tables["specialization"], "domain_mi_given_token_bits"
+    assert (fewer[given_bits] != all_ids[given_bits]).all()
+    pd.testing.assert_series_equal(fewer["token_mi_bits"], all_ids["token_mi_bits"])
+    monkeypatch.setattr(token_ids, "CELLS", 64 * 8)
+    for top, listed in ((10**6, 64), (0, 90)):  # all are listed if that is asked for
+        assert report(trace, top=top).tables["vocabulary"]["token_id"].nunique() == listed

@@ -1,9 +1,10 @@
 """Counts that say which document they are of give what decisions of the same documents give:
-intervals, nulls, drift."""
+intervals, nulls, drift; and the tokens that a text gives each expert."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ import pandas as pd
 import pytest
 
 import moe_inspect
+from moe_inspect.capture.options import TraceOptions
+from moe_inspect.capture.run import trace_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.run import import_trace
 from moe_inspect.importers.tables import importer
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
-from tests.support.synthetic import uniform_ids, write_trace
+from tests.conftest import Cli
+from tests.support.damage import edit_manifest
+from tests.support.generated import decisions as rows_of
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 
 E, K, EACH, S = 8, 2, 25, 40  # tokens of a document; documents
 DOMAINS = ("code", "prose")
@@ -77,6 +83,7 @@ SAME = {
     "specialization": ["domain_mi_bits", "domain_mi_null_bits", "domain_mi_p"],
     "windows": ["first_token", "tokens", "max_over_mean", "total_variation_floor"],
     "drift": ["windows", "total_variation", "trend_expert", "trend_first", "trend_p"],
+    "coverage": ["tokens", "tokens_low", "tokens_high"],
 }
 
 
@@ -86,7 +93,7 @@ def test_tables_are_those_of_decisions(name: str, pair: tuple[Trace, Trace]):
     of_decisions, of_counts = (table[["layer", *SAME[name]]].astype(float) for table in made)
     assert not of_decisions.isna().all().any()
     pd.testing.assert_frame_equal(of_counts, of_decisions)
-    if name in ("balance", "domains", "specialization", "drift"):  # a control
+    if name not in ("load", "windows"):  # a control
         by_domain = report(by_domains(pair[0].path.parent), window=2 * EACH).tables[name]
         assert by_domain[SAME[name]].astype(float).isna().any().any()
 
@@ -231,3 +238,78 @@ def test_scores_of_others_make_keep_lists(tmp_path: Path):
     of_domain = trace.counts().groupby(["layer", "domain", "expert"])["saliency_sum"].sum()
     found = back.counts().groupby(["layer", "expert"])["saliency_sum"].sum()
     assert np.allclose(found, of_domain.groupby(["layer", "expert"]).sum())
+
+
+# --- tokens of each expert, and counts of a model's own documents
+
+
+def test_the_minimum_is_four_tokens_per_input_of_an_expert(tmp_path: Path) -> None:
+    load_E = np.array([[6, 8, 4, 0]])
+    trace = write_counts(tmp_path / "t", [load_E], 2)
+    assert report(trace).tables["coverage"]["minimum"].tolist() == [512] * 4, "not known"
+    config = {"hidden_size": 2, "intermediate_size": 3}
+    edit_manifest(trace.path, model={**trace.manifest["model"], "config": config})
+    table = report(trace.path).tables["coverage"]
+    assert table["minimum"].tolist() == [8] * 4
+    assert table["enough"].tolist() == [False, True, False, False]
+    assert table["main_domain"].isna().tolist() == [False, False, False, True]
+
+
+def test_a_gate_on_the_fewest_tokens_of_any_expert(tmp_path: Path, cli_here: Cli) -> None:
+    loads = np.array([[5, 5, 2, 2]]), np.array([[3, 3, 4, 4]])
+    write_counts(tmp_path / "t", [load.reshape(1, 4) for load in loads], 2)
+    cli_here("report", "t", "--fail-below", "min_tokens=2")
+    failed = cli_here("report", "t", "--fail-below", "min_tokens=3", check=3)
+    assert "failed: layer 0: min_tokens is 2, below 3" in failed.stderr
+    assert "layer 1" not in failed.stderr
+    both = cli_here("report", "t", "--fail-below", "min_tokens=4", check=3)
+    assert both.stderr.count("failed: ") == 2
+    cli_here("report", "t", "--layers", 1, "--fail-below", "min_tokens=3")
+
+
+def test_documents_that_are_split_over_passes_are_counted_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Sums are taken after every pass, when most of the long documents have begun."""
+    from moe_inspect.capture.hook import counts
+
+    monkeypatch.setattr(counts, "MOST_BYTES", 1)
+    monkeypatch.setattr(counts, "MOST_WAITING_SLOTS", 1)
+    how: dict[str, Any] = {"max_length": 60, "batch_tokens": 128, "max_tokens": 1_500}
+    told = moe_inspect.trace_model("demo", tmp_path / "d", **how)
+    made = moe_inspect.trace_model(
+        "demo", tmp_path / "c", counts_only=True, by_document=True, **how
+    )
+    assert verify(made).ok
+    assert made.n_shards > 3
+    passes = [(of.files.first_batch, of.files.last_batch) for of in made.shards]
+    assert passes[0][0] == 0
+    assert all(first == last + 1 for (_, last), (first, _) in pairwise(passes))
+    keys = ["router", "document", "expert"]
+    found = made.counts().query("assignments > 0").set_index(keys)["assignments"].sort_index()
+    assert found.to_dict() == rows_of(told.path).groupby(keys).size().to_dict()
+    for wrong in ({"generate": 2}, {"resume": True}):
+        with pytest.raises(MoeInspectError, match="one process feeds whole"):
+            moe_inspect.trace_model(
+                "demo", tmp_path / "n", counts_only=True, by_document=True, **wrong
+            )
+    with pytest.raises(MoeInspectError, match="counts_only=True with it"):
+        moe_inspect.trace_model("demo", tmp_path / "n", by_document=True)
+
+
+def test_a_document_that_is_not_whole_at_the_end_is_dropped_and_counted(tmp_path: Path):
+    fed = list[int]()
+
+    def stop(done: int, _: int | None) -> None:
+        fed.append(done)
+        if len(fed) == 2:
+            raise KeyboardInterrupt
+
+    how: dict[str, Any] = {"max_length": 60, "batch_tokens": 128, "max_tokens": 1_500}
+    options = TraceOptions(**how, counts_only=True, by_document=True)
+    with pytest.raises(KeyboardInterrupt):
+        trace_model("demo", tmp_path / "t", options, stop)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    counts = trace.manifest["counts"]
+    assert counts["dropped"] > 0
+    assert trace.n_tokens + counts["dropped"] // len(trace.routers) == fed[-1]
