@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -584,7 +585,8 @@ def given_token_nulls(w: World) -> Nulls:
         load_DE = of_DU @ summed(unit_T, chosen)
         common_DE = np.outer(load_DE.sum(1), np.nan_to_num(share(load_DE.sum(0))))
         some = load_DE.any(1)
-        bits = mi_of_shares(np.maximum(common_DE + of_DU @ beyond_UE, 0)[some])
+        left_DE = np.maximum(common_DE + of_DU @ beyond_UE, 0)[some]
+        bits = mi_of_shares(left_DE) if some.any() else NAN
         drawn = (signs(len(units))[:, None] * move_DU) @ beyond_UE
         null = mi_of_shares(np.maximum(common_DE + drawn, 0)[:, some])
         found.append((float(bits), null if len(w.units) >= 5 else np.full(1, NAN)))
@@ -646,7 +648,8 @@ def vocabulary(w: World, r: Router) -> dict[str, Any]:
     found = found.sort_values(order, ascending=[True, False, False, False])
     found = found.groupby("expert").head(top or len(found))
     found["first_choice_fraction"] = found["firsts"] / found["occurrences"] if r.ordered else NAN
-    text = pd.read_parquet(w.root / "vocabulary.parquet").set_index("token_id")["token"]
+    file, text = w.root / "vocabulary.parquet", pd.Series(dtype=object)
+    text = pd.read_parquet(file).set_index("token_id")["token"] if file.exists() else text
     found["token"] = text.reindex(found["token_id"]).to_numpy(object)
     return found.drop(columns="firsts").to_dict("series")
 
@@ -834,7 +837,9 @@ PAIRS["transitions"] = ["router", "expert", "next_expert"]
 def agrees(name: str, w: World) -> None:
     found, parts = w.report.tables.complete(name), []
     for r in w.routers:
-        if columns := ORACLES[name](w, r):
+        with warnings.catch_warnings(action="ignore"):  # of what is NaN on both sides
+            columns = ORACLES[name](w, r)
+        if columns:
             columns = {"layer": r.layer, "router": r.index, **columns}
             rows = max((len(x) for x in columns.values() if np.ndim(x)), default=1)
             parts.append(pd.DataFrame({n: np.broadcast_to(x, rows) for n, x in columns.items()}))
