@@ -143,8 +143,8 @@ def domain_mi_given_token_bits(assignments_DE: np.ndarray, expected_DE: np.ndarr
     """I(domain; expert) that is left where the load which the token ids explain is taken out of
     each domain: topic beyond vocabulary. `expected`: the load of tokens of a domain's ids, each
     routed as all tokens of its id are. Domains equally weighted. NaN with fewer than two domains,
-    or no load. Domains that route the tokens of an id in different ways, which cancel over the ids, count as
-    none."""
+    or no load. Domains that route the tokens of an id in different ways, which cancel over the ids,
+    count as none."""
     if len(assignments_DE) < 2 or not assignments_DE.any():
         return float("nan")
     left_DE = np.maximum(_in_common(assignments_DE) + (assignments_DE - expected_DE), 0)
