@@ -223,8 +223,10 @@ class Reached:
         """The tests to run. What a fixture reached counts for all tests of its file."""
         tests = set[str]()
         for context in self.contexts(mutant.file, mutant.line):
-            test, _, phase = context.rpartition("|")
-            tests.update([test] if phase == "run" else self.tests[test.partition("::")[0]])
+            # "test|phase" in the test's process, "test (phase)" in those that it starts
+            test, phase = re.fullmatch(r"(.*)(?:\|| \()(\w+)\)?", context, re.DOTALL).groups()
+            is_fixture = phase in ("setup", "teardown")
+            tests.update(self.tests[test.partition("::")[0]] if is_fixture else [test])
         by_file = defaultdict[str, list[str]](list)
         for test in sorted(tests & set(self.seconds), key=self.seconds.__getitem__):
             by_file[test.partition("::")[0]].append(test)
@@ -237,6 +239,12 @@ class Reached:
         return chosen
 
 
+def pytest_runtest_setup() -> None:
+    """As a plugin of pytest: what a test starts is measured under the name of the test."""
+    if os.environ.pop("COVERAGE_PROCESS_CONFIG", ""):
+        os.environ["COVERAGE_PROCESS_START"] = os.environ["COVERAGE_SETTINGS"]
+
+
 def run_suite(folder: Path) -> None:
     """The whole suite under coverage, with the name of the test beside each line."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -244,15 +252,17 @@ def run_suite(folder: Path) -> None:
     settings = folder / "coverage.ini"
     settings.write_text(
         f"[run]\nbranch = true\nsource = moe_inspect\nparallel = true\npatch = subprocess\n"
-        f"data_file = {folder}/.coverage\n"
+        f"data_file = {folder}/.coverage\ncontext = ${{PYTEST_CURRENT_TEST-}}\n"
     )
     subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile"),
+            *("-p", "tests.support.mutants"),
             *("--no-loadscope-reorder", "--cov", f"--cov-config={settings}", "--cov-context=test"),
-            *("--cov-report=", f"--junitxml={folder}/junit.xml", "--durations=0"),
+            *("--cov-report=", f"--junitxml={folder}/junit.xml"),
         ],
         cwd=ROOT,
+        env={**os.environ, "COVERAGE_SETTINGS": str(settings)},
         check=True,
     )
 
@@ -288,7 +298,9 @@ def survives(project: Path, mutant: Mutant, tests: list[str], most_seconds: floa
         start_new_session=True,
     )
     try:
-        return run.wait(most_seconds) == 0
+        code = run.wait(most_seconds)
+        assert code not in (4, 5), f"pytest did not find all of {listed}"
+        return code == 0
     except subprocess.TimeoutExpired:
         return False
     finally:
