@@ -75,12 +75,15 @@ class World:
     """The rows of a trace, and the report on it."""
 
     root: Path
-    phase: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    phase: str | None = None
+    domain: tuple[str, ...] | None = None
+    layer: int | None = None
 
     @cached_property
     def report(self) -> Any:
-        return moe_inspect.report(self.root, phase=self.phase, **self.options)
+        selected = {"phase": self.phase, "domains": self.domain, "layers": self.layer}
+        return moe_inspect.report(self.root, **selected, **self.options)
 
     @cached_property
     def stated(self) -> dict[str, Any]:
@@ -92,14 +95,20 @@ class World:
 
     @cached_property
     def rows(self) -> pd.DataFrame:
-        return self.every if self.phase is None else self.every[self.every["phase"] == self.phase]
+        of = self.every if self.phase is None else self.every[self.every["phase"] == self.phase]
+        return of if self.domain is None else of[of["domain"].isin(self.domain)]
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
         return self.rows.drop_duplicates("token").sort_values("token", ignore_index=True)
 
-    @cached_property
+    @property
     def routers(self) -> list[Router]:
+        """Those that are selected."""
+        return [r for r in self.all_routers if self.layer in (None, r.layer)]
+
+    @cached_property
+    def all_routers(self) -> list[Router]:
         found = []
         for r, of in self.rows.groupby("router"):
             wide = of.reindex(columns=[*of, *{"norm"} - {*of}]).set_index(["token", "slot"])
@@ -308,7 +317,7 @@ def balance(w: World, r: Router) -> dict[str, Any]:
         "min_over_max": load.min() / (load.max() or NAN),
         "design_effect": design_effect(w, r),
         "noise_floor_batch": batch_floor,
-        **{name: p[r.index] for name, p in evenness_p(w).items()},
+        **evenness_p(w)[r.index],
     }
 
 
@@ -327,26 +336,24 @@ def max_vio_interval(w: World, r: Router) -> tuple[float, float]:
     return max(ends.max(), 1), upper
 
 
-def evenness_p(w: World) -> dict[str, list[float]]:
-    routers = [r for r in w.routers if r.load.any()]
-    unknown = {name: [NAN] * len(w.routers) for name in ("busiest_p", "least_used_p")}
-    if len(w.units) < 8:
-        return unknown
-    most, least = list[np.ndarray](), list[np.ndarray]()
+def evenness_p(w: World) -> dict[int, dict[str, float]]:
+    """busiest_p and least_used_p of each router: documents' residuals get random signs."""
+    p = {r.index: dict.fromkeys(("busiest_p", "least_used_p"), NAN) for r in w.routers}
+    routers = [r for r in w.routers if r.load.any()] if len(w.units) >= 8 else []
+    nulls = []
     for r in routers:
         load_UE, n_U1 = w.by_unit(r.chosen), w.by_unit(r.chosen).sum(1, keepdims=True)
         beyond = load_UE - n_U1 / r.E
         if np.bincount(w.domain_U).min() >= 5:
             beyond = residuals(load_UE, w.domain_U) + n_U1 * (share(r.load) - 1 / r.E)
         null = signs(len(load_UE)) @ beyond / r.load.mean()
-        most.append(null.max(1))
-        least.append(-null.min(1))
-    busiest = joint_p([r.load.max() / r.load.mean() - 1 for r in routers], most)
-    idlest = joint_p([1 - r.load.min() / r.load.mean() for r in routers], least)
-    for r, *both in zip(routers, busiest, idlest, strict=True):
-        for name, p in zip(unknown, both, strict=True):
-            unknown[name][r.index] = p
-    return unknown
+        nulls.append((null.max(1), -null.min(1)))
+    for side, name in enumerate(("busiest_p", "least_used_p")):
+        ends = [(r.load.max(), r.load.min())[side] / r.load.mean() for r in routers]
+        found = joint_p([abs(end - 1) for end in ends], [null[side] for null in nulls])
+        for r, value in zip(routers, found, strict=True):
+            p[r.index][name] = value
+    return p
 
 
 def max_vio_batch(w: World, r: Router) -> tuple[float, float]:
@@ -522,25 +529,16 @@ def mi_of_shares(load_DE: np.ndarray) -> Any:
 
 
 def specialization(w: World, r: Router) -> dict[str, Any]:
-    known, given = domain_nulls(w), given_token_nulls(w)
-    return {
-        "domain_mi_bits": known[r.index][0],
-        "domain_mi_null_bits": known[r.index][1].mean(),
-        "domain_mi_null_p99_bits": np.quantile(known[r.index][1], 0.99),
-        "domain_mi_p": all_p(known)[r.index],
-        "domain_mi_given_token_bits": given[r.index][0],
-        "domain_mi_given_token_null_bits": given[r.index][1].mean(),
-        "domain_mi_given_token_p": all_p(given)[r.index],
-        **of_token_ids(w, r),
-    }
+    found, at = of_token_ids(w, r), [x.index for x in w.routers].index(r.index)
+    for name, nulls in (("domain_mi", domain_nulls(w)), ("domain_mi_given_token", given_nulls(w))):
+        bits, null = nulls[at]
+        known = [NAN if np.isnan(null).any() else value for value, null in nulls]
+        found |= {f"{name}_bits": bits, f"{name}_null_bits": null.mean()}
+        found[f"{name}_p"] = joint_p(known, [null for _, null in nulls])[at]
+    return found | {"domain_mi_null_p99_bits": np.quantile(domain_nulls(w)[at][1], 0.99)}
 
 
 Nulls = list[tuple[float, np.ndarray]]
-
-
-def all_p(nulls: Nulls) -> list[float]:
-    values = [NAN if np.isnan(null).any() else value for value, null in nulls]
-    return joint_p(values, [null for _, null in nulls])
 
 
 def domain_nulls(w: World) -> Nulls:
@@ -563,7 +561,7 @@ def domain_nulls(w: World) -> Nulls:
     return found
 
 
-def given_token_nulls(w: World) -> Nulls:
+def given_nulls(w: World) -> Nulls:
     """As `domain_nulls`, beyond the load that the token ids explain."""
     _, row_T, n_X = np.unique(w.tokens["token_id"], return_inverse=True, return_counts=True)
     of_T = n_X[row_T] >= 8
@@ -658,7 +656,7 @@ def coactivation(w: World, r: Router) -> dict[str, Any]:
     together = r.chosen.T @ r.chosen
     n_E, expected = np.diagonal(together).copy(), together_by_chance(together)
     np.fill_diagonal(together, 0)
-    pairs = sum(r.E * (r.E - 1) // 2 for r in w.routers if r.k > 1)
+    pairs = sum(r.E * (r.E - 1) // 2 for r in w.all_routers if r.k > 1)
     found = evidence(w, r, together, expected, (n_E, n_E), pairs)
     e, o = found["expert"], found.pop("partner")
     known = np.isfinite(expected[e, o])
@@ -728,13 +726,13 @@ def evidence(
 
 
 def transitions(w: World, r: Router) -> dict[str, Any]:
-    later = [x for x in w.routers if x.index == r.index + 1]
+    later = [x for x in w.all_routers if x.index == r.index + 1]
     if not later:
         return {}
     [after] = later
     count = r.chosen.T @ after.chosen
     expected = np.outer(count.sum(1), count.sum(0)) / max(count.sum(), 1)
-    pairs = sum(a.E * b.E for a, b in pairwise(w.routers))
+    pairs = sum(a.E * b.E for a, b in pairwise(w.all_routers))
     loads = count.sum(1) / after.k, count.sum(0) / r.k
     found = evidence(w, r, count, expected, loads, pairs)
     e, o = found["expert"], found.pop("partner")
@@ -866,8 +864,8 @@ def agrees(name: str, w: World) -> None:
 
 
 @cache
-def world(kind: Kind, phase: str | None = None, top: int = TOP) -> World:
-    return World(written(kind), phase, {"window": WINDOW, "top": top})
+def world(kind: Kind, top: int = TOP, **selected: Any) -> World:
+    return World(written(kind), {"window": WINDOW, "top": top}, **selected)
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -888,9 +886,24 @@ def test_a_table_of_the_sample_trace_is_what_its_formulas_give(
     agrees(name, sample_world)
 
 
+SELECTED: list[tuple[str, dict[str, Any]]] = [
+    ("empty slots, several shards", {"phase": "decode"}),
+    ("no weights", {"domain": ("domain 0", "domain 2"), "layer": 0}),
+    ("many documents", {"layer": 4, "phase": "prefill"}),
+]
+
+
 @pytest.mark.parametrize("name", ORACLES)
-def test_a_table_of_one_phase_is_of_its_tokens(name: str) -> None:
-    agrees(name, world(ODD["empty slots, several shards"], "decode", 0))
+def test_a_table_of_a_selection_is_of_its_tokens(name: str) -> None:
+    for kind, selected in SELECTED:
+        agrees(name, world(ODD[kind], 0, **selected))
+
+
+def test_a_domain_alone_is_compared_with_all() -> None:
+    """The rows of its experts in the table `domains` are those of the whole report."""
+    whole = world(ODD["many documents"]).report.tables["domains"].query("domain == 'domain 1'")
+    one = world(ODD["many documents"], domain=("domain 1",)).report.tables["domains"]
+    pd.testing.assert_frame_equal(one, whole.reset_index(drop=True))
 
 
 def test_pairs_are_listed_by_their_evidence_against_chance() -> None:
@@ -940,6 +953,9 @@ def test_the_summary_counts_what_the_rows_say(kind: Kind) -> None:
     assert {key: facts[key] for key in expected} == {key: str(x) for key, x in expected.items()}
     rest = {*facts} - {*expected} - {"dtype", "note"}
     assert {key.partition("_")[0] for key in rest} == {"threshold"}
+    of_some = dict(World(w.root, layer=0, domain=("domain 0",), phase="prefill").report.facts())
+    asked = {"layers": "0", "domains_selected": "domain 0", "phase_selected": "prefill"}
+    assert {key: of_some[key] for key in asked} == asked
 
 
 @on_generated(3)

@@ -88,7 +88,7 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str, bool]] = {
 def test_every_table_is_right_or_says_what_it_lacks(tmp_path: Path, case: str):
     write, says, computed = ODD[case]
     trace = write(tmp_path / "t")
-    w = World(trace.path, options={"window": trace.n_tokens // 3 + 1, "top": 0})
+    w = World(trace.path, {"window": trace.n_tokens // 3 + 1, "top": 0})
     made, lacking = w.report, {}
     made.prepare([] if trace.counts_only else TABLES)
     for name in TABLES:
