@@ -6,6 +6,7 @@ import operator
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +24,11 @@ from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.writer import Document
 from tests.conftest import Cli, Put
-from tests.support.synthetic import a_pass, routers, write_passes
+from tests.support.generated import Kind, written
 
 distributed = pytest.importorskip("distributed")
-BATCHES, BATCH, L, E, K = 6, 200, 3, 8, 2
-DOMAINS = ["code", "law", "prose"]
+KIND = Kind(lengths=(40,) * 12, domains=3, logits=True, norms=True, answers=0.1, shard_tokens=170)
 
 
 @pytest.fixture(scope="module")
@@ -43,41 +42,10 @@ def client() -> Iterator[Any]:
         yield client
 
 
-def made(root: Path, seed: int = 0, shard_tokens: int = 400) -> Trace:
-    """With all that a trace may have: weights, logits, norms, several domains and
-    phases."""
-    rng, passes = np.random.default_rng(seed), []
-
-    def halves(*shape: int) -> list[np.ndarray]:
-        return [rng.random(shape).astype(np.float16) for _ in range(L)]
-
-    for b in range(BATCHES):
-        document = np.arange(BATCH, dtype=np.int32) // 40 + b * BATCH // 40
-        logits = [rng.normal(size=(BATCH, E)).astype(np.float16) for _ in range(L)]
-        ids = [np.argsort(-of, axis=1)[:, :K].astype(np.uint16) for of in logits]
-        passes.append(
-            a_pass(
-                b,
-                ids,
-                token_id=np.random.default_rng(b).zipf(1.5, BATCH).clip(max=60).astype(np.int32),
-                document=document,
-                position=np.arange(BATCH, dtype=np.int32) % 40,
-                domain=document % 3,
-                domains=DOMAINS,
-                weights=halves(BATCH, K),
-                documents=[Document(int(d), DOMAINS[d % 3], "", 40) for d in np.unique(document)],
-                phase="decode" if b % 2 else "prefill",
-                extras={"logits": logits, "norms": halves(BATCH, K)},
-            )
-        )
-    has = dict.fromkeys(("weights", "norms"), True)
-    options = {**has, "logits": True, "manifest": {"capture": has}, "shard_tokens": shard_tokens}
-    return write_passes(root, routers(L, E, K), passes, **options)
-
-
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    return made(tmp_path_factory.mktemp("traces") / "a")
+    root = tmp_path_factory.mktemp("traces") / "a"
+    return moe_inspect.open_trace(shutil.copytree(written(KIND), root))
 
 
 def same_tables(there: Any, here: Any) -> None:
@@ -94,11 +62,11 @@ def test_a_report(trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
     same_tables(there, here)
     assert [f.text for f in there.verdict()] == [f.text for f in here.verdict()]
     with pytest.raises(AssertionError):
-        same_tables(there, moe_inspect.report(trace, domains="law"))
+        same_tables(there, moe_inspect.report(trace, domains="domain 1"))
 
 
-def test_a_comparison(trace: Trace, client: Any, tmp_path: Path):
-    other = made(tmp_path / "b", seed=1, shard_tokens=600)
+def test_a_comparison(trace: Trace, client: Any):
+    other = moe_inspect.open_trace(written(replace(KIND, run=1, shard_tokens=300)))
     there = moe_inspect.compare(trace.on(client), other.on(client))
     here = moe_inspect.compare(trace, other)
     same_tables(there, here)
@@ -123,26 +91,22 @@ def test_many_shards_are_added_up_in_runs(
     by_url = moe_inspect.open_trace(url, scheduler=client)
     same_tables(by_url.report(), trace.report())
     asked = trace, None, operator.add, _tokens_in
-    assert list(tasks.summed(*asked)) == [BATCHES * BATCH]
-    assert list(tasks.summed(by_url, *asked[1:])) == [BATCHES * BATCH]
+    assert list(tasks.summed(*asked)) == [480]
+    assert list(tasks.summed(by_url, *asked[1:])) == [480]
     here, there = (count_trace(of, select(of), {"load", "weights"}) for of in (trace, by_url))
     for r in here.of:
         assert (here.weight_sum_E(r) == there.weight_sum_E(r)).all()
 
 
-ENDS = {
-    np.uint8: [(0, 255)],
-    np.int16: [(-1, 200)],
-    np.uint32: [(0, 2**32 - 1)],
-    np.int64: [(0, 2**32), (-(2**31) - 1, 0)],
-}
+ENDS = [(np.uint8, 0, 255), (np.int16, -1, 200), (np.uint32, 0, 2**32 - 1)]
+ENDS += [(np.int64, 0, 2**32), (np.int64, -(2**31) - 1, 0)]
 
 
-@pytest.mark.parametrize(("kind", "values"), [(kind, of) for kind in ENDS for of in ENDS[kind]])
-def test_what_is_sent_is_narrow_and_the_same(kind: type, values: tuple[int, int]):
-    sent = narrowed(np.array(values))
-    assert sent.dtype == kind
-    assert sent.tolist() == list(values)
+def test_what_is_sent_is_narrow_and_the_same():
+    for kind, *values in ENDS:
+        sent = narrowed(np.array(values))
+        assert sent.dtype == kind
+        assert sent.tolist() == values
     assert narrowed(np.array([0.5])).dtype == np.float64
     assert narrowed(None) is None
 
@@ -170,7 +134,7 @@ def test_what_goes_wrong_is_said_in_a_line(
 
     def replaced(path: Path) -> None:
         text = (path / "trace.json").read_text()
-        (path / "trace.json").write_text(text.replace('"synthetic"', '"another"'))
+        (path / "trace.json").write_text(text.replace('"made"', '"another"'))
 
     for n, (harm, error, said) in enumerate(
         (

@@ -45,6 +45,7 @@ class Kind:
     norms: bool = False  # of the experts' outputs
     answers: float = 0.0  # share of each sequence that was generated, a token per pass
     shard_tokens: int = 1_000  # a shard holds whole sequences
+    run: int = 0  # another one chooses anew for the same text
 
 
 @cache
@@ -61,6 +62,7 @@ def written(kind: Kind) -> Path:
     numbers = np.unique(np.stack([request, step]), axis=1, return_inverse=True)[1]
     T, labels = len(step), [f"domain {d}" for d in range(kind.domains)]
     columns = rng.integers(0, 12, T), document, sequence, position, document % kind.domains
+    rng = np.random.default_rng([kind.seed, kind.run]) if kind.run else rng
     choices = [_choices(rng, E, k, document, kind) for E, k in kind.shape]
     known = "weight" if kind.ordered or kind.weights else "unknown"
     scoring = ("softmax", "sigmoid", "")
