@@ -8,7 +8,6 @@ import csv
 import gzip
 import re
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Scale
-from moe_inspect.reporting.render import html, payload
+from moe_inspect.reporting.render import payload
 from moe_inspect.reporting.render.html import Page, Section, Tile, page_html
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import Report, report
@@ -195,16 +193,6 @@ def test_every_chart_is_read_with_the_keyboard_and_zoomed_with_the_mouse(opened:
     assert named.get_attribute("aria-pressed") == "false"
     named.click()
     assert dots.count() == before
-
-
-def test_ids_are_unique_and_every_figure_is_named(opened: Opened):
-    assert 'aria-label=""' not in opened.view.content()
-    unnamed = """(all) => all.filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent ||
-      e.getAttribute('aria-labelledby'))).length"""
-    assert opened.locator(".plot, select, button, [role=dialog]").evaluate_all(unnamed) == 0
-    ids = "(all) => all.filter((e) => !e.closest('svg')).map((e) => e.id)"
-    found = opened.locator("main [id], body > [id]").evaluate_all(ids)
-    assert len(found) == len(set(found)) > 0
 
 
 RNG = np.random.default_rng(0)
@@ -399,17 +387,6 @@ def test_on_paper_it_is_light_and_without_controls(open_page: OpenPage, opened: 
     assert page.evaluate("document.documentElement.dataset.theme") is None
 
 
-def test_labels_of_a_scale_do_not_overlap(open_page: OpenPage):
-    sections = list[Section]()
-    for end, high in product(("domains", "E/k"), (4, 5, 6, 8.5, 12, 15, 20, 31, 40)):
-        scale = Scale("ratio", "load", high=high, end=end)
-        panel = Panel((Heatmap(np.ones((2, 3)), scale),), Axis("expert"), Axis("layer"))
-        sections.append(html.chart_section(Chart(f"{end} {high}", "c", (panel,))))
-    page = open_page(page_html(Page("scales", sections=sections)))
-    assert page.locator(".scale").count() == len(sections)
-    assert page.crowded(".scale", ".ends b") == 0
-
-
 # --- without a browser
 
 
@@ -444,22 +421,6 @@ def test_a_page_shows_what_is_hostile_and_runs_none_of_it():
     assert r"\x1b[31m\u202eevil\n" in made
 
 
-def test_the_policy_names_every_script_and_allows_nothing_else():
-    line = Line(np.arange(2.0), np.arange(2.0), HOSTILE, "c1")
-    panel = Panel((line,), Axis(HOSTILE, (HOSTILE, "b")), Axis(HOSTILE), HOSTILE)
-    chart = Chart(HOSTILE, HOSTILE, (panel,), HOSTILE, subset=HOSTILE, name="s")
-    made = page_html(Page("t", sections=[html.chart_section(chart)]))
-    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', made)
-    policy = policy.replace("&#39;", "'")
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
-    assert "unsafe" not in policy.split(";")[1]
-    for script in re.findall(r"<script>(.*?)</script>", made, re.S):
-        assert html.script_hash(script) in policy
-    assert "http" not in re.sub(r"http-equiv|http://www.w3.org/[\w/]*", "", made)
-    assert "<img" not in made
-    assert 'id="payload"' in made
-
-
 CELLS: list[tuple[object, str]] = [
     *((missing, "–") for missing in (float("nan"), None, pd.NA)),
     *((0.12345, "0.123"), (0.0, "0.000"), (1e-5, "1.0e-05"), (12345, "12,345"), (True, "True")),
@@ -470,9 +431,8 @@ CELLS: list[tuple[object, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("value", "said"), CELLS)
-def test_cells_are_readable(value: object, said: str):
-    assert number(value) == said
+def test_cells_are_readable():
+    assert [(value, number(value)) for value, _ in CELLS] == CELLS
 
 
 def test_a_long_table_is_cut_and_sections_of_one_title_have_ids_of_their_own():

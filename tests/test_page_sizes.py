@@ -5,7 +5,6 @@ finds nothing that keeps people out, and that what fails says so in its place.""
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,6 @@ from tests.conftest import ROOT, OpenPage
 from tests.support.browser import MAP, Opened
 from tests.support.synthetic import write_trace
 
-PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 SMALL = {"L": 4, "E": 8, "k": 2}
 # name → tokens and shape
 TRACES = {
@@ -38,7 +36,6 @@ class Shown(NamedTuple):
     page: Opened
     of: Report
     size: int
-    cpu_s: float
 
     def first_document(self) -> Any:
         """The routes of the one that the text shows at first."""
@@ -65,29 +62,14 @@ def shown(
     place, name = tmp_path_factory.mktemp("page"), request.param
     demo = ROOT / "sample_traces" / "collapsed"
     of = report(demo) if name == "demo" else made(place / "t", **TRACES[name])
-    began = time.process_time()
     text = report_page(of)
-    cpu_s = time.process_time() - began
     with Opened(browser, place / "page.html", text) as page:
-        yield Shown(page, of, len(text.encode()), cpu_s)
+        yield Shown(page, of, len(text.encode()))
 
 
 def on(*names: str) -> pytest.MarkDecorator:
     """A test of some of the pages: others are like these."""
     return pytest.mark.parametrize("shown", names, indirect=True)
-
-
-@on("demo", "58 × 256")
-def test_it_is_small_made_quickly_and_painted_at_once(shown: Shown) -> None:
-    assert shown.size <= 6_000_000
-    assert shown.cpu_s <= 12  # 6 s of a machine with nothing else to do
-    painted = list[float]()
-    for _ in range(3):  # the machine may be busy
-        shown.page.view.reload()
-        shown.page.ready()
-        shown.page.until(f"{PAINTED} !== undefined")
-        painted.append(shown.page.evaluate(PAINTED))
-    assert 0 < min(painted) <= 1_000
 
 
 @on("demo", "58 × 256")
@@ -329,23 +311,20 @@ def test_the_keyboard_skips_what_stands_on_every_page(shown: Shown) -> None:
     assert page.evaluate("document.activeElement.closest('main') !== null")
 
 
-def test_what_fails_says_so_and_the_rest_works(
-    open_page: OpenPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_says_so_and_the_rest_works(open_page: OpenPage, tmp_path: Path) -> None:
     broken = {  # file → where it fails
         "text.js": "const routes = moe.routes(data);",
         "card.js": "if (!data.load.length) return [];",
         "map.js": "const domainPlot =",
     }
-    whole = html.asset
-
-    def asset(name: str) -> str:
-        at = broken.get(name, "")
-        assert at in whole(name)
-        return whole(name).replace(at, f'throw new Error("{name}");{at}') if at else whole(name)
-
-    monkeypatch.setattr(html, "asset", asset)
-    page = open_page(report_page(made(tmp_path / "t", T=97, **SMALL)))
+    text = report_page(made(tmp_path / "t", T=97, **SMALL))
+    [script] = re.findall(r"<script>(.*?)</script>", text, re.S)
+    failing = script
+    for name, at in broken.items():
+        assert failing.count(at) == 1
+        failing = failing.replace(at, f'throw new Error("{name}");{at}')
+    hashes = [html.script_hash(one) for one in (script, failing)]
+    page = open_page(text.replace(script, failing).replace(*hashes))
     said = "“{}” could not be drawn ({}); the rest of the page works."
     sections = page.locator("main section .warning[role=alert]").all_text_contents()
     of = {"Text": "text.js", "Domains and experts": "map.js"}
