@@ -1,5 +1,5 @@
-"""Sentences against chance: the nulls over documents hold their level, find what is planted, and
-reports on routing by chance alone claim nothing."""
+"""Sentences against chance: the nulls over documents hold their level, reports on routing by chance
+alone claim nothing, and noise floors are what chance gives."""
 
 from __future__ import annotations
 
@@ -112,15 +112,15 @@ CHEAP = [
 
 
 def test_reports_on_chance_hardly_ever_claim_anything(tmp_path: Path):
-    """Of 27 reports, 5 % are 1.35; 5 or more have a probability of 0.01."""
+    """Of 18 reports, 5 % are 0.9; 4 or more have a probability of 0.01."""
     claimed = {
         (name, seed): claims(
             report(drawn(tmp_path / f"{name}{seed}", REGIMES[name], seed)).verdict()
         )
         for name in CHEAP
-        for seed in range(3)
+        for seed in range(2)
     }
-    assert sum(map(bool, claimed.values())) < 5, claimed
+    assert sum(map(bool, claimed.values())) < 4, claimed
 
 
 def test_a_large_table_has_fewer_draws_of_the_same_signs() -> None:

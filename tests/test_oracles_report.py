@@ -852,7 +852,7 @@ def agrees(name: str, w: World) -> None:
             assert a.fillna("").tolist() == b.fillna("").tolist(), column
             continue
         a, b = a.to_numpy(float, na_value=NAN), b.to_numpy(float, na_value=NAN)
-        far = np.abs(a - b) - (0.0045 if column.endswith("_p") else 1e-7)
+        far = np.abs(a - b) - 1e-6
         if column in DRAWN:  # the floor of few tokens with empty slots is an approximation
             rough = found["router"].map({r.index: r.filled < 1 for r in w.routers})
             far -= np.select([~rough, found["tokens"] < 16], [0.1, 2], 0.2) * np.abs(
