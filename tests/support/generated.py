@@ -28,7 +28,7 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
 FOLDER = tempfile.TemporaryDirectory(prefix="generated-")  # removed when the process ends
-SHAPES = (((8, 2),) * 3, ((4, 1), (12, 3)), ((300, 2), (6, 6), (8, 2)), ((2, 1),))
+SHAPES = (((8, 2),) * 3, ((4, 1), (12, 3)), ((300, 2), (6, 5), (8, 2)), ((2, 1),))
 
 
 @dataclass(frozen=True)
