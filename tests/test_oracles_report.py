@@ -198,7 +198,7 @@ def floor(tokens: float, E: int, k: int, filled: float = 1.0) -> float:
     slots = round(tokens / filled) if filled else 0
     if not slots:
         return NAN
-    rng, R = np.random.default_rng(slots), min(800, 1 + 200_000 // slots)
+    rng, R = np.random.default_rng(slots), int(np.clip(200_000 // slots, 200, 800))
     if k <= 2:
         one = rng.integers(0, E, (R, slots))
         ids = np.stack([one, (one + rng.integers(1, max(E, 2), one.shape)) % E][:k], 2)
