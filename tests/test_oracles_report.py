@@ -256,13 +256,13 @@ def joint_p(values: list[float], nulls: list[np.ndarray]) -> list[float]:
 
 
 @cache
-def resampled(strata: tuple[int, ...]) -> np.ndarray:
+def resampled(strata: tuple[int, ...], R: int = RESAMPLES) -> np.ndarray:
     """Weights of units in resamples of n − 1 of the n documents of each stratum. [R, U]"""
     rng, strata_U = np.random.default_rng([SEED, len(strata)]), np.array(strata)
-    weights = np.zeros((RESAMPLES, len(strata)))
+    weights = np.zeros((R, len(strata)))
     for s in np.unique(strata_U):
         n = (strata_U == s).sum()
-        weights[:, strata_U == s] = rng.multinomial(n - 1, np.full(n, 1 / n), RESAMPLES) * n
+        weights[:, strata_U == s] = rng.multinomial(n - 1, np.full(n, 1 / n), R) * n
         weights[:, strata_U == s] /= n - 1
     return weights
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from moe_inspect.analysis.counting.token_ids import TokenIds, top_token_ids
 from moe_inspect.analysis.metrics import chance
@@ -17,6 +18,7 @@ from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT, Cli
 from tests.support.synthetic import write_counts, write_trace
+from tests.test_oracles_report import World, mi_of_shares, resampled
 
 
 @pytest.mark.parametrize("D", [3, 90])  # of all signs, and of fewer
@@ -104,6 +106,21 @@ def test_the_columns_are_those_of_both_reports():
         assert both[f"{name}_baseline{unit}"].tolist() == there.tolist()
         assert both[f"{name}_beyond_baseline{unit}"].tolist() == (here - there).tolist()
     assert both[mine.columns].equals(mine)
+    # Student's t of the difference, with the errors that resampled documents give
+    errors, freedom = [], []
+    for w in (World(TRAINED), World(UNTRAINED)):
+        weights = resampled(tuple(w.strata.tolist()), 200)
+        by_domain = [w.domain_U == d for d in range(len(w.domains))]
+        loads = [w.by_unit(r.chosen) for r in w.routers]
+        bits = [
+            [mi_of_shares(np.stack([x[of] @ load_UE[of] for of in by_domain])) for x in weights]
+            for load_UE in loads
+        ]
+        errors.append(np.std(bits, axis=1))
+        freedom.append(len(w.units) - len(w.domains))
+    t = both["domain_mi_beyond_baseline_bits"] / np.hypot(*errors)
+    p = np.minimum(stats.t.sf(t, min(freedom)) * len(both), 1)
+    assert both["domain_mi_beyond_baseline_p"].to_numpy() == pytest.approx(p, rel=1e-4)
 
 
 def test_the_sentence_says_what_is_beyond_it(tmp_path: Path):

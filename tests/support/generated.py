@@ -45,6 +45,7 @@ class Kind:
     norms: bool = False  # of the experts' outputs
     answers: float = 0.0  # share of each sequence that was generated, a token per pass
     shard_tokens: int = 1_000  # a shard holds whole sequences
+    taste: float = 0.7  # of a document for some experts
     run: int = 0  # another one chooses anew for the same text
 
 
@@ -101,7 +102,7 @@ def _choices(
     rng: np.random.Generator, E: int, k: int, document: np.ndarray, kind: Kind
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids as the writer takes them, weights and logits, with a taste of each document."""
-    taste = rng.gumbel(size=(1 + document.max(), E)) * 0.7
+    taste = rng.gumbel(size=(1 + document.max(), E)) * kind.taste
     logits = (taste[document] + rng.gumbel(size=(len(document), E))).astype(np.float16)
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     lost = np.sort(rng.random(ids.shape) < kind.empty, axis=1)  # the last slots of a token
@@ -115,6 +116,7 @@ ODD = {
     "uneven documents": Kind(),
     "one token": Kind(lengths=(1,), domains=1),
     "many documents": Kind(lengths=tuple(range(1, 60, 3)), norms=True, logits=True),
+    "documents alike": Kind(lengths=(25,) * 14, taste=0.0, weights=False),
     "one document": Kind(lengths=(120,), domains=1, shape=SHAPES[3]),
     "dropped slots": Kind(empty=0.2, dropped=True, logits=True, norms=True),
     "empty slots, several shards": Kind(empty=0.3, shard_tokens=50, answers=0.3),
