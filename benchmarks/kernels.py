@@ -54,8 +54,8 @@ def calls(E: int, K: int, T: int) -> dict[str, Callable[[], object]]:
     y = torch.zeros(few * K, HIDDEN, dtype=torch.bfloat16)
     grouped = kernels.dispatch_torch(ids[:few], None, E)
     return {
-        "record": lambda: kernels.record_triton(tape_for(kernels, of), ids, weights),
-        "dispatch": lambda: kernels.dispatch_triton(ids, weights, E, tape_for(kernels, of), *plan),
+        "record": lambda: kernels.record_triton(tape_for(of), ids, weights),
+        "dispatch": lambda: kernels.dispatch_triton(ids, weights, E, tape_for(of), *plan),
         "combine": lambda: kernels.combine_triton(
             y, ids[:few], weights[:few], grouped, torch.bfloat16, E
         ),

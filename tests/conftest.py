@@ -293,6 +293,14 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """start(Vllm, …): a stand-in for an engine with the plugin, in this process."""
+    from tests.support.engines import starting
+
+    return starting(tmp_path, monkeypatch)
+
+
+@pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Up to how many slots the experts' weights are copied, instead of grouping the slots."""
     from moe_inspect.capture.hook import experts

@@ -1,32 +1,33 @@
-"""The kernels in Triton's interpreter and their torch implementations, both against NumPy; as
-custom operators; and compiled ahead of time for GPUs: every variant for one of them, and a sample
-for the others (SWEEP=whole: every variant for all). The order in which a launch's programs run
-changes no result."""
+"""The kernels in Triton's interpreter and their torch twins, both against NumPy; as custom
+operators; and compiled ahead of time for GPUs: a sample for one of them (SWEEP=whole: every variant
+for all). The order in which a launch's programs run changes no result."""
 
 from __future__ import annotations
 
+import ast
 import itertools
-import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from moe_inspect.capture.engine import rows
-from moe_inspect.capture.engine.rows import Rows as EngineRows
 from moe_inspect.capture.hook import kernels
 from tests.support.aot import TARGETS, lines_of
-from tests.support.kernel_checks import (
-    CHECKS,
+from tests.support.kernel_reference import (
+    Case,
+    assert_close,
     check_combine,
     check_dispatch,
+    check_kernel_and_twin,
     check_record,
-    pairwise,
+    choice,
+    drawn_cases,
+    small_cases,
+    tape_for,
 )
-from tests.support.kernel_reference import Case, assert_close, choice, tape_for
 from tests.support.sweep import WHOLE
 
 if kernels.triton is None:
@@ -35,23 +36,23 @@ if kernels.triton is None:
 import triton
 import triton.language as tl
 
-CASES = [
-    *pairwise(),
+LARGE = [
     # its blocks are more than a program scans at a time
     Case(16, 10, 2048, "uniform", 3, torch.int32, "none", "none", True),
+    # as many tokens as the first program of a sum can record
+    Case(8, 1, 1023, "zipf", None, torch.int64, "float32 as float16", "in one page", True),
     *(
         Case(60, 6, 400, "zipf", launches, torch.int64, "none", "none", True, block)
         for launches in (2, 3)
         for block in (256, 512, 1024)
     ),
 ]
+CASES = [*small_cases(), *drawn_cases(150 if WHOLE else 12), *(LARGE if WHOLE else LARGE[2:5:2])]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("reference", [False, True], ids=["kernel", "reference"])
-@pytest.mark.parametrize("check", CHECKS.values(), ids=list(CHECKS))
-def test_kernels_are_right(check: Callable[..., None], reference: bool, case: Case) -> None:
-    check(kernels, case, reference)
+def test_kernels_and_their_twins_are_right(case: Case) -> None:
+    check_kernel_and_twin(case)
 
 
 def test_assert_close_can_fail() -> None:
@@ -69,7 +70,7 @@ def test_strided_arguments() -> None:
     assert not strided.is_contiguous()
     found = []
     for given in ((ids, weights), (strided, strided_weights)):
-        tape = tape_for(kernels, case)
+        tape = tape_for(case)
         found.append((*kernels.dispatch_triton(*given, 8, tape), tape.ids, tape.weights))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -84,9 +85,6 @@ def test_program_sizes() -> None:
     assert kernels.slots_per_program(4096, 8) == 256
 
 
-# --- as operators
-
-
 @pytest.mark.parametrize("by", ["reference", "kernel"])
 def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None:
     if by == "kernel":
@@ -94,11 +92,11 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
     case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "across pages", True)
     ids, weights = choice(case)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(kernels, case))
+    ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(case))
     kept = lambda T: (torch.zeros(T, 4).short(), torch.zeros(T, 4).half())  # noqa: E731
     scores, to_scores = torch.rand(20, 60), torch.zeros(17, 60).half()
-    rows = EngineRows((1, 20, 4), 60, False, torch.device("cpu"), buffers=True)
-    of = 60, rows.key, 0
+    buffer = rows.Rows((1, 20, 4), 60, False, torch.device("cpu"), buffers=True)
+    of = 60, buffer.key, 0
     for op, args in (
         (ops.dispatch, (ids, None, 60, *kernels._parts(None))),
         (ops.dispatch, (ids, weights, 60, *parts())),
@@ -112,24 +110,41 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
         if op is ops.keep_rows:
             op(*args)
             assert torch.equal(args[0], ids[: len(args[0])].short())
-    assert rows.fault is None
+    assert buffer.fault is None
     (to, *others), ended = kept(20), 10**9  # rows that are no more
     ops.keep_rows(to, *others, None, None, ids, weights, None, None, 60, ended, 0)
     assert torch.equal(to, ids.short())
 
 
+def test_every_launch_is_on_the_device_of_its_tensors() -> None:
+    """With several GPUs the current one may be another, which no other test can have."""
+
+    def launches(within: ast.AST) -> set[str]:
+        calls = (n.func for n in ast.walk(within) if isinstance(n, ast.Call))
+        grids = (f.value for f in calls if isinstance(f, ast.Subscript))
+        return {g.id for g in grids if isinstance(g, ast.Name) and g.id.endswith("_kernel")}
+
+    for module in (kernels, rows):
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.With)]
+        on_device = [n for n in blocks if "torch.cuda.device_of(" in ast.unparse(n.items[0])]
+        inside = set[str]().union(*map(launches, on_device))
+        assert inside == launches(tree) == {n for n in vars(module) if n.endswith("_kernel")}
+
+
 # --- compiled ahead of time
 
-EVERY = 1 if WHOLE else 7
+EVERY = 1 if WHOLE else 11
 STORES = "record E|dispatch 1/1 E|rows (kept|taken)"  # whose stores are looked at
+COMPILED = [*TARGETS] if WHOLE else ["sm_90"]
 Rows = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def compiled() -> dict[str, Rows]:
     """Some variants for each target (`make test-ptx`: all), in one process."""
-    wanted = [f"{gpu}/{EVERY}" + f"+{STORES}" * (gpu == "sm_90") for gpu in TARGETS]
-    found: dict[str, Rows] = {gpu: [] for gpu in TARGETS}
+    found: dict[str, Rows] = {gpu: [] for gpu in COMPILED}
+    wanted = [f"{gpu}/{EVERY}" + f"+{STORES}" * (gpu == "sm_90") for gpu in COMPILED]
     for row in lines_of("tests.support.aot", *wanted):
         found[row["gpu"]].append(row)
     return found
@@ -142,80 +157,37 @@ def stored(row: dict[str, Any], bits: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", TARGETS)
-def test_nothing_spills(gpu: str, compiled: dict[str, Rows]) -> None:
+@pytest.mark.parametrize("gpu", COMPILED)
+def test_nothing_spills_and_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
+    """Eight ids in 64 bits, from 256 experts on in 128; eight weights in 128; four in half."""
     assert len(compiled[gpu]) > 150 // EVERY
     for row in compiled[gpu]:
         assert row["stack"] == row["spills"] == 0, row
         assert 0 < row["registers"] <= 255, row
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gpu", [g for g in TARGETS if g.startswith("sm")] if WHOLE else ["sm_90"])
-def test_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
-    """Eight ids in 64 bits, from 256 experts on in 128; eight weights in 128; four in half."""
+    if not gpu.startswith("sm"):
+        return
     kinds = re.compile(r"(record |dispatch 1/)(?!.* off)")
     recording = [row for row in compiled[gpu] if kinds.match(row["kernel"])]
     for k, ids, weights in (("E64 k8", 64, 128), ("E256 k8", 128, 128), ("E60 k4", 32, 64)):
-        rows = [r for r in recording if k in r["kernel"]]
-        assert len(rows) >= 4
-        for row in rows:
-            assert stored(row, ids), row
-            assert stored(row, weights), row
+        found = [r for r in recording if k in r["kernel"]]
+        assert len(found) >= 4
+        assert all(stored(row, ids) and stored(row, weights) for row in found)
     for k, bits in (("k8", 128), ("k4", 64)):  # ids and weights alike, in 16 bits
-        rows = [r for r in compiled[gpu] if re.match(rf"rows (kept|taken) .*{k}", r["kernel"])]
-        assert len(rows) >= 3
-        assert all(stored(row, bits) for row in rows)
+        found = [r for r in compiled[gpu] if re.match(rf"rows (kept|taken) .*{k}", r["kernel"])]
+        assert len(found) >= 3
+        assert all(stored(row, bits) for row in found)
     # positive control: two slots are no vector
     single = [r for r in recording if "E8 k2" in r["kernel"]]
     assert single
     assert not any(stored(r, 128) for r in single)
 
 
-# --- on the device of the tensors
-
-
-def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several GPUs the current one may be another."""
-    entered: list[torch.Tensor] = []
-
-    @contextmanager
-    def device_of(tensor: torch.Tensor) -> Iterator[None]:
-        entered.append(tensor)
-        yield
-        entered.pop()
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *_, **__: launched.append(len(entered))
-
-    launched: list[int] = []
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    names = [(module, name) for module in (kernels, rows) for name in vars(module)]
-    names = [(module, name) for module, name in names if name.endswith("_kernel")]
-    for module, name in names:
-        monkeypatch.setattr(module, name, Kernel())
-    case = Case(8, 2, 600, "uniform", None, torch.int64, "float16", "in one page", False)
-    ids, weights = choice(case)
-    tape = tape_for(kernels, case)
-    kernels.record_triton(tape, ids, weights)
-    kernels.dispatch_triton(ids[:9], weights[:9], 8, tape, launches=1)
-    kernels.dispatch_triton(ids, weights, 8, tape, launches=3)
-    kernels.combine_triton(torch.zeros(18, 4), ids[:9], weights[:9], None, torch.float16, 8)
-    of = EngineRows((1, 9, 2), 8, False, torch.device("cpu"), buffers=True)
-    of.staged = of.staging()
-    rows.keep_triton(of.ids[0], of.weights[0], ids[:9], weights[:9])
-    rows.take_triton(of, 9, 9, torch.arange(9), ids[:9, 0].int(), ids[:9, 0])
-    assert launched == [1] * (2 + 1 + 3 + 1 + 2)
-    assert len(names) == len(launched), "every kernel"
-
-
 # --- programs in another order
 
 
-@pytest.fixture(params=["reversed", 0])
-def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The interpreter runs a launch's programs in this order; returns those that ran."""
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The interpreter runs a launch's programs in reversed order; returns those that ran."""
     interpreter: Any = triton.runtime.interpreter.interpreter_builder
     set_dim, set_index = interpreter.set_grid_dim, interpreter.set_grid_idx
     ran: list[Any] = []
@@ -224,11 +196,8 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     def dim(*grid: int) -> None:
         set_dim(*grid)
         natural = list(itertools.product(*map(range, grid)))
-        shuffled = natural[::-1]
-        if request.param != "reversed":
-            random.Random(request.param).shuffle(shuffled)
         places.clear()
-        places.update(zip(natural, shuffled, strict=True))
+        places.update(zip(natural, natural[::-1], strict=True))
 
     def index(*place: int) -> None:
         ran.append(places[place])
@@ -239,21 +208,19 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     return ran
 
 
-@pytest.mark.parametrize("tape", ["across the ring's end", "beyond the limit"])
-def test_the_order_of_programs_changes_nothing(order: list[Any], tape: str) -> None:
-    for check, T, launches in (
-        (check_dispatch, 131, 2),
-        (check_dispatch, 131, 3),
-        (check_record, 131, 1),
-        (check_combine, 12, 1),
-    ):
+def test_the_order_of_programs_changes_nothing(ran: list[Any]) -> None:
+    for T, launches, tape in ((131, 2, "across the ring's end"), (131, 3, "beyond the limit")):
         case = Case(60, 8, T, "zipf", launches, torch.int64, "bfloat16", tape, True)
-        check(kernels, case, reference=False)
-    assert order != sorted(order), "control: another order than the interpreter's own"
-    assert max(order) >= (11, 0, 0)
+        check_dispatch(case, lambda *of, n=launches: kernels.dispatch_triton(*of, launches=n))
+        check_record(case, kernels.record_triton)
+    case = Case(60, 8, 12, "zipf", 1, torch.int64, "bfloat16", "beyond the limit", True)
+    for grouped in (True, False):
+        check_combine(case, kernels.combine_triton, grouped, 40, torch.bfloat16, torch.float32)
+    assert ran != sorted(ran), "control: another order than the interpreter's own"
+    assert max(ran) >= (11, 0, 0)
 
 
-def test_an_order_that_matters_is_noticed(order: list[Any]) -> None:
+def test_an_order_that_matters_is_noticed(ran: list[Any]) -> None:
     """A kernel whose every program takes the next place."""
 
     @triton.jit
@@ -264,5 +231,4 @@ def test_an_order_that_matters_is_noticed(order: list[Any]) -> None:
 
     places = torch.zeros(16, dtype=torch.int32)
     takes_a_place[(16,)](torch.zeros(1, dtype=torch.int32), places)
-    assert sorted(places.tolist()) == list(range(16))
-    assert places.tolist() != list(range(16))
+    assert places.tolist() == [*range(16)][::-1]

@@ -43,7 +43,7 @@ BALANCED = Path(__file__).parent.parent / "sample_traces" / "balanced"  # of the
 # command → what it is usually called with, beside a trace "t" with logits and a file "loads.csv"
 USUAL: dict[str, list[Any]] = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
-    # (what it does is in test_engine_plugin: it needs a server)
+    # (what it does is in test_engine_server: it needs a server)
     "engine": ["http://127.0.0.1:9"],
     "report": ["t"],
     "compare": ["t", "t"],

@@ -19,8 +19,15 @@ from moe_inspect.capture.hook import kernels
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
 from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, variants
-from tests.support.kernel_checks import check_dispatch, check_record, check_rows
-from tests.support.kernel_reference import Case, check_norms, choice, tape_for
+from tests.support.kernel_reference import (
+    Case,
+    check_dispatch,
+    check_norms,
+    check_record,
+    check_rows,
+    choice,
+    tape_for,
+)
 
 TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
 SKEWS = ("uniform", "zipf", "one-hot")
@@ -36,7 +43,7 @@ def executions() -> Iterator[Execution]:
         for weights in WEIGHTS:
             yield from _of_shape(E, K, weights)
         counted = replace(_case(E, K, 1100 // K, "none"), skew="uniform")
-        yield f"rows counted E{E} k{K}", lambda case=counted: check_rows(kernels, case, False)
+        yield f"rows counted E{E} k{K}", lambda case=counted: _check_rows(case)
         off = _case(E, K, 90 // K, "none", launches=1, tape="none")
         yield _dispatch(f"dispatch 1/1 off E{E} k{K}", off)
         off = _case(E, K, 1100 // K, "none", launches=2, tape="none", block=1024)
@@ -54,14 +61,14 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
             yield _dispatch(f"dispatch {launches} {name} block {block}", case)
     for T, kernel in ((1100 // K, "record"), (130 // K, "record alone")):
         case = _case(E, K, T, kind)
-        yield f"{kernel} {name}", lambda case=case: check_record(kernels, case, False)
+        yield f"{kernel} {name}", lambda case=case: check_record(case, kernels.record_triton)
     for grouped in (True, False):
         of = _case(E, K, 9, kind, turn=int(grouped)), grouped
         recording = "" if grouped else "+ record "
         yield f"combine {recording}{name}", lambda of=of: check_combine(*of)
     ids = torch.int64 if weights == "bf16" else torch.int32
     case = replace(_case(E, K, 1100 // K, kind), ids=ids, skew="uniform")
-    yield f"rows {name}", lambda: check_rows(kernels, case, False)
+    yield f"rows {name}", lambda: _check_rows(case)
     for columns in COLUMNS[weights]:
         of = _case(E, K, 2, kind), True, columns // 2 + 16
         yield f"combine + norms {name} of {columns}", lambda of=of: check_combine(*of, norms=True)
@@ -76,14 +83,19 @@ def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Ca
 
 
 def _dispatch(name: str, case: Case) -> Execution:
-    return name, lambda: check_dispatch(kernels, case, False)
+    how = {"launches": case.launches, "block": case.block}
+    return name, lambda: check_dispatch(case, lambda *of: kernels.dispatch_triton(*of, **how))
+
+
+def _check_rows(case: Case) -> None:
+    check_rows(case, rows.keep_triton, rows.take_triton)
 
 
 def _check_logits() -> None:
     """A tape that holds scores alone."""
     case = _case(64, 64, 20, "float32 as float16", tape="across pages")
     _, scores = choice(case)
-    tapes = [tape_for(kernels, case) for _ in range(2)]
+    tapes = [tape_for(case) for _ in range(2)]
     for tape, record in zip(tapes, (kernels.record_triton, kernels.record_torch), strict=True):
         object.__setattr__(tape, "ids", None)
         record(tape, None, scores)
@@ -98,7 +110,7 @@ def check_combine(case: Case, grouped: bool, H: int = H, norms: bool = False) ->
     y_SH = torch.randn(case.T * case.K, H, generator=torch.Generator().manual_seed(case.T))
     y_SH = y_SH.bfloat16()
     places = kernels.dispatch_torch(ids, None, case.E) if grouped else None
-    tape = None if grouped else tape_for(kernels, case)
+    tape = None if grouped else tape_for(case)
     norms_TK = torch.empty(ids.shape) if norms else None
     how = torch.bfloat16, case.E, tape, norms_TK
     found = kernels.combine_triton(y_SH, ids, weights, places, *how)
@@ -114,7 +126,7 @@ def check_combine(case: Case, grouped: bool, H: int = H, norms: bool = False) ->
         total += product.bfloat16().float() if weights.dtype == torch.bfloat16 else product
     assert torch.equal(found, total.bfloat16())
     if tape is not None:
-        expected = tape_for(kernels, case)
+        expected = tape_for(case)
         kernels.record_torch(expected, ids, weights)
         for name in ("ids", "weights", "cursor", "dropped"):
             assert torch.equal(getattr(tape, name), getattr(expected, name)), name

@@ -1,22 +1,25 @@
-"""What the kernels must compute, in NumPy, and the cases to compare them on. The module under test,
-`kernels`, is an argument: the tests pass broken ones too.
+"""What the kernels and their torch twins must compute, in NumPy, and the cases to compare them on.
 
 T tokens, K slots, E experts, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, TypeAlias
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Tape: TypeAlias = Any  # those of the module under test
-Dispatch: TypeAlias = Any
+from moe_inspect.capture.engine import rows
+from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.hook.kernels import Dispatch, Tape
+from tests.support.sweep import WHOLE
 
 POISON = 77
 LANES = 3  # routers of the tape's ring; the second is tested
@@ -99,7 +102,7 @@ def choice(case: Case) -> tuple[Tensor | None, Tensor | None]:
 # --- record
 
 
-def tape_for(kernels: ModuleType, case: Case) -> Tape | None:
+def tape_for(case: Case) -> Tape | None:
     """A tape filled with POISON, a value longer than needed, which shows a write past the end."""
     if case.tape == "none":
         return None
@@ -148,10 +151,10 @@ def check_tape(case: Case, tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor
     assert tape.dropped.tolist() == [0, BEFORE[1] + lost, 0], "the count of dropped rows"
 
 
-def check_record(kernels: ModuleType, case: Case, record: Callable[..., None]) -> None:
+def check_record(case: Case, record: Callable[..., None]) -> None:
     """`record`: of a tape, ids and weights."""
     ids, weights = choice(case)
-    tape = tape_for(kernels, case)
+    tape = tape_for(case)
     if tape is not None:
         record(tape, ids, weights)
         check_tape(case, tape, ids, weights)
@@ -160,12 +163,23 @@ def check_record(kernels: ModuleType, case: Case, record: Callable[..., None]) -
 # --- dispatch
 
 
-def check_dispatch(kernels: ModuleType, case: Case, dispatch: Callable[..., Dispatch]) -> None:
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors are filled before they are written: what is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_dispatch(case: Case, dispatch: Callable[..., Dispatch]) -> None:
     """`dispatch`: of ids, weights, E and a tape. Its result against a stable sort by NumPy."""
     ids, weights = choice(case)
     assert ids is not None
-    tape = tape_for(kernels, case)
-    found = dispatch(ids, weights, case.E, tape)
+    tape = tape_for(case)
+    with poisoned_memory():
+        found = dispatch(ids, weights, case.E, tape)
     flat = ids.numpy().reshape(-1)
     kind = np.where((flat >= 0) & (flat < case.E), flat, case.E)
     order = np.argsort(kind, kind="stable")
@@ -184,10 +198,8 @@ def check_dispatch(kernels: ModuleType, case: Case, dispatch: Callable[..., Disp
 # --- the rows of a serving engine
 
 
-def check_rows(
-    rows: ModuleType, case: Case, keep: Callable[..., None], take: Callable[..., Any]
-) -> None:
-    """Of the module `rows`, what keeps a router's choice and what takes rows of all. A
+def check_rows(case: Case, keep: Callable[..., None], take: Callable[..., Any]) -> None:
+    """What keeps a router's choice and what takes rows of all. A
     fourth of the T rows is padding; behind them are rows of a larger forward pass. Without weights
     they are counted alone. Experts have replicas where T is above 7."""
     chosen = [t for t in choice(case) if t is not None]
@@ -196,7 +208,7 @@ def check_rows(
     T, K, E, n = case.T, case.K, case.E, case.T - case.T // 4
     counts_only = len(chosen) == 1
     shape, device = (LANES, T + 3, K), torch.device("cpu")
-    of = rows.Rows(shape, E, False, device, not counts_only, physicals=T > 7)
+    of = rows.Rows(shape, E, False, device, not counts_only, physicals=T > 7, buffers=True)
     kept = [t for t in (of.ids, of.weights, of.physicals) if t is not None]
     if of.physicals is not None:
         chosen.append(chosen[0][:, :K].flip(0) + E)
@@ -239,7 +251,6 @@ def check_rows(
 
 
 def check_combine(
-    kernels: ModuleType,
     case: Case,
     combine: Callable[..., Tensor],
     grouped: bool,
@@ -265,7 +276,7 @@ def check_combine(
         slots = torch.where(inside, y_SH.double()[order.inverse.long()], 0.0)
     slots_TKH = slots.view(case.T, case.K, H)
     want_TH = (slots_TKH * weights.double().unsqueeze(-1)).sum(1)
-    tape = None if grouped else tape_for(kernels, case)
+    tape = None if grouped else tape_for(case)
     norms = torch.full_like(ids, POISON, dtype=torch.float32) if writes_norms else None
     places = order if grouped else None
     got = combine(y_SH, ids, weights, places, out, case.E, tape, norms)
@@ -293,3 +304,80 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     largest, rms = error.abs().max(), error.square().mean().sqrt()
     assert largest <= 16 * unit * scale, f"max {largest / scale:.2e}"
     assert rms <= 2 * unit * scale, f"rms {rms / scale:.2e}"
+
+
+# --- all of it
+
+TAPES = ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled")
+DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    "E": (4, 8, 60, 64, 128, 256, 512, *((16, 72, 160, 384) if WHOLE else ())),
+    "K": (1, 2, 3, 4, 6, 8, 10),
+    "T": (0, 1, 7, 17, 256, 371, 1023, *((2, 64, 200, 512, 2048) if WHOLE else ())),
+    "skew": ("uniform", "zipf", "one-hot"),
+    "launches": (1, 2, 3, None),
+    "ids": (torch.int64, torch.int32),
+    "weights": ("float32 as float16", "float16", "bfloat16", "none"),
+    "tape": (*TAPES, "none"),
+    "invalid_ids": (False, True),  # ids of no expert
+}
+
+
+def drawn_cases(n: int) -> Iterator[Case]:
+    """Of all values of the dimensions. A router chooses at most its E experts, and one program
+    takes at most 2048 slots."""
+    rng = np.random.default_rng(0)
+    while n:
+        of = {name: values[rng.integers(len(values))] for name, values in DIMENSIONS.items()}
+        if of["K"] <= of["E"] and not (of["launches"] == 1 and of["T"] * of["K"] > 2048):
+            n -= 1
+            yield Case(**of)
+
+
+def small_cases() -> Iterator[Case]:
+    """A few fast cases that together detect every mutation, the fastest first."""
+    base = {"skew": "uniform", "ids": torch.int64, "invalid_ids": True}
+    sizes = [((7, 8, 2), TAPES), ((130, 60, 4), TAPES[1::2]), ((100, 256, 8), TAPES[2::2])]
+    shapes = [(*size, *of) for size, tapes in sizes for of in itertools.product(tapes, (1, 2, 3))]
+    shapes += [(400, 64, 8, "across pages", launches) for launches in (2, 3)]
+    for T, E, K, tape, launches in shapes:
+        of = {"launches": launches, "tape": tape, "weights": "float32 as float16"}
+        yield Case(E=E, K=K, T=T, **of, **base)
+
+
+def check_kernel_and_twin(case: Case) -> None:
+    """The kernels in Triton's interpreter and their torch twins, in all that a case is about."""
+    on_triton = functools.partial(kernels.dispatch_triton, launches=case.launches, block=case.block)
+    check_dispatch(case, on_triton)
+    check_dispatch(case, kernels.dispatch_torch)
+    if case.launches in (2, 3):  # of a dispatch alone
+        return
+    for record in (kernels.record_triton, kernels.record_torch, kernels.record_on_device):
+        check_record(case, record)
+    for skew in {case.skew, "zipf"} if case.T else ():
+        check_rows(replace(case, skew=skew), rows.keep_triton, rows.take_triton)
+        check_rows(replace(case, skew=skew), rows.keep_torch, rows.take_torch)
+    # of combine more tokens show nothing new, but for as many as the first program can record
+    full = kernels.RECORD_BLOCK - 4 <= case.T * case.K <= kernels.RECORD_BLOCK
+    if case.given is None or case.T == 0 or (case.T > 130 and not full):
+        return
+    check_weighted_sum(case)
+    for grouped in (False,) if full else (True, False):
+        # half of the cases measure their rows, too
+        kind = grouped, 40, case.given, torch.float32
+        check_combine(case, kernels.combine_triton, *kind, bool(case.T % 2))
+        if case.T * case.K <= kernels.RECORD_BLOCK:
+            check_combine(case, kernels.combine_torch, *kind, True)
+
+
+def check_weighted_sum(case: Case) -> None:
+    """Torch's sum is bit-identical to transformers' steps."""
+    ids, weights = choice(case)
+    assert weights is not None
+    generator = torch.Generator().manual_seed(1)
+    y_SH = torch.randn(case.T * case.K, 40, generator=generator).to(weights.dtype)
+    grouped = kernels.dispatch_torch(ids, None, case.E)
+    sorted_weights = weights.reshape(-1)[grouped.permutation.long()].unsqueeze(-1)
+    want = (y_SH * sorted_weights)[grouped.inverse.long()].view(case.T, case.K, 40).sum(1)
+    assert torch.equal(kernels.weighted_sum(y_SH, weights, grouped.inverse), want)
+    slots = y_SH.double()[grouped.inverse.long()].view(case.T, case.K, 40)
+    check_norms(kernels.norms_torch(y_SH, case.K, grouped.inverse), slots)
