@@ -163,35 +163,8 @@ def test_traces_of_them_are_merged_with_their_documents(pair: tuple[Trace, Trace
         moe_inspect.merge([other, by_domains(pair[0].path.parent)], tmp_path / "n")
 
 
-def tasted(seed: int, L: int = 2, moved: int = 0) -> list[np.ndarray]:
-    """Each document has tastes of its own; in layer 1 so many of its tokens take expert 5."""
-    taste_LSE = np.random.default_rng(9).normal(0, 2, (L, S, E)).repeat(EACH, axis=1)
-    keys_LTE = taste_LSE + np.random.default_rng(seed).gumbel(size=taste_LSE.shape)
-    keys_LTE[1, np.arange(S * EACH) % EACH < moved, 5] = 99
-    return list(np.argsort(-keys_LTE, axis=-1)[..., :K].astype(np.uint16))
-
-
-def shift_of(a: Trace, b: Trace) -> tuple[Any, pd.DataFrame]:
-    made: Any = moe_inspect.compare(a, b)
-    (said,) = (found for found in made.verdict() if found.kind == "load_shift")
-    return said, made.tables["load_shift"]
-
-
-def test_a_load_that_documents_do_not_explain_is_named(tmp_path: Path):
-    """The floor takes into account how alike the tokens of a document are."""
-    L = 12
-    a = counts(tmp_path / "a", tasted(0, L))
-    said, _ = shift_of(a, counts(tmp_path / "same", tasted(1, L)))
-    assert (said.severity, said.values["routers"]) == ("good", 0)
-    assert "No load differs by more than chance:" in said.text
-    said, _ = shift_of(a, counts(tmp_path / "moved", tasted(1, L, 25)))
-    assert (said.severity, said.layer, said.values["expert"]) == ("warning", 1, 5)
-    assert "The load of 1 of 12 routers differs by more than chance: up to" in said.text
-    assert shift_of(a, a)[0].text == "Each expert has the same share of the load in A and B."
-
-
 def test_excerpts_begin_with_the_highest(tmp_path: Path):
-    a, b = (counts(tmp_path / str(seed), tasted(seed, 6)) for seed in range(2))
+    a, b = (counts(tmp_path / str(seed), drawn(seed, 6)) for seed in range(2))
     compared: Any = moe_inspect.compare(a, b)
     for made, name, column in (
         (compared, "load_shift", "load_shift"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -80,6 +81,7 @@ def written(kind: Kind) -> Path:
     norms = [rng.integers(1, 256, ids.shape).astype(np.float32) for ids, *_ in choices]
     extras = {"logits": [of for *_, of in choices], "norms": norms}
     extras = {name: of for name, of in extras.items() if options[name]}
+    fed = Counter(document[step == 0].tolist())  # of each document, its prompts
     with TraceWriter(root, {"model": {"id": "made"}, "capture": capture}, routers, **options) as to:
         for batch in range(1 + numbers[-1]):
             [at] = np.nonzero(numbers == batch)
@@ -90,7 +92,7 @@ def written(kind: Kind) -> Path:
                 labels,
                 [ids[at] for ids, *_ in choices],
                 [weights[at] for _, weights, _ in choices] if kind.weights else None,
-                [Document(d, labels[d % kind.domains], "made", kind.lengths[d]) for d in new],
+                [Document(d, labels[d % kind.domains], "made", fed[d]) for d in new],
                 phase="decode" if step[at[0]] else "prefill",
                 extras={name: [a[at] for a in of] for name, of in extras.items()},
             )
