@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -477,12 +476,10 @@ def test_token_ids_beyond_the_budget_are_left_out_and_said(
     trace = made(tmp_path / "t", token_id=np.arange(T) % 90)
     all_ids = report(trace).tables["specialization"]
     assert not any("most frequent" in note for note in report(trace).notes())
-    monkeypatch.setattr(token_ids, "CELLS", 30 * 3 * 17)
+    monkeypatch.setattr(token_ids, "CELLS", 64 * 8)
     few = report(trace, top=10**6)
-    assert any("the 30 most frequent token ids" in note for note in few.notes())
+    assert any("the 10 most frequent token ids" in note for note in few.notes())
     fewer, given_bits = few.tables["specialization"], "domain_mi_given_token_bits"
     assert (fewer[given_bits] != all_ids[given_bits]).all()
-    pd.testing.assert_series_equal(fewer["token_mi_bits"], all_ids["token_mi_bits"])
-    monkeypatch.setattr(token_ids, "CELLS", 64 * 8)
     for top, listed in ((10**6, 64), (0, 90)):  # all are listed if that is asked for
         assert report(trace, top=top).tables["vocabulary"]["token_id"].nunique() == listed
