@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import moe_inspect
 from benchmarks.calibration_of_findings import claims
 from benchmarks.coverage_of_intervals import coverage
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.report import report
 from tests.support.chance import REGIMES, drawn
-from tests.support.synthetic import uniform_ids
+from tests.support.generated import Kind, written
+from tests.support.synthetic import uniform_ids, write_counts
+from tests.test_oracles_report import World, design_effect, floors_of, share
 
 E = 8
 
@@ -33,10 +36,10 @@ def test_many_units_are_judged_as_few():
 
 def test_one_shuffle_has_the_variance_of_independent_tokens():
     """As of long traces. Shuffled within their documents, tokens keep what these have in common."""
-    for share, null in ((0.32, 0.3), (0.3, 0.3)):
+    for value, null in ((0.32, 0.3), (0.3, 0.3)):
         error = np.sqrt(2 * null * (1 - null) / 5_000)
-        expected = stats.t.sf((share - null) / error, 5_000)
-        assert chance.shuffled_p(share, [null], 5_000) == pytest.approx(expected)
+        expected = stats.t.sf((value - null) / error, 5_000)
+        assert chance.shuffled_p(value, [null], 5_000) == pytest.approx(expected)
     document_T = np.repeat([4, 7, 4], [30, 40, 30])
     order_T = chance.shuffled_within(document_T, np.random.default_rng(0))
     assert sorted(order_T.tolist()) == list(range(100)) != order_T.tolist()
@@ -126,3 +129,21 @@ def test_floors_between_simulated_sizes():
     sizes = np.array([1, 100, 300, 1_500])
     between = unc.noise_of(sizes, 64, 8)[0]
     assert between == pytest.approx([unc.noise_floor(int(T), 64, 8) for T in sizes], rel=0.05)
+
+
+def test_an_interval_of_nothing_is_unknown():
+    assert np.isnan(unc.interval(np.full(3, np.nan))).all()
+
+
+def test_the_floors_of_two_loads_pool_them(tmp_path: Path) -> None:
+    w = World(written(Kind(lengths=(19, 31, 9, 44, 27, 61, 12, 35, 22), empty=0.1)))
+    loads = [2 * np.roll(np.arange(40, 48), layer)[None] for layer in range(5)]
+    counted = write_counts(tmp_path / "c", loads, 2, ["domain 0"])
+    table = moe_inspect.compare(w.root, counted).tables["load_shift"]
+    for r in w.routers:
+        load_2E, effect = np.stack([r.load, loads[r.layer][0]]), max(1, design_effect(w, r))
+        [floor] = floors_of(share(load_2E.sum(0)), load_2E.sum(1) / r.k, r.k, effect)
+        found = table.loc[r.index, ["load_shift_floor", "jsd_bits_floor"]]
+        assert found.tolist() == pytest.approx(floor)
+        shift = np.abs(np.diff(share(load_2E), axis=0)).sum() / 2
+        assert table["load_shift"][r.index] == pytest.approx(shift)

@@ -207,27 +207,6 @@ def test_of_counts_what_is_unknown_is_said_once_and_nothing_is_recommended(tmp_p
     assert "chance" not in judged.verdict[-2]
 
 
-def test_each_trace_weighs_the_same_however_long_unless_weights_say_otherwise(tmp_path: Path):
-    """By hand: 4 experts on 2 GPUs, EPLB on the mean of the shares."""
-    a = write_counts(tmp_path / "a", [np.array([[4000, 0, 0, 4000]])], 1)
-    b = write_counts(tmp_path / "b", [np.array([[5, 3, 0, 0]])], 1)
-    plans = {}
-    for weights in (None, [1, 100], [100, 1]):
-        made = simulate_placement(a, b, gpus=2, policies=["eplb"], fit_weights=weights)
-        slots = made.tables["plan"]["expert"].tolist()
-        plans[str(weights)] = {frozenset(slots[:2]), frozenset(slots[2:])}
-    # mean shares .5625, .1875, 0, .25: the heaviest with the lightest
-    assert plans["None"] == {frozenset({0, 2}), frozenset({1, 3})}
-    assert plans["[100, 1]"] == {frozenset({0, 2}), frozenset({1, 3})}
-    assert on(made, "eplb") == [1.0, 1.25]
-    placed = made.tables["placement"].iloc[0]
-    assert placed["max_over_mean"] == pytest.approx((100 * 1.0 + 1.25) / 101)
-    made = simulate_placement(a, b, gpus=2, policies=["eplb"])
-    assert made.tables["placement"]["max_over_mean"][0] == pytest.approx(1.125)
-    assert made.tables["windows"]["workload"].tolist() == ["a", "b"]
-    assert made.tables["windows"]["tokens"].tolist() == [8000, 8]
-
-
 def test_a_plan_for_several_is_better_than_one_of_their_mean(tmp_path: Path):
     """Experts 0 and 2 are busy in one, 1 and 3 in the other; their mean is even."""
     a = write_counts(tmp_path / "a", [np.array([[40, 10, 40, 10]])], 1)
@@ -259,19 +238,6 @@ def test_tokens_reach_gpus_in_the_traces_that_are_judged(tmp_path: Path):
         .isna()
         .all()
     )
-
-
-def test_judged_domains_are_those_that_the_plan_is_not_fitted_on(tmp_path: Path):
-    trace = written(tmp_path / "t", np.stack([UPHILL, UPHILL[::-1], np.roll(UPHILL, 3)]), 10)
-    made = simulate_placement(trace, fit_domains=["c", "a"], policies=["eplb"], **EIGHT)
-    table = made.tables["judged"][["workload", "part"]].values.tolist()
-    assert table == [["a", "fit"], ["c", "fit"], ["b", "judged"]]
-    whole = simulate_placement(trace, domains="b", fit_share=1.0, policies=["contiguous"], **EIGHT)
-    part = simulate_placement(trace, fit_domains=["c", "a"], policies=["contiguous"], **EIGHT)
-    columns = ["max_over_mean", "ranks_per_token"]
-    of_both = [made.tables["placement"][columns].to_numpy() for made in (whole, part)]
-    assert of_both[0] == pytest.approx(of_both[1])
-    assert part.charts()[0][0].panels[1].y.labels == ("a (fitted on)", "c (fitted on)", "b")
 
 
 def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path: Path):
