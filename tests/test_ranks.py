@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.conftest import Cli
 from tests.support.damage import edit_manifest
 from tests.support.families import build
 from tests.support.ranks import Ranks
+from tests.support.sweep import WHOLE
 from tests.support.watched import waited
 from tests.test_training import history
 
@@ -41,24 +43,45 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> moe_inspect.Trace:
     return moe_inspect.trace_model("demo", tmp_path_factory.mktemp("alone") / "t", batch_tokens=500)
 
 
-def test_two_ranks_write_the_rows_of_one(alone: moe_inspect.Trace, tmp_path: Path) -> None:
+def by_torchrun(path: Path) -> None:
     run = "-m torch.distributed.run --nproc-per-node 2 --standalone -m moe_inspect trace demo -o t"
     command = [sys.executable, *run.split(), "--batch-tokens", "500"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("9,254 tokens × 4 routers") == 1  # one of them speaks
-    trace = moe_inspect.open_trace(tmp_path / "t")
+
+
+def by_itself(path: Path) -> None:
+    run = traced(path, 2, "--batch-tokens", "500")
+    assert run.wait() == [0, 0], run.errors
+    assert run.errors.count("9,254 tokens × 4 routers") == 1
+
+
+@pytest.mark.parametrize("start", [by_itself, by_torchrun] if WHOLE else [by_itself])
+def test_two_ranks_write_the_rows_of_one(
+    start: Callable[[Path], None], alone: moe_inspect.Trace, tmp_path: Path
+) -> None:
+    """Also when one of them lacks what it wrote, and it is resumed."""
+    start(tmp_path)
+    check_equal(tmp_path / "t", alone)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens().token
+    assert tokens.is_unique
+    assert (tokens >= 2**40).any()
+    (tmp_path / "t" / "shards-1.jsonl").write_text("")
+    nothing = {"tokens": 0, "decisions": 0, "dropped": 0}
+    edit_manifest(tmp_path / "t", status="interrupted", counts=nothing)
+    assert traced(tmp_path, 2, "--batch-tokens", "500", "--resume").wait() == [0, 0]
+    check_equal(tmp_path / "t", alone)
+
+
+def check_equal(path: Path, alone: moe_inspect.Trace) -> None:
+    trace = moe_inspect.open_trace(path)
     assert trace.status == "complete"
     assert trace.manifest["counts"] == alone.manifest["counts"]
     assert rows(trace).equals(rows(alone))
     a, b = (t.documents().set_index("document").sort_index() for t in (trace, alone))
     assert a.equals(b)
-    tokens = trace.tokens().token
-    assert tokens.is_unique
-    assert (tokens >= 2**40).any()
-    balance = [moe_inspect.report(t).tables["balance"] for t in (trace, alone)]
-    pd.testing.assert_frame_equal(*balance, rtol=1e-6)
 
 
 def test_more_ranks_than_batches(tmp_path: Path) -> None:
@@ -70,7 +93,7 @@ def test_more_ranks_than_batches(tmp_path: Path) -> None:
 
 def test_killed_and_resumed_it_ends_with_the_same_rows(tmp_path: Path) -> None:
     slow, manifest = tmp_path / "long.txt", tmp_path / "t" / "trace.json"
-    slow.write_text("the quick brown fox jumps over the lazy dog and then some. " * 4000)
+    slow.write_text("the quick brown fox jumps over the lazy dog and then some. " * 2000)
     arguments = ("--batch-tokens", "500", "--data", f"a={slow}", "--max-length", "100")
     run = traced(tmp_path, 2, *arguments)
     waited(manifest.exists, most_s=120)
@@ -97,20 +120,6 @@ def test_all_end_where_the_first_refuses(tmp_path: Path) -> None:
     assert run.wait() == [1, 1]
     assert "there is something at t" in run.errors
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["mine.txt"]
-
-
-def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(
-    alone: moe_inspect.Trace, tmp_path: Path
-) -> None:
-    assert traced(tmp_path, 2, "--batch-tokens", "500").wait() == [0, 0]
-    (tmp_path / "t" / "shards-1.jsonl").write_text("")
-    nothing = {"tokens": 0, "decisions": 0, "dropped": 0}
-    edit_manifest(tmp_path / "t", status="interrupted", counts=nothing)
-    assert traced(tmp_path, 2, "--batch-tokens", "500", "--resume").wait() == [0, 0]
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    assert trace.status == "complete"
-    assert trace.manifest["counts"] == alone.manifest["counts"]
-    assert rows(trace).equals(rows(alone))
 
 
 def test_half_a_launcher_is_none(cli_here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +151,10 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("sharing", ["tp_size", "fsdp_size"], ids=["all-reduce", "all-to-all"])
+SHARING = ["tp_size", "fsdp_size"]  # by an all-reduce, and all to all
+
+
+@pytest.mark.parametrize("sharing", SHARING if WHOLE else SHARING[1:])
 def test_experts_of_other_ranks_are_recorded_by_their_global_ids(
     sharing: str, tmp_path: Path
 ) -> None:
@@ -169,7 +181,6 @@ LOOP = """
 import json, sys, torch
 import torch.distributed as dist
 from pathlib import Path
-from unittest.mock import patch
 from torch.nn.parallel import DistributedDataParallel
 from moe_inspect.training import RoutingMonitor
 from tests.test_training import batch
@@ -197,9 +208,9 @@ with RoutingMonitor(model, out / "h", log_steps=2) as monitor:
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        with torch.profiler.profile() as profile:
             logs.append(monitor.step())
-        reduced += all_reduce.call_count
+        reduced += sum(e.name == "c10d::allreduce_" for e in profile.events())
 facts = {"load": inner.load.tolist(), "logs": logs, "reduced": reduced}
 (out / f"rank-{rank}.json").write_text(json.dumps(facts))
 dist.destroy_process_group()
@@ -224,7 +235,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "trainer"])
+@pytest.mark.parametrize("kind", ["trainer", "fsdp", "ddp"] if WHOLE else ["trainer", "fsdp"])
 def test_two_ranks_log_and_write_the_sum(tmp_path: Path, kind: str) -> None:
     run = Ranks(tmp_path, 2, [tmp_path, kind], code=TRAINER if kind == "trainer" else LOOP)
     assert run.wait() == [0, 0], run.errors[-3000:]
