@@ -31,23 +31,16 @@ USUAL: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+SIZES = {"intermediate_size": 192, "moe_intermediate_size": 96}
 # name → (family, its config beside USUAL); an entry without a family is the bundled model
 MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "bundled Mixtral": (None, {}),
     "OLMoE": ("olmoe", {"num_hidden_layers": 4, "intermediate_size": 96, "num_key_value_heads": 4}),
     "Qwen3-MoE, layers 0 and 2 dense": (
         "qwen3_moe",
-        {
-            "num_hidden_layers": 5,
-            "intermediate_size": 192,
-            "moe_intermediate_size": 96,
-            "mlp_only_layers": [0, 2],
-        },
+        {"num_hidden_layers": 5, **SIZES, "mlp_only_layers": [0, 2]},
     ),
-    "Qwen3-MoE": (
-        "qwen3_moe",
-        {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
-    ),
+    "Qwen3-MoE": ("qwen3_moe", {"num_hidden_layers": 3, **SIZES}),
 }
 # for vLLM alone, with the rotary embedding in torch: vLLM's kernel for CPUs rotates queries wrongly
 # that come as [tokens, heads, size], as those of a DeepSeek do
@@ -55,9 +48,8 @@ DEEPSEEK: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DeepSeek-V2": (
         "deepseek_v2",
         {
+            **SIZES,
             "num_hidden_layers": 4,
-            "intermediate_size": 192,
-            "moe_intermediate_size": 96,
             "n_routed_experts": 16,
             "n_shared_experts": 1,
             "num_key_value_heads": 4,
@@ -78,12 +70,7 @@ CONVERTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "Qwen3-MoE, normalised": ("qwen3_moe", {**MODELS["Qwen3-MoE"][1], "norm_topk_prob": True}),
     "Qwen2-MoE": (
         "qwen2_moe",
-        {
-            "num_hidden_layers": 3,
-            "intermediate_size": 192,
-            "moe_intermediate_size": 96,
-            "shared_expert_intermediate_size": 192,
-        },
+        {"num_hidden_layers": 3, **SIZES, "shared_expert_intermediate_size": 192},
     ),
     "gpt-oss": (
         "gpt_oss",

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.capture.engine.control import tell
+from tests.real_engines import test_inside_vllm as inside_vllm
 from tests.real_engines.load import prompts
 from tests.real_engines.models import MODELS, OTHERWISE, save
 from tests.real_engines.server import ENGINES, LATENT, WITH_KERNELS, running
@@ -42,6 +43,7 @@ OPTIONS = ["--attention-backend", "torch_native", "--sampling-backend", "pytorch
 OPTIONS += ["--max-total-tokens", "20000", "--chunked-prefill-size", "128", "--dtype", "float32"]
 OPTIONS += ["--max-running-requests", "8", "--skip-server-warmup"]
 ONE_BY_ONE = "--disable-overlap-schedule"
+recorded = partial(inside_vllm.recorded, engine="sglang")
 
 
 @contextmanager
@@ -109,9 +111,7 @@ def test_replicas(tmp_path: Path, record_property: Property) -> None:
     assert trace.replicas().expert.tolist() == [expert for of in maps for expert in of]
     rows = trace.routing(layers=1)
     assert set(rows.physical_0[rows.expert_0 == 3]) == {E - 1 - 3, E + 1}
-    tokens, equal, total = compared([path], asked, model)
-    row = f"| SGLang {version('sglang')} | Qwen3-MoE | replicas of experts"
-    record_property("plugin-sglang", f"{row} | {tokens:,} | {equal:,} of {total:,} |")
+    recorded(record_property, "Qwen3-MoE", "replicas of experts", compared([path], asked, model))
 
 
 NAMES = [n for n in MODELS if ("sglang", n) not in OTHERWISE]
@@ -151,11 +151,8 @@ def test_every_decision(
     assert any(one.cached for one in asked), "nothing was cached"
     (path,) = closed_in(tmp_path)
     assert moe_inspect.open_trace(path).n_decisions == made
-    tokens, equal, total = compared([path], asked, model)
-    engine = f"SGLang {version('sglang')}"
     run = "off and on" if options else "off and on, overlap schedule"
-    row = f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |"
-    record_property("plugin-sglang", row)
+    recorded(record_property, name, run, compared([path], asked, model))
 
 
 def test_what_is_retracted_and_several_answers_to_a_prompt(
@@ -176,9 +173,8 @@ def test_what_is_retracted_and_several_answers_to_a_prompt(
     unasked = [name for name in trace.documents().source if name not in names]
     asked += [Asked(name, p, [], None) for name, p in zip(unasked, several, strict=True)]
     asked = [replace(one, cached=None) for one in asked]
-    tokens, equal, total = compared([path], asked, model)
-    row = f"| SGLang {version('sglang')} | bundled Mixtral | retracted, two answers to a prompt"
-    record_property("plugin-sglang", f"{row} | {tokens:,} | {equal:,} of {total:,} |")
+    run = "retracted, two answers to a prompt"
+    recorded(record_property, "bundled Mixtral", run, compared([path], asked, model))
 
 
 def first_layers(model: Path, place: Path) -> Path:
@@ -218,9 +214,7 @@ def test_rejected_drafts_are_absent(
     assert trace.n_decisions < state["decisions"], "no draft was rejected"
     decoded = trace.tokens().query("phase == 'decode'")
     assert decoded.duplicated(["batch", "document"]).any(), "no draft was accepted"
-    tokens, equal, total = compared([path], asked, model)
-    row = f"| SGLang {version('sglang')} | {name} | {run} |"
-    record_property("plugin-sglang", f"{row} {tokens:,} | {equal:,} of {total:,} |")
+    recorded(record_property, name, run, compared([path], asked, model))
 
 
 def test_both_engines_behind_a_server(
@@ -235,9 +229,8 @@ def test_both_engines_behind_a_server(
         assert all(state["on"] for state in tell(url, "on"))
         traces_in(tmp_path, 2)
     moe_inspect.merge(closed_in(tmp_path, 2), tmp_path / "merged" / "all")
-    tokens, equal, total = compared([tmp_path / "merged" / "all"], asked, model)
-    row = f"| SGLang {version('sglang')} | bundled Mixtral | two engines behind a server, merged |"
-    record_property("plugin-sglang", f"{row} {tokens:,} | {equal:,} of {total:,} |")
+    numbers = compared([tmp_path / "merged" / "all"], asked, model)
+    recorded(record_property, "bundled Mixtral", "two engines behind a server, merged", numbers)
 
 
 def test_a_request_that_is_aborted_has_what_was_computed(tmp_path: Path) -> None:

@@ -193,10 +193,12 @@ def closed_in(place: Path, n: int = 1) -> list[Path]:
     return found
 
 
-def recorded(record: Property, name: str, run: str, numbers: tuple[int, int, int]) -> None:
+def recorded(
+    record: Property, name: str, run: str, numbers: tuple[int, int, int], engine: str = "vllm"
+) -> None:
     tokens, equal, total = numbers
-    engine = f"vLLM {version('vllm')}"
-    record("plugin", f"| {engine} | {name} | {run} | {tokens:,} | {equal:,} of {total:,} |")
+    row = f"| {ENGINES[engine].name} {version(engine)} | {name} | {run} | {tokens:,} | "
+    record("plugin" if engine == "vllm" else f"plugin-{engine}", f"{row}{equal:,} of {total:,} |")
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
@@ -236,37 +238,30 @@ def test_what_the_engine_returns(name: str, tmp_path: Path, record_property: Pro
     recorded(record_property, name, "as vLLM itself returns them", numbers)
 
 
-@pytest.mark.parametrize("runner", ["V1", "V2"])
-def test_what_is_computed_again_is_a_sequence_of_its_own(
-    runner: str, tmp_path: Path, record_property: Property
-) -> None:
-    model = save("bundled Mixtral", tmp_path / "model")
-    asked = generated(tmp_path, model, runner, 150, {"num_gpu_blocks_override": 14})
-    (path,) = closed_in(tmp_path)
-    tokens = moe_inspect.open_trace(path).tokens()
-    assert tokens.duplicated(["document", "position"]).any(), "nothing was preempted"
-    numbers = compared([path], asked, model)
-    recorded(record_property, "bundled Mixtral", f"runner {runner}, preempted", numbers)
+# model runner, tokens to generate, arguments of the engine, whether a token ends answers
+PREEMPTS, SPECULATES = {"num_gpu_blocks_override": 14}, {"speculative_config": NGRAM}
+RUNS: dict[str, tuple[str, int, dict[str, Any], bool]] = {
+    "runner V1, preempted": ("V1", 150, PREEMPTS, False),
+    "runner V2, preempted": ("V2", 150, PREEMPTS, False),
+    "runner V1, answers that a token ends": ("V1", 16, {}, True),
+    "runner V1, n-gram speculation": ("V1", 60, SPECULATES, False),
+    "runner V2, n-gram speculation": ("V2", 60, SPECULATES, False),
+}
 
 
-def test_answers_that_a_token_ends(tmp_path: Path, record_property: Property) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_every_decision_of_odd_runs(run: str, tmp_path: Path, record_property: Property) -> None:
+    """What is computed again is a sequence of its own; rejected drafts are absent."""
+    runner, generate, engine, stop = RUNS[run]
     model = save("bundled Mixtral", tmp_path / "model")
-    asked = generated(tmp_path, model, "V1", stop=True)
+    asked = generated(tmp_path, model, runner, generate, engine, stop)
     ended = [len(one.answer) for one in asked if one.stopped]
-    assert len(ended) == len(asked) / 2
-    assert max(ended) <= 5
+    assert len(ended) == stop * len(asked) / 2
+    assert max(ended, default=0) <= 5
     (path,) = closed_in(tmp_path)
-    numbers = compared([path], asked, model)
-    recorded(record_property, "bundled Mixtral", "runner V1, answers that a token ends", numbers)
-
-
-@pytest.mark.parametrize("runner", ["V1", "V2"])
-def test_rejected_drafts_are_absent(runner: str, tmp_path: Path, record_property: Property) -> None:
-    model = save("bundled Mixtral", tmp_path / "model")
-    asked = generated(tmp_path, model, runner, 60, {"speculative_config": NGRAM})
-    (path,) = closed_in(tmp_path)
-    numbers = compared([path], asked, model)
-    recorded(record_property, "bundled Mixtral", f"runner {runner}, n-gram speculation", numbers)
+    again = moe_inspect.open_trace(path).tokens().duplicated(["document", "position"])
+    assert again.any() or engine is not PREEMPTS, "nothing was preempted"
+    recorded(record_property, "bundled Mixtral", run, compared([path], asked, model))
 
 
 EPLB = {
