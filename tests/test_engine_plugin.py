@@ -142,7 +142,7 @@ RUNS = [(way, code) for code in ("torch", "triton") for way in WAYS]
 
 
 @pytest.mark.parametrize("seed", range(1, 7) if WHOLE else [1])
-@pytest.mark.parametrize(("way", "code"), RUNS if WHOLE else [*RUNS[:11], *RUNS[11::3]])
+@pytest.mark.parametrize(("way", "code"), RUNS if WHOLE else [*RUNS[:11], *RUNS[12::3]])
 def test_a_trace_holds_what_the_schedule_computed(
     way: str, code: str, seed: int, start: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
@@ -185,7 +185,7 @@ def test_a_trace_holds_what_the_schedule_computed(
     link.take()
     state = tell("status")
     assert (state["error"], state["queued_bytes"], state["steps"]) == (None, 0, engine.steps)
-    assert bool(dropped) == ("QUEUE_MB" in how)
+    assert bool(dropped) == ("QUEUE_MB" in how and code == "torch")
     engine.rows = [row for row in engine.rows if row["batch"] not in dropped]
     trace, expected = written(engine), engine.expected()
     if "SAMPLE" in how:
@@ -635,14 +635,14 @@ def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
     recorder, buffer = engine.recorder, engine.recorder.rows
     other = start(VllmV2)
 
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def router(logits_NE: torch.Tensor) -> torch.Tensor:
+    def routes(logits_NE: torch.Tensor) -> torch.Tensor:
         weights, ids = logits_NE.softmax(1).topk(K)
         buffer.keep(0, ids, weights, logits_NE)
         return weights.sum(1)
 
-    buffer.compiled = True
-    router(torch.randn(5, E))
+    router, buffer.compiled = torch.compile(routes, backend="aot_eager", fullgraph=True), True
+    for run in (routes, router):
+        run(torch.randn(5, E))
     engine.step(span("a", 0, 10))
     assert recorder.error is None
     for position in (10, 11, 12):

@@ -178,7 +178,11 @@ def test_the_process_that_writes(
     folder, runs = tmp_path / "prometheus", tmp_path / "runs"
     folder.mkdir()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
-    engine = Vllm(monkeypatch, tmp_path, replicas=2, drafts=2, METRICS=1, QUEUE_MB=1.5, T=20_000)
+    how: dict[str, Any] = {"replicas": 2, "drafts": 2, "placement": "linear", "T": 20_000}
+    engine = Vllm(monkeypatch, tmp_path, METRICS=1, QUEUE_MB=1.5, **how)
+    engine.step(span("too large", 0, 19_000))
+    assert engine.recorder.dropped == 19_000 * L
+    engine.rows = []
     window = "moe_inspect_window_tokens", "0"
 
     def served(name: str, n: int) -> Trace:
@@ -186,7 +190,7 @@ def test_the_process_that_writes(
             engine.map_LP = engine.spread(2)
             engine.serve(2, seed=seed, name=f"{name}{seed}-")
             waited(lambda: engine.command("status")["queued_bytes"] == 0)
-        assert engine.recorder.dropped == 0 or n == 2
+        assert engine.recorder.dropped == 19_000 * L * n
         return waited(has(runs, len(engine.rows), n=n))
 
     first = served("a", 1)
@@ -210,13 +214,12 @@ def test_the_process_that_writes(
     state = engine.command("status")
     assert not state["on"]
     assert state["error"].startswith("the process that writes has ended")
-    assert (state["decisions"], state["dropped"]) == (made, 0)
+    assert (state["decisions"], state["dropped"]) == (made, 19_000 * L)
     check(recorded(Path(first.path)), engine.expected())
     assert fine(Path(first.path), "interrupted").manifest["model"]["class"] == "MixtralForCausalLM"
     assert engine.command("on")["on"]
     engine.rows = []
     engine.step(span("too large", 0, 19_000))
-    assert engine.recorder.dropped == 19_000 * L
     engine.rows = []
     second = served("b", 2)
     session = WatchSession(runs, WatchOptions())
@@ -230,7 +233,36 @@ def test_the_process_that_writes(
     assert counted[tokens] * L * K == engine.load_LE.sum()
     layers = [v for (name, *_), v in counted.items() if name == "moe_inspect_assignments_total"]
     assert layers == engine.load_LE.sum(1).tolist()
+    gpus = [v for (name, *_), v in counted.items() if name == "moe_inspect_gpu_assignments_total"]
+    assert sum(gpus) == pytest.approx(engine.load_LE.sum())
     waited(lambda: session.update() or session.is_over)
+
+
+def test_of_an_engine_that_only_counts_the_gauges_go_with_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    engine, window = Vllm(monkeypatch, tmp_path, TRACE=None, METRICS=1), "moe_inspect_window_tokens"
+    engine.step(span("a", 0, 10))
+    waited(lambda: metrics_in(tmp_path).get((window, "0")) == 10)
+    (gauges,) = tmp_path.glob("gauge_*")
+    os.kill(int(gauges.stem.rpartition("_")[2]), signal.SIGKILL)
+    waited(lambda: engine.recorder.link.error)
+    found = metrics_in(tmp_path)
+    assert (window, "0") not in found
+    assert found["moe_inspect_tokens_total", "0"] == 10
+
+
+def test_a_writer_that_cannot_be_started_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
+    engine = Vllm(monkeypatch, tmp_path)
+    waited(lambda: engine.recorder.link.error)
+    engine.step(span("a", 0, 10))
+    state = engine.command("status")
+    assert (state["on"], state["decisions"]) == (False, 0)
+    assert "recording has failed: FileNotFoundError" in state["error"]
 
 
 FAULTS = {
@@ -241,7 +273,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", sample(FAULTS, 2))
+@pytest.mark.parametrize("fault", sample(FAULTS, 4))
 def test_a_fault_of_the_writer_ends_the_recording_and_is_told(
     fault: str,
     tmp_path: Path,

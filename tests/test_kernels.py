@@ -47,7 +47,13 @@ LARGE = [
         for block in (256, 512, 1024)
     ),
 ]
-CASES = [*small_cases(), *drawn_cases(150 if WHOLE else 12), *(LARGE if WHOLE else LARGE[2:5:2])]
+NONE = Case(8, 2, 0, "uniform", None, torch.int64, "bfloat16", "across pages", False)  # no tokens
+CASES = [
+    *small_cases(),
+    NONE,
+    *drawn_cases(150 if WHOLE else 12),
+    *(LARGE if WHOLE else LARGE[2:5:2]),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -563,6 +563,7 @@ class Sglang(Engine):
                 rows = torch.from_numpy(of.accepted)
                 accepted[n, : len(rows)] = rows + n * (self.drafts + 1)
             self.call("eagle_sample", lambda: (None, None, accepted))
+            self.call("eagle_sample", lambda: (None, None, accepted[:0]))  # of no request
         self.call("process_batch_result", lambda *_: None, None, batch)
 
     def do(self, what: str, value: str) -> dict[str, Any]:
