@@ -25,6 +25,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router, parse_layers
+from tests.support.damage import edit_manifest
+from tests.support.generated import Kind, decisions, written
 from tests.support.sweep import WHOLE
 from tests.support.synthetic import (
     a_pass,
@@ -358,6 +360,16 @@ def test_a_token_id_that_comes_up_more_often_than_a_narrow_row_holds(tmp_path: P
     np.testing.assert_allclose(of.expected.assignments_UE, of.expected.expected_UE)
 
 
+def test_weights_and_first_choices_are_summed_by_domain():
+    root = written(Kind(empty=0.2))
+    counts, rows = counted(Trace(root), {"load"}), decisions(root).query("routed")
+    for r, of in counts.of.items():
+        mine = rows[rows["router"] == r].groupby(["domain", "expert"])
+        for found, column in ((of.weight_sum_DE, "weight"), (of.first_choice_DE, "first")):
+            expected = mine[column].sum().unstack(fill_value=0)
+            np.testing.assert_allclose(found[:, expected.columns], expected.to_numpy(float))
+
+
 # --- what is selected, and what a trace lacks
 
 
@@ -462,6 +474,10 @@ def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
             asked()
     one = report(found.trace, domains="code").tables["balance"]
     assert one["assignments"].tolist() == [80, 80]
+    assert found.tables["load"]["first_choice"].sum() == 160
+    listed = [{**of, "slot_order": "unknown"} for of in found.trace.manifest["routers"]]
+    edit_manifest(found.trace.path, routers=listed)
+    assert report(found.trace.path).tables["load"]["first_choice"].isna().all()
 
 
 def test_memory_does_not_grow_with_documents(tmp_path: Path):

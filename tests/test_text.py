@@ -85,8 +85,13 @@ def test_documents_and_experts_have_all_their_routes() -> None:
     assert listed["weight"].is_monotonic_decreasing
     assert listed["weight"].to_numpy() == pytest.approx(expected["weight"].loc[listed["token"]])
     assert listed["slot"].tolist() == expected["slot"].loc[listed["token"]].tolist()
-    texts = {n: trace.text(n) for n in listed["document"].unique()}
-    assert all(of.left + of.text + of.right in texts[of.document] for of in listed.itertuples())
+    for number, of in listed.groupby("document"):
+        text = trace.document(int(number)).query("router == 0")["text"].tolist()
+        for row in of.itertuples():
+            at = row.position
+            first = max(n for n in range(at + 1) if text[n])  # of a character of several tokens
+            around = text[max(0, at - 4) : first], text[first], text[at + 1 : at + 5]
+            assert [row.left, row.text, row.right] == ["".join(part) for part in around]
     assert trace.tokens_of(2, 5, top=7)["token"].tolist() == listed["token"].iloc[:7].tolist()
 
 
