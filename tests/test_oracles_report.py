@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -898,6 +898,12 @@ SELECTED: list[tuple[str, dict[str, Any]]] = [
 def test_a_table_of_a_selection_is_of_its_tokens(name: str) -> None:
     for kind, selected in SELECTED:
         agrees(name, world(ODD[kind], 0, **selected))
+
+
+def test_of_drops_those_count_whose_expert_is_named() -> None:
+    some = replace(ODD["dropped slots"], unnamed=0.4)
+    for name in ("balance", "load"):
+        agrees(name, world(some))
 
 
 def test_a_domain_alone_is_compared_with_all() -> None:

@@ -40,6 +40,7 @@ class Kind:
     domains: int = 2
     empty: float = 0.0  # share of the slots that routed nowhere
     dropped: bool = False  # by capacity: the trace names the experts that dropped them
+    unnamed: float = 0.0  # but for this share of them
     weights: bool = True
     ordered: bool = True  # without weights: whether slot 0 is the first choice
     logits: bool = False
@@ -109,6 +110,8 @@ def _choices(
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     lost = np.sort(rng.random(ids.shape) < kind.empty, axis=1)  # the last slots of a token
     nowhere = ids + E if kind.dropped else np.iinfo(np.uint16).max
+    if kind.unnamed:
+        nowhere = np.where(rng.random(ids.shape) < kind.unnamed, np.iinfo(np.uint16).max, nowhere)
     weights = np.sort(rng.integers(1, 64, ids.shape) / 64, axis=1)[:, ::-1]
     weights = np.where(lost, 0, weights).astype(np.float32)
     return np.where(lost, nowhere, ids).astype(np.uint16), weights, logits
