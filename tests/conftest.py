@@ -273,11 +273,11 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Put:
 
 
 @pytest.fixture
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever other tests have compiled in this process: no pass would be kept on a CPU."""
-    from moe_inspect.capture.hook import attach
+def nothing_is_compiled() -> None:
+    """Forgets what other tests have compiled in this process: no pass would be kept on a CPU."""
+    from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(attach, "has_compiled", lambda: False)
+    counters.clear()
 
 
 @pytest.fixture

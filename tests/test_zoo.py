@@ -18,24 +18,32 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import Site
 from tests.conftest import ROOT
 from tests.support import zoo
-from tests.support.sweep import sample
+from tests.support.sweep import WHOLE, sample
 from tests.test_cli_trace import save_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_compiled")]
 
 BUILT = [f for f in zoo.FAMILIES if f not in zoo.WHY_NOT]
 LENGTHS = [9, 5, 12]
-# what these do with the router's choice cannot be told from outside by disturbing an expert
-UNDISTURBED = {
-    "doge": "an expert is a row of an embedding: see below",
-    "inkling2_loop": "a layer disturbed in its first run routes otherwise in its second: see below",
-}
+# Families whose code differs from all others' (two routers a layer, whose output is sorted by
+# expert; identity experts; tokens that skip experts; router and experts in one function; experts
+# that run whatever the router chooses; two stacks; hashed ids; layers that run twice; no
+# interface): of the many that do not, `make test` runs three.
+ODD = {"jetmoe", "longcat_flash", "zaya", "doge", "nllb_moe", "switch_transformers", "deepseek_v4"}
+ODD |= {"inkling2_loop", "llama4", "dbrx"}
+SAMPLED = sorted(set(BUILT) & {*sample(BUILT, 35), *ODD})
+TOWERS = [family for family in zoo.WITH_TOWERS if WHOLE or family in ("llama4", "qwen3_5_moe")]
+# what these do with the router's choice cannot be told from outside by disturbing an expert: an
+# expert of doge is a row of an embedding, and a layer of inkling2_loop that is disturbed in its
+# first run routes otherwise in its second; both have a test of their own below
+UNDISTURBED = {"doge", "inkling2_loop"}
+
+built = cache(zoo.build)  # hooks and interventions leave a model as it was
 
 
 def batch(family: str) -> dict[str, torch.Tensor]:
@@ -125,42 +133,6 @@ def handed_over(
     return [received.get(r) for r in range(len(sites))]
 
 
-def version(tensor: torch.Tensor) -> int | None:
-    """Every operation in place counts it up, but tensors made in inference mode have none."""
-    return None if tensor.is_inference() else tensor._version
-
-
-@pytest.mark.usefixtures("nothing_is_compiled")
-@pytest.mark.parametrize("family", sample(BUILT, 3))
-def test_a_choice_is_not_changed_after_it_was_handed_over(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that references to it can be kept until the forward pass ends."""
-    handed: list[tuple[torch.Tensor, int | None, torch.Tensor]] = []
-    take = Stack._take
-
-    def noting(stack: Stack, kind: str, n: int, *values: torch.Tensor) -> None:
-        if not stack.is_new:
-            handed.extend((t, version(t), t.clone()) for t in values)
-        take(stack, kind, n, *values)
-
-    monkeypatch.setattr(Stack, "_take", noting)
-    model, inputs = made(family)
-    for capture in captures(family):
-        handed.clear()
-        with moe_inspect.record(model, tmp_path / capture, capture=capture) as recorder:
-            for _ in range(2):
-                zoo.outputs(model, inputs)
-            assert not any(stack.copies for stack in recorder.stacks.values())
-        assert len(handed) >= 2 * len(recorder.routers)
-        assert all(version(tensor) == before for tensor, before, _ in handed)
-        assert all(tensor.equal(copy) for tensor, _, copy in handed)
-        tensor, before, _ = handed[-1]
-        if before is not None:
-            tensor += 0
-            assert version(tensor) != before, "control"
-
-
 TEXTS = ["the cat sat on a mat", "two dogs ran home again and the old moon rose", "every roof"]
 
 
@@ -170,7 +142,7 @@ def found(family: str, with_towers: bool = False) -> tuple[str, str, Any]:
     `moe-inspect trace` has them, from a directory that holds the model and a tokenizer)."""
     if family in zoo.WHY_NOT:
         return "", f"refused: {zoo.WHY_NOT[family]}", None
-    model, refused = zoo.build_with_towers(family) if with_towers else zoo.build(family), ""
+    model, refused = zoo.build_with_towers(family) if with_towers else built(family), ""
     adapter = next((s.adapter for s in find_routers(model) if s.adapter is not None), None)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -191,31 +163,25 @@ def found(family: str, with_towers: bool = False) -> tuple[str, str, Any]:
     return "", f"refused: {refused}", None
 
 
-def captures(family: str) -> tuple[Any, ...]:
-    return ("tap", "dispatch") if found(family)[1] == "dispatch, tap" else ("tap",)
-
-
-def test_none_is_skipped() -> None:
-    assert len(zoo.FAMILIES) >= 64
-    refused = {f for f in zoo.FAMILIES if found(f)[1].startswith("refused")}
-    refused |= {f for f in zoo.WITH_TOWERS if not found(f, True)[0]}
-    assert refused == set(zoo.WHY_NOT) & set(zoo.FAMILIES)
-
-
-@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("family", SAMPLED)
 def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
-    model, inputs = made(family)
-    bare = zoo.outputs(model, inputs)
-    sites = find_routers(model)
-    stacks = {s.stack: s for s in sites}
+    model, inputs = built(family), batch(family)
+    bare, sites, how = zoo.outputs(model, inputs), find_routers(model), found(family)[1]
+    for site in sites:
+        assert site.experts in (8, 16)
+        assert site.scoring in ("softmax", "sigmoid", "sparsemixer", "sqrtsoftplus")
+        block = model.get_submodule(site.path.rpartition(".")[0])
+        shared = [name for name, _ in block.named_parameters() if "shared" in name]
+        assert site.shared_experts or not shared, shared[:1]
     traces = []
-    for capture in captures(family):
+    for capture in ("tap", "dispatch") if how == "dispatch, tap" else ("tap",):
         with moe_inspect.record(model, tmp_path / capture, capture=capture):
             outputs = zoo.outputs(model, inputs)
         close = 1e-5 if capture == "dispatch" else 0.0  # which adds up in another order
         assert torch.allclose(bare, outputs, atol=close, rtol=close)
         traces.append(trace := moe_inspect.open_trace(tmp_path / capture))
-        assert trace.n_tokens == sum(fed_to(site, inputs).sum() for site in stacks.values())
+        by_stack = {site.stack: fed_to(site, inputs).sum() for site in sites}
+        assert trace.n_tokens == sum(by_stack.values())
         assert len(trace.routers) >= len(sites)
         assert {r.layer for r in trace.routers} == {s.layer for s in sites}
         # each decision's slots are in descending weight, those that routed nowhere last
@@ -223,16 +189,15 @@ def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
             assert trace.manifest["routers"][r]["slot_order"] == router.slot_order == "weight"
             key = np.nan_to_num(slots(trace, r, "weight_"), nan=-np.inf)
             assert (key[:, :-1] >= key[:, 1:]).all(), router.path
-        experts = trace.routing().filter(like="expert_")
-        how: dict[str, Any] = {"capture": capture, "weights": False}
-        without = zoo.recorded(model, tmp_path / f"{capture} ids", inputs, **how).routing()
+        experts, path = trace.routing().filter(like="expert_"), tmp_path / f"{capture} ids"
+        without = zoo.recorded(model, path, inputs, capture=capture, weights=False).routing()
         assert without[list(experts)].equals(experts)
     trace = traces[0]
     assert traces[-1].routing().equals(trace.routing())
     if family in UNDISTURBED:
         return
     executed = handed_over(model, sites, inputs)
-    assert any(w is not None for w in executed) or found(family)[1].startswith("adapter")
+    assert any(w is not None for w in executed) or how.startswith("adapter")
     for r, site in enumerate(sites):
         ids, weights = (slots(trace, r, prefix) for prefix in ("expert_", "weight_"))
         real = fed_to(site, inputs)
@@ -250,8 +215,7 @@ def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "with_towers"),
-    sample([(f, False) for f in BUILT] + [(f, True) for f in zoo.WITH_TOWERS], 3),
+    ("family", "with_towers"), [(f, False) for f in SAMPLED] + [(f, True) for f in TOWERS]
 )
 def test_a_saved_model_routes_as_the_one_that_was_saved(
     family: str, with_towers: bool, tmp_path: Path
@@ -277,9 +241,8 @@ def test_a_saved_model_routes_as_the_one_that_was_saved(
             padded = torch.tensor([row + [0] * (longest - len(row)) for row in batch])
             model(input_ids=padded, attention_mask=mask)
     again = moe_inspect.open_trace(tmp_path / "t").routing()
-    assert len(again) == len(routing)
     ids = [c for c in routing if c.startswith("expert_")]
-    assert (again[ids].fillna(-1).to_numpy() == routing[ids].fillna(-1).to_numpy()).all()
+    assert again[ids].fillna(-1).equals(routing[ids].fillna(-1))
 
 
 def tokens_in_order(trace: moe_inspect.Trace) -> Any:
@@ -290,20 +253,48 @@ def tokens_in_order(trace: moe_inspect.Trace) -> Any:
     return tokens.assign(encoded=tokens.phase == "encode").sort_values(by, ignore_index=True)
 
 
-@pytest.mark.parametrize("family", sample((f for f in BUILT if f not in zoo.ALONE), 3))
+@pytest.mark.parametrize("family", [f for f in SAMPLED if f not in zoo.ALONE])
 def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> None:
-    model, inputs = zoo.build(family), zoo.inputs(family, LENGTHS)
+    model, inputs = built(family), batch(family)
     together = zoo.recorded(model, tmp_path / "together", inputs)
-    with moe_inspect.record(model, tmp_path / "alone", capture="tap"), torch.no_grad():
-        for row, length in enumerate(LENGTHS):
-            model(**zoo.alone(inputs, row, length))
-    alone = moe_inspect.open_trace(tmp_path / "alone")
+    rows = [zoo.alone(inputs, row, length) for row, length in enumerate(LENGTHS)]
+    alone = zoo.recorded(model, tmp_path / "alone", *rows, capture="tap")
     names = ["token_id", "document", "position"]
     assert tokens_in_order(together)[names].equals(tokens_in_order(alone)[names])
     for r in range(len(together.routers)):
         a, b = (np.sort(slots(t, r, "expert_"), 1) for t in (together, alone))
         # products of another shape round otherwise
         assert (np.nan_to_num(a, nan=-1) == np.nan_to_num(b, nan=-1)).mean() > 0.98
+
+
+@pytest.mark.parametrize("family", SAMPLED)
+def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
+    """By its own trace, another's, none of an expert, one expert always."""
+    model, inputs = built(family), batch(family)
+    paths = [site.path for site in find_routers(model)]
+    before = zoo.outputs(model, inputs)
+    trace = zoo.recorded(model, tmp_path / "a", inputs)
+    with moe_inspect.intervene(model, replay=trace) as done:
+        assert torch.equal(zoo.outputs(model, inputs), before)
+    assert not done.table()[["decisions", "assignments", "weights"]].to_numpy().any()
+    other = zoo.build(family, seed=1)
+    with moe_inspect.intervene(other, replay=trace):
+        again = zoo.recorded(other, tmp_path / "b", inputs)
+    assert moe_inspect.compare(trace, again).tables["agreement"].set_mismatch.max() == 0
+    with moe_inspect.intervene(model, shuffle=1):
+        assert not torch.equal(zoo.outputs(model, inputs), before)
+    with moe_inspect.intervene(model, drop={path: [0, 1] for path in paths}):
+        without = zoo.recorded(model, tmp_path / "d", inputs)
+    with moe_inspect.intervene(model, force=dict.fromkeys(paths, 2)):
+        forced = zoo.recorded(model, tmp_path / "f", inputs)
+    for r in range(len(trace.routers)):
+        ids, weights = slots(without, r, "expert_"), slots(without, r, "weight_")
+        assert not (np.isin(ids, [0, 1]) & (weights > 0)).any()
+        ids = slots(forced, r, "expert_")
+        # (what skips Zaya's experts has no weight that an expert could take over)
+        assert ((ids == 2).any(1) | np.isnan(ids).all(1)).all()
+        assert (ids == 2).any()
+    assert torch.equal(zoo.outputs(model, inputs), before)
 
 
 # --- the quirks
@@ -337,10 +328,9 @@ def test_doge_looks_up_what_is_recorded(tmp_path: Path) -> None:
 
 def test_two_routers_in_a_block(tmp_path: Path) -> None:
     model, inputs = made("jetmoe")
-    trace = zoo.recorded(model, tmp_path / "t", inputs)
-    assert [r.layer for r in trace.routers] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert ["self_attention" in r.path for r in trace.routers] == [True, False] * 4
-    assert (slots(trace, 0, "expert_") != slots(trace, 1, "expert_")).any()
+    routers = zoo.recorded(model, tmp_path / "t", inputs).routers
+    assert [r.layer for r in routers] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert ["self_attention" in r.path for r in routers] == [True, False] * 4
 
 
 def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
@@ -354,17 +344,13 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
 
     for site in sites:
         site.module.forward = partial(watched, site.path, site.module.forward)
-    with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
-        model(**inputs)
-        first = {path: list(calls) for path, calls in seen.items()}
-        model(**inputs)
     with moe_inspect.record(model, counts_only=True) as recorder, torch.no_grad():
         model(**inputs)
-        balance = recorder.balance()
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    first = dict(seen)
+    trace = zoo.recorded(model, tmp_path / "t", inputs, inputs, capture="tap")
     real = inputs["attention_mask"].flatten().bool().numpy()
-    runs = [(site.path, time) for site in sites for time in range(len(first[site.path]))]
-    assert len(trace.routers) == len(balance) == len(runs) > len(sites)
+    runs = [(site.path, time) for site in sites for time in range(len(first[site.path]) // 3)]
+    assert len(trace.routers) == len(recorder.balance()) == len(runs) > len(sites)
     names = [path + (f" (run {time + 1})" if time else "") for path, time in runs]
     assert [r.path for r in trace.routers] == names
     for r, (path, time) in enumerate(runs):
@@ -373,14 +359,10 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
 
 
 def test_what_an_expert_has_no_room_for_is_routed_nowhere(tmp_path: Path) -> None:
-    model, capacity = zoo.build("switch_transformers", expert_capacity=4), 4
+    """The truth by disturbing experts; by the router's logits: tests/test_families_drop.py."""
+    model = zoo.build("switch_transformers", expert_capacity=4)
     inputs = zoo.inputs("switch_transformers", [60])
     trace = zoo.recorded(model, tmp_path / "t", inputs)
-    load = trace.routing(router=0).expert_0.value_counts()
-    # before, no token was ever left out: each was counted by itself
-    if tuple(map(int, zoo.hf.__version__.split(".")[:2])) >= (5, 18):
-        assert load.max() == capacity
-        assert load.sum() < 60
     chosen = slots(trace, 0, "expert_") == np.arange(8)
     assert (chosen == disturbed(model, find_routers(model)[0], inputs)).all()
 
@@ -397,67 +379,29 @@ def test_nllb_weighs_by_its_two_first_choices(tmp_path: Path) -> None:
     assert (slots(trace, 0, "expert_") == [1, 0]).all()
 
 
-@pytest.mark.parametrize("family", BUILT)
-def test_what_is_said_of_the_routers(family: str) -> None:
-    model = zoo.build(family)
-    sites = find_routers(model)
-    assert {s.experts for s in sites} <= {8, 16}
-    assert {s.scoring for s in sites} <= {"softmax", "sigmoid", "sparsemixer", "sqrtsoftplus"}
-    for site in sites:
-        block = model.get_submodule(site.path.rpartition(".")[0])
-        shared = [name for name, _ in block.named_parameters() if "shared" in name]
-        assert site.shared_experts or not shared, shared[:1]
-
-
-# two routers a layer, whose output is sorted by expert; identity experts; tokens that skip experts;
-# router and experts in one function; experts that run whatever the router chooses; two stacks
-ODD = {"jetmoe", "longcat_flash", "zaya", "doge", "nllb_moe", "switch_transformers"}
-
-
-@pytest.mark.parametrize("family", sorted({*sample(BUILT, 6), *ODD} & set(BUILT)))
-def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
-    """By its own trace, another's, none of an expert, one expert always."""
-    model, inputs = made(family)
-    paths = [site.path for site in find_routers(model)]
-    before = zoo.outputs(model, inputs)
-    trace = zoo.recorded(model, tmp_path / "a", inputs)
-    with moe_inspect.intervene(model, replay=trace) as done:
-        assert torch.equal(zoo.outputs(model, inputs), before)
-    assert not done.table()[["decisions", "assignments", "weights"]].to_numpy().any()
-    other = zoo.build(family, seed=1)
-    with moe_inspect.intervene(other, replay=trace):
-        again = zoo.recorded(other, tmp_path / "b", inputs)
-    assert moe_inspect.compare(trace, again).tables["agreement"].set_mismatch.max() == 0
-    with moe_inspect.intervene(model, shuffle=1):
-        assert not torch.equal(zoo.outputs(model, inputs), before)
-    with moe_inspect.intervene(model, drop={path: [0, 1] for path in paths}):
-        without = zoo.recorded(model, tmp_path / "d", inputs)
-    with moe_inspect.intervene(model, force=dict.fromkeys(paths, 2)):
-        forced = zoo.recorded(model, tmp_path / "f", inputs)
-    for r in range(len(trace.routers)):
-        ids, weights = slots(without, r, "expert_"), slots(without, r, "weight_")
-        assert not (np.isin(ids, [0, 1]) & (weights > 0)).any()
-        ids = slots(forced, r, "expert_")
-        # (what skips Zaya's experts has no weight that an expert could take over)
-        assert ((ids == 2).any(1) | np.isnan(ids).all(1)).all()
-        assert (ids == 2).any()
-    assert torch.equal(zoo.outputs(model, inputs), before)
-
-
 def test_the_page_says_what_the_tests_found() -> None:
-    """docs/families.md, written by `make test-families`."""
+    """docs/families.md, written by `make test-families`: the rows of the families that run here.
+    None is refused but those that are known to be."""
     page = (ROOT / "docs" / "families.md").read_text()
-    version = re.search(r"transformers (\S+)", page)
-    if version[1] == zoo.hf.__version__:
-        assert page == families_page(), "docs/families.md is stale: run make test-families"
+    known = set(zoo.FAMILIES) & set(zoo.WHY_NOT)
+    assert len(zoo.FAMILIES) >= 64
+    assert {f for f in {*SAMPLED, *known} if not found(f)[0]} == known
+    assert all(found(f, True)[0] for f in TOWERS)
+    if f"of transformers {zoo.hf.__version__}\n" in page:
+        rows = families_page() if WHOLE else "\n".join(row(f) for f in {*SAMPLED, *known})
+        stale = set(rows.splitlines()) - set(page.splitlines())
+        assert not stale, "docs/families.md is stale: run make test-families"
+        assert page == rows or not WHOLE
+
+
+def row(family: str) -> str:
+    drops = zoo.dropped(built(family)) if family in BUILT else ""
+    return f"| {family} | {found(family)[0]} | {found(family)[1]} | {drops} |"
 
 
 def families_page() -> str:
-    return zoo.page(
-        {f: found(f)[:2] for f in zoo.FAMILIES},
-        {f: found(f, True)[:2] for f in zoo.WITH_TOWERS},
-        {f: zoo.dropped(zoo.build(f)) for f in BUILT},
-    )
+    rows = [row(f) for f in zoo.FAMILIES]
+    return zoo.page(rows, {f: found(f, True)[:2] for f in zoo.WITH_TOWERS})
 
 
 if __name__ == "__main__":

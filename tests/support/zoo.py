@@ -362,20 +362,17 @@ def dropped(model: Any) -> str:
     return "; ".join(f"{how} in layer{plural} {of}" for how, plural, of in said)
 
 
-def page(
-    how: dict[str, tuple[str, str]], with_towers: dict[str, tuple[str, str]], drops: dict[str, str]
-) -> str:
-    """The families and how each is traced, as Markdown: family → (class that was loaded, how), and
-    family → how experts are dropped."""
+def page(rows: list[str], with_towers: dict[str, tuple[str, str]]) -> str:
+    """The families and how each is traced, as Markdown. `with_towers`: family → (class that was
+    loaded, how)."""
     kinds = "dispatch", "tap", "adapter", "refused"
     dispatch, tap, adapter, refused = (
-        sum(said.startswith(kind) for _, said in how.values()) for kind in kinds
+        sum(row.split(" | ")[2].startswith(kind) for row in rows) for kind in kinds
     )
-    rows = [f"| {f} | {kind} | {said} | {drops.get(f, '')} |" for f, (kind, said) in how.items()]
     whole = {_with_towers(f).__name__: said for f, said in with_towers.items()}
     towers = [f"| {name} | {kind} | {said} |" for name, (kind, said) in whole.items()]
     return f"""\
-# The {len(how)} Mixture-of-Experts families of transformers {hf.__version__}
+# The {len(rows)} Mixture-of-Experts families of transformers {hf.__version__}
 
 {dispatch} can be traced by dispatch or tap, {tap} by tap, {adapter} by an adapter; {refused} are \
 refused. Each is built as a tiny random model, saved to a directory
