@@ -46,7 +46,8 @@ OPERATORS = re.compile(
     "|Replace(And|Or)With|Replace(Break|Continue)With|NumberReplacer|ZeroIterationForLoop)"
 )
 SCOPES = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-# of the tests that reach a line, the quickest files first, up to so many seconds
+# of the tests that reach a line, up to so many seconds: first those of the files that reach most
+# of its module
 MOST_SECONDS = 120
 
 
@@ -227,15 +228,22 @@ class Reached:
             test, phase = re.fullmatch(r"(.*)(?:\|| \()(\w+)\)?", context, re.DOTALL).groups()
             is_fixture = phase in ("setup", "teardown")
             tests.update(self.tests[test.partition("::")[0]] if is_fixture else [test])
+        tests &= set(self.seconds)
         by_file = defaultdict[str, list[str]](list)
-        for test in sorted(tests & set(self.seconds), key=self.seconds.__getitem__):
+        for test in sorted(tests, key=self.seconds.__getitem__):
             by_file[test.partition("::")[0]].append(test)
+        # how many lines of the mutant's file each file of tests reaches
+        reached = Counter(
+            test_file
+            for contexts in self._by_line(mutant.file).values()
+            for test_file in {context.partition("::")[0] for context in contexts}
+        )
         chosen, total = list[str](), 0.0
-        for of in sorted(by_file.values(), key=lambda of: sum(map(self.seconds.__getitem__, of))):
-            for test in of:
-                total += self.seconds[test]
-                if total < MOST_SECONDS or not chosen:
+        for test_file in sorted(by_file, key=lambda file: -reached[file]):
+            for test in by_file[test_file]:
+                if not chosen or total + self.seconds[test] < MOST_SECONDS:
                     chosen.append(test)
+                    total += self.seconds[test]
         return chosen
 
 
