@@ -106,6 +106,15 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
                 np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=name)
 
 
+def test_tokens_that_do_not_follow_each_other_are_no_pair():
+    """Token 2 of the first sequence is missing; the second goes on where the first ends. Their
+    tokens come in any order."""
+    sequence, position = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 1, 3, 4, 5, 6])
+    for order_T in (np.arange(6), np.array([4, 0, 1, 5, 2, 3])):
+        order = kernels_numpy.order_of(np.zeros(6, int), sequence[order_T], position[order_T])
+        assert order.follows_T.tolist() == [False, True, False, True, False, True]
+
+
 @given(
     st.integers(0, 10_000),
     # each k is compiled anew
