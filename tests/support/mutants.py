@@ -195,8 +195,9 @@ class Reached:
         if not scope:
             return []
         last = scope[-1]
-        # of a statement that holds others its head alone
-        end = last.body[0].lineno - 1 if hasattr(last, "body") else last.end_lineno or 0
+        end = last.end_lineno or 0
+        if hasattr(last, "body") and not isinstance(last, SCOPES[:2]):
+            end = last.body[0].lineno - 1  # an if or a loop: its head alone
         lines = {line, *range(last.lineno, end + 1)}
         return [test for of in lines for test in self._by_line(file).get(of, ()) if test]
 
