@@ -60,8 +60,8 @@ def tree(request: str, first: int, drafts: int, path: Sequence[int], draw: rando
 class Engine:
     """`how`: some of the attributes below, and variables of the environment. `unrouted`: share of
     slots without an expert; `shared`: whether a shared expert's column is behind the routed ones;
-    `replicas`: physical experts beyond E; `instead`: an attribute, whose names are separated by
-    dots, and its value before the model is loaded."""
+    `replicas`: physical experts beyond E; `instead`: an attribute and its value
+    before the model is loaded."""
 
     package = ""
     mixed = True  # whether one step may have prompts and answers
@@ -108,12 +108,7 @@ class Engine:
 
     def change(self) -> None:
         if self.instead is not None:
-            path, value = self.instead
-            *names, last = path.split(".")
-            it: Any = self
-            for name in names:
-                it = it[int(name)] if name.isdecimal() else getattr(it, name)
-            setattr(it, last, value)
+            exec(f"engine.{self.instead[0]} = value", {"engine": self, "value": self.instead[1]})
 
     def spread(self, replicas: int) -> torch.Tensor:
         """A map of physical experts, [L, P]: some experts have two replicas."""
@@ -275,6 +270,7 @@ class Vllm(Engine):
     expert parallelism, as vLLM places them once."""
 
     package, placement, simulates = "vllm", "", object
+    prepares, samples = "_prepare_inputs", "_sample"  # functions of its runner
 
     def __init__(self, *given: Any, **how: Any):
         super().__init__(*given, **how)
@@ -373,8 +369,7 @@ class Vllm(Engine):
         return given
 
     def sample(self) -> None:
-        """A step's tokens, of vLLM; SGLang judges drafts."""
-        self.runner._sample()
+        getattr(self.runner, self.samples)()
 
     def run(self, spans: Sequence[Span], N: int, ended: set[str]) -> None:
         self.spans = spans
@@ -401,7 +396,7 @@ class Vllm(Engine):
         self.wrapper.sample_tokens()
 
     def execute(self) -> None:
-        self.runner._prepare_inputs()
+        getattr(self.runner, self.prepares)()
         self.forward(self.padded)
 
     def describe_batch(self, spans: Sequence[Span], prompts: dict[str, int]) -> None:
@@ -419,18 +414,13 @@ class Vllm(Engine):
 
 
 class VllmV2(Vllm):
+    prepares, samples = "prepare_inputs", "sample"
+
     def prepare_runner(self) -> None:
         runner: Any = self.runner
         runner.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.zeros(64, np.int64)))
         runner.prepare_inputs = lambda: self.batch
         runner.sample = lambda: (None, (self.sampled() >= 0).sum(1))
-
-    def sample(self) -> None:
-        self.runner.sample()
-
-    def execute(self) -> None:
-        self.runner.prepare_inputs()
-        self.forward(self.padded)
 
     def describe_batch(self, spans: Sequence[Span], prompts: dict[str, int]) -> None:
         slots = self.random.permutation(64)[: len(spans)]
