@@ -78,6 +78,7 @@ class Engine:
         self.model = str(MODEL_DIR) if shape == (4, 8, 2) else str(place / "no model")
         self.asked: dict[str, tuple[int, int]] = {}  # tokens of the prompt, of the answer at most
         self.steps, self.on, self.counting, self.share = 0, True, True, 1.0
+        self.known = set[tuple[str, int]]()  # requests that were scheduled before
         self.decided = dict[tuple[str, int], bool]()  # whether a request is recorded
         self.finishing = set[str]()
         self.rows: list[dict[str, Any]] = []
@@ -338,7 +339,7 @@ class Vllm(Engine):
 
         self.module("vllm.v1.worker.worker_base", WorkerWrapperBase=WorkerWrapperBase)
         vllm.register()
-        vllm.register()  # in a second process it would be the first time; here it changes nothing
+        vllm.register()  # as in each of its processes
         self.wrapper: Any = WorkerWrapperBase(self.config)
         self.wrapper.load_model()
 
@@ -372,9 +373,8 @@ class Vllm(Engine):
         getattr(self.runner, self.samples)()
 
     def run(self, spans: Sequence[Span], N: int, ended: set[str]) -> None:
-        self.spans = spans
-        new = [of.request for of in spans if of.positions[0] == 0 and of.request in self.asked]
-        ask = self.asked.get
+        self.spans, asked = spans, {of.request: self.asked.get(of.request) for of in spans}
+        lives = {request: (request, self.lives.get(request, 0)) for request in asked}
         scheduled = SimpleNamespace(
             total_num_scheduled_tokens=N,
             num_scheduled_tokens={of.request: len(of.positions) for of in spans},
@@ -383,14 +383,16 @@ class Vllm(Engine):
             scheduled_new_reqs=[
                 SimpleNamespace(
                     req_id=request,
-                    prompt_token_ids=[0] * self.asked[request][0],
-                    sampling_params=SimpleNamespace(max_tokens=self.asked[request][1]),
+                    prompt_token_ids=[0] * given[0],
+                    sampling_params=SimpleNamespace(max_tokens=given[1]),
                 )
-                for request in {*new, *(of.request for of in spans if of.request in self.asked)}
+                for request, given in asked.items()
+                if given and lives[request] not in self.known
             ],
             run=self.execute,
         )
-        prompts = {of.request: ask(of.request, (10, 0))[0] for of in spans}
+        self.known |= {*lives.values()}
+        prompts = {request: given[0] if given else 10 for request, given in asked.items()}
         self.describe_batch(spans, prompts)
         self.wrapper.execute_model(scheduled)
         self.wrapper.sample_tokens()
