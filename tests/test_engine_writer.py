@@ -27,7 +27,7 @@ from moe_inspect.watch.follow import Follower
 from moe_inspect.watch.state import WatchOptions, WatchSession
 from tests.conftest import ROOT
 from tests.support.damage import disk_of
-from tests.support.engines import Vllm, VllmV2, check, fine, metrics_in, recorded, span
+from tests.support.engines import Sglang, Vllm, VllmV2, check, fine, metrics_in, recorded, span
 from tests.support.sweep import sample
 from tests.support.watched import waited
 
@@ -242,7 +242,8 @@ def test_of_an_engine_that_only_counts_the_gauges_go_with_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    engine, window = Vllm(monkeypatch, tmp_path, TRACE=None, METRICS=1), "moe_inspect_window_tokens"
+    window = "moe_inspect_window_tokens"
+    engine = Sglang(monkeypatch, tmp_path, TRACE=None, METRICS=1)
     engine.step(span("a", 0, 10))
     waited(lambda: metrics_in(tmp_path).get((window, "0")) == 10)
     (gauges,) = tmp_path.glob("gauge_*")
