@@ -287,6 +287,7 @@ class Attachment:
     def _begin(self, scope: Scope, args: Args, kwargs: Kwargs) -> None:
         """A call of the model or of a stack begins, and with the outer one the pass."""
         if self.paused or self.over:
+            self._shut()  # a pass that failed may have left its scopes open
             return
         if self.one_thread:
             running = self._thread if self._running is not None else None
