@@ -70,7 +70,7 @@ def tables_of(
     apart = bool(windows.names)
     fit, judged = slice(windows.fit), windows.judged
     rows, by_window = list[dict[str, object]](), list[dict[str, object]]()
-    first_W = np.round(windows.edge_W * windows.tokens).astype(np.int64)
+    first_W = windows.first_W
     for (r, name), expert_P in plans.of.items():
         router, layout, load_WE = plans.trace.routers[r], plans.layouts[r], plans.loads[r]
         share_EG = shares(expert_P, router.experts, layout.gpus)

@@ -54,6 +54,20 @@ class FitWindows:
         whole = len(self.edge_W) - 1
         return slice(self.fit if self.fit < whole else 0, whole)
 
+    @property
+    def first_W(self) -> np.ndarray:
+        """The tokens before each window, and all of them, as `window_of` deals them: the first of a
+        rank's n tokens in window w is the least i with i / n at edge_W[w] or beyond. int64 [W + 1]
+        """
+        if not self.of_rank:
+            return np.round(self.edge_W * self.tokens).astype(np.int64)
+        first_W = np.zeros(len(self.edge_W), np.int64)
+        for n in filter(None, self.of_rank.values()):
+            of_W = np.ceil(self.edge_W * n)  # or one off, as products are rounded
+            of_W -= (of_W - 1) / n >= self.edge_W
+            first_W += (of_W + (of_W / n < self.edge_W)).astype(np.int64)
+        return first_W
+
 
 @dataclass(frozen=True)
 class PlacementPlans:
