@@ -191,14 +191,23 @@ def sglang_pass(
 
 @maker("sglang-per_token", format="sglang")
 def sglang_per_token(root: Path) -> Made:
-    prefill, decode = drawn(7, 1), drawn(3, 2)
-    path = root / "expert_distribution_recorder_1.5_0.pt"
+    """Of a mixed pass a single token is a prompt where it is the first of its sequence."""
+    parts, path = (
+        [drawn(T, T) for T in (7, 3, 4, 5)],
+        root / "expert_distribution_recorder_1.5_0.pt",
+    )
+    places: list[tuple[int, list[int], list[int] | None]] = [
+        (1, [0, 1, 2, 3, 5, 6, 7], [4, 3]),
+        (2, [4, 8, 30], None),
+        (1, [0, 4, 5, 7], [1, 2, 1]),
+        (3, [0, 0, 1, 2, 9], [1, 3, 1]),
+    ]
     passes = [
-        sglang_pass(0, prefill, 1, [*range(7)], [0, 1, 2, 3, 5, 6, 7], [4, 3]),
-        sglang_pass(1, decode, 2, [7, 8, 9], [4, 8, 30], None),
+        sglang_pass(n, ids, mode, [*range(len(at))], at, lengths)
+        for n, (ids, (mode, at, lengths)) in enumerate(zip(parts, places, strict=True))
     ]
     write_recorder(path, passes)
-    return Made(path, joined([prefill, decode]))
+    return Made(path, joined(parts))
 
 
 @maker("sglang-per_pass", format="sglang")
