@@ -61,12 +61,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=turn)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """What opens pages in a browser is slow."""
-    if "browser" in getattr(item, "fixturenames", ()):
-        item.add_marker("slow")
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints what tests found, whichever process they ran in."""
     for report in terminalreporter.stats.get("passed", []):

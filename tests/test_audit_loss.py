@@ -714,7 +714,6 @@ def page() -> str:
     return zoo.losses_page([zoo.loss_row(f) for f in built()])
 
 
-@pytest.mark.slow
 def test_the_page_says_what_the_audit_finds() -> None:
     """docs/balancing-losses.md, written by `make test-families`."""
     written = (ROOT / "docs" / "balancing-losses.md").read_text()
@@ -722,7 +721,6 @@ def test_the_page_says_what_the_audit_finds() -> None:
         assert written == page(), "docs/balancing-losses.md is stale: run make test-families"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", filter(zoo.states_loss, sample(built(), 3)))
 def test_each_family_has_a_formula_in_every_release(family: str) -> None:
     """Or is known to have none."""

@@ -184,7 +184,6 @@ def test_two_recorders(
     assert not any("forward" in vars(m) or hasattr(m, TAKEN) for m in experts_of(model))
 
 
-@pytest.mark.slow
 def test_compiled_for_the_first_time_while_it_is_recorded(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

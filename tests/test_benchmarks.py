@@ -76,7 +76,6 @@ def break_kernel(kernel: str, breakage: str) -> None:
     setattr(kernels, kernel, wrong)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not WHOLE, reason="SWEEP=whole goes through all of the benchmark")
 def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
     before = sorted((ROOT / "benchmarks/results").iterdir())

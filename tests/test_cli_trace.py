@@ -199,7 +199,6 @@ def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_
     return trace
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", sample([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], 2))
 def test_killed_and_resumed_is_as_if_nothing_happened(
     how: signal.Signals,

@@ -208,7 +208,6 @@ def died_at(root: Path, step: int, batches: list[RoutedBatch]) -> bool:
     return code == 9
 
 
-@pytest.mark.slow
 def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> None:
     batches = some_batches(n=3)
     write(tmp_path / "plain", batches)

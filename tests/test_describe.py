@@ -85,7 +85,6 @@ def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None
     assert made.total["attention"] > 0
 
 
-@pytest.mark.slow
 def test_every_family_is_described(tmp_path: Path) -> None:
     """With its towers too, where it has some: a sample, in `make test-families` all."""
     made = {family: zoo.build(family) for family in sample(zoo.FAMILIES, 5)}

@@ -280,7 +280,6 @@ def test_experts_that_llm_compressor_has_split_are_traced_alike(tmp_path: Path) 
 # --- compiled, and in generate
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["tap", "dispatch"][0 if WHOLE else 1 :])
 def test_compiled_whole(capture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """fullgraph: a graph break would raise. dynamic: other lengths need no other graph."""
@@ -324,7 +323,6 @@ COMPILED = [(in_place, True), (for_decoding, False), (around_a_step, False)]
 COMPILED += [(layer_by_layer, True), (from_outside, True), (from_outside, False)] * WHOLE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "before"), COMPILED)
 def test_compiled_in_part(compiled: Callable[[Any], Any], before: bool, tmp_path: Path) -> None:
     """`before` it is recorded, or behind the recorder's back, at the cost of a graph break."""

@@ -162,7 +162,6 @@ def stored(row: dict[str, Any], bits: int) -> bool:
     return any(int(n) * int(size) == bits for n, size in sizes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gpu", COMPILED)
 def test_nothing_spills_and_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
     """Eight ids in 64 bits, from 256 experts on in 128; eight weights in 128; four in half."""

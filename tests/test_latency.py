@@ -356,7 +356,6 @@ def test_one_number_of_tokens_handed_is_of_all_steps() -> None:
     assert one_S.tolist() == each_S.tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not TABLES.is_dir(), reason="the measured tables are not here")
 def test_held_out_shapes_of_a_measured_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -65,7 +65,6 @@ def test_code_of_a_repository_runs_only_when_asked_for(
     assert trace.manifest["model"]["trust_remote_code"] is True
 
 
-@pytest.mark.slow
 def test_a_revision_is_pinned_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two commits of one repository, in the cache of a hub that is out of reach."""
     old, new = "0" * 39 + "a", "0" * 39 + "b"

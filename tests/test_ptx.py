@@ -21,7 +21,6 @@ from tests.support.sweep import WHOLE
 SAMPLE = "E60 k4 bf16(?! block (512|1024)| of 16384)", "logits", "1/1 E256 k8 fp16"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ("sm_80", "sm_90", "sm_100") if WHOLE else ["sm_90"])
 def test_compiled_kernels_are_right_and_race_free(gpu: str) -> None:
     choice = ("--aot",) if WHOLE else [f"--match={text}" for text in SAMPLE]
@@ -34,7 +33,6 @@ def test_compiled_kernels_are_right_and_race_free(gpu: str) -> None:
     assert [row for row in rows if row["wrong"] or row["races"]] == []
 
 
-@pytest.mark.slow
 def test_kernels_without_their_barriers_are_caught() -> None:
     """Positive control: a race, or memory that is read before anybody wrote it."""
     for row in lines_of(
@@ -43,7 +41,6 @@ def test_kernels_without_their_barriers_are_caught() -> None:
         assert row["races"] or "wrote" in row["wrong"], row
 
 
-@pytest.mark.slow
 def test_the_benchmark_counts(tmp_path: Path) -> None:
     output = tmp_path / "counts.json"
     printed_by("benchmarks.kernels", "--shape", "8", "2", "8", "-o", output)

@@ -24,8 +24,6 @@ from tests.support.sweep import WHOLE
 from tests.support.watched import waited
 from tests.test_training import history
 
-pytestmark = pytest.mark.slow
-
 
 def traced(path: Path, ranks: int, *arguments: str) -> Ranks:
     """`trace` of the demo into `t`, without torchrun."""

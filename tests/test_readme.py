@@ -62,7 +62,7 @@ def named(tmp_path_factory: Any) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[pytest.mark.slow] if p == "README.md" else []) for p in RUNNABLE],
+    RUNNABLE,
 )
 def test_the_page_runs_as_it_stands(
     page: str, named: Path, tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
@@ -140,7 +140,6 @@ def test_the_output_shown_is_what_the_report_says() -> None:
     assert shown in "\n".join(lines)
 
 
-@pytest.mark.slow
 def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
     """Under mypy --strict, as a reader's own code (test_public_api has the types themselves)."""
     blocks = [text for kind, text in steps("README.md") if kind == "python"]

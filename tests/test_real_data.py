@@ -285,7 +285,6 @@ def test_deepseek_v2_lite_by_token_has_the_text_of_its_tokens(real: Real):
 # --- docs/reproduced.md
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
 def test_the_page_is_what_the_data_give(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but what a machine's arithmetic changes: the model's own runs."""

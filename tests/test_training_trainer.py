@@ -187,7 +187,6 @@ it.train()
 """
 
 
-@pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)],

@@ -534,7 +534,6 @@ def test_an_interrupted_trace_ends_it_with_an_error(one_pass: Path) -> None:
 # --- in a real terminal
 
 
-@pytest.mark.slow
 def test_beside_a_trace(one_pass: Path) -> None:
     """trace --watch: what is watched ends with the trace; an old one there is not taken for it."""
     command = [sys.executable, "-m", "moe_inspect", "trace", "demo", "-o", str(one_pass)]
@@ -553,7 +552,6 @@ def tmux(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("tmux") is None and not os.environ.get("REQUIRE_TMUX"),
     reason="no tmux here: apt-get install tmux",

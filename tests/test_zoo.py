@@ -27,7 +27,7 @@ from tests.support import zoo
 from tests.support.sweep import WHOLE, sample
 from tests.test_cli_trace import save_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_compiled")]
+pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 BUILT = [f for f in zoo.FAMILIES if f not in zoo.WHY_NOT]
 LENGTHS = [9, 5, 12]
