@@ -74,6 +74,7 @@ def test_variables_are_read_by_one_module() -> None:
         ("QUEUE_MB", "0", "megabytes, above 0"),
         ("MAX_GB", "-1", "gigabytes, above 0"),
         ("KEEP", "-1", "a whole number, 0 or more"),
+        ("KEEP", "1000000000", "a whole number, 0 or more"),
     ):
         with pytest.raises(MoeInspectError) as error:
             Settings.read({f"MOE_INSPECT_{name}": value})

@@ -284,6 +284,8 @@ def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) ->
     [
         ({"physical_experts": 7}, "7 physical experts for 8 experts"),
         ({"gpus": 4, "nodes": 3}, "4 GPUs on 3 nodes"),
+        ({"gpus": 0}, "0 GPUs on 1 nodes"),
+        ({"gpus": 4, "nodes": 0}, "4 GPUs on 0 nodes"),
         ({"gpus": 4, "groups": 3}, "8 experts into 3 equal groups"),
         ({"policies": ["best"]}, "no policy best"),
         ({"dispatch": "odd"}, "dispatch odd: give one of even, lp"),
