@@ -49,6 +49,7 @@ class Kind:
     shard_tokens: int = 1_000  # a shard holds whole sequences
     taste: float = 0.7  # of a document for some experts
     run: int = 0  # another one chooses anew for the same text
+    changed: float = 0.0  # share of the decisions that another run of this text made otherwise
 
 
 @cache
@@ -80,6 +81,12 @@ def written(kind: Kind) -> Path:
     options |= {name: getattr(kind, name) for name in ("weights", "logits", "norms")}
     options["dropped_experts"] = kind.dropped
     norms = [rng.integers(1, 256, ids.shape).astype(np.float32) for ids, *_ in choices]
+    other = np.random.default_rng([kind.seed, 1])
+    for (E, k), decided, norm in zip(kind.shape, choices, norms, strict=True):
+        [at] = np.nonzero(other.random(T) < kind.changed)
+        for kept, now in zip(decided, _choices(other, E, k, document, kind, 3), strict=True):
+            kept[at] = now[at]
+        norm[at] = other.integers(1, 256, norm[at].shape)
     extras = {"logits": [of for *_, of in choices], "norms": norms}
     extras = {name: of for name, of in extras.items() if options[name]}
     fed = Counter(document[step == 0].tolist())  # of each document, its prompts
@@ -102,10 +109,11 @@ def written(kind: Kind) -> Path:
 
 
 def _choices(
-    rng: np.random.Generator, E: int, k: int, document: np.ndarray, kind: Kind
+    rng: np.random.Generator, E: int, k: int, document: np.ndarray, kind: Kind, lean: float = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids as the writer takes them, weights and logits, with a taste of each document."""
-    taste = rng.gumbel(size=(1 + document.max(), E)) * kind.taste
+    """Ids as the writer takes them, weights and logits, with a taste of each document. lean: of all
+    documents towards the last experts."""
+    taste = rng.gumbel(size=(1 + document.max(), E)) * kind.taste + lean * np.arange(E) / E
     logits = (taste[document] + rng.gumbel(size=(len(document), E))).astype(np.float16)
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     lost = np.sort(rng.random(ids.shape) < kind.empty, axis=1)  # the last slots of a token
