@@ -6,35 +6,25 @@ T tokens compared, K slots, E experts, U units (documents of a domain), S steps,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
 import moe_inspect
-from moe_inspect.comparison.result import LOAD_TABLES, TABLES
-from moe_inspect.trace.schema import Router as Stated
-from moe_inspect.trace.writer import CountedBatches, TraceWriter
-from tests.support.generated import ODD, Kind, committed, logits_of, on_generated, written
+from tests.support.generated import ODD, Kind, logits_of, on_generated, written
 from tests.test_oracles_report import (
     NAN,
     Router,
     World,
-    design_effect,
     entropy,
-    floor,
-    floors_of,
     kish,
     over,
     resampled,
@@ -366,7 +356,9 @@ def tokens(p: Pair) -> Columns:
 
 def documents(p: Pair) -> Columns:
     by = p.tokens.assign(mismatches=p.differs_LT.sum(0)).groupby("document")
-    made = by.agg(domain=("domain", "first"), tokens=("token", "size"), mismatches=("mismatches", "sum"))
+    made = by.agg(
+        domain=("domain", "first"), tokens=("token", "size"), mismatches=("mismatches", "sum")
+    )
     made = made.reset_index().assign(decisions=lambda x: x["tokens"] * len(p.routers))
     made["set_mismatch"] = made["mismatches"] / made["decisions"]
     made = made[made["mismatches"] > 0]
@@ -406,7 +398,9 @@ OF_ALL: dict[str, Callable[[Pair], Columns]] = {
 }
 
 
-def same(found: pd.DataFrame, expected: pd.DataFrame, rough: dict[str, float] | None = None) -> None:
+def same(
+    found: pd.DataFrame, expected: pd.DataFrame, rough: dict[str, float] | None = None
+) -> None:
     """The same columns and numbers. rough: of columns that chance draws, how far they may be."""
     assert {*found} == {*expected}, "a column that no formula here gives"
     assert len(found) == len(expected)
@@ -435,7 +429,7 @@ def expected_of(p: Pair, name: str) -> pd.DataFrame | None:
 
 def agrees(p: Pair, name: str) -> None:
     if name == "margins" and not p.has("logits"):
-        with pytest.raises(moe_inspect.MoeInspectError, match="no logits .*: no margins table"):
+        with pytest.raises(moe_inspect.MoeInspectError, match=r"no logits .*: no margins table"):
             _ = p.made.tables[name]
         return
     if name == "worth" and not p.of_capture("norms"):
