@@ -22,7 +22,7 @@ from moe_inspect.training.formulas import Formula, Routed
 from moe_inspect.training.metrics import balance_moved
 from tests.conftest import ROOT, Put
 from tests.support import own, zoo
-from tests.support.sweep import sample
+from tests.support.sweep import WHOLE, sample
 
 LENGTHS = [24, 17, 24, 20, 24, 24]
 POOLED = modeling_mixtral.load_balancing_loss_func
@@ -710,15 +710,14 @@ def built() -> list[str]:
     return [f for f in zoo.FAMILIES if f not in zoo.WHY_NOT]
 
 
-def page() -> str:
-    return zoo.losses_page([zoo.loss_row(f) for f in built()])
-
-
 def test_the_page_says_what_the_audit_finds() -> None:
     """docs/balancing-losses.md, written by `make test-families`."""
-    written = (ROOT / "docs" / "balancing-losses.md").read_text()
-    if f"transformers {zoo.hf.__version__}\n" in written:
-        assert written == page(), "docs/balancing-losses.md is stale: run make test-families"
+    page = (ROOT / "docs" / "balancing-losses.md").read_text()
+    if f"transformers {zoo.hf.__version__}\n" in page:
+        rows = [zoo.loss_row(family) for family in sample(built(), 20)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        assert {*lines} <= {*page.splitlines()}, "it is stale: run make test-families"
+        assert not WHOLE or page == zoo.losses_page(rows)
 
 
 @pytest.mark.parametrize("family", filter(zoo.states_loss, sample(built(), 3)))
@@ -737,4 +736,6 @@ def test_each_family_has_a_formula_in_every_release(family: str) -> None:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "balancing-losses.md").write_text(page())
+    (ROOT / "docs" / "balancing-losses.md").write_text(
+        zoo.losses_page([zoo.loss_row(family) for family in built()])
+    )

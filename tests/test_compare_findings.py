@@ -15,6 +15,7 @@ import moe_inspect
 from benchmarks.calibration_of_findings import claimed_of_pair
 from moe_inspect.comparison.decisions import verdict
 from tests.support.misrecorded import FAULTS, MISALIGNED, Recording, rounded, routed_text, said_of
+from tests.support.sweep import WHOLE, sample
 from tests.support.synthetic import uniform_ids, write_trace
 
 T, L, E, K, DOCUMENTS = 3_000, 3, 8, 2, 60
@@ -131,11 +132,12 @@ def test_nothing_is_said_of_decisions_that_do_not_belong_together(tmp_path: Path
 
 
 def test_clean_pairs_hardly_ever_claim_anything():
-    """Of 18 pairs, 5 % are 0.9: 4 or more have a probability of 0.01. Without chance over documents
-    all of the first 12 were said to differ; the others are of the ways that these lack."""
-    seeds = (0, 2, 20, 24, 26, 30, 32, 44, 66, 68, 90, 108, *range(1, 12, 2))
+    """Of 18 pairs, 5 % are 0.9: 4 or more have a probability of 0.01, as have 3 or more of 7.
+    Without chance over documents all of the first 12 were said to differ; the others are of the
+    ways that these lack."""
+    seeds = sample((0, 2, 20, 24, 26, 30, 32, 44, 66, 68, 90, 108, *range(1, 12, 2)), 3)
     false = {seed: found for seed in seeds if (found := claimed_of_pair(seed))}
-    assert len(false) < 4, false
+    assert len(false) < (4 if WHOLE else 3), false
 
 
 # --- the same routing recorded wrongly: benchmarks/diagnoses.py tries many more recordings

@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 import moe_inspect
 from docs.generate import fill
 from tests.conftest import ROOT, Cli
+from tests.support.sweep import WHOLE
 from tests.test_cli_trace import save, write_jsonl
 from tests.test_terminal import on_a_terminal
 
@@ -140,6 +141,7 @@ def test_the_output_shown_is_what_the_report_says() -> None:
     assert shown in "\n".join(lines)
 
 
+@pytest.mark.skipif(not WHOLE, reason="mypy reads the package: make test-all")
 def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
     """Under mypy --strict, as a reader's own code (test_public_api has the types themselves)."""
     blocks = [text for kind, text in steps("README.md") if kind == "python"]
