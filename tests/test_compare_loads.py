@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 
 import moe_inspect
-from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.comparison.compare import TABLES
 from moe_inspect.comparison.result import LOAD_TABLES
 from moe_inspect.comparison.steps import _windows
@@ -62,23 +61,6 @@ def pair(counted: Counted) -> tuple[Trace, Trace]:
 
 def kinds(made: Any) -> dict[str, Any]:
     return {found.kind: found for found in made.verdict()}
-
-
-def test_the_tables_hold_the_load_of_both_and_the_difference(pair: tuple[Trace, Trace]) -> None:
-    made: Any = moe_inspect.compare(*pair)
-    a, b = (np.concatenate(loads_of(ids)) for ids in (drawn(0), moved(drawn(1, T=2_000))))
-    load, shift, balance = (made.tables[name] for name in ("load", "load_shift", "balance"))
-    moved_LE = b / b.sum(1, keepdims=True) - a / a.sum(1, keepdims=True)
-    assert np.allclose(load["share_difference"], moved_LE.ravel())
-    assert np.allclose(load["load_ratio_difference"], E * moved_LE.ravel())
-    assert np.allclose(shift["load_shift"], np.abs(moved_LE).sum(1) / 2)
-    for side, load_LE, tokens in (("a", a, 5_000), ("b", b, 2_000)):
-        assert load[f"assignments_{side}"].tolist() == load_LE.ravel().tolist()
-        assert balance[f"tokens_{side}"].tolist() == pytest.approx([tokens] * 3, abs=E)
-    for name in ("max_vio", "entropy", "dead_experts"):
-        of_a, of_b = (np.asarray(getattr(bal, name)(load_LE), float) for load_LE in (a, b))
-        assert np.allclose(balance[f"{name}_a"], of_a)
-        assert np.allclose(balance[f"{name}_difference"].astype(float), of_b - of_a)
 
 
 def test_a_shift_is_found_where_it_was_made_and_chance_is_none(
@@ -240,26 +222,13 @@ def history(root: Path, load: np.ndarray, every: int, training: bool = True) -> 
     return open_trace(root)
 
 
-def test_windows_are_of_the_same_steps_and_their_numbers_numpys(tmp_path: Path) -> None:
+def test_windows_are_of_the_same_steps(tmp_path: Path) -> None:
     """A was committed every 10 steps, B every 15 and has fewer: common steps end at 30 and 60."""
     a, b = loads(0, 100), loads(1, 65)
     made: Any = moe_inspect.compare(history(tmp_path / "a", a, 10), history(tmp_path / "b", b, 15))
     table = made.tables["windows"]
     assert table["first_step"].tolist() == [1, 31] * L
     assert table["last_step"].tolist() == [30, 60] * L
-    for row in table.itertuples(index=False):
-        steps = slice(row.first_step - 1, row.last_step)
-        p, q = (x[steps, row.layer].sum(0) for x in (a, b))
-        assert (row.tokens_a, row.tokens_b) == (30 * TOKENS, 30 * TOKENS)
-        share_p, share_q = p / p.sum(), q / q.sum()
-        e, apart = row.expert, np.abs(share_p - share_q)
-        assert e == apart.argmax()
-        expected = [apart.sum() / 2, *(x.max() / x.mean() - 1 for x in (p, q))]
-        found_here = [row.load_shift, row.max_vio_a, row.max_vio_b]
-        assert found_here == pytest.approx(expected)
-        ratios = row.load_ratio_a, row.load_ratio_b
-        assert ratios == pytest.approx((E * share_p[e], E * share_q[e]))
-        assert not row.beyond_chance
     # the same numbers as of the whole traces, where these hold no other steps
     c, d = history(tmp_path / "c", a[:30], 30), history(tmp_path / "d", b[:30], 15)
     whole: Any = moe_inspect.compare(c, d)
