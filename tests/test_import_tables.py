@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +24,7 @@ from moe_inspect.importers.tables import read
 from moe_inspect.reporting.report import report as trace_report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
-from tests.conftest import Cli, Put
+from tests.conftest import Put
 from tests.support.foreign import MAKERS, write_fingerprint, write_route_trace
 from tests.support.importing import decisions, refused, taken
 from tests.test_hostile import JSON, fresh, quick
@@ -95,63 +94,11 @@ def test_a_column_that_is_not_everywhere_is_left_out_and_told(tmp_path: Path):
     assert said == [f"{tmp_path / 'a.csv'}: weight_sum left out: not all of the rows have it"]
 
 
-NOTHING = {
-    "other.csv": ("block,id,hits\n1,0,5\n", "it has block, id, hits"),
-    "header.csv": ("layer,expert,count\n", "it has no rows"),
-    "other.json": ('[{"foo": 1}]', "it has foo"),
-    "null.json": ('[{"layer": null}]', "it has layer"),
-    "object.json": ("[{}]", "it has no columns"),
-    "empty.jsonl": ("", "it has no rows"),
-}
-
-
-@pytest.mark.parametrize("name", NOTHING)
-def test_a_file_without_a_row_that_fits_is_named_among_others(name: str, tmp_path: Path):
-    text, why = NOTHING[name]
-    good, none = tmp_path / "good.csv", tmp_path / name
-    good.write_text("layer,expert,count\n0,0,2\n0,1,3\n")
-    none.write_text(text)
-    for sources in ([none], [good, none], [none, good], [tmp_path]):
-        why_all = f"{re.escape(name)} holds no decisions or counts: {why}$"
-        refused(tmp_path, why_all, "counts", *sources, top_k=1)
-
-
 def test_rows_that_do_not_fit_are_not_lost_behind_others(tmp_path: Path, put: Put):
     put(read, ROWS=2)
     rows = [{"layer": 0, "expert": e, "count": 1} for e in range(2)] + [{"foo": 1}] * 2
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     refused(tmp_path, "no decisions or counts: it has foo", "counts", tmp_path, top_k=1)
-
-
-@pytest.mark.parametrize(
-    ("map", "said"),
-    [
-        ("layer=block,count=hits", "--map does not say where the expert is"),
-        ("count=hits,expert=id", "--map does not say where the layer is"),
-        ("layer", "write it like layer=block,expert=id,count=hits"),
-        ("slut=block,count=hits", "no column 'slut' (did you mean slot?)"),
-        ("count={floor}.{layer}.{expert}", "{floor} is no column of ours"),
-        ("layer=block,expert=id,count=misses", "has nothing at misses"),
-        ("layer=floor,expert=id,count=hits", "has no field floor beside what the map leads to"),
-        ("layer=block,expert=id,weight=hits", "rows are counts, which have no weight"),
-        ("layer=block,expert=id,count=hits,position=id", "which have no position: decisions have"),
-        ("layer=block,expert=text,count=hits", "row 0: text is 'law', not a whole number"),
-        ("layer=block,expert=id,count=hits.n", "where n should be"),
-        ("layer=block,expert=id,count=unsaid", "row 0: unsaid is empty"),
-        ("count={layer}_{layer}.{expert}", "{layer} stands twice in {layer}_{layer}"),
-    ],
-)
-def test_a_map_that_leads_nowhere_is_one_line(map: str, said: str, tmp_path: Path):
-    (tmp_path / "c.json").write_text(json.dumps(RECORDS))
-    refused(tmp_path, re.escape(said), "counts", tmp_path / "c.json", map=map, top_k=2)
-
-
-def test_a_map_is_of_counts_alone(cli_here: Cli, tmp_path: Path):
-    (tmp_path / "c.json").write_text(json.dumps(RECORDS))
-    options = ["c.json", "--top-k", "2", "--map", "layer=block,expert=id,count=hits", "-o"]
-    cli_here("import", "counts", *options, "t")
-    result = cli_here("import", "sglang", *options, "u", check=1)
-    assert "--map is an option of the format table, not of sglang" in result.stderr
 
 
 MAPS = ["count={layer}.{expert}", "layer=a,expert=b,count=c", "count=*.{layer}.{expert}.n"]
@@ -187,26 +134,6 @@ def test_thinking_and_answering_are_domains_of_a_category(tmp_path: Path):
     assert table["law/think"].tolist() == [10, 6, 0, 16]
     assert table["law/answer"].tolist() == [1, 0, 2, 1]
     assert {r.top_k for r in trace.routers} == {4}
-
-
-@pytest.mark.parametrize(
-    ("rows", "why"),
-    [
-        ("5,2\n0,1,3,4", "row 1: first_choice is 4 of 3 assignments"),
-        (f"{2**53},0", "row 0: count is 9007199254740992, not of 0 to 1,099,511,627,776"),
-        (
-            "\n0,0,".join([f"{2**40},0"] * 3),
-            "the rows of expert 0 of layer 0 sum to a count of 3,298,534,883,328: at most 1,099,",
-        ),
-        (
-            "\n".join(f"{'0,' * bool(e)}{f'{e},' if e else ''}{2**40},0" for e in range(3)),
-            "over 1,099,511,627,776 tokens, more than a trace can number",
-        ),
-    ],
-)
-def test_counts_that_no_router_makes_are_refused(rows: str, why: str, tmp_path: Path) -> None:
-    (tmp_path / "c.csv").write_text(f"layer,expert,count,first_choice\n0,0,{rows}\n")
-    refused(tmp_path, re.escape(why), "counts", tmp_path / "c.csv", top_k=1, experts=4)
 
 
 def test_no_file_of_pythons_is_left_to_arrows_threads(
@@ -300,47 +227,12 @@ def test_unknown_weights_are_no_weights(tmp_path: Path):
     assert trace.routers[0].slot_order == "unknown"
 
 
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ([row(0, 1, 0, 3), row(0, 1, 0, 4)], "position 0 of 0 has two rows of one layer and slot"),
-        ([row(-1, 1, 0, 3)], "row 0: step is -1, not of 0 to"),
-        ([row(0, 1, 2, 3)], "slot is 2, not of 0 to 1"),
-        ([row(0, 1, 0, 8)], "expert is 8, not of -1 to 7"),
-        ([row(0, 1, 0, 1), row(0, 1, 1, 1)], "row 1: expert is 1 again, at position 0 of 0"),
-        ([row(0, 1, 0, 1), row(0, 1, 1, 2, 1)], "row 0: phase differs from that of other rows of"),
-        ([row(0, 1, 0, 1, weight=np.inf)], "weight is inf"),
-        ([], "holds no decisions"),
-    ],
-)
-def test_rows_that_cannot_be(rows: list[Row], said: str, tmp_path: Path):
-    write_route_trace(tmp_path / "route.csv", rows)
-    refused(tmp_path, said, "bigmoeonedge", tmp_path / "route.csv")
-    # and a header that is no text
-    data = (tmp_path / "route.csv").read_bytes()
-    (tmp_path / "route.csv").write_bytes(data.replace(b"residency", b"resid\xffncy"))
-    refused(tmp_path, "can't decode byte 0xff", "bigmoeonedge", tmp_path / "route.csv")
-
-
 def test_scores_are_no_weights_and_a_label_is_the_domain(tmp_path: Path):
     source = MAKERS["moe-policylang"](tmp_path).source
     trace, _ = taken(tmp_path, "moe-policylang", f"mine={source}")
     assert set(trace.tokens()["domain"]) == {"mine"}
     assert not trace.has_weights
     assert {r.slot_order for r in trace.routers} == {"weight"}
-
-
-def test_a_trace_without_softmax_does_not_say_how_many_experts_there_are(tmp_path: Path):
-    source = MAKERS["moe-policylang"](tmp_path).source
-    table = pq.read_table(source).drop_columns(["router_softmax", "router_scores"])
-    pq.write_table(table, source)
-    refused(tmp_path, "does not say how many experts there are", "moe-policylang", source)
-    trace, _ = taken(tmp_path, "moe-policylang", source, experts=8)
-    assert {r.slot_order for r in trace.routers} == {"unknown"}
-    chosen = pa.array([[0], *[[0, 1]] * (len(table) - 1)], pa.list_(pa.int32()))
-    pq.write_table(table.set_column(3, "selected_experts", chosen), source)
-    why = "row 1: selected_experts has 2 values, not 1"
-    refused(tmp_path / "v", why, "moe-policylang", source, experts=8)
 
 
 DECISIONS = [
@@ -411,41 +303,6 @@ def test_rows_without_a_slot_take_those_of_their_decision_in_order(
     assert routing[0]["weight_1"] == [0.25] * 6
 
 
-@pytest.mark.parametrize(
-    ("rows", "why"),
-    [
-        (["expert\n0,0,1\n0,0,1"], "0.csv row 1: expert is 1 again, at position 0 of the document"),
-        (
-            ["expert\n0,0,1\n0,0,2\n", "expert\n0,0,1\n0,0,2\n0,1,3\n0,1,3"],
-            "1.csv row 3: expert is 3",
-        ),
-        (["experts\n0,0,[1 2]\n0,1,[5 5]"], "0.csv row 1: experts names expert 5 again$"),
-        (["experts\n0,0,[0 0]"], "row 0: experts names expert 0 again; a dense layer or padding"),
-        (["expert_0,expert_1\n0,0,1,2\n0,1,5,5"], "row 1: expert_1 names expert 5 again"),
-        (["expert_0,expert_1\n0,0,1,2\n0,1,5,x"], "row 1: expert_1 is 'x', not a whole number"),
-        (["expert_0,expert_1\n0,0,1,2\n0,1,8,5"], "row 1: expert_0 is 8, not of -1 to 7"),
-        (["experts,document\n0,0,[1 2],a\n0,1,[1 2],"], "row 1: document is empty"),
-        (["experts\n0,0,[1 2 3 4]"], "row 0: experts has 4 values, top-k is 2"),
-        (["experts,top_k\n0,0,[1 2 3],3"], "has top_k 2 and 3, one of them by --top-k"),
-        (["expert\n0,0,1\n0,0,"], "row 1: expert is empty; write -1 where there is none$"),
-        (["expert_0,expert_1\n0,0,1,2\n0,1, ,5"], "row 1: expert_0 is empty; write -1"),
-        (["expert_0,expert_1\n0,0,1,2\n0,1,5,"], "row 1: expert_1 is empty; write -1"),
-        (["experts\n0,0,[1 2]\n0,1,[]"], "row 1: experts has 0 values, not 2, as the first row"),
-        (["experts\n0,0,[]"], "row 0: experts has 0 values$"),
-        (["expert\n0,0,1\n0,1,2"], "no token has over 1 expert in a layer, and top-k is 2"),
-        (["expert\n0,3,1\n0,3,2\n0,3,4"], "position 3 of the document has over 2 rows of one"),
-        (["expert,slot\n0,0,1,0\n0,0,2,2"], "row 1: slot is 2, not of 0 to 1"),
-        (["expert\n0,0,1", 'experts\n0,0,"[1, 2]"'], "1.csv: not all files have a row per slot"),
-        (['experts\n0,0,"[1, 2]"', "expert\n0,0,1"], "1.csv: not all files have a row per slot"),
-        (["expert\n0,0,1", "count\n0,0,1"], "1.csv has no column experts"),
-    ],
-)
-def test_assignments_that_are_no_decisions(rows: list[str], why: str, tmp_path: Path):
-    for n, text in enumerate(rows):
-        (tmp_path / f"{n}.csv").write_text(f"layer,position,{text}\n")
-    refused(tmp_path, why, "table", tmp_path, experts=8, top_k=2)
-
-
 @pytest.mark.parametrize("form", ["json", "parquet"])
 def test_an_expert_that_is_null_is_no_empty_slot(form: str, tmp_path: Path):
     path = tmp_path / f"d.{form}"
@@ -457,29 +314,6 @@ def test_an_expert_that_is_null_is_no_empty_slot(form: str, tmp_path: Path):
             assert experts(trace, 0) == [[2, 0], [1, -1]]
     why = "row 1: experts is empty; write -1 where there is none$"
     refused(tmp_path / "v", why, "table", path, experts=4)
-
-
-@pytest.mark.parametrize("at", [0, 2])
-def test_a_phase_that_is_none_is_named_also_in_the_first_row(at: int, tmp_path: Path):
-    said = ["prefill", "decode", "decode"]
-    said[at] = "later"
-    rows = "".join(f"0,{t},[1],{phase}\n" for t, phase in enumerate(said))
-    (tmp_path / "d.csv").write_text("layer,position,experts,phase\n" + rows)
-    why = f"row {at}: phase is 'later', not prefill or"
-    refused(tmp_path, why, "table", tmp_path / "d.csv", experts=8)
-
-
-def test_a_preset_says_how_many_experts_a_token_uses(tmp_path: Path):
-    (tmp_path / "form.yaml").write_text("{top_k: 3, map: {layer: l, position: p, expert: e}}")
-    (tmp_path / "d.csv").write_text("l,p,e\n" + "".join(f"0,0,{e}\n" for e in range(3)))
-    how: dict[str, Any] = {"map": str(tmp_path / "form.yaml"), "experts": 4}
-    assert taken(tmp_path, "table", tmp_path / "d.csv", **how)[0].routers[0].top_k == 3
-    why = "has over 2 rows of one layer"
-    refused(tmp_path / "u", why, "table", tmp_path / "d.csv", top_k=2, **how)
-    (tmp_path / "form.yaml").write_text("{top_k: 3, map: {layer: l, position: p, experts: e}}")
-    (tmp_path / "d.csv").write_text("l,p,e\n0,0,[1 2]\n")
-    why = "row 0: e has 2 values, top-k is 3"
-    refused(tmp_path / "u", why, "table", tmp_path / "d.csv", **how)
 
 
 PRESET = """
@@ -517,28 +351,6 @@ def test_a_users_preset_joins_the_files_of_layers(tmp_path: Path):
         refused(tmp_path / "u", why, "table", tmp_path / "law", **how)
 
 
-@pytest.mark.parametrize(
-    ("row", "why"),
-    [
-        ('1,6,"[1, 9]",law', r"d\.csv row 6: ids is 9, not of -1 to 7"),
-        ('1,6,"[1]",law', r"d\.csv row 6: ids has 1 value, not 2, as the first row"),
-        ('1,6,"[1, x]",law', r"d\.csv row 6: ids is 'x', not a whole number"),
-        ('1,6,"[1, 2",law', r"d\.csv row 6: ids is '\[1, 2', a list cut short"),
-        ('one,6,"[1, 2]",law', r"d\.csv row 6: block is 'one', not a whole number"),
-        ('1,,"[1, 2]",law', r"d\.csv row 6: at is empty"),
-        ('1,6.5,"[1, 2]",law', r"d\.csv row 6: at is '6\.5', not a whole number"),
-        ('1,5,"[1, 2]",law', "position 5 of law has two rows of one layer"),
-    ],
-)
-def test_what_does_not_fit_is_named_by_row_and_column(row: str, why: str, tmp_path: Path):
-    rows = "".join(f'1,{t},"[{t}, 7]",law\n' for t in range(6))
-    (tmp_path / "d.csv").write_text(f"block,at,ids,of\n{rows}{row}\n")
-    form = "{map: {layer: block, position: at, experts: ids, document: of}, head: '# {experts}'}"
-    (tmp_path / "form.yaml").write_text(form)
-    how = {"map": str(tmp_path / "form.yaml"), "experts": 8}
-    refused(tmp_path, why, "table", tmp_path / "d.csv", **how)
-
-
 @pytest.mark.parametrize("last", ["1,2.0", "1,x", "1,", "1.5,2"])
 def test_a_value_is_read_or_named_in_whatever_block_it_is(last: str, tmp_path: Path):
     """Blocks of numbers alone are taken as they are, another is looked at value by value."""
@@ -571,26 +383,6 @@ def test_layers_without_counts_are_left_out_and_named(tmp_path: Path):
     assert int(trace.counts()["assignments"].sum()) == 20  # as the file has
 
 
-def test_auto_says_what_a_file_looks_like(tmp_path: Path):
-    (tmp_path / "x.json").write_text('{"sample_count": 3, "answers": {}}')
-    why = 'looks like gpt-oss-fingerprints, but lacks "think_expert_analytics"'
-    refused(tmp_path, why, "auto", tmp_path / "x.json")
-    (tmp_path / "README.md").write_text("Parquet of indices and scores")
-    with pytest.raises(MoeInspectError, match="cannot tell the format") as raised:
-        taken(tmp_path, "auto", tmp_path / "README.md")
-    assert "looks like" not in str(raised.value)
-
-
-def test_auto_refuses_a_folder_of_two_formats(tmp_path: Path):
-    for model in ("mistral", "olmoe"):
-        (tmp_path / f"{model}_expert_counts_law.json").write_text('{"0": {"0": 2, "1": 2}}')
-    (tmp_path / "LICENSE").write_text("as you like")
-    why = r"mixtral-counts \(mistral_\w+.json\) and olmoe-counts \(olmoe_\w+.json\): name the"
-    refused(tmp_path, why, "auto", tmp_path)
-    (tmp_path / "mistral_expert_counts_law.json").unlink()
-    assert taken(tmp_path, "auto", tmp_path)[0].routers[0].experts == 64
-
-
 def test_files_of_one_name_are_added_up_where_each_folder_is_given(tmp_path: Path):
     folders = [tmp_path / "in" / name for name in ("base", "instruct")]
     for folder in folders:
@@ -601,24 +393,6 @@ def test_files_of_one_name_are_added_up_where_each_folder_is_given(tmp_path: Pat
     refused(tmp_path, why, "fiddler", tmp_path / "in")
     trace, _ = taken(tmp_path, "fiddler", *folders, experts=2, top_k=1)
     assert load_of(trace) == {0: [6, 2], 1: [4, 4]}
-
-
-@pytest.mark.parametrize("form", ["lines", "map", "decisions", "decisions of the whole"])
-def test_of_lines_of_json_the_line_is_named(form: str, tmp_path: Path):
-    path = tmp_path / "c.jsonl"
-    how: dict[str, Any] = {"experts": 4, "top_k": 2}
-    rows = [{"layer": 0, "expert": e, "count": 2} for e in (0, 1, 9)]
-    why = "expert is 9, not of 0 to 3"
-    if form == "map":
-        rows = [{"of": {"0": [2, 2]}}, {"of": {"0": [2, 2]}}, {"of": {"0": [1, 1, 1, 1, 1]}}]
-        how["map"], why = "count=of.{layer}.{expert}", "expert is 4, not of 0 to 3"
-    if form.startswith("decisions"):
-        last = 9 if form == "decisions" else 1
-        places = ((0, 1), (1, 1), (1, last))
-        rows = [{"layer": 0, "position": t, "experts": [0, e]} for t, e in places]
-        why = "experts is 9" if last == 9 else "layer is 0: position 1 of the document has two"
-    path.write_text("\n\n".join(map(json.dumps, rows)))  # blank lines are lines
-    refused(tmp_path, f"c.jsonl line 5: {why}", "table", path, **how)
 
 
 def test_beside_experts4bits_rows_are_losses_which_are_not_read(tmp_path: Path):
@@ -708,49 +482,6 @@ def test_counts_that_are_not_k_of_each_token_are_told(
     assert f"c.csv: {why}" in said[0] if why else True
     lost = [trace.n_tokens * top_k - sum(load) for load in load_of(trace).values()]
     assert max(lost) > 0 if why else lost == [0] * len(lost)
-
-
-@pytest.mark.parametrize(
-    ("text", "how", "why"),
-    [
-        (
-            "layer,expert,count,top_k\n0,0,2,2\n0,1,2,2",
-            {"top_k": 1},
-            "row 0: top_k is 2, --top-k 1",
-        ),
-        ("layer,expert,count,experts\n0,0,2,4", {"experts": 8}, "row 0: experts is 4, --experts 8"),
-        ("layer,expert,count,top_k\n0,0,2,2\n0,1,2,1", {}, "layer 0 has top_k 1 and 2: of one"),
-        ("layer,expert,count\n0,0,2\n0,9,2", {"experts": 4}, "row 1: expert is 9, not of 0 to 3"),
-        ("layer,expert,count\n0,0,2\n0,1,2,3", {}, "row 1: Expected 3 columns, got 4: 0,1,2,3"),
-        ("layer,expert,count,document\n0,0,2,a\n0,1,2,", {}, "row 1: document is empty"),
-        (
-            "layer;expert;count\n0;0;2",
-            {},
-            "'layer;expert;count', columns with ; between them: write ,",
-        ),
-        (
-            "layer;position;experts\n0;0;[1, 2]",
-            {},
-            "'layer;position;experts', columns with ; between them: write ,",
-        ),
-        ("layer,expert,count,gate_sum\n0,0,2,1\n0,1,2,nan", {}, "row 1: gate_sum is nan"),
-        ("layer,expert,count\n0,0,2\n1,0,2", {"top_k": 5}, ": 5 of 4 experts is not possible"),
-        ("Layer, Expert,Count\n0,0,2", {}, "--map 'layer=Layer,expert= Expert,count=Count'"),
-        ("Layer,Position,Expert_0,Expert_1\n0,0,1,2", {}, "experts=Expert_*"),
-    ],
-)
-@pytest.mark.parametrize("format", ["counts", "auto"])
-def test_one_line_names_file_row_and_column_and_the_way_out(
-    text: str, how: dict[str, int], why: str, format: str, tmp_path: Path
-):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.csv").write_text("layer,expert,count\n0,0,2\n0,1,2\n")
-    (tmp_path / "in/b.csv").write_text(text)
-    where = tmp_path / "in/b.csv" if format == "auto" else tmp_path / "in"
-    how = {"top_k": 2, "experts": 4, **how} if "top_k 1 and" not in why else {"experts": 4}
-    of_all = "top_k 1 and" in why or "possible" in why  # as a layer is
-    file = "" if of_all else "/b.csv"
-    refused(tmp_path, f"in{file}.*{re.escape(why)}", format, where, **how)
 
 
 def test_a_line_of_the_hint_reads_the_file(tmp_path: Path):
