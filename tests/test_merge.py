@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +22,7 @@ from moe_inspect.reporting.report import report
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.merge import MOST_NUMBER, Target
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.verify import verify
+from moe_inspect.trace.verify import Verification, verify
 from moe_inspect.trace.writer import Document, TraceWriter
 from tests.conftest import Cli
 from tests.support.damage import edit_manifest, with_a_bit_less, without_checksums
@@ -51,35 +49,31 @@ def made(root: Path, seed: int, T: int = 90, **how: Any) -> Trace:
     return write_trace(root, ids, E, **usual | how)
 
 
+def merged_of(root: Path, *names: str) -> tuple[Trace, Verification]:
+    """The traces of these names, merged, and what its files were found to hold."""
+    merged = merge([root / name for name in names], root / ("merged-" + "-".join(names)))
+    found = verify(merged)
+    assert found.ok, found
+    return merged, found
+
+
 @pytest.fixture
 def two(tmp_path: Path) -> list[Path]:
-    for seed, name in enumerate("ab"):
-        made(tmp_path / name, seed)
-    return [tmp_path / "a", tmp_path / "b"]
+    return [made(tmp_path / name, seed).path for seed, name in enumerate("ab")]
 
 
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Traces `first`, `second` of half of the demo's corpus each, and `both`; a document a pass."""
-    root = tmp_path_factory.mktemp("halves")
-    domains = sorted(path.name for path in CORPUS_DIR.iterdir() if path.is_dir())
-    # domains take turns in a trace
+def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(tmp_path: Path) -> None:
+    """Of the demo's corpus, whose domains take turns in a trace; a document a pass."""
     chosen = {"first": slice(0, 2), "second": slice(2, 4), "both": slice(0, 4)}
     for name, some in chosen.items():
-        for domain in domains:
-            for file in sorted((CORPUS_DIR / domain).iterdir())[some]:
-                (root / "text" / name / domain).mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, root / "text" / name / domain)
+        for folder in sorted(path for path in CORPUS_DIR.iterdir() if path.is_dir()):
+            (tmp_path / "text" / name / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[some]:
+                shutil.copy(file, tmp_path / "text" / name / folder.name)
         how = {"logits": True, "output_norms": True, "batch_tokens": 1}
-        trace_model("demo", root / name, data=[str(root / "text" / name)], **how)
-    return root
-
-
-def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path: Path) -> None:
-    parts, both = [Trace(halves / "first"), Trace(halves / "second")], Trace(halves / "both")
-    merged = merge([part.path for part in parts], tmp_path / "m")
-    found = verify(tmp_path / "m")
-    assert found.ok, found
+        trace_model("demo", tmp_path / name, data=[str(tmp_path / "text" / name)], **how)
+    *parts, both = (Trace(tmp_path / name) for name in chosen)
+    merged, found = merged_of(tmp_path, "first", "second")
     assert found.assignments == sum(verify(part).assignments for part in parts)
     assert found.assignments == merged.n_tokens * sum(r.top_k for r in merged.routers)
     assert merged.status == "complete"
@@ -90,15 +84,13 @@ def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path
         if name == "routing":
             pair = [t.sort_values(["router", "token"], ignore_index=True) for t in pair]
         pd.testing.assert_frame_equal(*pair)
-    expected, said = report(both), report(merged)
-    assert list(said.tables) == list(expected.tables)
-    for name in expected.tables:
-        if name == "summary":
-            continue
-        ours, theirs = (pd.DataFrame(each.tables[name]) for each in (said, expected))
+    tables, expected = (report(trace).tables for trace in (merged, both))
+    assert list(tables) == list(expected)
+    for name in {*tables} - {"summary"}:
         # what chance alone would give is drawn shard by shard, and the merged trace has two
-        drawn = [c for c in theirs if "null" in str(c) or c == "vocabulary_specialization_p"]
-        pd.testing.assert_frame_equal(ours.drop(columns=drawn), theirs.drop(columns=drawn))
+        drawn = [c for c in expected[name] if "null" in c or c == "vocabulary_specialization_p"]
+        pair = [of[name].drop(columns=drawn) for of in (tables, expected)]
+        pd.testing.assert_frame_equal(*pair)
     listed = merged.manifest["parts"]
     assert [part["name"] for part in listed] == ["first", "second"]
     assert [part["first_document"] for part in listed] == [0, listed[0]["documents"]]
@@ -110,8 +102,7 @@ def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path
 def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:
     odd = np.repeat([900, 4, 77, 5, 6, 7, 8, 9, 10], 10)
     parts = [made(tmp_path / "a", 0), made(tmp_path / "b", 1, document=odd)]
-    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    assert verify(tmp_path / "m").ok
+    merged, _ = merged_of(tmp_path, "a", "b")
     tokens = merged.tokens()
     assert sorted(merged.documents()["document"]) == list(range(18))
     numbers = np.repeat([17, 9, 16, 10, 11, 12, 13, 14, 15], 10)
@@ -127,26 +118,20 @@ def loads(trace: Trace) -> pd.Series:
     return of.astype({"expert": float}).value_counts(["router", "expert"]).sort_index()
 
 
-def two_ranks(root: Path, seed: int) -> None:
-    """A pass of 10 tokens, a document, on each of two ranks."""
-    rng = np.random.default_rng(seed)
-    with hold(root) as lock:
-        for rank in (1, 0):
-            ids = [uniform_ids(rng, 10, E, K) for _ in range(L)]
-            documents = [Document(rank, "text", "here", 10)]
-            one = a_pass(0, ids, document=np.full(10, rank, np.int32), documents=documents)
-            of = {"weights": False, "rank": rank, "lock": lock}
-            with TraceWriter(root, {}, routers(L, E, K), **of) as writer:
-                writer.write(one)
-
-
 def test_each_rank_goes_behind_the_same_rank(tmp_path: Path) -> None:
-    two_ranks(tmp_path / "a", 0)
-    two_ranks(tmp_path / "b", 1)
-    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    assert verify(tmp_path / "m").ok
-    a = Trace(tmp_path / "a")
-    assert merged.n_tokens == 2 * a.n_tokens
+    """Of a pass of 10 tokens, a document, on each of two ranks."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        with hold(tmp_path / name) as lock:
+            for rank in (1, 0):
+                ids = [uniform_ids(rng, 10, E, K) for _ in range(L)]
+                given = {"documents": [Document(rank, "text", "here", 10)]}
+                one = a_pass(0, ids, document=np.full(10, rank, np.int32), **given)
+                of = {"weights": False, "rank": rank, "lock": lock}
+                with TraceWriter(tmp_path / name, {}, routers(L, E, K), **of) as writer:
+                    writer.write(one)
+    merged, _ = merged_of(tmp_path, "a", "b")
+    assert merged.n_tokens == 2 * Trace(tmp_path / "a").n_tokens
     assert {shard.files.rank for shard in merged.shards} == {0, 1}
     # the passes of the ranks of a run keep their number, which is the same
     assert merged.tokens()["batch"].tolist() == [0] * 10 + [1] * 10 + [0] * 10 + [1] * 10
@@ -156,28 +141,23 @@ def test_counts_encoders_and_traces_without_a_vocabulary(tmp_path: Path) -> None
     loads = [np.arange(16, dtype=np.int64).reshape(2, 8) * 2 for _ in range(2)]
     write_counts(tmp_path / "a", loads, 2, ("x", "y"))
     write_counts(tmp_path / "b", [load * 3 for load in loads], 2, ("y", "z"))
-    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    assert verify(tmp_path / "m").ok
+    merged, _ = merged_of(tmp_path, "a", "b")
     counts = merged.counts().groupby("domain", observed=True)["assignments"].sum()
     low, high = int(loads[0][0].sum()), int(loads[0][1].sum())
     assert counts.to_dict() == {"x": 2 * low, "y": 2 * (high + 3 * low), "z": 6 * high}
     made(tmp_path / "d", 2, words=0)
     made(tmp_path / "e", 3)
-    assert len(merge([tmp_path / "d", tmp_path / "e"], tmp_path / "n").vocabulary()) == 50
-    assert verify(tmp_path / "n").ok
+    assert len(merged_of(tmp_path, "d", "e")[0].vocabulary()) == 50
     encoder_decoder(tmp_path / "f")
     # what states no checksums may be other data
     without_checksums(tmp_path / "f", tmp_path / "g", hashes=False)
-    merged = merge([tmp_path / "f", tmp_path / "g"], tmp_path / "o")
-    assert verify(tmp_path / "o").ok
-    assert merged.n_decisions == 20
+    assert merged_of(tmp_path, "f", "g")[0].n_decisions == 20
 
 
 def test_a_part_that_was_interrupted_makes_the_whole_so(two: list[Path], tmp_path: Path) -> None:
     edit_manifest(two[1], status="interrupted")
-    assert merge(two, tmp_path / "m").status == "interrupted"
-    found = verify(tmp_path / "m")
-    assert (found.ok, found.resumable) == (True, False)
+    merged, found = merged_of(tmp_path, "a", "b")
+    assert (merged.status, found.resumable) == ("interrupted", False)
 
 
 def test_numbers_end_at_those_of_the_format(tmp_path: Path) -> None:
@@ -301,8 +281,7 @@ def test_many_small_shards_are_read_as_few_and_merged_into_one(tmp_path: Path) -
     whole = made(tmp_path / "whole", 0, T=600, shard_tokens=600)
     assert [shard.files.tokens for shard in apart.shards] == [70] * 8 + [40]
     assert len([*apart.joined(0)]) == verify(apart).shards == 60
-    one = merge([tmp_path / "apart"], tmp_path / "one")
-    assert verify(one).ok
+    one, _ = merged_of(tmp_path, "apart")
     assert one.n_shards == 1
     frames = [
         (of.tokens(), of.documents(), *(of.routing(router=r) for r in range(L)))
@@ -311,23 +290,9 @@ def test_many_small_shards_are_read_as_few_and_merged_into_one(tmp_path: Path) -
     for found in frames[1:]:
         for frame, expected in zip(found, frames[0], strict=True):
             pd.testing.assert_frame_equal(frame, expected)
+    joined, alone = next(apart.shards), next(Trace(apart.path).shards)
+    with ThreadPoolExecutor(L) as threads:  # each asks for another router of the same shards
+        for r, slots in enumerate(threads.map(joined.slots, range(L))):
+            np.testing.assert_array_equal(slots, alone.slots(r))
     for name in ("load", "domains"):
         pd.testing.assert_frame_equal(report(apart).tables[name], report(whole).tables[name])
-
-
-def test_threads_read_small_shards_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each asks for another router: all are read together, for whoever asks first."""
-    shard, reads = next(made(tmp_path / "apart", 0, T=600, shard_tokens=10).shards), list[str]()
-    read = Shard.rows_by_router
-
-    def slowly(self: Shard, name: str, columns: list[str] | None = None) -> Any:
-        reads.append(name)
-        time.sleep(0.02)  # the others come meanwhile
-        return read(self, name, columns)
-
-    monkeypatch.setattr(Shard, "rows_by_router", slowly)
-    with ThreadPoolExecutor(L) as threads:
-        found = [*threads.map(shard.slots, range(L))]
-    assert reads == ["routing"] * 7
-    for r, slots in enumerate(found):
-        np.testing.assert_array_equal(slots, shard.slots(r))
