@@ -23,7 +23,7 @@ EVERY, ALPHA = 10, 0.01
 STEPS = {
     "chance": (40, ()),
     "from step 11 on": (60, range(11, 61)),
-    "one window": (35, range(21, 31)),
+    "two windows": (45, range(21, 41)),
 }
 
 
