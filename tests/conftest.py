@@ -40,9 +40,10 @@ OpenPage = Callable[..., "Opened"]
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
-    "zoo experts audit_loss kernels benchmarks ablate placement options readme cli_trace "
-    "ranks before_call counting loading wrapped real_data report_cli contributing "
-    "alarms page page_sizes commit_every ptx docs kinds"
+    "cli_trace engine_writer readme options hostile watch oracles_simulate ranks experts "
+    "placement audit_loss oracles_report training_trainer zoo page_sizes record_responses "
+    "before_call kernels page simulate_step counting real_data one_line alarms docs "
+    "compare_findings commit_every"
 )
 
 
