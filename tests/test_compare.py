@@ -1,5 +1,5 @@
-"""Two traces of the same tokens: brute force agrees, what is the same is said to be, and what is
-numbered otherwise is found, named and mended; nothing of the kind is invented."""
+"""Two traces of the same tokens: what is the same is said to be, and what is numbered otherwise is
+found. Two models: their reports' summaries side by side. The tables: test_oracles_compare."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
+from moe_inspect.comparison.counting import kernels
 from moe_inspect.comparison.decisions.verdict import percent
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
@@ -62,22 +63,6 @@ def gates(seed: int, ordered: bool = True) -> list[np.ndarray]:
     """Gate weights, the largest first."""
     drawn = np.random.default_rng(seed).random((L, T, K)).astype(np.float32)
     return list(np.sort(drawn)[:, :, ::-1] if ordered else drawn)
-
-
-def test_mismatch_takes_a_mask_and_refuses_other_shapes() -> None:
-    a = np.zeros((4, 2, 1), np.int32)
-    b = a.copy()
-    b[0] = 1
-    assert moe_inspect.mismatch(a, b)["set_mismatch"] == 0.25
-    assert moe_inspect.mismatch(a, b, mask=[False, True, True, True])["set_mismatch"] == 0
-    assert np.isnan(moe_inspect.mismatch(a[:0], b[:0])["set_mismatch"])
-    for other, mask, says in (
-        (b[1:], None, r"shapes \(4, 2, 1\) and \(3, 2, 1\)"),
-        (b, [True], "mask has the shape"),
-        (b.astype(float), None, "float64: expected integers"),
-    ):
-        with pytest.raises(MoeInspectError, match=says):
-            moe_inspect.mismatch(a, other, mask=mask)
 
 
 def test_threads_and_the_order_of_batches_change_nothing(write: Write) -> None:
@@ -181,31 +166,20 @@ def test_flips_of_one_document_among_others_are_few(write: Write) -> None:
         assert ("mostly in 2 documents: too few" in found.text) == (name == "one")
 
 
-@pytest.mark.parametrize("shape", [(8, 2), (64, 2)])
-@pytest.mark.parametrize("close", [True, False])
-def test_without_logits_the_margin_is_unknown(
-    write: Write, shape: tuple[int, int], close: bool
-) -> None:
+@pytest.mark.parametrize("places", [slice(20), slice(-20, None)])
+def test_without_logits_the_margin_is_unknown(write: Write, places: slice) -> None:
     """The gate weights of the chosen say nothing of how close the next expert was: the same
     sentence, whichever decisions flipped."""
-    (experts, k), rng = shape, np.random.default_rng(4)
-    logits = rng.normal(size=(T, experts))
-    ranked = np.argsort(-logits, 1)
-    gap = np.sort(logits, 1)[:, -k] - np.sort(logits, 1)[:, -k - 1]
-    at = np.argsort(gap if close else -gap)[:20]
-    other = ranked[:, :k].copy()
-    other[at, -1] = ranked[at, k]
-    top = np.exp(np.take_along_axis(logits, ranked[:, :k], 1))
-    weights = [(top / top.sum(1, keepdims=True)).astype(np.float32)]
-    sides = (("a", ranked[:, :k]), ("b", other))
-    made = moe_inspect.compare(
-        *(write(name, [ids.astype(np.uint16)], experts, weights=weights) for name, ids in sides)
-    )
+    logits, ids = decided()
+    top = [
+        np.exp(np.take_along_axis(x, e.astype(int), 1)) for x, e in zip(logits, ids, strict=True)
+    ]
+    weights = [x / x.sum(1, keepdims=True) for x in top]
+    sides = {"a": ids, "b": swapped(logits, ids, places)}
+    made = moe_inspect.compare(*(write(name, of, weights=weights) for name, of in sides.items()))
     found = made.verdict()[0]
     assert (found.kind, found.severity) == ("rounding_unknown", "note")
-    assert found.text.endswith("Record with --logits to tell whether rounding explains them.")
-    with pytest.raises(MoeInspectError, match=r"no logits \(trace --logits\): no margins table"):
-        _ = made.tables["margins"]
+    assert "Record with --logits" in found.text
 
 
 def test_where_a_bias_chooses_too_logits_tell_no_margin(write: Write) -> None:
@@ -279,15 +253,6 @@ def test_routes_that_an_engine_returns_are_compared(write: Write, tmp_path: Path
     assert "at least one trace does not record the order of slots" in made.verdict()[0].text
 
 
-def test_noise_is_what_two_runs_differ_by(write: Write) -> None:
-    a, b = write("a", routes()), write("b", flipped(routes(), 0.01))
-    again = write("n", flipped(routes(), 0.01, seed=2))
-    made = moe_inspect.compare(a, b, noise=again)
-    of_two_runs = moe_inspect.compare(a, again).tables["agreement"]["set_mismatch"]
-    assert made.tables["agreement"]["noise_set_mismatch"].tolist() == of_two_runs.tolist()
-    assert made.tables["overall"]["noise_tokens_mismatch"][0] == pytest.approx(0.05, abs=0.02)
-
-
 # --- the command
 
 
@@ -317,37 +282,145 @@ def test_the_command_and_its_gates(cli_here: Cli, write: Write, tmp_path: Path) 
         assert says in cli_here("compare", "a", *asked, check=check).stderr
 
 
-def test_pictures_and_the_page(cli_here: Cli, write: Write, tmp_path: Path) -> None:
+def test_pictures_are_of_what_differs(cli_here: Cli, write: Write, tmp_path: Path) -> None:
     logits, ids = decided()
     write("b", flipped(ids, 0.01))
-    write("w", ids, logits=logits)
-    cli_here("compare", "w", "b", "--html", "p.html", "--plots", "plots", "-o", "x.txt")
-    page = (tmp_path / "p.html").read_text(encoding="utf-8")
-    for heading in (
-        "Same routing?",
-        "Decisions with different experts",
-        "Where the router was undecided",
-        "Does a difference grow?",
-        "Documents that differ most",
-    ):
-        assert heading in page
-    drawn = {path.name for path in (tmp_path / "plots").iterdir()}
+    same = write("w", ids, logits=logits)
+    cli_here("compare", "w", "b", "--plots", "plots", "-o", "x.txt")
     names = ("set_mismatch", "margin_map", "position_map", "growth", "load_shift")
-    assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
-    charts, left_out = moe_inspect.compare(tmp_path / "w", tmp_path / "w").charts()
-    assert [chart.name for chart in charts] == ["set_mismatch"]
-    assert left_out == []
+    expected = {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == expected
+    charts, left_out = moe_inspect.compare(same, same).charts()
+    assert ([chart.name for chart in charts], left_out) == (["set_mismatch"], [])
 
 
-def test_experts_of_two_seeds_are_matched_by_their_tokens(write: Write) -> None:
-    """Experts renumbered, and half of the decisions by chance."""
-    order = np.random.default_rng(7).permutation(E).astype(np.uint16)
-    mixed = []
-    for i, (x, y) in enumerate(zip(routes(), routes(1), strict=True)):
-        by_chance = np.random.default_rng(i).random(T) < 0.5
-        mixed.append(np.where(by_chance[:, None], y, order[x]))
-    table = moe_inspect.compare(write("a", routes()), write("b", mixed)).tables["matched"]
-    np.testing.assert_allclose(table["overlap"], K / E, atol=0.1)
-    np.testing.assert_allclose(table["overlap_matched"], 0.5 + 0.5 * K / E, atol=0.05)
-    np.testing.assert_allclose(table["overlap_matched_by_chance"], K / E, atol=0.05)
-    assert (table["layer"] == range(L)).all()
+# --- different models
+
+
+def shaped(root: Path, E: int, k: int, blocks: int | None = None, **more: Any) -> Trace:
+    config = {"model": {"config": {"num_hidden_layers": blocks}}} if blocks else {}
+    ids = [uniform_ids(np.random.default_rng(0), 200, E, k) for _ in range(2)]
+    return write_trace(root, ids, E, manifest=config, **more)
+
+
+def test_of_two_models_the_summaries_of_both_reports_are_a_table(
+    cli_here: Cli, tmp_path: Path
+) -> None:
+    by_domain = {"domain_of_document": ["law", "code"], "document": np.arange(200)}
+    a, b = shaped(tmp_path / "a", 8, 2, **by_domain), shaped(tmp_path / "b", 16, 4)
+    made: Any = moe_inspect.compare(a, b)
+    table = made.tables["summary"].set_index("key")
+    for side, trace in (("a", a), ("b", b)):
+        alone: Any = moe_inspect.report(trace).tables["summary"].set_index("key")["value"]
+        kept = [key for key in alone.index if not key.startswith(("threshold_", "note"))]
+        assert table.loc[kept, side].tolist() == alone[kept].tolist()
+    assert table.loc["tokens_in_law"].tolist() == ["100", ""]
+    assert table.loc["tokens_in_text"].tolist() == ["", "200"]
+    assert set(made.tables) == {"summary", "verdict"}
+    assert made.tables["verdict"]["kind"].tolist() == ["different_models"]
+    shown = cli_here("compare", "a", "b", "--html", "p.html", "--plots", "plots")
+    said = " ".join(shown.stdout.split())
+    assert "A has 8 experts per layer, B 16; A has 2 experts per token" in said
+    assert "no comparison of tokens" in said
+    assert "assignments 800 1600" in said
+    assert "Two models, side by side" in (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "plots").exists()
+    assert "assignments,800,1600\n" in cli_here("compare", "a", "b", "--format", "csv").stdout
+    for asked, says in (
+        (["--table", "agreement"], "there is no table 'agreement'"),
+        (["--fail-above", "set_mismatch=0"], "there is no metric 'set_mismatch'"),
+        (["--layers", "0"], "which layers needs: leave it out"),
+        (["--shift-layers", "1"], "of different models"),
+    ):
+        done = cli_here("compare", "a", "b", *asked, check=1)
+        assert "A has 8 experts per layer, B 16" in done.stderr or "--shift-layers" in asked
+        assert says in done.stderr
+        assert (done.stderr.count("\n"), done.stdout) == (1, "")
+    done = cli_here("compare", "a", "a", "--table", "balance", check=1)
+    assert "no table 'balance'" in done.stderr
+
+
+def test_what_makes_models_different_is_named(tmp_path: Path) -> None:
+    a = shaped(tmp_path / "a", 8, 2, 4)
+    for name, sizes, says in (
+        ("b", (16, 2, 4), "A has 8 experts per layer, B 16"),
+        ("c", (8, 3, 4), "A has 2 experts per token, B 3"),
+        ("d", (8, 2, 6), "A has 4 layers, B 6"),
+    ):
+        b = shaped(tmp_path / name, *sizes)
+        assert [*moe_inspect.compare(a, b).reasons] == [says]
+        with pytest.raises(MoeInspectError, match=says) as error:
+            moe_inspect.compare(a, b, noise=a)
+        assert ("Physical ids" in str(error.value)) == (name == "b")
+    assert moe_inspect.compare(a, shaped(tmp_path / "e", 8, 2, 6), layers="0-1").mismatched == 0
+    assert moe_inspect.compare(a, shaped(tmp_path / "f", 8, 2)).mismatched == 0
+
+
+# --- arrays
+
+
+@pytest.mark.parametrize(("T", "L", "E", "K"), [(1, 1, 4, 1), (40, 3, 9, 3), (371, 2, 300, 2)])
+def test_mismatch_of_arrays(T: int, L: int, E: int, K: int) -> None:
+    rng = np.random.default_rng([T, E])
+    a, b = (np.argsort(rng.random((T, L, E)))[..., :K].astype(np.int64) for _ in "ab")
+    same = rng.random((T, L)) < 0.5
+    b[same] = a[same]
+    for side in (a, b):
+        side[rng.random(side.shape) < 0.1] = -1
+    a_TLE, b_TLE = ((of[..., None] == np.arange(E)).any(2) for of in (a, b))
+    differs_TL = (a_TLE != b_TLE).any(2)
+    size_TL, common_TL = np.maximum(a_TLE.sum(2), b_TLE.sum(2)), (a_TLE & b_TLE).sum(2)
+    found, even = moe_inspect.mismatch(a, b), np.arange(T) % 2 == 0
+    assert found["set_mismatch"] == pytest.approx(differs_TL.mean())
+    assert found["set_mismatch_by_layer"] == pytest.approx(differs_TL.mean(0))
+    assert found["tokens_mismatch"] == pytest.approx(differs_TL.any(1).mean())
+    assert found["order"] == pytest.approx((a == b).all(2).mean())
+    assert found["overlap"] == pytest.approx(common_TL.sum() / size_TL.sum())
+    assert found["overlap_by_layer"] == pytest.approx(common_TL.sum(0) / size_TL.sum(0))
+    masked = moe_inspect.mismatch(a, b, mask=even)
+    assert masked["set_mismatch"] == pytest.approx(differs_TL[even].mean())
+    assert np.isnan(moe_inspect.mismatch(a[:0], b[:0])["set_mismatch"])
+    for other, mask, says in (
+        (np.stack([*b, b[0]]), None, rf"shapes \({T}, {L}, {K}\) and \({T + 1}, {L}, {K}\)"),
+        (b, [True] * (T + 1), "mask has the shape"),
+        (b.astype(float), None, "float64: expected integers"),
+    ):
+        with pytest.raises(MoeInspectError, match=says):
+            moe_inspect.mismatch(a, other, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "K"), [(0, 8, 2), (1, 8, 1), (371, 5, 5), (1023, 300, 8), (9_000, 128, 8)]
+)
+def test_the_loops_over_decisions_that_name_an_expert_twice(T: int, E: int, K: int) -> None:
+    """Against sets, a decision at a time. Some are the same, some slots route nowhere."""
+    rng, V = np.random.default_rng([T, E, K]), 3
+    a_TK = np.argsort(rng.random((T, E)), axis=1)[:, :K]
+    b_TK = np.where(rng.random((T, K)) < 0.3, rng.integers(0, E, (T, K)), a_TK)
+    for ids_TK in (a_TK, b_TK):
+        ids_TK[rng.random((T, K)) < 0.1] = E
+    a_KT, b_KT = (ids_TK.T.astype(np.uint16) for ids_TK in (a_TK, b_TK))
+    weights_a_KT, weights_b_KT = rng.random((2, K, T), np.float32)
+    unit_T = np.sort(rng.integers(0, V, T))
+    at, *asked = kernels.unequal((*a_KT,), (*b_KT,))
+    lost_KN, gained_KN, missing_N = kernels.sets(*asked, E)
+    moved_VE, flips_EE = np.zeros((V, E), np.int64), np.zeros((E, E), np.int64)
+    kernels.add_moves(*asked, lost_KN, gained_KN, unit_T[at], moved_VE, flips_EE)
+    l1_T = kernels.weight_difference(*asked, E, at, (*weights_a_KT,), (*weights_b_KT,))
+    moved, flips, missing = np.zeros_like(moved_VE), np.zeros_like(flips_EE), dict[int, int]()
+    for t in range(T):
+        a, b = ([e for e in ids_TK[t].tolist() if e < E] for ids_TK in (a_TK, b_TK))
+        lost, gained = [e for e in a if e not in b], [e for e in b if e not in a]
+        np.add.at(moved[unit_T[t]], np.array(gained, int), 1)
+        np.add.at(moved[unit_T[t]], np.array(lost, int), -1)
+        for e in lost:
+            np.add.at(flips[e], np.array(gained, int), 1)
+        missing[t] = max(len(a), len(b)) - min(len(a) - len(lost), len(b) - len(gained))
+        pairs = [(i, j) for i in range(K) for j in range(K) if a_TK[t, i] == b_TK[t, j] < E]
+        if a_TK[t].tolist() == b_TK[t].tolist():
+            pairs = [(j, j) for j in range(K)]
+        apart = sum(abs(float(weights_a_KT[i, t] - weights_b_KT[j, t])) for i, j in pairs)
+        assert l1_T[t] == pytest.approx(apart, abs=1e-5)
+    assert missing_N.tolist() == [missing[t] for t in at.tolist()]
+    assert (moved_VE == moved).all()
+    assert (flips_EE == flips).all()

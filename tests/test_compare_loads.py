@@ -5,7 +5,6 @@ the same steps."""
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.conftest import Cli
 from tests.support.synthetic import routers, uniform_ids, write_counts, write_trace
+from tests.support.watched import waited
 
 E, K, L, TOKENS = 8, 2, 2, 200  # layers of a history, and tokens of its steps
 
@@ -81,23 +81,6 @@ def test_a_shift_is_found_where_it_was_made_and_chance_is_none(
         assert (found.severity, found.layer) == ("warning", 1)
 
 
-def test_the_floor_is_what_traces_that_route_alike_are_apart(counted: Counted) -> None:
-    """Mean over many routers, for loads that are even and for one that is not."""
-    L, popular = 300, np.r_[np.full(E // 2, 3.0), np.full(E // 2, 1.0)]
-    for name, weight in (("even", np.ones(E)), ("uneven", popular)):
-        rng, sides = np.random.default_rng(7), list[Trace]()
-        for side, T in (("a", 3_000), ("b", 700)):
-            # the K largest of weighted exponentials: K distinct experts
-            times = [rng.exponential(size=(T, E)) / weight for _ in range(L)]
-            sides.append(counted(f"{name}/{side}", [np.argsort(x, axis=1)[:, :K] for x in times]))
-        table: Any = moe_inspect.compare(*sides).tables["load_shift"]
-        for metric in ("load_shift", "jsd_bits"):
-            found, floor = table[metric].mean(), table[f"{metric}_floor"].mean()
-            assert found == pytest.approx(floor, rel=0.1), metric
-            # control: with other numbers of tokens it would not be
-            assert found != pytest.approx(floor * np.sqrt(2), rel=0.1)
-
-
 def test_decisions_are_counted_where_the_other_holds_counts(
     counted: Counted, tmp_path: Path
 ) -> None:
@@ -107,10 +90,9 @@ def test_decisions_are_counted_where_the_other_holds_counts(
         made: Any = moe_inspect.compare(*sides)
         assert (made.tables["load_shift"]["load_shift"] == 0).all()
         load = made.tables["load"]
-        assert load["assignments_a"].equals(load["assignments_b"].rename("assignments_a"))
-        assert load["assignments_a"].sum() == 3 * 5_000 * K
+        expected = np.concatenate(loads_of(drawn(3))).ravel().tolist()
+        assert [load[f"assignments_{side}"].tolist() for side in "ab"] == [expected] * 2
         assert kinds(made)["counts_only"].text.startswith(f"{holder} holds counts only: ")
-    assert moe_inspect.compare(decisions, decisions).kind.of == "decisions"
 
 
 def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(
@@ -125,8 +107,7 @@ def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(
         for n, part in enumerate(parts, 1):
             load, shards = loads_of(part), writer.next_shard
             writer.write(CountedBatches(n, len(part[0]), ["text"], load, None))
-            while writer.next_shard == shards and not writer.failed:
-                time.sleep(0.005)
+            waited(lambda before=shards: writer.next_shard > before or writer.failed)
             made: Any = moe_inspect.compare(root, whole)
             assert made.tables["balance"]["tokens_a"].tolist() == [(2_000, 5_000)[n - 1]] * 3
             assert "still being recorded" in kinds(made)["incomplete"].text
@@ -229,13 +210,6 @@ def test_windows_are_of_the_same_steps(tmp_path: Path) -> None:
     table = made.tables["windows"]
     assert table["first_step"].tolist() == [1, 31] * L
     assert table["last_step"].tolist() == [30, 60] * L
-    # the same numbers as of the whole traces, where these hold no other steps
-    c, d = history(tmp_path / "c", a[:30], 30), history(tmp_path / "d", b[:30], 15)
-    whole: Any = moe_inspect.compare(c, d)
-    for name in ("load_shift", "load_shift_floor"):
-        of_windows = whole.tables["windows"][name].to_numpy()
-        assert of_windows == pytest.approx(whole.tables["load_shift"][name].to_numpy())
-        assert of_windows == pytest.approx(table[table["window"] == 0][name].to_numpy())
     said = kinds(made)["by_step"]
     assert said.severity == "good"
     assert said.values["left_out"] == ("61 to 100", "61 to 65")

@@ -23,7 +23,6 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from tests.support.damage import disk_of, edit_manifest
 from tests.support.synthetic import a_pass, write_passes
@@ -72,16 +71,15 @@ ROUTERS = [
 def test_rows_come_back_whatever_the_shards(
     tmp_path_factory: Any, sizes: list[int], shard_tokens: int, nowhere: bool, experts: int
 ) -> None:
-    root = tmp_path_factory.mktemp("trace")
+    root, rng = tmp_path_factory.mktemp("trace"), np.random.default_rng(len(sizes))
     routers = [*ROUTERS, Router(5, "a", "layers.5.a", experts, 3)]
-    rng = np.random.default_rng(len(sizes))
     batches = [a_batch(rng, n, T, routers, nowhere) for n, T in enumerate(sizes)]
     written(root, batches, routers, shard_tokens=shard_tokens)
-    trace = open_trace(root)
-    assert trace.n_tokens == sum(sizes) == trace.manifest["counts"]["tokens"]
-    assert trace.manifest["counts"]["decisions"] == sum(sizes) * 4
+    trace, T = open_trace(root), sum(sizes)
+    assert trace.n_tokens == T
+    assert trace.manifest["counts"] == {"tokens": T, "decisions": T * 4, "dropped": 0}
     tokens = trace.tokens()
-    assert (tokens["token"] == range(sum(sizes))).all()
+    assert (tokens["token"] == range(T)).all()
     assert (tokens["domain"] == [f"d{n % 3}" for n, T in enumerate(sizes) for _ in range(T)]).all()
     for r, router in enumerate(routers):
         table, slots = trace.routing(router=r), range(router.top_k)
@@ -91,12 +89,12 @@ def test_rows_come_back_whatever_the_shards(
         weights[np.isnan(expected)] = np.nan
         for name, values in (("expert", expected), ("weight", weights)):
             got = table[[f"{name}_{j}" for j in slots]].to_numpy(float)
-            assert np.array_equal(got, values, equal_nan=True)
+            np.testing.assert_array_equal(got, values)
         assert set(table["layer"]) <= {router.layer}
         unused = [c for c in table if c.startswith("expert_") and int(c[7:]) >= router.top_k]
-        assert table[unused].isna().all().all()
+        assert table[unused].isna().all(axis=None)
         ids = np.concatenate([s.ids(r) for s in trace.shards])
-        assert np.array_equal(ids, np.nan_to_num(expected, nan=-1))
+        np.testing.assert_array_equal(ids, np.nan_to_num(expected, nan=-1))
 
 
 def test_columns_and_encodings(tmp_path: Path) -> None:
@@ -145,8 +143,7 @@ def test_uncommitted_files_are_ignored_and_resume_deletes_them(tmp_path: Path) -
 
 
 def test_a_slow_model_commits_by_time(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    batches = [a_batch(rng, n, 5, ROUTERS) for n in range(3)]
+    batches = [a_batch(np.random.default_rng(3), n, 5, ROUTERS) for n in range(3)]
     for seconds, shards in ((0.0, 3), (60.0, 1)):
         written(tmp_path / str(seconds), batches, ROUTERS, shard_seconds=seconds)
         assert open_trace(tmp_path / str(seconds)).n_shards == shards
@@ -303,26 +300,27 @@ def test_routers_of_a_shard_are_read_from_several_threads(tmp_path: Path) -> Non
     routers = [Router(layer, "a", f"layers.{layer}.a", 128, 8) for layer in range(24)]
     written(tmp_path, [a_batch(np.random.default_rng(0), 0, 16_000, routers)], routers)
 
-    def read(shard: Shard, r: int) -> float:
+    def read(r: int) -> float:
         return float(shard.slots(r)[0].sum() + shard.slot_weights(r)[0].sum())
 
     (shard,) = open_trace(tmp_path).shards
-    alone = [read(shard, r) for r in range(24)]
+    alone = [*map(read, range(24))]
     for _ in range(5):
+        (shard,) = open_trace(tmp_path).shards
         with ThreadPoolExecutor(4) as pool:
-            assert [*pool.map(read, [*open_trace(tmp_path).shards] * 24, range(24))] == alone
+            assert [*pool.map(read, range(24))] == alone
 
 
-RUNS: list[tuple[list[list[int]], list[int]]] = [
-    ([[]], [0]),
-    ([[7]], [0, 1]),
-    ([[3, 3, 3]], [0, 3]),
-    ([[0, 0, 1, 0]], [0, 2, 3, 4]),
-    ([[0, 0, 1, 1], [5, 6, 6, 6]], [0, 1, 2, 4]),
-]
-
-
-@pytest.mark.parametrize(("keys_KT", "edges"), RUNS)
+@pytest.mark.parametrize(
+    ("keys_KT", "edges"),
+    [
+        ([[]], [0]),
+        ([[7]], [0, 1]),
+        ([[3, 3, 3]], [0, 3]),
+        ([[0, 0, 1, 0]], [0, 2, 3, 4]),
+        ([[0, 0, 1, 1], [5, 6, 6, 6]], [0, 1, 2, 4]),
+    ],
+)
 def test_a_run_ends_where_any_key_changes(keys_KT: list[list[int]], edges: list[int]) -> None:
     keys = [np.array(key_T, np.int64) for key_T in keys_KT]
     assert run_edges(*keys).tolist() == edges
