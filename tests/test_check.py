@@ -7,7 +7,7 @@ import csv
 import gzip
 import json
 import re
-import weakref
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import moe_inspect
 from moe_inspect.checking import check as checking
 from moe_inspect.checking.kinds import KINDS
-from moe_inspect.importers.context import ImportContext
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Cli, Put
 from tests.support.foreign import npy
 from tests.support.misrecorded import BUGS, Recording, foreign, linted, longest, read, routed_text
 from tests.support.sweep import sample
@@ -69,20 +69,71 @@ def deepseek() -> Recording:
 RECORDINGS = ["balanced", "untrained", "collapsed", *SHAPES, "deepseek"]
 
 
+def counted(ids: np.ndarray, E: int, layer: int, tokens: int) -> dict[str, dict[str, Any]]:
+    """By kind, what a finding must count in these ids [L, T, K]: certain ones by a rule of each
+    decision. layer: the one that is planted. tokens: those of the text."""
+    (L, T, K), bad = ids.shape, ids[(ids < 0) | (ids >= E)]
+    whole = {"zero_filled": ids == 0, "not_recorded": ids < 0}
+    whole["constant_filled"] = ids == np.arange(K)
+    found = {kind: {"tokens": of.all((0, 2)).sum()} for kind, of in whole.items()}
+    kinds = ("layers_filled", "layer_copied", "layer_shifted")
+    found |= {kind: {"layers": [layer]} for kind in kinds}
+    if not found["constant_filled"]["tokens"]:
+        found["constant_filled"] = {"layers": [layer]}
+    found["lengths"] = {"rows": T, "tokens": tokens}
+    of_bad = {"assignments": len(bad), "lowest": ids.min(), "highest": ids.max()}
+    found |= {"physical_ids": of_bad, "out_of_range": of_bad}
+    ordered = np.sort(ids, 2)
+    found["twice"] = {"decisions": (ordered[..., 1:] == ordered[..., :-1]).any(2).sum()}
+    found["missing_ranks"] = {"ranks_seen": 1, "ranks": 2}
+    load_LE = np.stack([np.bincount(of[of >= 0], minlength=E)[:E] for of in ids.reshape(L, -1)])
+    mean_L1 = load_LE.mean(1, keepdims=True)
+    squares_L = ((load_LE - mean_L1) ** 2 / mean_L1).sum(1)
+    spread_L = squares_L * (E - 1) / (E - K)  # variance of E - 1 of k distinct choices
+    found["even_load"] = {"p": (L * stats.chi2(E - 1).cdf(spread_L)).min()}
+    return found
+
+
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_every_published_bug_is_found_and_nothing_beside_it(name: str) -> None:
+    """And its numbers are those of the rows."""
     a, wrong = recording(name), dict[str, Any]()
     assert linted(a) == []
     if name == "deepseek":  # benchmarks.check takes all of it
         a = a.take(a.document >= 36)
     for n, (bug, of) in enumerate(BUGS.items()):
-        found = linted(of.b(a, np.random.default_rng([n, len(name)])))
-        told = of.told(a)
+        b = of.b(a, np.random.default_rng([n, len(name)]))
+        found, told = linted(b), of.told(a)
         if {one.kind for one in found} != (of.kinds if told else set()):
             wrong[bug] = [one.kind for one in found]
         elif told and of.said not in found[0].text:
             wrong[bug] = found[0].text
+        rules = counted(b.ids_LTK, b.E, len(a.layers) // 2, a.T)
+        for one in found:
+            expected = rules.get(one.kind, {})
+            for key, value in expected.items():
+                if one.values[key] != (pytest.approx(value) if key == "p" else value):
+                    wrong[bug] = f"{key} is {one.values[key]}, not {value}"
+            assert one.values["p"] < 1 / 120_000
+            assert (one.values["p"] == 0) == one.values["certain"]
     assert not wrong, "\n".join(f"{bug}: {said}" for bug, said in wrong.items())
+
+
+def test_the_table_of_findings_is_a_row_per_finding() -> None:
+    """And where each is stated as in the whole recording, though others were left out before."""
+    a = recording("8 of 2")
+    ids = np.swapaxes(a.ids_LTK, 0, 1).copy()
+    ids[100:120], ids[300:302, 3, 1] = 0, ids[300:302, 3, 0]
+    made = moe_inspect.check(ids, experts=8, lengths=[110, a.T - 110])
+    table = made.table(values=True)
+    assert [*table] == ["severity", "kind", "where", "p", "text", "values"]
+    assert table["kind"].tolist() == ["zero_filled", "twice"]
+    assert "20 of 1,200 tokens, from token 100 of sequence 0 on" in table["where"][0]
+    assert "tokens, from token 190 of sequence 1 on, in layer 3" in table["where"][1]
+    for name in ("severity", "text", "values"):
+        assert table[name].tolist() == [getattr(one, name) for one in made.findings]
+    assert table["p"].tolist() == [0, 0]
+    assert made.tables["findings"].equals(table.drop(columns="values"))
 
 
 def test_shifts_are_told_from_200_tokens_on() -> None:
@@ -353,9 +404,7 @@ def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
     assert "The 6 ids ascend" in cli_here("check", "sorted").stdout
 
 
-def test_what_was_not_looked_at_is_said(
-    cli_here: Cli, tmp_path: Path, put: Callable[..., None]
-) -> None:
+def test_what_was_not_looked_at_is_said(cli_here: Cli, tmp_path: Path, put: Put) -> None:
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, 1_000, 8, 2) for _ in range(4)]
     facts: dict[str, Any] = {"phases": ("decode", "draft"), "document": np.repeat([0, 1], 500)}
@@ -422,31 +471,20 @@ def test_responses_are_checked_as_they_came(tmp_path: Path) -> None:
     assert kinds() == ["out_of_range"]
 
 
-def test_of_many_responses_no_more_are_held_than_are_looked_at(
-    tmp_path: Path, put: Callable[..., None]
-) -> None:
-    each, n, rng = 50, 20, np.random.default_rng(0)
+def test_of_many_responses_no_more_are_held_than_are_looked_at(tmp_path: Path, put: Put) -> None:
+    each, n, rng = 2_000, 60, np.random.default_rng(0)
     for i in range(n):
         routed = np.stack([uniform_ids(rng, each, 64, 8) for _ in range(8)], 1)
         np.save(tmp_path / f"{i:02}.npy", routed.astype(np.uint8))
     put(checking, MOST_CELLS=2 * each * 64)
-    held, most = list[weakref.ref[Any]](), list[int]()
-
-    def context(*given: Any, returned: Callable[[Any], None], **how: Any) -> ImportContext:
-        def watched(response: Any) -> None:
-            held.append(weakref.ref(response.routed_TBK))
-            most.append(sum(of() is not None for of in held))
-            returned(response)
-
-        return ImportContext(*given, returned=watched, **how)
-
-    put(checking, ImportContext=context)
+    moe_inspect.check(tmp_path / "00.npy", experts=64)  # what is imported is held too
+    tracemalloc.start()
     made = moe_inspect.check(tmp_path, experts=64)
-    assert made.read == [
-        f"Nothing wrong in the routes of the first {2 * each:,} of {n * each:,} tokens, 8 routers."
-    ]
-    assert len(most) == n
-    assert max(most) <= 4
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    said = f"Nothing wrong in the routes of the first {2 * each:,} of {n * each:,} tokens"
+    assert made.read[0].startswith(said)
+    assert held < n * each * 64 / 3
 
 
 def test_the_page_has_every_kind() -> None:

@@ -126,8 +126,7 @@ def shifts(r: Recorded) -> Iterator[Finding]:
                 found_at.append((begin, end, p * len(windows), shift, n))
     if found_at:
         begin, end, p, shift, n = found_at[0]
-        s = int(r.sequence_T[begin])
-        first = begin - int(r.begin_S[s])
+        s, first, _ = r.place(begin)
         where = f" in tokens {first}-{first + end - begin - 1} of sequence {s}"
         if len(found_at) > 1:
             where += f", and in {plural(len(found_at) - 1, 'other part')}"

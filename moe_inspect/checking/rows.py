@@ -56,6 +56,8 @@ class Recorded:
     weights_KTL: np.ndarray | None = None
     by_weight: bool | None = None
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # of the whole recording, where these are some tokens of it: which they are, and its begin_S
+    whole: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def K(self) -> int:
@@ -93,6 +95,7 @@ class Recorded:
             token_id_T=self.token_id_T[which_T],
             begin_S=begin_S,
             weights_KTL=weights,
+            whole=(at, self.begin_S) if self.whole is None else (self.whole[0][at], self.whole[1]),
         )
 
     def without_layers(self, left_L: np.ndarray) -> Recorded:
@@ -108,11 +111,18 @@ class Recorded:
         n, first = int(found_T.sum()), int(found_T.argmax())
         if n == self.T:
             return f"all {plural(n, 'token')}"
-        s = int(self.sequence_T[first])
-        of = f" of sequence {s}" if len(self.begin_S) > 1 else ""
-        at = f"token {first - int(self.begin_S[s])}{of}"
+        s, position, sequences = self.place(first)
+        of = f" of sequence {s}" if sequences > 1 else ""
+        at = f"token {position}{of}"
         many = f"{n:,} of {plural(self.T, 'token')}"
         return f"{many}, {at}" if n == 1 else f"{many}, from {at} on"
+
+    def place(self, t: int) -> tuple[int, int, int]:
+        """The sequence of a token, where in it the token is, and how many sequences there are: in
+        the whole recording, as tokens that are left out are still there for its user."""
+        token_T, begin_S = self.whole or (np.arange(self.T), self.begin_S)
+        s = int(np.searchsorted(begin_S, token_T[t], "right")) - 1
+        return s, int(token_T[t] - begin_S[s]), len(begin_S)
 
     def numbers(self, at: np.ndarray) -> list[int]:
         """Of these layers. at: int [N], or bool [L]."""
