@@ -314,6 +314,8 @@ def test_of_two_models_the_summaries_of_both_reports_are_a_table(
         alone: Any = moe_inspect.report(trace).tables["summary"].set_index("key")["value"]
         kept = [key for key in alone.index if not key.startswith(("threshold_", "note"))]
         assert table.loc[kept, side].tolist() == alone[kept].tolist()
+        assert "note" in alone
+    assert not table.index.str.startswith(("threshold_", "note")).any()
     assert table.loc["tokens_in_law"].tolist() == ["100", ""]
     assert table.loc["tokens_in_text"].tolist() == ["", "200"]
     assert set(made.tables) == {"summary", "verdict"}

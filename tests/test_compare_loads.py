@@ -218,14 +218,14 @@ def test_windows_are_of_the_same_steps(tmp_path: Path) -> None:
 
 def test_the_step_from_which_two_runs_differ_is_found(tmp_path: Path) -> None:
     first = history(tmp_path / "a", loads(0, 100), 10)
-    moved = [*range(21, 31), *range(51, 101)]  # a single window is not yet a run that differs
+    moved = [*range(21, 41), *range(51, 101)]  # two windows are not yet a run that differs
     made: Any = moe_inspect.compare(first, history(tmp_path / "b", loads(1, 100, moved), 10))
     windows, table = made.tables["windows"], made.tables["diverged"]
     beyond = windows[windows["beyond_chance"]]
     assert beyond["layer"].unique().tolist() == [1]
-    assert beyond["first_step"].tolist() == [21, *range(51, 101, 10)]
+    assert beyond["first_step"].tolist() == [21, 31, *range(51, 101, 10)]
     assert (beyond["expert"] == 5).all()
-    assert table["windows_beyond_chance"].tolist() == [0, 6]
+    assert table["windows_beyond_chance"].tolist() == [0, 7]
     assert table["since_step"].isna().tolist() == [True, False]
     assert table["since_step"][1] == 51
     assert table[["windows_since", "beyond_chance_since"]].to_numpy().tolist() == [[0, 0], [5, 5]]
