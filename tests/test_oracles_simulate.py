@@ -84,7 +84,7 @@ def same(table: pd.DataFrame, rows: Iterable[dict[str, Any]], *keys: str) -> Non
     pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=1e-9, atol=1e-12)
 
 
-def on_every_trace(test: Callable[[Path], None]) -> None:
+def on_every_trace(test: Callable[[Path], None]) -> Callable[[Path], None]:
     """Names of the tests that run an oracle on generated traces, and on the sample."""
     name = test.__name__
 
@@ -97,6 +97,7 @@ def on_every_trace(test: Callable[[Path], None]) -> None:
 
     globals()[f"test_{name}"] = of_generated
     globals()[f"test_{name}_of_the_sample"] = of_sample
+    return test
 
 
 # --- cache
@@ -282,6 +283,10 @@ def steps_are_decoded(root: Path) -> None:
         none = not d or not cost > 0 or cost >= d + 1 - 1e-4
         assert math.isnan(a) if none else yields[0] >= cost - 1e-12 and (a == 0 or yields[1] < cost)
     assert [*made.tables] == ["decode", "batch_needed", "speculation"]
+
+
+def test_steps_of_more_sequences_than_groups_are_decoded() -> None:
+    steps_are_decoded(written(Kind(lengths=(4,) * 90)))
 
 
 def _least(holds: Callable[[int], bool]) -> int | None:
@@ -952,7 +957,7 @@ def test_plans_cost_what_their_steps_do(priced: tuple[Path, Path]) -> None:
     """With replicas, on the later part of the trace: `steps`, what `policies` has of them,
     `traffic` and `sweep`."""
     tokens, routers = read(priced[0])
-    trace, G, sizes, sweep = moe_inspect.open_trace(priced[0]), 4, (8, 20), (8, 12, 16)
+    trace, G, sizes, sweep = moe_inspect.open_trace(priced[0]), 4, (8, 20), (8, 12, 24)
     how: dict[str, Any] = {"nodes": 2, "batch_tokens": sizes, **times_of(priced)}
 
     def plan(name: str, P: int) -> dict[int, np.ndarray]:
