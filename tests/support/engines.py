@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def tree(request: str, first: int, drafts: int, path: Sequence[int], draw: rando
     return Span(request, positions, drafts, accepted)
 
 
-class Engine:
+class Engine(ABC):
     """`how`: some of the attributes below, and variables of the environment. `unrouted`: share of
     slots without an expert; `shared`: whether a shared expert's column is behind the routed ones;
     `replicas`: physical experts beyond E; `instead`: an attribute and its value
@@ -138,9 +139,9 @@ class Engine:
         self.chosen[layer]["physicals"] = found[:, : self.shape[2]]
         return found.int()
 
+    @abstractmethod
     def route(self, layer: int, logits: torch.Tensor) -> None:
         """Calls the layer's router."""
-        raise NotImplementedError
 
     def forward(self, rows: int) -> None:
         self.chosen: list[dict[str, torch.Tensor]] = [{} for _ in range(self.shape[0])]
@@ -150,12 +151,13 @@ class Engine:
             self.logits_seen.append(weakref.ref(given))
             self.route(layer, given)
 
+    @abstractmethod
     def run(self, spans: Sequence[Span], N: int, ended: set[str]) -> None:
         """A step of the engine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def do(self, what: str, value: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """Gives a command to the engine."""
 
     def command(self, what: str, value: str = "") -> dict[str, Any]:
         """Through the engine, to the plugin."""
