@@ -23,7 +23,7 @@ demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; rep
 	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
 	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html
 
-test: $(VENV)/.installed ## The whole test suite
+test: $(VENV)/.installed ## The test suite, with a few members of what is the same for many
 	$(PYTEST)
 
 test-all: $(VENV)/.installed ## All members of what the suite samples: model families, importers, sizes, steps to die at
