@@ -87,7 +87,8 @@ def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None
 
 def test_every_family_is_described(tmp_path: Path) -> None:
     """With its towers too, where it has some: a sample, in `make test-families` all."""
-    made = {family: zoo.build(family) for family in sample(zoo.FAMILIES, 5)}
+    families = [family for family in zoo.FAMILIES if family not in zoo.WHY_NOT]
+    made = {family: zoo.build(family) for family in sample(families, 5)}
     for family in sample(zoo.WITH_TOWERS, 3):
         made[f"{family}-towers"] = zoo.build_with_towers(family)
     tied = list[bool]()

@@ -44,7 +44,8 @@ TOWERS = [family for family in zoo.WITH_TOWERS if WHOLE or family in ("llama4", 
 # first run routes otherwise in its second; both have a test of their own below
 UNDISTURBED = {"doge", "inkling2_loop"}
 
-NO_LOGITS = {"doge", "longcat_flash", "zaya"}  # record refuses them
+# record refuses them: of the last two, as routers return probabilities
+NO_LOGITS = {"doge", "longcat_flash", "zaya", "diffusion_gemma", "gemma4"}
 built = cache(zoo.build)  # hooks and interventions leave a model as it was
 
 

@@ -67,8 +67,9 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
         recording = "" if grouped else "+ record "
         yield f"combine {recording}{name}", lambda of=of: check_combine(*of)
     ids = torch.int64 if weights == "bf16" else torch.int32
-    case = replace(_case(E, K, 1100 // K, kind), ids=ids, skew="uniform")
-    yield f"rows {name}", lambda: _check_rows(case)
+    for T, which in ((1100 // K, "rows"), (7, "rows without replicas")):
+        case = replace(_case(E, K, T, kind), ids=ids, skew="uniform")
+        yield f"{which} {name}", lambda case=case: _check_rows(case)
     for columns in COLUMNS[weights]:
         of = _case(E, K, 2, kind), True, columns // 2 + 16
         yield f"combine + norms {name} of {columns}", lambda of=of: check_combine(*of, norms=True)
