@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import runpy
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from tests.test_cli_trace import save, write_jsonl
 from tests.test_examples import EXAMPLES
 
 LAYERS, EXPERTS, K, DENSE, VOCABULARY, END = 2, 8, 3, 0, 300, 1  # of the tiny DeepSeek-V3
-ENGINES = ["vllm", "sglang"]
+EXAMPLE = str(EXAMPLES / "record_responses.py")
 GREEDY = {"temperature", "repetition_penalty"}
 FIELDS = {
     "/v1/completions": {"model", "prompt", "max_tokens", "return_token_ids", "cache_salt", *GREEDY},
@@ -134,19 +133,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=40, words=60))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("generate", [0, 5])
 def test_every_row_is_what_the_server_decided(
-    engine: str, generate: int, model: str, corpus: str, tmp_path: Path
+    engine: str,
+    generate: int,
+    model: str,
+    corpus: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with serving(engine, 47) as (url, requests):
         arguments = [url, model, corpus, str(tmp_path / "t"), str(generate)]
-        script = [sys.executable, str(EXAMPLES / "record_responses.py"), *arguments]
-        done = subprocess.run(script, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", ["record_responses.py", *arguments])
+        runpy.run_path(EXAMPLE, run_name="__main__")
     trace = moe_inspect.open_trace(tmp_path / "t")
     tokens = trace.tokens()
-    assert str(trace) in done.stdout
+    assert str(trace) in capsys.readouterr().out
     rows = trace.routing().merge(tokens, on="token")
     assert len(rows) == trace.n_tokens > 0
     assert set(rows["layer"]) == {DENSE + 1}
@@ -170,7 +174,7 @@ def test_every_row_is_what_the_server_decided(
 
 
 def test_a_prompt_that_the_server_refuses_ends_the_example() -> None:
-    names = runpy.run_path(str(EXAMPLES / "record_responses.py"))
+    names = runpy.run_path(EXAMPLE)
     with serving("vllm", 200) as (url, _):
         card = names["ask"](f"{url}/v1/models")["data"][0]
         with pytest.raises(HTTPError, match="400"):
@@ -200,7 +204,7 @@ def test_an_engines_routes_are_compared_with_a_local_trace(cli_here: Cli, tmp_pa
             routed[0, 1, 0] = free.pop()
         return routed
 
-    example = runpy.run_path(str(EXAMPLES / "record_responses.py"))
+    example = runpy.run_path(EXAMPLE)
     for decide, code in ((as_the_model, 0), (otherwise, 3)):
         with serving("vllm", 512, decide) as (url, _):
             out = str(tmp_path / f"served{code}")
