@@ -169,7 +169,8 @@ def test_a_vocabulary_without_a_checksum_is_in_order(copied: Path) -> None:
             report(open_trace(copied)).tables["vocabulary"]
 
 
-# --- what a manifest and a line cannot say
+# --- what a manifest and a line cannot say; what the schemas refuse, of each kind one: that all is
+# refused, tests/test_trace_format.py compares with a reference
 
 DEEP = "[" * 100_000
 ROUTER = {"layer": 0, "name": "gate", "path": "layers.0", "experts": 8, "top_k": 2}
@@ -188,31 +189,19 @@ WITHOUT_K = {"layer": 0, "name": "gate", "path": "layers.0", "experts": 8}
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "10^9 experts": (routed(experts=10**9), r"routers\[0\]\.experts is 1000000000: 1 to 65535"),
     "many experts in all": ({"routers": LARGE}, "routers have 18,000,000 experts in all"),
-    "no routers": ({"routers": []}, "routers lists 0"),
     "too many routers": ({"routers": [0] * 70_000}, "routers lists 70,000"),
     "a router is none": ({"routers": [7]}, r"routers\[0\] is 7, not an object"),
     "experts as text": (routed(experts="8"), r'routers\[0\]\.experts is "8", not a whole number'),
     "NaN experts": (routed(experts=float("nan")), r"routers\[0\]\.experts is NaN"),
-    "infinite layer": (routed(layer=float("inf")), r"routers\[0\]\.layer is Infinity"),
-    "a huge layer": (routed(layer=10**400), r"routers\[0\]\.layer is a number of over 30 digits"),
     "more slots than experts": (routed(top_k=9), r"routers\[0\]\.top_k is 9: 1 to 8"),
     "an unknown key": (routed(expert=8), r'routers\[0\]\."expert" is not a known key'),
     "a stack unknown": (routed(stack="middle"), r"routers\[0\]\.stack"),
-    "a flag as top_k": (routed(top_k=True), r"routers\[0\]\.top_k is true, not a whole number"),
     "no top_k": ({"routers": [ROUTER, WITHOUT_K]}, r"routers\[1\]\.top_k is missing"),
     "no word of weights": ({"capture": {}}, r"capture\.weights is missing"),
-    "weights as text": (of_capture(weights="yes"), r'capture\.weights is "yes", not true or false'),
-    "no capture": ({"capture": None}, "capture is null, not an object"),
     "a process number": (of_capture(pid=10**30), r"capture\.pid is a number of over 30 digits"),
     "a table unknown": ({"tables": ["documents", "../elsewhere"]}, "tables is a list of 2"),
-    "tables without tokens": ({"tables": ["documents", "routing"]}, "tables is a list"),
-    "counts as a list": ({"counts": [3]}, "counts is a list of 1, not an object"),
     "dropped below zero": ({"counts": {"tokens": 300, "dropped": -1}}, r"counts\.dropped is -1"),
-    "model as text": ({"model": "a"}, r'model is "a", not an object'),
-    "config as a list": ({"model": {"config": []}}, r"model\.config is a list of 0, not an object"),
     "model's id a number": ({"model": {"id": 3}}, r"model\.id is 3, not text"),
-    "a vocabulary's bytes": ({"vocabulary": {"bytes": 1}}, r"vocabulary\.sha256 is missing"),
-    "a status unknown": ({"status": ["complete"]}, "status is a list of 1, not one of recording"),
     "a later format": ({"format": 2}, "upgrade moe-inspect"),
 }
 
@@ -243,19 +232,14 @@ BEYOND, FAR = "tokens/part-0-0/../../../etc/a.parquet", {"last_token": 99 + 2**3
 OF_RANK_1 = {"first_token": 2**40, "last_token": 2**40 + 99}
 LINES: dict[str, tuple[dict[str, Any], str]] = {
     "shard -1": ({"shard": -1}, "shard is -1"),
-    "shard a": ({"shard": "a"}, 'shard is "a", not a whole number'),
-    "decisions x": ({"decisions": "x"}, 'decisions is "x"'),
     "NaN rows": ({"rows": float("nan")}, "rows is NaN"),
     "10^12 tokens": (FAR, "it has tokens 0 to 549755813987: a shard holds at most"),
     "tokens of another rank": (OF_RANK_1, "first_token is 1099511627776"),
-    "tokens backwards": ({"last_token": -7}, "last_token is -7"),
     "a table unknown": ({"table": "x"}, 'table is "x", not one of'),
     "no hash": ({"sha256": "0"}, r'sha256 is "0", not like '),
     "a path elsewhere": ({"path": "../../etc/passwd"}, r'path is "\.\./\.\./etc/passwd"'),
     "a path of rank 1": ({"path": "tokens/part-1-0.parquet"}, "path is .*, not tokens/part-0-"),
     "a path that goes on elsewhere": ({"path": BEYOND}, r'path is "tokens/part-0-0/'),
-    "a path as a number": ({"path": 7}, "path is 7"),
-    "bytes below zero": ({"bytes": -1}, "bytes is -1"),
 }
 
 

@@ -43,6 +43,7 @@ BEGIN = {
     "$rows": "block,at,ids,of\n" + "".join(f'1,{t},"[{t}, 7]",law\n' for t in range(6)),
     "$route": PREAMBLE.format(layers=3, E=8, K=2)
     + "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes,dropped",
+    "$four": '{"example_index":0,"routed":{"0":[[',
     "$loads": 'expert_counts_law.json:{"0": {"0": 2, "1": 2}}',
     "$form": "l,p,e\n0,0,0\n0,0,1\n0,0,2 & form.yaml",
     "$records": '[{"block": 3, "id": "0", "hits": 5, "text": "law", "unsaid": null}]',
@@ -140,7 +141,7 @@ bigmoeonedge | x.csv:$route\n0,0,0,1,0,1,1,0,0,0\n0,0,0,1,1,1,1,0,0,0 | | row 1:
 bigmoeonedge | x.csv:$route\n0,0,0,1,0,1,1,0,0,0\n0,1,0,1,1,2,1,0,0,0 | | row 0: phase differs
 bigmoeonedge | x.csv:$route\n0,0,0,1,0,1,inf,0,0,0 | | weight is inf
 bigmoeonedge | x.csv:$route\n | | holds no decisions
-experts4bit | x.jsonl:{"example_index":0,"routed":{"0":[[64,8]]}} | experts= top_k= | expert is 64
+experts4bit | x.jsonl:$four2,8]]}}\n\n$four64,8]]}} | experts= top_k= | line 3: expert is 64, not
 auto | x.json:{"sample_count": 3} | | like gpt-oss-fingerprints, but lacks "think_expert_analytics"
 auto | README.md:Parquet of indices and scores | | cannot tell the format of
 auto | x.json:{"name": "an expert picks a layer", "count": 3} | | cannot tell the format of

@@ -334,14 +334,6 @@ def test_a_users_preset_joins_the_files_of_layers(tmp_path: Path):
         file.write('t3,"(1, 2)"\n')
     why = "law: layer 3 has no row of position 3 of the document, which"
     refused(tmp_path / "u", why, "table", tmp_path / "law", **how)
-    for text, why in (
-        (PRESET.replace("note", "nota"), r"no field 'nota' \(did you mean note"),
-        (PRESET.replace('"# of', '7 # "'), "head is '7', not of str"),
-        ("[1]", "has no map"),
-        ("a: [", "cannot read"),
-    ):
-        (tmp_path / "form.yaml").write_text(text)
-        refused(tmp_path / "u", why, "table", tmp_path / "law", **how)
 
 
 @pytest.mark.parametrize("last", ["1,2.0", "1,x", "1,", "1.5,2"])
@@ -389,13 +381,10 @@ def test_files_of_one_name_are_added_up_where_each_folder_is_given(tmp_path: Pat
 
 
 def test_beside_experts4bits_rows_are_losses_which_are_not_read(tmp_path: Path):
-    rows = [{"example_index": d, "routed": {"0": [[0, 8], [1, 8]]}} for d in range(2)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = {"example_index": 0, "routed": {"0": [[0, 8], [1, 8]]}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (tmp_path / "a.rows.jsonl").write_text('{"example_index": 0, "loss": 0.5}\n')
     assert set(taken(tmp_path, "experts4bit", tmp_path)[0].counts()["domain"]) == {"a"}
-    rows.append({"example_index": 2, "routed": {"0": [[64, 8]]}})
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused(tmp_path / "u", "line 3: expert is 64, not of 0 to 63", "experts4bit", tmp_path)
 
 
 def test_an_expert_that_was_never_chosen_needs_no_score(tmp_path: Path):
