@@ -20,9 +20,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-import moe_inspect
 from tests.frameworks import ranks
-from tests.frameworks.truth import Watch
+from tests.frameworks.truth import Watch, token_ids
 
 EXPERTS = 8
 B, S = 3, 16
@@ -45,6 +44,9 @@ def without_cuda(setattr: Callable[[object, str, object], None]) -> None:
 def start(rank: int = 0, world: int = 1, port: int = 0, **parallel: int) -> None:
     """Starts Megatron's process groups on gloo."""
     if not dist.is_initialized():
+        if world > 1:
+            ranks.begin(rank, port)
+            without_cuda(setattr)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo", rank=rank, world_size=world)
     if parallel_state.model_parallel_is_initialized():
@@ -108,7 +110,7 @@ def build(pre_process: bool = True, post_process: bool = True, **options: Any) -
 
 def inputs(seed: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids [B, S], positions [B, S], mask [B, 1, S, S], which is True where masked."""
-    ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(seed))
+    ids_BS = token_ids(seed)
     mask_SS = torch.ones(S, S, dtype=torch.bool).triu(1)
     return ids_BS, torch.arange(S).expand(B, S).contiguous(), mask_SS.expand(B, 1, S, S)
 
@@ -142,30 +144,21 @@ def watch(model: nn.Module, first_expert: int = 0) -> Watch:
 
 def train_on_rank(rank: int, port: int, path: Path, parallel: str) -> None:
     """A training step on one of two ranks, with all experts or half of them on each."""
-    torch.set_num_threads(1)
-    without_cuda(setattr)
     ep = ranks.WORLD if parallel == "expert parallel" else 1
     start(rank, ranks.WORLD, port, expert_model_parallel_size=ep)
     model = build(expert_model_parallel_size=ep).train()
-    for name, parameter in model.named_parameters():
-        if ".experts." not in name:  # replicas
-            dist.broadcast(parameter.data, 0)
-    ids_BS, positions_BS, mask = inputs(seed=7 + rank)
+    ranks.share(model, lambda name: ".experts." in name)
+    ids_BS, *more = inputs(seed=7 + rank)
     watched = watch(model, first_expert=rank * EXPERTS // ep if ep > 1 else 0)
-    with moe_inspect.record(model, ranks.trace_of(path, rank)):
+    with ranks.recorded(model, watched, rank, path, ids_BS=ids_BS):
         with watched.forward():
-            out = model(ids_BS, positions_BS, mask)
+            out = model(ids_BS, *more)
         out.sum().backward()
-    ranks.save(path, rank, watched, ids_BS=ids_BS)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def sequence_parallel_on_rank(rank: int, port: int, path: Path) -> None:
     """A forward pass with tensor, sequence and expert parallelism on two ranks: both have all
     tokens, and the router of each sees half of the positions."""
-    torch.set_num_threads(1)
-    without_cuda(setattr)
     torch_norm.WrappedTorchNorm.__new__ = _layer_norm
     parallel = {
         "tensor_model_parallel_size": ranks.WORLD,
@@ -174,26 +167,18 @@ def sequence_parallel_on_rank(rank: int, port: int, path: Path) -> None:
     }
     start(rank, ranks.WORLD, port, **parallel)
     model = build(sequence_parallel=True, **parallel).eval()
-    for name, parameter in model.named_parameters():
-        if ".router" in name or "norm" in name:
-            dist.broadcast(parameter.data, 0)
+    ranks.share(model, lambda name: ".router" not in name and "norm" not in name)
     ids_BS, positions_BS, mask = inputs()
     watched = watch(model, first_expert=rank * EXPERTS // ranks.WORLD)
-    recording = moe_inspect.record(model, ranks.trace_of(path, rank))
-    with recording, torch.no_grad(), watched.forward():
-        model(ids_BS, positions_BS, mask)
     part = slice(rank * S // ranks.WORLD, (rank + 1) * S // ranks.WORLD)
     own = {"ids_BS": ids_BS[:, part], "positions_BS": positions_BS[:, part]}
-    ranks.save(path, rank, watched, **own)
-    dist.barrier()
-    dist.destroy_process_group()
+    with ranks.recorded(model, watched, rank, path, **own), torch.no_grad(), watched.forward():
+        model(ids_BS, positions_BS, mask)
 
 
 def pipeline_on_rank(rank: int, port: int, path: Path) -> None:
     """A forward pass through two stages of a pipeline: the second is given the hidden states of the
     first, and labels, but no token ids."""
-    torch.set_num_threads(1)
-    without_cuda(setattr)
     start(rank, ranks.WORLD, port, pipeline_model_parallel_size=ranks.WORLD)
     model = build(
         pipeline_model_parallel_size=ranks.WORLD,
@@ -202,8 +187,8 @@ def pipeline_on_rank(rank: int, port: int, path: Path) -> None:
     ).eval()
     ids_BS, positions_BS, mask = inputs()
     watched = watch(model)
-    recording = moe_inspect.record(model, ranks.trace_of(path, rank))
-    with recording, torch.no_grad(), watched.forward():
+    seen = {"ids_BS": ids_BS if rank == 0 else torch.full_like(ids_BS, -1)}
+    with ranks.recorded(model, watched, rank, path, **seen), torch.no_grad(), watched.forward():
         if rank == 0:
             dist.send(model(ids_BS, positions_BS, mask).contiguous(), 1)
         else:
@@ -211,10 +196,6 @@ def pipeline_on_rank(rank: int, port: int, path: Path) -> None:
             dist.recv(hidden_SBD, 0)
             model.set_input_tensor(hidden_SBD)
             model(None, None, mask, labels=ids_BS.roll(-1, 1))
-            ids_BS = torch.full_like(ids_BS, -1)
-    ranks.save(path, rank, watched, ids_BS=ids_BS)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _layer_norm(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-import moe_inspect
 from tests.frameworks import ranks
-from tests.frameworks.truth import Watch
+from tests.frameworks.truth import Watch, by_layer, token_ids
 
 EXPERTS, LAYERS = 8, 4
 B, S = 3, 16
@@ -102,7 +100,7 @@ def build(dropless: bool, router: Any = None, **options: Any) -> MoETransformer:
 
 def inputs(seed: int = 7) -> Tensor:
     """Token ids [B, S]."""
-    return torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(seed))
+    return token_ids(seed)
 
 
 def loss_of(model: MoETransformer, name: str) -> Callable[[Any], Tensor]:
@@ -117,18 +115,13 @@ def loss_of(model: MoETransformer, name: str) -> Callable[[Any], Tensor]:
     return loss
 
 
-def _layers(model: nn.Module, kind: type[nn.Module]) -> dict[int, Any]:
-    found = {path: m for path, m in model.named_modules() if isinstance(m, kind)}
-    return {int(path.split("blocks.")[1].split(".")[0]): m for path, m in found.items()}
-
-
 def blocks(model: nn.Module) -> dict[int, MoEBase]:
     """Layer → MoE block."""
-    return _layers(model, MoEBase)
+    return by_layer(model, MoEBase)
 
 
 def routers(model: nn.Module) -> dict[int, MoERouter]:
-    return _layers(model, MoERouter)
+    return by_layer(model, MoERouter)
 
 
 def watch(model: nn.Module) -> Watch:
@@ -161,11 +154,7 @@ def run_expert(model: nn.Module, layer: int, expert: int, rows_RD: Tensor) -> Te
 
 def train_on_rank(rank: int, port: int, path: Path, parallel: str) -> None:
     """A training step on one of two ranks."""
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    world = str(ranks.WORLD)
-    environment |= {"RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ |= environment | {"NUM_NODES": "1"}
-    torch.set_num_threads(1)
+    ranks.begin(rank, port, NUM_NODES="1")
     on_a_cpu(setattr)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (ranks.WORLD,), mesh_dim_names=("dp",))
@@ -179,10 +168,7 @@ def train_on_rank(rank: int, port: int, path: Path, parallel: str) -> None:
         model.apply_ddp(mesh)
     ids_BS = inputs(seed=7 + rank)
     watched = watch(model)
-    with moe_inspect.record(model, ranks.trace_of(path, rank)):
+    with ranks.recorded(model, watched, rank, path, ids_BS=ids_BS):
         with watched.forward():
             out = model(ids_BS, labels=ids_BS)
         out.loss.backward()
-    ranks.save(path, rank, watched, ids_BS=ids_BS)
-    dist.barrier()
-    dist.destroy_process_group()

@@ -22,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import moe_inspect
 from tests.frameworks.conftest import Check
-from tests.frameworks.truth import Watch, compare
+from tests.frameworks.truth import Watch, assert_listed, by_layer, compare, recorded, token_ids
 
 EXPERTS, LAYERS = 8, 4
 B, S = 3, 16
@@ -58,7 +58,7 @@ def build(**options: Any) -> GPT:
         **options,
     )
     model = GPT(config)
-    for layer, block in blocks(model).items():
+    for layer, block in by_layer(model, LLaMAMoE).items():
         if config.n_expert_groups:
             nn.init.normal_(block.gate.weight, std=0.1)
             bias = torch.linspace(-0.1, 0.1, EXPERTS).roll(layer)
@@ -66,15 +66,9 @@ def build(**options: Any) -> GPT:
     return model
 
 
-def blocks(model: nn.Module) -> dict[int, LLaMAMoE]:
-    """Layer → MoE block."""
-    found = {path: m for path, m in model.named_modules() if isinstance(m, LLaMAMoE)}
-    return {int(path.split(".h.")[1].split(".")[0]): m for path, m in found.items()}
-
-
 def watch(model: nn.Module) -> Watch:
     found = Watch()
-    for layer, block in blocks(model).items():
+    for layer, block in by_layer(model, LLaMAMoE).items():
         found.block(block, layer)
         found.experts(block.experts, layer)
         if block.config.n_shared_expert:
@@ -82,52 +76,34 @@ def watch(model: nn.Module) -> Watch:
     return found
 
 
-def inputs() -> Tensor:
-    return torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(7))
-
-
 def test_the_grouped_router(tmp_path: Path, check: Check) -> None:
-    model, ids_BS = build(**GROUPED).eval(), inputs()
+    model, ids_BS = build(**GROUPED).eval(), token_ids()
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
-        model(ids_BS)
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    experts = {layer: block.experts for layer, block in blocks(model).items()}
-    found = compare(
-        trace,
-        watched.passes,
-        ids_BS,
-        run=lambda layer, expert, rows: experts[layer][expert].forward(rows),
-    )
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(ids_BS))
+    blocks = by_layer(model, LLaMAMoE)
+    run = lambda layer, expert, rows: blocks[layer].experts[expert].forward(rows)  # noqa: E731
+    found = compare(trace, watched.passes, ids_BS, run=run)
     check("litgpt", "grouped router, forward", found, 3 * B * S)
-    assert [r.layer for r in trace.routers] == [1, 2, 3]
-    listed = trace.routers[0]
-    assert (listed.experts, listed.top_k, listed.shared_experts) == (EXPERTS, 2, 1)
-    assert listed.scoring == "sigmoid"
+    assert_listed(trace, [1, 2, 3], 2, "sigmoid")
+
+
+def check_training(
+    check: Check, run: str, model: nn.Module, path: Path, layers: int = LAYERS, **options: Any
+) -> None:
+    """Two training steps, with checkpointing as Lightning's strategies do it."""
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    watched, ids_BS = watch(model), token_ids()
+    trace = recorded(model, watched, path, lambda: model(ids_BS).sum(), 2, **options)
+    found = compare(trace, watched.passes, ids_BS)
+    check("litgpt", f"{run}, 2 training steps, checkpointed", found, 2 * layers * B * S)
 
 
 def test_the_grouped_router_in_training(tmp_path: Path, check: Check) -> None:
-    model, ids_BS = build(**GROUPED).train(), inputs()
-    watched = steps(model, ids_BS, tmp_path / "t")
-    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
-    check("litgpt", "grouped router, 2 training steps, checkpointed", found, 2 * 3 * B * S)
-
-
-def steps(model: nn.Module, ids_BS: Tensor, path: Path, **options: Any) -> Watch:
-    """Two training steps, recorded, with checkpointing as Lightning's strategies do it."""
-    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
-    watched, optimizer = watch(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    with moe_inspect.record(model, path, **options):
-        for _ in range(2):
-            with watched.forward():
-                out = model(ids_BS)
-            out.sum().backward()
-            optimizer.step()
-    return watched
+    check_training(check, "grouped router", build(**GROUPED).train(), tmp_path / "t", layers=3)
 
 
 def test_a_linear_gate_by_a_router_spec(tmp_path: Path, check: Check) -> None:
-    model, ids_BS = build().train(), inputs()
+    model = build().train()
 
     def choice(
         gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits_TE: Tensor
@@ -136,10 +112,7 @@ def test_a_linear_gate_by_a_router_spec(tmp_path: Path, check: Check) -> None:
         return ids_TK, values_TK.softmax(dim=1)
 
     spec = moe_inspect.RouterSpec(module="**.mlp.gate", choice=choice, experts=EXPERTS)
-    watched = steps(model, ids_BS, tmp_path / "t", routers=[spec])
-    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
-    run = "linear gate by RouterSpec, 2 training steps, checkpointed"
-    check("litgpt", run, found, 2 * LAYERS * B * S)
+    check_training(check, "linear gate by RouterSpec", model, tmp_path / "t", routers=[spec])
 
 
 def test_a_linear_gate_by_a_probe(
@@ -154,10 +127,7 @@ def test_a_linear_gate_by_a_probe(
     names = {**vars(litgpt_model), "moe_inspect": moe_inspect}
     exec(compile(code.replace(line, probe + line), "<probed>", "exec"), names, made)
     monkeypatch.setattr(LLaMAMoE, "forward", made["forward"])
-    model, ids_BS = build().train(), inputs()
-    for layer, block in blocks(model).items():
+    model = build().train()
+    for layer, block in by_layer(model, LLaMAMoE).items():
         block.layer = layer
-    watched = steps(model, ids_BS, tmp_path / "t")
-    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
-    run = "linear gate by probe, 2 training steps, checkpointed"
-    check("litgpt", run, found, 2 * LAYERS * B * S)
+    check_training(check, "linear gate by probe", model, tmp_path / "t")

@@ -43,7 +43,16 @@ from tests.frameworks.megatron_models import (
     watch,
     without_cuda,
 )
-from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
+from tests.frameworks.truth import (
+    assert_chosen_by_logits,
+    assert_listed,
+    compare,
+    counted,
+    recorded,
+    text,
+    token_ids,
+    uneven,
+)
 
 DECISIONS = len(MOE_LAYERS) * B * S
 GROUPS = {
@@ -86,40 +95,26 @@ def process_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_training_step(router: str, tmp_path: Path, check: Check) -> None:
-    model, (ids_BS, positions_BS, mask) = build(**ROUTERS[router]).train(), inputs()
+    model, given = build(**ROUTERS[router]).train(), inputs()
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"):
-        with watched.forward():
-            out = model(ids_BS, positions_BS, mask)
-        out.sum().backward()
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    found = compare(trace, watched.passes, ids_BS)
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(*given).sum(), steps=1)
+    found = compare(trace, watched.passes, given[0])
     check("megatron-core", f"GPTModel, {router}, training step", found, DECISIONS)
-    listed = trace.routers[0]
-    assert [r.layer for r in trace.routers] == MOE_LAYERS
-    assert (listed.experts, listed.top_k, listed.shared_experts) == (EXPERTS, 2, 1)
-    assert listed.scoring == router.split(",")[0].split(" ")[0].replace("capacity", "softmax")
+    scoring = router.split(",")[0].split(" ")[0].replace("capacity", "softmax")
+    assert_listed(trace, MOE_LAYERS, 2, scoring)
     slots = trace.routing(layers=1).filter(regex="^expert_").isna().to_numpy()
     assert bool(slots.any()) == ("capacity" in router)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED)
 def test_recomputation(recompute: str, tmp_path: Path, check: Check) -> None:
-    model, (ids_BS, positions_BS, mask) = build(**GROUPS, **RECOMPUTED[recompute]).train(), inputs()
-    watched, optimizer = watch(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    with moe_inspect.record(model, tmp_path / "t"):
-        for _ in range(2):
-            with watched.forward():
-                out = model(ids_BS, positions_BS, mask)
-            out.sum().backward()
-            optimizer.step()
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    found = compare(trace, watched.passes, ids_BS)
+    model, given = build(**GROUPS, **RECOMPUTED[recompute]).train(), inputs()
+    watched = watch(model)
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(*given).sum(), steps=2)
+    found = compare(trace, watched.passes, given[0])
     check("megatron-core", f"GPTModel, 2 training steps, {recompute}", found, 2 * DECISIONS)
     for layer, block in blocks(model).items():  # it does not count in a first pass without gradient
-        rows = trace.routing(layers=layer).filter(regex="^expert_").to_numpy().astype("int64")
-        counts_E = torch.bincount(torch.tensor(rows.flatten()), minlength=EXPERTS)
-        assert torch.equal(counts_E, block.router.local_tokens_per_expert.long())
+        assert torch.equal(counted(trace, layer), block.router.local_tokens_per_expert.long())
 
 
 def test_padding_is_left_out(tmp_path: Path, check: Check) -> None:
@@ -137,43 +132,32 @@ def test_padding_is_left_out(tmp_path: Path, check: Check) -> None:
 
 def test_rows_taken_as_batch_first_are_found_out(tmp_path: Path) -> None:
     """Control: the comparison sees decisions that stand at other tokens."""
-    model, (ids_BS, positions_BS, mask) = build().eval(), inputs()
-    watched = watch(model)
-    (spec,) = [
-        spec
-        for spec in frameworks.SPECS
-        if spec.module == "megatron.core.transformer.moe.router.TopKRouter"
-    ]
+    model, given = build().eval(), inputs()
+    watched, name = watch(model), "megatron.core.transformer.moe.router.TopKRouter"
+    (spec,) = [spec for spec in frameworks.SPECS if spec.module == name]
     wrong = dataclasses.replace(spec, order="bs")
-    recording = moe_inspect.record(model, tmp_path / "t", routers=[wrong])
-    with recording, torch.no_grad(), watched.forward():
-        model(ids_BS, positions_BS, mask)
-    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(*given), routers=[wrong])
+    found = compare(trace, watched.passes, given[0])
     assert found.total == DECISIONS
     assert found.equal < DECISIONS / 2
 
 
-@pytest.mark.parametrize("parallel", ["data parallel", "expert parallel"])
-def test_two_ranks(parallel: str, tmp_path: Path, check: Check) -> None:
-    """Each rank has tokens of its own; ids are global whatever experts it holds."""
-    ranks.run(train_on_rank, tmp_path, parallel)
-    run = f"GPTModel, training step, 2 ranks, {parallel}"
-    check("megatron-core", run, ranks.compare_all(tmp_path), ranks.WORLD * DECISIONS)
+# Each rank has tokens of its own, and ids are global whatever experts it holds. With sequence
+# parallelism the router of each rank sees its part of the positions. In a pipeline each rank
+# records its layers, by their numbers in the whole model, and the second sees no token ids.
+RANKS: dict[str, tuple[Any, tuple[str, ...], int]] = {
+    "training step, 2 ranks, data parallel": (train_on_rank, ("data parallel",), ranks.WORLD),
+    "training step, 2 ranks, expert parallel": (train_on_rank, ("expert parallel",), ranks.WORLD),
+    "forward, 2 ranks, tensor, sequence and expert parallel": (sequence_parallel_on_rank, (), 1),
+    "forward, 2 ranks, pipeline stages": (pipeline_on_rank, (), 1),
+}
 
 
-def test_sequence_parallelism(tmp_path: Path, check: Check) -> None:
-    """The router of each rank sees its part of the positions."""
-    ranks.run(sequence_parallel_on_rank, tmp_path)
-    run = "GPTModel, forward, 2 ranks, tensor, sequence and expert parallel"
-    check("megatron-core", run, ranks.compare_all(tmp_path), DECISIONS)
-
-
-def test_pipeline_stages(tmp_path: Path, check: Check) -> None:
-    """Each rank records its layers, by their numbers in the whole model; the second sees no token
-    ids."""
-    ranks.run(pipeline_on_rank, tmp_path)
-    run = "GPTModel, forward, 2 ranks, pipeline stages"
-    check("megatron-core", run, ranks.compare_all(tmp_path), DECISIONS)
+@pytest.mark.parametrize("run", RANKS)
+def test_two_ranks(run: str, tmp_path: Path, check: Check) -> None:
+    work, arguments, times = RANKS[run]
+    found = ranks.run(work, tmp_path, *arguments)
+    check("megatron-core", f"GPTModel, {run}", found, times * DECISIONS)
 
 
 # --- the balancing loss, by audit_loss
@@ -213,7 +197,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any], list[int], Formula]] = {
 
 def batch(lengths: list[int]) -> dict[str, torch.Tensor]:
     B, S = len(lengths), 24
-    ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(7))
+    ids_BS = token_ids(B=B, S=S)
     position_S = torch.arange(S)
     padding_BS = position_S >= torch.tensor(lengths)[:, None]
     mask_SS = torch.ones(S, S, dtype=torch.bool).triu(1)

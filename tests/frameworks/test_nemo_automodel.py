@@ -19,9 +19,8 @@ from nemo_automodel.components.moe.parallelizer import apply_ac
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 
-import moe_inspect
 from tests.frameworks.conftest import Check
-from tests.frameworks.truth import Watch, compare
+from tests.frameworks.truth import Watch, assert_listed, by_layer, compare, recorded, token_ids
 
 EXPERTS, LAYERS = 8, 4
 B, S = 3, 16
@@ -80,20 +79,6 @@ def build() -> nn.Module:
     return model
 
 
-def inputs() -> tuple[Tensor, Tensor]:
-    """Token ids and a mask, False for padding, [B, S] each."""
-    ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(7))
-    real_BS = torch.ones(B, S, dtype=torch.bool)
-    real_BS[1, 12:] = False
-    return ids_BS, real_BS
-
-
-def blocks(model: nn.Module) -> dict[int, MoE]:
-    """Layer → MoE block."""
-    found = {path: m for path, m in model.named_modules() if isinstance(m, MoE)}
-    return {int(path.split("layers.")[1].split(".")[0]): m for path, m in found.items()}
-
-
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """The rows and the ends of the experts of each grouped product."""
@@ -114,7 +99,7 @@ def watch(model: nn.Module, products: list[tuple[Tensor, Tensor]]) -> Watch:
         rows_RD, ends_E = products[0]  # the first of the two products of a layer
         found.grouped(layer, rows_RD, ends_E.diff(prepend=ends_E.new_zeros(1)))
 
-    for layer, block in blocks(model).items():
+    for layer, block in by_layer(model, MoE).items():
         found.block(block, layer)
         found.routed(block.experts, layer)
         assert isinstance(block.experts, GroupedExperts)
@@ -125,7 +110,7 @@ def watch(model: nn.Module, products: list[tuple[Tensor, Tensor]]) -> Watch:
 
 def run_expert(model: nn.Module, layer: int, expert: int, rows_RD: Tensor) -> Tensor:
     """One expert, by the framework's own code: all rows of weight 1 to it."""
-    experts, T = blocks(model)[layer].experts, len(rows_RD)
+    experts, T = by_layer(model, MoE)[layer].experts, len(rows_RD)
     ids_TK = torch.full((T, 1), expert)
     weights_TK = torch.ones((T, 1), dtype=rows_RD.dtype)
     real_T = torch.ones(T, dtype=torch.bool)
@@ -136,25 +121,18 @@ def run_expert(model: nn.Module, layer: int, expert: int, rows_RD: Tensor) -> Te
 def test_a_forward_pass(
     masked: bool, tmp_path: Path, check: Check, products: list[tuple[Tensor, Tensor]]
 ) -> None:
-    model, (ids_BS, real_BS) = build().eval(), inputs()
+    model, ids_BS = build().eval(), token_ids()
+    real_BS = torch.ones(B, S, dtype=torch.bool)
+    if masked:
+        real_BS[1, 12:] = False
     options = {"attention_mask": real_BS.long()} if masked else {}
     watched = watch(model, products)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
-        model(ids_BS, **options)
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    found = compare(
-        trace,
-        watched.passes,
-        ids_BS,
-        real_BS=real_BS if masked else None,
-        run=partial(run_expert, model),
-    )
-    padding = (LAYERS - 1) * 4 * masked
-    run = "Qwen3-MoE, forward" + ", padding" * masked
-    check("nemo-automodel", run, found, DECISIONS - padding, BF16)
-    listed = trace.routers[0]
-    assert [r.layer for r in trace.routers] == [1, 2, 3]
-    assert (listed.experts, listed.top_k, listed.scoring) == (EXPERTS, 3, "softmax")
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(ids_BS, **options))
+    run = partial(run_expert, model)
+    found = compare(trace, watched.passes, ids_BS, real_BS=real_BS, run=run)
+    named = "Qwen3-MoE, forward" + ", padding" * masked
+    check("nemo-automodel", named, found, (LAYERS - 1) * int(real_BS.sum()), BF16)
+    assert_listed(trace, [1, 2, 3], 3, "softmax", shared=None)
 
 
 AC: dict[str, dict[str, Any]] = {
@@ -167,14 +145,9 @@ AC: dict[str, dict[str, Any]] = {
 def test_training_steps(
     kind: str, tmp_path: Path, check: Check, products: list[tuple[Tensor, Tensor]]
 ) -> None:
-    model, (ids_BS, _) = build().train(), inputs()
+    model, ids_BS = build().train(), token_ids()
     apply_ac(model, hidden_size=64, num_experts=EXPERTS, **AC[kind])
-    watched, optimizer = watch(model, products), torch.optim.SGD(model.parameters(), lr=0.1)
-    with moe_inspect.record(model, tmp_path / "t"):
-        for _ in range(2):
-            with watched.forward():
-                out = model(ids_BS)
-            out.logits.float().logsumexp(-1).mean().backward()
-            optimizer.step()
-    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
+    watched = watch(model, products)
+    loss = lambda: model(ids_BS).logits.float().logsumexp(-1).mean()  # noqa: E731
+    found = compare(recorded(model, watched, tmp_path / "t", loss, 2), watched.passes, ids_BS)
     check("nemo-automodel", f"Qwen3-MoE, 2 training steps, {kind}", found, 2 * DECISIONS)

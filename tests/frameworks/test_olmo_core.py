@@ -16,7 +16,6 @@ from olmo_core.nn.moe.loss import MoELoadBalancingLossGranularity
 from olmo_core.nn.moe.router import MoERouterConfig, MoERouterGatingFunction
 from olmo_core.nn.transformer.config import TransformerActivationCheckpointingMode
 
-import moe_inspect
 from moe_inspect.training import LossAudit, audit_loss
 from moe_inspect.training.formulas import Formula
 from tests.frameworks import ranks
@@ -35,7 +34,17 @@ from tests.frameworks.olmo_core_models import (
     train_on_rank,
     watch,
 )
-from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
+from tests.frameworks.truth import (
+    assert_chosen_by_logits,
+    assert_listed,
+    chosen_in,
+    compare,
+    counted,
+    recorded,
+    text,
+    token_ids,
+    uneven,
+)
 
 DECISIONS = LAYERS * B * S
 SIGMOID = MoERouterConfig(
@@ -63,32 +72,19 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_training_steps(name: str, tmp_path: Path, check: Check) -> None:
     model, ids_BS = build(**MODELS[name]).train(), inputs()
-    watched, optimizer = watch(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    with moe_inspect.record(model, tmp_path / "t"):
-        for _ in range(2):
-            with watched.forward():
-                out = model(ids_BS, labels=ids_BS.roll(-1, 1))
-            out.loss.backward()
-            optimizer.step()
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    watched, loss = watch(model), lambda: model(ids_BS, labels=ids_BS.roll(-1, 1)).loss
+    trace = recorded(model, watched, tmp_path / "t", loss, steps=2)
     found = compare(trace, watched.passes, ids_BS)
     check("ai2-olmo-core", f"{name}, 2 training steps", found, 2 * DECISIONS)
-    listed = trace.routers[0]
-    assert (listed.experts, listed.top_k, listed.shared_experts) == (8, 2, 1)
-    assert listed.scoring == name.split(", ")[1]
+    assert_listed(trace, list(range(LAYERS)), 2, name.split(", ")[1])
     for layer, router in routers(model).items():
-        rows = trace.routing(layers=layer).filter(regex="^expert_").to_numpy().astype("int64")
-        counts_E = torch.bincount(torch.tensor(rows.flatten()), minlength=8)
-        assert torch.equal(counts_E, router.batch_size_per_expert.long())
+        assert torch.equal(counted(trace, layer), router.batch_size_per_expert.long())
 
 
 def test_a_forward_pass_and_its_weights(tmp_path: Path, check: Check) -> None:
     model, ids_BS = build(dropless=True).eval(), inputs()
     watched = watch(model)
-    recording = moe_inspect.record(model, tmp_path / "t", logits=True)
-    with recording, torch.no_grad(), watched.forward():
-        model(ids_BS)
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(ids_BS), logits=True)
     assert_chosen_by_logits(trace)
     found = compare(trace, watched.passes, ids_BS, run=partial(run_expert, model))
     check("ai2-olmo-core", "dropless, forward", found, DECISIONS)
@@ -100,22 +96,16 @@ def test_checkpointing(part: str, tmp_path: Path, check: Check) -> None:
     model, ids_BS = build(dropless=True).train(), inputs()
     mode = TransformerActivationCheckpointingMode.selected_modules
     model.apply_activation_checkpointing(mode, modules=CHECKPOINTED[part])
-    watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"):
-        with watched.forward():
-            out = model(ids_BS, labels=ids_BS.roll(-1, 1))
-        out.loss.backward()
-    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
+    watched, loss = watch(model), lambda: model(ids_BS, labels=ids_BS.roll(-1, 1)).loss
+    found = compare(recorded(model, watched, tmp_path / "t", loss, 1), watched.passes, ids_BS)
     check("ai2-olmo-core", f"dropless, training step, {part} checkpointed", found, DECISIONS)
 
 
 def test_documents_of_doc_lens(tmp_path: Path, check: Check) -> None:
     model, ids_BS = build(dropless=True).eval(), inputs()
-    doc_lens = torch.tensor([[6, 10]] * B)
+    doc_lens = {"doc_lens": torch.tensor([[6, 10]] * B), "max_doc_lens": [10] * B}
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
-        model(ids_BS, doc_lens=doc_lens, max_doc_lens=[10] * B)
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(ids_BS, **doc_lens))
     positions_S = torch.cat([torch.arange(6), torch.arange(10)])
     found = compare(trace, watched.passes, ids_BS, positions_BS=positions_S.expand(B, S))
     check("ai2-olmo-core", "dropless, doc_lens, forward", found, DECISIONS)
@@ -127,18 +117,14 @@ def test_what_capacity_drops_is_in_the_trace(tmp_path: Path) -> None:
     choice."""
     model, ids_BS = build(dropless=False, capacity_factor=1.0).eval(), inputs()
     watched = watch(model)
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
-        model(ids_BS)
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    trace = recorded(model, watched, tmp_path / "t", lambda: model(ids_BS))
     kept = dropped = 0
     for layer, block in watched.passes[0].items():
-        rows = trace.routing(layers=layer).filter(regex="^expert_").to_numpy().astype("int64")
-        for chosen, routed in zip(block.chosen(), rows, strict=True):
-            assert chosen.keys() <= set(routed.tolist())
+        for chosen, routed in zip(block.chosen(), chosen_in(trace, layer).tolist(), strict=True):
+            assert chosen.keys() <= set(routed)
             kept += len(chosen)
         capacity = blocks(model)[layer].experts.expert_capacity(B * S)
-        load_E = torch.bincount(torch.tensor(rows.flatten()), minlength=8)
-        dropped += int((load_E - capacity).clamp(min=0).sum())
+        dropped += int((counted(trace, layer) - capacity).clamp(min=0).sum())
     assert dropped > 0
     assert kept + dropped == DECISIONS * 2
 
@@ -146,9 +132,9 @@ def test_what_capacity_drops_is_in_the_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parallel", ["FSDP2", "DDP"])
 def test_two_ranks(parallel: str, tmp_path: Path, check: Check) -> None:
     """Each rank has tokens of its own; ids are global whatever experts it holds."""
-    ranks.run(train_on_rank, tmp_path, parallel)
+    found = ranks.run(train_on_rank, tmp_path, parallel)
     run = f"dropless, training step, 2 ranks, {parallel}"
-    check("ai2-olmo-core", run, ranks.compare_all(tmp_path), ranks.WORLD * DECISIONS)
+    check("ai2-olmo-core", run, found, ranks.WORLD * DECISIONS)
 
 
 # --- the balancing loss, by audit_loss
@@ -195,7 +181,7 @@ def made(loss: str) -> Any:
 def audited(loss: str, model: Any = None, **given: Any) -> LossAudit:
     options, metric, _ = LOSSES[loss]
     model = model or made(loss)
-    ids_BS = torch.randint(2, 512, (6, 24), generator=torch.Generator().manual_seed(7))
+    ids_BS = token_ids(least=2, B=6, S=24)
     ids_BS[1, 17:] = ids_BS[3, 20:] = PAD
 
     def inputs(_: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.moe.v2.nemotron import NemotronMoE, build_nemotron3_nano_config
 from torch import Tensor, nn
 
-import moe_inspect
 from tests.frameworks.conftest import Check
-from tests.frameworks.truth import Watch, compare
+from tests.frameworks.truth import Watch, assert_listed, compare, recorded, token_ids
 
 EXPERTS, MOE_LAYERS = 8, [1, 3]
 B, S = 3, 16
@@ -75,17 +74,8 @@ def watch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.setattr(nn.functional, "linear", watched)
     for layer in MOE_LAYERS:
         found.block(block(model, layer), layer)
-        block(model, layer).shared_experts.register_forward_hook(
-            partial(_keep_shared, found, layer)
-        )
+        found.shared(block(model, layer).shared_experts, layer)
     return found
-
-
-def _keep_shared(
-    found: Watch, layer: int, module: nn.Module, args: object, output_1BSD: Tensor
-) -> None:
-    if (at := found.at(layer)) is not None:
-        at.shared_TD = output_1BSD.detach().clone().flatten(0, -2)
 
 
 def run_expert(model: nn.Module, layer: int, expert: int, rows_RD: Tensor) -> Tensor:
@@ -96,17 +86,10 @@ def run_expert(model: nn.Module, layer: int, expert: int, rows_RD: Tensor) -> Te
 
 def test_training_steps(tmp_path: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build().train()
-    ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(7))
-    watched = watch(model, monkeypatch)
-    with moe_inspect.record(model, tmp_path / "t"):
-        with watched.forward():
-            out = model(ids_BS, labels=ids_BS.roll(-1, 1))
-        out.loss.backward()
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    ids_BS, watched = token_ids(), watch(model, monkeypatch)
+    loss = lambda: model(ids_BS, labels=ids_BS.roll(-1, 1)).loss  # noqa: E731
+    trace = recorded(model, watched, tmp_path / "t", loss, steps=1)
     found = compare(trace, watched.passes, ids_BS, run=partial(run_expert, model))
     run = "Nemotron blocks (MoERouterV2), training step"
     check("ai2-olmo-core", run, found, len(MOE_LAYERS) * B * S)
-    listed = trace.routers[0]
-    assert [r.layer for r in trace.routers] == MOE_LAYERS
-    assert (listed.experts, listed.top_k, listed.scoring) == (EXPERTS, 2, "sigmoid")
-    assert listed.shared_experts == 1
+    assert_listed(trace, MOE_LAYERS, 2, "sigmoid")

@@ -31,7 +31,16 @@ from tests.frameworks.torchtitan_models import (
     train_on_rank,
     watch,
 )
-from tests.frameworks.truth import assert_chosen_by_logits, compare, text, uneven
+from tests.frameworks.truth import (
+    assert_chosen_by_logits,
+    assert_listed,
+    compare,
+    counted,
+    recorded,
+    text,
+    token_ids,
+    uneven,
+)
 
 MOE_LAYERS = {"qwen3": LAYERS, "deepseek_v3": LAYERS - 1, "gpt_oss": LAYERS}
 # its grouped products are in bfloat16, which has 8 bits
@@ -41,22 +50,17 @@ BF16 = 2**-7
 @pytest.mark.parametrize("name", MODELS)
 def test_a_forward_pass(name: str, tmp_path: Path, check: Check) -> None:
     model, (ids_BS, positions_BS) = build(name).eval(), inputs()
-    watched = watch(model)
-    recording = moe_inspect.record(model, tmp_path / "t", logits=True)
-    with recording, torch.no_grad(), watched.forward():
-        model(ids_BS, positions_BS)
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    found = compare(
-        trace, watched.passes, ids_BS, positions_BS=positions_BS, run=partial(run_expert, model)
-    )
+    watched, call = watch(model), lambda: model(ids_BS, positions_BS)
+    trace = recorded(model, watched, tmp_path / "t", call, logits=True)
+    fed = {"positions_BS": positions_BS, "run": partial(run_expert, model)}
+    found = compare(trace, watched.passes, ids_BS, **fed)
     check("torchtitan", f"{name}, forward", found, MOE_LAYERS[name] * B * S, BF16)
     assert trace.tokens().document.nunique() == B + 1  # the second row holds two
     if name == "qwen3":  # of which no bias changes the choice
         assert_chosen_by_logits(trace)
-    router, moe = trace.routers[0], next(iter(blocks(model).values()))
-    assert (router.experts, router.top_k) == (moe.router.num_experts, moe.router.top_k)
-    assert router.scoring == moe.router.score_func
-    assert router.shared_experts == (name == "deepseek_v3")
+    moe = next(iter(blocks(model).values())).router
+    shared, layers = int(name == "deepseek_v3"), list(blocks(model))
+    assert_listed(trace, layers, moe.top_k, moe.score_func, shared, moe.num_experts)
 
 
 @pytest.mark.parametrize("checkpointing", [None, "FullAC", "SelectiveAC"])
@@ -66,27 +70,22 @@ def test_training_steps(name: str, checkpointing: str | None, tmp_path: Path, ch
     if checkpointing:
         kind = getattr(activation_checkpoint, checkpointing)
         kind(kind.Config()).apply(model)
-    watched, optimizer = watch(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    counted = {}
-    with moe_inspect.record(model, tmp_path / "t"):
-        for step in range(2):
-            with watched.forward():
-                out = model(ids_BS, positions_BS)
-            if step == 0:  # a recomputation counts again
-                counted = {n: moe.tokens_per_expert_E.long() for n, moe in blocks(model).items()}
-            torch.nn.functional.cross_entropy(out.flatten(0, 1), ids_BS.flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    watched, loads = watch(model), {}
+
+    def loss() -> torch.Tensor:
+        out = model(ids_BS, positions_BS)
+        if not loads:  # a recomputation counts again
+            loads.update({n: moe.tokens_per_expert_E.long() for n, moe in blocks(model).items()})
+        return torch.nn.functional.cross_entropy(out.flatten(0, 1), ids_BS.flatten())
+
+    trace = recorded(model, watched, tmp_path / "t", loss, steps=2)
     found = compare(trace, watched.passes, ids_BS, positions_BS=positions_BS)
     run = f"{name}, 2 training steps" + f", {checkpointing}" * bool(checkpointing)
     check("torchtitan", run, found, 2 * MOE_LAYERS[name] * B * S)
     tokens = trace.tokens()
     first = tokens.token[tokens.batch == 0]
-    for layer, counts_E in counted.items():
-        rows = trace.routing(layers=layer).set_index("token").loc[first].filter(regex="^expert_")
-        ids = torch.tensor(rows.to_numpy().astype("int64").flatten())
-        assert torch.equal(torch.bincount(ids, minlength=len(counts_E)), counts_E)
+    for layer, counts_E in loads.items():
+        assert torch.equal(counted(trace, layer, len(counts_E), first), counts_E)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
@@ -114,14 +113,9 @@ def test_compiled_blocks(name: str, tmp_path: Path, check: Check) -> None:
 @pytest.mark.parametrize("parallel", ["FSDP2", "expert parallel"])
 def test_two_ranks(parallel: str, tmp_path: Path, check: Check) -> None:
     """Each rank has tokens of its own; ids are global whatever experts it holds."""
-    ranks.run(train_on_rank, tmp_path, parallel)
+    found = ranks.run(train_on_rank, tmp_path, parallel)
     run = f"deepseek_v3, training step, 2 ranks, {parallel}"
-    check(
-        "torchtitan",
-        run,
-        ranks.compare_all(tmp_path),
-        ranks.WORLD * MOE_LAYERS["deepseek_v3"] * B * S,
-    )
+    check("torchtitan", run, found, ranks.WORLD * MOE_LAYERS["deepseek_v3"] * B * S)
 
 
 # --- the balancing of torchtitan, by audit_loss
@@ -137,7 +131,7 @@ def test_the_update_of_the_selection_bias(name: str, rate: float, audit_row: Row
     alone: Any = SimpleNamespace(ep_enabled=False, tp=1, get_optional_mesh=lambda _: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     register_moe_load_balancing_hook(optimizer, [model], alone)
-    ids_BS = torch.randint(0, 2048, (6, 24), generator=torch.Generator().manual_seed(7))
+    ids_BS = token_ids(most=2048, B=6, S=24)
     given = (ids_BS, torch.arange(24).expand(6, 24).clone())
     audit = audit_loss(model, given, update=optimizer.step)
     assert "The model reports no balancing loss" in text(audit, "loss_none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from torchtitan.models.common.moe import GroupedExperts, MoE
 from torchtitan.models.deepseek_v3.parallelize import parallelize_deepseekv3
 from torchtitan.models.deepseek_v3.sharding import set_deepseek_v3_sharding_config
 
-import moe_inspect
 from tests.frameworks import ranks
-from tests.frameworks.truth import Watch
+from tests.frameworks.truth import Watch, by_layer, token_ids
 
 MODELS = {
     "qwen3": ("qwen3_configs", "debugmodel_moe"),
@@ -98,7 +96,7 @@ def build(name: str) -> Any:
 
 def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Token ids and positions, [B, S] each; the second row holds two documents."""
-    ids_BS = torch.randint(0, 2048, (B, S), generator=torch.Generator().manual_seed(seed))
+    ids_BS = token_ids(seed, most=2048)
     positions_BS = torch.arange(S).expand(B, S).clone()
     positions_BS[1, 6:] = torch.arange(S - 6)
     return ids_BS, positions_BS
@@ -106,8 +104,7 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def blocks(model: nn.Module) -> dict[int, MoE]:
     """Layer → MoE block."""
-    parts = {path: m for path, m in model.named_modules() if isinstance(m, MoE)}
-    return {int(path.split(".")[1]): m for path, m in parts.items()}
+    return by_layer(model, MoE)
 
 
 def watch(model: nn.Module, first_expert: int = 0) -> Watch:
@@ -134,9 +131,7 @@ def run_expert(model: nn.Module, layer: int, expert: int, rows_RD: Tensor) -> Te
 def train_on_rank(rank: int, port: int, path: Path, parallel: str) -> None:
     """A training step on one of two ranks, by torchtitan's own parallelize_deepseekv3: FSDP2, or
     with half of the experts on each rank."""
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(ranks.WORLD)}
-    torch.set_num_threads(1)
+    ranks.begin(rank, port)
     dist.init_process_group("gloo")
     expert_parallel = parallel == "expert parallel"
     ep = ranks.WORLD if expert_parallel else 1
@@ -179,10 +174,8 @@ def train_on_rank(rank: int, port: int, path: Path, parallel: str) -> None:
             module.set_force_sum_reduction_for_comms(True)
     ids_BS, positions_BS = inputs(rank)
     watched = watch(model.train(), first_expert=rank * 4 if expert_parallel else 0)
-    with moe_inspect.record(model, ranks.trace_of(path, rank)):
+    given = {"ids_BS": ids_BS, "positions_BS": positions_BS}
+    with ranks.recorded(model, watched, rank, path, **given):
         with watched.forward():
             out = model(ids_BS, positions_BS)
         out.float().sum().backward()
-    ranks.save(path, rank, watched, ids_BS=ids_BS, positions_BS=positions_BS)
-    dist.barrier()
-    dist.destroy_process_group()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_inspect
+from moe_inspect.trace.reader import Trace
 from moe_inspect.training import LossAudit
 
 WEIGHT_ERROR = 2**-10  # relative: a trace keeps gate weights as fp16 does
@@ -60,6 +63,60 @@ def uneven(model: nn.Module, times: float = 20) -> nn.Module:
             if "router" in name:
                 parameter *= times
     return model
+
+
+def by_layer(model: nn.Module, kind: type[nn.Module] | str) -> dict[int, Any]:
+    """Layer → module of this class (or name of a class): the first number in its path."""
+    is_one = lambda m: type(m).__name__ == kind if isinstance(kind, str) else isinstance(m, kind)  # noqa: E731
+    paths = {path: m for path, m in model.named_modules() if is_one(m)}
+    return {int(next(filter(str.isdigit, path.split(".")))): m for path, m in paths.items()}
+
+
+def token_ids(seed: int = 7, most: int = 512, least: int = 0, B: int = 3, S: int = 16) -> Tensor:
+    return torch.randint(least, most, (B, S), generator=torch.Generator().manual_seed(seed))
+
+
+def recorded(
+    model: Any, watched: Watch, path: Path, call: Callable[[], Any], steps: int = 0, **options: Any
+) -> Trace:
+    """The trace of a forward pass, or of training steps, where `call` returns the loss."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with moe_inspect.record(model, path, **options), torch.set_grad_enabled(steps > 0):
+        for step in range(max(steps, 1)):
+            with watched.forward():
+                loss = call()
+            if steps:
+                loss.backward()
+            if step + 1 < steps:  # an expert is computed again with the weights of the last pass
+                optimizer.step()
+    return moe_inspect.open_trace(path)
+
+
+def assert_listed(
+    trace: Trace,
+    layers: list[int],
+    top_k: int,
+    scoring: str,
+    shared: int | None = 1,
+    experts: int = 8,
+) -> None:
+    """What the trace says of its routers."""
+    assert [r.layer for r in trace.routers] == layers
+    for r in trace.routers:
+        assert (r.experts, r.top_k, r.scoring) == (experts, top_k, scoring)
+        assert shared is None or r.shared_experts == shared
+
+
+def chosen_in(trace: Trace, layer: int, tokens: Any = None) -> Tensor:
+    """int64 [T, K]: the experts of each token."""
+    rows = trace.routing(layers=layer).set_index("token").filter(regex="^expert_")
+    rows = rows if tokens is None else rows.loc[tokens]
+    return torch.tensor(rows.to_numpy().astype("int64"))
+
+
+def counted(trace: Trace, layer: int, experts: int = 8, tokens: Any = None) -> Tensor:
+    """Load of each expert of a layer."""
+    return torch.bincount(chosen_in(trace, layer, tokens).flatten(), minlength=experts)
 
 
 def text(audit: LossAudit, kind: str) -> str:
@@ -110,21 +167,15 @@ class Watch:
 
     def routed(self, module: nn.Module, layer: int) -> None:
         """Keeps the output of a module inside the block: the weighted sum of the experts."""
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if (block := self.at(layer)) is not None:
-                block.output_TD = _rows(output)
-
-        module.register_forward_hook(after)
+        module.register_forward_hook(partial(self._keep, "output_TD", layer))
 
     def shared(self, module: nn.Module, layer: int) -> None:
         """Keeps what shared experts add to the output of the block."""
+        module.register_forward_hook(partial(self._keep, "shared_TD", layer))
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if (block := self.at(layer)) is not None:
-                block.shared_TD = _rows(output)
-
-        module.register_forward_hook(after)
+    def _keep(self, name: str, layer: int, _: nn.Module, args: object, output: Any) -> None:
+        if (block := self.at(layer)) is not None:
+            setattr(block, name, _rows(output))
 
     def experts(self, modules: Sequence[nn.Module], layer: int, first: int = 0) -> None:
         """Keeps what each of these experts is called with: rows, and gate weights if there is a
@@ -158,7 +209,7 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def assert_chosen_by_logits(trace: moe_inspect.Trace) -> None:
+def assert_chosen_by_logits(trace: Trace) -> None:
     """The experts of each decision are those of its largest router logits."""
     for router in trace.routers:
         logits_TE = np.stack(trace.logits(layers=router.layer)["logits"].to_list()).astype(float)
@@ -189,7 +240,7 @@ Run = Callable[[int, int, Tensor], Tensor]  # layer, expert, rows [R, D] → its
 
 
 def compare(
-    trace: moe_inspect.Trace,
+    trace: Trace,
     passes: Sequence[Mapping[int, Block]],
     ids_BS: Tensor,
     *,
