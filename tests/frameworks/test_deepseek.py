@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import moe_inspect
 from tests.frameworks.conftest import Check
-from tests.frameworks.truth import Watch, assert_listed, by_layer, compare, recorded, token_ids
+from tests.frameworks.truth import Watch, compare
 
 CODE = os.environ.get("DEEPSEEK_CODE", "")
 pytestmark = pytest.mark.skipif(
@@ -101,9 +102,23 @@ def build(code: Any) -> nn.Module:
     return model
 
 
+def inputs() -> tuple[Tensor, Tensor]:
+    """Token ids and a mask, 0 for padding, [B, S] each."""
+    ids_BS = torch.randint(0, 512, (B, S), generator=torch.Generator().manual_seed(7))
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[1, 12:] = 0
+    return ids_BS, mask_BS
+
+
+def blocks(model: nn.Module) -> dict[int, Any]:
+    """Layer → MoE block."""
+    found = {path: m for path, m in model.named_modules() if type(m).__name__ == "DeepseekV2MoE"}
+    return {int(path.split("layers.")[1].split(".")[0]): m for path, m in found.items()}
+
+
 def watch(model: nn.Module) -> Watch:
     found = Watch()
-    for layer, block in by_layer(model, "DeepseekV2MoE").items():
+    for layer, block in blocks(model).items():
         found.block(block, layer)
         found.experts(block.experts, layer)
         found.shared(block.shared_experts, layer)
@@ -111,23 +126,38 @@ def watch(model: nn.Module) -> Watch:
 
 
 def test_a_forward_pass(code: Any, tmp_path: Path, check: Check) -> None:
-    model, ids_BS, mask_BS = build(code).eval(), token_ids(), torch.ones(B, S, dtype=torch.long)
-    mask_BS[1, 12:] = 0
-    watched, call = watch(model), {"attention_mask": mask_BS, "use_cache": False}
-    trace = recorded(model, watched, tmp_path / "t", lambda: model(ids_BS, **call))
-    blocks = by_layer(model, "DeepseekV2MoE")
-    run = lambda layer, expert, rows: blocks[layer].experts[expert].forward(rows)  # noqa: E731
-    found = compare(trace, watched.passes, ids_BS, real_BS=mask_BS.bool(), run=run)
+    model, (ids_BS, mask_BS) = build(code).eval(), inputs()
+    watched = watch(model)
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad(), watched.forward():
+        model(ids_BS, attention_mask=mask_BS, use_cache=False)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    experts = {layer: block.experts for layer, block in blocks(model).items()}
+    found = compare(
+        trace,
+        watched.passes,
+        ids_BS,
+        real_BS=mask_BS.bool(),
+        run=lambda layer, expert, rows: experts[layer][expert].forward(rows),
+    )
     check("DeepSeek", "DeepseekV2ForCausalLM, forward, padding", found, DECISIONS - 3 * 4)
-    assert_listed(trace, [1, 2, 3], 3, "softmax")
+    listed = trace.routers[0]
+    assert [r.layer for r in trace.routers] == [1, 2, 3]
+    assert (listed.experts, listed.top_k, listed.shared_experts) == (EXPERTS, 3, 1)
+    assert listed.scoring == "softmax"
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_training_steps(code: Any, checkpointed: bool, tmp_path: Path, check: Check) -> None:
-    model, ids_BS = build(code).train(), token_ids()
+    model, (ids_BS, _) = build(code).train(), inputs()
     if checkpointed:
         model.gradient_checkpointing_enable()
-    watched, loss = watch(model), lambda: model(ids_BS, use_cache=False).logits.sum()
-    found = compare(recorded(model, watched, tmp_path / "t", loss, 2), watched.passes, ids_BS)
+    watched, optimizer = watch(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with moe_inspect.record(model, tmp_path / "t"):
+        for _ in range(2):
+            with watched.forward():
+                out = model(ids_BS, use_cache=False)
+            out.logits.sum().backward()
+            optimizer.step()
+    found = compare(moe_inspect.open_trace(tmp_path / "t"), watched.passes, ids_BS)
     run = "DeepseekV2ForCausalLM, 2 training steps" + ", checkpointed" * checkpointed
     check("DeepSeek", run, found, 2 * DECISIONS)
