@@ -301,11 +301,3 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     from moe_inspect.capture.hook import experts
 
     return lambda most: monkeypatch.setattr(experts, "are_few", lambda slots, E: slots <= most)
-
-
-@pytest.fixture
-def hold(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """How many seconds a pass on a CPU waits for others, with which it is handed over."""
-    from moe_inspect.capture import hand_over
-
-    return lambda seconds: monkeypatch.setattr(hand_over, "HELD_SECONDS", seconds)
