@@ -1,16 +1,14 @@
 """Documents, sequences, positions and phases of what `record` sees, whoever decodes and however,
-beside hooks of our own on the model and its routers; and `verify` accepts each of these traces.
+as a witness on the model and its routers sees it; and `verify` accepts each of these traces.
 
-B batch rows, S positions, T rows of a forward pass, K slots.
+B batch rows, S positions.
 """
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.verify import verify
 from tests.support.families import build
+from tests.support.witness import agreed, traced
 from tests.test_cli_trace import save_tokenizer
 
 # as the transformers at hand calls it
@@ -44,55 +42,6 @@ Texts = list[list[int]]
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build("mixtral")
-
-
-class Fed:
-    """What hooks have seen: the ids of the tokens, and per layer the experts of each, as sets."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.experts: dict[int, list[frozenset[int]]] = {}
-        self.real_T = torch.ones(0, dtype=torch.bool)
-
-    def call(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        ids: Tensor = args[0] if args else kwargs["input_ids"]
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            mask = torch.ones_like(ids)
-        self.real_T = mask[:, -ids.shape[1] :].flatten().bool()
-        self.ids += ids.flatten()[self.real_T].tolist()
-
-    def routed(self, layer: int, module: Any, args: Any, output: Any) -> None:
-        logits_TE = output[0] if isinstance(output, tuple) else output
-        chosen_TK = logits_TE.float().topk(2).indices.reshape(-1, 2)[self.real_T]
-        self.experts.setdefault(layer, []).extend(map(frozenset, chosen_TK.tolist()))
-
-
-@contextmanager
-def traced(model: Any, path: Path, **options: Any) -> Iterator[Fed]:
-    """Recorded, and watched by hooks of our own on the model and its routers."""
-    fed = Fed()
-    hooks = [model.register_forward_pre_hook(fed.call, with_kwargs=True)]
-    own = getattr(model, "gates", None)
-    for n, router in enumerate(own or [layer.mlp.gate for layer in model.model.layers]):
-        hooks.append(router.register_forward_hook(partial(fed.routed, n)))
-    with moe_inspect.record(model, path, **options):
-        yield fed
-    for hook in hooks:
-        hook.remove()
-
-
-def agreed(path: Path, fed: Fed) -> pd.DataFrame:
-    """The tokens of a trace that `verify` accepts, and that holds what the hooks have seen."""
-    verified = verify(path)
-    assert verified.ok, str(verified)
-    trace = moe_inspect.open_trace(path)
-    tokens = trace.tokens()
-    assert tokens.token_id.tolist() == fed.ids
-    for layer, chosen in fed.experts.items():
-        found = trace.routing(layers=layer)[["expert_0", "expert_1"]].to_numpy()
-        assert list(map(frozenset, found.tolist())) == chosen
-    return tokens
 
 
 def texts_of(tokens: pd.DataFrame) -> Texts:
@@ -145,6 +94,21 @@ def piped(model: Any) -> Texts:
     return [row["generated_token_ids"][:-1] for [row] in out]
 
 
+def in_turn(model: Any) -> Texts:
+    """Two conversations, each with a cache of its own."""
+    texts = [ROWS[0][:4], ROWS[1][:6]]
+    caches = [model(input_ids=torch.tensor([text]), use_cache=True)[CACHE] for text in texts]
+    for token, n in enumerate((1, 0, 0, 1), 10):
+        model(input_ids=torch.tensor([[token]]), **{CACHE: caches[n]})
+    return [[*texts[0], 11, 12], [*texts[1], 10, 13]]
+
+
+def packed(model: Any) -> Texts:
+    """A text begins where the positions begin again."""
+    model(input_ids=IDS[:1], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]]))
+    return [ROWS[0][:4], ROWS[0][4:6], ROWS[0][6:]]
+
+
 def own_drafts(model: Any) -> Texts:
     """Two of four drafts are kept, then none of one, one of two at the end."""
     cache = model(input_ids=IDS[:1, :4], use_cache=True)[CACHE]
@@ -193,6 +157,8 @@ WAYS: dict[str, Callable[[Any], Texts]] = {
         row[3 * n :] for n, row in enumerate(generated(m, attention_mask=MASK))
     ],
     "greedy, cache of another kind": lambda m: generated(m, cache_implementation="static"),
+    "two conversations": in_turn,
+    "packed rows": packed,
     "greedy, prompt in chunks": lambda m: generated(m, prefill_chunk_size=4),
     "sampling": lambda m: generated(m, do_sample=True),
     "several sequences": lambda m: generated(m, do_sample=True, num_return_sequences=2),
@@ -229,6 +195,18 @@ PHASES = {
     "drafts of the caller's own": (7, 4),
     "continuous batching": (17, 0),  # a prompt ended with a piece of one token
 }
+
+
+@torch.no_grad()
+def test_padding_that_only_a_mask_of_what_each_position_sees_shows(
+    model: Any, tmp_path: Path
+) -> None:
+    """A static cache is given one."""
+    with moe_inspect.record(model, tmp_path / "t"):
+        texts = generated(model, attention_mask=MASK, cache_implementation="static")
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert texts_of(tokens) == [texts[0], texts[1][3:]]
+    assert (tokens.phase == "decode").sum() == PHASES["greedy"][0]
 
 
 @torch.no_grad()
