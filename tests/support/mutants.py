@@ -73,12 +73,17 @@ def statements(source: str) -> list[ast.stmt]:
 
 def around(source: str, line: int) -> list[ast.stmt]:
     """The statements around a line, the innermost last."""
-    found = [n for n in statements(source) if n.lineno <= line <= (n.end_lineno or 0)]
+
+    def begin(statement: ast.stmt) -> int:
+        return min(of.lineno for of in (statement, *getattr(statement, "decorator_list", ())))
+
+    found = [n for n in statements(source) if begin(n) <= line <= (n.end_lineno or 0)]
     return sorted(found, key=lambda n: (n.lineno, -(n.end_lineno or 0)))
 
 
-def decorators(scope: list[ast.stmt]) -> list[ast.expr]:
-    return [of for statement in scope for of in getattr(statement, "decorator_list", ())]
+def is_compiled(scope: list[ast.stmt]) -> bool:
+    decorators = [of for statement in scope for of in getattr(statement, "decorator_list", ())]
+    return any("jit" in ast.unparse(of) for of in decorators)
 
 
 def named(statement: ast.stmt) -> list[str]:
@@ -202,8 +207,10 @@ class Reached:
 
     def _reaching(self, file: str, line: int) -> list[str]:
         scope = around(self._sources[file], line)
-        if not scope or any("jit" in ast.unparse(of) for of in decorators(scope)):
-            return []  # one test may run without the compiler what all others run compiled
+        # what an import does shows only the first test that imports it; what is compiled, only a
+        # test without the compiler
+        if not any(isinstance(of, SCOPES[:2]) for of in scope) or is_compiled(scope):
+            return []
         last = scope[-1]
         end = last.end_lineno or 0
         if hasattr(last, "body") and not isinstance(last, SCOPES[:2]):
