@@ -4,7 +4,6 @@ reaches, plans that engines read; judged on what they were not fitted to, and di
 from __future__ import annotations
 
 import json
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from moe_inspect.simulate.placement.forecast import busiest, descend_windows, dr
 from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
 from moe_inspect.simulate.placement.policies import Layout, colocated, eplb, shares
 from moe_inspect.simulate.placement.search import CLOSE
-from moe_inspect.simulate.placement.tables import least_busiest
 from moe_inspect.simulate.placement.windows import reached, table_of
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.trace.reader import open_trace
@@ -104,13 +102,6 @@ def test_local_search_finds_the_lightest_where_all_are_tried(E: int, gpus: int, 
         assert not fits_apart(load_E, slots, gpus, most * (1 - CLOSE), replicas=gpus)
 
 
-def test_colocated_sees_replicas_that_share_a_gpu() -> None:
-    assert colocated(np.array([0, 0, 1, 2]), 2) == 1
-    # three replicas on two GPUs cannot but share one
-    assert colocated(np.array([0, 0, 0, 1]), 2) == 0
-    assert colocated(np.array([0, 1, 0, 2]), 2) == 0
-
-
 @needs_fiddler
 @pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
 def test_local_search_on_mixtral(model: str) -> None:
@@ -143,26 +134,6 @@ def test_the_loops_equal_their_references() -> None:
     for w, load_E in enumerate(load_WE):
         ids = ids_KT[:, window_T == w]
         assert load_E.tolist() == np.bincount(ids[ids >= 0], minlength=12).tolist()
-
-
-def test_a_token_reaches_the_ranks_of_its_experts(tmp_path: Path) -> None:
-    """Of experts that are chosen together contiguous makes neighbours, round-robin does not."""
-    ids = np.tile(np.array([[0, 1], [2, 3]], np.uint16), (100, 1))
-    trace = write_trace(tmp_path / "t", [ids], 4)
-    made = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin"])
-    rows = made.tables["placement"].set_index("policy")
-    assert rows["ranks_per_token"].to_dict() == {"contiguous": 1.0, "round-robin": 2.0}
-    assert (rows["max_over_mean"] == 1).all()
-
-
-def test_a_plan_ages_where_the_text_changes(tmp_path: Path) -> None:
-    """The first half goes to experts 0 and 1, the second to 2 and 3."""
-    ids = np.concatenate([np.tile([[e], [e + 1]], (500, 1)) for e in (0, 2)])
-    trace = write_trace(tmp_path / "t", [ids.astype(np.uint16)], 4)
-    table = simulate_placement(trace, gpus=2, policies=["contiguous"]).tables["windows"]
-    assert table["tokens"].sum() == 2_000 == table["tokens"].iloc[0] * 16
-    assert table["part"].tolist() == ["fit"] * 8 + ["judged"] * 8
-    assert table["max_over_mean"].tolist() == [2.0] * 16
 
 
 def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
@@ -381,25 +352,6 @@ def test_windows_drawn_are_like_windows_seen() -> None:
     pair_WE = np.full((32, 20), 300)
     pair_WE[::2, :2], pair_WE[1::2, :2] = 100, 900  # two experts whose bursts coincide
     assert np.corrcoef(np.log(drawn(pair_WE, 2_000)).T)[0, 1] > 0.8
-
-
-def test_a_linear_program_shares_replicas_as_well_as_can_be() -> None:
-    """By hand; by duality: the largest mean, over subsets of GPUs, of experts nowhere else."""
-    load_WE = np.array([[30, 40, 10], [10, 90, 0], [0, 0, 0]])
-    least_W = least_busiest(load_WE, shares(np.array([0, 1, 0, 2]), 3, 2))
-    assert least_W.tolist() == pytest.approx([40, 90, 0])
-    rng = np.random.default_rng(3)
-    for _ in range(10):
-        load_WE = rng.integers(0, 100, (3, 9))
-        share_EG = shares(POLICIES["eplb-global"](load_WE, Layout(15, 5)), 9, 5)
-        at_least_W = np.zeros(3)
-        for size in range(1, 6):
-            for gpus in combinations(range(5), size):
-                within_E = share_EG[:, list(gpus)].sum(1) > 1 - 1e-9
-                at_least_W = np.maximum(at_least_W, load_WE[:, within_E].sum(1) / size)
-        found_W = least_busiest(load_WE, share_EG)
-        assert found_W == pytest.approx(at_least_W)
-        assert (found_W <= (load_WE @ share_EG).max(1) + 1e-9).all()
 
 
 @pytest.mark.parametrize(

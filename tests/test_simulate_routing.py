@@ -3,7 +3,6 @@ it says of itself. What a capacity drops, against a brute force that serves one 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -12,18 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate import capacity, kernels_numba
 from moe_inspect.simulate.capacity import ORDERS
 from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.simulate.routing_algorithms import ALGORITHMS, Algorithm, RouterScores, largest
 from moe_inspect.simulate.shards import expert_capacity
 from tests.conftest import ROOT
-from tests.support.sweep import WHOLE
 from tests.support.synthetic import uniform_ids, write_trace
 
 CAPACITY = ["capacity", "capacity_needed", "capacity_tokens"]
@@ -79,36 +74,12 @@ def test_the_largest_are_those_of_a_stable_sort_whatever_is_guessed(values: int)
             assert (largest(values_TE, k, guess=guess) == expected).all()
 
 
-def test_top_p_by_hand():
-    made = batch(np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.97, 0.01, 0.01, 0.01]])))
-    found = [ALGORITHMS["top-p"].choose(made, p).sum(1).tolist() for p in (0.4, 0.6, 0.8, 1.0)]
-    assert found == [[1, 1], [2, 1], [3, 1], [4, 4]]
-
-
 def test_top_p_sums_in_double_precision():
     made = batch(skewed(T=20, E=256), scoring="sigmoid")
     sum_TE = np.cumsum(np.sort(made.share_TE, axis=1)[:, ::-1], axis=1, dtype=np.float64)
     for t, sum_E in enumerate(sum_TE):
         for p, k in ((sum_E[99] - 2e-9, 100), (sum_E[99] + 2e-9, 101)):
             assert ALGORITHMS["top-p"].choose(made, p + 1e-6)[t].sum() == k
-
-
-@settings(max_examples=100 if WHOLE else 50, deadline=None)
-@given(*(st.integers(*ends) for ends in ((1, 40), (1, 6), (1, 3), (1, 12), (0, 2**32))))
-def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed: int):
-    scores_TE = np.random.default_rng(seed).random((T, E))
-    order_TE, expected = np.argsort(-scores_TE, axis=1), np.zeros((T, E), bool)
-    for t in range(T):
-        expected[t, [e for e in order_TE[t] if expected[:, e].sum() < room][:k]] = True
-    assert (largest(scores_TE, k, room=room) == expected).all()
-
-
-def test_expert_choice_gives_every_expert_the_same():
-    made = batch(skewed())
-    chosen_TE = choose(ALGORITHMS["expert choice"], made)
-    assert chosen_TE.sum(0).tolist() == [50] * 8
-    worst_taken = np.where(chosen_TE, made.scores_TE, 1).min(0)
-    assert (worst_taken >= np.where(chosen_TE, 0, made.scores_TE).max(0)).all()
 
 
 def test_expert_choice_gives_ties_to_the_first_tokens():
@@ -201,70 +172,6 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
 
 COLLAPSED = ROOT / "sample_traces/collapsed"
 RECORDED: dict[str, Any] = {"algorithms": ["as recorded"]}
-FACTORS = (0.5, 1.0, 1.25, 2.0)
-
-
-def brute_force(
-    ids_TK: np.ndarray, weight_TK: np.ndarray, room: int, order: str
-) -> set[tuple[int, int]]:
-    """The (token, slot) dropped of one group."""
-    queue = [(int(t), int(k)) for t, k in np.argwhere(ids_TK >= 0)]
-    if order != "token":
-        weight = {at: -weight_TK[at] if order == "weight" else 0 for at in queue}
-        queue.sort(key=lambda at: (weight[at], at[1], at[0]))
-    taken, dropped = Counter[int](), set[tuple[int, int]]()
-    for at in queue:
-        taken[ids_TK[at]] += 1
-        if taken[ids_TK[at]] > room:
-            dropped.add(at)
-    return dropped
-
-
-@st.composite
-def routing(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
-    E = draw(st.integers(1, 6))
-    K, T = draw(st.integers(1, min(E, 3))), draw(st.integers(1, 40))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    ids_TK = uniform_ids(rng, T, E, K).astype(np.int16)
-    ids_TK[rng.random((T, K)) < draw(st.sampled_from([0, 0.2]))] = -1
-    return ids_TK, rng.integers(1, 5, (T, K)).astype(np.float32), E
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@settings(max_examples=60 if WHOLE else 30, deadline=None)
-@given(case=routing(), size=st.integers(1, 15))
-def test_drops_equal_a_brute_force(order: str, case: tuple[np.ndarray, np.ndarray, int], size: int):
-    ids_TK, weight_TK, E = case
-    T, K = ids_TK.shape
-    start_G = np.append(np.arange(0, T, size), T)
-    size_G = np.diff(start_G)
-    room_GF = np.array([[expert_capacity(f, int(n), K, E) for f in FACTORS] for n in size_G])
-    group_T = np.repeat(np.arange(len(size_G)), size_G)
-    domain_T = np.arange(T) % 2
-    decile_PT = np.stack([np.arange(T) % 10, np.arange(T) // 7]).astype(np.uint8)
-    visit_N = np.zeros(0, np.int64)
-    if order == "weight":
-        visit_N = np.lexsort((-weight_TK.T.ravel(), np.tile(group_T, K)))
-    made = load_GE, level_KT = np.zeros((len(size_G), E), np.int32), np.empty((K, T), np.uint8)
-    of_G, ids_KT = np.arange(len(room_GF)), np.ascontiguousarray(ids_TK.T)
-    how = capacity.levels(room_GF, size), visit_N, order == "token"
-    kernels_numba.queue(ids_KT, start_G, of_G, *how, *made)
-    groups = capacity.Groups(slice(None), start_G, domain_T, decile_PT, ["a", "b"])
-    last_FD, last_FPN, worst_T, best_T = capacity.dropped(level_KT, groups, len(FACTORS))
-    for f in range(len(FACTORS)):
-        of_group = [
-            brute_force(ids_TK[group_T == g], weight_TK[group_T == g], room_F[f], order)
-            for g, room_F in enumerate(room_GF)
-        ]
-        lost = {(int(start_G[g]) + t, k) for g, of in enumerate(of_group) for t, k in of}
-        assert last_FD[f:].sum() == len(lost)
-        assert last_FD[f:, 1].sum() == sum(t % 2 for t, _ in lost)
-        assert last_FPN[f:, 1, 0].sum() == sum(t // 7 == 0 for t, _ in lost)
-        of_token = Counter(t for t, _ in lost)
-        made_T = (ids_TK >= 0).sum(1)
-        assert (worst_T > f).tolist() == [t in of_token for t in range(T)]
-        assert (best_T > f).tolist() == [0 < made_T[t] == of_token[t] for t in range(T)]
-    assert load_GE.sum() == (ids_TK >= 0).sum()
 
 
 def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
@@ -290,25 +197,6 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     assert rest.startswith("For top-k")
     assert few.startswith("Too little data to advise: with fewer than 8 documents")
     assert all(sentence.startswith("Simulated") for sentence in said)
-
-
-@pytest.mark.parametrize("group", ["batch", "sequence", 100])
-def test_what_a_factor_needs_is_what_it_then_drops(group: str | int):
-    how = {"group_tokens": group, "layers": 3, **RECORDED}
-    made = simulate_routing(COLLAPSED, target_drop=0.05, **how)
-    row = made.tables["capacity_needed"].iloc[0]
-    factors = [round(row["capacity_factor"] + step, 2) for step in (-0.01, 0)]
-    made = simulate_routing(COLLAPSED, capacity_factors=factors, **how)
-    too_little, enough = made.tables["capacity"].to_dict("records")
-    assert too_little["simulated_drop_rate"] > 0.05
-    for column in ("simulated_drop_rate", "unused_capacity"):
-        assert enough[column] == row[column]
-
-
-def test_a_document_that_was_cut_is_its_sequences_one_after_the_other():
-    document_T, sequence_T = np.repeat([7, 3, 7], 10), np.repeat([5, 2, 4], 10)
-    expected = [*np.repeat(range(5, 10), 2), *range(10), *np.repeat(range(5), 2)]
-    assert capacity.document_deciles(document_T, sequence_T).tolist() == expected
 
 
 def test_order_moves_drops_and_a_group_may_be_larger_than_any_pass():

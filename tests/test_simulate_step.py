@@ -20,7 +20,7 @@ from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, Shape,
 from moe_inspect.simulate.placement.pricing import Ageing, ageing
 from moe_inspect.simulate.prices import LOW_LATENCY, Prices
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.simulate.sampling import StepLoads, decisions_of, draw_steps, step_loads
+from moe_inspect.simulate.sampling import StepLoads
 from moe_inspect.simulate.step import imbalance_costs, turning_point
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -66,62 +66,6 @@ def claims(made: Simulation) -> list[str]:
     return [said for said in made.verdict if re.search(r"imbalance (costs|saves) \S+ ms", said)]
 
 
-def test_steps_take_each_token_once_and_whole(tmp_path: Path):
-    trace = drawn(tmp_path / "t", Regime(documents=40, tokens=6_000), 0)
-    for steps in draw_steps(trace, whole, [16, 100, 5_000], decoding=False):
-        tokens_S = np.zeros(len(steps.block_S), int)
-        for step_T in steps.of_shard.values():
-            tokens_S += np.bincount(step_T[step_T >= 0], minlength=len(tokens_S))
-        assert (tokens_S == steps.tokens).all()
-        assert len(tokens_S) == {16: 32, 100: 32, 5_000: 1}[steps.tokens]
-        documents = [set[int]() for _ in range(1 + steps.block_S.max())]
-        for number, step_T in steps.of_shard.items():
-            document_T = trace.shard(number).tokens(["document"])["document"].to_numpy()
-            for s in np.unique(step_T[step_T >= 0]):
-                documents[steps.block_S[s]] |= {*document_T[step_T == s].tolist()}
-        assert sum(map(len, documents)) == len(set[int]().union(*documents))  # of one block each
-
-
-def test_generated_tokens_run_side_by_side(tmp_path: Path):
-    """A step of as many tokens as a block has sequences is one position of each; of prompts, two
-    whole documents."""
-    documents, length = 64, 4  # eight documents in each of eight blocks
-    ids = np.tile(np.arange(length, dtype=np.uint16), documents)[:, None]
-    document = np.repeat(np.arange(documents), length)
-    trace = write_trace(tmp_path / "t", [ids], 8, document=document, batch_tokens=length)
-    for decoding, positions in ((True, 1), (False, length)):
-        (steps,) = draw_steps(trace, whole, [8], decoding)
-        parts = [(ids_KT[0], step_T) for _, ids_KT, step_T in decisions_of(trace, [0], steps)]
-        ids_T, step_T = map(np.concatenate, zip(*parts, strict=True))
-        assert len(steps.block_S) == 32
-        assert {len({*ids_T[step_T == s]}) for s in range(32)} == {positions}
-
-
-def test_loads_of_steps_equal_a_count_by_hand():
-    rng = np.random.default_rng(0)
-    T, K, E, G, S = 300, 3, 6, 4, 5
-    expert_P = np.array([0, 1, 2, 3, 4, 5, 0, 3])  # two replicas of 0 and 3
-    ids_KT = rng.random((T, E)).argsort(1)[:, :K].T.astype(np.int16)
-    ids_KT[:, ::7] = -1  # tokens that route nowhere
-    step_T = rng.integers(S, size=T)
-    slots_SP, reached_SG = np.zeros((S, 8), int), np.zeros((S, G), int)
-    sent_GG = np.zeros((G, G), int)
-    for t in range(T):
-        gpus = set[int]()
-        for e in ids_KT[:, t]:
-            if e >= 0:
-                replicas = np.flatnonzero(expert_P == e)
-                slot = int(replicas[(t + t // math.lcm(G, len(replicas))) % len(replicas)])
-                slots_SP[step_T[t], slot] += 1
-                gpus.add(slot // 2)
-        reached_SG[step_T[t], [*gpus]] += 1
-        sent_GG[t % G, [*gpus]] += 1
-    loads = step_loads(ids_KT, step_T, S, expert_P, G)
-    np.testing.assert_array_equal(loads.slots_SP, slots_SP)
-    np.testing.assert_array_equal(loads.reached_SG, reached_SG)
-    np.testing.assert_array_equal(loads.sent_GG, sent_GG)
-
-
 def test_permuting_the_experts_of_a_gpu_changes_no_time(tmp_path: Path, constants: Path):
     trace = drawn(tmp_path / "t", Regime(documents=40, L=2), 0, Planted(3.0))
     plans, costs = [[*range(8)], [1, 0, 3, 2, 5, 4, 7, 6], [0, 2, 4, 6, 1, 3, 5, 7]], []
@@ -144,15 +88,6 @@ def test_the_cost_is_the_load_ratio_where_time_is_the_rows(tmp_path: Path, const
     assert made.tables["imbalance"]["cost"].item() == pytest.approx(16 / 7 - 1, abs=0.02)
     assert claims(made)
     assert any("have no intervals" in said for said in made.verdict)
-
-
-def test_more_tokens_take_longer(tmp_path: Path, constants: Path):
-    trace = drawn(tmp_path / "t", Regime(documents=40), 0)
-    table = simulated(trace, constants, batch_tokens=[8, 64, 512, 2_048]).tables["imbalance"]
-    whole = table[table["domain"] == ""]
-    for name in ("ms", "even_ms", "chance_ms"):
-        assert whole[name].is_monotonic_increasing
-    assert (whole["ms"] >= whole["waiting_ms"]).all()
 
 
 @pytest.mark.parametrize("regime", ["iid 8/2", "iid 64/8", "passes of 3"])
