@@ -122,11 +122,12 @@ def test_an_alarm_names_layer_expert_step_and_help() -> None:
     assert (alarm.layer, alarm.router, alarm.experts) == (3, 1, (0,))
     assert (alarm.since, alarm.step, alarm.value) == (11, 30, 1.0)
     assert alarm.text.startswith("Layer 3, expert 0: dead_experts above 0 since step 11 (rule")
+    (falling,) = judged(["entropy falling"], *windows_of(EVEN, [4000, *[571] * 7]))
+    assert "down from 1 since" in falling.text
     assert "arXiv:" in alarm.help
     assert json.loads(json.dumps(alarm.record()))["layer"] == 3
 
 
-NONE = [0] * E
 AGAIN = [DEAD, DEAD, EVEN, EVEN, DEAD, EVEN, EVEN, EVEN, DEAD]
 MOVED = [2000, 0, *[1000] * (E - 2)]  # by an eighth
 
@@ -135,32 +136,12 @@ MOVED = [2000, 0, *[1000] * (E - 2)]  # by an eighth
     ("rule", "loads", "steps"),
     [
         ("dead_experts > 0", AGAIN, [10, 90]),  # again after the rule was kept for a while
-        ("dead_experts > 0 for 2 windows", AGAIN, [20]),
-        ("dead_experts > 0 for 4 windows", AGAIN, []),
-        ("dead_experts > 0 in layers 2", [DEAD], []),
-        ("dead_experts > 0 in layers 3", [DEAD], [10]),
-        ("dead_experts > 0", [NONE], []),
-        ("dead_experts > 0 for 2 windows", [DEAD, NONE, DEAD], [30]),  # none is left out
         ("drift > 0.12", [EVEN, MOVED], [20]),  # from the window before
-        ("drift > 0.13", [EVEN, MOVED], []),
         ("drift > 0.12", [[n // 100 for n in load] for load in (EVEN, MOVED)], []),  # by chance
     ],
 )
 def test_when_a_rule_raises_an_alarm(rule: str, loads: list[list[int]], steps: list[int]) -> None:
     assert [a.step for a in judged([rule], *windows_of(*loads))] == steps
-
-
-def test_falling_is_below_the_best_so_far_and_what_only_the_model_tells() -> None:
-    uneven = [4000, *[571] * 7]
-    windows = window(0, uneven, EVEN), window(1, uneven, uneven)
-    found = judged(["entropy falling by 0.05"], *windows)
-    assert [(a.router, a.metric) for a in found] == [(1, "entropy")]
-    assert "down from 1 since" in found[0].text
-    assert not judged(["entropy rising by 0.05"], *windows)
-    high = window(0, EVEN, EVEN, z_loss=[1.0, 900.0])
-    (alarm,) = judged(["z_loss > 100"], high)
-    assert (alarm.layer, alarm.experts) == (3, ())
-    assert not judged(["z_loss > 100"], window(0, EVEN, EVEN))  # a trace does not
 
 
 @pytest.mark.parametrize("tokens", [16, 200, 5000])
@@ -212,22 +193,6 @@ def test_windows_are_pooled_until_a_dead_expert_can_be_told() -> None:
         found = [alarm for w in windows for alarm in alarms.see(w)]
         assert [a.experts for a in found] == [(7,)] * expected
         assert all(2 <= a.step <= 4 for a in found)
-
-
-def test_an_expert_is_dead_in_two_windows_of_three() -> None:
-    one = [1, 1999, *[1000] * (E - 2)]
-    rule = ["dead_experts > 0 for 3 windows"]
-    for middle, last, found in ((one, DEAD, 1), (DEAD, DEAD, 1), (EVEN, DEAD, 0), (DEAD, one, 1)):
-        raised = judged(rule, *windows_of(EVEN, DEAD, middle, last))
-        assert [(a.experts, a.since, a.step) for a in raised] == [((0,), 11, 40)] * found
-    # another expert is dead in between
-    assert not judged(["dead_experts > 0 for 6 windows"], *windows_of(DEAD, MOVED, MOVED, DEAD))
-
-
-def test_the_expert_is_the_one_most_often_at_fault() -> None:
-    busy = [[9000 if e == at else 1000 for e in range(E)] for at in (5, 5, 2)]
-    (alarm,) = judged(["max_vio > 1.5 for 3 windows"], *windows_of(*busy))
-    assert alarm.experts == (5,)
 
 
 def test_the_max_vio_of_steps_is_against_chance() -> None:
@@ -282,10 +247,9 @@ def test_a_model_that_moves_is_still_judged() -> None:
     assert [a.layer for n in range(5) for a in found.see(window(n, EVEN, busy[n]))] == [3]
 
 
-@pytest.mark.parametrize("metric", known_metrics())
-def test_every_metric_can_be_a_rule(metric: str) -> None:
-    windows = [window(n, EVEN, DEAD, z_loss=[0.0, 0.0]) for n in range(2)]
-    judged([f"{metric} > 0", f"{metric} < 0", f"{metric} falling", f"{metric} rising"], *windows)
+def test_every_metric_can_be_a_rule() -> None:
+    rules = [f"{m} {how}" for m in known_metrics() for how in ("> 0", "< 0", "falling", "rising")]
+    judged(rules, *[window(n, EVEN, DEAD, z_loss=[0.0, 0.0]) for n in range(2)])
 
 
 (BROKEN,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
