@@ -76,6 +76,9 @@ class HandOver:
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
         self._torn = False  # passes have left the queue, and are not yet with the writer
+        # how deep in `end` and `drain`: a signal handler may call `count_tokens` within them, on
+        # the thread that holds the recorder's lock
+        self._busy = 0
 
     def feed(self, stack: Stack, fed: Rows | CallInputs) -> Rings:
         """A stack is about to run. Waits until its rings, which it returns, have room for these
@@ -101,6 +104,13 @@ class HandOver:
     def end(self, fed: Sequence[Stack], number: int) -> None:
         """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
         running)."""
+        self._busy += 1
+        try:
+            self._end(fed, number)
+        finally:
+            self._busy -= 1
+
+    def _end(self, fed: Sequence[Stack], number: int) -> None:
         for stack in fed:
             if stack.rings is None and stack.fed is not None:  # it has run for the first time
                 self.feed(stack, stack.fed)
@@ -122,8 +132,9 @@ class HandOver:
             self.drain()
 
     def count_tokens(self) -> int:
-        self.inputs.settle()
-        self.drain()
+        if not self._busy:
+            self.inputs.settle()
+            self.drain()
         return self.tokens
 
     def finish(self) -> None:
@@ -156,6 +167,13 @@ class HandOver:
     def drain(self, wait: bool = False, once: bool = False) -> None:
         """Passes arrived forward passes to the writer; `wait` blocks until they have arrived and
         the writer accepts them; `once`: at most one batch."""
+        self._busy += 1
+        try:
+            self._drain(wait, once)
+        finally:
+            self._busy -= 1
+
+    def _drain(self, wait: bool, once: bool) -> None:
         while self._in_flight and (writer := self.writer) is not None:
             if self._torn and not writer.failed:
                 raise MoeInspectError(
