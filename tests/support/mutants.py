@@ -46,8 +46,8 @@ OPERATORS = re.compile(
     "|Replace(And|Or)With|Replace(Break|Continue)With|NumberReplacer|ZeroIterationForLoop)"
 )
 SCOPES = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-# of the tests that reach a line, up to so many seconds: first those of the files that reach most
-# of its module
+# of the tests that reach a line, up to so many seconds: first those of the files that reach little
+# beside its module
 MOST_SECONDS = 120
 
 
@@ -196,12 +196,17 @@ class Reached:
         """The tests that reach the statement of a line. Coverage sees nothing of what a compiler
         runs or an import does: there, those that reach a line that names the function, the class
         or the constant, or a line that names what that line defines, and so on."""
-        places, seen = {(file, line)}, set[str]()
+        places, seen = {(file, line)}, set[tuple[str, str]]()
         while places:
             if found := {test for place in places for test in self._reaching(*place)}:
                 return found
-            names = {name for place in places for name in self._named_by(*place)} - seen
-            places = {place for name in names for place in self._words[name]}
+            names = {(name, at[0]) for at in places for name in self._named_by(*at)} - seen
+            places = {
+                place
+                for name, home in names
+                for place in self._words[name]
+                if not name.startswith("_") or place[0] == home  # private to its file
+            }
             seen |= names
         return set()
 
@@ -237,6 +242,19 @@ class Reached:
     def _by_line(self, file: str) -> dict[int, list[str]]:
         return self.coverage.contexts_by_lineno(str(self.project / file))
 
+    def _lines_reached(self, file: str) -> Counter[str]:
+        """How many lines of a file each file of tests reaches."""
+        return Counter(
+            test_file
+            for contexts in self._by_line(file).values()
+            for test_file in {context.partition("::")[0] for context in contexts}
+        )
+
+    @cached_property
+    def _reached(self) -> Counter[str]:
+        """How many lines of all files each file of tests reaches."""
+        return sum(map(self._lines_reached, self._sources), Counter[str]())
+
     def choose(self, mutant: Mutant) -> list[str]:
         """The tests to run. What a fixture reached counts for all tests of its file."""
         tests = set[str]()
@@ -249,14 +267,9 @@ class Reached:
         by_file = defaultdict[str, list[str]](list)
         for test in sorted(tests, key=self.seconds.__getitem__):
             by_file[test.partition("::")[0]].append(test)
-        # how many lines of the mutant's file each file of tests reaches
-        reached = Counter(
-            test_file
-            for contexts in self._by_line(mutant.file).values()
-            for test_file in {context.partition("::")[0] for context in contexts}
-        )
+        here = self._lines_reached(mutant.file)
         chosen, total = list[str](), 0.0
-        for test_file in sorted(by_file, key=lambda file: -reached[file]):
+        for test_file in sorted(by_file, key=lambda file: -here[file] / self._reached[file]):
             for test in by_file[test_file]:
                 if not chosen or total + self.seconds[test] < MOST_SECONDS:
                     chosen.append(test)
