@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_inspect.interventions.ablation import Below, HeldOut, open_held_out
 from tests.conftest import Cli
 from tests.support import own, zoo
 from tests.test_cli_trace import save_tokenizer
+from tests.test_oracles_report import resampled
 
 
 def choice(router: Any, args: Any, kwargs: Any, logits: torch.Tensor) -> Any:
@@ -37,28 +39,49 @@ def opened() -> HeldOut:
     return open_held_out("demo", SMALL)
 
 
-def test_losses_are_those_of_each_text_alone_without_the_expert(opened: HeldOut) -> None:
-    done = ablate("demo", SMALL, layers=[2], experts=[3, 5])
-    network, rows = opened.network, [row for batch in opened.batches for row in batch]
-    labels = [torch.tensor(row.ids.astype(int))[None] for row in rows]
-    predicted = [len(row.ids) - 1 for row in rows]
+def test_the_tables_are_of_each_text_alone_without_the_expert(opened: HeldOut) -> None:
+    """Of documents of several sequences, five or more of each domain."""
+    options = replace(SMALL, max_tokens=5_400, max_length=100)
+    done = ablate("demo", options, layers=[1, 2], experts=[3])
+    network, batches = opened.network, open_held_out("demo", options).batches
+    texts = [row for batch in batches for row in batch]
 
     @torch.no_grad()
-    def loss() -> np.ndarray:
-        return np.array([float(network(input_ids=x, labels=x).loss) for x in labels])
+    def nats() -> list[float]:
+        ids = [torch.tensor(row.ids.astype(int))[None] for row in texts]
+        return [float(network(input_ids=x, labels=x).loss) * (x.shape[1] - 1) for x in ids]
 
-    whole = np.average(loss(), weights=predicted)
-    with moe_inspect.intervene(network, drop={2: 5}):
-        by_document = loss()
-    row: Any = done.experts.set_index("expert").loc[5]
-    assert row.loss == pytest.approx(whole, abs=1e-5)
-    assert row.loss_without == pytest.approx(np.average(by_document, weights=predicted), abs=1e-5)
-    assert row.difference == pytest.approx(row.loss_without - row.loss)
-    assert row.difference_low < row.difference < row.difference_high
-    assert row.tokens == sum(predicted)
-    domains = done.domains[done.domains.expert == 5]
-    assert (domains.tokens * domains.difference).sum() / row.tokens == pytest.approx(row.difference)
-    assert set(domains.domain) == {r.domain for r in rows}
+    facts = [(row.document, row.domain, len(row.ids) - 1) for row in texts]
+    of = pd.DataFrame(facts, columns=["document", "domain", "tokens"]).assign(whole=nats())
+    asked = list(product((1, 2), (3,)))
+    for layer, expert in asked:
+        with moe_inspect.intervene(network, drop={layer: expert}):
+            of[layer, expert] = nats()
+    documents = of.groupby(["document", "domain"], as_index=False).sum()
+
+    def row(of: pd.DataFrame, layer: int, expert: int) -> dict[str, Any]:
+        tokens, without = of["tokens"].sum(), of[layer, expert]
+        strata = pd.factorize(of["domain"], sort=True)[0]
+        assert np.bincount(strata).min() >= 5
+        weights = resampled(tuple(strata.tolist()))
+        drawn = weights @ (without - of["whole"]) / (weights @ of["tokens"])
+        ends = np.quantile(drawn, [0.025, 0.975])
+        found = {"layer": layer, "router": layer, "expert": expert, "how": "chose among the rest"}
+        found |= {"documents": len(of), "tokens": tokens, "loss": of["whole"].sum() / tokens}
+        found |= {"loss_without": without.sum() / tokens, "difference_low": ends[0]}
+        found["difference_high"] = ends[1]
+        return found | {"difference": found["loss_without"] - found["loss"]}
+
+    domains = [(name, part) for name, part in documents.groupby("domain")]
+    by_domain = [
+        row(part, *pair) | {"domain": name} for pair, (name, part) in product(asked, domains)
+    ]
+    for table, rows in (
+        (done.experts, [row(documents, *pair) for pair in asked]),
+        (done.domains, by_domain),
+    ):
+        expected = pd.DataFrame(rows)[[*table]]
+        pd.testing.assert_frame_equal(table, expected, check_dtype=False, rtol=0, atol=2e-5)
 
 
 def test_skipping_what_is_below_changes_nothing_and_computes_less(opened: HeldOut) -> None:

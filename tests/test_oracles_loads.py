@@ -1,64 +1,101 @@
 """Every column of every table of two traces that hold counts, computed once more from the counts by
 the formulas of docs/compare.md; what each side's report says is judged in test_oracles_report.
 
-W windows, L layers, E experts.
+S steps, W windows, L layers, E experts.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
 from scipy import special
 
 import moe_inspect
-from tests.test_compare_loads import TOKENS, K, L, history, loads
+from tests.test_compare_loads import TOKENS, history, loads
 from tests.test_oracles_compare import same
 from tests.test_oracles_report import floors_of, share
 
-EVERY, ALPHA = 10, 0.01
-STEPS = {
-    "chance": (40, ()),
-    "from step 11 on": (60, range(11, 61)),
-    "two windows": (45, range(21, 41)),
-}
+ALPHA, GENERATED = 0.01, (Phase.explicit, Phase.generate)
 
 
-def times_floor(load_E: np.ndarray) -> float:
+@dataclass(frozen=True)
+class Case:
+    """Two histories, of which the last layer of the second is moved in some steps."""
+
+    steps: int = 45
+    moved: tuple[int, int] = (0, 0)  # first and last
+    every: int = 10  # steps that a trace commits together
+    L: int = 2
+    E: int = 8
+    k: int = 2
+    used: int = 8  # the experts beyond have no load
+    shares: tuple[float, ...] = ()  # of tokens that choose each; then n of them move in step n
+
+    def written(self, root: Path, seed: int) -> np.ndarray:
+        if self.shares:
+            load_E = np.rint(TOKENS * np.array(self.shares)).astype(int)
+            made_SLE = np.tile(load_E, (self.steps, self.L, 1))
+            made_SLE[:, -1, -2:] += seed * np.outer(np.arange(self.steps), [-1, 1])
+        else:
+            first, last = self.moved if seed else (0, 0)
+            shape = self.L, min(self.E, self.used), self.k
+            made_SLE = loads(seed, self.steps, range(first, last + 1), *shape)
+            made_SLE = np.pad(made_SLE, ((0, 0), (0, 0), (0, self.E - made_SLE.shape[2])))
+        history(root, made_SLE, self.every, k=self.k)
+        return made_SLE
+
+
+MOVED = Case(60, (11, 60))
+
+
+def cases() -> st.SearchStrategy[Case]:
+    shapes = st.sampled_from([(8, 2, 8), (2, 1, 2), (3, 1, 3), (64, 6, 64), (16, 1, 2)])
+    moved = st.sampled_from([(0, 0), (1, 45), (11, 20), (11, 45)])
+    return st.builds(
+        lambda steps, moved, every, L, of: Case(steps, moved, every, L, *of),
+        *(st.integers(12, 45), moved, st.sampled_from([3, 5, 10]), st.integers(1, 3), shapes),
+    )
+
+
+def times_floor(load_E: np.ndarray, of: Case) -> float:
     """How many times its floor a shift must be, at ALPHA over all routers."""
-    chosen_E = np.clip(K * share(load_E), 0, 1)
+    chosen_E = np.clip(of.k * share(load_E), 0, 1)
     error_E = np.sqrt(chosen_E * (1 - chosen_E))
     half = max(1.0, error_E.sum() ** 2 / (error_E**2).sum() - 1) / 2
-    highest = math.sqrt(special.gammainccinv(half, ALPHA / L))
+    highest = math.sqrt(special.gammainccinv(half, ALPHA / of.L))
     return max(2, highest * math.exp(special.gammaln(half) - special.gammaln(half + 0.5)))
 
 
-def shifts(a_E: np.ndarray, b_E: np.ndarray) -> dict[str, float]:
+def shifts(a_E: np.ndarray, b_E: np.ndarray, k: int) -> dict[str, float]:
     p, q = share(a_E), share(b_E)
     middle = (p + q) / 2
     jsd = sum((x[x > 0] * np.log2(x[x > 0] / middle[x > 0])).sum() / 2 for x in (p, q))
-    [(floor, jsd_floor)] = floors_of(share(a_E + b_E), np.array([a_E.sum(), b_E.sum()]) / K, K, 1)
+    [(floor, jsd_floor)] = floors_of(share(a_E + b_E), np.array([a_E.sum(), b_E.sum()]) / k, k, 1)
     found = {"load_shift": np.abs(p - q).sum() / 2, "load_shift_floor": floor}
     return found | {"jsd_bits": jsd, "jsd_bits_floor": jsd_floor}
 
 
-def windows(a_SLE: np.ndarray, b_SLE: np.ndarray) -> pd.DataFrame:
+def windows(a_SLE: np.ndarray, b_SLE: np.ndarray, of: Case) -> pd.DataFrame:
     rows = []
-    for r in range(L):
-        limit = times_floor((a_SLE[:, r] + b_SLE[:, r]).sum(0))
-        for first in range(0, len(a_SLE), EVERY):
-            steps = slice(first, first + EVERY)
+    for r in range(of.L):
+        limit = times_floor((a_SLE[:, r] + b_SLE[:, r]).sum(0), of)
+        for first in range(0, of.steps, of.every):
+            steps = slice(first, first + of.every)
             a_E, b_E = a_SLE[steps, r].sum(0), b_SLE[steps, r].sum(0)
-            last = min(first + EVERY, len(a_SLE))
+            last = min(first + of.every, of.steps)
             ratio = np.stack([a_E / a_E.mean(), b_E / b_E.mean()])
             e = np.abs(ratio[1] - ratio[0]).argmax()
-            row = {"layer": r, "router": r, "window": first // EVERY}
+            row = {"layer": r, "router": r, "window": first // of.every}
             row |= {"first_step": first + 1, "last_step": last, "expert": e}
             row |= {f"tokens_{x}": (last - first) * TOKENS for x in "ab"}
-            row |= {n: v for n, v in shifts(a_E, b_E).items() if n.startswith("load")}
+            row |= {n: v for n, v in shifts(a_E, b_E, of.k).items() if n.startswith("load")}
             row["beyond_chance"] = row["load_shift"] > limit * row["load_shift_floor"]
             for i, x in enumerate("ab"):
                 row |= {f"max_vio_{x}": ratio[i].max() - 1, f"load_ratio_{x}": ratio[i, e]}
@@ -80,15 +117,23 @@ def diverged(of_windows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("case", STEPS)
-def test_the_tables_of_two_histories_are_what_their_formulas_give(
-    case: str, tmp_path: Path
-) -> None:
-    steps, moved = STEPS[case]
-    a_SLE, b_SLE = loads(0, steps), loads(1, steps, moved)
-    roots = [tmp_path / x for x in "ab"]
-    traces = [history(root, of, EVERY) for root, of in zip(roots, (a_SLE, b_SLE), strict=True)]
-    made = moe_inspect.compare(*traces)
+@example(Case(40))
+@example(MOVED)
+@example(Case(45, (21, 40)))
+@example(Case(every=1, k=1, shares=(0.5, 0.5)))
+@example(Case(every=1, shares=(0.99, 0.505, 0.505)))
+@example(Case(60, E=16, k=1, used=2, every=3))
+@settings(max_examples=6, derandomize=True, deadline=None, database=None, phases=GENERATED)
+@given(cases())
+def test_the_tables_of_two_histories_are_what_their_formulas_give(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        tables_agree(Path(folder), case)
+
+
+def tables_agree(root: Path, case: Case) -> None:
+    roots = [root / x for x in "ab"]
+    a_SLE, b_SLE = (case.written(root, seed) for seed, root in enumerate(roots))
+    made = moe_inspect.compare(*roots)
     tables = {name: made.tables[name] for name in made.tables}
     assert {*tables} == {
         *("refused", "summary", "verdict"),
@@ -110,12 +155,13 @@ def test_the_tables_of_two_histories_are_what_their_formulas_give(
         if name in names:
             expected[f"{name}_difference"] = b["balance"][name] - a["balance"][name]
     same(tables["balance"], expected)
-    rows = [shifts(a_SLE[:, r].sum(0), b_SLE[:, r].sum(0)) for r in range(L)]
-    same(tables["load_shift"], pd.DataFrame(rows).assign(layer=range(L), router=range(L)))
-    same(tables["windows"], windows(a_SLE, b_SLE))
-    same(tables["diverged"], diverged(windows(a_SLE, b_SLE)))
-    assert tables["diverged"]["since_step"].notna().sum() == (case == "from step 11 on")
+    rows = [shifts(a_SLE[:, r].sum(0), b_SLE[:, r].sum(0), case.k) for r in range(case.L)]
+    same(tables["load_shift"], pd.DataFrame(rows).assign(layer=range(case.L), router=range(case.L)))
+    same(tables["windows"], windows(a_SLE, b_SLE, case))
+    same(tables["diverged"], diverged(windows(a_SLE, b_SLE, case)))
+    if case == MOVED:
+        assert tables["diverged"]["since_step"].tolist()[1] == 11
     assert {*tables["refused"]["table"]} >= {"agreement", "flips", "depth", "tokens"}
     said = tables["summary"].set_index("key")
-    assert said.loc["tokens", ["a", "b"]].tolist() == [f"{steps * TOKENS}"] * 2
+    assert said.loc["tokens", ["a", "b"]].tolist() == [f"{case.steps * TOKENS}"] * 2
     assert said.loc["holds", ["a", "b"]].tolist() == ["counts"] * 2

@@ -286,7 +286,7 @@ def steps_are_decoded(root: Path) -> None:
 
 
 def test_steps_of_more_sequences_than_groups_are_decoded() -> None:
-    steps_are_decoded(written(Kind(lengths=(4,) * 90)))
+    steps_are_decoded(written(Kind(lengths=(4,) * 90, empty=0.3)))
 
 
 def _least(holds: Callable[[int], bool]) -> int | None:

@@ -66,15 +66,9 @@ def test_top_token_ids_are_those_of_sorting_them_all(ids: int, top: int):
     assert list(zip(expert_N.tolist(), row_N.tolist(), strict=True)) == expected
 
 
-# --- whole traces: chance, and what is planted
-
-T, E, K, L = 6_000, 8, 2, 4
-DOCUMENT = np.arange(T) // 100
-DOMAINS = [("code", "law", "math", "prose")[d % 4] for d in range(60)]
-
-
 # --- beyond a baseline
 
+T, E, K = 6_000, 8, 2
 TRAINED, UNTRAINED = ROOT / "sample_traces/balanced", ROOT / "sample_traces/untrained"
 
 
