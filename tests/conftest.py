@@ -41,8 +41,8 @@ OpenPage = Callable[..., "Opened"]
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
     "cli_trace engine_writer readme options hostile watch oracles_simulate ranks experts "
-    "placement audit_loss oracles_report training_trainer zoo page_sizes record_responses "
-    "before_call kernels page simulate_step counting real_data one_line alarms docs "
+    "placement audit_loss oracles_report training_trainer zoo page_sizes record "
+    "kernels page simulate_step counting real_data one_line alarms docs "
     "compare_findings commit_every"
 )
 

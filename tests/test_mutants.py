@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from coverage import CoverageData
 
 from tests.conftest import ROOT
 from tests.support import mutants
@@ -63,6 +64,54 @@ def test_a_mistake_survives_where_all_tests_pass(
     assert mistake.key.startswith("code_of_it.py larger: ")
     assert mutants.survives(tmp_path, mistake, ["test_code.py::test_it"], 5) is survived
     assert (tmp_path / "code_of_it.py").read_text() == MODULE
+
+
+SOURCES = {
+    "rooms.py": (
+        "FEW = 3\n\n@njit(cache=True)\ndef _loop(n):\n    return n + 1\n\n"
+        "def ask(n):\n    if n > FEW:\n        return _loop(n)\n    return n\n"
+    ),
+    "other.py": "def _loop(n):\n    return n\n\ndef elsewhere(n):\n    return _loop(n)\n",
+}
+REACHED = {
+    "tests/test_first.py::test_imports|setup": {"rooms.py": [1, 3, 4, 7], "other.py": [1, 4]},
+    "tests/test_whole.py::test_all|run": {"rooms.py": [3, 4, 7, 8, 9], "other.py": [2, 5]},
+    "tests/test_rooms.py::test_asks|run": {"rooms.py": [5, 8, 9]},
+    "tests/test_rooms.py::test_is_small|run": {"rooms.py": [8, 10]},
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "tests"),
+    [
+        (10, ["test_is_small"]),
+        (9, ["test_asks", "test_all"]),  # first of the file that reaches little else
+        (1, ["test_asks", "test_is_small", "test_all"]),  # a constant: those that reach its use
+        (5, ["test_asks", "test_all"]),  # compiled: of its callers, in its own file alone
+    ],
+)
+def test_the_tests_that_reach_a_line_are_chosen(
+    line: int, tests: list[str], tmp_path: Path
+) -> None:
+    cases, coverage = "", CoverageData(str(tmp_path / ".coverage"))
+    for name, source in SOURCES.items():
+        (tmp_path / "moe_inspect").mkdir(exist_ok=True)
+        (tmp_path / "moe_inspect" / name).write_text(source)
+    for n, (context, lines) in enumerate(REACHED.items()):
+        coverage.set_context(context)
+        coverage.add_lines({str(tmp_path / "moe_inspect" / k): of for k, of in lines.items()})
+        # as of a test that copies the package
+        coverage.add_lines({f"/elsewhere/moe_inspect/{k}": range(1, 11) for k in lines})
+        file, _, test = context.partition("|")[0].partition("::")
+        module = file.removesuffix(".py").replace("/", ".")
+        cases += f'<testcase classname="{module}" name="{test}" time="{n}"/>'
+    coverage.write()
+    skipped = '<testcase classname="" name="tests.test_skipped"/>'
+    (tmp_path / "junit.xml").write_text(f"<suite>{cases}{skipped}</suite>")
+    reached = mutants.Reached(tmp_path, tmp_path)
+    assert {*reached.tests} == {"tests/test_first.py", "tests/test_whole.py", "tests/test_rooms.py"}
+    mistake = mutants.Mutant("moe_inspect/rooms.py", line, "", "", "")
+    assert [test.partition("::")[2] for test in reached.choose(mistake)] == tests
 
 
 def test_a_test_that_is_not_there_is_told_before_it_counts_as_failed(tmp_path: Path) -> None:

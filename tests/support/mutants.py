@@ -177,9 +177,9 @@ class Reached:
         self.seconds = Counter[str]()
         self.tests = defaultdict[str, list[str]](list)  # of each file, in order
         for case in ET.parse(folder / "junit.xml").iter("testcase"):
-            if not case.get("classname"):
+            if not (module := case.get("classname")):
                 continue  # a file that is skipped as a whole
-            file = case.get("classname", "").replace(".", "/") + ".py"
+            file = module.replace(".", "/") + ".py"
             name = f"{file}::{case.get('name')}"
             if case.find("failure") is not None or case.find("error") is not None:
                 print(f"left out, as it fails without a mistake: {name}")
@@ -189,8 +189,8 @@ class Reached:
 
     @cached_property
     def _sources(self) -> dict[str, str]:
-        paths = sorted((ROOT / "moe_inspect").rglob("*.py"))
-        return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+        paths = sorted((self.project / "moe_inspect").rglob("*.py"))
+        return {str(path.relative_to(self.project)): path.read_text() for path in paths}
 
     def contexts(self, file: str, line: int) -> set[str]:
         """The tests that reach the statement of a line. Coverage sees nothing of what a compiler
