@@ -205,7 +205,7 @@ def test_anyone_may_ask_how_many_tokens(B: int, who: str, model: Any, tmp_path: 
         signal.setitimer(signal.ITIMER_REAL, 0.0005 * (not over.is_set()))
 
     asking = threading.Thread(target=ask_often) if who == "another thread" else None
-    signal.signal(signal.SIGALRM, ask)
+    before = signal.signal(signal.SIGALRM, ask)
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.inference_mode():
         asking.start() if asking else signal.setitimer(signal.ITIMER_REAL, 0.0005)
         try:
@@ -215,6 +215,7 @@ def test_anyone_may_ask_how_many_tokens(B: int, who: str, model: Any, tmp_path: 
             if asking:
                 asking.join()
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
         assert recorder.tokens == (5 + steps) * B
     assert len(set(numbers)) > 10
     assert numbers == sorted(numbers)

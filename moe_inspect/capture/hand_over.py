@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -76,9 +77,7 @@ class HandOver:
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
         self._torn = False  # passes have left the queue, and are not yet with the writer
-        # how deep in `end` and `drain`: a signal handler may call `count_tokens` within them, on
-        # the thread that holds the recorder's lock
-        self._busy = 0
+        self._depth = 0  # of calls of `end` and `drain`
 
     def feed(self, stack: Stack, fed: Rows | CallInputs) -> Rings:
         """A stack is about to run. Waits until its rings, which it returns, have room for these
@@ -104,35 +103,38 @@ class HandOver:
     def end(self, fed: Sequence[Stack], number: int) -> None:
         """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
         running)."""
-        self._busy += 1
-        try:
-            self._end(fed, number)
-        finally:
-            self._busy -= 1
+        with self._handing_over():
+            for stack in fed:
+                if stack.rings is None and stack.fed is not None:  # it has run for the first time
+                    self.feed(stack, stack.fed)
+            passes = [stack.end() for stack in fed]
+            for done in passes:  # (of a GPU, checked on arrival)
+                if done.rings.synchronous:
+                    done.stack.check(done)
+            for done in passes:
+                done.rings.end(done.fed.T)
+                done.stack.dropped_rows += done.fed.T - done.kept
+                done.stack.fed = None
+            self._in_flight.append(Forward(number, passes, time.monotonic()))
+            self.inputs.accept()
+            # on a CPU, passes wait until a page is full, or the first of them has waited long
+            first = self._in_flight[0]
+            rings, waited_s = first.passes[0].rings, time.monotonic() - first.since
+            is_full = rings.head // rings.P > first.passes[0].start // rings.P
+            if not rings.synchronous or is_full or waited_s > self._hold_s:
+                self.drain()
 
-    def _end(self, fed: Sequence[Stack], number: int) -> None:
-        for stack in fed:
-            if stack.rings is None and stack.fed is not None:  # it has run for the first time
-                self.feed(stack, stack.fed)
-        passes = [stack.end() for stack in fed]
-        for done in passes:  # (of a GPU, checked on arrival)
-            if done.rings.synchronous:
-                done.stack.check(done)
-        for done in passes:
-            done.rings.end(done.fed.T)
-            done.stack.dropped_rows += done.fed.T - done.kept
-            done.stack.fed = None
-        self._in_flight.append(Forward(number, passes, time.monotonic()))
-        self.inputs.accept()
-        # on a CPU, passes wait until a page is full, or the first of them has waited long
-        first = self._in_flight[0]
-        rings, waited_s = first.passes[0].rings, time.monotonic() - first.since
-        is_full = rings.head // rings.P > first.passes[0].start // rings.P
-        if not rings.synchronous or is_full or waited_s > self._hold_s:
-            self.drain()
+    @contextmanager
+    def _handing_over(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     def count_tokens(self) -> int:
-        if not self._busy:
+        # a signal handler may ask in the middle, on the thread that holds the recorder's lock
+        if not self._depth:
             self.inputs.settle()
             self.drain()
         return self.tokens
@@ -167,29 +169,23 @@ class HandOver:
     def drain(self, wait: bool = False, once: bool = False) -> None:
         """Passes arrived forward passes to the writer; `wait` blocks until they have arrived and
         the writer accepts them; `once`: at most one batch."""
-        self._busy += 1
-        try:
-            self._drain(wait, once)
-        finally:
-            self._busy -= 1
-
-    def _drain(self, wait: bool, once: bool) -> None:
-        while self._in_flight and (writer := self.writer) is not None:
-            if self._torn and not writer.failed:
-                raise MoeInspectError(
-                    "an earlier forward pass could not be handed over: this recording is over"
-                )
-            if self.options.drop and not wait and writer.full:
-                return
-            batch = self._next_batch(wait)
-            if not batch:
-                return
-            self._write(writer, batch)
-            self._torn = False
-            for done in (done for forward in batch for done in forward.passes):
-                done.rings.release(done.start + done.fed.T)
-            if once:
-                return
+        with self._handing_over():
+            while self._in_flight and (writer := self.writer) is not None:
+                if self._torn and not writer.failed:
+                    raise MoeInspectError(
+                        "an earlier forward pass could not be handed over: this recording is over"
+                    )
+                if self.options.drop and not wait and writer.full:
+                    return
+                batch = self._next_batch(wait)
+                if not batch:
+                    return
+                self._write(writer, batch)
+                self._torn = False
+                for done in (done for forward in batch for done in forward.passes):
+                    done.rings.release(done.start + done.fed.T)
+                if once:
+                    return
 
     def _next_batch(self, wait: bool) -> list[Forward]:
         """The next passes that have arrived and can be one batch, taken off the queue. `wait`: for
