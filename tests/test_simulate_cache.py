@@ -10,7 +10,7 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
-from moe_inspect.simulate.decode import before, simulate_decode
+from moe_inspect.simulate.decode import before, independent, simulate_decode
 from tests.conftest import ROOT
 from tests.support.foreign import gguf_file
 from tests.support.synthetic import uniform_ids, write_trace
@@ -89,6 +89,41 @@ def test_experts_are_of_the_size_that_a_gguf_has_them_in(tmp_path: Path):
 def test_what_cannot_be_simulated_is_a_one_line_error(options: dict[str, Any], said: str):
     with pytest.raises(MoeInspectError, match=said):
         simulate_cache(ROOT / "sample_traces/balanced", **options)
+
+
+UNIFORM = [(8, 2, 7.20, 8.00), (64, 8, 42.0, 63.1), (128, 8, 51.6, 111.8), (256, 8, 57.4, 163.3)]
+
+
+@pytest.mark.parametrize(("E", "k", "of_8", "of_32"), UNIFORM)
+def test_uniform_routing_formula(E: int, k: int, of_8: float, of_32: float, tmp_path: Path) -> None:
+    assert independent(E, k, 8) == pytest.approx(of_8, abs=0.06)
+    assert independent(E, k, 32) == pytest.approx(of_32, abs=0.06)
+    ids = uniform_ids(np.random.default_rng(0), 64 * 240, E, k)
+    document = np.repeat(np.arange(64), 240)
+    trace = write_trace(tmp_path / "t", [ids], E, document=document, batch_tokens=240)
+    table = simulate_decode(trace, batches=[8, 32]).tables["decode"]
+    found = table.set_index("batch")["distinct_experts"]
+    assert found[8] == pytest.approx(of_8, rel=0.01)
+    assert found[32] == pytest.approx(of_32, rel=0.01)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_interval_of_a_step_covers_other_documents(alike: bool, tmp_path: Path) -> None:
+    """Of 100 samples of documents that prefer experts of their own, and of tokens all alike."""
+    rng, samples, document = np.random.default_rng(0), [], np.repeat(np.arange(40), 10)
+    for _ in range(100):
+        preferred_SE = rng.normal(0, 0 if alike else 1, (40, 16))
+        score_TE = preferred_SE[document] + rng.gumbel(size=(400, 16))
+        samples.append(np.argsort(-score_TE, 1)[:, :2].astype(np.uint16))
+    trace = write_trace(tmp_path / "t", samples, 16, document=document, batch_tokens=10)
+    table = simulate_decode(trace, batches=[4, 16]).tables["decode"]
+    of_4, of_16 = (rows for _, rows in table.groupby("batch"))
+    mean = of_4["distinct_experts"].mean()
+    covered = of_4["distinct_experts_low"].le(mean) & of_4["distinct_experts_high"].ge(mean)
+    width = (of_4["distinct_experts_high"] - of_4["distinct_experts_low"]).mean()
+    assert 0.88 <= covered.mean() <= 0.99
+    assert 3 < width / of_4["distinct_experts"].std() < 6
+    assert of_16["distinct_experts_low"].isna().all(), "of 2 groups of sequences"
 
 
 def test_a_token_follows_the_one_at_the_position_before_it() -> None:
