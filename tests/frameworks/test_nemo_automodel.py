@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nemo_automodel.components.moe.experts import GroupedExperts
 from nemo_automodel.components.moe.layers import Gate, MoE
 from nemo_automodel.components.moe.parallelizer import apply_ac
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen3MoeConfig
 
 from tests.frameworks.conftest import Check
@@ -79,17 +81,26 @@ def build() -> nn.Module:
     return model
 
 
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+class Products(TorchFunctionMode):
     """The rows and the ends of the experts of each grouped product."""
-    real, seen = torch._grouped_mm, []
 
-    def grouped_mm(rows_RD: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
-        seen.append((rows_RD.detach().clone(), offs.clone()))
-        return real(rows_RD, weights, offs=offs, **options)
+    def __init__(self, seen: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.seen = seen
 
-    monkeypatch.setattr(torch, "_grouped_mm", grouped_mm)
-    return seen
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        kwargs = kwargs or {}
+        if function is torch._grouped_mm:
+            self.seen.append((args[0].detach().clone(), kwargs["offs"].clone()))
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def products() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    # not by another `torch._grouped_mm`: Dynamo would never know that of torch in this process
+    seen = list[tuple[Tensor, Tensor]]()
+    with Products(seen):
+        yield seen
 
 
 def watch(model: nn.Module, products: list[tuple[Tensor, Tensor]]) -> Watch:
