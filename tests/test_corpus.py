@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from moe_inspect.capture.corpus.plan import (
     Frame,
     TokenSequence,
     batches,
+    longest_sequence,
     sequences,
     special_frame,
     with_documents,
@@ -50,6 +52,13 @@ def documents(
     sources = find_sources([*map(str, data)])
     found = interleaved(sources, text_field, domain_field, CorpusStats())
     return [(domain, text) for domain, _, text in found]
+
+
+@pytest.mark.parametrize(("generate", "room"), [(0, 93), (4, 93), (10, 87)])
+def test_sequences_leave_the_positions_that_sglang_keeps(generate: int, room: int) -> None:
+    """Seven behind a prompt: of the tokens to generate and three more, where these are more."""
+    config = SimpleNamespace(max_position_embeddings=100)
+    assert longest_sequence(None, config, generate) == room
 
 
 def test_every_format(tmp_path: Path) -> None:

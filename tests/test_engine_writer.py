@@ -23,6 +23,7 @@ from moe_inspect import MoeInspectError, Trace, open_trace
 from moe_inspect.capture.engine import sidecar
 from moe_inspect.capture.engine.described import describe
 from moe_inspect.capture.engine.sidecar import Traces
+from moe_inspect.trace.output_dir import stored_bytes
 from moe_inspect.watch.follow import Follower
 from moe_inspect.watch.state import WatchOptions, WatchSession
 from tests.conftest import ROOT
@@ -94,6 +95,14 @@ def one_by_one(engine: Any) -> Iterator[Traces]:
         written.write(steps, arrays, 5 * n)
         written.catch_up(wait=True)
         yield written
+
+
+def test_bytes_written_are_those_of_all_traces(start: Callable[..., Any]) -> None:
+    writes = one_by_one(start(MAX_GB=1e-6))
+    first = next(writes)
+    first.most_bytes = 1e9  # the second one goes on
+    assert len([*writes]) == len(first.paths) == 2
+    assert first.written_bytes == sum(map(stored_bytes, first.paths)) > 0
 
 
 @pytest.mark.parametrize("by", ["trace", "directory"])

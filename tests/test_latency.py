@@ -20,6 +20,7 @@ from benchmarks import latency_fit
 from benchmarks.latency_tables import DRAWS, balanced, load, power_law
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.latency import (
+    BYTES,
     KERNEL,
     SHIPPED,
     START,
@@ -40,6 +41,21 @@ TABLES = REAL / "moe_latency"
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
 def kernel(request: pytest.FixtureRequest) -> KernelTime:
     return request.param
+
+
+def test_a_weight_takes_its_bits_and_its_share_of_a_scale() -> None:
+    """Of each kind: the bits of a weight, of a scale, and the weights that share one."""
+    kinds = {
+        "bfloat16": (16, 0, 1),
+        "fp8": (8, 0, 1),
+        "fp8_block": (8, 32, 128 * 128),
+        "int4_wo": (4, 16, 128),
+        "nvfp4": (4, 8, 16),
+        "w4a16_mxfp4": (4, 8, 32),
+        "w4a8_mxfp4_mxfp8": (4, 8, 32),
+    }
+    expected = {name: (bits + scale / group) / 8 for name, (bits, scale, group) in kinds.items()}
+    assert expected == pytest.approx(BYTES, rel=0.03)
 
 
 def test_more_tokens_never_take_less_time(kernel: KernelTime) -> None:

@@ -118,6 +118,9 @@ def test_expert_choice_evens_the_collapsed_layer_and_keeps_four_fifths_of_the_ma
     assert table.loc["expert choice", "mass_retained"] >= 0.8
     own = table.loc["as recorded", ["mass_retained", "agreement"]]
     assert own.tolist() == pytest.approx([1, 1], abs=1e-6)
+    assert made.chart is not None
+    labels = made.chart.panels[-1].y.labels
+    assert [name for name in labels if "not causal" in name] == ["expert choice (not causal)"]
     # the logits are those that chose, but for ties in float16
     assert table.loc["top-k 2", "agreement"] > 0.99
 

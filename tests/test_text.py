@@ -354,8 +354,12 @@ def test_two_traces_are_compared_in_the_text(open_page: OpenPage, tmp_path: Path
     a = uniform_ids(rng, T, 8, 2)
     b = a.copy()
     b[100:120] = (b[100:120] + 1) % 8  # of document 1
+    weights = [-np.sort(-rng.random((T, 2)).astype(np.float16)) for _ in range(2)]
     given: Any = {"document": np.arange(T) // 100, "token_id": np.arange(T) % 50, "words": 50}
-    traces = [write_trace(tmp_path / f"{n}", [a, ids], 8, **given) for n, ids in enumerate((a, b))]
+    traces = [
+        write_trace(tmp_path / f"{n}", [a, ids], 8, weights=[weights[n]] * 2, **given)
+        for n, ids in enumerate((a, b))
+    ]
     page = open_page(moe_inspect.compare(*traces).page())
     listed = page.locator("#text-document option").all_text_contents()
     assert listed == ["text · document 1 · 100 tokens"]
@@ -366,4 +370,7 @@ def test_two_traces_are_compared_in_the_text(open_page: OpenPage, tmp_path: Path
     page.locator(".routed .body span").first.click()
     at_1 = page.locator(".route tbody tr").nth(1).locator("div")
     for n, ids in enumerate((a, b)):
-        assert at_1.nth(n).locator(".chip").all_text_contents() == [str(e) for e in ids[100]]
+        chips = at_1.nth(n).locator(".chip").all_text_contents()
+        shown_2K = np.array([chip.split() for chip in chips], float).T
+        assert shown_2K[0].tolist() == ids[100].tolist()
+        assert shown_2K[1] == pytest.approx(weights[n][100].astype(float), abs=0.02)

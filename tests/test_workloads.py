@@ -218,6 +218,10 @@ def test_a_plan_for_several_is_better_than_one_of_their_mean(tmp_path: Path):
         # each waits for its own busiest GPU
         assert made.tables["policies"]["max_over_mean"].tolist() == [1.6, 1.0]
         assert made.tables["policies"]["fit_max_over_mean"].tolist() == [1.6, 1.0]
+    ids = [np.tile(np.array(pair, np.uint16)[:, None], (100, 1)) for pair in ([0, 2], [1, 3])]
+    decided = [write_trace(tmp_path / name, [of], 4) for name, of in zip("cd", ids, strict=True)]
+    made = simulate_placement(*decided, gpus=2, policies=["eplb", "local-search"])
+    assert on(made, "local-search") == [1.0, 1.0]
 
 
 def test_tokens_reach_gpus_in_the_traces_that_are_judged(tmp_path: Path):
