@@ -27,7 +27,7 @@ from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.rules import BATCH, DEFAULT_RULES, parse_rule
 from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.comparison.compare import compare
-from moe_inspect.reporting.report import report
+from moe_inspect.public import report
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.watch.follow import News, Piece

@@ -20,7 +20,7 @@ import numpy as np
 import moe_inspect
 from benchmarks.measuring import RESULTS, machine
 from benchmarks.published import imported
-from moe_inspect.trace.reader import open_trace
+from moe_inspect.public import open_trace
 from tests.support.misrecorded import BUGS, Recording, linted
 from tests.test_check import REAL, RECORDINGS, recording
 

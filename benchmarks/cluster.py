@@ -32,7 +32,7 @@ from benchmarks.measuring import ROOT, machine, peak_memory_mib, write_results
 from benchmarks.report import WANTS, make
 from benchmarks.run import EXPERTS, LAYERS, TOP_K, stream
 from moe_inspect.analysis.tasks import MOST_RUNS, runs_of
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.public import Trace, open_trace
 
 PAGE = ROOT / "docs" / "scale.md"
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"

@@ -45,7 +45,7 @@ def run(assignments: float) -> dict[str, float]:
     """In a process of its own: its peak memory and CPU time are the import's."""
     import pandas  # noqa: F401  (pyarrow looks for it at its first write: no part of importing)
 
-    from moe_inspect.importers.run import import_trace
+    from moe_inspect.making import import_trace
 
     with tempfile.TemporaryDirectory() as scratch:
         (source := Path(scratch) / "in").mkdir()

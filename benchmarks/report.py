@@ -44,7 +44,7 @@ def ours(root: str, threads: int, times: int = 10) -> dict[str, Any]:
     from moe_inspect.analysis.counting import engine
     from moe_inspect.analysis.counting.engine import count_trace
     from moe_inspect.analysis.counting.select import select
-    from moe_inspect.trace.reader import open_trace
+    from moe_inspect.public import open_trace
 
     engine.LONG = 0  # the compiled kernels, also at a reduced scale
     trace = open_trace(root)

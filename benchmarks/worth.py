@@ -39,7 +39,7 @@ from moe_inspect.analysis.scores import SCORES, counted, lowest, score_E
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.interventions.ablation import HeldOut, documents_of, open_held_out
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 
 # --- cost
 

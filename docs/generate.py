@@ -100,7 +100,7 @@ def import_columns() -> str:
 
 def columns() -> str:
     """A row per table of a report, with its columns, from the report on a sample trace."""
-    from moe_inspect.reporting.report import report
+    from moe_inspect.public import report
 
     tables = report(SAMPLE).tables
     rows = [

@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import moe_inspect
-from moe_inspect.importers.run import import_trace
+from moe_inspect.making import import_trace
 from moe_inspect.reporting.render.page import report_page
 
 DOCS = Path(__file__).parent

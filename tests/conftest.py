@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_inspect.public import Trace
     from moe_inspect.reporting.report import Report
-    from moe_inspect.trace.reader import Trace
     from tests.support.browser import Opened
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -155,7 +155,7 @@ def planted_trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 @pytest.fixture(scope="session")
 def planted_report(planted_trace: Trace) -> Report:
-    from moe_inspect.reporting.report import report
+    from moe_inspect.public import report
 
     return report(planted_trace)
 

@@ -27,7 +27,7 @@ from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
 from moe_inspect.analysis.metrics.registry import METRICS, metrics
 from moe_inspect.analysis.metrics.uncertainty import random_loads
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
+from moe_inspect.public import report
 from moe_inspect.reporting.verdict.gate import breaches, gate, gated
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act

@@ -12,9 +12,8 @@ import pytest
 
 from moe_inspect import compare, import_trace, merge, open_trace, record, trace_model
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
+from moe_inspect.public import Trace, report
 from moe_inspect.trace.files.location import Remote, output_location
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.support import own
 from tests.support.damage import edit_manifest

@@ -14,7 +14,7 @@ from benchmarks.calibration_of_findings import claims
 from benchmarks.coverage_of_intervals import coverage
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.reporting.report import report
+from moe_inspect.public import report
 from tests.support.chance import REGIMES, drawn
 from tests.support.generated import Kind, written
 from tests.support.synthetic import uniform_ids, write_counts

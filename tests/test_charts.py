@@ -15,18 +15,18 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.public import Trace, report
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, Scale
 from moe_inspect.reporting.render import html, payload
 from moe_inspect.reporting.render.matplotlib import DPI, colour_map, draw, letters, named_ticks
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.reporting.verdict.findings import uneven
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.routing import simulate_routing
-from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT
 from tests.support.sweep import sample
 from tests.support.synthetic import uniform_ids, write_trace

@@ -21,8 +21,8 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
+from moe_inspect.public import Trace
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from tests.conftest import Cli, Put
 from tests.support.generated import Kind, written

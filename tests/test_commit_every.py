@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import Damaged, MoeInspectError
+from moe_inspect.public import open_trace
 from moe_inspect.trace import reader
 from moe_inspect.trace import verify as verifying
-from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter, resume_point
 from tests.support.damage import edit_lines

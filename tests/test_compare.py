@@ -15,7 +15,7 @@ import moe_inspect
 from moe_inspect.comparison.counting import kernels
 from moe_inspect.comparison.decisions.verdict import percent
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from tests.conftest import Cli
 from tests.support.foreign import npy
 from tests.support.synthetic import uniform_ids, write_trace

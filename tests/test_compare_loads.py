@@ -18,7 +18,7 @@ from moe_inspect.comparison.compare import TABLES
 from moe_inspect.comparison.result import LOAD_TABLES
 from moe_inspect.comparison.steps import _windows
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.public import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.conftest import Cli
 from tests.support.synthetic import routers, uniform_ids, write_counts, write_trace

@@ -22,8 +22,7 @@ from moe_inspect.analysis.counting.engine import count_trace, windows_of
 from moe_inspect.analysis.counting.router_counts import WANTS, ByTokenId, RouterCounts
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace, report
 from moe_inspect.trace.schema import Router, parse_layers
 from tests.support.damage import edit_manifest
 from tests.support.generated import Kind, decisions, written

@@ -16,10 +16,9 @@ import moe_inspect
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.capture.run import trace_model
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.run import import_trace
 from moe_inspect.importers.tables import importer
-from moe_inspect.reporting.report import report
-from moe_inspect.trace.reader import Trace
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace, report
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
 from tests.support.damage import edit_manifest

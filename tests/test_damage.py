@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
+from moe_inspect.public import open_trace, report
 from moe_inspect.trace import parts, schema
-from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from tests.conftest import ROOT, Put

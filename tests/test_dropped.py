@@ -20,11 +20,10 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.capture.hook.ring import PassShape, Rings
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.making import merge
 from moe_inspect.model.custom.choice import ChoiceReader
-from moe_inspect.reporting.report import report
+from moe_inspect.public import Trace, open_trace, report
 from moe_inspect.reporting.verdict.findings import Finding
-from moe_inspect.trace.merge import merge
-from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import DROPPED
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import CountedBatches, TraceWriter

@@ -17,8 +17,8 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import MODULES
 from moe_inspect.exporters.run import export_trace, exporters, options_of
-from moe_inspect.importers.run import import_trace
-from moe_inspect.trace.reader import Trace
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import (

@@ -16,7 +16,7 @@ import torch
 import moe_inspect
 from moe_inspect.model.choices import switch_dropped
 from moe_inspect.model.find import find_routers
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from moe_inspect.trace.schema import DROPPED
 from moe_inspect.trace.verify import verify
 from tests.support import zoo

@@ -19,9 +19,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import MODULES, values
 from moe_inspect.importers.context import ImportContext
 from moe_inspect.importers.run import WORTH_BYTES, default_workers
-from moe_inspect.reporting.report import report
+from moe_inspect.public import Trace, report
 from moe_inspect.trace.files.lock import hold
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.workers import Processes
 from tests.conftest import Cli

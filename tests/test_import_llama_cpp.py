@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from moe_inspect.exporters.run import export_trace
-from moe_inspect.importers.run import import_trace
+from moe_inspect.making import import_trace
 from moe_inspect.model.gguf import read_gguf
 from moe_inspect.trace.verify import verify
 from tests.support.foreign import write_imatrix

@@ -13,7 +13,7 @@ import pytest
 
 from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.importers.megatron.importer import megatron
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from tests.conftest import Cli
 from tests.support import importing
 from tests.support.foreign import E, K, drawn, lines, megatron_rank, megatron_tpe

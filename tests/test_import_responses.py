@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
 from tests.support import foreign

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import CODECS
-from moe_inspect.importers.run import import_trace
 from moe_inspect.importers.tables import decisions as placing
 from moe_inspect.importers.tables import read
-from moe_inspect.reporting.report import report as trace_report
-from moe_inspect.trace.reader import Trace
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace
+from moe_inspect.public import report as trace_report
 from moe_inspect.trace.verify import verify
 from tests.support.foreign import MAKERS, write_fingerprint, write_route_trace
 from tests.support.importing import decisions, refused, taken

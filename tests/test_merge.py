@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect import merge
-from moe_inspect.api import trace_model
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
+from moe_inspect.making import trace_model
+from moe_inspect.public import Trace, report
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.merge import MOST_NUMBER, Target
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import Verification, verify
 from moe_inspect.trace.writer import Document, TraceWriter
 from tests.conftest import Cli

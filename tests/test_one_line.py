@@ -28,9 +28,8 @@ from moe_inspect.__main__ import main
 from moe_inspect.cli import app
 from moe_inspect.cli.emit import Format, emit
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
+from moe_inspect.public import Trace, report
 from moe_inspect.text import first_line, printable
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import tables
 from tests.support.damage import disk_of, edit_manifest, files_in

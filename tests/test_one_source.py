@@ -16,10 +16,11 @@ import pytest
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import registry
 from moe_inspect.comparison.compare import compare
+from moe_inspect.public import report
 from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.render.matplotlib import draw
 from moe_inspect.reporting.render.page import map_data
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.gate import breaches, gate
 from moe_inspect.simulate.cache import simulate_cache

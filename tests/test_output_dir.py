@@ -19,10 +19,10 @@ import pytest
 
 from moe_inspect import check
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.public import open_trace
 from moe_inspect.trace.files import lock as lock_module
 from moe_inspect.trace.files.lock import LOCK, Lock, hold, join, refuse_while_locked
 from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, claim_directory, clear_trace
-from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point

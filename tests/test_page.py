@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_inspect.public import report
 from moe_inspect.reporting.render import payload
 from moe_inspect.reporting.render.html import Page, Section, Tile, page_html
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import Report
 from moe_inspect.text import number, readable
 from tests.conftest import ROOT, OpenPage
 from tests.support.browser import HOSTILE, MAP, PAPER, Opened

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from moe_inspect.public import report
 from moe_inspect.reporting.charts.spec import Chart, chart_of
 from moe_inspect.reporting.render import html
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.texts import TEXT_BYTES, text_section
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import Report
 from tests.conftest import ROOT, OpenPage
 from tests.support.browser import MAP, Opened
 from tests.support.synthetic import write_trace

@@ -16,9 +16,10 @@ import moe_inspect
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.public import report
 from moe_inspect.reporting.charts.pairs import coactivation, supported_lift
 from moe_inspect.reporting.render.page import map_data
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.pairs import chosen_together, supported_pairs
 from moe_inspect.reporting.verdict.data_checks import in_runs
 from tests.support.planted import sentences

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
+from moe_inspect.public import open_trace, report
 from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement import forecast
 from moe_inspect.simulate.placement.forecast import busiest, descend_windows, drawn, kriging
@@ -21,7 +21,6 @@ from moe_inspect.simulate.placement.policies import Layout, colocated, eplb, sha
 from moe_inspect.simulate.placement.search import CLOSE
 from moe_inspect.simulate.placement.windows import reached, table_of
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.trace.reader import open_trace
 from tests.conftest import ROOT
 from tests.support.drift import CASES, drifting, mean_over_windows
 from tests.support.exact import fits_apart

@@ -20,8 +20,8 @@ from moe_inspect import MoeInspectError, check, progress
 from moe_inspect.__main__ import main
 from moe_inspect.cli import progress as bars
 from moe_inspect.comparison.compare import compare
+from moe_inspect.public import report
 from moe_inspect.reporting.charts.spec import draw_charts
-from moe_inspect.reporting.report import report
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT

@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 from typing import get_type_hints
 
+import pandas as pd
 import pytest
 
 import moe_inspect
 from moe_inspect.capture import options as module
+from moe_inspect.reporting.report import TABLES
+from moe_inspect.trace.reader import open_trace as open_stored
 from tests.conftest import ROOT
 
 # expression → the type that a type checker must see
@@ -31,6 +34,7 @@ TYPES = {
     "moe_inspect.trace_model(path, path, batch_tokens=500)": "Trace",
     "trace.simulate.cache(slots=[2])": "Simulation",
     "trace.report()": "Report",
+    'trace.balance(layers="1")': "DataFrame",
     "trace.compare(path)": "Comparison",
     "trace.check(quick=True)": "Checked",
 }
@@ -39,6 +43,7 @@ WRONG = (
     "moe_inspect.reprot(trace)",
     "moe_inspect.trace_model(path, path, batch_token=500)",
     "moe_inspect.record(model, path, evry=2)",
+    "trace.balance(layer=1)",
 )
 
 
@@ -85,6 +90,17 @@ def test_type_checkers_see_real_types(tmp_path: Path) -> None:
         assert kind in by_line[n]["message"].partition(" is ")[2], expression
     for n in range(len(TYPES), len(TYPES) + len(WRONG)):
         assert by_line[n]["severity"] == "error"
+
+
+def test_each_table_of_a_report_is_a_method_of_the_trace() -> None:
+    stored = open_stored(ROOT / "sample_traces" / "balanced")
+    trace = moe_inspect.open_trace(stored)
+    for name in TABLES:
+        if name == "vocabulary":  # that of the tokenizer, which the trace holds
+            continue
+        assert not hasattr(stored, name), f"the table {name} hides what the trace has"
+        expected = trace.report(layers="1").tables[name]
+        pd.testing.assert_frame_equal(getattr(trace, name)(layers="1"), expected)
 
 
 @pytest.mark.parametrize("kind", ["Trace", "Record"])

@@ -17,9 +17,8 @@ import pytest
 
 from benchmarks import published
 from benchmarks.published import FIGURES, Figure, documented, imported, page, row
-from moe_inspect.importers.run import import_trace
-from moe_inspect.reporting.report import report
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace, open_trace, report
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
 

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import TABLES, Report, report
+from moe_inspect.public import Trace, open_trace, report
+from moe_inspect.reporting.report import TABLES, Report
 from moe_inspect.reporting.tables.registry import LazyTables, Table
 from moe_inspect.reporting.verdict.checks import CHECKS
 from moe_inspect.reporting.verdict.findings import SEVERITIES
-from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_manifest

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_inspect.public import Trace, report
 from moe_inspect.reporting.charts.spec import every_chart
-from moe_inspect.reporting.report import Report, report
-from moe_inspect.trace.reader import Trace
+from moe_inspect.reporting.report import Report
 from tests.conftest import Cli
 from tests.support.sweep import sample
 from tests.support.synthetic import uniform_ids, write_counts, write_trace

@@ -16,13 +16,13 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.public import Trace
 from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, Shape, TransferTime
 from moe_inspect.simulate.placement.pricing import Ageing, ageing
 from moe_inspect.simulate.prices import LOW_LATENCY, Prices
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.sampling import StepLoads
 from moe_inspect.simulate.step import imbalance_costs, turning_point
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
 from tests.support.damage import edit_manifest

@@ -11,11 +11,10 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
-from moe_inspect.importers.run import import_trace
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace, open_trace, report
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.reporting.report import report
 from moe_inspect.simulate.routing import simulate_routing
-from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import descending
 from moe_inspect.trace.verify import verify

@@ -14,8 +14,7 @@ from moe_inspect.analysis.counting.token_ids import TokenIds, top_token_ids
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import report
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace, report
 from tests.conftest import ROOT, Cli
 from tests.support.synthetic import write_counts, write_trace
 from tests.test_oracles_report import World, mi_of_shares, resampled

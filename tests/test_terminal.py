@@ -23,12 +23,12 @@ from rich.color import Color, ColorSystem
 
 from moe_inspect.analysis.metrics.registry import listing
 from moe_inspect.cli.report import print_metrics
+from moe_inspect.public import Trace, report
 from moe_inspect.reporting.render import console
 from moe_inspect.reporting.render.console import SCREEN_LINES, console_for, on_screen
 from moe_inspect.reporting.render.heatmap import style
 from moe_inspect.reporting.render.terminal import MOST_FINDINGS, finding_lines, print_report
-from moe_inspect.reporting.report import Report, report
-from moe_inspect.trace.reader import Trace
+from moe_inspect.reporting.report import Report
 from tests.conftest import Cli
 from tests.support.planted import planted, text_of
 from tests.support.synthetic import uniform_ids, write_trace

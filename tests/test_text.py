@@ -17,10 +17,11 @@ import pytest
 import moe_inspect
 from moe_inspect.cli.text import _fitted
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.public import report
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.routed_text import routed_text
 from moe_inspect.reporting.render.texts import choose, find_documents, text_section
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import Report
 from moe_inspect.trace.texts import CHARACTER, as_text
 from tests.conftest import ROOT, Cli, OpenPage
 from tests.support.browser import HOSTILE

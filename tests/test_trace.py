@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import open_trace
+from moe_inspect.public import open_trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point

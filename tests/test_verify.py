@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moe_inspect.api import trace_model
-from moe_inspect.reporting.report import report
-from moe_inspect.trace.merge import merge
+from moe_inspect.making import merge, trace_model
+from moe_inspect.public import report
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_line, edit_lines, edit_manifest, restate, with_a_bit_less

@@ -23,10 +23,10 @@ from rich.console import Console
 from moe_inspect.alarms.alarms import CALM
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.public import open_trace
 from moe_inspect.reporting.render.heatmap import cells, extremes
 from moe_inspect.simulate.placement.plan import placed_over
 from moe_inspect.trace.header import TraceHeader
-from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.state import Plan, Watched, WatchOptions, WatchSession

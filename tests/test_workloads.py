@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.run import import_trace
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, Document
 from tests.conftest import Cli
 from tests.support.sweep import sample

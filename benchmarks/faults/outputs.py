@@ -24,9 +24,9 @@ from benchmarks.faults.traces import TOKENS, VOCABULARY, Rows, batches, manifest
 from moe_inspect.__main__ import main
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.public import Trace
 from moe_inspect.trace.files import atomic
 from moe_inspect.trace.files.lock import LOCK
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter

@@ -19,13 +19,12 @@ import pyarrow as pa
 from benchmarks import imports
 from benchmarks.faults.bench import Bench, Faults
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.run import import_trace
-from moe_inspect.reporting.report import report
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace, report
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.manifest import process_start, read_manifest
 from moe_inspect.trace.output_dir import claim_directory
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point

@@ -47,7 +47,7 @@ def ablate(
     moe-inspect ablate ./model --data held_out/ --table domains --most-passes 900"""
     show.chosen(("experts", "domains"), "experts")  # usage errors come first
     prepare()
-    from moe_inspect.api import ablate as run
+    from moe_inspect.recording import ablate as run
 
     with shown() as bar:
         try:

@@ -95,9 +95,9 @@ def compare(
     moe-inspect compare runs/bf16 runs/fp8 --table flips --format csv
     moe-inspect compare runs/train runs/serve --fail-above set_mismatch=0.01"""
     from moe_inspect.comparison.compare import compare as compare_traces
+    from moe_inspect.public import open_trace
     from moe_inspect.reporting.tables.registry import check_table
     from moe_inspect.reporting.verdict.gate import breaches
-    from moe_inspect.trace.reader import open_trace
 
     opened = [open_trace(path, scheduler=scheduler) for path in (a, b)]
     noise = pair.noise and open_trace(pair.noise, scheduler=scheduler)

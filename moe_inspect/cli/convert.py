@@ -67,7 +67,8 @@ def import_(
     Examples:
     moe-inspect import auto recorded/ -o runs/served --model Qwen/Qwen3-30B-A3B
     moe-inspect import counts loads.csv -o runs/loads --top-k 8"""
-    from moe_inspect.importers.run import default_workers, import_trace
+    from moe_inspect.importers.run import default_workers
+    from moe_inspect.making import import_trace
 
     if format not in (*importers.MODULES, "auto"):
         raise typer.BadParameter(no_such("format", format, [*importers.MODULES, "auto"]))

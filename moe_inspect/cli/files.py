@@ -99,7 +99,7 @@ def merge(
     Examples:
     moe-inspect merge runs/a runs/b -o runs/all
     moe-inspect merge runs/a runs/b runs/c -o runs/all --overwrite"""
-    from moe_inspect.trace.merge import merge as run
+    from moe_inspect.making import merge as run
 
     with shown():
         trace = run(traces, output, overwrite=overwrite)

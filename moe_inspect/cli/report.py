@@ -99,10 +99,10 @@ def report(
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
     if not text and show.html is None:
         raise typer.BadParameter("--no-text is about the page: give it with --html")
+    from moe_inspect.public import open_trace
+    from moe_inspect.public import report as make
     from moe_inspect.reporting.report import TABLES, check_table
-    from moe_inspect.reporting.report import report as make
     from moe_inspect.reporting.verdict.gate import breaches
-    from moe_inspect.trace.reader import open_trace
 
     table, form = show.chosen(TABLES, None)
     if table:

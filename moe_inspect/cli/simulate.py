@@ -46,7 +46,7 @@ class SimulateOptions(ShowOptions):
         self, name: str, trace: str, *groups: Options, others: Sequence[str] = ()
     ) -> Simulation:
         """The simulation of this name, with the options of these groups; of other traces too."""
-        from moe_inspect.trace.reader import open_trace
+        from moe_inspect.public import open_trace
 
         given = {
             keyword: value

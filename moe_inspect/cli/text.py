@@ -17,7 +17,7 @@ from moe_inspect.errors import MoeInspectError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moe_inspect.trace.reader import Trace
+    from moe_inspect.public import Trace
 
 
 expert_option = in_panel("With --experts")
@@ -52,8 +52,8 @@ def text(
     moe-inspect text runs/a --layers 2 --experts 5,7 --context 12 --format csv"""
     if (documents is None) == (experts is None):
         raise typer.BadParameter("give either --documents N or --experts E, not both")
+    from moe_inspect.public import open_trace
     from moe_inspect.reporting.shown import Result
-    from moe_inspect.trace.reader import open_trace
 
     table, _ = show.chosen(("tokens",), "tokens")  # a usage error comes before the trace is read
     opened = open_trace(trace)

@@ -102,7 +102,7 @@ def trace(
     moe-inspect trace demo -o runs/demo
     moe-inspect trace allenai/OLMoE-1B-7B-0924 -o runs/olmoe --data wiki.jsonl
     moe-inspect trace ./checkpoint -o runs/a --data corpus/ --generate 32 --logits"""
-    from moe_inspect.api import trace_model
+    from moe_inspect.making import trace_model
     from moe_inspect.trace.manifest import read_manifest
     from moe_inspect.trace.output_dir import stored_bytes
     from moe_inspect.trace.schema import MANIFEST

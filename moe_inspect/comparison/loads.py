@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT, z_of
@@ -25,7 +26,7 @@ from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
 from moe_inspect.comparison.result import LOAD_TABLES, Row
 from moe_inspect.comparison.steps import StepWindows, step_windows
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.load import design_effect
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.findings import (
@@ -55,13 +56,9 @@ class Loads(result.Paired):
         super().__init__(a, b, options)
         self.reports: dict[str, Report] = {}
         for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):
-            self.reports[side] = report(
-                trace,
-                layers=sorted({trace.routers[r].layer for r in routers}),
-                domains=options.domains,
-                phase=options.phase,
-                progress=progress,
-            )
+            layers = sorted({trace.routers[r].layer for r in routers})
+            selection = select(trace, layers, options.domains, options.phase)
+            self.reports[side] = Report(trace, selection, progress=progress)
 
     @property
     def why(self) -> str:

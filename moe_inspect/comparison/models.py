@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.comparison.aligning.misaligned import replicas
 from moe_inspect.comparison.result import (
     MODEL_TABLES,
@@ -15,7 +16,7 @@ from moe_inspect.comparison.result import (
     PairSettings,
     facts_table,
 )
-from moe_inspect.reporting.report import report
+from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.registry import Excerpt, table
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.findings import Finding, finding
@@ -39,8 +40,10 @@ class Models(Comparison):
         given = {k: v for k, v in options.given.items() if k in ("domains", "phase")}
         super().__init__(a, b, given)
         options.refuse((*OF_DECISIONS, "layers", "shift_layers"), self.why)
-        of = {"domains": options.domains, "phase": options.phase, "progress": progress}
-        self.reports = [report(trace, **of) for trace in self.traces]
+        self.reports = [
+            Report(trace, select(trace, None, options.domains, options.phase), progress=progress)
+            for trace in self.traces
+        ]
 
     @property
     def why(self) -> str:

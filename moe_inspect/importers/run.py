@@ -72,7 +72,7 @@ def import_trace(
     Raises:
         MoeInspectError: the files cannot be imported as asked. Nothing is left at `out`.
     """
-    warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
+    warn = warn or (lambda line: warnings.warn(line, stacklevel=4))
     target = output_location(out)
     check_directory(target, overwrite, resumable=False)
     listed = [_source(text) for text in sources]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -14,7 +14,6 @@ from moe_inspect.later import pd
 from moe_inspect.progress import phase
 from moe_inspect.text import plural
 from moe_inspect.trace import parts, schema
-from moe_inspect.trace.answers import Answers
 from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
@@ -28,8 +27,8 @@ FEWEST_PIECES, MOST_TOKENS = 8, 65_536  # of a trace whose small shards are read
 TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
-class Trace(Answers, TraceHeader):
-    """A trace on disk. Tables are pandas DataFrames. Read large ones by layer
+class Trace(TraceHeader):
+    """A trace as it is stored. Tables are pandas DataFrames. Read large ones by layer
     (`routing(layers=3)`) or by shard (`for shard in trace.shards`), which keeps memory independent
     of the trace's length. `scheduler`: of the dask.distributed cluster that passes over it run on,
     see `on`."""
@@ -97,7 +96,7 @@ class Trace(Answers, TraceHeader):
             "against short."
         )
 
-    def on(self, scheduler: Scheduler) -> Trace:
+    def on(self, scheduler: Scheduler) -> Self:
         """The same trace, passes over which run on a dask.distributed cluster whose workers see it
         at the same path. `scheduler`: its address, or a client of it; None for this process."""
         if scheduler is None and self.scheduler is None:
@@ -211,9 +210,7 @@ class Trace(Answers, TraceHeader):
 
 
 def open_trace(path: str | Path | Trace, *, scheduler: Scheduler = None) -> Trace:
-    """Opens a trace directory, of this machine or by a URL that fsspec can read
-    (`s3://bucket/trace`); a Trace is one already. `scheduler`: as `Trace.on` takes it.
-    MoeInspectError where there is none, or it is damaged or of a newer format."""
+    """See `moe_inspect.open_trace`."""
     trace = path if isinstance(path, Trace) else Trace(path)
     return trace if scheduler is None else trace.on(scheduler)
 

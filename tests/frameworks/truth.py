@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_inspect
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from moe_inspect.training import LossAudit
 
 WEIGHT_ERROR = 2**-10  # relative: a trace keeps gate weights as fp16 does

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.alarms.alarms import Alarms, Window
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from moe_inspect.trace.schema import Router
 from tests.support.synthetic import routers, write_counts, write_trace
 

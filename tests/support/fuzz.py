@@ -52,7 +52,7 @@ def _mapped_files(folder: Path) -> None:
 
 
 def _import_mapped(folder: Path, out: Path, model: Path | None) -> None:
-    from moe_inspect.importers.run import import_trace
+    from moe_inspect.making import import_trace
 
     text = (folder / "map").read_text(errors="replace") if (folder / "map").exists() else ""
     import_trace("counts", [folder / "c.json"], out, model=model, map=text, warn=lambda line: None)
@@ -107,7 +107,7 @@ def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
 def check(name: str, names: list[Path], data: bytes, root: Path, model: Path | None) -> None:
     """Imports or reads the files at `root`, an empty folder; no good end is an exception."""
     from moe_inspect.errors import MoeInspectError
-    from moe_inspect.importers.run import import_trace
+    from moe_inspect.making import import_trace
     from moe_inspect.trace.verify import verify
 
     folder, out = root / "in", root / "t"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.run import import_trace
-from moe_inspect.trace.reader import Trace
+from moe_inspect.making import import_trace
+from moe_inspect.public import Trace
 
 
 def taken(root: Path, format: str, *sources: str | Path, **how: Any) -> tuple[Trace, list[str]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 import moe_inspect
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch
 from tests.support.synthetic import a_pass, write_passes

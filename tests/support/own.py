@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import moe_inspect
-from moe_inspect.trace.reader import Trace
+from moe_inspect.public import Trace
 from tests.conftest import ROOT
 from tests.support.mutation import load_file
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_inspect.public import Trace, report
 from moe_inspect.reporting.render import terminal
-from moe_inspect.reporting.report import Report, report
-from moe_inspect.trace.reader import Trace
+from moe_inspect.reporting.report import Report
 from tests.support.synthetic import uniform_ids, write_trace
 
 T, E, K = 6_000, 8, 2

@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "tests.support.ranks",
-        "moe_inspect.api",
+        "moe_inspect.making",
         "moe_inspect.capture.run",
         "moe_inspect.cli.trace",
         "torch.distributed",

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.public import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch, TraceWriter
 

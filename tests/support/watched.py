@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from moe_inspect.public import Trace
 from moe_inspect.trace.files.lock import process_start
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch, TraceWriter
 from tests.support.synthetic import a_pass, routers
 

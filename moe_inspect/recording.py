@@ -1,5 +1,4 @@
-"""The functions of the public API that stand above several rooms of the package; the others are
-where `moe_inspect.__init__` says. Imports nothing heavy."""
+"""`record`, `intervene` and `ablate`: the functions that work on a model. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ from moe_inspect.capture.options import (
     TraceOptions,
     documented,
 )
-from moe_inspect.trace.files.location import output_location
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from moe_inspect.interventions.ablation import Ablation
     from moe_inspect.interventions.intervene import Intervention
     from moe_inspect.model.custom.spec import RouterSpec
-    from moe_inspect.trace.reader import Trace
+    from moe_inspect.public import Trace
 
 
 @documented(RecordOptions)
@@ -170,28 +168,6 @@ def ablate(
         resume=Path(resume) if resume is not None else None,
         progress=progress,
     )
-
-
-def trace_model(
-    model: str,
-    out: str | Path,
-    options: TraceOptions | None = None,
-    *,
-    progress: Callable[[int, int | None], None] | None = None,
-    **changes: Unpack[TraceKeywords],
-) -> Trace:
-    """Feeds a corpus to a model and records every routing decision as a trace at `out`.
-
-    model     a hub id, a directory, or "demo" (bundled, offline)
-    out       directory of the trace
-    options   settings; each field of `TraceOptions` may also be given as a keyword:
-              `trace_model("demo", "runs/a", max_tokens=10_000, logits=True)`
-    progress  called with (tokens done, tokens in all or None) after every forward pass
-
-    Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.capture.run import trace_model as run
-
-    return run(model, output_location(out), replace(options or TraceOptions(), **changes), progress)
 
 
 def _balance_table(totals: Totals) -> pd.DataFrame:
