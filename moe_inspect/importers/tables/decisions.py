@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -108,10 +108,8 @@ class Spool:
         rows["document"] = self._documents(chunk, group)
         if "position" in chunk:
             rows["position"] = chunk.numbers("position", 0, MOST_NUMBER)
-        else:  # how many rows of the same document and layer there are before each
-            of = pd.Series(rows["document"] * np.int64(MOST_LAYERS) + layer_N)
-            rows["position"] = of.groupby(of).cumcount() + of.map(self._seen)
-            self._seen.update(of.tolist())
+        else:
+            rows["position"] = self._rows_before(rows)
         rows["slot"] = -1  # the next of its decision
         if "slot" in chunk:
             slots = top_k or self.top_k or self.context.known_top_k(chunk.path)
@@ -163,35 +161,45 @@ class Spool:
                 said = " and ".join(map(str, every))
                 raise MoeInspectError(f"{chunk.path} has {name} {said}{by}: of one model?")
 
+    def _rows_before(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [N]: how many rows of the same document and layer come before each."""
+        key_N = rows["document"] * np.int64(MOST_LAYERS) + rows["layer"]
+        group_N, keys = pd.factorize(key_N)
+        before_G = np.array([self._seen[key] for key in keys.tolist()])
+        counts = np.bincount(group_N).tolist()
+        self._seen.update(dict(zip(keys.tolist(), counts, strict=True)))
+        return before_G[group_N] + pd.Series(group_N).groupby(group_N).cumcount().to_numpy()
+
     def _documents(self, chunk: TableChunk, group: Path) -> np.ndarray:
-        names, domains = (
-            [texts[n] for n in at_N]
-            for texts, at_N in (
-                chunk.labels(name) if name in chunk else ([""], np.zeros(len(chunk), int))
-                for name in ("document", "domain")
-            )
-        )
+        """The number of the document of each row. A document has the domain of its first row."""
+        none = [""], np.zeros(len(chunk), np.intp)
+        names, name_N = chunk.labels("document") if "document" in chunk else none
+        labels, label_N = chunk.labels("domain") if "domain" in chunk else none
         default = chunk.said.get("domain") or named(group)
-        numbers: list[int] = []
-        for name, domain in zip(names, domains, strict=True):
+        rows, numbers = _first_rows(name_N, len(names)), list[int]()
+        for name, row in zip(names, rows.tolist(), strict=True):
             numbers.append(self.documents.setdefault((group, name), len(self.documents)))
             if numbers[-1] == len(self.domains):
-                self.domains.append(chunk.source.domain or domain or default)
-        return np.array(numbers)
+                self.domains.append(chunk.source.domain or labels[label_N[row]] or default)
+        return np.array(numbers)[name_N]
 
     def _token_ids(self, chunk: TableChunk) -> np.ndarray | int:
-        texts = [t or "" for t in chunk.texts("token_text")] if "token_text" in chunk else []
         if "token_id" in chunk:
             ids_N = chunk.numbers("token_id", NO_ID, MOST_TOKEN_IDS - 1, empty=NO_ID)
-            self.texts |= {i: t for i, t in zip(ids_N.tolist(), texts, strict=False) if i >= 0}
+            if "token_text" in chunk:
+                texts, text_N = chunk.labels("token_text")
+                ids, rows = np.unique(ids_N[::-1], return_index=True)  # the last row of each id
+                pairs = zip(ids.tolist(), text_N[::-1][rows].tolist(), strict=True)
+                self.texts |= {i: texts[n] for i, n in pairs if i >= 0}
             return ids_N
-        if not texts:
+        if "token_text" not in chunk:
             return NO_ID
+        texts, text_N = chunk.labels("token_text")
         ids = [self._codes.setdefault(text, len(self._codes)) for text in texts]
         if len(self._codes) > MOST_TOKEN_IDS:
             raise MoeInspectError(f"{chunk.path} has over {MOST_TOKEN_IDS:,} different tokens")
         self.texts |= dict(zip(ids, texts, strict=True))
-        return np.array(ids)
+        return np.array(ids)[text_N]
 
     def vocabulary(self) -> pa.Table | None:
         """token_id, token, where the rows have texts; byte-level ones (Ġ) decoded."""
@@ -254,9 +262,7 @@ class Placed:
         rank_D = np.argsort(document_D)
         self.documents = [(names[d], spool.domains[d]) for d in document_D]
         self.routers, self.spool, self.where = routers, spool, where
-        self.key_T = np.zeros(0, np.int64)
-        for rows in spool.pieces:
-            self.key_T = np.union1d(self.key_T, _key(rows, rank_D))
+        self.key_T = distinct_keys(_key(rows, rank_D) for rows in spool.pieces)
         L, T, K = shape = len(routers), len(self.key_T), routers[0].top_k
         if 2 * spool.rows * spool.dtype["ids"].shape[0] + MOST_EMPTY < L * T * K:
             what = f"{spool.rows:,} rows of {T:,} tokens × {L} layers × {K} slots"
@@ -390,12 +396,36 @@ def _check_lists(chunk: TableChunk, ids_NK: np.ndarray, top_k: int | None) -> No
         raise chunk.error(row, "experts", why, slot)
 
 
-def _decoded(chunk: TableChunk) -> list[int]:
-    said = [(text or "").strip().lower() for text in chunk.texts("phase")]
-    if odd := next((n for n, text in enumerate(said, 1) if text not in PHASES), None):
-        what = f"is {said[odd - 1][:40]!r}, not prefill or decode"
-        raise chunk.error(odd - 1, "phase", what)
-    return [PHASES[text] for text in said]
+def _decoded(chunk: TableChunk) -> np.ndarray:
+    texts, text_N = chunk.labels("phase")
+    phases = [text.strip().lower() for text in texts]
+    decoded_N = np.array([PHASES.get(phase, -1) for phase in phases])[text_N]
+    what = "is {!r}, not prefill or decode"
+    chunk.refuse(decoded_N < 0, "phase", lambda n: what.format(phases[text_N[n]][:40]))
+    return decoded_N
+
+
+def _first_rows(code_N: np.ndarray, codes: int) -> np.ndarray:
+    """int64 [codes]: the first row that has each code. Every code has a row."""
+    row_C = np.zeros(codes, np.int64)
+    row_C[code_N[::-1]] = np.arange(len(code_N))[::-1]
+    return row_C
+
+
+def distinct_keys(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Sorted distinct numbers, from 0 on, of all parts. Memory stays within a few times theirs."""
+    key_T, pending = np.zeros(0, np.int64), list[np.ndarray]()
+    for part in parts:
+        pending.append(_distinct(part))
+        if sum(map(len, pending)) > len(key_T):  # so that no key is merged more than log T times
+            key_T, pending = _distinct(np.concatenate([key_T, *pending])), []
+    return _distinct(np.concatenate([key_T, *pending]))
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    # sorted runs, as most values are, merge in one go; np.unique hashes them
+    ordered = np.sort(values, kind="stable")
+    return ordered[np.diff(ordered, prepend=-1) > 0]
 
 
 def _key(rows: np.ndarray, rank_D: np.ndarray) -> np.ndarray:

@@ -128,11 +128,14 @@ class TableChunk:
                 self.refuse(
                     cut_N, name, lambda n: f"is {texts[n].as_py()[:40]!r}, a list cut short"
                 )
-            # a comma at the end stays where no bracket closes: columns joined, the last one empty
             edges = r"^[\s(\[]+|\s*,?[\s)\]]*[)\]]\s*$|\s+$"
             bare = pc.replace_substring_regex(column, edges, "")
             bare = pc.if_else(pc.equal(bare, ""), pa.scalar(None, bare.type), bare)
-            column = pc.split_pattern_regex(bare, r"\s*,\s*|\s+")
+            bare = pc.replace_substring(bare, ", ", ",")
+            if pc.any(pc.match_substring_regex(bare, r"\s")).as_py():
+                column = pc.split_pattern_regex(bare, r"\s*,\s*|\s+")
+            else:  # ten times as fast
+                column = pc.split_pattern(bare, ",")
         if pa.types.is_fixed_size_list(column.type):
             column = column.cast(pa.list_(column.type.value_type))
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
@@ -362,15 +365,23 @@ def _number(name: str) -> tuple[int, str]:
 
 
 def _renamed(table: pa.Table, places: dict[str, list[str]]) -> pa.Table:
-    made: dict[str, pa.ChunkedArray] = {}
-    for name, theirs in places.items():
-        made[name] = table[theirs[0]]
-        if name in ("experts", "weights") and (len(theirs) > 1 or theirs[0][-1:].isdigit()):
-            texts = (table[one].cast(pa.string()).fill_null("") for one in theirs)
-            made[name] = pc.binary_join_element_wise(*texts, ",")
-    renamed = pa.table(made)
+    columns = {name: table[theirs[0]] for name, theirs in places.items()}
+    for name in ("experts", "weights"):
+        if len(theirs := places.get(name, ())) > 1:
+            columns[name] = _lists([table[one].combine_chunks() for one in theirs])
+    renamed = pa.table(columns)
     renamed.validate(full=True)
     return renamed
+
+
+def _lists(columns: list[Column]) -> pa.Array:
+    """A list per row of the values of several columns."""
+    K, N = len(columns), len(columns[0])
+    kind = columns[0].type
+    if pa.types.is_dictionary(kind) or any(column.type != kind for column in columns):
+        columns = [column.cast(pa.string()) for column in columns]
+    by_row = np.arange(K * N).reshape(K, N).T.reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.concat_arrays(columns).take(by_row), K)
 
 
 def _json(
