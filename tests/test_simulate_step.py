@@ -19,7 +19,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import Trace
 from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, Shape, TransferTime
 from moe_inspect.simulate.placement.pricing import Ageing, ageing
-from moe_inspect.simulate.prices import LOW_LATENCY, Prices
+from moe_inspect.simulate.price import LOW_LATENCY, Prices
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.simulate.sampling import StepLoads
 from moe_inspect.simulate.step import imbalance_costs, turning_point
@@ -27,6 +27,7 @@ from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
+from tests.test_counts_by_document import counts as counts_by_document
 from tests.test_workloads import EVEN, PILED, written
 
 CONFIG = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 1024}
@@ -73,9 +74,11 @@ def test_the_cost_is_the_load_ratio_where_time_is_the_rows(tmp_path: Path, const
     made = simulated(
         write_counts(tmp_path / "t", loads, 2, ["text"]), constants, gpus=4, batch_tokens=[16_384]
     )
-    assert made.tables["imbalance"]["cost"].item() == pytest.approx(16 / 7 - 1, abs=0.02)
-    assert claims(made)
-    assert any("have no intervals" in said for said in made.verdict)
+    row = made.tables["imbalance"].iloc[0]
+    assert row["cost"] == pytest.approx(16 / 7 - 1, abs=0.02)
+    assert np.isnan(row[["cost_low", "cost_high", "p"]].to_numpy(float)).all()
+    assert not claims(made)
+    assert "without documents imbalance cannot be told from chance" in made.verdict[0]
 
 
 @pytest.mark.parametrize("regime", ["iid 8/2", "iid 64/8", "passes of 3"])
@@ -166,12 +169,22 @@ def test_too_little_text_claims_nothing(tmp_path: Path, constants: Path, documen
         simulated(trace, constants, batch_tokens=[4_096])
 
 
-def test_counts_of_an_even_load_claim_nothing(tmp_path: Path, constants: Path):
-    """A step of few tokens is uneven by chance."""
-    trace = write_counts(tmp_path / "t", [np.full((1, 8), 10_000)], 2, ["text"])
-    made = simulated(trace, constants, gpus=4, batch_tokens=[8, 16])
-    assert made.tables["imbalance"]["cost"].min() > 0.1
-    assert not claims(made)
+@pytest.mark.parametrize("leaning", [0, 100])
+def test_counts_by_document_are_priced_once(tmp_path: Path, constants: Path, leaning: int):
+    """The placement in use takes the same steps as its plan, of blocks of documents: what imbalance
+    costs has an interval and a p-value, and is claimed unless all documents are alike."""
+    even_UE = np.full((40, 8), 25) + leaning * np.eye(8, dtype=int)[0]
+    rows = [
+        {"layer": 0, "document": d, "domain": "text", "expert": e, "count": n}
+        for (d, e), n in np.ndenumerate(even_UE)
+    ]
+    trace = counts_by_document(tmp_path / "t", pd.DataFrame(rows))
+    made = placed(trace, constants, batch_tokens=[16, 64])
+    step = made.tables["imbalance"].iloc[-1]
+    assert made.settings["current"] == pytest.approx(step[["ms", "even_ms"]].to_dict())
+    assert step["cost_low"] < step["cost"] < step["cost_high"]
+    claimed = re.search(r": imbalance costs \S+ ms", made.verdict[0])
+    assert bool(claimed) == (step["p"] < 0.01) == bool(leaning)
 
 
 def test_chance_of_a_plan_is_that_of_its_slots(tmp_path: Path, constants: Path):
@@ -183,11 +196,11 @@ def test_chance_of_a_plan_is_that_of_its_slots(tmp_path: Path, constants: Path):
     made = simulated(write_counts(tmp_path / "t", loads, 2, ["text"]), constants, **options)
     row = made.tables["imbalance"].iloc[0]
     assert abs(row["cost"] - row["cost_by_chance"]) < 0.02
-    assert not claims(made)
     even = [np.full((1, 8), 10_000)]  # which that plan does not expect
     made = simulated(write_counts(tmp_path / "u", even, 2, ["text"]), constants, **options)
-    assert made.tables["imbalance"]["cost"].item() == pytest.approx(1 / 4, abs=0.03)
-    assert claims(made)
+    row = made.tables["imbalance"].iloc[0]
+    assert row["cost"] == pytest.approx(1 / 4, abs=0.03)
+    assert abs(row["cost_by_chance"]) < 0.05
 
 
 def test_a_domain_need_not_have_every_phase(tmp_path: Path, constants: Path):
@@ -259,7 +272,9 @@ def test_a_token_more_than_low_latency_kernels_take_costs_no_less(constants: Pat
             for kind in ("low_latency", "normal")
             for way in ("dispatch", "combine")
         }
-        within, beyond = (Prices(kernel, transfers).of(loads, shape, N) for N in (most, most + 1))
+        within, beyond = (
+            Prices(kernel, transfers).step_times(loads, shape, N) for N in (most, most + 1)
+        )
         assert (beyond.total - within.total).item() == (0.0 if slower == "low_latency" else 2.0)
 
 

@@ -148,7 +148,7 @@ def _distinct(trace: Trace, why: dict[str, str]) -> dict[int, list[Json]]:
 def _ranks(trace: Trace, why: dict[str, str]) -> dict[int, list[Json]]:
     """How many GPUs the experts of a token are on: G = 2, 4, … that hold as many each, in order."""
     from moe_inspect.simulate.placement.placement import simulate_placement
-    from moe_inspect.simulate.prices import reached_by_chance
+    from moe_inspect.simulate.price import reached_by_chance
 
     sizes = {router.experts for router in trace.routers}
     many = [2**n for n in range(1, min(sizes).bit_length()) if 2**n < min(sizes)]

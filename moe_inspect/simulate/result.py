@@ -47,6 +47,7 @@ HIDDEN = (
     "error",
     "ageing",
     "counts_only",
+    "documents_unknown",
     "current",
     "costs",
     "fed",

@@ -16,6 +16,7 @@ from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 
+from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.simulate.shards import routed
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -25,6 +26,7 @@ COUNTED = 16  # steps drawn from counts
 STEPS_OF_A_BLOCK = 4
 SEED = 0
 
+Plan = dict[int, np.ndarray]  # router → the expert of each slot, int64 [P]
 Wanted = Callable[[Shard], np.ndarray]  # bool [T]: the tokens of a shard that steps are drawn from
 
 
@@ -162,20 +164,63 @@ def step_loads(
     return StepLoads(slots_S.reshape(S, P), reached.reshape(S, G), sent.reshape(G, G))
 
 
-def loads_of_steps(
+@dataclass(frozen=True)
+class DrawnSteps:
+    """Steps of one size. `block_S`: the block of documents that each step is drawn from; `loads`:
+    by plan, then by router."""
+
+    tokens: int
+    block_S: np.ndarray
+    loads: list[dict[int, StepLoads]]
+
+
+def steps_of_decisions(
     trace: Trace,
     routers: Sequence[int],
-    steps: StepTokens,
-    plans: Sequence[dict[int, np.ndarray]],
+    wanted: Wanted,
+    sizes: Sequence[int],
+    plans: Sequence[Plan],
     G: int,
-) -> list[dict[int, StepLoads]]:
-    """The loads of each router's steps under each plan, the expert of each slot by router."""
-    S, loads = len(steps.block_S), [dict[int, StepLoads]() for _ in plans]
-    for r, ids_KT, step_T in decisions_of(trace, routers, steps):
-        for plan, of in zip(plans, loads, strict=True):
-            part = step_loads(ids_KT, step_T, S, plan[r], G)
-            of[r] = of[r] + part if r in of else part
-    return loads
+    decoding: bool,
+) -> Iterator[DrawnSteps]:
+    """Steps of each size under each plan, of the wanted tokens. `decoding`: see `draw_steps`."""
+    for steps in draw_steps(trace, wanted, sizes, decoding):
+        S, loads = len(steps.block_S), [dict[int, StepLoads]() for _ in plans]
+        for r, ids_KT, step_T in decisions_of(trace, routers, steps):
+            for plan, plan_loads in zip(plans, loads, strict=True):
+                part = step_loads(ids_KT, step_T, S, plan[r], G)
+                plan_loads[r] = plan_loads[r] + part if r in plan_loads else part
+        yield DrawnSteps(steps.tokens, steps.block_S, loads)
+
+
+def steps_of_counts(
+    counts: Counts,
+    units_U: np.ndarray,
+    routers: Sequence[int],
+    sizes: Sequence[int],
+    plans: Sequence[Plan],
+    G: int,
+) -> Iterator[DrawnSteps]:
+    """Steps of each size under each plan, as if each token chose by the load of its block of
+    documents, or by the load of all tokens if documents are unknown. units_U: bool, the counts to
+    draw from."""
+    units = int(units_U.sum())
+    blocks = 1 if counts.documents_unknown else max(1, min(MOST_BLOCKS, units))
+    block_U, S = np.random.default_rng(SEED).permutation(units) % blocks, COUNTED // blocks
+    for N in sizes:
+        loads = [dict[int, StepLoads]() for _ in plans]
+        for r in routers:
+            load_UE, k = counts.of[r].assignments_UE[units_U], counts.routers[r].top_k
+            if not load_UE.any():
+                continue
+            load_BE = np.stack([load_UE[block_U == b].sum(0) for b in range(blocks)])
+            load_BE[~load_BE.any(1)] = load_UE.sum(0)  # a block without load has the load of all
+            for plan, plan_loads in zip(plans, loads, strict=True):
+                rng = np.random.default_rng([SEED, r])  # equal plans get equal steps
+                plan_loads[r] = joined(
+                    [from_load(rng, load_E, N, k, S, plan[r], G) for load_E in load_BE]
+                )
+        yield DrawnSteps(N, np.repeat(np.arange(blocks), S), loads)
 
 
 def from_load(

@@ -28,7 +28,7 @@ from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, wor
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of
 from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation, too_few
-from moe_inspect.simulate.step import priced_steps
+from moe_inspect.simulate.step import imbalance_tables
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
@@ -167,8 +167,8 @@ def simulate_placement(
         }
         slots = ((P, place(of, [strongest], {})) for P, of in sizes.items())
         tables |= pricing.swept(slots, judged, priced["batch_tokens"])
-        costs, priced["costs"] = priced_steps(
-            trace, every[0], pricing.prices, in_use(plans), (layout.gpus, nodes), pricing.sizes
+        costs, priced["costs"] = imbalance_tables(
+            trace, every[0], pricing.prices, in_use(plans), layout, pricing.sizes
         )
         tables |= costs
     best, same = fastest(tables["policies"]), list[str]()

@@ -1,7 +1,6 @@
-"""What plans of `simulate placement` cost in milliseconds: the steps of the judged part, with the
-times of a kernel that was measured (`latency`). And what it costs to rebalance, and how often that
-pays: the experts that GPUs are sent, at the measured bandwidth between them, against what a plan
-loses as it ages.
+"""Prices of the plans of `simulate placement`: the milliseconds of steps of the judged part, what
+it costs to rebalance, and how often that pays: the bytes of the experts that GPUs are sent, at the
+measured bandwidth between them, against the time that a plan loses as it ages.
 
 N tokens of a step, B blocks of documents, W windows, V plans, each fitted on a window, E experts, P
 slots, G GPUs.
@@ -11,69 +10,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
 from pathlib import Path, PurePath
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate import sampling
+from moe_inspect.simulate import price, sampling
+from moe_inspect.simulate.latency import Shape
 from moe_inspect.simulate.placement.policies import CURRENT, Layout, contiguous, shares
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
 from moe_inspect.simulate.placement.workloads import Workload
-from moe_inspect.simulate.prices import (
-    BATCH_TOKENS,
-    Prices,
-    even,
-    p_apart,
-    prices_of,
-    shape_of,
-    sizes_of,
-)
+from moe_inspect.simulate.price import BATCH_TOKENS, Prices, shape_of
 from moe_inspect.simulate.result import Settings
-from moe_inspect.simulate.sampling import COUNTED, FEWEST_BLOCKS, MOST_BLOCKS, SEED, StepLoads
+from moe_inspect.simulate.sampling import SEED, DrawnSteps, Plan, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
-from moe_inspect.trace.reader import Trace, address
+from moe_inspect.trace.reader import address
 from moe_inspect.trace.shard import Shard
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlanTimes:
-    """The mean step under a plan. `parts`: ms by block, float64 [B], of each workload and phase
-    that it is judged on, which weigh `weights`, 1 together."""
+    """Times of the mean step under a plan. For each text that the plan is judged on (a workload, or
+    a phase of a trace): its weight, the ms of each block, float64 [B], the ms of an even load, and
+    the tokens that a step sends from GPU to GPU, over all layers, [G, G]."""
 
-    parts: list[np.ndarray]
-    weights: list[float]
-    even: float
-    sent: list[np.ndarray]
+    weights: list[float] = field(default_factory=list[float])
+    blocks: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    evens: list[float] = field(default_factory=list[float])
+    sent: list[np.ndarray] = field(default_factory=list[np.ndarray])
+
+    def add(self, weight: float, ms_B: np.ndarray, even: float, sent_GG: np.ndarray) -> None:
+        self.weights.append(weight)
+        self.blocks.append(ms_B)
+        self.evens.append(even)
+        self.sent.append(sent_GG)
+
+    @property
+    def shares(self) -> list[float]:
+        return [weight / sum(self.weights) for weight in self.weights]
 
     @property
     def sent_GG(self) -> np.ndarray:
-        """Tokens that a step sends from a GPU to a GPU, over all layers."""
-        return np.average(self.sent, axis=0, weights=self.weights)
+        return np.average(self.sent, axis=0, weights=self.shares)
 
     @property
     def ms(self) -> float:
-        return sum(w * float(ms_B.mean()) for w, ms_B in zip(self.weights, self.parts, strict=True))
+        return sum(w * float(ms_B.mean()) for w, ms_B in zip(self.shares, self.blocks, strict=True))
 
-    def p(self, other: PlanTimes) -> float:
-        """That of other documents both plans take as long. The same steps are compared, and errors
-        of the parts added up, as they may have documents in common. NaN of too few documents."""
-        apart = [a - b for a, b in zip(self.parts, other.parts, strict=True)]
-        if (blocks := min(map(len, apart))) < FEWEST_BLOCKS:
-            return math.nan
-        error = sum(
-            w * float(of_B.std(ddof=1)) / math.sqrt(len(of_B))
-            for w, of_B in zip(self.weights, apart, strict=True)
-        )
-        return p_apart(self.ms, other.ms, error, blocks)
+    @property
+    def even(self) -> float:
+        return float(np.dot(self.shares, self.evens))
 
-    def corrected_p(self, other: PlanTimes, plans: int) -> float:
-        """For the number of pairs of so many plans."""
-        return float(np.minimum(max(math.comb(plans, 2), 1) * self.p(other), 1.0))  # NaN stays
+    def p(self, other: PlanTimes, plans: int) -> float:
+        """The p-value that both plans take as long, corrected for the number of pairs of `plans`.
+        The same steps are compared. The standard errors of texts are added up, as texts may have
+        documents in common. NaN of too few documents."""
+        difference = [a - b for a, b in zip(self.blocks, other.blocks, strict=True)]
+        errors = map(price.standard_error, difference)
+        error = sum(w * e for w, e in zip(self.shares, errors, strict=True))
+        p = price.difference_p(self.ms, other.ms, error, min(map(len, difference)))
+        return float(np.minimum(max(math.comb(plans, 2), 1) * p, 1.0))  # NaN stays
+
+    def row(self, N: int) -> dict[str, float]:
+        ms, even = self.ms, self.even
+        return {"ms": ms, "even_ms": even, "cost": ms / even - 1, "tokens_per_s": N / ms * 1e3}
 
 
 Place = Callable[[np.ndarray, Layout], np.ndarray]
@@ -87,17 +90,17 @@ def pricing_of(
     batch_tokens: Sequence[int] | None,
     sweep: Sequence[int] | None,
 ) -> Pricing | None:
-    """None where no hardware is given. MoeInspectError for settings that do not go together, and a
+    """None unless hardware is given. MoeInspectError for settings that do not go together, and a
     kernel that was not measured."""
     if not (named["gpu"] or latency) and (any(named.values()) or sweep or batch_tokens):
         raise MoeInspectError(
             "--engine, --dtype, --kernel, --batch-tokens and --sweep are of measured times: give "
             "--hardware"
         )
-    sizes = sizes_of(BATCH_TOKENS if batch_tokens is None else batch_tokens)
+    sizes = price.sizes_of(BATCH_TOKENS if batch_tokens is None else batch_tokens)
     if named["gpu"] is None and latency is None:
         return None
-    return Pricing(prices_of(named, latency), sizes)
+    return Pricing(price.prices_of(named, latency), sizes)
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,20 @@ class Pricing:
         judged: Sequence[Workload],
         places: Mapping[str, Place],
     ) -> tuple[Settings, dict[str, PlanTimes]]:
-        """Adds the table `steps`, the times of the largest step to the table `policies`, and the
-        table `rebalancing`, of the first of `places` that there are plans of. The settings PRICED,
-        and the times of the largest step. MoeInspectError where the judged part has no step."""
+        """Add the table `steps`, the times of the largest step to the table `policies`, and the
+        table `rebalancing`, of the first of `places` that there are plans of. Return the settings
+        PRICED, and the times of the largest step. MoeInspectError if the judged part has no
+        step."""
         prices, layout = self.prices, next(iter(plans.layouts.values()))
         N, times, current = 0, dict[str, PlanTimes](), None
         unpriced, steps = dict[str, int](), list[pd.DataFrame]()
         for size in self.sizes:
-            found, without = self.times(plans, judged, size)
+            times_of_size, without = self.times(plans, judged, size)
             unpriced = dict.fromkeys(without, size) | unpriced
-            if found:
-                N, times, current = size, found, self.current(plans, judged, found, size)
-                steps.append(self.columns(times, current, layout.nodes, N))
+            if times_of_size:
+                N, times = size, times_of_size
+                current = self.current(plans, judged, times, size)
+                steps.append(policy_rows(times, current, layout.nodes, N))
         if not steps:
             raise MoeInspectError(
                 f"the judged part has no step of {self.sizes[0]:,} tokens: give fewer with "
@@ -139,50 +144,55 @@ class Pricing:
             changes, ageing = rebalancing(plans, again, places[again], prices, N)
             tables["rebalancing"] = changes
         shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
-        said = prices.said(layout.gpus, layout.nodes, shapes, N)
-        first = current and {"ms": current.ms, "even_ms": current.even}
-        of = prices.kernel.name, N, prices.error, said, unpriced, ageing, first
-        return dict(zip(PRICED, of, strict=True)), times
+        settings: Settings = {
+            "kernel": prices.kernel.name,
+            "batch_tokens": N,
+            "error": prices.error,
+            "times": prices.describe(layout.gpus, layout.nodes, shapes, N),
+            "unpriced": unpriced,
+            "ageing": ageing,
+            "current": current and {"ms": current.ms, "even_ms": current.even},
+        }
+        return settings, times
 
     def current(
         self, plans: PlacementPlans, judged: Sequence[Workload], times: dict[str, PlanTimes], N: int
     ) -> PlanTimes | None:
-        """Of the placement in use: of the plan that is given; or of experts in order, without
-        replicas, as a server has them at first, or of `contiguous`, which may have replicas, where
-        the GPUs cannot share experts evenly."""
+        """Times of the placement in use: of the given plan, else of experts in order without
+        replicas, as a server has them at first. If the GPUs cannot share experts evenly, of
+        `contiguous`, which may have replicas."""
         if CURRENT in times:
             return times[CURRENT]
-        contiguous = times.get("contiguous")
         experts = {r: plans.trace.routers[r].experts for r in plans.layouts}
         slots = {r: layout.slots for r, layout in plans.layouts.items()}
         uneven = any(E % plans.layouts[r].gpus for r, E in experts.items())
-        if uneven or (contiguous and slots == experts):
-            return contiguous
-        of = {
+        if uneven or ("contiguous" in times and slots == experts):
+            return times.get("contiguous")
+        without_replicas = {
             "layouts": {r: replace(plans.layouts[r], slots=E) for r, E in experts.items()},
             "of": {(r, "in order"): np.arange(E) for r, E in experts.items()},
         }
-        alone = replace(plans, **of, judging=[replace(one, **of) for one in plans.judging])
-        return self.times(alone, judged, N)[0].get("in order")
+        judging = [replace(each, **without_replicas) for each in plans.judging]
+        in_order = replace(plans, **without_replicas, judging=judging)
+        return self.times(in_order, judged, N)[0].get("in order")
 
     def swept(
         self, every: Iterable[tuple[int, PlacementPlans]], judged: Sequence[Workload], N: int
     ) -> dict[str, pd.DataFrame]:
-        """The table `sweep`, a row per number of slots, where there are any; `every`: each with the
-        plans of one policy; N: tokens of a step."""
+        """The table `sweep`, a row per number of slots, if there are any. `every`: numbers of
+        slots, each with the plans of one policy; N: tokens of a step."""
         times, rows = list[PlanTimes](), list[dict[str, object]]()
         for slots, plans in every:
-            [(policy, of)] = self.times(plans, judged, N)[0].items()
-            times.append(of)
+            [(policy, plan_times)] = self.times(plans, judged, N)[0].items()
+            times.append(plan_times)
             experts = {plans.trace.routers[r].experts for r in plans.selection.routers}
-            row = {"physical_experts": slots, "redundant": slots - max(experts)}
-            row |= {"policy": policy, "memory_gb": self.memory(plans)}
-            rows.append(row | _prices(of, N))
+            row = {"physical_experts": slots, "redundant": slots - max(experts), "policy": policy}
+            rows.append({**row, "memory_gb": self.memory(plans), **plan_times.row(N)})
         if not rows:
             return {}
-        fastest = min(times, key=lambda of: of.ms)
-        for of, row in zip(times, rows, strict=True):
-            row["ms_p"] = of.corrected_p(fastest, len(rows))
+        fastest = min(times, key=lambda plan_times: plan_times.ms)
+        for plan_times, row in zip(times, rows, strict=True):
+            row["ms_p"] = plan_times.p(fastest, len(rows))
         return {"sweep": pd.DataFrame(rows)}
 
     def memory(self, plans: PlacementPlans) -> float:
@@ -195,63 +205,54 @@ class Pricing:
     def times(
         self, plans: PlacementPlans, judged: Sequence[Workload], N: int
     ) -> tuple[dict[str, PlanTimes], list[str]]:
-        """By policy, none where there is no step of N tokens; and which of the text is too little
-        for a step. `judged`: the counts of what plans are judged on, where there are only these.
-        MoeInspectError where no size of experts is known."""
-        trace = plans.trace
+        """Times by policy, and the names of the texts that are too short for a step of N tokens.
+        `judged`: the counts that plans are judged on, if there are no decisions. MoeInspectError if
+        the size of experts is unknown."""
         policies = list(dict.fromkeys(name for _, name in plans.of))
-        parts = _drawn(plans.judging, policies, N)
+        shapes = {r: shape_of(plans.trace, r) for r in plans.selection.routers}
+        texts = _decisions(plans.judging, policies, N)
         if not plans.judging:
-            parts = _by_counts(plans, judged, policies, N)
-        found = {name: PlanTimes([], [], 0.0, []) for name in policies}
-        evenly, weights, without = list[float](), list[float](), list[str]()
-        for what, weight, block_S, loads in parts:
-            if not len(block_S):
-                without.append(what)
+            texts = _counts(plans, judged, policies, N)
+        times, too_short = {name: PlanTimes() for name in policies}, list[str]()
+        for text, weight, drawn in texts:
+            if not len(drawn.block_S):
+                too_short.append(text)
                 continue
-            _, of_S, steps_B = np.unique(block_S, return_inverse=True, return_counts=True)
-            for name, of in zip(policies, loads, strict=True):
-                ms_S = sum(self.prices.of(x, shape_of(trace, r), N).total for r, x in of.items())
-                found[name].parts.append(np.bincount(of_S, ms_S) / steps_B)
-                sent_GG = np.sum([x.sent_GG for x in of.values()], axis=0)
-                found[name].sent.append(sent_GG / len(block_S))
-            evenly.append(sum(self.evenly(trace, r, plans.layouts[r], N) for r in loads[0]))
-            weights.append(weight)
-        if not weights:
-            return {}, without
-        share = [w / sum(weights) for w in weights]
-        mean = float(np.dot(share, evenly))
-        return {n: PlanTimes(of.parts, share, mean, of.sent) for n, of in found.items()}, without
+            layouts = [(r, plans.layouts[r]) for r in drawn.loads[0]]
+            even = {r: price.even_loads(N, shapes[r], to.slots, to.gpus) for r, to in layouts}
+            even_ms = self._total(even, shapes, N).item()
+            for plan_times, loads in zip(times.values(), drawn.loads, strict=True):
+                ms_B = price.block_means(self._total(loads, shapes, N), drawn.block_S)
+                sent_GG = np.sum([each.sent_GG for each in loads.values()], axis=0)
+                plan_times.add(weight, ms_B, even_ms, sent_GG / len(drawn.block_S))
+        return {name: of for name, of in times.items() if of.weights}, too_short
 
-    def evenly(self, trace: Trace, router: int, layout: Layout, N: int) -> float:
-        """Milliseconds of a layer of evenly loaded slots, whose tokens choose at random."""
-        shape = shape_of(trace, router)
-        spread = even(N, shape, layout.slots, layout.gpus)
-        return float(self.prices.of(spread, shape, N).total.item())
-
-    def columns(
-        self, times: dict[str, PlanTimes], current: PlanTimes | None, nodes: int, N: int
-    ) -> pd.DataFrame:
-        """For the tables `policies` and `steps`: a row per policy. The p-values are corrected for
-        the number of pairs of policies."""
-        fastest = min(times.values(), key=lambda of: of.ms)
-        rows = list[dict[str, object]]()
-        for name, of in times.items():
-            p = {"ms_p": of.corrected_p(fastest, len(times))}
-            if current:
-                p["current_p"] = of.corrected_p(current, len(times))
-            rows.append({"policy": name, "tokens": N} | _prices(of, N) | p)
-            if of.sent_GG.any():
-                rows[-1] |= _crossing(of.sent_GG, nodes)
-        return pd.DataFrame(rows)
+    def _total(self, loads: dict[int, StepLoads], shapes: dict[int, Shape], N: int) -> np.ndarray:
+        """Milliseconds of all layers in each step. float64 [S]"""
+        ms_RS = [self.prices.step_times(each, shapes[r], N).total for r, each in loads.items()]
+        return np.sum(ms_RS, axis=0)
 
 
-def _prices(of: PlanTimes, N: int) -> dict[str, object]:
-    cost = of.ms / of.even - 1
-    return {"ms": of.ms, "even_ms": of.even, "cost": cost, "tokens_per_s": N / of.ms * 1e3}
+def policy_rows(
+    times: dict[str, PlanTimes], current: PlanTimes | None, nodes: int, N: int
+) -> pd.DataFrame:
+    """A row per policy, for the tables `policies` and `steps`. The p-values are corrected for the
+    number of pairs of policies."""
+    fastest = min(times.values(), key=lambda plan_times: plan_times.ms)
+    rows = list[dict[str, object]]()
+    for name, plan_times in times.items():
+        row: dict[str, object] = {"policy": name, "tokens": N, **plan_times.row(N)}
+        row["ms_p"] = plan_times.p(fastest, len(times))
+        if current:
+            row["current_p"] = plan_times.p(current, len(times))
+        if (sent_GG := plan_times.sent_GG).any():
+            row |= _crossing(sent_GG, nodes)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def traffic_of(sent_GG: np.ndarray, nodes: int) -> pd.DataFrame:
+    """The table `traffic`: a row per pair of GPUs."""
     gpu_N, to_N = np.indices(sent_GG.shape).reshape(2, -1)
     same_N = _same_node(len(sent_GG), nodes).reshape(-1)
     columns = {"gpu_from": gpu_N, "gpu_to": to_N, "same_node": same_N}
@@ -259,10 +260,10 @@ def traffic_of(sent_GG: np.ndarray, nodes: int) -> pd.DataFrame:
 
 
 def _crossing(sent_GG: np.ndarray, nodes: int) -> dict[str, float]:
-    """The shares of what GPUs send that go to another GPU of the node, and to another node."""
-    whole, own = sent_GG.sum(), np.trace(sent_GG)
+    """Shares of the sent tokens that go to another GPU of the node, and to another node."""
+    total, own = sent_GG.sum(), np.trace(sent_GG)
     within = sent_GG[_same_node(len(sent_GG), nodes)].sum()
-    return {"intra_node": float((within - own) / whole), "inter_node": float(1 - within / whole)}
+    return {"intra_node": float((within - own) / total), "inter_node": float(1 - within / total)}
 
 
 def _same_node(G: int, nodes: int) -> np.ndarray:
@@ -278,62 +279,52 @@ def _judged(shard: Shard, plans: PlacementPlans, phase: str | None) -> np.ndarra
     return judged_T & taken(shard, replace(plans.selection, phase=phase)) if phase else judged_T
 
 
-# what it is of, its weight, the block of each step (none where it has no step), loads by policy
-Part = tuple[str, float, np.ndarray, list[dict[int, StepLoads]]]
+Text = tuple[str, float, DrawnSteps]  # name, weight, steps under the plan of each policy
 
 
-def _drawn(judging: Sequence[PlacementPlans], policies: Sequence[str], N: int) -> Iterator[Part]:
-    """Of each trace judged on, whose phases weigh as their tokens."""
-    for of in judging:
-        trace, G = of.trace, next(iter(of.layouts.values())).gpus
-        phases = [of.selection.phase] if of.selection.phase else phases_of(trace)
-        placed = [{r: of.of[r, name] for r in of.selection.routers} for name in policies]
-        wanted = {phase: partial(_judged, plans=of, phase=phase) for phase in phases}
+def _decisions(
+    judging: Sequence[PlacementPlans], policies: Sequence[str], N: int
+) -> Iterator[Text]:
+    """Each phase of each trace that plans are judged on. The phases of a trace weigh as their
+    tokens."""
+    for plans in judging:
+        trace, G = plans.trace, next(iter(plans.layouts.values())).gpus
+        by_policy = [{r: plans.of[r, name] for r in plans.selection.routers} for name in policies]
+        phases = [plans.selection.phase] if plans.selection.phase else phases_of(trace)
+        wanted = {phase: partial(_judged, plans=plans, phase=phase) for phase in phases}
         tokens = {
-            phase: sum(int(mine(shard).sum()) for shard in trace.shards)
-            for phase, mine in wanted.items()
+            phase: sum(int(is_wanted(shard).sum()) for shard in trace.shards)
+            for phase, is_wanted in wanted.items()
         }
-        for phase, mine in wanted.items():
-            routers = [r for r in of.selection.routers if trace.routers[r].sees(phase or "")]
+        for phase, is_wanted in wanted.items():
+            routers = [r for r in plans.selection.routers if trace.routers[r].sees(phase or "")]
             if not tokens[phase] or not routers:
                 continue
-            what = " of ".join(filter(None, (phase, PurePath(address(trace)).name)))
-            [steps] = sampling.draw_steps(trace, mine, [N], phase == "decode")
-            loads = sampling.loads_of_steps(trace, routers, steps, placed, G)
-            yield what, tokens[phase] / sum(tokens.values()), steps.block_S, loads
+            name = " of ".join(filter(None, (phase, PurePath(address(trace)).name)))
+            [drawn] = sampling.steps_of_decisions(
+                trace, routers, is_wanted, [N], by_policy, G, phase == "decode"
+            )
+            yield name, tokens[phase] / sum(tokens.values()), drawn
 
 
-def _by_counts(
+def _counts(
     plans: PlacementPlans, judged: Sequence[Workload], policies: Sequence[str], N: int
-) -> Iterator[Part]:
-    """Of each workload judged on, as if each token chose by the load of its block of documents, or
-    by that of all where documents are unknown."""
+) -> Iterator[Text]:
+    """Each workload that plans are judged on. All weigh the same."""
     G, routers = next(iter(plans.layouts.values())).gpus, plans.selection.routers
-    for one in judged:
-        units = int(one.units_U.sum())
-        blocks = 1 if one.counts.documents_unknown else min(MOST_BLOCKS, units)
-        block_U = np.random.default_rng(SEED).permutation(units) % blocks
-        load_BE = {
-            r: np.stack([one.load_UE(r)[block_U == b].sum(0) for b in range(blocks)])
-            for r in routers
-        }
-        S = COUNTED // blocks
-        loads = [dict[int, StepLoads]() for _ in policies]
-        for r, (name, of) in product(routers, zip(policies, loads, strict=True)):
-            drawn = (plans.trace.routers[r].top_k, S, plans.of[r, name], G)
-            rng = np.random.default_rng([SEED, r])  # the same for equal plans
-            if (whole_E := load_BE[r].sum(0)).any():  # a block without load has that of all
-                of_B = (load_E if load_E.any() else whole_E for load_E in load_BE[r])
-                loads_B = [sampling.from_load(rng, load_E, N, *drawn) for load_E in of_B]
-                of[r] = sampling.joined(loads_B)
-        if loads[0]:
-            yield one.name, 1.0, np.repeat(np.arange(blocks), S), loads
+    by_policy = [{r: plans.of[r, name] for r in routers} for name in policies]
+    for workload in judged:
+        [drawn] = sampling.steps_of_counts(
+            workload.counts, workload.units_U, routers, [N], by_policy, G
+        )
+        if drawn.loads[0]:
+            yield workload.name, 1.0, drawn
 
 
-def in_use(plans: PlacementPlans) -> dict[int, np.ndarray]:
-    """The expert of each slot, by router, under the placement in use: that of the plan that is
-    given, or experts in order, without replicas where GPUs can share them evenly."""
-    placed = dict[int, np.ndarray]()
+def in_use(plans: PlacementPlans) -> Plan:
+    """The placement in use: the given plan, or experts in order, without replicas if GPUs can share
+    them evenly."""
+    placed: Plan = {}
     for r, layout in plans.layouts.items():
         E = plans.trace.routers[r].experts
         without = layout if E % layout.gpus else replace(layout, slots=E)  # replicas
@@ -414,7 +405,7 @@ def _priced(
         for w, load_E in enumerate(plans.loads[r]):
             if load_E.any():
                 loads = sampling.expected(load_E, N, shape.top_k, expert_VP, layout.gpus)
-                ms_VW[:, w] += prices.of(loads, shape, N).total
+                ms_VW[:, w] += prices.step_times(loads, shape, N).total
     return ms_VW
 
 

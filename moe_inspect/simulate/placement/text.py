@@ -12,8 +12,7 @@ from moe_inspect.reporting.charts import spec
 from moe_inspect.simulate.placement.policies import CURRENT
 from moe_inspect.simulate.placement.tables import time_of, worth
 from moe_inspect.simulate.result import SIMULATED, Frame, Labels, Settings, Tables
-from moe_inspect.simulate.step import costs_said
-from moe_inspect.simulate.step import panels as imbalance_panels
+from moe_inspect.simulate.step import cost_panels, cost_sentences
 from moe_inspect.text import plural
 
 LISTED = 4  # workloads that a sentence names
@@ -31,7 +30,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
         takes = f"the busiest GPU has {first['max_over_mean']:.2f}x the mean load"
     sentences = list[str]()
     if settings["costs"]:
-        sentences += costs_said(tables, settings["costs"], label_of)
+        sentences += cost_sentences(tables, settings["costs"], label_of)
     sentences.append(
         f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, {takes} "
         f"(worst layer {first['worst_max_over_mean']:.2f}x)."
@@ -329,7 +328,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
     if "sweep" in tables:
         panels.append(_by_memory(tables["sweep"]))
     if settings["costs"]:
-        panels += imbalance_panels(tables, settings["costs"], label_of)
+        panels += cost_panels(tables, settings["costs"], label_of)
     return spec.Chart(
         "Placement of experts",
         "Load of the busiest GPU ÷ mean load of the GPUs, by policy",
