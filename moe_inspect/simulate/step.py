@@ -71,7 +71,7 @@ def imbalance_costs(
     selection = select(trace, layers, domains, phase)
     plan: Plan = {} if placement is None else placement_of(placement, trace, selection)
     slots = len(next(iter(plan.values()))) if plan else None
-    layouts = layouts_of(trace, selection, gpus, nodes, slots, None)
+    layouts = layouts_of(trace, selection, gpus, nodes, None, slots)
     for r, layout in layouts.items():
         plan.setdefault(r, contiguous(np.empty(trace.routers[r].experts), layout))
     layout, sizes = next(iter(layouts.values())), price.sizes_of(batch_tokens)

@@ -1,18 +1,19 @@
 """`simulate placement`: expert parallelism. Which GPU should hold which expert, fitted on the
-trace's first part and judged on the rest, or on workloads and judged on others.
+trace's first part and judged on the rest, or fitted on workloads and judged on others.
 
-Replicas of an expert share its load evenly.
+Replicas of an expert share its load evenly. W windows, E experts, P slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
@@ -23,33 +24,79 @@ from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.forecast import local_search
 from moe_inspect.simulate.placement.plan import placement_of, plan_table
 from moe_inspect.simulate.placement.policies import CURRENT, Layout, layouts_of
-from moe_inspect.simulate.placement.pricing import PRICED, PlanTimes, in_use, pricing_of, traffic_of
+from moe_inspect.simulate.placement.pricing import (
+    PRICED,
+    PlanTimes,
+    Pricing,
+    pricing_of,
+    traffic_of,
+)
 from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, worth
 from moe_inspect.simulate.placement.text import chart, verdict
+from moe_inspect.simulate.placement.windows import PlacementPlans
 from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of
 from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation, too_few
-from moe_inspect.simulate.step import imbalance_tables
+from moe_inspect.simulate.sampling import Plan
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
-
 FIT_SHARE = 0.5  # of a trace alone
 
-# from the load of each expert, [E], or that of each window, [W, E], to the expert of each slot;
-# with True, windows are workloads
+# from the load of each expert, [E], or of each window and expert, [W, E], to the expert of each
+# slot; with True, windows are workloads
 Policy = Callable[..., np.ndarray]
 
 
 def _of_sum(place: Callable[[np.ndarray, Layout], np.ndarray]) -> Policy:
     """A policy that looks at the sum over the windows."""
-    return lambda load, layout, apart=False: place(np.atleast_2d(load).sum(0), layout)
+    return lambda load, layout, workloads=False: place(np.atleast_2d(load).sum(0), layout)
 
 
 BY_SUM = (policy.contiguous, policy.round_robin, policy.greedy, policy.eplb, policy.eplb_global)
 POLICIES = {place.__name__.replace("_", "-"): _of_sum(place) for place in BY_SUM}
-# what engines refit as they run
+# policies that engines refit as they run
 ONLINE = {name: POLICIES[name] for name in ("eplb", "eplb-global", "greedy")}
 POLICIES["local-search"] = lambda load, *how: local_search(np.atleast_2d(load), *how)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What plans are fitted on: the first `traces` traces, or domains or a phase of the only one,
+    with weights, or the first share of it."""
+
+    traces: int
+    domains: str | Iterable[str] | None
+    phase: str | None
+    weights: Sequence[float] | None
+    share: float | None
+
+    def workloads(
+        self, traces: Sequence[Trace], selections: Sequence[Selection]
+    ) -> Workloads | None:
+        """The workloads that plans are fitted and judged on; None for the first part and the rest
+        of the only trace."""
+        parts = [self.traces > 1, self.domains, self.phase]
+        alone, share = len(traces) == 1 and not any(parts), self.share
+        parts.append(self.phase and selections[0].phase)
+        for is_wrong, message in (
+            (
+                share is not None and not 0 < share <= 1,
+                f"fit share {share}: give a share of the trace above 0 and at most 1",
+            ),
+            (
+                share is not None and not alone,
+                "--fit-share is for one trace that is judged on its own later part",
+            ),
+            (
+                sum(map(bool, parts)) > 1,
+                "plans are fitted on several traces, domains, or a phase: give one of these",
+            ),
+            (self.weights and alone, "fit_weights are for several traces or domains fitted on"),
+        ):
+            if is_wrong:
+                raise MoeInspectError(message)
+        fitted = self.traces, self.domains, self.phase, self.weights
+        return None if alone else workloads_of(traces, selections, *fitted)
 
 
 @repeatable
@@ -106,138 +153,142 @@ def simulate_placement(
     that of an even load − 1.
     MoeInspectError for settings out of range, numbers that do not divide, and traces of other
     routers."""
-    trace = open_trace(trace)
-    traces = [trace, *map(open_trace, (*others, *(judge or ())))]
-    every = [select(each, layers, domains, phase) for each in traces]
-    selection, apart = every[0], bool(len(traces) > 1 or fit_domains or fit_phase)
-    names = list(policies or POLICIES)
-    current = {} if placement is None else placement_of(placement, trace, selection)
-    for expert_P in current.values():
-        physical_experts = physical_experts or len(expert_P)
-        if len(expert_P) != physical_experts:
-            raise MoeInspectError(
-                f"{placement} has {len(expert_P)} slots per layer: give --physical-experts "
-                f"{len(expert_P)}, or none"
-            )
-    layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
-    unknown = [name for name in names if name not in POLICIES]
-    parts = sum(map(bool, (others, fit_domains, fit_phase)))
-    for is_wrong, said in (
-        (unknown, f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}"),
-        (dispatch not in DISPATCHES, f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}"),
-        (
-            fit_share is not None and not 0 < fit_share <= 1,
-            f"fit share {fit_share}: give a share of the trace above 0 and at most 1",
-        ),
-        (
-            apart and fit_share is not None,
-            "--fit-share is for one trace that is judged on its own later part",
-        ),
-        (
-            parts + bool(fit_phase and phase) > 1,
-            "plans are fitted on several traces, domains, or a phase: give one of these",
-        ),
-        (fit_weights and not apart, "fit_weights are for several traces or domains fitted on"),
-    ):
-        if is_wrong:
-            raise MoeInspectError(said)
+    traces = [open_trace(each) for each in (trace, *others, *(judge or ()))]
+    selections = [select(each, layers, domains, phase) for each in traces]
     named = {"gpu": hardware, "engine": engine, "dtype": dtype, "kernel": kernel}
-    pricing = pricing_of(named, latency, batch_tokens, sweep)
-    among = None
-    if apart:
-        among = workloads_of(traces, every, 1 + len(others), fit_domains, fit_phase, fit_weights)
-    selection, windows, loads = _seen(trace, selection, among, fit_share)
-    empty = fitting.PlacementPlans(trace, selection, windows, layouts, loads, {})
-    place = partial(_placed, empty, among)
-    plans = place(layouts, names, current)
-    tables = tables_of(plans, fitting.ranks_reached(plans.judging), dispatch == "lp")
-    if among:
-        tables["judged"] = among.table(plans, tables["windows"])
-        ratio = tables["policies"].set_index("policy")["max_over_mean"]
-        tables["policies"]["slower_p"] = among.slower_p(plans, ratio)
-    priced: Settings = dict.fromkeys((*PRICED, "costs"))
-    times = dict[str, PlanTimes]()
-    layout, alone = next(iter(layouts.values())), not (apart or trace.counts_only)
-    if pricing:
-        judged = among.judged or among.fitted if among else [workload(trace, selection)]
-        priced, times = pricing.added(tables, plans, judged, ONLINE)
-        strongest = "local-search" if "local-search" in names else names[-1]
-        sizes = {
-            P: layouts_of(trace, selection, gpus, nodes, P, groups) for P in sorted(sweep or ())
-        }
-        slots = ((P, place(of, [strongest], {})) for P, of in sizes.items())
-        tables |= pricing.swept(slots, judged, priced["batch_tokens"])
-        costs, priced["costs"] = imbalance_tables(
-            trace, every[0], pricing.prices, in_use(plans), layout, pricing.sizes
+    return _simulated(
+        traces,
+        selections,
+        FitOptions(1 + len(others), fit_domains, fit_phase, fit_weights, fit_share),
+        partial(layouts_of, traces[0], selections[0], gpus, nodes, groups),
+        physical_experts,
+        placement,
+        list(policies or POLICIES),
+        dispatch,
+        pricing_of(named, latency, batch_tokens, sweep),
+    )
+
+
+def _simulated(
+    traces: list[Trace],
+    selections: list[Selection],
+    fit: FitOptions,
+    layouts: Callable[[int | None], dict[int, Layout]],
+    slots: int | None,
+    plan_file: str | Path | None,
+    names: list[str],
+    dispatch: str,
+    pricing: Pricing | None,
+) -> Simulation:
+    """The simulation of the policies `names`. `layouts`: from slots per layer to the layout of each
+    router; `plan_file`: the plan in use."""
+    trace, selection = traces[0], selections[0]
+    current = {} if plan_file is None else placement_of(plan_file, trace, selection)
+    if (used := next(map(len, current.values()), slots)) != (slots or used):
+        raise MoeInspectError(
+            f"{plan_file} has {used} slots per layer: give --physical-experts {used}, or none"
         )
-        tables |= costs
-    best, same = fastest(tables["policies"]), list[str]()
-    if (tables["windows"]["part"] == "judged").any():
-        best, *same = alike(tables["policies"], (CURRENT, *POLICIES), worth(priced["error"]))
+    layout_of = layouts(used)
+    layout = next(iter(layout_of.values()))
+    if unknown := [name for name in names if name not in POLICIES]:
+        raise MoeInspectError(f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}")
+    if dispatch not in DISPATCHES:
+        raise MoeInspectError(f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}")
+    workloads = fit.workloads(traces, selections)
+    place = partial(_placed, _loads(trace, selection, workloads, fit.share), workloads)
+    plans = place(layout_of, names, current)
+    tables = tables_of(plans, fitting.ranks_reached(plans.judging), dispatch == "lp")
+    if workloads:
+        tables["judged"] = workloads.table(plans, tables["windows"])
+        ratio = tables["policies"].set_index("policy")["max_over_mean"]
+        tables["policies"]["slower_p"] = workloads.slower_p(plans, ratio)
+    priced: Settings = dict.fromkeys(PRICED)
+    times = dict[str, PlanTimes]()
+    if pricing:
+        judged = (workloads.judged or workloads.fitted) if workloads else None
+        judged = judged or [workload(trace, selection)]
+        strongest = "local-search" if "local-search" in names else names[-1]
+        sweep = {size: layouts(size) for size in pricing.sweep}
+        swept = ((size, place(each, [strongest], {})) for size, each in sweep.items())
+        priced, times = pricing.added(tables, plans, judged, ONLINE, swept, selection)
+    best, as_fast = _recommended(tables, priced["error"])
     tables["plan"] = plan_table(plans, best)
     if pricing and plans.judging:  # tokens are told apart
-        sent = traffic_of(times[best].sent_GG, layout.nodes)
-        tables["traffic"] = sent.assign(policy=best)[["policy", *sent]]
+        tables["traffic"] = traffic_of(times[best].sent_GG, layout.nodes, best)
+    in_order = not (workloads or trace.counts_only)
+    windows = plans.windows
     settings: Settings = {
         "gpus": layout.gpus,
         "nodes": layout.nodes,
         "groups": layout.groups,
-        "physical_experts": physical_experts,
+        "physical_experts": used,
         "policies": [*([CURRENT] if current else []), *names],
-        "placement": str(placement) if placement is not None else None,
-        "fitted_on": [one.name for one in among.fitted] if among else None,
-        "fit_weights": fit_weights,
-        "fit_share": (fit_share or FIT_SHARE) if alone else None,
-        "window": -(-windows.tokens // (len(windows.edge_W) - 1)) if alone else None,
+        "placement": str(plan_file) if plan_file is not None else None,
+        "fitted_on": [each.name for each in workloads.fitted] if workloads else None,
+        "fit_weights": fit.weights,
+        "fit_share": (fit.share or FIT_SHARE) if in_order else None,
+        "window": -(-windows.tokens // (len(windows.edge_W) - 1)) if in_order else None,
         "dispatch": dispatch,
         **priced,
         "recommended": best,
-        "as_fast": same,
+        "as_fast": as_fast,
         "layers": trace.blocks,
-        "moe_layers": sorted({r.layer for r in trace.routers}),
+        "moe_layers": sorted({router.layer for router in trace.routers}),
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
         "counts_only": not plans.judging,
-        "fed": trace.fed_by_length if alone else "",
+        "fed": trace.fed_by_length if in_order else "",
     }
-    few = among.too_few if among else too_few(trace, selection)
+    few = workloads.too_few if workloads else too_few(trace, selection)
     shown = ("policies", "steps") if pricing else ("policies",)
     return simulation(trace, few, tables, settings, verdict, chart, shown)
 
 
+def _loads(
+    trace: Trace, selection: Selection, workloads: Workloads | None, fit_share: float | None
+) -> PlacementPlans:
+    """The loads that plans are fitted on, as yet without plans: of windows of the trace, or of its
+    only workload; of one window if the trace holds counts, which have no order; or of several
+    workloads, a window each."""
+    if workloads and (len(workloads.fitted) > 1 or trace.counts_only):
+        windows, loads = workloads.windows(judged=False)
+    elif trace.counts_only:
+        counts, edge_W = count_trace(trace, selection), np.array([0.0, 1.0])
+        windows = fitting.FitWindows(edge_W, 1, trace.n_tokens)
+        loads = {r: counts.load_E(r)[None] for r in selection.routers}
+    else:
+        if workloads:
+            selection, fit_share = workloads.fitted[0].selection, 1.0
+        windows = fitting.fit_windows_of(trace, selection, fit_share or FIT_SHARE)
+        loads = fitting.loads_of(trace, selection, windows)
+    return PlacementPlans(trace, selection, windows, {}, loads, {})
+
+
 def _placed(
-    empty: fitting.PlacementPlans,
-    among: Workloads | None,
+    loads: PlacementPlans,
+    workloads: Workloads | None,
     layouts: dict[int, Layout],
     policies: Sequence[str],
-    current: dict[int, np.ndarray],
-) -> fitting.PlacementPlans:
-    """The plan in use, by router, where one is given, and those of these policies."""
-    in_use = {(r, CURRENT): expert_P for r, expert_P in current.items()}
-    plans = replace(empty, layouts=layouts, of=in_use)
-    several = among is not None and len(among.fitted) > 1
+    current: Plan,
+) -> PlacementPlans:
+    """The plans of these policies, and the plan in use if there is one, on the judged part."""
+    placed = {(r, CURRENT): expert_P for r, expert_P in current.items()}
+    plans = replace(loads, layouts=layouts, of=placed)
+    several = workloads is not None and len(workloads.fitted) > 1
     for r in tracked(plans.selection.routers, "placing", "routers"):
         for name in policies:
             load_WE = plans.loads[r][: plans.windows.fit]
             plans.of[r, name] = POLICIES[name](load_WE, layouts[r], several)
-    if among is None:
+    if workloads is None:
         return plans if plans.trace.counts_only else replace(plans, judging=[plans])
-    windows, loads = among.windows(judged=True)
-    plans = replace(plans, windows=windows, loads=loads)
-    return replace(plans, judging=[*among.judging(plans)])
+    windows, judged_loads = workloads.windows(judged=True)
+    plans = replace(plans, windows=windows, loads=judged_loads)
+    return replace(plans, judging=[*workloads.judging(plans)])
 
 
-def _seen(
-    trace: Trace, selection: Selection, among: Workloads | None, fit_share: float | None
-) -> tuple[Selection, fitting.FitWindows, dict[int, np.ndarray]]:
-    """What plans are fitted to: windows of the trace, or of its only workload; one where it holds
-    counts, in no order; or several workloads, a window each."""
-    if among and (len(among.fitted) > 1 or trace.counts_only):
-        return selection, *among.windows(judged=False)
-    if trace.counts_only:
-        counts, whole = count_trace(trace, selection), np.array([0.0, 1.0])
-        loads = {r: counts.load_E(r)[None] for r in selection.routers}
-        return selection, fitting.FitWindows(whole, 1, trace.n_tokens), loads
-    if among:
-        selection, fit_share = among.fitted[0].selection, 1.0
-    windows = fitting.fit_windows_of(trace, selection, fit_share or FIT_SHARE)
-    return selection, windows, fitting.loads_of(trace, selection, windows)
+def _recommended(tables: Mapping[str, pd.DataFrame], error: float | None) -> tuple[str, list[str]]:
+    """The policy to recommend, and the others that are no slower. Of plans that are judged on what
+    they are fitted to, the fastest."""
+    if not (tables["windows"]["part"] == "judged").any():
+        return fastest(tables["policies"]), []
+    best, *as_fast = alike(tables["policies"], (CURRENT, *POLICIES), worth(error))
+    return best, as_fast

@@ -43,8 +43,8 @@ def layouts_of(
     selection: Selection,
     gpus: int | None,
     nodes: int,
-    physical: int | None,
     groups: int | None,
+    physical: int | None,
 ) -> dict[int, Layout]:
     """The layout of each router. `physical`: experts of a layer, replicas included; None: as many
     as there are. MoeInspectError where the numbers do not divide."""

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import price, sampling
 from moe_inspect.simulate.latency import Shape
@@ -27,6 +28,7 @@ from moe_inspect.simulate.price import BATCH_TOKENS, Prices, shape_of
 from moe_inspect.simulate.result import Settings
 from moe_inspect.simulate.sampling import SEED, DrawnSteps, Plan, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
+from moe_inspect.simulate.step import imbalance_tables
 from moe_inspect.trace.reader import address
 from moe_inspect.trace.shard import Shard
 
@@ -81,7 +83,7 @@ class PlanTimes:
 
 Place = Callable[[np.ndarray, Layout], np.ndarray]
 # settings
-PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "ageing", "current"
+PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "ageing", "current", "costs"
 
 
 def pricing_of(
@@ -100,15 +102,16 @@ def pricing_of(
     sizes = price.sizes_of(BATCH_TOKENS if batch_tokens is None else batch_tokens)
     if named["gpu"] is None and latency is None:
         return None
-    return Pricing(price.prices_of(named, latency), sizes)
+    return Pricing(price.prices_of(named, latency), sizes, sorted(sweep or ()))
 
 
 @dataclass(frozen=True)
 class Pricing:
-    """`sizes`: tokens of a step, over all GPUs, ascending."""
+    """`sizes`: tokens of a step, over all GPUs; `sweep`: slots per layer. Both ascend."""
 
     prices: Prices
     sizes: list[int]
+    sweep: list[int]
 
     def added(
         self,
@@ -116,12 +119,17 @@ class Pricing:
         plans: PlacementPlans,
         judged: Sequence[Workload],
         places: Mapping[str, Place],
+        swept: Iterable[tuple[int, PlacementPlans]],
+        selection: Selection,
     ) -> tuple[Settings, dict[str, PlanTimes]]:
-        """Add the table `steps`, the times of the largest step to the table `policies`, and the
-        table `rebalancing`, of the first of `places` that there are plans of. Return the settings
-        PRICED, and the times of the largest step. MoeInspectError if the judged part has no
-        step."""
-        prices, layout = self.prices, next(iter(plans.layouts.values()))
+        """Add the tables of prices, and the times of the largest step to the table `policies`.
+        Return the settings PRICED, and the times of the largest step. MoeInspectError if the judged
+        part has no step.
+
+        `places`: the table `rebalancing` is about the first of these that there are plans of;
+        `swept`: plans of one policy for numbers of slots; `selection`: what the placement in use is
+        priced on."""
+        prices, trace, layout = self.prices, plans.trace, next(iter(plans.layouts.values()))
         N, times, current = 0, dict[str, PlanTimes](), None
         unpriced, steps = dict[str, int](), list[pd.DataFrame]()
         for size in self.sizes:
@@ -143,7 +151,12 @@ class Pricing:
         if again := next((name for name in places if name in times), None):
             changes, ageing = rebalancing(plans, again, places[again], prices, N)
             tables["rebalancing"] = changes
-        shapes = (shape_of(plans.trace, r) for r in plans.selection.routers)
+        tables |= self.swept(swept, judged, N)
+        costs, cost_settings = imbalance_tables(
+            trace, selection, prices, in_use(plans), layout, self.sizes
+        )
+        tables |= costs
+        shapes = (shape_of(trace, r) for r in plans.selection.routers)
         settings: Settings = {
             "kernel": prices.kernel.name,
             "batch_tokens": N,
@@ -152,6 +165,7 @@ class Pricing:
             "unpriced": unpriced,
             "ageing": ageing,
             "current": current and {"ms": current.ms, "even_ms": current.even},
+            "costs": cost_settings,
         }
         return settings, times
 
@@ -251,11 +265,11 @@ def policy_rows(
     return pd.DataFrame(rows)
 
 
-def traffic_of(sent_GG: np.ndarray, nodes: int) -> pd.DataFrame:
+def traffic_of(sent_GG: np.ndarray, nodes: int, policy: str) -> pd.DataFrame:
     """The table `traffic`: a row per pair of GPUs."""
     gpu_N, to_N = np.indices(sent_GG.shape).reshape(2, -1)
     same_N = _same_node(len(sent_GG), nodes).reshape(-1)
-    columns = {"gpu_from": gpu_N, "gpu_to": to_N, "same_node": same_N}
+    columns = {"policy": policy, "gpu_from": gpu_N, "gpu_to": to_N, "same_node": same_N}
     return pd.DataFrame(columns | {"tokens_per_step": sent_GG.reshape(-1)})
 
 
