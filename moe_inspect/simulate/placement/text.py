@@ -20,80 +20,103 @@ UNFITTED = (CURRENT, "contiguous", "round-robin")  # policies that do not look a
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
 BUSIEST = "busiest GPU ÷ mean GPU"
 
+Row = dict[str, Any]  # of the table policies
+
 
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     rows = {row["policy"]: row for row in tables["policies"].to_dict("records")}
     best = rows[settings["recommended"]]
     first = rows.get(CURRENT) or rows.get("contiguous") or next(iter(rows.values()))
-    takes = f"the MoE layers take {first['max_over_mean']:.2f}x the time of perfect balance"
-    if settings["times"]:
-        takes = f"the busiest GPU has {first['max_over_mean']:.2f}x the mean load"
-    sentences = list[str]()
-    if settings["costs"]:
-        sentences += cost_sentences(tables, settings["costs"], label_of)
-    sentences.append(
-        f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, {takes} "
-        f"(worst layer {first['worst_max_over_mean']:.2f}x)."
-    )
     by = time_of(tables["policies"])
-    from_ms = settings["current"] or first
-    saved = 1 - best[by] / (from_ms if by == "ms" else first)[by]
-    least = worth(settings["error"])
+    in_use = settings["current"] if by == "ms" and settings["current"] else first
+    saved = 1 - best[by] / in_use[by]
+    costs, times = settings["costs"], settings["times"]
+    slowest, with_times = ("slowest", f", with {times}") if times else ("busiest", "")
+    return [
+        *(cost_sentences(tables, costs, label_of) if costs else []),
+        _balance(first, settings),
+        *_improvement(rows, best, first, saved, by, worth(settings["error"])),
+        *_colocated(rows, tables["placement"]["layer"].nunique()),
+        *(_priced(tables, rows, settings, _unseen(tables)) if times else []),
+        *_aged(tables, settings, best["policy"]),
+        *([] if settings["counts_only"] else [_reach(best, settings)]),
+        *([_optimal_dispatch(rows)] if settings["dispatch"] == "lp" else []),
+        _advice(tables, settings, first["policy"], saved),
+        "Simulated: replicas of an expert share its load evenly and at random; the time of a "
+        f"layer is that of its {slowest} GPU{with_times}.",
+    ]
+
+
+def _balance(row: Row, settings: Settings) -> str:
+    ratio = f"{row['max_over_mean']:.2f}x"
+    cost = f"the MoE layers take {ratio} the time of perfect balance"
+    if settings["times"]:
+        cost = f"the busiest GPU has {ratio} the mean load"
+    return (
+        f"On {plural(settings['gpus'], 'GPU')} with the {row['policy']} placement, {cost} "
+        f"(worst layer {row['worst_max_over_mean']:.2f}x)."
+    )
+
+
+def _improvement(
+    rows: dict[str, Row], best: Row, first: Row, saved: float, by: str, least: float
+) -> list[str]:
+    """How much the best policy improves on the first. `saved`: share of the time, which is compared
+    by the column `by`; `least`: share that is worth a change."""
     if best is not first and saved >= least:
         others = ", ".join(
             f"{name} {row['max_over_mean']:.2f}x"
             for name, row in rows.items()
             if row not in (best, first)
         )
-        sentences.append(
-            f"{best['policy']} brings that to {best['max_over_mean']:.2f}x"
-            f"{f' ({others})' if others else ''}: {saved:.0%} less time."
-        )
-    elif len(rows) > 1:
-        fastest = min(row[by] for row in rows.values())
-        more = f"by more than {least:.0%}"
-        if 1 - fastest / first[by] >= least:
-            more = f"beyond chance (at best {fastest:.3g}{' ms' if by == 'ms' else 'x'})"
-        sentences.append(f"No other policy is faster than {first['policy']} {more}.")
-    wasted = [(row["colocated"], name) for name, row in rows.items() if name not in UNFITTED]
-    eplbs = (one for one in wasted if one[1].startswith("eplb"))
-    most, eplb = max(eplbs, key=lambda one: one[0], default=(0, ""))
-    if most:
-        each = [f"{name} {n:,}" for n, name in wasted if not name.startswith("eplb")]
-        layers = plural(tables["placement"]["layer"].nunique(), "layer")
-        sentences.append(
-            f"{eplb} places {plural(most, 'replica')}, over {layers}, on a GPU that already has "
-            f"the same expert{'; ' if each else ''}{', '.join(each)}."
-        )
-    if settings["times"]:
-        sentences += _priced(tables, rows, settings, _unseen(tables))
-    sentences += _aged(tables, settings, best["policy"])
-    if not settings["counts_only"]:
-        said = (
-            f"Under {best['policy']} a token reaches {best['ranks_per_token']:.2f} GPUs per layer"
-        )
-        if settings["nodes"] > 1:
-            said += f" on {best['nodes_per_token']:.2f} nodes"
-        if np.isfinite(moved := best["moved_bytes_per_token"]):
-            said += f"; dispatch and combine move {moved / 1024:,.0f} KiB per token over all layers"
-        sentences.append(f"{said}.")
-    if settings["dispatch"] == "lp":
-        least = ", ".join(
-            f"{name} {row['lp_max_over_mean']:.2f}x ({row['by_window_max_over_mean']:.2f}x)"
-            for name, row in rows.items()
-        )
-        sentences.append(
-            "With optimal dispatch among replicas (a linear program per window), the busiest GPU "
-            "would have at least these times the mean load (in brackets: with even sharing): "
-            f"{least}."
-        )
+        others = f" ({others})" if others else ""
+        return [
+            f"{best['policy']} brings that to {best['max_over_mean']:.2f}x{others}: {saved:.0%} "
+            "less time."
+        ]
+    if len(rows) == 1:
+        return []
+    fastest = min(row[by] for row in rows.values())
+    margin = f"by more than {least:.0%}"
+    if 1 - fastest / first[by] >= least:
+        margin = f"beyond chance (at best {fastest:.3g}{' ms' if by == 'ms' else 'x'})"
+    return [f"No other policy is faster than {first['policy']} {margin}."]
+
+
+def _colocated(rows: dict[str, Row], layers: int) -> list[str]:
+    """How many replicas EPLB places on a GPU that has the same expert, next to other policies."""
+    replicas = {name: row["colocated"] for name, row in rows.items() if name not in UNFITTED}
+    eplb = max((n for n in replicas if n.startswith("eplb")), key=replicas.__getitem__, default="")
+    if not (eplb and replicas[eplb]):
+        return []
+    others = [f"{name} {n:,}" for name, n in replicas.items() if not name.startswith("eplb")]
     return [
-        *sentences,
-        _advice(tables, settings, first["policy"], saved),
-        "Simulated: replicas of an expert share its load evenly and at random; the time of a "
-        f"layer is that of its {'slowest' if settings['times'] else 'busiest'} GPU"
-        + (f", with {settings['times']}." if settings["times"] else "."),
+        f"{eplb} places {plural(replicas[eplb], 'replica')}, over {plural(layers, 'layer')}, on a "
+        f"GPU that already has the same expert{'; ' if others else ''}{', '.join(others)}."
     ]
+
+
+def _reach(row: Row, settings: Settings) -> str:
+    """How many GPUs and nodes a token reaches, and the bytes that it moves."""
+    nodes = f" on {row['nodes_per_token']:.2f} nodes" if settings["nodes"] > 1 else ""
+    moved = ""
+    if np.isfinite(size := row["moved_bytes_per_token"]):
+        moved = f"; dispatch and combine move {size / 1024:,.0f} KiB per token over all layers"
+    return (
+        f"Under {row['policy']} a token reaches {row['ranks_per_token']:.2f} GPUs per layer"
+        f"{nodes}{moved}."
+    )
+
+
+def _optimal_dispatch(rows: dict[str, Row]) -> str:
+    ratios = ", ".join(
+        f"{name} {row['lp_max_over_mean']:.2f}x ({row['by_window_max_over_mean']:.2f}x)"
+        for name, row in rows.items()
+    )
+    return (
+        "With optimal dispatch among replicas (a linear program per window), the busiest GPU would "
+        f"have at least these times the mean load (in brackets: with even sharing): {ratios}."
+    )
 
 
 def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str:
