@@ -1,7 +1,7 @@
 """`python -m benchmarks.report`: what counting a trace costs on this machine, beside pandas, DuckDB
 and Polars on the same answers. Prints a table, writes benchmarks/results/report-<machine>.json.
 Each measurement has a process of its own; CPU time includes neither the imports nor the making of
-the trace, and ours is the best of some passes: the first loads the compiled kernels.
+the trace, and ours is the best of some passes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,10 @@ def make(root: str, assignments: float, rounding: str) -> dict[str, float]:
 def ours(root: str, threads: int, times: int = 10) -> dict[str, Any]:
     """The pass with everything the standard tables but vocabulary need of it; without the null of
     token ids."""
-    from moe_inspect.analysis.counting import engine
     from moe_inspect.analysis.counting.engine import count_trace
     from moe_inspect.analysis.counting.select import select
     from moe_inspect.public import open_trace
 
-    engine.LONG = 0  # the compiled kernels, also at a reduced scale
     trace = open_trace(root)
     passes = []
     for _ in range(times):
@@ -211,7 +209,6 @@ def main(scale: float = 1.0) -> None:
         measure("make", traces["competitors"], SIZES["competitors"] * scale, "bf16")
         for rounding in ("bf16", "fp16"):
             measure("make", traces[rounding], SIZES["rate"] * scale, rounding)
-        measure("ours", traces["competitors"], 1)  # the kernels are compiled once a machine
         measured["one thread"], measured["two threads"] = (
             measure("ours", traces["bf16"], n) for n in (1, 2)
         )

@@ -1,8 +1,9 @@
-"""What is counted of one router: the compiled kernels against their NumPy references, all of it
-whatever the shards; and what cannot be counted is refused."""
+"""Counts of one router: against a loop over the decisions, and the same for all ways to cut a trace
+into shards; and what cannot be counted is refused."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import fields
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, token_ids
+from moe_inspect.analysis.counting import engine, kernels, token_ids
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
@@ -38,14 +39,7 @@ from tests.support.synthetic import (
 
 NOWHERE = np.iinfo(np.uint16).max
 T, E, K = 1_200, 8, 3
-KERNELS = kernels_numpy, kernels_numba
 IN_DOCUMENTS = {"document": np.arange(T) // 40, "domain_of_document": ["code", "law", "prose"]}
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces of any length are counted by the compiled kernels."""
-    monkeypatch.setattr(engine, "LONG", 0)
 
 
 def counted(trace: Trace, wants: Iterable[str] = WANTS, **how: Any) -> Counts:
@@ -62,7 +56,7 @@ def ids_with_gaps(
     return ids_TK
 
 
-def slots_of(ids_TK: np.ndarray, E: int = E) -> kernels_numpy.Slots:
+def slots_of(ids_TK: np.ndarray, E: int = E) -> kernels.Slots:
     return tuple(np.where(ids_TK < 0, E, ids_TK).astype(np.uint8).T.copy())
 
 
@@ -110,70 +104,118 @@ def test_tokens_that_do_not_follow_each_other_are_no_pair():
     tokens come in any order."""
     sequence, position = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 1, 3, 4, 5, 6])
     for order_T in (np.arange(6), np.array([4, 0, 1, 5, 2, 3])):
-        order = kernels_numpy.order_of(np.zeros(6, int), sequence[order_T], position[order_T])
+        order = kernels.order_of(np.zeros(6, int), sequence[order_T], position[order_T])
         assert order.follows_T.tolist() == [False, True, False, True, False, True]
+
+
+def by_a_loop(
+    slots: kernels.Slots,
+    after: kernels.Slots,
+    weights: kernels.Slots,
+    rows: kernels.TokenRows,
+    experts: int,
+) -> dict[str, Counter[Any]]:
+    """Every count, one assignment at a time: cell → count."""
+    found = {name: Counter[Any]() for name in ("weights", "next", "pairs", *rows.divisions)}
+    decisions = list(zip(*(slot_T.tolist() for slot_T in slots), strict=True))
+    later = list(zip(*(slot_T.tolist() for slot_T in after), strict=True))
+    for t, decision in enumerate(decisions):
+        chosen = [(j, e) for j, e in enumerate(decision) if e < experts]
+        for j, e in chosen:
+            for name, (row_T, _) in rows.divisions.items():
+                found[name][row_T[t], e] += 1
+            found["weights"][rows.unit_T[t], e] += float(weights[j][t])
+            found["pairs"].update((e, other) for i, other in chosen if i > j)
+            found["next"].update((e, other) for other in later[t] if other < experts)
+    return found
+
+
+def cells(table_XE: np.ndarray) -> dict[Any, Any]:
+    """The cells of a table that are not 0."""
+    places = zip(*np.nonzero(table_XE), strict=True)
+    return {(int(x), int(e)): table_XE[x, e].item() for x, e in places}
 
 
 @given(
     st.integers(0, 10_000),
-    # each k is compiled anew
     st.sampled_from([(4, 1), (130, 3), (12, 11), *([(130, 6), (20, 8)] if WHOLE else [])]),
     st.integers(0, 300),
     st.sampled_from([0, 0.1]),
+    st.sampled_from([1, 40]),
 )
-@settings(max_examples=15, deadline=None)
-def test_kernels_count_as_their_references(
-    seed: int, shape: tuple[int, int], tokens: int, null: float
+@settings(max_examples=25, deadline=None)
+def test_counts_are_those_of_a_loop(
+    seed: int, shape: tuple[int, int], tokens: int, null: float, batch: int
 ):
+    """`batch`: tokens of a forward pass. With 1 there are too many groups to add up."""
     rng, (experts, k), at_T = np.random.default_rng(seed), shape, np.arange(tokens)
     slots, after = (
         slots_of(ids_with_gaps(seed + i, tokens, experts, k, null), experts) for i in range(2)
     )
     weights = tuple(rng.random((k, tokens)).astype(np.float32))
+    unit_T, id_unit_T = rng.integers(0, 3, tokens), rng.integers(-1, 2, tokens)
+    rows = kernels.TokenRows(
+        *(unit_T, unit_T // 2, at_T // batch, 3, 2, 1 + tokens // batch),
+        *(at_T // 50, 7, id_unit_T, 2),
+    )
+    expected = by_a_loop(slots, after, weights, rows, experts)
+    loads = rows.loads(slots, experts)
+    assert loads.keys() == {"unit", "batch", "window", "id_unit"}
+    for name, load_XE in loads.items():
+        row_T, X = rows.divisions[name]
+        assert load_XE.shape == (X, experts)
+        assert cells(load_XE) == {cell: n for cell, n in expected[name].items() if cell[0] >= 0}
+        assert kernels.load(row_T, slots, X, experts).tolist() == load_XE.tolist()
+    assert cells(kernels.by_slot(slots, experts)) == expected["pairs"]
+    assert cells(kernels.transitions(slots, after, experts, experts)) == expected["next"]
+    sums = cells(kernels.weight_sum(unit_T, slots, weights, 3, experts))
+    assert sums == pytest.approx(expected["weights"], rel=1e-12)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 100), st.sampled_from([0, 0.1]))
+@settings(max_examples=15, deadline=None)
+def test_repeated_choices_are_those_of_a_loop(seed: int, tokens: int, null: float):
+    rng = np.random.default_rng(seed)
+    slots = slots_of(ids_with_gaps(seed, tokens, 8, 3, null))
     unit_T = rng.integers(0, 3, tokens)
-    sequence_T = unit_T + 3 * rng.integers(0, 2, tokens)
-    order = kernels_numpy.order_of(unit_T, sequence_T, at_T // 3)
-    rows_T = unit_T, unit_T // 2, at_T // 40, at_T // 50
-    token_rows = kernels_numpy.TokenRows(*rows_T, 3, 2, 8, 6, order)
-    runs = kernels_numpy.TokenRows(at_T // 30 % 3, *[unit_T * 0] * 3, 3, 1, 1, 1)
-    for name, *arguments in (
-        ("loads", slots, token_rows, experts),
-        ("loads", slots, runs, experts),
-        ("load", unit_T, slots, 3, experts),
-        ("by_slot", slots, experts),
-        ("weight_sum", unit_T, slots, weights, 3, experts),
-        ("transitions", slots, after, experts, experts),
-        ("repetition", slots, token_rows, experts),
-    ):
-        both = [getattr(by, name)(*arguments) for by in KERNELS]
-        both = [found if isinstance(found, tuple) else (found,) for found in both]
-        for reference, mine in zip(*both, strict=True):
-            rtol = 1e-6 if name == "weight_sum" else 0
-            np.testing.assert_allclose(mine, reference, rtol=rtol, err_msg=name)
-    for bits in map(np.uint32, (0, 16, 13)):  # of them 0: as of a float32, bfloat16, float16
-        rounded = tuple((w_T.view(np.uint32) >> bits << bits).view(np.float32) for w_T in weights)
-        reference, mine = (by.weight_confidence(rounded) for by in KERNELS)
-        assert mine == pytest.approx(reference, rel=1e-9, abs=1e-9 * tokens)
-    tables, first = np.zeros((2, 2, 3, experts + 1), np.uint32)
-    for n, kernels in enumerate(KERNELS):
-        by_N, row_N = kernels.sorted_rows(unit_T - 1, 2)
-        first_unit = int((unit_T == 0).sum())
-        assert by_N.tolist() == np.argsort(unit_T, kind="stable")[first_unit:].tolist()
-        assert row_N.tolist() == np.sort(unit_T[unit_T > 0] - 1).tolist()
-        visits = kernels_numpy.Visits(by_N, row_N)
-        for counts in (first[n], None):
-            kernels.accumulate(tables[n], counts, visits, np.stack(slots, axis=1))
-    assert tables[0].tolist() == tables[1].tolist()
-    assert first[0].tolist() == first[1].tolist()
-    assert (tables.sum(), first.sum()) == (4 * k * len(by_N), 2 * len(by_N))
+    order = kernels.order_of(
+        unit_T, unit_T + 3 * rng.integers(0, 2, tokens), np.arange(tokens) // 3
+    )
+    rows = kernels.TokenRows(*[unit_T] * 3, 3, 3, 3, order=order)
+    expected = np.zeros((3, 3), np.int64)
+    for before, t, follows in zip(order.by_T, order.by_T[1:], order.follows_T[1:], strict=False):
+        if follows:
+            one, other = ([int(slot_T[x]) for slot_T in slots] for x in (before, t))
+            expected[0, unit_T[t]] += one[0] == other[0] < 8
+            expected[1, unit_T[t]] += len({*one} & {*other} - {8})
+            expected[2, unit_T[t]] += sum(e < 8 for e in one + other)
+    assert np.array(kernels.repetition(slots, rows, 8)).tolist() == expected.tolist()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 100))
+@settings(max_examples=15, deadline=None)
+def test_confidence_is_that_of_a_loop(seed: int, k: int, tokens: int):
+    """Also of weights in no order, of decisions without any weight, and of a single weight."""
+    rng = np.random.default_rng(seed)
+    weights_KT = rng.random((k, tokens)).astype(np.float32) * (rng.random((k, tokens)) < 0.7)
+    expected = dict.fromkeys(("decisions", "entropy_sum", "margin_sum", "mass_sum"), 0.0)
+    for weights in weights_KT.T.astype(float):
+        if mass := weights.sum():
+            share, highest = weights[weights > 0] / mass, np.sort(np.r_[0, weights])
+            expected["decisions"] += 1
+            expected["entropy_sum"] -= (share * np.log(share)).sum()
+            expected["margin_sum"] += (highest[-1] - highest[-2]) / mass
+            expected["mass_sum"] += mass
+    sums = kernels.weight_confidence(tuple(weights_KT.astype(np.float32)))
+    expected = {f"weight_{name}": value for name, value in expected.items()}
+    assert sums == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("tokens", [2**15, 2**16])
 def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
     twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision
-    for by in KERNELS:
-        assert by.transitions(twice, twice, 1, 1).tolist() == [[4 * tokens]]
-        assert by.by_slot((*twice, twice[0]), 1).tolist() == [[3 * tokens]]
+    assert kernels.transitions(twice, twice, 1, 1).tolist() == [[4 * tokens]]
+    assert kernels.by_slot((*twice, twice[0]), 1).tolist() == [[3 * tokens]]
 
 
 def test_a_decision_that_names_an_expert_twice_spoils_no_other_unit():
@@ -181,40 +223,35 @@ def test_a_decision_that_names_an_expert_twice_spoils_no_other_unit():
     unit_T = np.arange(tokens) // (tokens // 2)
     ids_TK = np.stack([np.arange(tokens) % E, (np.arange(tokens) + 1) % E], axis=1)
     ids_TK[unit_T == 0] = 1  # damaged
-    order = kernels_numpy.order_of(unit_T, unit_T, np.arange(tokens))
-    rows = kernels_numpy.TokenRows(*[unit_T] * 4, 2, 2, 2, 2, order)
-    for by in KERNELS:
-        first_U, shared_U, chosen_U = by.repetition(slots_of(ids_TK, E), rows, E)
-        assert (first_U[1], shared_U[1]) == (0, tokens // 2 - 1)
-        assert chosen_U[1] == 4 * (tokens // 2 - 1)
+    order = kernels.order_of(unit_T, unit_T, np.arange(tokens))
+    rows = kernels.TokenRows(*[unit_T] * 3, 2, 2, 2, order=order)
+    first_U, shared_U, chosen_U = kernels.repetition(slots_of(ids_TK, E), rows, E)
+    assert (first_U[1], shared_U[1]) == (0, tokens // 2 - 1)
+    assert chosen_U[1] == 4 * (tokens // 2 - 1)
 
 
 @given(st.integers(200, T), st.integers(0, 3))
 @settings(max_examples=3, deadline=None)
-def test_shards_threads_and_kernels_change_nothing(
+def test_shards_and_threads_change_nothing(
     tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, seed: int
 ):
     root = tmp_path_factory.mktemp("traces")
     whole, split = made(root / "whole", T, seed), made(root / "split", shard_tokens, seed)
-    expected, by_numpy = counted(whole, window=100), counted(split, window=100)
+    expected, alone = counted(whole, window=100), counted(split, window=100, threads=1)
     assert all(len(of.columns) == 5 for of in expected.by_token_id.values())
-    same(by_numpy, expected, shards=False)
+    same(alone, expected, shards=False)
+    same(counted(split, window=100, threads=3), alone)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "LONG", 0)
-        same(counted(split, window=100, threads=1), by_numpy)
-        same(counted(split, window=100, threads=3), by_numpy)
         patch.setattr(engine, "TABLE_BYTES", 1)  # a router at a time
         narrower = {np.uint32: 2**32, np.uint16: 250, np.uint8: 60}
         patch.setattr(token_ids, "WIDTHS", narrower)
-        same(counted(split, window=100), by_numpy)
+        same(counted(split, window=100), alone)
         by_shard = counted(split, set(WANTS) - {"token_ids"}, window=100, threads=3)
         by_shard.by_token_id = counted(split, {"token_ids"}).by_token_id
-        same(by_shard, by_numpy)
+        same(by_shard, alone)
 
 
-def test_a_slot_that_routes_nowhere_among_256_experts(
-    tmp_path: Path, request: pytest.FixtureRequest
-):
+def test_a_slot_that_routes_nowhere_among_256_experts(tmp_path: Path):
     """Of which 8 bits hold each, and none for nowhere."""
     ids_TK = uniform_ids(np.random.default_rng(0), 300, 256, 4).astype(np.int16)
     ids_TK[::7, 3] = -1
@@ -222,11 +259,8 @@ def test_a_slot_that_routes_nowhere_among_256_experts(
     documents = {"document": np.arange(300) // 10, "domain_of_document": ["a", "b"]}
     trace = write_trace(tmp_path / "t", ids, 256, shard_tokens=100, **documents)
     assert (np.concatenate([shard.ids(1) for shard in trace.shards]) == ids_TK).all()
-    wants = set(WANTS) - {"weights", "logits"}
-    expected = counted(trace, wants)
-    assert expected.load_E(0).sum() == (ids_TK >= 0).sum()
-    request.getfixturevalue("compiled")
-    same(counted(trace, wants), expected)
+    load_E = np.bincount(ids_TK[ids_TK >= 0], minlength=256)
+    assert counted(trace).load_E(0).tolist() == load_E.tolist()
 
 
 def test_merging_is_associative_and_commutative_and_leaves_the_parts_alone(tmp_path: Path):
@@ -271,7 +305,7 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
     assert [counts.tokens_of(r) for r in range(4)] == [60, 60, 20, 20]
     assert (counts.tokens, counts.decisions) == (80, 160)
     assert [counts.next_router(r) for r in range(4)] == [1, None, 3, None]
-    pairs = kernels_numpy.transitions(*(slots_of(ids, 4) for ids in fed["encode"]), 4, 4)
+    pairs = kernels.transitions(*(slots_of(ids, 4) for ids in fed["encode"]), 4, 4)
     assert counts.of[0].next_EN.tolist() == pairs.tolist()
     assert [int(counts.of[r].pairs_U.sum()) for r in range(4)] == [59, 59, 19, 19]
     assert counts.of[0].batches.keys() == {60}
@@ -280,8 +314,8 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
 
 def test_logits_that_are_no_numbers_are_left_out():
     logits = np.array([[0, 0, 0, 0], [3, 1, 1, 0], [np.nan, 0, 0, 0]], np.float16)
-    said = kernels_numpy.logit_confidence(logits, 2, "softmax")
-    known = kernels_numpy.logit_confidence(logits[:2], 2, "softmax")
+    said = kernels.logit_confidence(logits, 2, "softmax")
+    known = kernels.logit_confidence(logits[:2], 2, "softmax")
     assert (said["logit_decisions"], said["ties"], said["top1_margin_sum"]) == (2, 2, 2)
     assert said["probability_sum_E"].tolist() == known["probability_sum_E"].tolist()
 
@@ -296,22 +330,20 @@ def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
     assert "transitions" not in {path.stem for path in last.save_plots(tmp_path / "plots")}
 
 
-def test_token_ids_are_counted_by_stack(tmp_path: Path, request: pytest.FixtureRequest):
+def test_token_ids_are_counted_by_stack(tmp_path: Path):
     """An encoder fed token id 1 six times, a decoder fed it twice and id 2 twice."""
     listed = [Router(0, "gate", f"{x}.0", 2, 1, stack=x) for x in ("encoder", "decoder")]
     token_id, place = np.array([1] * 8 + [2] * 2, np.int32), np.r_[:6, :4].astype(np.int32)
     ids = [np.zeros((n, 1), np.uint8) for n in (6, 4)]
     one = a_pass(0, ids, 10, token_id=token_id, position=place, encoded=6)
     trace = write_passes(tmp_path / "t", listed, [one])
-    for fixture in ("tmp_path", "compiled"):  # by NumPy, then compiled
-        request.getfixturevalue(fixture)
-        counts = counted(trace, {"token_ids"}, top=0)
-        assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
-        for r, listed_N, times in ((0, [1], [6]), (1, [2, 1], [2, 2])):
-            of = counts.by_token_id[r]
-            assert of.token_id_N.tolist() == listed_N
-            assert of.expert_N.tolist() == [0] * len(listed_N)
-            assert of.count_N.tolist() == of.occurrences_N.tolist() == of.first_N.tolist() == times
+    counts = counted(trace, {"token_ids"}, top=0)
+    assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
+    for r, listed_N, times in ((0, [1], [6]), (1, [2, 1], [2, 2])):
+        of = counts.by_token_id[r]
+        assert of.token_id_N.tolist() == listed_N
+        assert of.expert_N.tolist() == [0] * len(listed_N)
+        assert of.count_N.tolist() == of.occurrences_N.tolist() == of.first_N.tolist() == times
 
 
 @pytest.mark.parametrize("shard_tokens", [8, 20, 50])
@@ -343,9 +375,7 @@ def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: i
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_threads_share_out_the_routers_of_the_last_shards(
-    threads: int, tmp_path: Path, compiled: None
-):
+def test_threads_share_out_the_routers_of_the_last_shards(threads: int, tmp_path: Path):
     trace, wants = made(tmp_path / "t"), set(WANTS) - {"token_ids"}
     alone, opened = counted(trace, wants, threads=1), list[int]()
     trace.shard = lambda number: opened.append(number) or Trace.shard(trace, number)

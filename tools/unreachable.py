@@ -29,7 +29,7 @@ LAZY = {
     "capture/engine/sender.py",  # the program of the process that writes
 }
 # modules that are passed as values: `by.load(…)` is one of their functions
-AS_VALUES = {"kernels_numba.py", "kernels_numpy.py"}
+AS_VALUES = {"kernels_numba.py"}
 # bases whose members others read by position, by name or as a whole
 WHOLE = {
     "NamedTuple": "its fields are unpacked by position",

@@ -13,13 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 
-from moe_inspect.analysis.counting import kernels_numpy
 from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, no_counts
-from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows
+from moe_inspect.analysis.counting.kernels import Slots, TokenRows, distinct, transitions
 from moe_inspect.analysis.counting.router_counts import RouterCounts, RouterDecisions, count_router
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, among, selected_tokens
 from moe_inspect.trace.runs import run_edges
@@ -56,29 +54,19 @@ def count_shard(
     selection: Selection,
     wants: frozenset[str],
     windows: Windows | None = None,
-    fast: bool = False,
     routers: tuple[int, ...] | None = None,
 ) -> Counts:
     """The counts of one shard: what the whole adds up from. A sequence's tokens are in one shard,
     prompt and what was generated from it together. Only a loop that generates more than
-    writer.CONTINUED shards hold goes on in the next: the pair at that edge is not counted. `fast`:
-    by the compiled kernels. `routers`: of those selected, the ones to count now, by default all."""
+    writer.CONTINUED shards hold goes on in the next: the pair at that edge is not counted.
+    `routers`: of those selected, the ones to count now, by default all."""
     prepared = prepare_shard(shard, selection, wants, windows)
     if shard.trace.counts_only:
         _count_counted(shard, selection, prepared.part, windows if "windows" in wants else None)
     else:
         chosen = selection.routers if routers is None else routers
-        prepared.part.of = count_routers(prepared, chosen, kernels(fast))
+        prepared.part.of = count_routers(prepared, chosen)
     return prepared.part
-
-
-def kernels(fast: bool) -> ModuleType:
-    """The module to count with."""
-    if not fast:
-        return kernels_numpy
-    from moe_inspect.analysis.counting import kernels_numba
-
-    return kernels_numba
 
 
 def prepare_shard(
@@ -97,7 +85,7 @@ def prepare_shard(
     every = selected_tokens(shard, selection, order=order)
     if not len(every.domain_T):
         return prepared
-    key_U, unit_T = kernels_numpy.distinct(_unit(every))
+    key_U, unit_T = distinct(_unit(every))
     part.tokens_U = np.bincount(unit_T)
     part.units = [(every.domains[key // CLUSTERS], int(key % CLUSTERS)) for key in key_U]
     domain_U, domain_of_U = np.unique(key_U // CLUSTERS, return_inverse=True)
@@ -114,17 +102,17 @@ def prepare_shard(
             of_seen_T = np.searchsorted(key_U, _unit(seen))
             part.token_ids_SV[stack] = _occurrences(seen)
             part.tokens_SU[stack] = np.bincount(of_seen_T, minlength=len(key_U))
-        batch_B, batch_T = kernels_numpy.distinct(seen.batch_T)
+        batch_B, batch_T = distinct(seen.batch_T)
         token_rows = TokenRows(
             of_seen_T,
             domain_of_U[of_seen_T],
             batch_T,
-            windows.of(shard, seen.number_T) if windows else np.zeros_like(of_seen_T),
             len(key_U),
             len(part.domains),
             len(batch_B),
-            windows.count if windows else 1,
-            seen.order,
+            windows.of(shard, seen.number_T) if windows else None,
+            windows.count if windows else 0,
+            order=seen.order,
         )
         prepared.stacks[stack] = seen, token_rows
     return prepared
@@ -133,11 +121,10 @@ def prepare_shard(
 def count_routers(
     prepared: PreparedShard,
     routers: Sequence[int],
-    by: ModuleType,
-    visit: Callable[[int, Slots], None] | None = None,
+    visit: Callable[[RouterDecisions], None] | None = None,
 ) -> dict[int, RouterCounts]:
-    """The counts of routers of a shard, none where token ids alone are counted. `by`: the kernels.
-    `visit` is given the decisions of each too."""
+    """The counts of routers of a shard, none if token ids alone are counted. `visit` is called with
+    the decisions of each router."""
     part, shard, counts = prepared.part, prepared.shard, dict[int, RouterCounts]()
     for stack, (seen, token_rows) in prepared.stacks.items():
         chosen = [r for r in routers if part.routers[r].stack == stack]
@@ -147,15 +134,15 @@ def count_routers(
         for r in sorted({*chosen, *reached}):
             slots = seen.of(shard.slots(r), r)
             if r in chosen:
+                decisions = RouterDecisions(shard, r, slots, seen, token_rows)
                 if part.wants != frozenset({"token_ids"}):
-                    decisions = RouterDecisions(shard, r, slots, seen, token_rows, by)
                     counts[r] = count_router(decisions, part.wants)
                 if visit:
-                    visit(r, slots)
+                    visit(decisions)
             if before is not None and r in reached:
                 b, of_b = before
                 here, there = part.routers[b], part.routers[r]
-                counts[b].next_EN = by.transitions(of_b, slots, here.experts, there.experts)
+                counts[b].next_EN = transitions(of_b, slots, here.experts, there.experts)
             before = (r, slots) if r in chosen else None
     return counts
 

@@ -14,12 +14,10 @@ from moe_inspect.analysis.counting.count_shard import (
     Windows,
     count_routers,
     count_shard,
-    kernels,
     prepare_shard,
 )
 from moe_inspect.analysis.counting.counts import Counts, empty_like, joined, merge, no_counts
-from moe_inspect.analysis.counting.kernels_numpy import Slots
-from moe_inspect.analysis.counting.router_counts import BASE, WANTS
+from moe_inspect.analysis.counting.router_counts import BASE, WANTS, RouterDecisions
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_router, runs_of, shares, workers
 from moe_inspect.errors import MoeInspectError
@@ -32,8 +30,6 @@ WINDOW_CELLS = 2**24  # of the load of every window, all routers
 MOST_PAIRS = 2**26  # of experts, of all routers: 512 MiB of counts
 # of the tables by token id, and of pairs, of the routers that are counted together
 TABLE_BYTES = 84 * 2**20
-# assignments from which the compiled kernels are worth the second that loading them takes
-LONG = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,6 @@ class CountRequest:
     selection: Selection
     wants: frozenset[str]
     windows: Windows | None
-    fast: bool
     empty: Counts
     plans: Mapping[str, token_ids.TokenIdPlan]
     top: int
@@ -73,12 +68,10 @@ def count_trace(
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     sizes = (windows.tokens, windows.count) if windows else (0, 0)
     total = no_counts(trace.routers, selection.routers, asked, sizes)
-    slots = sum(trace.routers[r].top_k for r in selection.routers)
-    fast, by_id = trace.n_tokens * slots >= LONG, "token_ids" in asked
+    by_id = "token_ids" in asked
     plans = token_ids.plans_of(trace, selection, every=not top) if by_id else {}
-    request = CountRequest(selection, asked, windows, fast, total, plans, top)
+    request = CountRequest(selection, asked, windows, total, plans, top)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    threads = threads if fast else 1  # what numpy counts holds the GIL
     if by_id:
         total = _with_token_ids(trace, request, threads, progress)
     else:
@@ -168,7 +161,7 @@ def _counts_of(
     trace: Trace, request: CountRequest, sent: bool, run: range, routers: tuple[int, ...]
 ) -> Counts:
     """The counts of a run of shards at some routers. `sent`: to another process."""
-    asked = request.selection, request.wants, request.windows, request.fast, routers
+    asked = request.selection, request.wants, request.windows, routers
     parts = (count_shard(trace.shard(number), *asked) for number in run)
     counts = merge(parts) if len(run) > 1 else next(parts)
     for of in counts.of.values() if sent else ():
@@ -190,12 +183,11 @@ class RouterGroup:
         }
 
     def add(self, prepared: PreparedShard, rows: Mapping[str, token_ids.ShardRows]) -> None:
-        part, by = prepared.part, kernels(self.request.fast)
+        def visit(decisions: RouterDecisions) -> None:
+            self.tables[decisions.r].add(rows[decisions.router.stack], decisions)
 
-        def visit(r: int, slots: Slots) -> None:
-            self.tables[r].add(rows[part.routers[r].stack], slots, by)
-
-        self.counts.add(replace(part, of=count_routers(prepared, self.routers, by, visit)))
+        counts = count_routers(prepared, self.routers, visit)
+        self.counts.add(replace(prepared.part, of=counts))
 
     def result(self) -> Counts:
         """Tables are given back one by one."""
@@ -242,16 +234,18 @@ def _on_threads(
     trace: Trace, request: CountRequest, routers: list[int], threads: int, told: Advance
 ) -> list[Counts]:
     """The counts of a group, in parts. While a shard is counted the tokens of the next are read."""
-    n, by = min(threads, len(routers)), kernels(request.fast)
+    n = min(threads, len(routers))
     groups = [RouterGroup(request, share) for share in shares(routers, n)]
     with ThreadPoolExecutor(n) as pool:
         running: Iterable[None] = ()
         for shard in trace.shards:
             prepared = prepare_shard(shard, request.selection, request.wants, request.windows)
-            rows = {
-                stack: token_ids.rows_of(shard, seen, request.plans[stack], by)
-                for stack, (seen, _) in prepared.stacks.items()
-            }
+            rows = dict[str, token_ids.ShardRows]()
+            for stack, (seen, token_rows) in prepared.stacks.items():
+                rows[stack] = token_ids.rows_of(shard, seen, request.plans[stack])
+                units = rows[stack].unit_T, request.plans[stack].units
+                token_rows = replace(token_rows, id_unit_T=units[0], id_units=units[1])
+                prepared.stacks[stack] = seen, token_rows
             list(running)  # waits for them, and raises what they raise
             running = pool.map(RouterGroup.add, groups, [prepared] * n, [rows] * n)
             told(shard.files.tokens * len(routers))

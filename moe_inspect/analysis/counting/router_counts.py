@@ -15,12 +15,20 @@ import math
 from collections.abc import Callable, Container
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, load, logit_confidence
+from moe_inspect.analysis.counting.kernels import (
+    Slots,
+    TokenRows,
+    by_slot,
+    load,
+    logit_confidence,
+    repetition,
+    weight_confidence,
+    weight_sum,
+)
 from moe_inspect.analysis.counting.select import SelectedTokens
 from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.analysis.metrics.specialization import Expected
@@ -222,16 +230,14 @@ def rows_of_both(mine: list[T], theirs: list[T]) -> tuple[list[T], AddRows]:
 
 @dataclass(frozen=True)
 class RouterDecisions:
-    """What router r decided on the selected tokens of a shard. `slots`: k arrays [T]; the other
-    values are read when they are asked for. `kernels`: the module to count with, kernels_numpy or
-    kernels_numba."""
+    """Decisions of router r on the selected tokens of a shard. `slots`: k arrays [T]; the other
+    values are read when they are asked for."""
 
     shard: Shard
     r: int
     slots: Slots
     seen: SelectedTokens
     token_rows: TokenRows
-    kernels: ModuleType
 
     @property
     def router(self) -> Router:
@@ -248,79 +254,91 @@ class RouterDecisions:
         return self.seen.of(self.shard.slot_values(self.r, name), self.r)
 
     @cached_property
+    def loads(self) -> dict[str, np.ndarray]:
+        """Assignments of each expert by row, by table: `TokenRows.loads`."""
+        return self.token_rows.loads(self.slots, self.E)
+
+    @cached_property
     def weights(self) -> Slots | None:
         return self.values("weight")
 
     def sums_DE(self, values: Slots) -> np.ndarray:
         """Values of each expert's assignments, summed by domain. float64 [D, E]"""
         rows = self.token_rows
-        return self.kernels.weight_sum(rows.domain_T, self.slots, values, rows.D, self.E)
+        return weight_sum(rows.domain_T, self.slots, values, rows.D, self.E)
 
     def sums_UE(self, values: Slots) -> np.ndarray:
         """The same by unit. float64 [U, E]"""
         rows = self.token_rows
-        return self.kernels.weight_sum(rows.unit_T, self.slots, values, rows.U, self.E)
+        return weight_sum(rows.unit_T, self.slots, values, rows.U, self.E)
 
 
-def count_router(of: RouterDecisions, wants: frozenset[str]) -> RouterCounts:
+def count_router(decisions: RouterDecisions, wants: frozenset[str]) -> RouterCounts:
     """The counts of one router in one shard; those of transitions need the next router too and are
     filled by count_shard."""
-    ranked, token_rows, trace = of.router.first_choice_known, of.token_rows, of.shard.trace
-    assignments_UE, first_DE, load_BE, load_WE = of.kernels.loads(of.slots, token_rows, of.E)
-    counts = RouterCounts(assignments_UE, first_DE if ranked else None, None)
-    counts.null_slots = of.router.top_k * len(of.slots[0]) - int(load_BE.sum())
-    if trace.has_dropped:
-        dropped = of.seen.of(of.shard.slots(of.r, DROPPED), of.r)
-        counts.dropped_UE = load(token_rows.unit_T, dropped, token_rows.U, of.E)
-    for tokens, vio in zip(token_rows.tokens_B.tolist(), max_vio(load_BE).tolist(), strict=True):
+    router, rows, slots = decisions.router, decisions.token_rows, decisions.slots
+    counts = RouterCounts(decisions.loads["unit"])
+    if router.first_choice_known:
+        counts.first_choice_DE = load(rows.domain_T, slots[:1], rows.D, router.experts)
+    counts.null_slots = router.top_k * len(slots[0]) - int(counts.assignments_UE.sum())
+    if decisions.shard.trace.has_dropped:
+        dropped = decisions.seen.of(decisions.shard.slots(decisions.r, DROPPED), decisions.r)
+        counts.dropped_UE = load(rows.unit_T, dropped, rows.U, router.experts)
+    vio_B = max_vio(decisions.loads["batch"])
+    for tokens, vio in zip(rows.tokens_B.tolist(), vio_B.tolist(), strict=True):
         if not math.isnan(vio):
             counts.add_batches(tokens, 1, vio)
-    if "windows" in wants:
-        counts.window_load_WE, counts.window_tokens_W = load_WE, token_rows.tokens_W.copy()
     for want, fill in FILLS.items():
         if want in wants:
-            fill(of, counts)
+            fill(decisions, counts)
     return counts
 
 
-def _load(of: RouterDecisions, counts: RouterCounts) -> None:
-    if of.weights is not None:
-        counts.weight_sum_DE = of.sums_DE(of.weights)
+def _load(decisions: RouterDecisions, counts: RouterCounts) -> None:
+    if decisions.weights is not None:
+        counts.weight_sum_DE = decisions.sums_DE(decisions.weights)
 
 
-def _pairs(of: RouterDecisions, counts: RouterCounts) -> None:
-    counts.by_slot_EE = of.kernels.by_slot(of.slots, of.E)
+def _windows(decisions: RouterDecisions, counts: RouterCounts) -> None:
+    window_T, W = decisions.token_rows.divisions["window"]
+    counts.window_load_WE = decisions.loads["window"]
+    counts.window_tokens_W = np.bincount(window_T, minlength=W)
 
 
-def _repetition(of: RouterDecisions, counts: RouterCounts) -> None:
-    counts.pairs_U = of.token_rows.pairs_U.copy()
-    found = of.kernels.repetition(of.slots, of.token_rows, of.E)
-    first_same_U, counts.shared_U, counts.chosen_U = found
-    counts.first_same_U = first_same_U if of.router.first_choice_known else None
+def _pairs(decisions: RouterDecisions, counts: RouterCounts) -> None:
+    counts.by_slot_EE = by_slot(decisions.slots, decisions.E)
 
 
-def _worth(of: RouterDecisions, counts: RouterCounts) -> None:
-    if (norms := of.values("norm")) is not None:
-        counts.norm_UE = of.sums_UE(norms)
-        if of.weights is not None:
-            gated = tuple(w * n for w, n in zip(of.weights, norms, strict=True))
-            counts.gated_norm_UE = of.sums_UE(gated)
+def _repetition(decisions: RouterDecisions, counts: RouterCounts) -> None:
+    counts.pairs_U = decisions.token_rows.pairs_U.copy()
+    repeated = repetition(decisions.slots, decisions.token_rows, decisions.E)
+    first_same_U, counts.shared_U, counts.chosen_U = repeated
+    counts.first_same_U = first_same_U if decisions.router.first_choice_known else None
 
 
-def _weights(of: RouterDecisions, counts: RouterCounts) -> None:
-    if of.weights is not None:
-        vars(counts).update(of.kernels.weight_confidence(of.weights))
+def _worth(decisions: RouterDecisions, counts: RouterCounts) -> None:
+    if (norms := decisions.values("norm")) is not None:
+        counts.norm_UE = decisions.sums_UE(norms)
+        if decisions.weights is not None:
+            gated = tuple(w * n for w, n in zip(decisions.weights, norms, strict=True))
+            counts.gated_norm_UE = decisions.sums_UE(gated)
 
 
-def _logits(of: RouterDecisions, counts: RouterCounts) -> None:
-    if "logits" in of.shard.trace.tables:
-        (logits_TE,) = of.seen.of((of.shard.logits(of.r),), of.r)
-        said = logit_confidence(logits_TE, of.router.top_k, of.router.scoring)
-        vars(counts).update(said)
+def _weights(decisions: RouterDecisions, counts: RouterCounts) -> None:
+    if decisions.weights is not None:
+        vars(counts).update(weight_confidence(decisions.weights))
+
+
+def _logits(decisions: RouterDecisions, counts: RouterCounts) -> None:
+    if "logits" in decisions.shard.trace.tables:
+        (logits_TE,) = decisions.seen.of((decisions.shard.logits(decisions.r),), decisions.r)
+        router = decisions.router
+        vars(counts).update(logit_confidence(logits_TE, router.top_k, router.scoring))
 
 
 FILLS: dict[str, Callable[[RouterDecisions, RouterCounts], None]] = {
     "load": _load,
+    "windows": _windows,
     "pairs": _pairs,
     "repetition": _repetition,
     "worth": _worth,

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moe_inspect.analysis.counting.kernels_numpy import Order, Slots, order_of
+from moe_inspect.analysis.counting.kernels import Order, Slots, order_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import separated
 from moe_inspect.trace.reader import Trace

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 
 import numpy as np
 
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.counting.kernels_numpy import Slots, Visits
-from moe_inspect.analysis.counting.router_counts import ByTokenId, narrowed
+from moe_inspect.analysis.counting.kernels import Slots, add_cells
+from moe_inspect.analysis.counting.router_counts import ByTokenId, RouterDecisions, narrowed
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, selected_tokens
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.chance import shuffled_p, shuffled_within
@@ -107,15 +106,14 @@ class TokenIdPlan:
     clusters: int
     tokens_XU: np.ndarray
 
-    @property
-    def unit_sizes(self) -> np.ndarray:
-        """Of the table by unit: rows of each of WIDTHS."""
-        return np.array([int(self.there_U.sum()), 0, 0])
-
     @cached_property
     def there_U(self) -> np.ndarray:
         """Which units have any of these token ids."""
         return self.tokens_XU.sum(0) > 0
+
+    @property
+    def units(self) -> int:
+        return int(self.there_U.sum())
 
     @cached_property
     def moved(self) -> Moved:
@@ -123,9 +121,9 @@ class TokenIdPlan:
         return Moved.of(self.tokens_XU[:, self.there_U], domain_U[self.there_U])
 
     def bytes(self, E: int) -> int:
-        """Of the tables of one router."""
+        """Bytes of the tables of one router."""
         rows = 2 * (self.listed.sizes + self.shuffles * self.judged.sizes)
-        rows[0] += self.unit_sizes[0]
+        rows[0] += self.units
         return int(rows @ [np.dtype(width).itemsize for width in WIDTHS]) * (E + 1)
 
 
@@ -182,34 +180,49 @@ def _units(seen: SelectedTokens, domains: list[str], clusters: int) -> np.ndarra
 # --- while they are
 
 
-# of each table of a router, in the order of `TokenTables`, in each of WIDTHS
-ShardRows = list[list[Visits]]
+# token indices in the order of their rows in a table, and these rows: one table for each of WIDTHS
+Visits = list[tuple[np.ndarray, np.ndarray]]
 
 
-def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: ModuleType) -> ShardRows:
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows of a shard's tokens in the tables of any router of a stack. `unit_T`: None if no token
+    id is counted by unit; −1 for the token ids that are not."""
+
+    by_id: Visits
+    unit_T: np.ndarray | None
+    shuffled_ids: list[Visits]
+
+
+def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan) -> ShardRows:
     """The rows of a shard's tokens in the tables of any router of a stack."""
     listed_T = plan.listed.rows(seen.token_id_T)
     judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
-    row_U = np.append(np.cumsum(plan.there_U) - 1, -1).astype(np.int32)  # the last: in no unit
-    in_unit_T = plan.in_units.rows(seen.token_id_T) >= 0
-    unit_T = row_U[np.where(in_unit_T, _units(seen, plan.domains, plan.clusters), -1)]
+    unit_T = None
+    if plan.tokens_XU.size:
+        row_U = np.append(np.cumsum(plan.there_U) - 1, -1)  # the last: in no unit
+        in_unit_T = plan.in_units.rows(seen.token_id_T) >= 0
+        unit_T = row_U[np.where(in_unit_T, _units(seen, plan.domains, plan.clusters), -1)]
     # one order for all routers and for a whole decision: its k distinct experts stay together
     rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
     orders = [shuffled_within(seen.document_T, rng) for _ in range(plan.shuffles)]
-    return [
-        _visits(by, listed_T, plan.listed.sizes),
-        _visits(by, unit_T, plan.unit_sizes),
-        *(_visits(by, judged_T[order_T], plan.judged.sizes) for order_T in orders),
-    ]
+    return ShardRows(
+        _visits(listed_T, plan.listed.sizes),
+        unit_T,
+        [_visits(judged_T[order_T], plan.judged.sizes) for order_T in orders],
+    )
 
 
-def _visits(by: ModuleType, row_T: np.ndarray, sizes: np.ndarray) -> list[Visits]:
-    """`sizes`: rows of each of WIDTHS."""
-    by_N, row_N = by.sorted_rows(row_T, int(sizes.sum()))
-    before = np.cumsum(sizes) - sizes
-    starts = np.searchsorted(row_N, before)
-    cuts = zip(starts, [*starts[1:], len(row_N)], before.astype(np.uint32), strict=True)
-    return [Visits(by_N[start:end], row_N[start:end] - first) for start, end, first in cuts]
+def _visits(row_T: np.ndarray, sizes: np.ndarray) -> Visits:
+    """Sort tokens by their rows, so that a row stays in the nearest cache; tokens of row −1 are
+    left out. `sizes`: rows of each of WIDTHS."""
+    # numpy sorts 16 bits by radix
+    key_T = (row_T + 1).astype(np.uint16) if sizes.sum() < 2**16 else row_T
+    by_N = np.argsort(key_T, kind="stable")[int((row_T < 0).sum()) :]
+    row_N, before = row_T[by_N].astype(np.intp), np.cumsum(sizes) - sizes
+    starts = [*np.searchsorted(row_N, before), len(row_N)]
+    parts = zip(map(slice, starts, starts[1:]), before, strict=True)
+    return [(by_N[part], row_N[part] - first) for part, first in parts]
 
 
 class Counters:
@@ -222,9 +235,12 @@ class Counters:
         self._any = [np.zeros(*shape) for shape in shapes]
         self._first = [np.zeros(*shape) if first else None for shape in shapes]
 
-    def add(self, visits: list[Visits], ids_TK: np.ndarray, by: ModuleType) -> None:
-        for any_XE, first_XE, of in zip(self._any, self._first, visits, strict=True):
-            by.accumulate(any_XE, first_XE, of, ids_TK)
+    def add(self, visits: Visits, slots: Slots) -> None:
+        for any_XE, first_XE, (by_N, row_N) in zip(self._any, self._first, visits, strict=True):
+            chosen = tuple(slot_T.take(by_N) for slot_T in slots)
+            add_cells(any_XE, row_N, chosen)
+            if first_XE is not None:
+                add_cells(first_XE, row_N, chosen[:1])
 
     @property
     def any_XE(self) -> np.ndarray:
@@ -245,14 +261,16 @@ class TokenTables:
     def __init__(self, plan: TokenIdPlan, router: Router):
         self.plan, E, first = plan, router.experts, router.first_choice_known
         self.by_id = Counters(plan.listed.sizes, E, first)
-        self.by_unit = Counters(plan.unit_sizes, E, first=False)
+        self.by_unit_UE = np.zeros((plan.units, E), np.uint32)
         self.shuffled_ids = [Counters(plan.judged.sizes, E, first) for _ in range(plan.shuffles)]
 
-    def add(self, rows: ShardRows, slots: Slots, by: ModuleType) -> None:
-        """Counts the decisions of a shard. `by`: the kernels."""
-        ids_TK, tables = np.stack(slots, axis=1), (self.by_id, self.by_unit, *self.shuffled_ids)
-        for counted, visits in zip(tables, rows, strict=True):
-            counted.add(visits, ids_TK, by)
+    def add(self, rows: ShardRows, decisions: RouterDecisions) -> None:
+        """Counts the decisions of a shard."""
+        self.by_id.add(rows.by_id, decisions.slots)
+        if rows.unit_T is not None:
+            self.by_unit_UE += decisions.loads["id_unit"].astype(np.uint32)
+        for counters, visits in zip(self.shuffled_ids, rows.shuffled_ids, strict=True):
+            counters.add(visits, decisions.slots)
 
 
 ROUNDING = np.float32(1e-6)
@@ -267,7 +285,7 @@ def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     expert_N, row_N = top_token_ids(any_VE, listed, top)
     expected = None
     if plan.tokens_XU.size:  # several domains, and ids frequent enough
-        load_UE, rows_X = tables.by_unit.any_XE, listed.rows(plan.in_units.ids_V)
+        load_UE, rows_X = tables.by_unit_UE, listed.rows(plan.in_units.ids_V)
         expected = Expected.of(load_UE, any_VE[rows_X], plan.moved)
     return ByTokenId(
         columns,

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moe_inspect.analysis.counting.count_shard import kernels as counting_kernels
 from moe_inspect.analysis.counting.counts import CLUSTERS
-from moe_inspect.analysis.counting.engine import LONG
+from moe_inspect.analysis.counting.kernels import load
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
@@ -179,12 +178,6 @@ class Job:
     drop_zero_filled: bool = False
 
     @property
-    def load_of(self) -> Callable[[np.ndarray, kernels.Slots, int, int], np.ndarray]:
-        """What counts the load of experts, as in a report: compiled where that pays."""
-        slots = self.tokens * sum(self.a.routers[r].top_k for r, _ in self.routers)
-        return counting_kernels(slots >= LONG).load
-
-    @property
     def weights(self) -> bool:
         return self.a.has_weights and self.b.has_weights
 
@@ -318,7 +311,7 @@ def _count_router(
         return counts
     slots_a = rows.read(0, Shard.slots, r)
     slots_b = slots_a if rows.alike else rows.read(1, Shard.slots, pair[1])
-    counts.load_UE = job.load_of(unit_T, slots_a, V, E)
+    counts.load_UE = load(unit_T, slots_a, V, E)
     if counts.load_UE.sum() < len(unit_T) * len(slots_a):
         short_T = kernels.nowhere_in_both(slots_a, slots_b, E)
         kernels.add_cells(counts.short_UX, unit_T, rows.cell_T, short_T)
