@@ -69,7 +69,9 @@ WHOLE_SHAPE = ["hidden", "whole_inter", "experts", "top_k"]
 CONFIGURATION = ["hidden", "inter", "tp", "experts", "top_k", "ep", "tokens"]
 FOLDS, FEWEST_ROWS, MOST_ROWS = 4, 100, 4500
 PAIR = 1.5  # weight of a pair's error, against a row's 1
-MOST = 1e9  # of any number in a table of one's own: of larger ones sums and products overflow
+MOST = 1e9  # of any number in a table of times: sums and products of larger ones overflow
+# least number of a column, and what it is; other columns have whole numbers from 1
+LEAST = {"ms": (1 / MOST, "a number from 10^-9"), "handed": (0, "a number from 0")}
 
 
 @dataclass(frozen=True)
@@ -336,117 +338,142 @@ class LatencyModel:
         return found[0]
 
 
+@dataclass(frozen=True)
+class TimesTable:
+    """A table of times. Cells of a file are text, or NaN. `name`, and of each row in `row_names`:
+    what errors call it; `columns`: those that are read."""
+
+    name: str
+    cells: Any
+    row_names: list[str]
+    columns: list[str]
+
+    def refuse(self, is_bad_S: Any, message: str) -> None:
+        """MoeInspectError for the first bad row, if there is one. The message has columns in braces
+        in place of their cells."""
+        if (bad := np.flatnonzero(is_bad_S)).size:
+            cells = {name: shown(self.cells[name].iloc[bad[0]]) for name in self.columns}
+            raise MoeInspectError(
+                f"{self.name}: {self.row_names[bad[0]]}: {message.format(**cells)}"
+            )
+
+    def texts(self, column: str) -> pd.Series:
+        self.refuse(self.cells[column].isna(), f"{column} is empty")
+        return self.cells[column].astype(str)
+
+    def numbers(self, column: str) -> np.ndarray:
+        value_S = np.array([number(cell) for cell in self.cells[column]])
+        least, kind = LEAST.get(column, (1, "a whole number from 1"))
+        is_whole = "whole" in kind
+        is_bad_S = (value_S < least) | (is_whole & (value_S % 1 > 0))
+        self.refuse(is_bad_S, f"{column} is {{{column}}}, not {kind} to 10^9")
+        return value_S.astype(int) if is_whole else value_S
+
+
 def own_times(table: str | Path | pd.DataFrame) -> Any:
-    """Rows of `LatencyModel.fit`, as `measured` takes them. Of the loads of a shape and a sum of
-    tokens, the most even one is the balanced one."""
-    where, given, lines = opened(table)
-    needed = [*KERNEL, *OF_RANK, "tokens_per_expert", "ms"]
-    if missing := [name for name in needed if name not in given]:
-        raise MoeInspectError(f"{where} has no column {', '.join(missing)}")
-    known = [*needed, *(name for name in ("handed", "tp") if name in given)]
-    if twice := [name for name in known if list(given.columns).count(name) > 1]:
-        raise MoeInspectError(f"{where} has two columns {twice[0]}")
-    if not len(given):
-        raise MoeInspectError(f"{where} has no rows")
-
-    def refuse_first(bad_S: Any, said: str) -> None:
-        if (bad := np.flatnonzero(bad_S)).size:
-            cells = {name: shown(given[name].iloc[bad[0]]) for name in known}
-            raise MoeInspectError(f"{where}: {lines[bad[0]]}: {said.format(**cells)}")
-
-    frame: Any = pd.DataFrame()
-    for name in KERNEL:
-        frame[name] = given[name].astype(str)
-        refuse_first(given[name].isna(), f"{name} is empty")
+    """Rows of `LatencyModel.fit` in the columns that `measured` takes. The most even of the loads
+    with the same shape and sum of tokens is the balanced one."""
+    times = opened(table)
+    frame: Any = pd.DataFrame({column: times.texts(column) for column in KERNEL})
     is_known = frame["dtype"].isin(list(BYTES))
-    refuse_first(~is_known, f"dtype is {{dtype}}, not one of {', '.join(BYTES)}")
-    for name in (name for name in known if name not in [*KERNEL, "tokens_per_expert"]):
-        frame[name] = [number(cell) for cell in given[name]]
-        if name == "ms":
-            refuse_first(frame[name] < 1 / MOST, "ms is {ms}, not a number from 10^-9 to 10^9")
-        elif name == "handed":
-            refuse_first(frame[name] < 0, "handed is {handed}, not a number from 0 to 10^9")
-        else:
-            is_bad = (frame[name] < 1) | (frame[name] % 1 > 0)
-            refuse_first(is_bad, f"{name} is {{{name}}}, not a whole number from 1 to 10^9")
-            frame[name] = frame[name].astype(int)
-    refuse_first(frame["top_k"] > frame["experts"], "top_k is {top_k}, above experts, {experts}")
-
-    counts = [counts_of(cell) for cell in given["tokens_per_expert"]]
-    refuse_first(
-        [not len(of) or of.min() < 0 for of in counts],
-        "tokens_per_expert is {tokens_per_expert}, not the tokens of each expert of the rank, "
-        "with blanks between",
-    )
-    many_S = np.array([len(of) for of in counts])
-    refuse_first(
-        frame["experts"] % many_S > 0,
-        "experts, {experts}, is no multiple of the number of counts in tokens_per_expert",
-    )
-    busiest = pd.Series([of.max() for of in counts])
-    rows = pd.Series([of.sum() for of in counts])
-    frame["ep"] = frame["experts"] // many_S
-    for name, value in (("tp", 1), ("handed", rows / frame["top_k"])):
-        frame[name] = frame.get(name, value)
-    refuse_first(
+    times.refuse(~is_known, f"dtype is {{dtype}}, not one of {', '.join(BYTES)}")
+    for column in times.columns:
+        if column not in (*KERNEL, "tokens_per_expert"):
+            frame[column] = times.numbers(column)
+    times.refuse(frame["top_k"] > frame["experts"], "top_k is {top_k}, above experts, {experts}")
+    loads = own_loads(times, frame["experts"])
+    rows = pd.Series([load.sum() for load in loads])
+    frame["ep"] = frame["experts"] // [len(load) for load in loads]
+    frame["tp"], frame["handed"] = frame.get("tp", 1), frame.get("handed", rows / frame["top_k"])
+    times.refuse(
         (rows == 0) & (frame["handed"] == 0),
         "the rank has no tokens: give a load with some, or in the column handed how many tokens "
         "of other ranks it was handed",
     )
     frame["tokens"] = rows * frame["ep"] / frame["top_k"]
-    alike = [frame[name] for name in [*KERNEL, *CONFIGURATION]]
-    even = busiest == busiest.groupby(alike).transform("min")
-    frame["law"] = np.where(even, "balanced", "given")
-    frame["load"] = [of[None] for of in counts]
-    frame["handed"] = [np.array([n]) for n in frame["handed"]]
-    few = (rows > 0).groupby([frame[name] for name in KERNEL]).sum()
-    if len(few := few[few < FEWEST_ROWS]):
+    busiest = pd.Series([load.max() for load in loads])
+    same_sum = [frame[column] for column in [*KERNEL, *CONFIGURATION]]
+    is_even = busiest == busiest.groupby(same_sum).transform("min")
+    frame["law"] = np.where(is_even, "balanced", "given")
+    frame["load"] = [load[None] for load in loads]
+    frame["handed"] = [np.array([handed]) for handed in frame["handed"]]
+    loaded = (rows > 0).groupby([frame[column] for column in KERNEL]).sum()
+    if len(few := loaded[loaded < FEWEST_ROWS]):
         raise MoeInspectError(
-            f"{where} has {few.iloc[0]} rows of {shown('/'.join(few.index[0]))} with tokens: "
+            f"{times.name} has {few.iloc[0]} rows of {shown('/'.join(few.index[0]))} with tokens: "
             f"{FEWEST_ROWS} are needed to fit a kernel"
         )
     return frame
 
 
-def opened(table: str | Path | pd.DataFrame) -> tuple[str, Any, list[str]]:
-    """What to call a table of times, the table, and what to call each of its rows. Cells of a file
-    are text, or NaN."""
+def own_loads(times: TimesTable, experts_S: pd.Series) -> list[np.ndarray]:
+    """The tokens of each expert of the rank, float64 [experts of the rank], of each row."""
+    loads = [counts_of(cell) for cell in times.cells["tokens_per_expert"]]
+    times.refuse(
+        [not len(load) or load.min() < 0 for load in loads],
+        "tokens_per_expert is {tokens_per_expert}, not the tokens of each expert of the rank, "
+        "with blanks between",
+    )
+    times.refuse(
+        experts_S % [len(load) for load in loads] > 0,
+        "experts, {experts}, is no multiple of the number of counts in tokens_per_expert",
+    )
+    return loads
+
+
+def opened(table: str | Path | pd.DataFrame) -> TimesTable:
+    """A table of times. MoeInspectError unless it has rows, and each column once."""
     if isinstance(table, pd.DataFrame):
-        names = [f"row {n + 1}" for n in range(len(table))]
-        return "the table", table.reset_index(drop=True), names
+        name, cells = "the table", table.reset_index(drop=True)
+        row_names = [f"row {n + 1}" for n in range(len(table))]
+    else:
+        name, cells = str(table), read_cells(table)
+        row_names = [f"line {n + 2}" for n in cells.index]
+        cells = cells.reset_index(drop=True)
+    needed = [*KERNEL, *OF_RANK, "tokens_per_expert", "ms"]
+    if missing := [column for column in needed if column not in cells]:
+        raise MoeInspectError(f"{name} has no column {', '.join(missing)}")
+    columns = [*needed, *(column for column in ("handed", "tp") if column in cells)]
+    if twice := [column for column in columns if list(cells.columns).count(column) > 1]:
+        raise MoeInspectError(f"{name} has two columns {twice[0]}")
+    if not len(cells):
+        raise MoeInspectError(f"{name} has no rows")
+    return TimesTable(name, cells, row_names, columns)
+
+
+def read_cells(path: str | Path) -> pd.DataFrame:
+    """The rows of a csv that are not blank, numbered from 0 with the blank ones."""
     try:
-        with reading(table):
+        with reading(path):
             frame = pd.read_csv(
-                table, dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False
+                path, dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False
             )
     except ValueError as error:
-        raise MoeInspectError(f"cannot read {table}: {first_line(error)}") from error
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from error
     if not isinstance(frame.index, pd.RangeIndex):
-        raise MoeInspectError(f"{table}: line 2 has more cells than the header")
-    frame = frame.dropna(how="all")  # blank lines
-    names = [f"line {n + 2}" for n in frame.index]
-    return str(table), frame.reset_index(drop=True), names
+        raise MoeInspectError(f"{path}: line 2 has more cells than the header")
+    return frame.dropna(how="all")
 
 
 def number(cell: Any) -> float:
-    """−1 for what is no number up to MOST."""
+    """−1 for what is not a number up to MOST."""
     try:
-        found = float(cell)
+        value = float(cell)
     except (TypeError, ValueError, OverflowError):
         return -1.0
-    return found if abs(found) <= MOST else -1.0
+    return value if abs(value) <= MOST else -1.0
 
 
 def counts_of(cell: Any) -> np.ndarray:
-    """float64 [experts], perhaps a single one. `number` of each."""
+    """`number` of each count of a cell, which may be a single one. float64 [experts]"""
     parts = cell.split() if isinstance(cell, str | bytes) else cell if np.iterable(cell) else [cell]
     return np.array([number(part) for part in parts])
 
 
 def shown(cell: Any) -> str:
-    """In a line that is not long."""
-    said = " ".join((repr(cell) if isinstance(cell, str) else str(cell)).split())
-    return "empty" if said in ("nan", "None", "<NA>", "''", "[]") else cut(said, 80)
+    """The cell in one short line."""
+    text = " ".join((repr(cell) if isinstance(cell, str) else str(cell)).split())
+    return "empty" if text in ("nan", "None", "<NA>", "''", "[]") else cut(text, 80)
 
 
 @dataclass
