@@ -14,11 +14,16 @@ import yaml
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import open_trace, report
 from moe_inspect.simulate import kernels_numba
-from moe_inspect.simulate.placement import forecast
-from moe_inspect.simulate.placement.forecast import busiest, descend_windows, drawn, kriging
 from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
 from moe_inspect.simulate.placement.policies import Layout, colocated, eplb, shares
-from moe_inspect.simulate.placement.search import CLOSE
+from moe_inspect.simulate.placement.search import (
+    CLOSE,
+    busiest,
+    descend_windows,
+    drawn,
+    kriging,
+    variogram,
+)
 from moe_inspect.simulate.placement.windows import reached, table_of
 from moe_inspect.simulate.result import Simulation
 from tests.conftest import ROOT
@@ -323,7 +328,7 @@ def test_the_variogram_finds_how_fast_loads_move() -> None:
         rows.append(rho * rows[-1] + np.sqrt(1 - rho**2) * rng.normal(size=400))
     moving = np.array(rows[100:])
     noisy = moving + 0.5 * rng.normal(size=moving.shape)
-    found, nugget, sill = forecast.variogram(noisy, np.full(400, 1 / 400))
+    found, nugget, sill = variogram(noisy, np.full(400, 1 / 400))
     assert found == rho
     assert (nugget, sill) == (pytest.approx(0.25, rel=0.1), pytest.approx(1, rel=0.1))
 

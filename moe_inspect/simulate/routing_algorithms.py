@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.simulate import routing_kernels as kernels
+from moe_inspect.simulate import kernels_numba as kernels
 from moe_inspect.simulate.shards import expert_capacity
 
 

@@ -21,7 +21,6 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import tracked
 from moe_inspect.simulate.placement import policies as policy
 from moe_inspect.simulate.placement import windows as fitting
-from moe_inspect.simulate.placement.forecast import local_search
 from moe_inspect.simulate.placement.plan import placement_of, plan_table
 from moe_inspect.simulate.placement.policies import CURRENT, Layout, layouts_of
 from moe_inspect.simulate.placement.pricing import (
@@ -31,6 +30,7 @@ from moe_inspect.simulate.placement.pricing import (
     pricing_of,
     traffic_of,
 )
+from moe_inspect.simulate.placement.search import local_search
 from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, worth
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.windows import PlacementPlans
