@@ -190,12 +190,14 @@ def check_kernels(device: torch.device) -> Iterator[Facts]:
 def _launch_kernels(device: torch.device) -> None:
     import torch
 
+    from moe_inspect.capture import rows
     from moe_inspect.capture.engine.rows import Rows
     from moe_inspect.capture.hook import kernels
-    from moe_inspect.capture.hook.ring import PassShape, Rings
 
     E, K, H = 256, 8, 512
-    tape = Rings(PassShape([(device, K, E)], [0]), torch.bfloat16, 2 * sum(TOKENS)).tapes[""][0]
+    written = rows.Rows([rows.ShownRouter(device, K, E, E)], [0], ("",), torch.bfloat16)
+    written.grow(2 * sum(TOKENS))
+    (tape,) = written.tapes[""]
     for T in TOKENS:
         ids = torch.rand(T, E, device=device).topk(K).indices
         weights = torch.rand(T, K, device=device).bfloat16()
@@ -204,9 +206,9 @@ def _launch_kernels(device: torch.device) -> None:
     y_SH = torch.randn(T * K, H, device=device).bfloat16()
     for norms in (None, torch.empty(T, K, device=device)):
         kernels.combine(y_SH, ids, weights, grouped, y_SH.dtype, E, None, norms)
-    rows = Rows((1, T, K), E, False, device)
-    rows.keep(0, ids, weights, weights)
-    rows.take(T, T, None, rows.every, rows.every)
+    kept = Rows((1, T, K), E, False, device)
+    kept.keep(0, ids, weights, weights)
+    kept.take(T, T, None, kept.every, kept.every)
 
 
 # --- as text

@@ -19,7 +19,7 @@ from moe_inspect.capture.options import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moe_inspect.capture.hook.counts import Totals
+    from moe_inspect.capture.counted import Totals
     from moe_inspect.capture.recorder import Recorder
     from moe_inspect.interventions.ablation import Ablation
     from moe_inspect.interventions.intervene import Intervention

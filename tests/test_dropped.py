@@ -18,7 +18,7 @@ import moe_inspect
 from moe_inspect.alarms.rules import parse_rule, refuse_rules
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.capture.hook.ring import PassShape, Rings
+from moe_inspect.capture.rows import Rows, ShownRouter
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.making import merge
 from moe_inspect.model.custom.choice import ChoiceReader
@@ -249,7 +249,7 @@ def test_ids_of_wider_types(experts: int, tmp_path: Path) -> None:
 
 
 def test_an_empty_slot_beside_wider_ids_is_no_dropped_one(tmp_path: Path) -> None:
-    """Two routers of one ring: 255 is an empty slot of either, and 200 + 55 of neither."""
+    """Two routers of one pass: 255 is an empty slot of either, and 200 + 55 of neither."""
 
     def two(n: int) -> None:
         for layer, experts in enumerate((100, 200)):
@@ -279,11 +279,11 @@ def test_an_id_beyond_the_experts_is_no_dropped_one() -> None:
 
 
 def test_each_router_has_its_own_ids() -> None:
-    sizes = [(torch.device("cpu"), K, E)] * 2
-    rings = Rings(PassShape(sizes, [0, 1], ("logits",), [E, 2 * E]), torch.float16, 16)
-    assert [tape.experts for tape in rings.tapes[""]] == [E, 2 * E]
-    assert [tape.K for tape in rings.tapes["logits"]] == [E, E]
-    assert [group.E for group in rings.shape.groups][:2] == [E, 2 * E]
+    shown = [ShownRouter(torch.device("cpu"), K, E, below) for below in (E, 2 * E)]
+    rows = Rows(shown, [0, 1], ("", "logits"), torch.float16)
+    assert rows.grow(16)
+    assert [tape.experts for tape in rows.tapes[""]] == [E, 2 * E]
+    assert [tape.K for tape in rows.tapes["logits"]] == [E, E]
 
 
 # --- what is made of it

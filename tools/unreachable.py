@@ -58,7 +58,6 @@ EXCUSED = {
     "tokens_of.context": "a method of Trace",
     "Follower.clock": "tests set the time",
     "Watched.clock": "tests set the time",
-    "Rings.page_rows": "tests set it",
     "Traces.describe": "tests describe models of their own",
     "count_trace.threads": "tests set their number",
 }

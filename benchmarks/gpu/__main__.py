@@ -54,7 +54,7 @@ from benchmarks.gpu.models import models
 from benchmarks.gpu.sizes import DRY, FULL, Sizes
 from benchmarks.gpu.writer import writer
 from benchmarks.measuring import RESULTS
-from moe_inspect.capture.hook import experts, kernels, ring
+from moe_inspect.capture.hook import experts, kernels
 
 # A section's seconds: what one leaves over the next may use. Within them it starts no new
 # measurement when they are up; GRACE_S later it is interrupted. 470 s, the grace, and some 20 s to
@@ -172,7 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(WARNING)
         torch.set_num_threads(1)
-        ring.PAGE_ROWS["cpu"] = 64
     experts.register()
     facts = machine(device, arguments)
     said = {k: v for k, v in {**facts, **facts["versions"]}.items() if isinstance(v, str)}

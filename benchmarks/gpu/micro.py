@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, by_graph, host_us
 from benchmarks.gpu.correctness import variants
-from moe_inspect.capture.hook import kernels, ring
+from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.rows import Rows, ShownRouter
 
 
 def stock_preparation(ids_TK: Tensor, weights_TK: Tensor, E: int) -> tuple[Tensor, ...]:
@@ -37,9 +38,10 @@ def a_choice(bench: Bench, T: int, E: int, K: int) -> tuple[Tensor, Tensor]:
 
 
 def dispatch_runs(bench: Bench, T: int, E: int, K: int) -> dict[str, list[Callable[[], Any]]]:
-    shape = ring.PassShape([(torch.device(bench.device.type), K, E)], [0])
-    tape = ring.Rings(shape, torch.bfloat16, T).tapes[""][0]
-    tape.limit.fill_(2**62)  # nothing reads its pages
+    rows = Rows([ShownRouter(torch.device(bench.device.type), K, E, E)], [0], ("",), torch.bfloat16)
+    rows.grow(T)
+    (tape,) = rows.tapes[""]
+    tape.limit.fill_(2**62)  # nothing reads what is written
     sets = [a_choice(bench, T, E, K) for _ in range(min(4, bench.sizes.calls))]
     runs: dict[str, list[Callable[[], Any]]] = {
         "stock": [functools.partial(stock_preparation, ids, w, E) for ids, w in sets]

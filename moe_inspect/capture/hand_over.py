@@ -1,9 +1,9 @@
-"""Moves recorded forward passes from the rings to the writer, in order, once they have been copied
-to the host. Applies back-pressure when a ring is full.
+"""Moves forward passes, once they are on the host, to the writer in order: their decisions, or sums
+of them. Holds the model back when too many wait.
 
 Consecutive passes are handed over together where they can be: in decoding, what is done per batch
-would otherwise cost more than the recording itself. On a CPU they wait for that in the ring until a
-page is full, at most HELD_SECONDS."""
+would otherwise cost more than the recording itself. On a CPU they wait for that until there are
+HELD_ROWS, at most HELD_SECONDS."""
 
 from __future__ import annotations
 
@@ -11,118 +11,172 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from moe_inspect.capture.counted import Counted, Totals
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, joined
-from moe_inspect.capture.hook.ring import Rings
-from moe_inspect.capture.hook.stack import Stack, StackPass
+from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.capture.options import RecordOptions
+from moe_inspect.capture.rows import TakenPass
+from moe_inspect.capture.rows import joined as joined_values
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import EXTRAS
+from moe_inspect.trace.schema import EXTRAS, Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
+HELD_ROWS, HELD_PASSES = 4096, 256
+FORWARD_PASSES = 3  # of the largest size that may wait: one is copied to the host, two are read
+
+
+@dataclass(eq=False, slots=True)
+class StackPass:
+    """The run of a stack in a forward pass. `taken`: what its routers chose; None where that is
+    left out. `rows`: what it was fed, once it is read."""
+
+    stack: Stack
+    fed: Rows | CallInputs
+    taken: TakenPass | None
+    rows: Rows | None = None
+
+    def has_arrived(self, wait: bool) -> bool:
+        # (counts do not tell drafts, which the next pass takes back, from other tokens)
+        is_settled = isinstance(self.fed, Rows) or self.fed.is_settled or self.stack.is_summed
+        return is_settled and (self.taken is None or self.taken.has_arrived(wait))
 
 
 @dataclass(eq=False, slots=True)
 class Forward:
     """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
-    before the decoder. `since`: when it was queued. `rows`: of each stack that ran, once it is on
-    the host."""
+    before the decoder. `since`: when it was queued."""
 
     number: int
     passes: list[StackPass]
     since: float
-    rows: list[Rows] = field(default_factory=list)
 
-    def arrived(self, wait: bool) -> bool:
-        if not all(isinstance(p.fed, Rows) or p.fed.is_settled for p in self.passes):
-            return False
-        return all(p.rings.is_on_host(p.start + p.fed.T, wait) for p in self.passes)
+    @property
+    def T(self) -> int:
+        return sum(p.fed.T for p in self.passes)
+
+    def rows(self) -> list[Rows]:
+        """What each stack was fed, without tokens where the pass is left out; [] until it is
+        read."""
+        return [
+            p.rows if p.taken is not None else without_tokens(p.rows)
+            for p in self.passes
+            if p.rows is not None
+        ]
 
     def continues(self, before: Forward) -> bool:
-        """Whether the two can be one batch: whole passes of one stack, of one kind."""
-        if len(self.rows) > 1 or len(before.rows) > 1:
+        """Whether the two can be one batch: passes of one stack, of one kind."""
+        if len(self.passes) > 1 or len(before.passes) > 1:
             return False
-        (a,), (b,), (x,), (y,) = before.passes, self.passes, before.rows, self.rows
+        (a,), (b,), (x,), (y,) = before.passes, self.passes, before.rows(), self.rows()
         return (
             a.stack is b.stack
-            and a.kept == a.fed.T
-            and b.kept == b.fed.T
+            and (a.taken is None) == (b.taken is None)
             and x.phase == y.phase != "encode"
             and x.group == y.group
         )
 
 
-# stack → its first pass of a batch, and which of the rows from there on are no padding
-Places = dict[str, tuple[StackPass, list[np.ndarray]]]
-
-
 class HandOver:
-    """`weight_dtype`: of the gate weights in the rings, known after the first forward pass;
-    `writer`: None until then. `tokens`: passed to the writer so far. `rings_fixed`: whether the
-    rings keep their size, because an option says it or a CUDA graph has their addresses."""
+    """`writer`: None until the first forward pass is over, which shows `weight_dtype`, that of the
+    gate weights. `tokens`: handed over so far. `is_fixed`: whether buffers keep their size, because
+    an option says it or a CUDA graph has their addresses."""
 
-    def __init__(self, stacks: Mapping[str, Stack], inputs: PassInputs, options: RecordOptions):
+    def __init__(
+        self,
+        stacks: Mapping[str, Stack],
+        inputs: PassInputs,
+        options: RecordOptions,
+        shard_tokens: int,
+    ):
         self.stacks, self.inputs, self.options = stacks, inputs, options
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
-        # how long a pass waits for others on a CPU
+        self.counted: Counted | None = None
+        if options.counts_only:
+            self.counted = Counted(stacks, inputs, options, shard_tokens)
+        # how long a pass waits for others
         self._hold_s = min(HELD_SECONDS, options.commit_every or HELD_SECONDS)
-        self.rings_fixed = options.ring_tokens is not None
-        self.tokens = 0
-        self._in_flight: deque[Forward] = deque()
+        self.is_fixed = options.ring_tokens is not None
+        self.tokens = self.dropped_rows = 0
+        self._skips = False  # the current pass is left out
+        self._queue: deque[Forward] = deque()
+        self._queued_rows = self._largest = 0
         self._torn = False  # passes have left the queue, and are not yet with the writer
         self._depth = 0  # of calls of `end` and `drain`
 
-    def feed(self, stack: Stack, fed: Rows | CallInputs) -> Rings:
-        """A stack is about to run. Waits until its rings, which it returns, have room for these
-        rows, unless decisions may be dropped."""
-        T = fed.T
-        # they hold weights, by which slots are ordered, even in a trace without weights
-        rings = stack.rings or stack.make_rings(self.options.ring_tokens or T, self.weight_dtype)
-        if not (rings.synchronous and rings.free_rows >= T):
+    # --- a forward pass
+
+    def begin(self, number: int) -> None:
+        self._skip(self.options.counts_only and number % self.options.every != 0)
+
+    def _skip(self, skips: bool) -> None:
+        self._skips = skips
+        for stack in self.stacks.values():
+            stack.skips = skips and not stack.is_new
+
+    def feed(self, stack: Stack, fed: Rows | CallInputs, in_compiled: bool) -> None:
+        """A stack is about to run. Waits until there is room for its rows; where decisions may be
+        dropped, the pass is left out instead. `in_compiled`: compiled code may write them."""
+        stack.fed, rows = fed, stack.rows
+        if rows is None or self.counted is not None:
+            return
+        stack.scope.to_tapes = in_compiled or not rows.keeps_calls
+        if stack.scope.to_tapes:
+            self.make_room(stack, fed.T)
+        self._largest = max(self._largest, fed.T, self.options.ring_tokens or 0)
+        most = max(HELD_ROWS if rows.keeps_calls else 0, FORWARD_PASSES * self._largest)
+        if self._queued_rows + fed.T > most:
             self.drain()
-            too_large = rings.max_rows < T
-            while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
-                self.drain(wait=True, once=True)
-            if rings.free_rows < T and too_large:
-                if self.rings_fixed:
-                    raise MoeInspectError(
-                        f"a forward pass of {T:,} rows exceeds the room on the device "
-                        f"({rings.max_rows:,}): record with ring_tokens={T}"
-                    )
-                rings = stack.make_rings(T, self.weight_dtype)
-        stack.fed = fed
-        return rings
+        while self._queued_rows + fed.T > most and self._queue:
+            if self.options.drop:
+                self._skip(True)
+                return
+            self.drain(wait=True, once=True)
+
+    def make_room(self, stack: Stack, rows: int) -> None:
+        """Has kernels write passes of so many rows. MoeInspectError where the room is fixed."""
+        assert stack.rows is not None
+        room = stack.rows.P or self.options.ring_tokens
+        if self.is_fixed and room and rows > room:
+            raise MoeInspectError(
+                f"a forward pass of {rows:,} rows exceeds the room on the device ({room:,}): "
+                f"record with ring_tokens={rows}"
+            )
+        stack.grow(max(rows, self.options.ring_tokens or 0))
 
     def end(self, fed: Sequence[Stack], number: int) -> None:
         """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
         running)."""
         with self._handing_over():
+            passes = list[StackPass]()
             for stack in fed:
-                if stack.rings is None and stack.fed is not None:  # it has run for the first time
-                    self.feed(stack, stack.fed)
-            passes = [stack.end() for stack in fed]
-            for done in passes:  # (of a GPU, checked on arrival)
-                if done.rings.synchronous:
-                    done.stack.check(done)
-            for done in passes:
-                done.rings.end(done.fed.T)
-                done.stack.dropped_rows += done.fed.T - done.kept
-                done.stack.fed = None
-            self._in_flight.append(Forward(number, passes, time.monotonic()))
+                assert stack.fed is not None
+                taken = None if self._skips else stack.take(stack.fed)
+                if taken is not None and not taken.copied:  # of a GPU, checked on arrival
+                    stack.check(taken, stack.fed.T)
+                passes.append(StackPass(stack, stack.fed, taken))
+            for stack in fed:
+                if self._skips and stack.rows is not None:
+                    stack.rows.rewind()
+                stack.fed = None
+            self._queue.append(Forward(number, passes, time.monotonic()))
+            self._queued_rows += self._queue[-1].T
             self.inputs.accept()
-            # on a CPU, passes wait until a page is full, or the first of them has waited long
-            first = self._in_flight[0]
-            rings, waited_s = first.passes[0].rings, time.monotonic() - first.since
-            is_full = rings.head // rings.P > first.passes[0].start // rings.P
-            if not rings.synchronous or is_full or waited_s > self._hold_s:
+            waits = all(p.taken is None or not p.taken.copied for p in passes)
+            waited_s = time.monotonic() - self._queue[0].since
+            is_full = self._queued_rows >= HELD_ROWS or len(self._queue) >= HELD_PASSES
+            if not waits or is_full or waited_s > self._hold_s:
                 self.drain()
+            if self.counted is not None and not self._skips:
+                self.counted.note(number, passes[-1].fed)
+                self._commit_when_due()
 
     @contextmanager
     def _handing_over(self) -> Iterator[None]:
@@ -132,58 +186,82 @@ class HandOver:
         finally:
             self._depth -= 1
 
+    def end_group(self) -> None:
+        """Ends a group of passes: their counts may be committed."""
+        if self.counted is not None:
+            self.counted.in_group = False
+            self._commit_when_due()
+
+    def _commit_when_due(self) -> None:
+        assert self.counted is not None
+        if self.writer is not None and self.counted.is_due(self._queued_rows):
+            self.drain(wait=True)
+            self.counted.write(self.writer)
+
+    # --- what there is so far
+
     def count_tokens(self) -> int:
         # a signal handler may ask in the middle, on the thread that holds the recorder's lock
         if not self._depth:
             self.inputs.settle()
-            self.drain()
+            self.drain(wait=self.counted is not None)
         return self.tokens
 
-    def finish(self) -> None:
-        """Passes everything left to the writer. Device and host must agree on the number of dropped
-        rows."""
-        self.inputs.settle()
-        in_use = [(stack, stack.rings) for stack in self.stacks.values() if stack.rings is not None]
-        for _, rings in in_use:
-            rings.synchronize()
+    def totals(self, all_ranks: bool) -> Totals:
+        assert self.counted is not None
         self.drain(wait=True)
-        for stack, rings in in_use:
-            if stack.fed is not None:  # the last forward pass failed
-                rings.rewind(stack.dropped_rows)
-            # `dropped` waits for the device, and so for the copy that `read_cursors` began
-            cursors, dropped = rings.read_cursors(), rings.dropped()
-            stack.check_seen(0, rings.rows_seen(cursors, rings.head))
-            assert all(n == stack.dropped_rows for n in dropped), (
-                f"the device dropped {dropped} rows, the host {stack.dropped_rows}"
-            )
+        return self.counted.totals(all_ranks)
+
+    # --- the end
+
+    def finish(self) -> None:
+        """Passes everything left to the writer. MoeInspectError where a router has seen rows behind
+        the last forward pass."""
+        self.inputs.settle()
+        self.drain(wait=True)
+        for stack in self.stacks.values():
+            if stack.rows is not None and stack.rows.P:
+                if stack.fed is not None:  # the last forward pass failed
+                    stack.rows.rewind()
+                stack.check_seen(0, stack.rows.seen())
 
     def abandon(self) -> None:
-        """Passes on what can be, after an exception. Where it came between ring and writer, what is
-        still in the rings is left out, so that no batch in between is missing."""
+        """Passes on what can be, after an exception. Where it came between queue and writer, what
+        is still in the queue is left out, so that no batch in between is missing."""
         self.inputs.settle()
-        on_host = all(s.rings is None or s.rings.synchronous for s in self.stacks.values())
-        if self.writer is not None and on_host and not self._torn and not self.writer.failed:
+        on_host = all(not p.taken.copied for f in self._queue for p in f.passes if p.taken)
+        can_write = self.writer is not None and not self.writer.failed
+        if (can_write or self.counted is not None) and on_host and not self._torn:
             self.drain(wait=True)
-        self._in_flight.clear()
+        self._queue.clear()
+
+    def finish_counts(self) -> None:
+        """Writes the last counts."""
+        if self.counted is not None:
+            self.counted.finish(self.writer)
+
+    # --- from the queue to the writer
 
     def drain(self, wait: bool = False, once: bool = False) -> None:
         """Passes arrived forward passes to the writer; `wait` blocks until they have arrived and
         the writer accepts them; `once`: at most one batch."""
         with self._handing_over():
-            while self._in_flight and (writer := self.writer) is not None:
-                if self._torn and not writer.failed:
+            while self._queue and (self.writer is not None or self.counted is not None):
+                if self._torn and not (self.writer is not None and self.writer.failed):
                     raise MoeInspectError(
                         "an earlier forward pass could not be handed over: this recording is over"
                     )
-                if self.options.drop and not wait and writer.full:
+                drops = self.options.drop and self.counted is None and not wait
+                if drops and self.writer is not None and self.writer.full:
                     return
                 batch = self._next_batch(wait)
                 if not batch:
                     return
-                self._write(writer, batch)
+                if self.counted is not None:
+                    self._count(self.counted, batch)
+                elif self.writer is not None:
+                    self._write(self.writer, batch)
                 self._torn = False
-                for done in (done for forward in batch for done in forward.passes):
-                    done.rings.release(done.start + done.fed.T)
                 if once:
                     return
 
@@ -191,44 +269,46 @@ class HandOver:
         """The next passes that have arrived and can be one batch, taken off the queue. `wait`: for
         the first."""
         batch: list[Forward] = []
-        while self._in_flight:
-            first = self._in_flight[0]
+        while self._queue:
+            first = self._queue[0]
             if not self._read(first, wait and not batch):
                 break
-            if batch and not first.continues(batch[-1]):
+            if batch and self.counted is None and not first.continues(batch[-1]):
                 break
             self._torn = True
-            batch.append(self._in_flight.popleft())
+            self._queued_rows -= first.T
+            batch.append(self._queue.popleft())
         return batch
 
     def _read(self, forward: Forward, wait: bool) -> bool:
         """Reads the rows of the first pass of the queue, once; False where it has not arrived."""
-        if not forward.rows:
-            if not forward.arrived(wait):
+        if not forward.rows():
+            if not all(p.has_arrived(wait) for p in forward.passes):
                 return False
-            for done in forward.passes:
-                if not done.rings.synchronous:
-                    done.stack.check(done)
-            forward.rows = [self.inputs.rows(done.fed) for done in forward.passes]
+            for p in forward.passes:
+                if p.taken is not None and p.taken.copied:
+                    p.stack.check(p.taken, p.fed.T)
+            for p in forward.passes:
+                p.rows = self.inputs.rows(p.fed)
             self.inputs.accept()
         return True
 
+    def _count(self, counted: Counted, batch: list[Forward]) -> None:
+        passes = [p for forward in batch for p in forward.passes if p.rows is not None]
+        self.tokens += sum(len(p.rows.token_id) for p in passes if p.rows is not None)
+        taken = [(p.stack, p.rows, p.taken) for p in passes if p.rows and p.taken]
+        counted.add(taken, batch[-1].number)
+
     def _write(self, writer: TraceWriter, batch: list[Forward]) -> None:
-        parts: list[Rows] = []  # those that are in the rings
-        numbers: list[np.ndarray] = []  # of the forward pass that each token is of
-        places: Places = {}
-        encoded = 0
-        for forward in batch:
-            for done, rows in zip(forward.passes, forward.rows, strict=True):
-                stack, there = done.stack, first_rows(rows, done.kept)
-                parts.append(there)
-                tokens = len(there.token_id)
-                writer.dropped += (len(rows.token_id) - tokens) * len(stack.routers)
-                places.setdefault(stack.name, (done, []))[1].append(there.real)
-                encoded += tokens if stack.name == "encoder" else 0
-                numbers.append(np.full(tokens, forward.number, np.int32))
-        fed = joined(parts)
+        parts = [(f, p, r) for f in batch for p, r in zip(f.passes, f.rows(), strict=True)]
+        fed = joined([rows for *_, rows in parts])
+        sizes = [len(rows.token_id) for *_, rows in parts]
+        numbers = np.repeat(np.array([f.number for f, *_ in parts], np.int32), sizes)
         self.tokens += len(fed.token_id)
+        for _, p, rows in parts:
+            if p.rows is not None and rows is not p.rows:
+                writer.dropped += len(p.rows.token_id) * len(p.stack.routers)
+                self.dropped_rows += p.fed.T
         writer.write(
             RoutedBatch(
                 batch[-1].number,
@@ -238,44 +318,43 @@ class HandOver:
                 fed.position,
                 fed.domain,
                 list(self.inputs.domains),
-                ids=self._of_routers(places, "ids"),
-                weights=self._of_routers(places, "weights"),
-                extras={kind: self._of_routers(places, kind) for kind in self.options.extras},
+                ids=self._of_routers(batch, "ids"),
+                weights=self._of_routers(batch, "weights"),
+                extras={kind: self._of_routers(batch, kind) for kind in self.options.extras},
                 documents=fed.documents,
                 phases=fed.phase_codes(),
-                group=batch[-1].rows[-1].group,
-                encoded=encoded,
-                batches=np.concatenate(numbers) if len(batch) > 1 else None,
+                group=parts[-1][2].group,
+                encoded=sum(len(r.token_id) for _, p, r in parts if p.stack.name == "encoder"),
+                batches=numbers if len(batch) > 1 else None,
             )
         )
 
-    def _of_routers(self, places: Places, kind: str) -> list[np.ndarray]:
-        """Per router a copy of its rows in the rings, without padding."""
-        is_bf16, extra = self.weight_dtype == torch.bfloat16, EXTRAS.get(kind)
-        dtype = {"ids": "uint8", "weights": "uint16" if is_bf16 else "float16"}.get(kind)
-        found: list[np.ndarray] = []
-        for name, stack in self.stacks.items():
-            if name not in places:  # did not run
-                for router in stack.routers:
-                    K, E = router.top_k, router.experts
-                    width = extra.width(K, E) if extra else K
-                    found.append(np.empty((0, width), extra.dtype if extra else dtype))
+    def _of_routers(self, batch: list[Forward], name: str) -> list[np.ndarray]:
+        """Of each router of the model its rows in the batch, without padding."""
+        values = list[np.ndarray]()
+        for stack in self.stacks.values():
+            passes = [p for forward in batch for p in forward.passes if p.stack is stack]
+            taken = [p.taken for p in passes if p.taken is not None]
+            if not taken:
+                values += [self._no_rows(router, name) for router in stack.routers]
                 continue
-            first, parts = places[name]
-            real = np.concatenate(parts)
-            keep = None if real.all() else np.flatnonzero(real)
-            rows = first.rings.rows
-            found += [
-                rows(kind, r, first.start, len(real), keep) for r in range(len(stack.routers))
-            ]
-        return found
+            real = np.concatenate([p.rows.real for p in passes if p.rows is not None])
+            values += joined_values(taken, name, None if real.all() else np.flatnonzero(real))
+        return values
+
+    def _no_rows(self, router: Router, name: str) -> np.ndarray:
+        """Of a router whose stack did not run."""
+        K, E = router.top_k, router.experts
+        if (extra := EXTRAS.get(name)) is not None:
+            return np.empty((0, extra.width(K, E)), extra.dtype)
+        is_bf16 = self.weight_dtype == torch.bfloat16
+        weights = "uint16" if is_bf16 else "float16"
+        return np.empty((0, K), "uint8" if name == "ids" else weights)
 
 
-def first_rows(rows: Rows, kept: int) -> Rows:
-    """The first `kept` of the rows, padding included."""
-    if kept == rows.T:
-        return rows
-    n = int(rows.real[:kept].sum())
-    names = ("token_id", "document", "sequence", "position", "domain", "phases")
-    of_tokens = {name: values[:n] for name in names if (values := getattr(rows, name)) is not None}
-    return replace(rows, real=rows.real[:kept], **of_tokens)
+def without_tokens(rows: Rows) -> Rows:
+    """What a pass was fed that is left out: its documents alone."""
+    names = ("real", "token_id", "document", "sequence", "position", "domain")
+    return replace(
+        rows, **{name: getattr(rows, name)[:0] for name in names}, phases=rows.phase_codes()[:0]
+    )

@@ -235,7 +235,7 @@ class RecordOptions(RecordedFields, WrittenFields):
         "default they are committed every 65,536 tokens.",
     )
     drop: bool = setting(
-        False, "If the writer cannot keep up, drop decisions and count them instead of waiting."
+        False, "If the writer cannot keep up, drop forward passes and count them, do not wait."
     )
     ring_tokens: int | None = setting(
         None,

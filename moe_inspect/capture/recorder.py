@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from moe_inspect.capture.counted import Totals
 from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
 from moe_inspect.capture.hook.experts import mode_of
 from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
@@ -92,7 +92,9 @@ class Recorder:
             self.stacks[site.stack].add(site, sinks)
         reader = CallReader(self.model, self.sites, options.inputs)
         self.inputs = PassInputs(reader, documents, domains)
-        self._hand_over = HandOver(self.stacks, self.inputs, options)
+        for stack in self.stacks.values():
+            stack.is_summed = options.counts_only
+        self._hand_over = HandOver(self.stacks, self.inputs, options, self._planned.shard_tokens)
         tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
         self._opener = TraceOpener(
             place, self.model, self.sites, self.mode, tokenizer, options, self._planned
@@ -101,8 +103,7 @@ class Recorder:
         self._entered, self.lock = False, RLock()
         resume = self._planned.resume
         self._forwards = resume.next_batch if resume is not None else 0
-        self._counted: CountedPasses | None = None  # counts_only, once the routers are known
-        self._opened = False  # the routers and the shapes of their rings are known
+        self._opened = False  # the routers and the shapes of their rows are known
         self._has_cuda = torch.cuda.is_available()
         self._stepped = False  # the current pass was announced by `step`
         self._capturing = False  # this pass into a CUDA graph: nothing runs
@@ -115,7 +116,7 @@ class Recorder:
     @locked
     def tokens(self) -> int:
         """Number of tokens recorded so far, without padding."""
-        return (self._counted or self._hand_over).count_tokens()
+        return self._hand_over.count_tokens()
 
     @property
     def writer(self) -> TraceWriter | None:
@@ -143,8 +144,7 @@ class Recorder:
                         self._opener.tell_unused()
             finally:
                 self._hand_over.abandon()
-            if self._counted is not None:
-                self._counted.finish()
+            self._hand_over.finish_counts()
         finally:
             try:
                 if self.writer is not None:
@@ -166,8 +166,8 @@ class Recorder:
 
     def _enable(self, on: bool) -> None:
         for stack in self.stacks.values():
-            if stack.rings is not None:
-                stack.rings.enable(on)
+            if stack.rows is not None:
+                stack.rows.enable(on)
 
     # --- the caller describes the next passes
 
@@ -186,8 +186,7 @@ class Recorder:
 
     def end_group(self) -> None:
         """Ends a group of passes: their counts may be committed."""
-        if self._counted is not None:
-            self._counted.end_group()
+        self._hand_over.end_group()
 
     def step(self, tokens: int, **inputs: object) -> None:
         """Announces a forward pass of `tokens` rows per router that runs without a call of the
@@ -205,15 +204,15 @@ class Recorder:
             raise MoeInspectError(
                 "step() needs a forward pass recorded before it, and a trace (not counts_only)"
             )
-        # a CUDA graph holds the rings' addresses
-        self._hand_over.rings_fixed = self.stacks[""].replayed = True
+        # a CUDA graph holds the buffers' addresses
+        self._hand_over.is_fixed = self.stacks[""].replayed = True
         self._begin()
         unknown = {"input_ids": torch.full((1, tokens), -1)}
         fed = self.inputs.of_call(stack.name, (), inputs or unknown)
         if tokens != fed.T:
             raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
-        self._hand_over.feed(stack, fed)
-        self._stepped = stack.scope.to_tapes = True
+        self._hand_over.feed(stack, fed, in_compiled=True)
+        self._stepped = True
         self.inputs.returned(stack.name, inputs)
 
     # --- called by the attachment during a forward pass
@@ -230,7 +229,7 @@ class Recorder:
                 "before capturing a CUDA graph, record two forward passes; neither counts_only "
                 "nor an encoder-decoder can be captured"
             )
-        self._hand_over.rings_fixed = self.stacks[""].replayed = True
+        self._hand_over.is_fixed = self.stacks[""].replayed = True
 
     def _begin(self) -> None:
         self._end_step()
@@ -238,10 +237,7 @@ class Recorder:
             stack.begin()
         number = self.inputs.begin()
         self._forwards = number if number is not None else self._forwards
-        if self._counted is not None:
-            self._counted.begin(self._forwards)
-            for stack in self.stacks.values():
-                stack.skips = not self._counted.is_counted
+        self._hand_over.begin(self._forwards)
 
     @locked
     def feed(self, stack: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -254,11 +250,7 @@ class Recorder:
                 f"{type(self.model).__name__}: call it by itself"
             )
         fed = of.scope.fed = self.inputs.of_call(stack, args, kwargs)
-        if of.is_new or self._counted is not None:
-            of.fed = fed
-            return
-        rings = self._hand_over.feed(of, fed)
-        of.scope.to_tapes = not rings.writes_whole or self.attachment.in_compiled
+        self._hand_over.feed(of, fed, self.attachment.in_compiled)
 
     def returned(self, stack: str, output: object) -> None:
         if not self._capturing:
@@ -290,8 +282,10 @@ class Recorder:
             if not self._opened:
                 is_bf16 = all(d == torch.bfloat16 for d in dtypes)
                 self._open(torch.bfloat16 if is_bf16 else torch.float16)
+            for stack in new:
+                stack.lay_out(self._hand_over.weight_dtype)
         if fed:  # a stack without routers has nothing to record
-            (self._counted or self._hand_over).end(fed, self._forwards)
+            self._hand_over.end(fed, self._forwards)
             self._forwards += 1
         self.inputs.end()
 
@@ -301,23 +295,12 @@ class Recorder:
             self._stepped = False
             self.end()
 
-    # --- the first forward pass determines the shapes of rings and tables
+    # --- the first forward pass determines the shapes of rows and tables
 
     def _open(self, weight_dtype: torch.dtype) -> None:
         self._opened = True
         self._hand_over.weight_dtype = weight_dtype
-        first = 0
-        for stack in self.stacks.values():
-            stack.first_router, first = first, first + len(stack.routers)
         self._hand_over.writer = self._opener.open(self.routers, weight_dtype)
-        if self.options.counts_only:
-            devices = [d for stack in self.stacks.values() for d in stack.devices()]
-            of = weight_dtype, self.options.weights, self.options.by_document
-            counts = DeviceCounts(self.routers, devices, *of)
-            self._counted = CountedPasses(
-                counts, self.inputs, self.options, self._planned.shard_tokens, self.writer
-            )
-            self._counted.begin(self._forwards)
 
     # --- counts_only
 
@@ -325,12 +308,11 @@ class Recorder:
     def totals(self, all_ranks: bool = False) -> Totals:
         """The counts since the recording began (`counts_only=True`); with `all_ranks` summed over
         the processes of torch.distributed."""
-        if self._counted is None:
+        if not self.options.counts_only or not self._opened:
             raise MoeInspectError(
                 "no counts yet: record with counts_only=True, and run a forward pass first"
             )
-        self._counted.count_waiting()
-        return self._counted.counts.totals(all_ranks)
+        return self._hand_over.totals(all_ranks)
 
     def balance(self, all_ranks: bool = False) -> pd.DataFrame:
         """The balance table of `totals`."""

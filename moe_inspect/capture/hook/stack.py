@@ -1,6 +1,6 @@
 """The routers of one stack of a model: the hooks that read what each has chosen, and where it goes.
-The first forward pass shows shapes and dtypes, then it goes to rings. An encoder-decoder has two
-stacks, which see different tokens; every other model has one.
+The first forward pass shows shapes and dtypes. An encoder-decoder has two stacks, which see
+different tokens; every other model has one.
 
 T rows a router sees (padding included), K slots, E experts.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from torch.nn import Module
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.capture.hook.ring import Calls, OfSite, PassShape, Rings, by_site
+from moe_inspect.capture.rows import Calls, CallsOfSite, ShownRouter, TakenPass, by_site
+from moe_inspect.capture.rows import Rows as TakenRows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.choices import called_with
 from moe_inspect.model.routers import Site, logits_among, stacks_in, top_k_of
@@ -228,18 +229,6 @@ def dropped_before_call(
     return hook, choice
 
 
-class StackPass(NamedTuple):
-    """The run of a stack in a forward pass, on its way to the writer: the first `kept` of its rows
-    are in the rings, from position `start` on."""
-
-    stack: Stack
-    rings: Rings
-    fed: Rows | CallInputs
-    start: int
-    kept: int
-    cursors: list[Tensor] | None  # of each ring, after the forward pass; None: it was whole
-
-
 class Stack:
     """The routers of the stack `name` ("" for a model without two): see `add`. `kinds`: what is
     recorded of each, "" for choices, else one of `schema.EXTRAS`.
@@ -255,17 +244,17 @@ class Stack:
         self.routers_of: list[list[int]] = []  # of each site
         # grouped by site: a layer that runs twice has two. From the config until the first pass
         self.routers: list[Router] = []
-        self.first_router = 0  # index of its first router among the model's
         self.fed: Rows | CallInputs | None = None  # in the current forward pass
         self.is_new = True  # it has not run yet, or runs for the first time
         self.calls: Calls = {}
         self.copies = True
         self._copied: list[tuple[Tensor, Tensor]] = []  # in the first pass: a copy, and of what
-        self.shape: PassShape | None = None  # of its passes, once it has run
-        self.rings: Rings | None = None
-        self.dropped_rows = 0
+        self._shown: list[ShownRouter] = []  # once it has run
+        self._sites_of: list[int] = []  # the site of each router
+        self.rows: TakenRows | None = None  # once it has run
         self.replayed = False  # a CUDA graph holds its launches
         self.skips = False  # nothing of the current pass is recorded
+        self.is_summed = False  # of its calls only sums are recorded: they are kept on any device
         scope.begin_graph, scope.in_graph = self.write_calls, False
 
     def add(self, site: Site, sinks: Sinks) -> None:
@@ -281,14 +270,14 @@ class Stack:
 
     def devices(self) -> list[torch.device]:
         """The device of each router; until it has run, that of its experts."""
-        if self.shape is None:
+        if not self._shown:
             return [next(site.module.parameters()).device for site in self.sites]
-        return [device for device, _, _ in self.shape.routers]
+        return [shown.device for shown in self._shown]
 
     def begin(self) -> None:
         """Begins a forward pass. If the previous one failed, its rows are overwritten."""
-        if self.fed is not None and self.rings is not None:
-            self.rings.rewind(self.dropped_rows)
+        if self.fed is not None and self.rows is not None:
+            self.rows.rewind()
         self.fed = None
         self.scope.passes += 1
         self.clear()
@@ -297,7 +286,7 @@ class Stack:
         self.calls = {kind: [] for kind in self.kinds}
         self._copied = []
 
-    def calls_of(self, kind: str) -> list[OfSite]:
+    def calls_of(self, kind: str) -> list[CallsOfSite]:
         """What was recorded of the calls of each site."""
         return by_site(self.calls[kind], len(self.sites))
 
@@ -334,12 +323,11 @@ class Stack:
         self.routers = [router_at(site, ids.shape[1], time) for site, time, (ids, _) in runs]
         ends = np.cumsum(times).tolist()
         self.routers_of = [list(range(end - t, end)) for end, t in zip(ends, times, strict=True)]
-        self.shape = PassShape(
-            [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs],
-            np.repeat(range(len(times)), times).tolist(),
-            self.kinds[1:],
-            [site.ids_below for site, *_ in runs],
-        )
+        self._shown = [
+            ShownRouter(ids.device, ids.shape[1], site.experts, site.ids_below)
+            for site, _, (ids, _) in runs
+        ]
+        self._sites_of = np.repeat(range(len(times)), times).tolist()
         self.is_new = False
         for shown, told in zip(self.routers, declared if is_declared else (), strict=False):
             if shown != told or len(self.routers) != len(declared):
@@ -371,34 +359,38 @@ class Stack:
                         "trace without --logits"
                     )
 
-    def make_rings(self, rows: int, weight_dtype: torch.dtype) -> Rings:
-        """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
-        assert self.shape is not None
-        rings = self.rings = Rings(self.shape, weight_dtype, rows)
-        rings.rewind(self.dropped_rows)
-        for sinks, routers in zip(self.sinks, self.routers_of, strict=True):
-            for kind, sink in sinks.items():
-                sink.tapes = [rings.tapes[kind][r] for r in routers]
-        return rings
+    def lay_out(self, weight_dtype: torch.dtype) -> None:
+        """Ends the first forward pass: `weight_dtype` is that of the gate weights in the trace."""
+        self.rows = TakenRows(self._shown, self._sites_of, self.kinds, weight_dtype)
 
-    def end(self) -> StackPass:
-        """Ends a launched forward pass (on a GPU it may still be running)."""
-        rings, fed = self.rings, self.fed
-        assert rings is not None
-        assert fed is not None
-        if not self.scope.to_tapes:
-            if rings.write(self.calls, fed.T):
-                self.clear()
-                return StackPass(self, rings, fed, rings.head, fed.T, None)
-            self.write_calls()
-        kept = min(fed.T, max(0, rings.free_rows))
-        return StackPass(self, rings, fed, rings.head, kept, rings.read_cursors())
+    def grow(self, rows: int) -> None:
+        """Has kernels write passes of so many rows to buffers."""
+        assert self.rows is not None
+        if self.rows.grow(rows):
+            for sinks, routers in zip(self.sinks, self.routers_of, strict=True):
+                for kind, sink in sinks.items():
+                    sink.tapes = [self.rows.tapes[kind][r] for r in routers]
+
+    def take(self, fed: Rows | CallInputs) -> TakenPass:
+        """Ends a launched forward pass (on a GPU it may still be running). MoeInspectError unless
+        every router has seen every token once: on a GPU `check` tells when the rows arrive."""
+        assert self.rows is not None
+        if self.scope.to_tapes:
+            return self.rows.take(fed.T)
+        if (taken := self.rows.whole(self.calls, fed.T)) is None:
+            self.check_calls(fed.T)
+            raise MoeInspectError(
+                f"a router of {type(self.model).__name__} chose another number of experts than in "
+                "the first forward pass"
+            )
+        self.clear()
+        return taken
 
     def write_calls(self) -> None:
-        """Writes the calls of the current pass so far to tapes, which tells missing rows and those
-        there is no room for. Those that follow go to tapes."""
-        if self.rings is None:
+        """Writes the calls of the current pass so far to buffers. Those that follow go there."""
+        if self.rows is None or self.fed is None or self.is_summed:
             return
+        self.grow(self.fed.T)
         for kind in self.calls:
             for sinks, of_site in zip(self.sinks, self.calls_of(kind), strict=True):
                 tapes = sinks[kind].tapes
@@ -408,11 +400,12 @@ class Stack:
         self.scope.to_tapes = True
         self.clear()
 
-    def check(self, done: StackPass) -> None:
-        """MoeInspectError unless every router has seen every token exactly once."""
-        T, cursors = done.fed.T, done.cursors or []
-        if not all((cursor.numpy() == done.start + T).all() for cursor in cursors):
-            self.check_seen(T, done.rings.rows_seen(cursors, done.start))
+    def check(self, taken: TakenPass, T: int) -> None:
+        """MoeInspectError unless every router has seen every token of the pass exactly once."""
+        if self.rows is None or taken.cursors is None:
+            return
+        if not all((cursor.numpy() == T).all() for cursor in taken.cursors):
+            self.check_seen(T, self.rows.seen(taken.cursors))
 
     def check_seen(self, T: int, seen: Mapping[str, Sequence[int]]) -> None:
         """`seen`: rows of each router, by what was recorded of them ("": its choices)."""

@@ -1,6 +1,6 @@
-"""The ring: what comes out is what went in, at its position, whatever the sizes; nothing that is
-still needed is overwritten, also where nobody on the host looks; what is dropped is counted, and
-device, manifest and report agree. And what is handed over from it to the writer."""
+"""The rows of a pass: what comes out is what went in, whatever the sizes; nothing that is still
+needed is overwritten; what is dropped is counted, and manifest and report agree. And what is handed
+over to the writer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
-from moe_inspect.capture.hook import kernels, ring
+from moe_inspect.capture import hand_over, rows
+from moe_inspect.capture.hook import kernels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.conftest import Put
@@ -26,7 +27,7 @@ from tests.support.witness import agreed, traced, witnessed
 from tests.support.zoo import token_batch
 
 CPU = torch.device("cpu")
-P, ROWS, TWO = 16, 40, [(2, 8), (5, 300)]  # of a page, of the ring; K and E of two routers
+TWO = [(2, 8), (5, 300)]  # K and E of two routers
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 
@@ -37,107 +38,103 @@ def decisions(start: int, T: int, K: int, experts: int) -> tuple[torch.Tensor, t
     return (position * 7 + slot) % experts, ((position % 97) / 128 + slot / 1024).float()
 
 
-def made(of: list[tuple[int, int]], rows: int) -> ring.Rings:
-    """Rings of routers on the CPU."""
-    shape = ring.PassShape([(CPU, K, E) for K, E in of], range(len(of)))
-    return ring.Rings(shape, torch.float16, rows, page_rows=P)
+def made(of: list[tuple[int, int]], kinds: tuple[str, ...] = ("",)) -> rows.Rows:
+    """Rows of routers on the CPU."""
+    shown = [rows.ShownRouter(CPU, K, E, E) for K, E in of]
+    return rows.Rows(shown, range(len(of)), kinds, torch.float16)
 
 
-def follow(sizes: list[int], behind: int, drop: bool = False) -> None:
-    """Writes passes of these sizes on two tapes, hands them over late, and compares."""
-    held = made(TWO, ROWS)
-    waiting: list[tuple[int, int, int]] = []
-    lost = 0
-
-    def hand_over() -> None:
-        start, T, kept = waiting.pop(0)
-        for r, (K, E) in enumerate(TWO):
-            ids, weights = decisions(start, kept, K, E)
-            assert held.rows("ids", r, start, kept).tolist() == ids.tolist()
-            assert held.rows("weights", r, start, kept).tolist() == weights.half().tolist()
-        held.release(start + T)
-
-    for T in sizes:
-        while len(waiting) > behind or (waiting and not drop and held.free_rows < T):
-            hand_over()
-        kept = min(T, max(0, held.free_rows))
-        assert drop or kept == T
-        for r, (K, E) in enumerate(TWO):
-            kernels.record_torch(held.tapes[""][r], *decisions(held.head, T, K, E))
-        waiting.append((held.head, T, kept))
-        lost += T - kept
-        held.end(T)
-        assert held.read_cursors()[0].tolist() == [held.head] * 2
-    while waiting:
-        hand_over()
-    assert held.dropped() == [lost] * 2
-
-
-def test_the_largest_pass_that_fits_is_held_wherever_it_begins() -> None:
-    fits = made(TWO, ROWS).max_rows
-    assert fits >= ROWS
-    for start in range(P):
-        follow([start, fits, fits], 0)
-
-
-@pytest.mark.parametrize("drop", [False, True])
-@given(data=st.data())
+@pytest.mark.parametrize("late", [False, True])
+@given(sizes=st.lists(st.integers(0, 90), min_size=1, max_size=30), behind=st.integers(0, 5))
 @settings(max_examples=150 if WHOLE else 50, deadline=None)
-def test_what_comes_out_is_what_went_in(drop: bool, data: st.DataObject) -> None:
-    """With dropping, what is kept is right and the rest is counted."""
-    sizes = data.draw(st.lists(st.integers(0, 90 if drop else 40), min_size=1, max_size=30))
-    follow(sizes, data.draw(st.integers(0, 5 if drop else 3)), drop=drop)
+def test_what_comes_out_is_what_went_in(late: bool, sizes: list[int], behind: int) -> None:
+    """Passes are read late, also where the buffers have grown meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        if late:
+            patch.setitem(rows.SIDE_STREAMS, "cpu", LateStream)
+        held, waiting, first = made(TWO), list[tuple[int, int, rows.TakenPass]](), 0
+
+        def read() -> None:
+            start, T, taken = waiting.pop(0)
+            assert taken.has_arrived(wait=True)
+            assert taken.cursors is not None
+            assert [cursor.tolist() for cursor in taken.cursors] == [[T] * 2]
+            both = zip(
+                *(rows.joined([taken], name, None) for name in ("ids", "weights")), TWO, strict=True
+            )
+            for of_ids, of_weights, (K, E) in both:
+                ids, weights = decisions(start, T, K, E)
+                assert of_ids.tolist() == ids.tolist()
+                assert of_weights.tolist() == weights.half().tolist()
+
+        for T in sizes:
+            held.grow(T)
+            for tape, (K, E) in zip(held.tapes[""], TWO, strict=True):
+                kernels.record_torch(tape, *decisions(first, T, K, E))
+            waiting.append((first, T, held.take(T)))
+            first += T
+            while len(waiting) > behind:
+                read()
+        while waiting:
+            read()
 
 
-def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
+def test_buffers_that_nobody_reads_keep_their_first_rows() -> None:
     """As when a graph is replayed and replayed: the kernel stops at the limit by itself."""
-    held = made([(2, 8)], 32)
+    held = made([(2, 8)])
+    held.grow(32)
     for n in range(10):
         kernels.record_torch(held.tapes[""][0], *decisions(n * 16, 16, 2, 8))
-    kept = held.free_rows
-    assert held.rows("ids", 0, 0, kept).tolist() == decisions(0, kept, 2, 8)[0].tolist()
-    assert held.dropped() == [160 - kept]
-    assert held.read_cursors()[0].tolist() == [160]
+    assert held.seen() == {"": [160]}
+    (found,) = rows.joined([held.take(32)], "ids", None)
+    assert found.tolist() == decisions(0, 32, 2, 8)[0].tolist()
+    assert held.seen() == {"": [0]}
 
 
-def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
-    said = "of 900,000 tokens with 24,576 recorded values each is too large .* at most [1-9][\\d,]+"
-    shape = ring.PassShape([(CPU, 8, 512)] * 48, range(48), ("logits",))
+def test_a_pass_that_32_bits_cannot_address_is_refused() -> None:
+    said = "of 900,000 tokens with 24,576 recorded values each is too large .* at most 65,536 "
     with pytest.raises(MoeInspectError, match=said):
-        ring.Rings(shape, torch.float16, rows=900_000)
+        made([(8, 512)] * 48, ("", "logits")).grow(900_000)
 
 
 # --- in a recording
 
 
 class LateStream:
-    """Stands for a side stream: what it was given to copy, it copies when asked whether it has, one
-    page a question; until then the device may write over it."""
+    """Stands for a side stream: what it has copied arrives when somebody has asked twice, or
+    waits for it."""
 
-    def __init__(self, device: torch.device, pages: int):
-        self.waiting: list[tuple[int, Any]] = []
-        self.pass_launched = self.synchronize = lambda: None
+    def __init__(self, device: torch.device):
+        pass
 
-    def pinned(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(like, 77)
-
-    def copy(self, page: int, pairs: Any) -> None:
-        self.waiting.append((page, pairs))
-
-    def is_copied(self, page: int, wait: bool) -> bool:
-        while self.waiting and (wait or page != self.waiting[0][0]):
-            for host, device in self.waiting.pop(0)[1]:
-                host.copy_(device)
-            if not wait:
-                break
-        return page not in [p for p, _ in self.waiting]
+    def copy(self, tensors: Any) -> tuple[list[torch.Tensor], LateCopy]:
+        host = [torch.full_like(tensor, 77) for tensor in tensors]
+        return host, LateCopy(
+            [(to, tensor.clone()) for to, tensor in zip(host, tensors, strict=True)]
+        )
 
 
-def paged(monkeypatch: pytest.MonkeyPatch, rows: int, late: bool) -> None:
-    """Pages of so many rows; and whether they leave the device late, as on a GPU."""
-    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", rows)
+class LateCopy:
+    def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]):
+        self.pairs, self.asked = pairs, 0
+
+    def synchronize(self) -> None:
+        for host, copied in self.pairs:
+            host.copy_(copied)
+        self.pairs = []
+
+    def query(self) -> bool:
+        self.asked += 1
+        if self.asked > 1:
+            self.synchronize()
+        return not self.pairs
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, number: int, late: bool = False) -> None:
+    """So many rows wait for others; and whether they leave the device late, as on a GPU."""
+    monkeypatch.setattr(hand_over, "HELD_ROWS", number)
     if late:
-        monkeypatch.setitem(ring.SIDE_STREAMS, "cpu", LateStream)
+        monkeypatch.setitem(rows.SIDE_STREAMS, "cpu", LateStream)
 
 
 @pytest.fixture
@@ -148,17 +145,17 @@ def go_on(put: Put) -> threading.Event:
     return go_on
 
 
-# the ring grows; many passes on a page, and one on many
+# buffers grow; many passes in a batch, and one in many
 LENGTHS = [[9, 5], [30, 31, 2], [3], [64, 64], [17], *([n % 5 + 1, 3] for n in range(20)), [70, 3]]
 
 
-@pytest.mark.parametrize("page_rows", [16, 4096])
+@pytest.mark.parametrize("held", [16, 4096])
 @pytest.mark.parametrize(("capture", "late"), [("tap", False), ("dispatch", False), ("auto", True)])
-def test_pages_do_not_show_in_the_trace(
-    capture: str, late: bool, page_rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_how_passes_are_handed_over_does_not_show_in_the_trace(
+    capture: str, late: bool, held: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Neither how large they are, nor how late they leave."""
-    paged(monkeypatch, page_rows, late)
+    """Neither how many together, nor how late."""
+    hold(monkeypatch, held, late)
     model = build("olmoe")
     with traced(model, tmp_path / "t", logits=True, capture=capture) as seen, torch.no_grad():
         for n, lengths in enumerate([*LENGTHS, [1]]):
@@ -170,7 +167,7 @@ def test_a_slow_writer_is_waited_for(
     go_on: threading.Event, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The model waits, in a thread, until the writer goes on: nothing is dropped."""
-    paged(monkeypatch, 16, late=False)
+    hold(monkeypatch, 16)
     model, done = build("olmoe"), list[int]()
 
     @torch.no_grad()
@@ -192,12 +189,12 @@ def test_a_slow_writer_is_waited_for(
     assert counts == {"tokens": 280, "decisions": 560, "dropped": 0}
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_what_is_dropped_is_counted_everywhere(
-    go_on: threading.Event, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    late: bool, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also when the ring has grown and a pass has failed meanwhile: what is there is the begin of
-    its pass, and the device's count of dropped rows is that of the host."""
-    paged(monkeypatch, 16, late=False)
+    """Also when the passes have grown and one has failed meanwhile: what is there is whole."""
+    hold(monkeypatch, 16, late)
     model, batch, ends = build("olmoe"), token_batch([9, 5]), [0]
     with (
         moe_inspect.record(model, tmp_path / "t", drop=True) as rec,
@@ -209,11 +206,9 @@ def test_what_is_dropped_is_counted_everywhere(
             model(**batch)
             ends.append(len(seen.ids))
 
-        for n in range(40):
+        for _ in range(30):  # the writer stands still
             run(batch)
-            if n == 30:  # until then the writer stands still
-                assert rec.stacks[""].dropped_rows > 0
-                go_on.set()
+        go_on.set()
         run(token_batch([90]))
         go_on.clear()
         for _ in range(20):
@@ -225,15 +220,15 @@ def test_what_is_dropped_is_counted_everywhere(
             model(**batch)
         go_on.set()
         run(batch)
-        on_device = rec.stacks[""].rings.dropped()
     trace = moe_inspect.open_trace(tmp_path / "t")
     tokens, dropped = trace.n_tokens, trace.manifest["counts"]["dropped"]
     assert trace.status == "complete"
     assert 0 < tokens == rec.tokens
+    assert dropped > 0
+    # a document whose first pass is dropped may go on
+    assert trace.documents()["document"].tolist() == [*range(2 * 51 + 1)]
     # two routers: every decision is there or counted
-    assert tokens * 2 + dropped == len(seen.ids) * 2 == (61 * 14 + 90) * 2
-    assert on_device == [rec.stacks[""].dropped_rows] * 2
-    assert rec.stacks[""].dropped_rows >= dropped / 2
+    assert tokens * 2 + dropped == len(seen.ids) * 2 == (51 * 14 + 90) * 2
     report = moe_inspect.report(trace)
     assert report.tables["summary"].set_index("key").value["dropped"] == str(dropped)
     assert f"{dropped:,} decisions were dropped while recording" in str(report.warning)
@@ -241,21 +236,19 @@ def test_what_is_dropped_is_counted_everywhere(
     assert load.tolist() == [tokens * 4] * 2
     for layer in (0, 1):
         found = trace.routing(layers=layer).filter(like="expert_")
-        for number, rows in found.groupby(trace.tokens().batch.to_numpy()):
+        for number, of_pass in found.groupby(trace.tokens().batch.to_numpy()):
             whole = seen.routes(layer)[0][ends[number] : ends[number + 1]]
-            assert (np.sort(rows, 1) == np.sort(whole[: len(rows)], 1)).all()
+            assert (np.sort(of_pass, 1) == np.sort(whole, 1)).all()
 
 
 def test_a_step_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    """Before a forward pass; larger than the ring, with the size; of other inputs."""
+    """Before a forward pass; larger than the room there is, with the size; of other inputs."""
     model, inputs = build("olmoe"), torch.zeros(2, 3, dtype=torch.long)
     with moe_inspect.record(model, tmp_path / "t", ring_tokens=5000) as rec, torch.no_grad():
         with pytest.raises(MoeInspectError, match=r"step\(\) needs a forward pass"):
             rec.step(4)
         model(**token_batch([9, 5]))
-        fits = rec.stacks[""].rings.max_rows
-        assert fits >= 5000
-        said = rf"20,000 rows exceeds the room .* \({fits:,}\): .* ring_tokens=20000"
+        said = r"20,000 rows exceeds the room .* \(5,000\): .* ring_tokens=20000"
         with pytest.raises(MoeInspectError, match=said):
             rec.step(20000)
         with pytest.raises(MoeInspectError, match=r"step\(5\) with inputs of 6 rows"):
@@ -264,10 +257,10 @@ def test_a_step_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 23
 
 
-def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(
+def test_a_router_that_saw_too_little_is_found_when_its_rows_arrive(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    paged(monkeypatch, 4096, late=True)
+    hold(monkeypatch, 4096, late=True)
     model = build("mixtral")
     rec = moe_inspect.record(model, tmp_path / "t")
     rec.__enter__()
@@ -293,7 +286,8 @@ def replayed(path: Path) -> tuple[Any, Any, list[tuple[torch.Tensor, torch.Tenso
     with torch.no_grad():
         model(**token_batch([4]))
     choices = [(torch.zeros(6, 4, dtype=torch.long), torch.zeros(6, 4)) for _ in range(2)]
-    tapes = rec.stacks[""].rings.tapes[""]
+    rec.stacks[""].grow(6)
+    tapes = rec.stacks[""].rows.tapes[""]
 
     def replay() -> None:
         for tape, choice in zip(tapes, choices, strict=True):
@@ -306,7 +300,7 @@ def test_replays_that_are_announced_are_recorded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And those within `paused` are not."""
-    paged(monkeypatch, 16, late=False)
+    hold(monkeypatch, 16)
     rec, replay, choices = replayed(tmp_path / "t")
     for n in range(30):
         for ids, weights in choices:
@@ -340,7 +334,7 @@ def test_replays_that_are_announced_are_recorded(
 def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(
     late: bool, announced: int, replays: int, said: str, monkeypatch: Any, tmp_path: Path
 ) -> None:
-    paged(monkeypatch, 4096 if late else 16, late)
+    hold(monkeypatch, 4096 if late else 16, late)
     rec, replay, _ = replayed(tmp_path / "t")
     if announced:
         rec.step(announced)
@@ -368,9 +362,8 @@ def test_capturing_a_graph_records_nothing(put: Put, tmp_path: Path) -> None:
         model(**batch)
         capturing[0] = True
         model(**batch)
-        rings = rec.stacks[""].rings
-        assert rings.read_cursors()[0].tolist() == [12] * 2, "the kernels are launched"
-        rings.rewind(0)  # (in a graph, which does not run now)
+        assert rec.stacks[""].rows.seen() == {"": [4, 4]}, "the kernels are launched"
+        rec.stacks[""].rows.rewind()  # (in a graph, which does not run now)
         capturing[0] = False
         model(**batch)
     batches = moe_inspect.open_trace(tmp_path / "t").tokens().batch.tolist()

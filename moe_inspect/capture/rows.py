@@ -1,0 +1,346 @@
+"""The rows of a forward pass: what the routers of a stack chose for each token, taken once the pass
+has been launched.
+
+On a CPU what the routers return is kept until the pass is over, and then stacked. On a GPU, and in
+code that torch.compile has compiled, kernels write each call to buffers whose addresses do not
+change, so that a CUDA graph repeats the writes when it is replayed. Behind the pass a side stream
+copies the rows to pinned memory; the next pass waits for that copy, as it writes to the same place.
+
+R alike routers of a group, K slots, E experts, T rows of a pass (padding included), P rows that a
+buffer holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_inspect.capture.hook.kernels import Tape
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import EXTRAS
+
+# by kind ("" for choices, else one of `schema.EXTRAS`): of each call the index of its site, and
+# what was recorded, (ids [T, K], weights [T, K]) or (values,)
+Calls: TypeAlias = dict[str, list[tuple[int, tuple[Tensor, ...]]]]
+CallsOfSite: TypeAlias = list[tuple[Tensor, ...]]
+
+
+def by_site(calls: Sequence[tuple[int, tuple[Tensor, ...]]], sites: int) -> list[CallsOfSite]:
+    """Return what was recorded of the calls of each site."""
+    grouped: list[CallsOfSite] = [[] for _ in range(sites)]
+    for site, values in calls:
+        grouped[site].append(values)
+    return grouped
+
+
+class ShownRouter(NamedTuple):
+    """What the first pass shows of a router. `below`: ids from this on are no expert's."""
+
+    device: torch.device
+    top_k: int
+    experts: int
+    below: int
+
+
+class Group(NamedTuple):
+    """Consecutive alike routers, from index `first` on."""
+
+    device: torch.device
+    top_k: int
+    experts: int
+    below: int
+    first: int
+    routers: int
+
+    def width(self, name: str) -> int:
+        """Return the number of values that a row has."""
+        return EXTRAS[name].width(self.top_k, self.experts) if name in EXTRAS else self.top_k
+
+
+def names_of(kind: str) -> tuple[str, ...]:
+    """Return the names of what a call of this kind brings."""
+    return (kind,) if kind else ("ids", "weights")
+
+
+class SideStream:
+    """Copies from a GPU to pinned host memory, on another CUDA stream than the model's."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def copy(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.Event]:
+        """Copy the tensors behind what the model's stream has been given so far, which goes on
+        behind the copies. Return them and the event after which they are complete."""
+        model_stream = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(model_stream)
+        with torch.cuda.stream(self.stream):
+            host = [
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in tensors
+            ]
+            copied = self.stream.record_event()
+        model_stream.wait_event(copied)
+        return host, copied
+
+
+# by the type of the device; none where the host can read its memory
+SIDE_STREAMS: dict[str, type[SideStream]] = {"cuda": SideStream}
+
+
+@dataclass(frozen=True, eq=False)
+class TakenPass:
+    """The rows of a pass. `values`: of each name a tensor [R, T, …] per group, on the host once
+    `copied`. `cursors`: where they were written to buffers, the rows that each lane saw."""
+
+    values: dict[str, list[Tensor]]
+    cursors: list[Tensor] | None = None
+    copied: tuple[torch.Event, ...] = ()
+
+    def has_arrived(self, wait: bool) -> bool:
+        if wait:
+            for event in self.copied:
+                event.synchronize()
+        return all(event.query() for event in self.copied)
+
+
+class Lanes:
+    """What the kernels keep of the routers of one device: the next row of each lane, a lane being
+    a router and a kind; and whether anything is written."""
+
+    def __init__(self, device: torch.device, lanes: int, rows: int):
+        self.cursor, self.dropped = (
+            torch.zeros(lanes, dtype=torch.int64, device=device) for _ in range(2)
+        )
+        self.limit = torch.full((1,), rows, dtype=torch.int64, device=device)
+        self.enabled = torch.ones(1, dtype=torch.int32, device=device)
+        stream = SIDE_STREAMS.get(device.type)
+        self.side = stream(device) if stream is not None else None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.cursor, self.dropped, self.limit, self.enabled
+
+    def copy(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[torch.Event]]:
+        if self.side is None:
+            return [t.clone() for t in tensors], []
+        host, copied = self.side.copy(tensors)
+        return host, [copied]
+
+
+class Rows:
+    """The rows of the routers of a stack.
+
+    routers       what the first pass has shown of each
+    sites         the index of the site of each; a layer that runs twice has two routers of one site
+    kinds         what is recorded: choices (""), and of `schema.EXTRAS`
+    weight_dtype  of gate weights: float16 or bfloat16
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[ShownRouter],
+        sites: Sequence[int],
+        kinds: Sequence[str],
+        weight_dtype: torch.dtype,
+    ):
+        self.routers, self.sites, self.kinds = routers, list(sites), tuple(kinds)
+        self.weight_dtype = weight_dtype
+        self.runs = [self.sites.count(n) for n in range(max(sites) + 1)]  # of each site in a pass
+        self.groups = list[Group]()
+        for shown, alike in groupby(routers):
+            first = self.groups[-1].first + self.groups[-1].routers if self.groups else 0
+            self.groups.append(Group(*shown, first, len(list(alike))))
+        devices = {group.device.type for group in self.groups}
+        # its routers' calls can be kept as they are
+        self.keeps_calls = devices == {"cpu"} and "cpu" not in SIDE_STREAMS
+        self.P = 0  # rows that the buffers hold; 0: there are none
+        self.tapes: dict[str, list[Tape]] = {}
+        self._buffers: dict[str, list[Tensor]] = {}
+        self._lanes: dict[torch.device, Lanes] = {}
+
+    def dtype(self, name: str, group: Group) -> torch.dtype:
+        if name == "ids":  # one value marks slots without an expert: 256 need the wider type
+            return torch.uint8 if group.below < 256 else torch.int16
+        return self.weight_dtype if name == "weights" else getattr(torch, EXTRAS[name].dtype)
+
+    # --- calls that were kept
+
+    def whole(self, calls: Calls, T: int) -> TakenPass | None:
+        """Return the calls of a pass of T rows, stacked; None unless every router saw each row
+        once."""
+        values: dict[str, list[Tensor]] = {}
+        try:
+            for kind, of_kind in calls.items():
+                by_router = self._by_router(of_kind)
+                for group in self.groups:
+                    of_group = by_router[group.first : group.first + group.routers]
+                    columns = zip(*of_group, strict=True)
+                    for name, column in zip(names_of(kind), columns, strict=True):
+                        stacked = torch.stack(column)
+                        if stacked.shape != (group.routers, T, group.width(name)):
+                            return None
+                        stored = self._stored(stacked, name, group)
+                        values.setdefault(name, []).append(stored)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError):  # of different sizes, or numbers
+            return None
+        return TakenPass(values)
+
+    def _by_router(self, calls: Sequence[tuple[int, tuple[Tensor, ...]]]) -> CallsOfSite:
+        """Return one call per router, in their order; none where there are not as many. Where one
+        was called with some of the rows at a time, these are one call."""
+        if [n for n, _ in calls] == self.sites:
+            return [values for _, values in calls]
+        found: CallsOfSite = []
+        for parts, runs in zip(by_site(calls, len(self.runs)), self.runs, strict=True):
+            if runs == 1 and len(parts) > 1:
+                parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
+            if len(parts) != runs:
+                return []
+            found += parts
+        return found
+
+    def _stored(self, values: Tensor, name: str, group: Group) -> Tensor:
+        """Return the values in the type in which they are stored."""
+        dtype = self.dtype(name, group)
+        if name != "ids" or not values.numel():
+            return values.to(dtype)
+        if values.is_cpu:  # most often all are experts, which is cheap to tell on a CPU
+            least, most = values.aminmax()
+            if least.item() >= 0 and most.item() < group.below:
+                return values.to(dtype)
+        outside = (values < 0) | (values >= group.below)
+        return values.masked_fill(outside, 255 if dtype == torch.uint8 else -1).to(dtype)
+
+    # --- buffers that kernels write to
+
+    def grow(self, rows: int) -> bool:
+        """Make buffers for passes of so many rows, unless there are such. The passes so far must
+        have been taken. Return whether `tapes` are new. MoeInspectError if the kernels' 32-bit
+        offsets cannot address that many values."""
+        P = max(16, 1 << (rows - 1).bit_length())
+        if P <= self.P:
+            return False
+        names = [name for kind in self.kinds for name in names_of(kind)]
+        widest = max(g.routers * g.width(name) for g in self.groups for name in names)
+        if P * widest >= 2**31:
+            raise MoeInspectError(
+                f"a forward pass of {rows:,} tokens with {widest:,} recorded values each is too "
+                f"large to record: pass at most {1 << (2**31 // widest).bit_length() - 1:,} tokens "
+                "per forward pass"
+            )
+        enabled = all(int(lanes.enabled) for lanes in self._lanes.values())
+        self.P = P
+        # a tensor made in inference mode could not be written outside it
+        with torch.inference_mode(False):
+            self._buffers = {
+                name: [
+                    torch.empty(
+                        g.routers * P * g.width(name), dtype=self.dtype(name, g), device=g.device
+                    )
+                    for g in self.groups
+                ]
+                for name in names
+            }
+            devices = [shown.device for shown in self.routers]
+            self._lanes = {
+                device: Lanes(device, devices.count(device) * len(self.kinds), P)
+                for device in dict.fromkeys(devices)
+            }
+        self.enable(enabled)
+        self._make_tapes()
+        for device, lanes in self._lanes.items():
+            if (
+                device.type == "cuda"
+            ):  # torch.compile's CUDA graphs then write there, without a copy
+                own = (b for of in self._buffers.values() for b in of if b.device == device)
+                for tensor in (*own, *lanes.tensors):
+                    torch._dynamo.mark_static_address(tensor, guard=False)
+        return True
+
+    def _make_tapes(self) -> None:
+        free = dict.fromkeys(self._lanes, 0)  # the next lane of each device
+        self.tapes = {kind: [] for kind in self.kinds}
+        for kind, tapes in self.tapes.items():
+            for g, group in enumerate(self.groups):
+                ids = None if kind else self._buffers["ids"][g]
+                values, width = self._buffers[kind or "weights"][g], group.width(kind or "weights")
+                for i in range(group.routers):
+                    tapes.append(
+                        Tape(
+                            ids,
+                            values,
+                            *self._lanes[group.device].tensors,
+                            lane=free[group.device],
+                            K=width,
+                            experts=group.below,
+                            base=i * self.P * width,
+                            page_values=group.routers * self.P * width,
+                            P=self.P,
+                            pages=1,
+                        )
+                    )
+                    free[group.device] += 1
+
+    def take(self, T: int) -> TakenPass:
+        """Take the first T rows of the buffers, which the next pass writes anew."""
+        values = {name: [*buffers] for name, buffers in self._buffers.items()}
+        cursors, events = list[Tensor](), list[torch.Event]()
+        for device, lanes in self._lanes.items():
+            places = [
+                (name, g)
+                for name in values
+                for g, group in enumerate(self.groups)
+                if group.device == device
+            ]
+            written = [
+                values[name][g].view(self.groups[g].routers, self.P, -1)[:, :T]
+                for name, g in places
+            ]
+            (cursor, *host), copied = lanes.copy([lanes.cursor, *written])
+            for (name, g), tensor in zip(places, host, strict=True):
+                values[name][g] = tensor
+            cursors.append(cursor)
+            events += copied
+        self.rewind()
+        return TakenPass(values, cursors, tuple(events))
+
+    def rewind(self) -> None:
+        """Let the next pass write from the first row on."""
+        for lanes in self._lanes.values():
+            lanes.cursor.zero_()
+
+    def enable(self, on: bool) -> None:
+        """Whether the kernels write anything."""
+        for lanes in self._lanes.values():
+            lanes.enabled.fill_(int(on))
+
+    def seen(self, cursors: Sequence[Tensor] | None = None) -> dict[str, list[int]]:
+        """Return the rows that each router saw, by kind: of a pass that was taken, or since."""
+        cursors = [lanes.cursor for lanes in self._lanes.values()] if cursors is None else cursors
+        rows = {d: c.tolist() for d, c in zip(self._lanes, cursors, strict=True)}
+        devices = [shown.device for shown in self.routers]
+        return {
+            kind: [rows[device][tape.lane] for device, tape in zip(devices, tapes, strict=True)]
+            for kind, tapes in self.tapes.items()
+        }
+
+
+def joined(passes: Sequence[TakenPass], name: str, keep: np.ndarray | None) -> list[np.ndarray]:
+    """Return what consecutive passes recorded, of each router [rows, …]: those at `keep`, or all.
+    Ids are uint8 or uint16, their maximum where a slot has no expert; bfloat16 values are given as
+    their bits, uint16."""
+    found = list[np.ndarray]()
+    for parts in zip(*(taken.values[name] for taken in passes), strict=True):
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if whole.dtype in (torch.int16, torch.bfloat16):
+            whole = whole.view(torch.uint16)
+        found += [rows if keep is None else rows[keep] for rows in whole.numpy()]
+    return found
