@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_inspect.checking.check import check
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import MODULES, values
 from moe_inspect.importers.context import ImportContext
@@ -215,13 +216,30 @@ def test_a_link_to_a_directory_is_followed(tmp_path: Path):
     assert [p.name for p in (tmp_path / "large").iterdir()] == ["t"]
 
 
-def test_warm_up_rows_and_one_ranks_experts_are_told(tmp_path: Path):
-    ids_TBK = np.tile(np.array([1, 2]), (1500, 3, 1)).astype(np.uint8)
-    row = {"prompt_token_ids": [0] * 1501, "token_ids": [], "routed_experts": foreign.npy(ids_TBK)}
+def test_check_finds_warm_up_rows_of_imported_responses(tmp_path: Path):
+    drawn = np.random.default_rng(0).random((1500, 3, 8)).argsort(axis=2)
+    ids_TBK = drawn[..., :2].astype(np.uint8)
+    ids_TBK[:1000] = ids_TBK[0]
+    row = {
+        "prompt_token_ids": [*range(1501)],
+        "token_ids": [],
+        "routed_experts": foreign.npy(ids_TBK),
+    }
     foreign.lines(tmp_path / "w.jsonl", [row])
-    _, said = taken(tmp_path, "vllm-routed", tmp_path / "w.jsonl", model=config_file(tmp_path))
-    assert any("1,500 consecutive tokens were routed alike" in line for line in said)
-    assert any("only experts 1-2 of 8" in line for line in said)
+    how = {"model": config_file(tmp_path)}
+    trace, _ = taken(tmp_path, "vllm-routed", tmp_path / "w.jsonl", **how)
+    (finding,) = check(trace).findings
+    assert finding.kind == "repeated_rows"
+    assert finding.values["longest"] == 1000
+
+
+def test_check_finds_one_ranks_experts_in_imported_counts(tmp_path: Path):
+    rows = [f"{layer},{e},{20 + e}" for layer in range(6) for e in range(4)]
+    (tmp_path / "c.csv").write_text("\n".join(["layer,expert,count", *rows]))
+    trace, _ = taken(tmp_path, "counts", tmp_path / "c.csv", experts=8, top_k=2)
+    (finding,) = check(trace).findings
+    assert finding.kind == "missing_ranks"
+    assert "No layer uses other experts than 0-3 of 8: 1 of 2 ranks." in finding.text
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path):

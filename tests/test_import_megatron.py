@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_inspect.checking.check import check
 from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.importers.megatron.importer import megatron
 from moe_inspect.public import Trace
@@ -377,12 +378,12 @@ def test_counts_are_joined_and_added(name: str, tmp_path: Path):
     assert [shard.files.last_batch for shard in trace.shards] == [10, 20]
 
 
-def test_dropped_or_padded_tokens_are_told(tmp_path: Path):
+def test_check_finds_dropped_or_padded_tokens(tmp_path: Path):
     run = tpe_of(0)
     run[10][1][0, 0] += 4
     megatron_tpe(tmp_path / "in", {0: run})
-    (said,) = taken(tmp_path, tmp_path / "in", top_k=K)[1]
-    assert "layers differ in their assignments" in said
+    (finding,) = check(taken(tmp_path, tmp_path / "in", top_k=K)[0]).findings
+    assert finding.kind == "fewer_assignments"
 
 
 # --- files that Megatron-Core 0.19.2 wrote

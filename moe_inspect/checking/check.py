@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.checking import by_text, rows
 from moe_inspect.checking.rows import LEVEL, Recorded, found
 from moe_inspect.comparison.mismatch import integers_of
@@ -24,7 +26,7 @@ from moe_inspect.later import pd
 from moe_inspect.model.config import MOST_EXPERTS, read_facts
 from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
-from moe_inspect.text import plural, print_stderr
+from moe_inspect.text import plural, print_stderr, ranges
 from moe_inspect.trace.reader import Trace, address, open_trace, shards_of
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import MANIFEST, Router
@@ -173,11 +175,34 @@ def check_trace(trace: Trace | str | Path, against: Against = None, quick: bool 
     opened = open_trace(trace)
     if against is not None and opened.counts_only:
         raise MoeInspectError(f"{where} holds counts only, no decisions to check against another")
-    if quick or opened.counts_only:
-        why = "" if quick else ", as the trace holds counts only"
-        return Checked(where, notes, [*read, f"The routes were not checked{why}."], files)
+    if quick:
+        return Checked(where, notes, [*read, "The routes were not checked."], files)
+    if opened.counts_only:
+        read.append("The routes were not checked, as the trace holds counts only.")
+        return Checked(where, [*_of_counts(opened), *notes], read, files)
     listed, routes = _routes(recorded(opened), against, where, opened.n_tokens)
     return Checked(where, [*listed, *notes], [*read, routes], files)
+
+
+def _of_counts(trace: Trace) -> Iterator[Finding]:
+    """The findings in a trace of counts: missing ranks, and routers with fewer assignments than
+    tokens × k."""
+    counts = count_trace(trace, select(trace))
+    loads = [load_E for r in counts.indices if (load_E := counts.load_E(r)).any()]
+    if len({len(load_E) for load_E in loads}) == 1:
+        yield from rows.missing_ranks(np.array(loads), max(r.top_k for r in trace.routers))
+    slots_L = np.array([counts.tokens_of(r) * trace.routers[r].top_k for r in counts.indices])
+    total_L = np.array([int(counts.load_E(r).sum()) for r in counts.indices])
+    if (short_L := total_L < slots_L).any():
+        worst = int((slots_L - total_L).argmax())
+        layers = sorted({trace.routers[r].layer for r in np.flatnonzero(short_L).tolist()})
+        where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
+        what = (
+            f"Counts of {where} are fewer than tokens × k: layer {trace.routers[worst].layer} has "
+            f"{total_L[worst]:,} assignments of {slots_L[worst]:,}."
+        )
+        lost = int((slots_L - total_L).sum())
+        yield found("fewer_assignments", what, where=where, assignments=lost)
 
 
 def _unfinished(files: Verification) -> Finding:

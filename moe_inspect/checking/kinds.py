@@ -115,6 +115,13 @@ KINDS: dict[str, Kind] = {
         "Record global ids, or give import the files of all ranks.",
         "import",
     ),
+    "fewer_assignments": Kind(
+        "counts that are not k assignments of each token in every layer",
+        "Top-k is another, assignments were dropped, or layers count other tokens.",
+        "If the model uses another number of experts per token: import --top-k.",
+        "import --top-k",
+        severity="note",
+    ),
     "even_load": Kind(
         "a load more even than chance allows",
         "Routing was simulated or forced to balance, as for a benchmark; or experts choose tokens.",

@@ -17,7 +17,6 @@ import numpy as np
 
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.checking.kinds import KINDS
-from moe_inspect.importers.responses import WARM_UP
 from moe_inspect.importers.routed import repeated
 from moe_inspect.model.config import groups_of
 from moe_inspect.model.families import language_config
@@ -32,6 +31,7 @@ LEVEL = 1e-4 / 12
 LEAST = 1e-99  # p-values below are said to be below
 FEW = 2048  # tokens on which loads are counted
 SEEN = 4  # times that a row was there before, and distances, that are looked at
+WARM_UP = 1000  # identical rows in a row, more than any real text has
 MOST_RUN = 2**14  # tokens on which is judged how long routers go on to choose alike
 SHORT = 8  # tokens in a row from which rows that were there before are looked at
 EVEN_FROM = 16  # assignments per expert from which a load may be called too even
@@ -421,15 +421,8 @@ def loads(r: Recorded) -> Iterator[tuple[Finding, Left]]:
     load_LE = load_LE[load_LE.any(1)]
     if not len(load_LE):
         return
-    few = all((of > 0).sum() <= K for of in load_LE)
-    silent_R, p = silent_ranks(load_LE == 0)
-    if silent_R.any() and p < LEVEL and not few:
-        n, ranks = int((~silent_R).sum()), len(silent_R)
-        seen = np.flatnonzero(load_LE.any(0))
-        what = (
-            f"No layer uses other experts than {seen[0]}-{seen[-1]} of {E}: {n} of {ranks} ranks."
-        )
-        yield found("missing_ranks", what, p, ranks_seen=n, ranks=ranks), NOTHING
+    for missing in missing_ranks(load_LE, K):
+        yield missing, NOTHING
     mean_L1 = load_LE.mean(1, keepdims=True)
     if K < E and (mean_L1 >= EVEN_FROM).all():
         spread_L = ((load_LE - mean_L1) ** 2).sum(1) / (mean_L1[:, 0] * (1 - K / E)) * (E - 1) / E
@@ -443,6 +436,19 @@ def loads(r: Recorded) -> Iterator[tuple[Finding, Left]]:
                 f"{mean_L1[n, 0]:,.0f} on average (layer {r.layers[n]})."
             )
             yield found("even_load", what, float(p_L.min()), r.named(even)), NOTHING
+
+
+def missing_ranks(load_LE: np.ndarray, K: int) -> Iterator[Finding]:
+    """Experts without load in any layer that fill ranks."""
+    few = all((load_E > 0).sum() <= K for load_E in load_LE)
+    silent_R, p = silent_ranks(load_LE == 0)
+    if silent_R.any() and p < LEVEL and not few:
+        n, ranks, E = int((~silent_R).sum()), len(silent_R), load_LE.shape[1]
+        seen = np.flatnonzero(load_LE.any(0))
+        what = (
+            f"No layer uses other experts than {seen[0]}-{seen[-1]} of {E}: {n} of {ranks} ranks."
+        )
+        yield found("missing_ranks", what, p, ranks_seen=n, ranks=ranks)
 
 
 # --- what the config says: groups, and gate weights

@@ -159,13 +159,3 @@ def window_of(steps: Iterable[int]) -> dict[int, int]:
     """The window of each step, which may be named several times."""
     every = sorted(set(steps))
     return dict(zip(every, windows_of(len(every)).tolist(), strict=True))
-
-
-def one_ranks_experts(load_LE: np.ndarray) -> tuple[int, int] | None:
-    """The first and last expert with load, if they span at most half of the experts: the source
-    then probably holds the counts of one rank of an expert-parallel model. Else None."""
-    E = load_LE.shape[1]
-    there = np.nonzero(load_LE.any(0))[0]
-    if not len(there) or E < 4 or there[-1] - there[0] + 1 > E // 2:
-        return None
-    return int(there[0]), int(there[-1])

@@ -24,7 +24,6 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
 Decode = Callable[..., np.ndarray]
-WARM_UP = 1000  # consecutive identical rows, more than any real text has
 NPY_BASE64 = b"k05VTVBZ"
 # our field; vLLM's and SGLang's request parameters
 STARTS = ("start", "routed_experts_prompt_start", "routed_experts_start_len")
@@ -89,16 +88,9 @@ def read_responses(context: ImportContext, decode: Decode) -> Imported:
     def batches() -> Iterator[RoutedBatch]:
         numbers, blocks = Numbering(), context.facts.layers if context.facts else None
         for response in chain([first], arrived):
-            run = routed.identical_run(response.routed_TBK)
-            left_out["alike"] += run if run >= WARM_UP else 0
             yield from _sequences(numbers, response, left_out, routers, blocks)
         if n := left_out["forgotten"]:
             context.warn(f"{n:,} tokens are left out: the engine had forgotten their routes (−1)")
-        if n := left_out["alike"]:
-            context.warn(
-                f"{n:,} consecutive tokens were routed alike in every layer, {WARM_UP:,} or more "
-                "at a time: warm-up rows?"
-            )
 
     passes = "a batch is the prompt of a response, or what was generated: the source does not say "
     return Imported(routers, batches(), notes=[passes + "the passes"])

@@ -230,14 +230,6 @@ def recorded_runs(routed_TBK: np.ndarray) -> list[slice]:
     return [slice(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
-def identical_run(routed_TBK: np.ndarray) -> int:
-    """The longest run of consecutive tokens with the same decisions in every block."""
-    same_T = np.zeros(len(routed_TBK), bool)
-    same_T[1:] = (routed_TBK[1:] == routed_TBK[:-1]).all((1, 2))
-    breaks = np.append(np.flatnonzero(~same_T), len(same_T))
-    return int(np.diff(breaks).max(initial=0))
-
-
 def _unbase64(text: object, where: str) -> bytes:
     if not isinstance(text, str):
         why = "not the base64 of an array: did the server return routed experts?"

@@ -11,11 +11,9 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, formats, sniff
 from moe_inspect.importers.tables.presets import parse_map
 from moe_inspect.importers.values import Fields
@@ -30,7 +28,7 @@ from moe_inspect.trace.writer.whole import whole_trace
 from moe_inspect.workers import Processes
 
 WORTH_BYTES = 2**26  # of files, from which on more processes are started to parse them
-ONE_RANK_TOKENS = 256  # from so many on it is no coincidence that half of the experts are unused
+Batch = RoutedBatch | CountedBatches
 
 
 def import_trace(
@@ -108,7 +106,7 @@ def import_trace(
             vocabulary = imported.vocabulary
             if vocabulary is None and context.facts is not None:
                 vocabulary = context.facts.vocabulary()
-            batches = _checked(context, imported, vocabulary)
+            batches = _checked(context, imported.batches, vocabulary)
             first = next(batches, None)
         if first is None:
             raise MoeInspectError(f"{listed[0].path} holds no decisions")
@@ -184,35 +182,16 @@ def _manifest(format: str, context: ImportContext, imported: Imported) -> Fields
 
 
 def _checked(
-    context: ImportContext, imported: Imported, vocabulary: pa.Table | None
-) -> Iterator[RoutedBatch | CountedBatches]:
-    """Yields the batches. Refuses token ids beyond the vocabulary; warns if only the experts of one
-    rank are ever chosen."""
-    routers, tokens = imported.routers, 0
-    there = [np.zeros(r.experts, bool) for r in routers]
-    unseen = [*range(len(routers))]  # routers of which some experts were not chosen so far
+    context: ImportContext, batches: Iterator[Batch], vocabulary: pa.Table | None
+) -> Iterator[Batch]:
+    """Yields the batches. Refuses token ids beyond the vocabulary."""
     with _reading(context.sources):
-        for batch in imported.batches:
-            if isinstance(batch, CountedBatches):
-                tokens += batch.tokens
-                for there_E, load_DE in zip(there, batch.assignments, strict=True):
-                    there_E |= load_DE.any(0)
-            else:
+        for batch in batches:
+            if vocabulary is not None and isinstance(batch, RoutedBatch):
                 largest = int(batch.token_id.max(initial=-1))
-                if vocabulary is not None and largest >= len(vocabulary):
+                if largest >= len(vocabulary):
                     raise MoeInspectError(
                         f"token id {largest} of a vocabulary of {len(vocabulary):,}: is it the "
                         "config of this model?"
                     )
-                tokens += len(batch.token_id)
-                for r in unseen:
-                    E = len(there[r])
-                    there[r] |= np.bincount(batch.ids[r].reshape(-1), minlength=E)[:E] > 0
-                unseen = [r for r in unseen if not there[r].all()]
             yield batch
-    alike = len({r.experts for r in routers}) == 1 and tokens >= ONE_RANK_TOKENS
-    if alike and (block := one_ranks_experts(np.array(there))):
-        context.warn(
-            f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one "
-            "rank's own? give the files of all ranks"
-        )

@@ -249,9 +249,10 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
             f"{alike:,} records repeat one of another rank (tensor parallelism): each is "
             "counted once"
         )
-    if block := batches.one_ranks_experts(physical_BP):
+    used = np.flatnonzero(physical_BP.any(0)).tolist()
+    if used and used[-1] - used[0] < P // 2:  # the trace has logical experts, which do not show it
         context.warn(
-            f"{files[0][0]} counts only physical experts {block[0]}-{block[1]} of {P}: one "
+            f"{files[0][0]} counts only physical experts {used[0]}-{used[-1]} of {P}: one "
             "rank's own? give the files of all ranks"
         )
     context.read(sum(p.stat().st_size for p, _, _ in files))

@@ -82,13 +82,6 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
             f"{where}: every count of {len(twice)} of {len(spots)} layers is there twice "
             "(activations recomputed): each is counted once"
         )
-    decoder = [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]
-    total_WDL = load_WDLE[:, :, decoder].sum(3)
-    if (total_WDL != total_WDL[:, :, :1]).any() or (total_WDL % top_k).any():
-        context.warn(
-            f"{where}: layers differ in their assignments: tokens were dropped (capacity "
-            "factor), or counts are padded (FP8, FP4)"
-        )
 
     def batches() -> Iterator[CountedBatches]:
         for w, load_DLE in enumerate(load_WDLE):

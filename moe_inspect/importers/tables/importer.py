@@ -23,7 +23,7 @@ from moe_inspect.importers.tables.decisions import decisions, in_order
 from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
 from moe_inspect.importers.tables.read import TableChunk, chunks_of
 from moe_inspect.model.config import MOST_EXPERTS
-from moe_inspect.text import plural, ranges, storable
+from moe_inspect.text import ranges, storable
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import stated
@@ -96,10 +96,9 @@ for name, preset in PRESETS.items():
 def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
     where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
     every, some, code_of, documents = set[str](SUMS), set[str](), dict[str, int](), Documents()
-    parts, path, rounded = list[pa.Table](), where, False  # the first: of sums
+    parts, path = list[pa.Table](), where  # the first: of sums
     for chunk in _apart(chunks):
         columns, path = _columns(context, chunk, preset, code_of, documents), chunk.path
-        rounded |= "share" in chunk
         every &= columns.keys()
         some |= columns.keys()
         parts.append(pa.table(columns))
@@ -151,8 +150,7 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     extras = {of.stated: name in every for name, of in schema.SUMS.items()}
     extras["by_document"], weights = bool(documents), extras.pop("weights")
     routers = [stated(router, known="first_choice" in every) for router in routers]
-    checked = batches() if rounded else _doubted(batches(), routers, context, where)
-    return Imported(routers, checked, weights, counts_only=True, notes=notes, extras=extras)
+    return Imported(routers, batches(), weights, counts_only=True, notes=notes, extras=extras)
 
 
 def _apart(chunks: Iterator[TableChunk]) -> Iterator[TableChunk]:
@@ -164,47 +162,6 @@ def _apart(chunks: Iterator[TableChunk]) -> Iterator[TableChunk]:
             why = f"both have {alike[1]}: give one of the folders, or each, to add them up"
             raise MoeInspectError(f"{other} and {chunk.path.parent} {why}")
         yield chunk
-
-
-def _doubted(
-    batches: Iterator[CountedBatches], routers: list[Router], context: ImportContext, where: Path
-) -> Iterator[CountedBatches]:
-    """Warns where the counts are not k of each token, at every router of the same tokens."""
-    doubt = ""
-    for batch in batches:
-        doubt = doubt or _doubt(batch, routers)
-        yield batch
-    if doubt:
-        context.warn(f"{where}: {doubt}: is top-k right, or were assignments dropped?")
-
-
-def _doubt(batch: CountedBatches, routers: list[Router]) -> str:
-    """Why the load of all routers is not k assignments of each of the same tokens; "" where it may
-    be."""
-    load_LDE, names = batch.assignments, [d.source for d in batch.documents] or batch.domains
-    total_LD = np.array([load_DE.sum(1) for load_DE in load_LDE])
-    largest_LD = np.array([load_DE.max(1) for load_DE in load_LDE])
-    tokens_LD, rest_LD = np.divmod(total_LD, np.array([[router.top_k] for router in routers]))
-    differs_LD = tokens_LD != tokens_LD.max(0)
-    for wrong_LD in (rest_LD > 0, largest_LD > tokens_LD, differs_LD):
-        if wrong_LD.any():
-            break
-    else:
-        return ""
-    r, d = (int(at[0]) for at in wrong_LD.nonzero())
-    layer, of = f"layer {routers[r].layer}", f" of {names[d]!r}" if len(names) > 1 else ""
-    said = f"{layer} has {plural(int(total_LD[r, d]), 'assignment')}{of}"
-    if wrong_LD is differs_LD:
-        other = int(tokens_LD[:, d].argmax())
-        more = f"layer {routers[other].layer} {int(total_LD[other, d]):,}"
-        return f"{said}, {more}, at top-k {routers[r].top_k}: not of the same tokens"
-    if rest_LD[r, d]:
-        return f"{said}, no whole number of tokens at top-k {routers[r].top_k}"
-    expert = int(load_LDE[r][d].argmax())
-    return (
-        f"{said}, {tokens_LD[r, d]:,} tokens at top-k {routers[r].top_k}, of which expert "
-        f"{expert} has {largest_LD[r, d]:,}"
-    )
 
 
 def _placed(
