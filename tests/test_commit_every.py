@@ -1,10 +1,8 @@
-"""commit_every: what is recorded is on disk early, and the trace is at last the one that would have
-been written without; whenever its writer is killed."""
+"""commit_every: recorded batches become a shard early, and it stays; whenever its writer dies."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import time
 from dataclasses import replace
@@ -12,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.public import open_trace
-from moe_inspect.trace import reader
-from moe_inspect.trace import verify as verifying
+from moe_inspect.trace.merge import merge
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter, resume_point
 from tests.support.damage import edit_lines
@@ -50,15 +47,23 @@ def write(root: Path, batches: list[RoutedBatch], **options: Any) -> None:
     written(root, batches, ROUTERS, shard_tokens=60, **options)
 
 
-def content(root: Path) -> list[Any]:
-    """What a trace holds: each file by its hash, without numbers of shards and names of files."""
-    own = ("shard", "path", "crc32")
-    return [{k: v for k, v in line.items() if k not in own} for line in edit_lines(root)]
+def rows(root: Path) -> list[pd.DataFrame]:
+    """The tables of a trace."""
+    trace = open_trace(root)
+    routing = [trace.routing(router=r) for r in range(len(ROUTERS))]
+    return [trace.tokens(), trace.documents(), *routing]
+
+
+def check_same_rows(root: Path, expected: list[pd.DataFrame]) -> None:
+    for table, of_plain in zip(rows(root), expected, strict=True):
+        pd.testing.assert_frame_equal(table, of_plain)
 
 
 @pytest.mark.parametrize("group", [0, 2])
 @pytest.mark.parametrize("seconds", [AT_ONCE, 0.02])
-def test_the_trace_is_at_last_the_same(tmp_path: Path, seconds: float, group: int) -> None:
+def test_its_rows_are_those_of_a_trace_of_full_shards(
+    tmp_path: Path, seconds: float, group: int
+) -> None:
     batches = some_batches(group=group)
     with writer(tmp_path / "plain") as plain:
         for batch in batches[:2]:
@@ -71,12 +76,16 @@ def test_the_trace_is_at_last_the_same(tmp_path: Path, seconds: float, group: in
         for batch in batches:
             early.write(batch)
             time.sleep(0.03)
-    assert content(tmp_path / "early") == content(tmp_path / "plain")
-    assert not any("early" in line for line in edit_lines(tmp_path / "early"))
-    # control: early shards were there, and took numbers
-    assert edit_lines(tmp_path / "early")[-1]["shard"] > edit_lines(tmp_path / "plain")[-1]["shard"]
+    check_same_rows(tmp_path / "early", rows(tmp_path / "plain"))
+    # control: there are more shards, which stay
+    shards = {line["shard"] for line in edit_lines(tmp_path / "early")}
+    assert len(shards) > len({line["shard"] for line in edit_lines(tmp_path / "plain")})
+    assert shards == {*range(len(shards))}
     found = verify(tmp_path / "early")
     assert (found.ok, found.status, found.uncommitted) == (True, "complete", [])
+    merge([tmp_path / "early"], tmp_path / "merged")
+    check_same_rows(tmp_path / "merged", rows(tmp_path / "plain"))
+    assert len({line["shard"] for line in edit_lines(tmp_path / "merged")}) == 1
 
 
 def test_what_was_recorded_can_be_read_while_the_recording_goes_on(tmp_path: Path) -> None:
@@ -90,10 +99,7 @@ def test_what_was_recorded_can_be_read_while_the_recording_goes_on(tmp_path: Pat
             got = trace.routing(router=0)[["expert_0", "expert_1"]].to_numpy(float)
             assert np.array_equal(got, expected, equal_nan=True)
             assert verify(root).ok
-            if n == 2:
-                assert [shard.files.early for shard in trace.shards] == [True, True]
-            if n == 4:  # three batches are a shard
-                waited(lambda: not next(open_trace(root).shards).files.early)
+            assert {line["shard"] for line in edit_lines(root)} == {*range(n)}
 
 
 def test_passes_of_one_group_are_committed_together(tmp_path: Path) -> None:
@@ -107,14 +113,13 @@ def test_passes_of_one_group_are_committed_together(tmp_path: Path) -> None:
     assert open_trace(tmp_path / "t").n_tokens == 3 * TOKENS
 
 
-def test_an_interrupted_trace_is_merged_too_and_resumes(tmp_path: Path) -> None:
+def test_an_interrupted_trace_resumes_after_its_last_batch(tmp_path: Path) -> None:
     batches, root = some_batches(), tmp_path / "t"
     with pytest.raises(KeyboardInterrupt), writer(root, commit_every=AT_ONCE) as early:  # noqa: PT012
         for batch in batches[:5]:
             early.write(batch)
         raise KeyboardInterrupt
     assert (open_trace(root).status, open_trace(root).n_tokens) == ("interrupted", 5 * TOKENS)
-    assert not any("early" in line for line in edit_lines(root))
     point = resume_point(root)
     assert point.next_batch == 5
     write(root, batches[5:], resume=point, commit_every=AT_ONCE)
@@ -122,58 +127,23 @@ def test_an_interrupted_trace_is_merged_too_and_resumes(tmp_path: Path) -> None:
     assert (open_trace(root).tokens()["token"] == range(7 * TOKENS)).all()
 
 
-def test_replaced_files_stay_a_while_for_those_who_read_them(tmp_path: Path) -> None:
-    root = tmp_path / "t"
-    with writer(root, commit_every=AT_ONCE) as early:
-        assert [*committed(root, early, some_batches(), TOKENS)]
-        named = {line["path"] for line in edit_lines(root) if line["table"] == "routing"}
-        assert named < {f"routing/{file.name}" for file in (root / "routing").iterdir()}
-    named = {line["path"] for line in edit_lines(root) if line["table"] == "routing"}
-    assert named == {f"routing/{file.name}" for file in (root / "routing").iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("read", "after"),
-    [
-        (open_trace, (reader, "committed_shards")),
-        (verify, (reader, "committed_shards")),
-        (verify, (verifying, "_check_lines")),
-    ],
-)
-def test_shards_replaced_between_listing_and_opening_are_no_damage(
-    tmp_path: Path, read: Any, after: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, early = tmp_path / "t", writer(tmp_path / "t", commit_every=AT_ONCE)
-    early.write(some_batches(1)[0])
-    waited(lambda: open_trace(root).n_tokens == TOKENS)
-    function = getattr(*after)
-
-    def then_closed(*arguments: Any) -> Any:
-        found = function(*arguments)
-        early.close()  # once; later calls find it closed
-        return found
-
-    monkeypatch.setattr(*after, then_closed)
-    assert any(line.get("early") for line in edit_lines(root))
-    found = read(root)
-    assert not any(line.get("early") for line in edit_lines(root))
-    assert found.ok if read is verify else found.n_tokens == len(found.tokens()) == TOKENS
-    # control: what stays missing is damage
-    (root / "tokens" / "part-0-1.parquet").unlink()
-    with pytest.raises(Damaged, match="it is missing"):
-        open_trace(root).tokens()
-    assert not verify(root).ok
-
-
-def test_a_trace_that_was_opened_is_read_though_its_shards_are_replaced(tmp_path: Path) -> None:
-    root, early = tmp_path / "t", writer(tmp_path / "t", commit_every=AT_ONCE)
-    early.write(some_batches(1)[0])
-    waited(lambda: open_trace(root).n_tokens == TOKENS)
-    here, elsewhere = open_trace(root), pickle.loads(pickle.dumps(open_trace(root)))
-    early.close()
-    assert len(here.tokens()) == len(here.routing(router=1)) == TOKENS
-    with pytest.raises(MoeInspectError, match=r"^\S+ was written meanwhile, and .* read it again"):
-        elsewhere.tokens()  # a worker of a cluster opens files itself
+def test_a_trace_whose_last_shards_were_to_be_replaced_reads_and_resumes(tmp_path: Path) -> None:
+    """Earlier versions marked such shards, and left files that no line names when killed."""
+    root, batches = tmp_path / "t", some_batches()
+    with pytest.raises(KeyboardInterrupt), writer(root, commit_every=AT_ONCE) as early:  # noqa: PT012
+        for _ in committed(root, early, batches[:5], TOKENS):
+            pass
+        raise KeyboardInterrupt
+    lines = edit_lines(root)
+    edit_lines(root, [line | ({"early": True} if line["shard"] > 2 else {}) for line in lines])
+    (root / "tokens" / "part-0-9.parquet").write_bytes(b"of a shard that was replaced")
+    assert verify(root).uncommitted == ["tokens/part-0-9.parquet"]
+    assert open_trace(root).n_tokens == 5 * TOKENS
+    write(root, batches[5:], resume=resume_point(root))
+    write(tmp_path / "plain", batches)
+    check_same_rows(root, rows(tmp_path / "plain"))
+    found = verify(root)
+    assert (found.ok, found.status, found.uncommitted) == (True, "complete", [])
 
 
 def died_at(root: Path, step: int, batches: list[RoutedBatch]) -> bool:
@@ -211,21 +181,21 @@ def died_at(root: Path, step: int, batches: list[RoutedBatch]) -> bool:
 def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> None:
     batches = some_batches(n=3)
     write(tmp_path / "plain", batches)
-    expected = content(tmp_path / "plain")
-    step, early, replaced = 0, 0, 0
+    expected = rows(tmp_path / "plain")
+    step, committed_shards, uncommitted = 0, 0, 0
     while True:
         root = tmp_path / f"t{step}"
         if not died_at(root, step, batches):
             break
         if (root / "trace.json").exists():
             trace = open_trace(root)
-            early += any(shard.files.early for shard in trace.shards)
+            committed_shards += trace.n_tokens > 0
             found = verify(root)
             assert found.ok, (step, found.violation)
             # of the last steps only the lock is left to remove
             done = trace.status == "complete"
             assert found.status == ("complete" if done else "interrupted"), step
-            replaced += bool(found.uncommitted)
+            uncommitted += bool(found.uncommitted)
             assert (trace.tokens()["token"] == range(trace.n_tokens)).all()
             assert len(trace.routing(router=1)) == trace.n_tokens
         # a second death, while it is resumed
@@ -235,13 +205,13 @@ def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> Non
         died_at(root, 10**6, batches)
         found = verify(root)
         assert (found.ok, found.status, found.uncommitted) == (True, "complete", []), step
-        assert content(root) == expected, step
+        check_same_rows(root, expected)
         step += EVERY
-    assert content(root) == expected
-    # control: it died while early shards were there, and while replaced files were
-    assert step > 60
-    assert early > 20 / EVERY
-    assert replaced > 20 / EVERY
+    check_same_rows(root, expected)
+    # control: it died when shards were committed, and while the files of the next were written
+    assert step > 30
+    assert committed_shards > 10 / EVERY
+    assert uncommitted > 10 / EVERY
 
 
 # --- counts
@@ -256,22 +226,18 @@ def counted(n: int, domains: int) -> CountedBatches:
     )
 
 
-def test_counts_are_summed_when_the_shard_is_due(tmp_path: Path) -> None:
+def test_counts_are_committed_as_they_come(tmp_path: Path) -> None:
     root, parts = tmp_path / "t", [counted(n, min(3, n + 1)) for n in range(5)]
-    options: dict[str, Any] = {"shard_tokens": 250, "commit_every": AT_ONCE}
-    seen = []
-    with TraceWriter(root, {}, ROUTERS, counts_only=True, **options) as writer:
-        for _ in committed(root, writer, parts, 100):
-            seen.append([shard.files.early for shard in open_trace(root).shards])
-    assert seen == [[True], [True, True], [False], [False, True], [False, True, True]]
+    with TraceWriter(root, {}, ROUTERS, counts_only=True, commit_every=AT_ONCE) as writer:
+        assert [*committed(root, writer, parts, 100)] == [1, 2, 3, 4, 5]
     trace = open_trace(root)
-    assert [shard.files.tokens for shard in trace.shards] == [300, 200]
+    assert [shard.files.tokens for shard in trace.shards] == [100] * 5
     assert verify(root).ok
     table = trace.counts()
     for r, router in enumerate(ROUTERS):
         for d, name in enumerate("abc"):
-            rows = table[(table["router"] == r) & (table["domain"] == name)]
-            got = rows.groupby("expert")[["assignments", "weight_sum"]].sum()
+            cells = table[(table["router"] == r) & (table["domain"] == name)]
+            got = cells.groupby("expert")[["assignments", "weight_sum"]].sum()
             expected = sum(p.assignments[r][d] for p in parts if d < len(p.assignments[r]))
             assert (got["assignments"] == expected).all()
             assert (got["weight_sum"] == expected * 0.5).all()

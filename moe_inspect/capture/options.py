@@ -198,8 +198,8 @@ class WrittenFields:
     commit_every: float | None = setting(
         None,
         "Commit at this interval, in seconds, to read the trace while it is written "
-        "(`moe-inspect watch`). By default a shard of 65,536 tokens or 60 seconds is committed; it "
-        "replaces those that were committed early.",
+        "(`moe-inspect watch`). By default a shard is committed at 65,536 tokens or 60 seconds. "
+        "`moe-inspect merge` joins small shards.",
     )
 
 

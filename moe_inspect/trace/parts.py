@@ -53,15 +53,7 @@ def reading(name: str) -> Iterator[None]:
         raise Damaged(name, first_line(error)) from None
 
 
-def held(path: Path | Remote, name: str) -> pa.Buffer:
-    """A file mapped into memory, where it can be read after it was deleted."""
-    with reading(name), _source(path) as file:
-        return file.read_buffer()
-
-
-def open_part(
-    path: Path | Remote | pa.Buffer, name: str, columns: pa.Schema, stated: Stated
-) -> pq.ParquetFile:
+def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated) -> pq.ParquetFile:
     """Opens a file of a trace and checks everything except its pages; their CRCs are checked when
     they are read."""
     with reading(name):
@@ -99,9 +91,7 @@ def _parquet(file: pa.NativeFile, read_dictionary: list[str] | None = None) -> p
     )
 
 
-def _source(path: Path | Remote | pa.Buffer) -> pa.NativeFile:
-    if isinstance(path, pa.Buffer):
-        return pa.BufferReader(path)
+def _source(path: Path | Remote) -> pa.NativeFile:
     if isinstance(path, Remote):
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 

@@ -13,18 +13,17 @@ from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.later import pd
 from moe_inspect.progress import phase
 from moe_inspect.text import plural
-from moe_inspect.trace import parts, schema
-from moe_inspect.trace.files.location import Remote, inside, location
+from moe_inspect.trace import schema
+from moe_inspect.trace.files.location import Remote, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.replicas import changes
 from moe_inspect.trace.schema import SORTED_BATCHES, Layers
 from moe_inspect.trace.shard import JoinedShards, Shard
-from moe_inspect.trace.shard_list import are_replaced, committed_shards
+from moe_inspect.trace.shard_list import committed_shards
 
 Scheduler = Any  # an address, or a client of dask.distributed, which need not be installed
 FEWEST_PIECES, MOST_TOKENS = 8, 65_536  # of a trace whose small shards are read as one
-TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
 class Trace(TraceHeader):
@@ -36,34 +35,16 @@ class Trace(TraceHeader):
     scheduler: Scheduler = None
 
     def __init__(self, path: str | Path | Remote):
-        where, before = location(path), None
-        for left in reversed(range(TRIES)):
-            with reading(where):
-                super().__init__(where, read_manifest(where))
-                self._files = committed_shards(where, self.manifest)
-            try:
-                # the manifest is written after the lines that it counts
-                stated = (self.manifest.get("counts") or {}).get("tokens", 0)
-                if self.n_tokens < stated:
-                    said = f"counts.tokens is {stated}, the shards have {self.n_tokens}"
-                    raise Damaged(where / schema.MANIFEST, said, schema.MANIFEST)
-                # the writer deletes the files of an early shard when a full one replaces it
-                self._held = [
-                    {t: parts.held(inside(where, name), name) for t, name in files.paths.items()}
-                    if files.early and isinstance(where, Path)
-                    else {}
-                    for files in self._files
-                ]
-                self._pieces = self._joined(min(MOST_TOKENS, self.n_tokens // FEWEST_PIECES))
-                return
-            except Damaged:
-                # its writer may have replaced some of it meanwhile
-                if not left or before == (before := (self.manifest, self._files)):
-                    raise
-
-    def is_replaced(self) -> bool:
-        """Whether its writer has replaced shards since the trace was opened."""
-        return are_replaced(self.path, self.manifest, self._files)
+        where = location(path)
+        with reading(where):
+            super().__init__(where, read_manifest(where))
+            self._files = committed_shards(where, self.manifest)
+        # the manifest is written after the lines that it counts
+        stated = (self.manifest.get("counts") or {}).get("tokens", 0)
+        if self.n_tokens < stated:
+            said = f"counts.tokens is {stated}, the shards have {self.n_tokens}"
+            raise Damaged(where / schema.MANIFEST, said, schema.MANIFEST)
+        self._pieces = self._joined(min(MOST_TOKENS, self.n_tokens // FEWEST_PIECES))
 
     def __repr__(self) -> str:
         return (
@@ -107,8 +88,7 @@ class Trace(TraceHeader):
 
     def __getstate__(self) -> dict[str, object]:
         """As a worker of a cluster gets it, who is in a directory of its own."""
-        nothing = [{} for _ in self._held]
-        return self.__dict__ | {"path": self.path.resolve(), "scheduler": None, "_held": nothing}
+        return self.__dict__ | {"path": self.path.resolve(), "scheduler": None}
 
     @property
     def shards(self) -> Iterator[Shard]:
@@ -133,7 +113,7 @@ class Trace(TraceHeader):
         return map(self._read, self._joined(most))
 
     def _read(self, numbers: range) -> Shard:
-        return JoinedShards.of([Shard(self, self._files[n], self._held[n]) for n in numbers])
+        return JoinedShards.of([Shard(self, self._files[n]) for n in numbers])
 
     def _joined(self, most: int) -> list[range]:
         """Shards of counts stay: they may be windows of steps."""

@@ -7,31 +7,29 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import Damaged, MoeInspectError
+from moe_inspect.errors import Damaged
 from moe_inspect.trace import parts, replicas, slot_order
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.parts import FileRows, Stated
 from moe_inspect.trace.replicas import PlacedExperts
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
-from moe_inspect.trace.shard_list import ShardFiles, are_replaced
+from moe_inspect.trace.shard_list import ShardFiles
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One committed shard, opened: whole batches, all routers. `held`: the content of its files, of
-    a shard whose files may be deleted while they are read."""
+    """One committed shard, opened: whole batches, all routers."""
 
     trace: TraceHeader
     files: ShardFiles
-    held: Mapping[str, pa.Buffer] = field(default_factory=dict[str, pa.Buffer])
     _opened: dict[str, pq.ParquetFile] = field(default_factory=dict, init=False, compare=False)
     _spans: dict[str, list[tuple[int, int]]] = field(
         default_factory=dict, init=False, compare=False
@@ -55,14 +53,8 @@ class Shard:
 
     def _checked(self, name: str) -> pq.ParquetFile:
         trace, path = self.trace, self.files.paths[name]
-        source = self.held.get(name) or inside(trace.path, path)
-        try:
-            return parts.open_part(source, path, trace.columns_of(name), self.files.stated[name])
-        except Damaged:
-            if not are_replaced(trace.path, trace.manifest, [self.files]):
-                raise
-            said = f"{trace.path} was written meanwhile, and {path} replaced: read it again"
-            raise MoeInspectError(said) from None
+        source = inside(trace.path, path)
+        return parts.open_part(source, path, trace.columns_of(name), self.files.stated[name])
 
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens of this shard, in token order."""

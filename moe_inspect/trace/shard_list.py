@@ -22,8 +22,7 @@ SPAN = ("first_token", "last_token", "first_batch", "last_batch")
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """A committed shard: table → path within the trace, and the lines that committed it. `early`:
-    one that holds more will replace it."""
+    """A committed shard: table → path within the trace, and the lines that committed it."""
 
     rank: int
     index: int
@@ -32,7 +31,6 @@ class ShardFiles:
     first_batch: int | None
     last_batch: int
     decisions: int
-    early: bool = False
     paths: dict[str, str] = field(default_factory=dict)
     stated: dict[str, Stated] = field(default_factory=dict)
     lines: list[bytes] = field(default_factory=list)
@@ -71,13 +69,6 @@ def committed_shards(
         except ValueError as error:
             raise Damaged(path, str(error), path.name) from None
     return shards
-
-
-def are_replaced(root: Path | Remote, manifest: Json, shards: list[ShardFiles]) -> bool:
-    """Whether one of these shards is not listed any more: a full one has replaced it, or the trace
-    was resumed before it."""
-    listed = {(s.rank, s.index): s.lines for s in committed_shards(root, manifest)}
-    return any(listed.get((s.rank, s.index)) != s.lines for s in shards)
 
 
 def _shards_in(data: bytes, rank: int, manifest: Json, known: Known) -> list[ShardFiles]:
@@ -143,8 +134,7 @@ def _list(entry: Json, line: bytes, rank: int, found: dict[int, ShardFiles]) -> 
     """Adds a line to its shard. ValueError where it contradicts another line."""
     table, index = entry["table"], entry["shard"]
     span: Json = {key: entry.get(key) for key in SPAN}
-    also = {"decisions": entry["decisions"], "early": entry.get("early", False)}
-    shard = found.setdefault(index, ShardFiles(rank, index, **span, **also))
+    shard = found.setdefault(index, ShardFiles(rank, index, **span, decisions=entry["decisions"]))
     given, stated = (*span.values(),), tuple(getattr(shard, key) for key in SPAN)
     if given != stated:
         said = f"it states tokens and batches {given}, another line of shard {index} {stated}"

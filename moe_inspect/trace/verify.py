@@ -25,7 +25,7 @@ from moe_inspect.trace.files.lock import is_locked, refuse_while_locked, settle
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
 from moe_inspect.trace.parts import FileRows
-from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
+from moe_inspect.trace.reader import Trace, address, place_of, shards_of
 from moe_inspect.trace.replicas import Maps
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, check_counts, codes
@@ -94,20 +94,17 @@ def verify(trace: Trace | str | Path | Remote) -> Verification:
         settle(root)
     if not (root / schema.MANIFEST).is_file():
         raise _missing(root)
-    for _ in range(TRIES):
-        found, opened = Verification(address(trace)), None
-        try:
-            opened = Trace(root)
-            _verify(opened, found)
-        except Damaged as error:
-            found.ok, found.violation, found.file = False, error.what, error.file
-            found.row = error.row
-        except MoeInspectError as error:
-            if opened is not None:
-                raise
-            found.ok, found.violation, found.file = False, str(error), schema.MANIFEST
-        if found.ok or opened is None or not opened.is_replaced():
-            break
+    found, opened = Verification(address(trace)), None
+    try:
+        opened = Trace(root)
+        _verify(opened, found)
+    except Damaged as error:
+        found.ok, found.violation, found.file = False, error.what, error.file
+        found.row = error.row
+    except MoeInspectError as error:
+        if opened is not None:
+            raise
+        found.ok, found.violation, found.file = False, str(error), schema.MANIFEST
     return found
 
 

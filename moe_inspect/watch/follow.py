@@ -37,25 +37,11 @@ TRIES = 5  # polls that fail: a file may be replaced while it is read, a network
 
 @dataclass(frozen=True, kw_only=True)
 class Piece(Window):
-    """The load of a piece of a trace: a shard, or the part of it that was not counted before. It
-    holds so many `tokens` and `decisions`."""
+    """The load of a piece of a trace: consecutive shards. It holds so many `tokens` and
+    `decisions`."""
 
     tokens: int
     decisions: int
-
-    def without(self, early: Sequence[Piece]) -> Piece:
-        """What it holds beside these pieces of it, which follow each other from its beginning."""
-        if not early:
-            return self
-        counted = joined(early)
-        return Piece(
-            max(self.first, counted.last + 1),
-            self.last,
-            [mine_E - E for mine_E, E in zip(self.load, counted.load, strict=True)],
-            self.tokens_R - counted.tokens_R,
-            tokens=self.tokens - counted.tokens,
-            decisions=self.decisions - counted.decisions,
-        )
 
 
 def _successors(traces: Iterable[Path]) -> set[Path]:
@@ -138,15 +124,6 @@ class News:
     trouble: str = ""
 
 
-@dataclass
-class _Rank:
-    """The shards of a rank that were counted: first those that stay, then the early ones; and what
-    the early ones held."""
-
-    counted: list[ShardFiles] = field(default_factory=list[ShardFiles])
-    early: list[Piece] = field(default_factory=list[Piece])
-
-
 class Follower:
     """`poll` counts what was committed since the last call. `path`: a directory, or a URL that
     fsspec reads; the trace need not exist yet, and is the next one once an engine goes on there. Of
@@ -166,7 +143,7 @@ class Follower:
         self._at = self.path  # an import is written beside it
         self._manifest = b""
         self._lines: Known = {}
-        self._ranks: dict[int, _Rank] = {}
+        self._counted: dict[int, list[ShardFiles]] = {}  # by rank
         self._no_writer = self._failed = 0
         self._before: TraceHeader | None = None  # which the one that is followed now follows
         self._seen_recording = False
@@ -184,7 +161,7 @@ class Follower:
                 goes_on = is_written_on(self._before, self._seen_recording)
                 news.status = RECORDING if goes_on else self._before.status
             else:
-                news.again, self.header, self._ranks = self.header is not None, None, {}
+                news.again, self.header, self._counted = self.header is not None, None, {}
         except (MoeInspectError, OSError) as error:
             self._failed += 1
             if self._failed >= TRIES:
@@ -211,7 +188,7 @@ class Follower:
         self._seen |= there
         if new:
             self.path = max(new, key=_written_s)
-            self._ranks, self._before, self._is_another = {}, None, True
+            self._counted, self._before, self._is_another = {}, None, True
         return bool(new)
 
     @property
@@ -228,38 +205,31 @@ class Follower:
         # before the shards: of a trace that is complete by now all of them are listed
         news.status = self._status(header)
         self._seen_recording |= news.status == RECORDING
-        listed_of: dict[int, list[ShardFiles]] = {rank: [] for rank in self._ranks}
+        listed_of: dict[int, list[ShardFiles]] = {rank: [] for rank in self._counted}
         for shard in committed_shards(self._at, header.manifest, self._lines):
             listed_of.setdefault(shard.rank, []).append(shard)
-        new_of = {
-            r: _beyond(self._ranks.get(r, _Rank()).counted, listed)
-            for r, listed in listed_of.items()
-        }
-        if news.again or None in new_of.values():
-            news.again, self._ranks, new_of = True, {}, listed_of
+        # a trace that was begun again, or resumed before these shards, is counted anew
+        news.again |= not all(
+            _begins_with(listed_of[rank], counted) for rank, counted in self._counted.items()
+        )
+        if news.again:
+            self._counted = {}
         until = self._clock() + AT_ONCE_S
-        for r, new in new_of.items():
-            rank = self._ranks.setdefault(r, _Rank())
-            for shard in new or ():
+        for rank, listed in listed_of.items():
+            counted = self._counted.setdefault(rank, [])
+            for files in listed[len(counted) :]:
                 if self._clock() > until and news.pieces:
-                    news.left_tokens += shard.tokens
-                else:
-                    self._count(Shard(header, shard), rank, news)
+                    news.left_tokens += files.tokens
+                    continue
+                shard = Shard(header, files)
+                piece = piece_of(shard)
+                counted.append(files)
+                if piece.tokens:
+                    news.pieces.append(piece)
+                    news.shards.append(shard)
         if header.followed_by is not None and not news.left_tokens:
             self.path = header.followed_by
-            self._before, self._ranks, news.status = header, {}, RECORDING
-
-    def _count(self, shard: Shard, rank: _Rank, news: News) -> None:
-        piece = piece_of(shard)
-        if shard.files.early:
-            rank.early.append(piece)
-        else:
-            piece = piece.without(rank.early)
-            rank.counted, rank.early = [files for files in rank.counted if not files.early], []
-        rank.counted.append(shard.files)
-        if piece.tokens:
-            news.pieces.append(piece)
-            news.shards.append(shard)
+            self._before, self._counted, news.status = header, {}, RECORDING
 
     def _opened(self) -> tuple[TraceHeader, bool]:
         """The manifest, and whether it is of another trace. FileNotFoundError: there is none."""
@@ -326,19 +296,6 @@ def is_written_on(header: TraceHeader, seen_recording: bool) -> bool:
     if capture.get("host") != socket.gethostname():
         return seen_recording
     return is_running(capture["pid"], capture.get("process_start"))
-
-
-def _beyond(counted: list[ShardFiles], listed: list[ShardFiles]) -> list[ShardFiles] | None:
-    """What is listed beyond the shards that were counted. None where some of these are gone without
-    a successor: the trace was begun again, or resumed before them."""
-    if _begins_with(listed, counted):
-        return listed[len(counted) :]
-    full = [files for files in counted if not files.early]
-    rest, last = listed[len(full) :], counted[-1]
-    if not (last.early and rest and not rest[0].early and _begins_with(listed, full)):
-        return None
-    follows = rest[0].index > last.index and rest[0].last_token >= last.last_token
-    return rest if follows else None
 
 
 def _begins_with(listed: list[ShardFiles], others: list[ShardFiles]) -> bool:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,8 @@ from moe_inspect.trace.writer.batches import (
     SHARD_TOKENS,
     CountedBatches,
     Document,
-    EarlyShards,
     PendingShard,
     RoutedBatch,
-    summed,
 )
 from moe_inspect.trace.writer.tables import vocabulary_bytes, write_shard
 
@@ -65,17 +63,15 @@ def _counts(shards: list[ShardFiles]) -> dict[str, int]:
 
 
 def resume_point(root: Path, rank: int = 0) -> ResumePoint:
-    """Where rank `rank` of the trace at `root` continues: after its last shard that was not
-    committed early. Deletes the rank's files that no line names, and its early shards. Damaged
-    where a file of the others is, or is missing. The caller holds the lock."""
+    """Where rank `rank` of the trace at `root` continues: after its last shard. Deletes the rank's
+    files that no line names. Damaged if a file of a shard is damaged or missing. The caller holds
+    the lock."""
     manifest = read_manifest(root)
-    committed = [s for s in committed_shards(root, manifest) if s.rank == rank]
-    shards = list(takewhile(lambda s: not s.early, committed))
+    shards = [s for s in committed_shards(root, manifest) if s.rank == rank]
     for shard in (Shard(TraceHeader(root, manifest), files) for files in shards):
         for table in shard.files.paths:
             shard.file(table)
-    _keep(root, manifest, rank, shards, len(committed))
-    # then, so that no line names what is not there
+    _list_shards(root, rank, shards)  # without a partial last line
     keep = {root / path for s in shards for path in s.paths.values()}
     part = rf"part-{rank}-\d+\.parquet"
     own = re.compile(rf"{part}|{drafts_of(part)}")
@@ -103,16 +99,16 @@ def drop_after(root: Path, batch: int) -> int | None:
     manifest = read_manifest(root)
     shards = committed_shards(root, manifest)
     kept = [s for s in shards if s.last_batch <= batch]
-    _keep(root, manifest, 0, kept, len(shards))
+    if len(kept) < len(shards):
+        # first, so that it never counts more tokens than the shards have
+        counts = {**_counts(kept), "dropped": 0}
+        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
+    _list_shards(root, 0, kept)
     return kept[-1].last_batch if kept else None
 
 
-def _keep(root: Path, manifest: Json, rank: int, shards: list[ShardFiles], before: int) -> None:
-    """Lists these shards of a rank, of `before` many, without a partial last line."""
-    if rank == 0 and len(shards) < before:
-        # first, so that it never counts more tokens than the shards have
-        counts = {**_counts(shards), "dropped": 0}
-        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
+def _list_shards(root: Path, rank: int, shards: list[ShardFiles]) -> None:
+    """Write the list of a rank's shards."""
     write_atomically(root / f"shards-{rank}.jsonl", b"".join(x for s in shards for x in s.lines))
 
 
@@ -128,9 +124,9 @@ class TraceWriter:
     KeyboardInterrupt or any other exception closes the trace as "interrupted". The writer holds the
     trace's lock until then, unless the caller holds it and passes it as `lock`.
 
-    `commit_every`: seconds after which what is pending is committed early, for those who read the
-    trace while it is written. `extras`: what the trace has too: logits=True, or the name of any of
-    `schema.OPTIONAL_GLOSSARY`."""
+    `commit_every`: seconds after which pending batches become a shard, however small, so that the
+    trace can be read while it is written. `extras`: what the trace has too: logits=True, or the
+    name of any of `schema.OPTIONAL_GLOSSARY`."""
 
     def __init__(
         self,
@@ -192,8 +188,8 @@ class TraceWriter:
         }
         self.header = TraceHeader(self.root, self.manifest)
         self._pending = PendingShard(shard_tokens, shard_seconds)
-        self._counted: list[CountedBatches] = []  # of the next shard, all committed early
-        self._early = EarlyShards(self.root / f"shards-{rank}.jsonl", commit_every)
+        self._shard_list = self.root / f"shards-{rank}.jsonl"
+        self._commit_every, self._last_commit = commit_every, time.monotonic()
         self._error: BaseException | None = None
         self._lock = lock or hold(self.root)
         self._release = self._lock.release if lock is None else lambda: None
@@ -222,7 +218,7 @@ class TraceWriter:
         self._write_manifest()
         for folder in (self.root / table for table in self.tables):
             folder.mkdir(exist_ok=True)
-        append(self._early.shard_list, b"")  # it is there, if empty
+        append(self._shard_list, b"")  # it is there, if empty
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -263,10 +259,9 @@ class TraceWriter:
             self._queue.put(None)
             self._thread.join()
         try:
-            if status != "complete":
-                del self._pending.batches[self._pending.of_closed_groups() :]
-            if self._error is None:
-                self._commit_rest()
+            closed = None if status == "complete" else self._pending.of_closed_groups()
+            if self._error is None and self._pending.batches[:closed]:
+                self._commit_routing(self._pending.take(closed))
         except OSError as error:
             self._error = error
         for section, values in self.at_close.items():
@@ -288,13 +283,6 @@ class TraceWriter:
         if interrupted is not None:
             raise interrupted
 
-    def _commit_rest(self) -> None:
-        if self._pending.batches:
-            self._commit_routing()
-        if self._counted:
-            self._commit_counts()
-        self._early.remove_replaced(older_than_s=0)
-
     def _write_manifest(self) -> None:
         if self.rank == 0:
             write_manifest(self.root, self.manifest)
@@ -312,11 +300,7 @@ class TraceWriter:
         try:
             for batch in iter(self._next, None):
                 if isinstance(batch, CountedBatches):
-                    self._counted.append(batch)
-                    tokens = sum(counted.tokens for counted in self._counted)
-                    is_full = self._early.every_s is None or tokens >= self._pending.shard_tokens
-                    is_full |= self.header.by_document  # whose batches do not add up
-                    self._commit_counts(early=not is_full)
+                    self._commit_counts(batch)
                 else:
                     self._take(batch)
         except BaseException as error:
@@ -326,37 +310,32 @@ class TraceWriter:
                 pass
 
     def _next(self) -> RoutedBatch | CountedBatches | None:
-        """What comes next; what is to be committed early is committed before and while it waits."""
+        """Return the next batch. Pending batches that are due by `commit_every` are committed
+        before and while it waits."""
         while True:
-            wait_s = self._early.wait_s(self._pending.of_closed_groups())
+            closed, wait_s = self._pending.of_closed_groups(), None
+            if self._commit_every is not None and closed:
+                wait_s = max(0.0, self._last_commit + self._commit_every - time.monotonic())
             try:
                 if wait_s != 0:
                     return self._queue.get(timeout=wait_s)
             except queue.Empty:
                 pass
-            self._commit_routing(early=True)
-            self._early.tried()
+            self._commit_routing(self._pending.take(closed))
 
     def _take(self, batch: RoutedBatch) -> None:
         # where a shard ends must not depend on how many passes came together
         alone = batch.batches is None or not self._pending.is_due(batch)
         for part in [batch] if alone else batch.passes():
             if self._pending.ends_before(part):
-                self._commit_routing()
+                self._commit_routing(self._pending.take())
             self._pending.add(part)
 
-    # --- commits: documents, tokens, routing, then the shard's lines in one write. An early shard
-    # holds what is not committed yet, which stays pending
+    # --- commits: documents, tokens, routing, then the shard's lines in one write
 
-    def _commit_routing(self, early: bool = False) -> None:
-        pending, first_token, trace = self._pending, self.next_token, self.header
-        if early:
-            batches = pending.batches[self._early.batches : pending.of_closed_groups()]
-            first_token += self._early.tokens
-        else:
-            batches = pending.take()
-        T = sum(len(b.token_id) for b in batches)
-        token = pa.array(np.arange(first_token, first_token + T, dtype=np.int64))
+    def _commit_routing(self, batches: list[RoutedBatch]) -> None:
+        trace, T = self.header, sum(len(b.token_id) for b in batches)
+        token = pa.array(np.arange(self.next_token, self.next_token + T, dtype=np.int64))
         tokens = tables.tokens_table(batches, token, trace)
         columns = {"tokens": tokens.schema, "routing": tables.routing_columns(trace, batches)}
         columns |= {"logits": trace.columns_of("logits")} if self.logits else {}
@@ -375,12 +354,11 @@ class TraceWriter:
             tokens=T,
             decisions=None,
             batches=(batches[0].first_batch, batches[-1].batch),
-            early=len(batches) if early else 0,
             bf16=all(w.dtype == np.uint16 for b in batches for w in b.weights or []),
         )
 
-    def _commit_counts(self, early: bool = False) -> None:
-        counted, L = self._counted[-1] if early else summed(self._counted), len(self.routers)
+    def _commit_counts(self, counted: CountedBatches) -> None:
+        L = len(self.routers)
         everywhere = counted.tokens * L
         self._commit(
             counted.documents,
@@ -389,10 +367,7 @@ class TraceWriter:
             tokens=counted.tokens,
             decisions=everywhere if counted.decisions is None else counted.decisions,
             batches=(counted.first_batch, counted.batch),
-            early=1 if early else 0,
         )
-        if not early:
-            self._counted = []
 
     def _commit(
         self,
@@ -403,44 +378,34 @@ class TraceWriter:
         tokens: int,
         decisions: int | None,
         batches: tuple[int | None, int],
-        early: int,
         bf16: bool = False,
     ) -> None:
-        """Writes the tables of the next shard, documents first, of each its columns and its row
-        groups, and commits it. `decisions`: None for the rows of its routing table. `batches`: the
-        first and the last. `early`: how many of the pending batches it holds, which stay pending;
-        0 for a shard that holds all of them."""
+        """Write the tables of the next shard, documents first, each from its columns and row
+        groups, and commit it. `decisions`: None for the rows of its routing table. `batches`: the
+        first and the last."""
         listed = tables.documents_table(documents)
         columns = {"documents": schema.DOCUMENTS, **columns}
         groups = {"documents": [lambda: listed], **groups}
         lines = write_shard(self.root, self.rank, self.next_shard, columns, groups, bf16)
         rows = {line["table"]: line["rows"] for line in lines}
-        made: int = rows["routing"] if decisions is None else decisions
-        first_token = self.next_token + (self._early.tokens if early else 0)
+        decisions = int(rows["routing"]) if decisions is None else decisions
         stated = {
             "shard": self.next_shard,
-            "first_token": first_token,
-            "last_token": first_token + tokens - 1,
-            "decisions": made,
+            "first_token": self.next_token,
+            "last_token": self.next_token + tokens - 1,
+            "decisions": decisions,
             "first_batch": batches[0],
             "last_batch": batches[1],
-            **({"early": True} if early else {}),
         }
         if stated["last_token"] >= (self.rank + 1) * schema.RANK_STRIDE:
             said = f"over {schema.RANK_STRIDE:,} tokens, more than a trace can number"
             raise MoeInspectError(f"{said}: write several")
-        text = b"".join(checksums.sealed({**line, **stated}) for line in lines)
-        if early:
-            files = [self.root / line["path"] for line in lines]
-            self._early.add(text, files, early, tokens, made)
-        else:
-            self.next_token += tokens
-            tokens, made = tokens - self._early.tokens, made - self._early.decisions
-            self._early.replace(text)
-            self._early.remove_replaced()
+        append(self._shard_list, b"".join(checksums.sealed({**line, **stated}) for line in lines))
+        self._last_commit = time.monotonic()
         self.next_shard += 1
+        self.next_token += tokens
         self.tokens += tokens
-        self.decisions += made
+        self.decisions += decisions
         counts = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
         self.manifest["counts"] = counts
         self._write_manifest()

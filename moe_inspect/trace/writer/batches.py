@@ -11,11 +11,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
 
@@ -127,38 +125,6 @@ class CountedBatches:
     first_batch: int | None = None
 
 
-def summed(parts: Sequence[CountedBatches]) -> CountedBatches:
-    """The sum of counts of consecutive batches. Domains of a later one begin with those of an
-    earlier one."""
-    last = parts[-1]
-
-    def added(arrays: Sequence[list[np.ndarray] | None]) -> list[np.ndarray] | None:
-        known = [of for of in arrays if of is not None]
-        if len(known) < len(parts):
-            return None
-        return [_added(of, len(last.domains)) for of in zip(*known, strict=True)]
-
-    each = {name: added([part.sums.get(name) for part in parts]) for name in last.sums}
-    decisions = [part.decisions for part in parts if part.decisions is not None]
-    return replace(
-        last,
-        tokens=sum(part.tokens for part in parts),
-        documents=[document for part in parts for document in part.documents],
-        decisions=sum(decisions) if len(decisions) == len(parts) else None,
-        first_batch=parts[0].first_batch,
-        assignments=added([part.assignments for part in parts]) or [],
-        first_choice=added([part.first_choice for part in parts]),
-        sums={name: of for name, of in each.items() if of is not None},
-    )
-
-
-def _added(parts: Sequence[np.ndarray], domains: int) -> np.ndarray:
-    total_DE = np.zeros((domains, *parts[0].shape[1:]), parts[0].dtype)
-    for part_DE in parts:
-        total_DE[: len(part_DE)] += part_DE
-    return total_DE
-
-
 SHARD_TOKENS = 65_536
 SHARD_BYTES = 60 * 2**20  # of decisions in memory, at most: shards of deep models hold fewer tokens
 SHARD_SECONDS = 60.0  # age at which a shard is committed: decisions of a slow model are safe then
@@ -187,11 +153,13 @@ class PendingShard:
         self._tokens += len(batch.token_id)
         self._bytes += batch.nbytes
 
-    def take(self) -> list[RoutedBatch]:
-        """All batches; none are pending then."""
-        batches = self.batches
+    def take(self, count: int | None = None) -> list[RoutedBatch]:
+        """Remove and return the first `count` batches, by default all."""
+        taken, left = self.batches[:count], self.batches[len(self.batches[:count]) :]
         self._clear()
-        return batches
+        for batch in left:
+            self.add(batch)
+        return taken
 
     def of_closed_groups(self) -> int:
         """How many batches may be committed before the next one comes: of the last group more
@@ -233,61 +201,3 @@ def _reached(batch: RoutedBatch) -> dict[tuple[int, int], tuple[int, int]]:
     begin_of = dict(begins if batch.encoded else reversed(begins))
     end_of = dict(zip(keys, batch.position[last].tolist(), strict=True))
     return {key: (begin_of[key], end) for key, end in end_of.items()}
-
-
-# a report that has begun to read early shards is given this long after they were replaced
-KEPT_SECONDS = 30.0
-
-
-class EarlyShards:
-    """Those of the pending shard. `batches`, `tokens`, `decisions`: what they hold, the first of
-    the pending shard's. `every_s`: None for none."""
-
-    def __init__(self, shard_list: Path, every_s: float | None):
-        self.shard_list, self.every_s = shard_list, every_s
-        self.batches = self.tokens = self.decisions = 0
-        self._files: list[Path] = []
-        self._last = time.monotonic()
-        self._list_bytes = 0  # of the list before the first of them
-        self._replaced: list[tuple[float, list[Path]]] = []
-
-    def wait_s(self, pending: int) -> float | None:
-        """How long to wait until the `pending` batches are to be committed; None for ever."""
-        if self.every_s is None or pending <= self.batches:
-            return None
-        return max(0.0, self._last + self.every_s - time.monotonic())
-
-    def tried(self) -> None:
-        """The next early shard is due `every_s` from now."""
-        self._last = time.monotonic()
-
-    def add(
-        self, lines: bytes, files: list[Path], batches: int, tokens: int, decisions: int
-    ) -> None:
-        """Commits an early shard."""
-        if not self.batches:
-            self._list_bytes = len(self.shard_list.read_bytes())
-        append(self.shard_list, lines)
-        self._files += files
-        self.batches += batches
-        self.tokens += tokens
-        self.decisions += decisions
-
-    def replace(self, lines: bytes) -> None:
-        """Commits the shard that holds what they hold: readers see its lines or theirs."""
-        if self.batches:
-            kept = self.shard_list.read_bytes()[: self._list_bytes]
-            write_atomically(self.shard_list, kept + lines)
-            self._replaced.append((time.monotonic(), self._files))
-            self.batches = self.tokens = self.decisions = 0
-            self._files = []
-        else:
-            append(self.shard_list, lines)
-        self.tried()
-
-    def remove_replaced(self, older_than_s: float = KEPT_SECONDS) -> None:
-        """Deletes files of early shards that no line names any more."""
-        until = time.monotonic() - older_than_s
-        while self._replaced and self._replaced[0][0] <= until:
-            for file in self._replaced.pop(0)[1]:
-                file.unlink(missing_ok=True)
