@@ -82,6 +82,7 @@ class PlanTimes:
 
 
 Place = Callable[[np.ndarray, Layout], np.ndarray]
+IN_USE = "in use"  # name of the placement in use among the plans that are priced
 # settings
 PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "ageing", "current", "costs"
 
@@ -130,30 +131,26 @@ class Pricing:
         `swept`: plans of one policy for numbers of slots; `selection`: what the placement in use is
         priced on."""
         prices, trace, layout = self.prices, plans.trace, next(iter(plans.layouts.values()))
-        N, times, current = 0, dict[str, PlanTimes](), None
-        unpriced, steps = dict[str, int](), list[pd.DataFrame]()
-        for size in self.sizes:
-            times_of_size, without = self.times(plans, judged, size)
-            unpriced = dict.fromkeys(without, size) | unpriced
-            if times_of_size:
-                N, times = size, times_of_size
-                current = self.current(plans, judged, times, size)
-                steps.append(policy_rows(times, current, layout.nodes, N))
-        if not steps:
+        in_use = plan_in_use(plans)
+        priced = {name: plans.plan(name) for name in plans.policies} | {IN_USE: in_use}
+        times_of_size, unpriced = self.times(priced, plans, judged, self.sizes)
+        if not times_of_size:
             raise MoeInspectError(
                 f"the judged part has no step of {self.sizes[0]:,} tokens: give fewer with "
                 "--batch-tokens"
             )
+        steps = [policy_rows(times, layout.nodes, N) for N, times in times_of_size.items()]
+        N, times = [*times_of_size.items()][-1]
         tables["steps"] = pd.concat(steps, ignore_index=True)
         largest = steps[-1].drop(columns="tokens")
         tables["policies"] = tables["policies"].merge(largest, "left", "policy")
         ageing = None
         if again := next((name for name in places if name in times), None):
-            changes, ageing = rebalancing(plans, again, places[again], prices, N)
+            changes, ageing = rebalancing(plans, in_use, again, places[again], prices, N)
             tables["rebalancing"] = changes
         tables |= self.swept(swept, judged, N)
         costs, cost_settings = imbalance_tables(
-            trace, selection, prices, in_use(plans), layout, self.sizes
+            trace, selection, prices, in_use, layout, self.sizes
         )
         tables |= costs
         shapes = (shape_of(trace, r) for r in plans.selection.routers)
@@ -164,31 +161,10 @@ class Pricing:
             "times": prices.describe(layout.gpus, layout.nodes, shapes, N),
             "unpriced": unpriced,
             "ageing": ageing,
-            "current": current and {"ms": current.ms, "even_ms": current.even},
+            "current": {"ms": times[IN_USE].ms, "even_ms": times[IN_USE].even},
             "costs": cost_settings,
         }
         return settings, times
-
-    def current(
-        self, plans: PlacementPlans, judged: Sequence[Workload], times: dict[str, PlanTimes], N: int
-    ) -> PlanTimes | None:
-        """Times of the placement in use: of the given plan, else of experts in order without
-        replicas, as a server has them at first. If the GPUs cannot share experts evenly, of
-        `contiguous`, which may have replicas."""
-        if CURRENT in times:
-            return times[CURRENT]
-        experts = {r: plans.trace.routers[r].experts for r in plans.layouts}
-        slots = {r: layout.slots for r, layout in plans.layouts.items()}
-        uneven = any(E % plans.layouts[r].gpus for r, E in experts.items())
-        if uneven or ("contiguous" in times and slots == experts):
-            return times.get("contiguous")
-        without_replicas = {
-            "layouts": {r: replace(plans.layouts[r], slots=E) for r, E in experts.items()},
-            "of": {(r, "in order"): np.arange(E) for r, E in experts.items()},
-        }
-        judging = [replace(each, **without_replicas) for each in plans.judging]
-        in_order = replace(plans, **without_replicas, judging=judging)
-        return self.times(in_order, judged, N)[0].get("in order")
 
     def swept(
         self, every: Iterable[tuple[int, PlacementPlans]], judged: Sequence[Workload], N: int
@@ -197,11 +173,12 @@ class Pricing:
         slots, each with the plans of one policy; N: tokens of a step."""
         times, rows = list[PlanTimes](), list[dict[str, object]]()
         for slots, plans in every:
-            [(policy, plan_times)] = self.times(plans, judged, N)[0].items()
-            times.append(plan_times)
+            [policy] = plans.policies
+            of_size, _ = self.times({policy: plans.plan(policy)}, plans, judged, [N])
+            times.append(of_size[N][policy])
             experts = {plans.trace.routers[r].experts for r in plans.selection.routers}
             row = {"physical_experts": slots, "redundant": slots - max(experts), "policy": policy}
-            rows.append({**row, "memory_gb": self.memory(plans), **plan_times.row(N)})
+            rows.append({**row, "memory_gb": self.memory(plans), **times[-1].row(N)})
         if not rows:
             return {}
         fastest = min(times, key=lambda plan_times: plan_times.ms)
@@ -217,29 +194,32 @@ class Pricing:
         )
 
     def times(
-        self, plans: PlacementPlans, judged: Sequence[Workload], N: int
-    ) -> tuple[dict[str, PlanTimes], list[str]]:
-        """Times by policy, and the names of the texts that are too short for a step of N tokens.
-        `judged`: the counts that plans are judged on, if there are no decisions. MoeInspectError if
-        the size of experts is unknown."""
-        policies = list(dict.fromkeys(name for _, name in plans.of))
+        self,
+        priced: dict[str, Plan],
+        plans: PlacementPlans,
+        judged: Sequence[Workload],
+        sizes: Sequence[int],
+    ) -> tuple[dict[int, dict[str, PlanTimes]], dict[str, int]]:
+        """Times of the plans `priced`, by tokens of a step and name; and texts that are too short,
+        each with the smallest step that it is too short for. `judged`: the counts that plans are
+        judged on, if there are no decisions. MoeInspectError if the size of experts is unknown."""
         shapes = {r: shape_of(plans.trace, r) for r in plans.selection.routers}
-        texts = _decisions(plans.judging, policies, N)
-        if not plans.judging:
-            texts = _counts(plans, judged, policies, N)
-        times, too_short = {name: PlanTimes() for name in policies}, list[str]()
-        for text, weight, drawn in texts:
-            if not len(drawn.block_S):
-                too_short.append(text)
+        G = next(iter(plans.layouts.values())).gpus
+        times = {N: {name: PlanTimes() for name in priced} for N in sizes}
+        too_short, steps_of = dict[str, int](), _decisions if plans.judging else _counts
+        for text, weight, drawn in steps_of(plans, judged, [*priced.values()], sizes, G):
+            N, S = drawn.tokens, len(drawn.block_S)
+            if not S:
+                too_short.setdefault(text, N)
                 continue
-            layouts = [(r, plans.layouts[r]) for r in drawn.loads[0]]
-            even = {r: price.even_loads(N, shapes[r], to.slots, to.gpus) for r, to in layouts}
-            even_ms = self._total(even, shapes, N).item()
-            for plan_times, loads in zip(times.values(), drawn.loads, strict=True):
+            for name, loads in zip(priced, drawn.loads, strict=True):
                 ms_B = price.block_means(self._total(loads, shapes, N), drawn.block_S)
-                sent_GG = np.sum([each.sent_GG for each in loads.values()], axis=0)
-                plan_times.add(weight, ms_B, even_ms, sent_GG / len(drawn.block_S))
-        return {name: of for name, of in times.items() if of.weights}, too_short
+                even = {r: price.even_loads(N, shapes[r], len(priced[name][r]), G) for r in loads}
+                even_ms = self._total(even, shapes, N).item()
+                sent_GG = np.sum([each.sent_GG for each in loads.values()], axis=0) / S
+                times[N][name].add(weight, ms_B, even_ms, sent_GG)
+        known = {N: of for N, of in times.items() if all(each.weights for each in of.values())}
+        return known, too_short
 
     def _total(self, loads: dict[int, StepLoads], shapes: dict[int, Shape], N: int) -> np.ndarray:
         """Milliseconds of all layers in each step. float64 [S]"""
@@ -247,18 +227,15 @@ class Pricing:
         return np.sum(ms_RS, axis=0)
 
 
-def policy_rows(
-    times: dict[str, PlanTimes], current: PlanTimes | None, nodes: int, N: int
-) -> pd.DataFrame:
+def policy_rows(times: dict[str, PlanTimes], nodes: int, N: int) -> pd.DataFrame:
     """A row per policy, for the tables `policies` and `steps`. The p-values are corrected for the
     number of pairs of policies."""
-    fastest = min(times.values(), key=lambda plan_times: plan_times.ms)
-    rows = list[dict[str, object]]()
-    for name, plan_times in times.items():
+    by_policy, rows = {n: of for n, of in times.items() if n != IN_USE}, list[dict[str, object]]()
+    fastest = min(by_policy.values(), key=lambda plan_times: plan_times.ms)
+    for name, plan_times in by_policy.items():
         row: dict[str, object] = {"policy": name, "tokens": N, **plan_times.row(N)}
-        row["ms_p"] = plan_times.p(fastest, len(times))
-        if current:
-            row["current_p"] = plan_times.p(current, len(times))
+        row["ms_p"] = plan_times.p(fastest, len(by_policy))
+        row["current_p"] = plan_times.p(times[IN_USE], len(by_policy))
         if (sent_GG := plan_times.sent_GG).any():
             row |= _crossing(sent_GG, nodes)
         rows.append(row)
@@ -293,56 +270,63 @@ def _judged(shard: Shard, plans: PlacementPlans, phase: str | None) -> np.ndarra
     return judged_T & taken(shard, replace(plans.selection, phase=phase)) if phase else judged_T
 
 
-Text = tuple[str, float, DrawnSteps]  # name, weight, steps under the plan of each policy
+Text = tuple[str, float, DrawnSteps]  # name, weight, steps under each plan
 
 
 def _decisions(
-    judging: Sequence[PlacementPlans], policies: Sequence[str], N: int
+    plans: PlacementPlans,
+    judged: Sequence[Workload],
+    priced: Sequence[Plan],
+    sizes: Sequence[int],
+    G: int,
 ) -> Iterator[Text]:
-    """Each phase of each trace that plans are judged on. The phases of a trace weigh as their
-    tokens."""
-    for plans in judging:
-        trace, G = plans.trace, next(iter(plans.layouts.values())).gpus
-        by_policy = [{r: plans.of[r, name] for r in plans.selection.routers} for name in policies]
-        phases = [plans.selection.phase] if plans.selection.phase else phases_of(trace)
-        wanted = {phase: partial(_judged, plans=plans, phase=phase) for phase in phases}
+    """Steps of each size of each phase of each trace that plans are judged on. The phases of a
+    trace weigh as their tokens."""
+    for part in plans.judging:
+        trace, selection = part.trace, part.selection
+        phases = [selection.phase] if selection.phase else phases_of(trace)
+        wanted = {phase: partial(_judged, plans=part, phase=phase) for phase in phases}
         tokens = {
             phase: sum(int(is_wanted(shard).sum()) for shard in trace.shards)
             for phase, is_wanted in wanted.items()
         }
         for phase, is_wanted in wanted.items():
-            routers = [r for r in plans.selection.routers if trace.routers[r].sees(phase or "")]
+            routers = [r for r in selection.routers if trace.routers[r].sees(phase or "")]
             if not tokens[phase] or not routers:
                 continue
             name = " of ".join(filter(None, (phase, PurePath(address(trace)).name)))
-            [drawn] = sampling.steps_of_decisions(
-                trace, routers, is_wanted, [N], by_policy, G, phase == "decode"
-            )
-            yield name, tokens[phase] / sum(tokens.values()), drawn
+            share, decoding = tokens[phase] / sum(tokens.values()), phase == "decode"
+            for drawn in sampling.steps_of_decisions(
+                trace, routers, is_wanted, sizes, priced, G, decoding
+            ):
+                yield name, share, drawn
 
 
 def _counts(
-    plans: PlacementPlans, judged: Sequence[Workload], policies: Sequence[str], N: int
+    plans: PlacementPlans,
+    judged: Sequence[Workload],
+    priced: Sequence[Plan],
+    sizes: Sequence[int],
+    G: int,
 ) -> Iterator[Text]:
-    """Each workload that plans are judged on. All weigh the same."""
-    G, routers = next(iter(plans.layouts.values())).gpus, plans.selection.routers
-    by_policy = [{r: plans.of[r, name] for r in routers} for name in policies]
-    for workload in judged:
-        [drawn] = sampling.steps_of_counts(
-            workload.counts, workload.units_U, routers, [N], by_policy, G
-        )
-        if drawn.loads[0]:
-            yield workload.name, 1.0, drawn
+    """Steps of each size of each workload that plans are judged on. All weigh the same."""
+    for each in judged:
+        counted = each.counts, each.units_U, plans.selection.routers
+        for drawn in sampling.steps_of_counts(*counted, sizes, priced, G):
+            if drawn.loads[0]:
+                yield each.name, 1.0, drawn
 
 
-def in_use(plans: PlacementPlans) -> Plan:
-    """The placement in use: the given plan, or experts in order, without replicas if GPUs can share
-    them evenly."""
+def plan_in_use(plans: PlacementPlans) -> Plan:
+    """The placement in use: the given plan, or experts in order, as a server has them at first,
+    without replicas if GPUs can share them evenly."""
+    if CURRENT in plans.policies:
+        return plans.plan(CURRENT)
     placed: Plan = {}
     for r, layout in plans.layouts.items():
         E = plans.trace.routers[r].experts
-        without = layout if E % layout.gpus else replace(layout, slots=E)  # replicas
-        placed[r] = plans.of.get((r, CURRENT), contiguous(plans.loads[r][0], without))
+        without_replicas = layout if E % layout.gpus else replace(layout, slots=E)
+        placed[r] = contiguous(plans.loads[r][0], without_replicas)
     return placed
 
 
@@ -364,13 +348,13 @@ class Ageing:
 
 
 def rebalancing(
-    plans: PlacementPlans, policy: str, place: Place, prices: Prices, N: int
+    plans: PlacementPlans, in_use: Plan, policy: str, place: Place, prices: Prices, N: int
 ) -> tuple[pd.DataFrame, Ageing]:
     """Of this policy, for steps of N tokens: a row for the plan after the placement in use, and one
     per window whose own plan follows that of the window before. `plans`: on windows of time, or on
     workloads, which have no order."""
-    planned = {r: plans.of[r, policy] for r in plans.selection.routers}
-    first = {"window": None, "policy": policy, **moved(plans, in_use(plans), planned, prices)}
+    planned = plans.plan(policy)
+    first = {"window": None, "policy": policy, **moved(plans, in_use, planned, prices)}
     if plans.windows.names or plans.trace.counts_only:
         return pd.DataFrame([first]), Ageing(unknown="the loads have no order in time")
     W, gap = len(plans.windows.edge_W) - 1, _spanned(plans)

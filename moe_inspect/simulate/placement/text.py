@@ -28,7 +28,7 @@ def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     best = rows[settings["recommended"]]
     first = rows.get(CURRENT) or rows.get("contiguous") or next(iter(rows.values()))
     by = time_of(tables["policies"])
-    in_use = settings["current"] if by == "ms" and settings["current"] else first
+    in_use = settings["current"] if by == "ms" else first
     saved = 1 - best[by] / in_use[by]
     costs, times = settings["costs"], settings["times"]
     slowest, with_times = ("slowest", f", with {times}") if times else ("busiest", "")
@@ -234,7 +234,7 @@ def _priced(tables: Tables, rows: dict[str, Any], settings: Settings, unseen: bo
 def _eplb(rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
     """Whether the faster EPLB is worth it, beside the placement in use."""
     eplbs, first = [rows[name] for name in rows if name.startswith("eplb")], settings["current"]
-    if not eplbs or not first:
+    if not eplbs:
         return []
     best, error = min(eplbs, key=lambda row: row["ms"]), settings["error"]
     costs, of_first = (max(row["ms"] - row["even_ms"], 0.0) for row in (best, first))
@@ -272,7 +272,7 @@ def _rebalanced(tables: Tables, rows: dict[str, Any], settings: Settings) -> lis
     before = "the placement in use" if settings["placement"] else "experts in order"
     said = f"To rebalance from {before} to {start['policy']}, {_sent(start)}"
     said += " at the bandwidth within a node" if start["move_ms"] > 0 else ""
-    if first and start["move_ms"] > 0 and not _doubt(mine, first, settings):
+    if start["move_ms"] > 0 and not _doubt(mine, first, settings):
         steps = start["move_ms"] / (first["ms"] - mine["ms"])
         said += f", paid back after {plural(math.ceil(steps), 'step')}"
     if unknown := ageing.unknown or ("too little text" if settings["too_few"] else ""):

@@ -22,6 +22,7 @@ from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement.policies import Layout, shares
+from moe_inspect.simulate.sampling import Plan
 from moe_inspect.simulate.shards import count_taken, routed, taken
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -82,6 +83,13 @@ class PlacementPlans:
     loads: dict[int, np.ndarray]
     of: dict[tuple[int, str], np.ndarray]
     judging: Sequence[PlacementPlans] = ()
+
+    @property
+    def policies(self) -> list[str]:
+        return list(dict.fromkeys(policy for _, policy in self.of))
+
+    def plan(self, policy: str) -> Plan:
+        return {r: self.of[r, policy] for r in self.selection.routers}
 
 
 def fit_windows_of(trace: Trace, selection: Selection, fit_share: float) -> FitWindows:
