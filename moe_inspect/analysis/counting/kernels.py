@@ -92,40 +92,51 @@ class TokenRows:
         return {name: (row_T, X) for name, (row_T, X) in tables.items() if row_T is not None}
 
     @cached_property
-    def groups(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def groups(self) -> tuple[np.ndarray, int, dict[str, GroupRows]]:
         """Groups of tokens that share their rows in all tables of loads: the group of each token,
-        and the row of each group in each table. int [T], [G]"""
-        group_G, group_T = np.zeros(0, np.int64), np.zeros(len(self.unit_T), np.int64)
+        the number of groups, and the rows of the groups in each table."""
+        groups, group_T = 0, np.zeros(len(self.unit_T), np.int64)
         for row_T, X in self.divisions.values():
-            group_G, group_T = distinct(group_T * (X + 1) + row_T + 1)
-        rows = {name: np.zeros_like(group_G) for name in self.divisions}
+            key_G, group_T = distinct(group_T * (X + 1) + row_T + 1)
+            groups = len(key_G)
+        rows = dict[str, GroupRows]()
         for name, (row_T, _) in self.divisions.items():
-            rows[name][group_T] = row_T
-        return group_T, rows
+            row_G = np.zeros(groups, np.int64)
+            row_G[group_T] = row_T
+            by_G = np.argsort(row_G, kind="stable")
+            rows[name] = GroupRows(by_G, *np.unique(row_G[by_G], return_index=True))
+        return group_T, groups, rows
 
     def loads(self, slots: Slots, E: int) -> dict[str, np.ndarray]:
         """Assignments of each expert by row of each table. They are counted by group, and the
         groups added up, unless there are so many groups that it takes longer. int64 [X, E]"""
-        group_T, rows = self.groups
-        groups = len(rows["unit"])
+        group_T, groups, rows = self.groups
         if groups * E > len(group_T) * len(slots):
             return {name: load(row_T, slots, X, E) for name, (row_T, X) in self.divisions.items()}
         load_GE = load(group_T, slots, groups, E)
-        return {name: sum_rows(load_GE, rows[name], X) for name, (_, X) in self.divisions.items()}
+        return {name: rows[name].sums(load_GE, X) for name, (_, X) in self.divisions.items()}
 
 
-def sum_rows(load_GE: np.ndarray, row_G: np.ndarray, X: int) -> np.ndarray:
-    """Loads of groups, added up by row; row −1 is left out. int64 [X, E]"""
-    by_G, total_XE = np.argsort(row_G, kind="stable"), np.zeros((X + 1, load_GE.shape[1]), np.int64)
-    present, first = np.unique(row_G[by_G], return_index=True)
-    total_XE[present] = np.add.reduceat(load_GE[by_G], first, axis=0)
-    return total_XE[:X]
+@dataclass(frozen=True)
+class GroupRows:
+    """Groups in the order of their rows in a table, the rows that have any, and the place of the
+    first group of each of them."""
+
+    by_G: np.ndarray
+    row_R: np.ndarray
+    first_R: np.ndarray
+
+    def sums(self, load_GE: np.ndarray, X: int) -> np.ndarray:
+        """Loads of the groups, added up by row; row −1 is left out. int64 [X, E]"""
+        total_XE = np.zeros((X + 1, load_GE.shape[1]), np.int64)
+        total_XE[self.row_R] = np.add.reduceat(load_GE[self.by_G], self.first_R, axis=0)
+        return total_XE[:X]
 
 
 def add_cells(total_XE: np.ndarray, row_T: np.ndarray, slots: Slots) -> None:
     """Add 1 to the cell (row, expert) of a table for each assignment, in place. Row −1 is the last
     row. The last column takes the slots that routed nowhere."""
-    first_T = row_T.astype(np.intp) * total_XE.shape[1]
+    first_T = row_T.astype(np.intp, copy=False) * total_XE.shape[1]
     # np.add.at is fast only if indices are intp, and 1 is of the type of the table
     flat, one = total_XE.reshape(-1), total_XE.dtype.type(1)
     for slot_T in slots:
@@ -151,7 +162,7 @@ def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
     """Tokens that chose expert e here and expert n at the next router: all pairs of slots. uint32
     [E, N]"""
     total_EN = np.zeros((E + 1, N + 1), np.uint32)  # narrow, so that it stays in the cache
-    next_slots = tuple(slot_T.astype(np.intp) for slot_T in next_slots)
+    next_slots = tuple(slot_T.astype(np.intp) for slot_T in next_slots)  # converted only once
     for slot_T in slots:
         add_cells(total_EN, slot_T, next_slots)
     return total_EN[:E, :N]
@@ -161,6 +172,7 @@ def by_slot(slots: Slots, E: int) -> np.ndarray:
     """Pairs of experts of one decision: that of the earlier slot by that of the later. uint32 [E,
     E]"""
     total_EE = np.zeros((E + 1, E + 1), np.uint32)
+    slots = tuple(slot_T.astype(np.intp) for slot_T in slots)
     for j, slot_T in enumerate(slots, 1):
         add_cells(total_EE, slot_T, slots[j:])
     return total_EE[:E, :E]
