@@ -5,10 +5,11 @@ conversion of an OSError to it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
+from typing import Any
 
 from moe_inspect.text import first_line, printable
 
@@ -50,6 +51,22 @@ def check_whole(name: str, value: object, least: int = 0) -> None:
     """MoeInspectError unless it is a whole number from `least` up; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, Real) or value % 1 or value < least:
         raise MoeInspectError(f"{name} is {value!r}: give a whole number, {least} or more")
+
+
+def own_options(
+    format: str, options: Mapping[str, Any], takers: Mapping[str, Collection[str]]
+) -> dict[str, Any]:
+    """The options that have a value. MoeInspectError if the format does not take one of them.
+    takers: the options of each format."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in takers[format]:
+            others = ", ".join(other for other, names in takers.items() if name in names)
+            option = name.replace("_", "-")
+            raise MoeInspectError(
+                f"--{option} is an option of the format {others}, not of {format}"
+            )
+    return given
 
 
 @contextmanager

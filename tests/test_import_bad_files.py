@@ -89,7 +89,7 @@ counts | x.json:$records | map=layer=block,expert=text,count=hits | row 0 ~ text
 counts | x.json:$records | map=layer=block,expert=id,count=hits.n | where n should be
 counts | x.json:$records | map=layer=block,expert=id,count=unsaid | row 0: unsaid is empty
 counts | x.json:$records | map=count={layer}_{layer}.{expert} | {layer} stands twice in
-sglang | x.json:$records | map=count=hits | --map is an option of the format table, not of sglang
+sglang | x.json:$records | map=count=hits | --map ~ of the format counts, table, not of sglang
 counts | x.csv:$counts\n0,0,2 | pipeline_stages=2 | --pipeline-stages ~ of the format megatron, not
 table | x.csv:$each,expert\n0,0,1\n0,0,1 | | x.csv row 1: expert is 1 again, at position 0
 table | x.csv:$each,expert\n0,0,1\n0,0,2\n0,1,3\n0,1,3 | | x.csv row 3: expert is 3 again

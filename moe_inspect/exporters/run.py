@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.errors import MoeInspectError, own_options, writing
 from moe_inspect.exporters import MODULES
 from moe_inspect.text import no_such
 from moe_inspect.trace.manifest import refuse_within_trace
@@ -56,13 +56,8 @@ def export_trace(
     known = exporters()
     if format not in known:
         raise MoeInspectError(no_such("format", format, known))
-    given = {"by": by, "keep": keep, "gpu_layers": gpu_layers}
-    options = {name: value for name, value in given.items() if value is not None}
-    if wrong := [name for name in options if name not in options_of(known[format])]:
-        takers = ", ".join(name for name, other in known.items() if wrong[0] in options_of(other))
-        raise MoeInspectError(
-            f"--{wrong[0].replace('_', '-')} is an option of the format {takers}, not of {format}"
-        )
+    takers = {name: options_of(exporter) for name, exporter in known.items()}
+    options = own_options(format, {"by": by, "keep": keep, "gpu_layers": gpu_layers}, takers)
     opened, output = open_trace(trace), Path(output)
     with writing(output):
         refuse_within_trace(output)

@@ -142,12 +142,17 @@ def batch_of_counts(
 
 
 def batches_of_windows(
-    load_WLE: np.ndarray, routers: Sequence[Router], domain: str
+    load_WDLE: np.ndarray,
+    routers: Sequence[Router],
+    domains: Sequence[str],
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[CountedBatches]:
-    """Batches of the counts of each window that has any."""
-    for w, load_LE in enumerate(load_WLE):
-        if load_LE.any():
-            yield batch_of_counts([load_E[None] for load_E in load_LE], routers, [domain], w)
+    """Batches of the counts of each window that has any. numbers: of the windows, by default from
+    0 on."""
+    for w, load_DLE in enumerate(load_WDLE):
+        if load_DLE.any():
+            number = w if numbers is None else numbers[w]
+            yield batch_of_counts([*load_DLE.swapaxes(0, 1)], routers, domains, number)
 
 
 def windows_of(n: int, most: int = WINDOWS) -> np.ndarray:

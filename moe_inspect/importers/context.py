@@ -17,7 +17,7 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import why_unread
 from moe_inspect.importers import MODULES, values
-from moe_inspect.importers.tables.presets import PRESETS, Preset
+from moe_inspect.importers.tables.presets import PRESETS
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch
@@ -39,9 +39,8 @@ class ImportContext:
     """What an importer is given.
 
     facts: what the config says of the model, if the user gave one.
-    experts, top_k, pipeline_stages: options of the user, for what neither the files nor a config
-        give.
-    map: of tables whose form the user gives.
+    experts, top_k: options of the user, for what neither the files nor a config give.
+    options: the format's own, that the user gave.
     warn: called with one line per warning.
     read: called with the number of bytes read since the last call.
     workers: who parses lines of JSON; None: this process.
@@ -51,8 +50,7 @@ class ImportContext:
     facts: ModelFacts | None = None
     experts: int | None = None
     top_k: int | None = None
-    pipeline_stages: int | None = None
-    map: Preset | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
     workers: Processes | None = None
@@ -164,23 +162,27 @@ class Format:
     gives: what the resulting trace holds.
     run: reads the files of an ImportContext.
     sniff: whether a file belongs to the format, by its name and its first HEAD_BYTES bytes (of a
-        Parquet file, whose columns are named at its end, followed by its last HEAD_BYTES)."""
+        Parquet file, whose columns are named at its end, followed by its last HEAD_BYTES).
+    options: keywords of import_trace that only this format takes."""
 
     name: str
     reads: str
     gives: str
     run: Run
     sniff: Sniffer
+    options: tuple[str, ...] = ()
 
 
 _registered: dict[str, Format] = {}
 
 
-def importer(name: str, gives: str, sniff: Sniffer) -> Callable[[Run], Run]:
+def importer(
+    name: str, gives: str, sniff: Sniffer, options: tuple[str, ...] = ()
+) -> Callable[[Run], Run]:
     """Registers a function as the importer of a format: see Format."""
 
     def register(run: Run) -> Run:
-        _registered[name] = Format(name, MODULES[name][1], gives, run, sniff)
+        _registered[name] = Format(name, MODULES[name][1], gives, run, sniff, options)
         return run
 
     return register

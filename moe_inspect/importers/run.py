@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, own_options
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, formats, sniff
-from moe_inspect.importers.tables.presets import parse_map
 from moe_inspect.importers.values import Fields
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
@@ -39,12 +39,11 @@ def import_trace(
     model: str | Path | None = None,
     experts: int | None = None,
     top_k: int | None = None,
-    pipeline_stages: int | None = None,
-    map: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
     workers: int = 1,
+    **options: Any,
 ) -> Trace:
     """Imports files of another tool as a trace at `out`, and returns the trace.
 
@@ -56,16 +55,16 @@ def import_trace(
             of experts, top-k, which layers are dense, the vocabulary.
         experts: experts per layer, where neither the files nor a config give it.
         top_k: experts per token, where neither the files nor a config give it.
-        pipeline_stages: of a Megatron run whose files number layers from 0 in each stage; more than
-            one needs `model`.
-        map: of a table or counts whose columns or fields have other names: where the columns are,
-            "layer=block,expert=id,count=hits"; in JSON the path to the counts,
-            "count=layers.{layer}.{expert}.hits"; or the name of a .yaml file.
         overwrite: replace a trace at `out`.
         progress: called with (bytes read, total bytes).
         warn: called with one line per warning; default `warnings.warn`.
         workers: how many processes parse lines of JSON, ahead of this one; the trace is the same.
             More than one need `if __name__ == "__main__":` in a script.
+        options: of the format. megatron: `pipeline_stages`, the number of pipeline stages of a run
+            whose files number layers from 0 in each; more than one needs `model`. table, counts:
+            `map`, if columns or fields have other names: where the columns are,
+            "layer=block,expert=id,count=hits"; in JSON the path to the counts,
+            "count=layers.{layer}.{expert}.hits"; or the name of a .yaml file.
 
     Raises:
         MoeInspectError: the files cannot be imported as asked. Nothing is left at `out`.
@@ -83,21 +82,15 @@ def import_trace(
                 raise MoeInspectError(
                     f"no format {format!r}: there are {', '.join(formats())}, auto"
                 )
-            for option, value, of in (
-                ("pipeline-stages", pipeline_stages, ("megatron",)),
-                ("map", map, ("table", "counts")),
-            ):
-                if value is not None and format not in of:
-                    raise MoeInspectError(
-                        f"--{option} is an option of the format {of[0]}, not of {format}"
-                    )
+            takers = {name: known.options for name, known in formats().items()}
+            if unknown := options.keys() - set(chain.from_iterable(takers.values())):
+                raise TypeError(f"import_trace has no option {min(unknown)}")
             context = ImportContext(
                 listed,
                 read_facts(model) if model is not None else None,
                 experts,
                 top_k,
-                pipeline_stages,
-                parse_map(map) if map is not None else None,
+                own_options(format, options, takers),
                 warn,
                 _progress(listed, progress) if progress else lambda n: None,
                 at,

@@ -148,7 +148,7 @@ def _imported(
     routers = context.routers_of(layers, E, top_k, where)
     load_WLE = load_WBE[:, [router.layer for router in routers]]
     domain = source.domain or named(where)
-    windows = batches.batches_of_windows(load_WLE, routers, domain)
+    windows = batches.batches_of_windows(load_WLE[:, None], routers, [domain])
     return Imported(routers, windows, counts_only=True)
 
 

@@ -148,7 +148,7 @@ def _counts(
                 load_E = _tensor(of, name, (E,), batches.MOST_COUNT)
                 load_WLE[window_of[iteration], row_of[layer]] += load_E
         context.read(of.path.stat().st_size)
-    yield from batches.batches_of_windows(load_WLE, routers, domain)
+    yield from batches.batches_of_windows(load_WLE[:, None], routers, [domain])
 
 
 def _decisions(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts, window_of
+from moe_inspect.importers.batches import MOST_COUNT, batches_of_windows, window_of
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.megatron import layers
 from moe_inspect.importers.values import as_it_is, integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
-from moe_inspect.trace.writer import CountedBatches
 
 
 @dataclass(frozen=True)
@@ -82,16 +80,10 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
             f"{where}: every count of {len(twice)} of {len(spots)} layers is there twice "
             "(activations recomputed): each is counted once"
         )
-
-    def batches() -> Iterator[CountedBatches]:
-        for w, load_DLE in enumerate(load_WDLE):
-            if load_DLE.any():
-                last = max(i for i, window in windows.items() if window == w)
-                yield batch_of_counts(list(load_DLE.swapaxes(0, 1)), routers, domains, last)
-
+    last_of = {window: iteration for iteration, window in windows.items()}  # which ascend
     return Imported(
         routers,
-        batches(),
+        batches_of_windows(load_WDLE, routers, domains, [*last_of.values()]),
         counts_only=True,
         notes=["counts are summed over the microbatches of an iteration"],
     )

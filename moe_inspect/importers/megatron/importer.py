@@ -54,6 +54,7 @@ from moe_inspect.trace.writer import RoutedBatch
         or b'"tpe"' in head
         or re.fullmatch(r"router_trace_rank\d+\.jsonl", name) is not None
     ),
+    options=("pipeline_stages",),
 )
 def megatron(context: ImportContext) -> Imported:
     # of bytes that will be read again

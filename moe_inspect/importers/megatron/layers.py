@@ -75,7 +75,7 @@ def located(
     """The files with their offsets. `by_name`: layer numbers are known to come from module names;
     otherwise they may. `together`: number of ranks known to belong to one stage."""
     files = _with_offsets(context, files, empty, by_name, together)
-    found, given = len({frozenset(f.spots) for f in files}), context.pipeline_stages
+    found, given = len({frozenset(f.spots) for f in files}), context.options.get("pipeline_stages")
     if given is not None and (found > given or (found < given and not empty)):
         layers = join_first(_decoder(spot for f in files for spot in f.spots))
         why = f"by their layers ({layers} from 0) the files are of {found}"
@@ -92,7 +92,8 @@ def _with_offsets(
 ) -> list[AnyFile]:
     numbers = _decoder(spot for f in files for spot in f.numbered)
     stated = sorted(context.facts.experts) if context.facts else None
-    path, stages = files[0].path, context.pipeline_stages or 1
+    given = context.options.get("pipeline_stages")
+    path, stages = files[0].path, given or 1
     if numbers == stated:
         return files
     from_one = [replace(f, offset=-1) for f in files]
@@ -112,7 +113,7 @@ def _with_offsets(
         hint = (
             "for a run with pipeline parallelism give --pipeline-stages and the files of all ranks"
         )
-        if context.pipeline_stages:
+        if given:
             hint = "is it the config of this model?"
         raise MoeInspectError(
             f"{context.sources[0].path} has layers {join_first(numbers)} (from 0), "
@@ -122,7 +123,7 @@ def _with_offsets(
         why = "which layers each stage has takes the model's config: give --model or --config"
         raise MoeInspectError(f"--pipeline-stages {stages}: {why}")
     ranks = max(len(_ranks(files, empty, run)) for run in {f.source.domain for f in files})
-    if context.pipeline_stages is None and ranks > together:
+    if given is None and ranks > together:
         raise MoeInspectError(
             f"{path} numbers layers from 0, as each pipeline stage does, and there are files of "
             f"{ranks} ranks: give --pipeline-stages (1 if the run had no pipeline parallelism; "

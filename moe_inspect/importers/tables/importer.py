@@ -20,7 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_COUNT, MOST_DOMAINS, batch_of_counts
 from moe_inspect.importers.context import ImportContext, Imported, importer, named
 from moe_inspect.importers.tables.decisions import decisions, in_order
-from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
+from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset, parse_map
 from moe_inspect.importers.tables.read import TableChunk, chunks_of
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import ranges, storable
@@ -80,7 +80,8 @@ def _columns_of(file: str, head: bytes) -> set[str]:
 
 
 def run(context: ImportContext, name: str) -> Imported:
-    preset = context.map or PRESETS[name]
+    by_map = context.options.get("map")
+    preset = PRESETS[name] if by_map is None else parse_map(by_map)
     chunks = chunks_of(context, preset)
     first = next(chunks)
     lists = "experts" in first and "expert" not in first
@@ -90,7 +91,8 @@ def run(context: ImportContext, name: str) -> Imported:
 
 
 for name, preset in PRESETS.items():
-    importer(name, preset.gives, partial(_fits, name))(partial(run, name=name))
+    options = ("map",) if preset.map is OWN else ()
+    importer(name, preset.gives, partial(_fits, name), options)(partial(run, name=name))
 
 
 def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
