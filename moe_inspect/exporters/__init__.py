@@ -1,13 +1,13 @@
-"""One file per format that other tools read. A new format takes its file and a line here."""
+"""Formats that other tools read. A new format takes a function and a line here."""
 
-# name → module of this package, whose function of that name writes it, and what it writes
+# name → module of this package with a function of that name, and what the function writes
 MODULES = {
     "sglang": (
-        "sglang",
+        "plans",
         "the load, for --init-expert-location of SGLang and ktransformers (.pt, .json)",
     ),
-    "llama-cpp": ("llama_cpp", "-ot of llama.cpp: which layers' experts stay on the CPU (a line)"),
-    "pruning": ("pruning", "scores of the experts, and the experts to drop (.json)"),
+    "llama-cpp": ("plans", "-ot of llama.cpp: which layers' experts stay on the CPU (a line)"),
+    "pruning": ("plans", "scores of the experts, and the experts to drop (.json)"),
     "counts": ("counts", "load by expert and domain (.csv, .json, .parquet)"),
     "routing-profile": (
         "routing_profile",

@@ -18,7 +18,9 @@ def exporters() -> dict[str, Callable[..., None]]:
     """The functions of MODULES, in their order: each takes a trace, the file to write and options
     of its own."""
     return {
-        name: getattr(importlib.import_module(f"moe_inspect.exporters.{module}"), module)
+        name: getattr(
+            importlib.import_module(f"moe_inspect.exporters.{module}"), name.replace("-", "_")
+        )
         for name, (module, _) in MODULES.items()
     }
 
