@@ -76,7 +76,7 @@ LEAST = {"ms": (1 / MOST, "a number from 10^-9"), "handed": (0, "a number from 0
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a layer on one rank. inter: after tensor parallelism; experts: of all ranks."""
+    """Shape of a layer on one rank. inter: after tensor parallelism; experts: of all ranks."""
 
     hidden: int
     inter: int
@@ -110,15 +110,15 @@ class KernelTime:
         self, tokens_SE: np.ndarray, shape: Shape, handed_S: np.ndarray | float | None = None
     ) -> np.ndarray:
         """Milliseconds [steps] of the layer. tokens_SE: float64 [steps, experts of the rank].
-        handed_S: tokens that the rank is given, its own or not, of each step or of all; without it,
-        no more than it computes, as after an all-to-all. MoeInspectError for what is no such load
-        or shape."""
+        handed_S: tokens that the rank is given, its own or not, of each step or of all; by default
+        only those that it computes, as after an all-to-all. MoeInspectError for invalid loads and
+        shapes."""
         tokens_SE, handed_S = checked(tokens_SE, shape, handed_S)
         row = features(tokens_SE, shape, self.dtype, handed_S)
         return times(row, np.array([self.constants[name] for name in START]))
 
     def extrapolated(self, shape: Shape, tokens: float) -> str:
-        """What lies beyond all that was measured, in words, "" where nothing does."""
+        """Describe the sizes that lie beyond all that was measured; "" if none does."""
         asked = {"tokens": tokens, **{name: getattr(shape, name) for name in SHAPE}}
         return ", ".join(
             f"{name.replace('inter', 'intermediate size')} {asked[name]:,} (measured: "
@@ -128,7 +128,7 @@ class KernelTime:
         )
 
     def doubt(self) -> str:
-        """What to say beside every figure, "" where the kernel is as good as it should be."""
+        """Describe the errors that are larger than they should be; "" if none is."""
         if not any(error is not None for error in self.errors.values()):
             return "how far off they are is unknown"
         said = list[str]()
@@ -148,7 +148,7 @@ class KernelTime:
 def checked(
     tokens_SE: np.ndarray, shape: Shape, handed_S: np.ndarray | float | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """As float64, handed_S of each step. MoeInspectError for what is no load of a rank."""
+    """The loads as float64, handed_S per step. MoeInspectError for an invalid load of a rank."""
     for name in OF_RANK:
         value = getattr(shape, name)
         if not (isinstance(value, Real) and 1 <= float(value) < math.inf):
@@ -174,7 +174,7 @@ def checked(
 
 
 def amounts(name: str, given: Any) -> np.ndarray:
-    """float64, all from 0 and finite."""
+    """Numbers from 0, finite. float64"""
     try:
         found = np.asarray(given, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
@@ -275,21 +275,21 @@ class LatencyModel:
 
     @classmethod
     def fit(cls, table: str | Path | pd.DataFrame) -> LatencyModel:
-        """From times of your own: a csv, or a DataFrame, whose rows are a load of one rank that was
-        timed. Columns: gpu, engine, version, kernel, dtype; hidden, inter (of the rank), top_k,
+        """Fit constants to your own times: a csv, or a DataFrame, with a row per timed load of one
+        rank. Columns: gpu, engine, version, kernel, dtype; hidden, inter (of the rank), top_k,
         experts (of all ranks); tokens_per_expert (of the rank's experts, with blanks between); ms;
         and perhaps handed (tokens that the rank is given, its own or not) and tp (ranks that share
-        an expert). A rank without a token is a load where `handed` is above 0.
+        an expert). A rank without a token is a load if `handed` is above 0.
 
         At least 100 rows of each kernel that have tokens. With three shapes or more, errors are
         those of shapes that were held out; costs of imbalance are learnt from loads with the same
-        sum of tokens. MoeInspectError for rows that are no such load, and fewer rows."""
+        sum of tokens. MoeInspectError for rows that are not such a load, and fewer rows."""
         source = "a table of your own" if isinstance(table, pd.DataFrame) else str(table)
         return cls([each.kernel_time() for each in measured(own_times(table))], (), source)
 
     @classmethod
     def from_file(cls, path: str | Path = SHIPPED) -> LatencyModel:
-        """The constants that `to_file` wrote; of a .csv, those that `fit` finds."""
+        """Read the constants that `to_file` wrote, or fit them to a .csv."""
         if Path(path).suffix == ".csv":
             return cls.fit(path)
         try:
@@ -407,7 +407,7 @@ def own_times(table: str | Path | pd.DataFrame) -> Any:
 
 
 def own_loads(times: TimesTable, experts_S: pd.Series) -> list[np.ndarray]:
-    """The tokens of each expert of the rank, float64 [experts of the rank], of each row."""
+    """Tokens per expert of the rank, by row. float64 [experts of the rank]"""
     loads = [counts_of(cell) for cell in times.cells["tokens_per_expert"]]
     times.refuse(
         [not len(load) or load.min() < 0 for load in loads],
@@ -522,7 +522,7 @@ class Measured:
         return ours.reshape(len(self.ms_S), -1)
 
     def fitted(self, keep_S: np.ndarray, seed: int = 0) -> dict[str, float]:
-        """From the rows to keep, or a sample of their configurations."""
+        """Constants fitted to the rows to keep, or to a sample of their configurations."""
         frame = self.frame[keep_S]
         group_S = frame.groupby(CONFIGURATION, sort=True).ngroup().to_numpy()
         many = int(group_S.max()) + 1

@@ -1,6 +1,6 @@
 """Steps of N tokens, drawn from a trace: which tokens run through the MoE layers together.
 
-Documents are dealt at random into blocks of about as many tokens. The steps of a block take its
+Documents are dealt at random into blocks of about the same size. The steps of a block take its
 documents in a random order: prompts token after token; generated tokens by their position, as
 sequences that decode side by side. So the blocks are independent, and differ as other documents
 would.
@@ -21,7 +21,7 @@ from moe_inspect.simulate.shards import routed
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
-MOST_BLOCKS, FEWEST_BLOCKS = 8, 4  # at least so many have an interval
+MOST_BLOCKS, FEWEST_BLOCKS = 8, 4  # fewer have no interval
 COUNTED = 16  # steps drawn from counts
 STEPS_OF_A_BLOCK = 4
 SEED = 0
@@ -32,8 +32,8 @@ Wanted = Callable[[Shard], np.ndarray]  # bool [T]: the tokens of a shard that s
 
 @dataclass(frozen=True)
 class StepTokens:
-    """The tokens of the steps of one size. `block_S`: of each step; `of_shard`: by its number the
-    step of each token, int32 [T], −1 for those in none."""
+    """The tokens of the steps of one size. `block_S`: block of each step; `of_shard`: by number of
+    the shard the step of each token, int32 [T], −1 for tokens in no step."""
 
     tokens: int
     block_S: np.ndarray
@@ -43,8 +43,8 @@ class StepTokens:
 def draw_steps(
     trace: Trace, wanted: Wanted, sizes: Sequence[int], decoding: bool
 ) -> list[StepTokens]:
-    """The steps of each size, none where fewer tokens are wanted. `decoding`: whether tokens are
-    ordered by position."""
+    """The steps of each size; no step if fewer tokens are wanted. `decoding`: order tokens by
+    position."""
     lengths = list[np.ndarray]()  # documents of a shard and their tokens, [2, …]
     for shard in trace.shards:
         document_T = shard.tokens(["document"])["document"].to_numpy()[wanted(shard)]
@@ -62,7 +62,7 @@ def draw_steps(
         for b in range(blocks):
             dealt = order_D[b::blocks]
             before = np.cumsum(tokens_D[dealt]) - tokens_D[dealt]
-            dealt = dealt[before < STEPS_OF_A_BLOCK * size]  # so many tokens are needed
+            dealt = dealt[before < STEPS_OF_A_BLOCK * size]  # a block needs no more tokens
             rank_D[dealt], block_D[dealt] = np.arange(len(dealt)), b
         steps.append(_numbered(trace, wanted, size, document_D, rank_D, block_D, decoding))
     return steps
@@ -124,9 +124,9 @@ def decisions_of(
 
 @dataclass(frozen=True)
 class StepLoads:
-    """What steps bring: `slots_SP`, the tokens of each physical slot; `reached_SG`, the tokens that
-    go to each GPU, each once however many of its experts it uses there; `sent_GG`, those of all
-    steps that go from a GPU to a GPU, empty where tokens are not told apart."""
+    """Loads of steps. `slots_SP`: tokens of each slot; `reached_SG`: tokens that go to each GPU,
+    each once however many of its experts it uses there; `sent_GG`: tokens of all steps that go from
+    GPU to GPU, empty for counts."""
 
     slots_SP: np.ndarray
     reached_SG: np.ndarray
@@ -137,7 +137,7 @@ class StepLoads:
 
 
 def joined(loads: Sequence[StepLoads]) -> StepLoads:
-    """One after the other."""
+    """The steps of all loads, in order."""
     return StepLoads(*map(np.concatenate, zip(*map(astuple, loads), strict=True)))
 
 
@@ -232,14 +232,14 @@ def from_load(
     expert_P: np.ndarray,
     G: int,
 ) -> StepLoads:
-    """Steps whose assignments are drawn independently by the load of each expert, for counts, which
-    tell no tokens apart. What reaches a GPU is its expected number."""
+    """S steps of counts: assignments are drawn independently by the load of each expert. The tokens
+    that reach a GPU are the expected number."""
     share_P = expected(load_E, N, k, expert_P[None], G).slots_SP[0]
     return _independent(rng.multinomial(N * k, share_P / share_P.sum(), S), N, k, G)
 
 
 def expected(load_E: np.ndarray, N: int, k: int, expert_SP: np.ndarray, G: int) -> StepLoads:
-    """The same in the mean, of a step under each of several plans."""
+    """The mean loads of such steps, under each of several plans."""
     replicas_SE = np.stack([np.bincount(of, minlength=len(load_E)) for of in expert_SP])
     share_SE = load_E / load_E.sum() / replicas_SE
     return _independent(N * k * np.take_along_axis(share_SE, expert_SP, 1), N, k, G)

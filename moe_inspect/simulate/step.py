@@ -37,7 +37,7 @@ from moe_inspect.simulate.shards import phases_of, taken
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
-MAX_DOMAINS = 12  # that have rows of their own
+MAX_DOMAINS = 12  # more domains have no rows of their own
 
 
 def imbalance_costs(
@@ -142,7 +142,7 @@ def _parts(trace: Trace, selection: Selection) -> list[tuple[str, Selection]]:
 
 @dataclass(frozen=True)
 class PlacedLayers:
-    """The layers of a trace under the placement in use. `shapes`: of the experts of each router."""
+    """The layers of a trace under the placement in use. `shapes`: by router, of its experts."""
 
     trace: Trace
     prices: Prices

@@ -40,7 +40,7 @@ from moe_inspect.simulate.sampling import Plan
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
-FIT_SHARE = 0.5  # of a trace alone
+FIT_SHARE = 0.5  # of the only trace
 
 # from the load of each expert, [E], or of each window and expert, [W, E], to the expert of each
 # slot; with True, windows are workloads
@@ -61,8 +61,8 @@ POLICIES["local-search"] = lambda load, *how: local_search(np.atleast_2d(load), 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What plans are fitted on: the first `traces` traces, or domains or a phase of the only one,
-    with weights, or the first share of it."""
+    """The text that plans are fitted on: the first `traces` traces, domains or a phase of the only
+    trace, with weights; or the first share of it."""
 
     traces: int
     domains: str | Iterable[str] | None
@@ -126,31 +126,31 @@ def simulate_placement(
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Simulation:
-    """What placements of the experts on GPUs cost, by policy.
+    """Compare placements of the experts on GPUs, by policy.
 
-    `others`: traces of the same model, for one plan that is fitted on all. `judge`: traces that
-    plans are judged on. `fit_domains`, `fit_phase`: plans are fitted on these domains (each for
-    itself, as a trace), or this phase, and judged on the other domains or phases. `fit_weights`:
+    `others`: more traces of the same model, for one plan that is fitted on all. `judge`: traces
+    that plans are judged on. `fit_domains`, `fit_phase`: plans are fitted on these domains (each
+    counts as a trace) or this phase, and judged on the other domains or phases. `fit_weights`:
     weights of the traces or domains fitted on; default equal. `gpus`: default up to 8.
-    `physical_experts`: slots of a layer, replicas included; default one per expert. `groups`: of
-    experts, for hierarchical EPLB; default the model config's. `policies`: names of POLICIES;
-    default all. `placement`: the plan in use, a file that an engine reads, as the policy "current";
-    default contiguous. `fit_share`: of a trace alone, plans are fitted on this first share, above 0
-    to 1, and judged on the rest; default 0.5. `dispatch`: "lp" adds the least load of the busiest
-    GPU that any dispatch among replicas could reach. `hardware`, `engine`, `dtype`, `kernel`: whose
-    measured times steps are priced with, of those that the constants have; the policies are then
-    compared by time. `latency`: a file of constants, or a csv of `LatencyModel.fit`; by default the
-    constants that are part of moe-inspect. `batch_tokens`: numbers of tokens of a step, over all
-    GPUs, by the largest of which policies are compared; default 64, 512 and 4096. `sweep`: numbers
-    of slots, of which each is priced. `layers`, `domains`, `phase`: what is selected.
+    `physical_experts`: slots per layer, replicas included; default one per expert. `groups`: groups
+    of experts, for hierarchical EPLB; default as in the model's config. `policies`: names of
+    POLICIES; default all. `placement`: the plan in use, a file that an engine reads, as the policy
+    "current"; default contiguous. `fit_share`: if there is only one trace, plans are fitted on this
+    first share of it, above 0 to 1, and judged on the rest; default 0.5. `dispatch`: "lp" adds the
+    smallest load of the busiest GPU that any dispatch among replicas could reach. `hardware`,
+    `engine`, `dtype`, `kernel`: the kernel whose measured times steps are priced with; policies are
+    then compared by time. `latency`: a file of constants, or a csv for `LatencyModel.fit`; default
+    the constants that are part of moe-inspect. `batch_tokens`: tokens per step, over all GPUs;
+    policies are compared by the largest; default 64, 512 and 4096. `sweep`: numbers of slots to
+    price. `layers`, `domains`, `phase`: the selected part of each trace.
 
-    Tables: placement (a row per router and policy), policies, windows, plan (the recommended
-    policy's), with workloads judged (a row per policy and workload), where priced steps (a row per
-    policy and tokens of a step), imbalance (of the placement in use on all that is selected of the
-    first trace, a row per phase, domain and tokens), imbalance_layers (a row per layer too),
-    rebalancing (a row per change of the plan) and traffic (a row per pair of GPUs), and where asked
-    for sweep (a row per number of slots). Times are in ms, of the mean step; `cost` is the time ÷
-    that of an even load − 1.
+    Tables: placement (a row per router and policy), policies, windows, plan (of the recommended
+    policy); with workloads judged (a row per policy and workload); with prices steps (a row per
+    policy and tokens per step), imbalance (the placement in use on the selected part of the first
+    trace, a row per phase, domain and tokens), imbalance_layers (a row per layer too), rebalancing
+    (a row per change of the plan), traffic (a row per pair of GPUs), and with `sweep` sweep (a row
+    per number of slots). Times are in ms, of the mean step; `cost` is the time ÷ the time of an
+    even load − 1.
     MoeInspectError for settings out of range, numbers that do not divide, and traces of other
     routers."""
     traces = [open_trace(each) for each in (trace, *others, *(judge or ()))]
@@ -213,7 +213,7 @@ def _simulated(
         priced, times = pricing.added(tables, plans, judged, ONLINE, swept, selection)
     best, as_fast = _recommended(tables, priced["error"])
     tables["plan"] = plan_table(plans, best)
-    if pricing and plans.judging:  # tokens are told apart
+    if pricing and plans.judging:  # there are decisions
         tables["traffic"] = traffic_of(times[best].sent_GG, layout.nodes, best)
     in_order = not (workloads or trace.counts_only)
     windows = plans.windows
@@ -246,9 +246,9 @@ def _simulated(
 def _loads(
     trace: Trace, selection: Selection, workloads: Workloads | None, fit_share: float | None
 ) -> PlacementPlans:
-    """The loads that plans are fitted on, as yet without plans: of windows of the trace, or of its
-    only workload; of one window if the trace holds counts, which have no order; or of several
-    workloads, a window each."""
+    """The loads that plans are fitted on, as yet without plans. A window is a part of the trace or
+    of its only workload; all of a trace that holds counts, which have no order; or a workload, if
+    there are several."""
     if workloads and (len(workloads.fitted) > 1 or trace.counts_only):
         windows, loads = workloads.windows(judged=False)
     elif trace.counts_only:

@@ -54,7 +54,7 @@ def plan_table(plans: PlacementPlans, policy: str) -> pd.DataFrame:
 
 def write_plan(table: Any, settings: Settings, path: str | Path, engine: str | None = None) -> str:
     """Writes the table "plan" of a simulation for an engine of ENGINES, by default the one of the
-    path's ending. Returns what was written, in words."""
+    path's ending. Return a description of the file."""
     path = Path(path)
     engine = engine or ENDINGS.get(path.suffix.lower())
     if engine is None:
@@ -81,8 +81,8 @@ def write_plan(table: Any, settings: Settings, path: str | Path, engine: str | N
 
 
 def read_plan(path: str | Path, moe_layers: Sequence[int] = ()) -> Slots:
-    """The expert of each slot, by layer, of a plan for one of ENGINES. `moe_layers`: of the model,
-    which a plan for vllm-ascend counts."""
+    """The expert of each slot, by layer, in a plan for one of ENGINES. `moe_layers`: layers of the
+    model, which a plan for vllm-ascend counts."""
     try:
         slots = _slots_of(Path(path), moe_layers)
         table = np.array([*slots.values()])
@@ -110,7 +110,7 @@ def _slots_of(path: Path, moe_layers: Sequence[int]) -> Slots:
         return dict(enumerate(plan["physical_to_logical_map"]))
     devices = [layer["device_list"] for layer in plan["layer_list"]]
     rows = [[e for device in of for e in device["device_expert"]] for of in devices]
-    if moe_layers and len(rows) != len(moe_layers):  # the plan does not say which layers they are
+    if moe_layers and len(rows) != len(moe_layers):  # the plan does not state its layers
         raise MoeInspectError(
             f"{path} places {plural(len(rows), 'MoE layer')}, the trace has {len(moe_layers)}"
         )
@@ -131,7 +131,7 @@ def placed_by(
     path: str | Path, routers: Iterable[Router], of_model: Iterable[Router]
 ) -> list[np.ndarray]:
     """The expert of each slot of these of a model's routers, int64 [P], as a plan places them.
-    MoeInspectError where it does not place each of its experts."""
+    MoeInspectError unless it places each of their experts."""
     plan, placed = read_plan(path, sorted({r.layer for r in of_model})), list[np.ndarray]()
     for router in routers:
         placed.append(np.array(plan.get(router.layer, []), np.int64))
@@ -142,8 +142,8 @@ def placed_by(
 
 
 def placed_over(path: Path, gpus: int, routers: Sequence[Router]) -> list[np.ndarray]:
-    """Of each router the share of each expert's load that each GPU gets, [E, G], where a plan
-    spreads its slots over so many. MoeInspectError where it is not of these routers and GPUs."""
+    """The share of each expert's load that each GPU gets, [E, G], by router, if a plan spreads its
+    slots over this number of GPUs. MoeInspectError if the plan does not fit."""
     placed = placed_by(path, routers, routers)
     if uneven := next((len(slots) for slots in placed if len(slots) % gpus), None):
         raise MoeInspectError(f"{path}: its {uneven} slots cannot be split over {gpus} GPUs")

@@ -2,8 +2,8 @@
 file of its own.
 
 EPLB is the expert-parallel load balancer that DeepSeek published with V3
-(github.com/deepseek-ai/EPLB), written from the description of the algorithm. Slot for slot what the
-published code gives where no two loads that it compares are equal: here ties go to the lower
+(github.com/deepseek-ai/EPLB), written from the description of the algorithm. It gives the same
+slots as the published code unless two loads that it compares are equal: here ties go to the lower
 number, there to whichever its unstable sort puts first.
 
 E experts, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy goes from
@@ -22,15 +22,15 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import text_config
 from moe_inspect.trace.reader import Trace
 
-MOST_SLOTS = 2**20  # of a layer
-MOST_GPUS = 8  # where no number is asked for
+MOST_SLOTS = 2**20  # per layer
+MOST_GPUS = 8  # by default
 CURRENT = "current"  # the policy that a plan file gives: the placement in use
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`slots` in all, the same number on each GPU; the same number of GPUs on each node. `groups`:
-    of experts, which a router with group-limited routing chooses among (DeepSeek-V3)."""
+    """`slots`: over all GPUs, the same number on each; each node has the same number of GPUs.
+    `groups`: groups of experts that group-limited routing chooses among (DeepSeek-V3)."""
 
     slots: int
     gpus: int
@@ -46,8 +46,8 @@ def layouts_of(
     groups: int | None,
     physical: int | None,
 ) -> dict[int, Layout]:
-    """The layout of each router. `physical`: experts of a layer, replicas included; None: as many
-    as there are. MoeInspectError where the numbers do not divide."""
+    """The layout of each router. `physical`: slots per layer, replicas included; None: one per
+    expert. MoeInspectError if the numbers do not divide."""
     experts = {trace.routers[r].experts for r in selection.routers}
     if physical is not None and physical < (E := max(experts)):
         raise MoeInspectError(
@@ -135,8 +135,8 @@ def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 def eplb(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     """EPLB as DeepSeek published it, ties aside: groups of experts are packed onto nodes, experts
-    replicated within their node, replicas packed onto its GPUs. Where the groups do not divide
-    among the nodes, all GPUs are one node."""
+    replicated within their node, replicas packed onto its GPUs. If the groups do not divide among
+    the nodes, all GPUs are one node."""
     E, slots, gpus = len(load_E), layout.slots, layout.gpus
     groups, nodes = layout.groups, layout.nodes
     if groups % nodes:
@@ -162,10 +162,10 @@ def eplb_global(load_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def pack(weight_I: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items into packs of equally many: the heaviest first, each to the lightest pack with room.
+    """Put items into packs of equal size: the heaviest first, each to the lightest pack with room.
 
-    Returns the pack of each item and its position within the pack, int64 [I]. One item a pack stays
-    where it is."""
+    Return the pack of each item and its position within the pack, int64 [I]. Packs of one item
+    keep the order."""
     items = len(weight_I)
     room = items // packs
     if room == 1:
@@ -184,10 +184,10 @@ def pack(weight_I: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
 def replicate(
     load_E: np.ndarray, slots: int, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each further slot to the expert whose replicas carry most, which makes the heaviest replica
-    as light as can be.
+    """Give each further slot to the expert whose replicas carry most, which makes the heaviest
+    replica as light as possible.
 
-    Returns the expert of each replica, the first E in order, int64 [slots], and the replicas of
+    Return the expert of each replica, the first E in order, int64 [slots], and the replicas of
     each expert, int64 [E]. `most`: replicas that an expert may have at most."""
     expert_P, replicas_E = np.arange(slots), np.ones(len(load_E), np.int64)
     each_E = load_E.astype(np.float64)

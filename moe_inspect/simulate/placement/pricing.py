@@ -264,7 +264,7 @@ def _same_node(G: int, nodes: int) -> np.ndarray:
 
 
 def _judged(shard: Shard, plans: PlacementPlans, phase: str | None) -> np.ndarray:
-    """bool [T]: the tokens that plans are judged on, of a phase."""
+    """The tokens of a phase that plans are judged on. bool [T]"""
     taken_T = taken(shard, plans.selection)
     judged_T = taken_T & (window_of(shard, taken_T, plans.windows) >= plans.windows.judged.start)
     return judged_T & taken(shard, replace(plans.selection, phase=phase)) if phase else judged_T
@@ -338,8 +338,9 @@ LINK = "alltoall"  # the transfer whose bandwidth experts are moved at
 
 @dataclass(frozen=True)
 class Ageing:
-    """`lost`: ms of a step that a plan loses per window of age; `most`: with the greatest age here;
-    `p`: that the order of the windows does not matter; all NaN where `unknown` says why."""
+    """`lost`: ms of a step that a plan loses per window of age; `most`: ms that the oldest plan
+    loses; `p`: p-value that the order of the windows does not matter. All are NaN if `unknown`
+    gives a reason."""
 
     lost: float = math.nan
     most: float = math.nan
@@ -350,9 +351,8 @@ class Ageing:
 def rebalancing(
     plans: PlacementPlans, in_use: Plan, policy: str, place: Place, prices: Prices, N: int
 ) -> tuple[pd.DataFrame, Ageing]:
-    """Of this policy, for steps of N tokens: a row for the plan after the placement in use, and one
-    per window whose own plan follows that of the window before. `plans`: on windows of time, or on
-    workloads, which have no order."""
+    """The table `rebalancing` of a policy, for steps of N tokens: a row for the change from the
+    placement in use, and a row per window whose own plan follows the plan of the window before."""
     planned = plans.plan(policy)
     first = {"window": None, "policy": policy, **moved(plans, in_use, planned, prices)}
     if plans.windows.names or plans.trace.counts_only:
@@ -380,8 +380,8 @@ def moved(
     after: dict[int, np.ndarray],
     prices: Prices,
 ) -> dict[str, float]:
-    """10^9 bytes of the experts that GPUs lack, of all and of the GPU that is sent most, and the
-    time of that one: NaN where no link was measured."""
+    """10^9 bytes of the experts that GPUs must be sent: of all GPUs, and of the GPU that is sent
+    most, whose time is NaN if no link was measured."""
     gb_G = np.zeros(1)
     for r, layout in plans.layouts.items():
         E, shape = plans.trace.routers[r].experts, shape_of(plans.trace, r)
@@ -408,7 +408,7 @@ def _priced(
 
 
 def _spanned(plans: PlacementPlans) -> int:
-    """Windows that the longest document goes on for after its first."""
+    """Windows that the longest document continues for after its first window."""
     parts = list[pd.DataFrame]()
     for shard in plans.trace.shards:
         taken_T = taken(shard, plans.selection)

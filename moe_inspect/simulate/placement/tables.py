@@ -1,11 +1,10 @@
-"""The tables of `simulate placement`: what plans come to on the windows that they are judged by.
+"""The tables of `simulate placement`: the balance of plans on the windows that judge them.
 
-Replicas need not share evenly: a linear program per window, solved exactly by HiGHS, says how light
-the busiest GPU could be if a dispatcher chose among the replicas of an expert. Dispatchers that
-solve it, or nearly, for each batch are LPLB and SGLang's --ep-dispatch-algorithm lp; what it gives
-is the least that any of them could reach.
+Replicas need not share evenly: a linear program per window, solved exactly by HiGHS, gives the load
+of the busiest GPU if a dispatcher chose among the replicas of an expert. LPLB and SGLang's
+--ep-dispatch-algorithm lp solve it, or nearly, for each batch; no dispatcher can go below it.
 
-E experts, G GPUs, P slots, W windows, N shares: of one expert on one GPU.
+E experts, G GPUs, P slots, W windows, N shares of one expert on one GPU.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ def least_busiest(load_WE: np.ndarray, share_EG: np.ndarray) -> np.ndarray:
 
 
 def _solved(fixed_WG: np.ndarray, free_WE: np.ndarray, on_EG: np.ndarray) -> np.ndarray:
-    """Of windows that are independent blocks of one program: variables are the load of each share,
-    then that of the busiest GPU."""
+    """Solve windows as independent blocks of one program, whose variables are the load of each
+    share and of the busiest GPU."""
     from scipy.optimize import linprog
     from scipy.sparse import block_diag, coo_array
 
@@ -118,7 +117,8 @@ def tables_of(
 
 
 def _waits(load_WE: np.ndarray, share_EG: np.ndarray, apart: bool) -> tuple[float, float]:
-    """Load of the busiest GPU, and mean load, of all windows together; of workloads, their sums."""
+    """Load of the busiest GPU, and mean load: of the sum of the windows, or summed over
+    workloads."""
     load_WG = (load_WE if apart else load_WE.sum(0, keepdims=True)) @ share_EG
     return float(load_WG.max(1).sum()), float(load_WG.mean(1).sum())
 
@@ -173,8 +173,8 @@ def fastest(by_policy: pd.DataFrame) -> str:
 
 
 def alike(by_policy: pd.DataFrame, simplest_first: Iterable[str], least: float) -> list[str]:
-    """The policies that are no slower than the fastest by the share `least` of its time, or beyond
-    chance where that is known."""
+    """The policies that are no slower than the fastest by the share `least` of its time or, if
+    chance is known, beyond chance."""
     of, by = by_policy.set_index("policy"), time_of(by_policy)
     saved = 1 - of[by].min() / of[by]
     p = of.get("ms_p" if by == "ms" else "slower_p", np.nan)

@@ -20,7 +20,7 @@ UNFITTED = (CURRENT, "contiguous", "round-robin")  # policies that do not look a
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
 BUSIEST = "busiest GPU ÷ mean GPU"
 
-Row = dict[str, Any]  # of the table policies
+Row = dict[str, Any]  # a row of the table policies
 
 
 def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
@@ -120,7 +120,7 @@ def _optimal_dispatch(rows: dict[str, Row]) -> str:
 
 
 def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str:
-    """Which plan to take, and why; `saved`: of the time that the policy `first` takes."""
+    """The recommended plan and the reason. `saved`: share of the time of the policy `first`."""
     name, same = settings["recommended"], settings["as_fast"]
     if settings["too_few"]:
         return f"-o FILE saves {name}."
@@ -143,27 +143,27 @@ def _advice(tables: Tables, settings: Settings, first: str, saved: float) -> str
 
 
 def _unseen(tables: Tables) -> bool:
-    """Whether plans are judged on what they are not fitted to."""
+    """True if plans are judged on text that they are not fitted on."""
     return (tables["windows"]["part"] == "judged").any()
 
 
 def _aged(tables: Tables, settings: Settings, policy: str) -> list[str]:
-    said, unknown = list[str](), list[str]()
+    sentences, unknown = list[str](), list[str]()
     if "judged" in tables:
-        said += _on_workloads(tables, policy)
+        sentences += _on_workloads(tables, policy)
         if tables["judged"].query("part == 'judged'")["p"].isna().any():
             unknown.append(
                 "how much of that is chance, and of what sets policies apart (it takes "
                 f"{FEWEST_TO_JUDGE} documents of each)"
             )
     elif _unseen(tables):
-        said.append(_on_windows(tables, settings, policy))
-        said += [settings["fed"]] if settings["fed"] else []
+        sentences.append(_on_windows(tables, settings, policy))
+        sentences += [settings["fed"]] if settings["fed"] else []
     if not _unseen(tables):
         unknown.append("the balance on text that plans are not fitted on (--judge TRACE)")
     if settings["counts_only"]:
         unknown.append("which GPUs a token reaches (it takes decisions, not counts)")
-    return [*said, *([f"Unknown: {'; '.join(unknown)}."] if unknown else [])]
+    return [*sentences, *([f"Unknown: {'; '.join(unknown)}."] if unknown else [])]
 
 
 def _on_windows(tables: Tables, settings: Settings, policy: str) -> str:
@@ -184,10 +184,10 @@ def _on_windows(tables: Tables, settings: Settings, policy: str) -> str:
 
 
 def _on_workloads(tables: Tables, policy: str) -> list[str]:
-    """How the plan does on what it is fitted on, and how it ages on the rest, beside chance."""
+    """The balance of the plan on the workloads it is fitted on and on the others, with chance."""
     rows = tables["judged"].sort_values("max_over_mean", ascending=False).to_dict("records")
-    mine = [row for row in rows if row["policy"] == policy]
-    fit, rest = ([row for row in mine if row["part"] == part] for part in ("fit", "judged"))
+    rows = [row for row in rows if row["policy"] == policy]
+    fit, rest = ([row for row in rows if row["part"] == part] for part in ("fit", "judged"))
     mean = tables["policies"].set_index("policy")["fit_max_over_mean"][policy]
     on = f"{fit[0]['workload']} (max/mean {mean:.2f})"
     if len(fit) > 1:
@@ -203,56 +203,55 @@ def _on_workloads(tables: Tables, policy: str) -> list[str]:
 
 
 def _on(row: dict[str, Any]) -> str:
-    said = f"{row['max_over_mean']:.2f} on {row['workload']}"
+    ratio = f"{row['max_over_mean']:.2f} on {row['workload']}"
     if row["p"] < ALPHA:
-        return f"{said} (by chance at most {row['most_by_chance']:.2f})"
-    # NaN where chance is not known, as of what plans are fitted to
+        return f"{ratio} (by chance at most {row['most_by_chance']:.2f})"
+    # NaN if chance is unknown, as on text that plans are fitted on
     may_be = f" (may be chance, which gives up to {row['most_by_chance']:.2f})"
-    return said + (may_be if row["p"] >= ALPHA else "")
+    return ratio + (may_be if row["p"] >= ALPHA else "")
 
 
 def _priced(tables: Tables, rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
-    """`rows`: of the table `policies`; `unseen`: whether plans are judged on unseen text."""
-    said = _eplb(rows, settings, unseen)
+    """Sentences on prices. `rows`: of `policies`, by name; `unseen`: see `_unseen`."""
+    sentences = _eplb(rows, settings, unseen)
     if "rebalancing" in tables:
-        said += _rebalanced(tables, rows, settings)
+        sentences += _rebalanced(tables, rows, settings)
     if "traffic" in tables and settings["nodes"] > 1:
         row, even = rows[settings["recommended"]], 1 - 1 / settings["nodes"]
-        said.append(
+        sentences.append(
             f"Under {row['policy']} {row['inter_node']:.0%} of the tokens that GPUs send go to "
             f"another node ({even:.0%} if they went anywhere alike), {row['intra_node']:.0%} to "
             "another GPU of the node."
         )
     if "sweep" in tables:
-        said.append(_knee(tables["sweep"], settings))
-    return said + [
-        f"No step of {N:,} tokens in {of}, which is not in the times."
-        for of, N in settings["unpriced"].items()
+        sentences.append(_knee(tables["sweep"], settings))
+    return sentences + [
+        f"No step of {N:,} tokens in {text}, which is not in the times."
+        for text, N in settings["unpriced"].items()
     ]
 
 
 def _eplb(rows: dict[str, Any], settings: Settings, unseen: bool) -> list[str]:
-    """Whether the faster EPLB is worth it, beside the placement in use."""
+    """Whether the faster EPLB is worth it, compared with the placement in use."""
     eplbs, first = [rows[name] for name in rows if name.startswith("eplb")], settings["current"]
     if not eplbs:
         return []
     best, error = min(eplbs, key=lambda row: row["ms"]), settings["error"]
-    costs, of_first = (max(row["ms"] - row["even_ms"], 0.0) for row in (best, first))
-    less = f"{costs / of_first - 1:+.0%}; of the step " if of_first > 0 else "of the step "
-    doubt = f"model error {error:.0%}" if error is not None else "model error unknown"
+    cost, first_cost = (max(row["ms"] - row["even_ms"], 0.0) for row in (best, first))
+    less = f"{cost / first_cost - 1:+.0%}; of the step " if first_cost > 0 else "of the step "
+    accuracy = f"model error {error:.0%}" if error is not None else "model error unknown"
     change = best["ms"] / first["ms"] - 1
     place = "in use" if settings["placement"] else "in order"
     line = (
-        f"EPLB here: imbalance costs {costs:.2g} ms, on top of {best['even_ms']:.3g}, instead of "
-        f"{of_first:.2g} {place} ({less}{change:+.0%}, {doubt})"
+        f"EPLB here: imbalance costs {cost:.2g} ms, on top of {best['even_ms']:.3g}, instead of "
+        f"{first_cost:.2g} {place} ({less}{change:+.0%}, {accuracy})"
     ).replace("-", "−")
-    doubt = _doubt(best, first, settings)
-    why = doubt or ("worth it" if unseen else "worth it on the text that it is fitted on")
-    return [f"{line}: {why}."]
+    worth_it = "worth it" if unseen else "worth it on the text that it is fitted on"
+    return [f"{line}: {_doubt(best, first, settings) or worth_it}."]
 
 
 def _doubt(row: Any, first: Any, settings: Settings) -> str:
-    """Why a policy is not said to be worth it, beside the placement in use."""
+    """Why a policy is not worth a change of the placement in use; "" if it is."""
     error, change = settings["error"], float(np.log(row["ms"] / first["ms"]))
     if settings["too_few"] or (np.isnan(p := row["current_p"]) and not settings["counts_only"]):
         return "too little text to tell whether it is worth it"
@@ -268,18 +267,18 @@ def _doubt(row: Any, first: Any, settings: Settings) -> str:
 def _rebalanced(tables: Tables, rows: dict[str, Any], settings: Settings) -> list[str]:
     table, ageing, N = tables["rebalancing"], settings["ageing"], settings["batch_tokens"]
     start, again = table.iloc[0], table.iloc[1:].drop(columns="window").mean(numeric_only=True)
-    mine, first, error = rows[start["policy"]], settings["current"], settings["error"]
+    row, first, error = rows[start["policy"]], settings["current"], settings["error"]
     before = "the placement in use" if settings["placement"] else "experts in order"
-    said = f"To rebalance from {before} to {start['policy']}, {_sent(start)}"
-    said += " at the bandwidth within a node" if start["move_ms"] > 0 else ""
-    if start["move_ms"] > 0 and not _doubt(mine, first, settings):
-        steps = start["move_ms"] / (first["ms"] - mine["ms"])
-        said += f", paid back after {plural(math.ceil(steps), 'step')}"
+    move = f"To rebalance from {before} to {start['policy']}, {_sent(start)}"
+    move += " at the bandwidth within a node" if start["move_ms"] > 0 else ""
+    if start["move_ms"] > 0 and not _doubt(row, first, settings):
+        steps = start["move_ms"] / (first["ms"] - row["ms"])
+        move += f", paid back after {plural(math.ceil(steps), 'step')}"
     if unknown := ageing.unknown or ("too little text" if settings["too_few"] else ""):
         often = f"How often it pays to do so again is unknown: {unknown}."
     elif ageing.p >= ALPHA:
         often = "Loads do not drift beyond chance: to rebalance again does not pay."
-    elif error is None or np.log1p(ageing.most / mine["ms"]) <= error:
+    elif error is None or np.log1p(ageing.most / row["ms"]) <= error:
         often = (
             f"As it ages, a plan loses up to {ageing.most:.2g} ms of a step, which is within the "
             "error of the times: to rebalance again is not known to pay."
@@ -295,14 +294,14 @@ def _rebalanced(tables: Tables, rows: dict[str, Any], settings: Settings) -> lis
             f"a step as it ages: to rebalance pays every {_round(best)} steps{beyond}; never "
             f"within {_round(again['move_ms'] / ageing.most)}."
         )
-    return [f"{said}.", often]
+    return [f"{move}.", often]
 
 
 def _sent(row: Any) -> str:
-    said = (
+    size = (
         f"{row['moved_gb']:.3g} GB move, {row['moved_gb_of_gpu']:.3g} to the GPU that is sent most"
     )
-    return said if np.isnan(row["move_ms"]) else f"{said}, in {row['move_ms']:.3g} ms"
+    return size if np.isnan(row["move_ms"]) else f"{size}, in {row['move_ms']:.3g} ms"
 
 
 def _round(steps: float) -> str:
@@ -317,17 +316,17 @@ def _knee(sweep: Frame, settings: Settings) -> str:
         return "How many slots are worth it is unknown: too little text."
     enough = sweep[(1 - fastest / sweep["ms"] < least) | (sweep["ms_p"] >= ALPHA)]
     first, knee, most = sweep.iloc[0], enough.iloc[0], sweep.iloc[-1]
-    said = (
+    text = (
         f"{knee['physical_experts']} slots per layer are the knee of {knee['policy']}: "
         f"{_size(knee)}"
     )
     if knee["physical_experts"] > first["physical_experts"]:
-        said += f", instead of {_size(first)} with {first['physical_experts']}"
+        text += f", instead of {_size(first)} with {first['physical_experts']}"
     if knee["physical_experts"] == most["physical_experts"]:
-        return f"{said}. They are the most that were tried."
+        return f"{text}. They are the most that were tried."
     beyond = " or beyond chance" if sweep["ms_p"].notna().any() else ""
     return (
-        f"{said}. More, up to {most['physical_experts']}, take no less time by {least:.0%}"
+        f"{text}. More, up to {most['physical_experts']}, take no less time by {least:.0%}"
         f"{beyond} (at best {fastest:.3g} ms)."
     )
 
@@ -362,7 +361,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
 
 
 def _by_layer(whole: Frame, policies: list[str], label_of: Labels, title: str) -> spec.Panel:
-    """Dots of the policies beside each other; of many layers a heatmap, where ties stay seen."""
+    """A dot per policy and layer; if there are many layers a heatmap, which still shows ties."""
     wide = whole.pivot(index="policy", columns="router", values="max_over_mean").loc[policies]
     layers = spec.Axis("layer", tuple(label_of[r] for r in wide.columns))
     ratio_PL = wide.to_numpy(float)

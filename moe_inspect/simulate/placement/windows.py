@@ -1,5 +1,5 @@
-"""What `simulate placement` reads of a trace: the loads of windows of tokens, of which plans are
-fitted on the first; and how many GPUs (or nodes) a token reaches under a plan.
+"""Passes of `simulate placement` over a trace: the loads of windows of tokens, the first of which
+plans are fitted on; and how many GPUs (or nodes) a token reaches under a plan.
 
 Of each chosen expert one replica is used, any with the same chance and independently: GPU g is
 reached with probability 1 − Π (1 − its share of the expert).
@@ -28,8 +28,8 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 WINDOWS = 16
-# GPUs up to which going through all of them beats looking up those that have a replica; an eighth,
-# where no expert has several
+# up to this number of GPUs, going through all of them beats looking up those that have a replica;
+# up to an eighth of it, if no expert has several replicas
 DENSE = 128
 
 Key = TypeVar("Key")
@@ -40,8 +40,8 @@ Reached = dict[tuple[int, str], tuple[float, float]]  # GPUs and nodes, by (rout
 class FitWindows:
     """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w +
     1] of every rank's tokens. Plans are fitted on the first `fit` windows and judged on the rest.
-    `tokens`: in all windows; of_rank: of each rank; `before`: those that each shard, by (rank,
-    index), has before it in its rank. `names`: where a window is a workload, not a time."""
+    `tokens`: number in all windows; `of_rank`: number by rank; `before`: number before each shard
+    in its rank, by (rank, index). `names`: of the workloads, if windows are workloads."""
 
     edge_W: np.ndarray
     fit: int
@@ -74,7 +74,7 @@ class FitWindows:
 class PlacementPlans:
     """The expert of every slot, int64 [P], by (router, policy), with what the plans were made from.
     `loads`: assignments of each router's experts by window, int64 [W, E]. `judging`: the same plans
-    on the tokens of each trace that they are judged on, none where there are only counts."""
+    on the tokens of each trace that they are judged on; none if there are only counts."""
 
     trace: Trace
     selection: Selection
@@ -93,7 +93,8 @@ class PlacementPlans:
 
 
 def fit_windows_of(trace: Trace, selection: Selection, fit_share: float) -> FitWindows:
-    """`fit_share`: of the tokens. MoeInspectError where nothing is selected."""
+    """Windows whose first part has the share `fit_share` of the tokens. MoeInspectError if nothing
+    is selected."""
     of_rank, before = dict[int, int](), dict[tuple[int, int], int]()
     selected = (shard.files.tokens for shard in trace.shards)
     if selection.domains is not None or selection.phase:
@@ -206,8 +207,8 @@ def _reached(
 
 
 def reached(plans: Sequence[np.ndarray], ids_KT: np.ndarray) -> list[float]:
-    """The sum over decisions of the GPUs reached, of each plan, given as the shares [E, G], the
-    quicker of two ways. One sweep over the decisions for as many plans as DENSE GPUs are."""
+    """The sum over decisions of the GPUs reached under each plan, given as the shares [E, G].
+    Takes the quicker of two ways; one sweep over the decisions takes plans of up to DENSE GPUs."""
     gpus = plans[0].shape[1]
     several = any(((share_EG > 0).sum(1) > 1).any() for share_EG in plans)
     if gpus > (DENSE if several else DENSE // 8):

@@ -28,7 +28,7 @@ from moe_inspect.trace.reader import Trace, address
 
 @dataclass(frozen=True)
 class Workload:
-    """`selection`: what was counted; `units_U`: bool, which of the counts are its own."""
+    """`selection`: the counted tokens; `units_U`: bool, the workload's own part of the counts."""
 
     name: str
     trace: Trace
@@ -38,7 +38,7 @@ class Workload:
 
     @property
     def documents_tell(self) -> bool:
-        """Whether its documents are known, and enough to tell it from chance."""
+        """True if the documents are known, and enough to judge chance."""
         return not self.counts.documents_unknown and self.units_U.sum() >= FEWEST_TO_JUDGE
 
     def load_UE(self, router: int) -> np.ndarray:
@@ -47,8 +47,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Workloads:
-    """Those that plans are fitted on, with their weights, and those that they are judged on: where
-    there are none, plans are judged on those they are fitted on."""
+    """Workloads that plans are fitted on, with their weights, and workloads that plans are judged
+    on. If there are none of these, plans are judged on what they are fitted on."""
 
     fitted: list[Workload]
     judged: list[Workload]
@@ -56,7 +56,7 @@ class Workloads:
 
     @property
     def too_few(self) -> str:
-        """Why one of them is too little to judge, as `result.too_few` says it."""
+        """Why one of them is too short to judge, like `result.too_few`."""
         known = (one for one in (*self.fitted, *self.judged) if not one.counts.documents_unknown)
         return "" if all(one.documents_tell for one in known) else FEW_DOCUMENTS
 
@@ -77,8 +77,8 @@ class Workloads:
         return FitWindows(edge_W, len(self.fitted), sum(tokens_W), names=names), loads
 
     def judging(self, plans: PlacementPlans) -> Iterable[PlacementPlans]:
-        """The plans on the tokens that they are judged on, of each trace once. None where one of
-        the traces holds counts only, which do not say what a token reaches."""
+        """The plans on the tokens of each trace that judges them. None if one of the traces holds
+        counts only, which do not state the GPUs that a token reaches."""
         parts = {(address(one.trace), one.selection): one for one in self.judged or self.fitted}
         for one in [] if any(of.trace.counts_only for of in parts.values()) else parts.values():
             windows = fit_windows_of(one.trace, one.selection, 1.0)
@@ -204,7 +204,7 @@ def workload(trace: Trace, selection: Selection, name: str = "") -> Workload:
 def _domains(
     trace: Trace, selection: Selection, chosen: str | Iterable[str]
 ) -> tuple[list[Workload], list[Workload]]:
-    """Those of the domains chosen, and those of the others, counted at once."""
+    """The workloads of the chosen domains, and of the other domains, counted at once."""
     counts = count_trace(trace, selection)
     fitted = select(trace, None, chosen).domains or set[str]()
     if missing := fitted - {*counts.domains}:
