@@ -42,7 +42,7 @@ HIDDEN = 2048
 
 
 def case(E: int, K: int, T: int) -> Case:
-    return Case(E, K, T, "zipf", None, torch.int64, "bfloat16", "across pages", False, P=4096)
+    return Case(E, K, T, "zipf", None, torch.int64, "bfloat16", "behind others", False)
 
 
 def calls(E: int, K: int, T: int) -> dict[str, Callable[[], object]]:

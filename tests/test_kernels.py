@@ -40,14 +40,14 @@ LARGE = [
     # its blocks are more than a program scans at a time
     Case(16, 10, 2048, "uniform", 3, torch.int32, "none", "none", True),
     # as many tokens as the first program of a sum can record
-    Case(8, 1, 1023, "zipf", None, torch.int64, "float32 as float16", "in one page", True),
+    Case(8, 1, 1023, "zipf", None, torch.int64, "float32 as float16", "from the first row", True),
     *(
         Case(60, 6, 400, "zipf", launches, torch.int64, "none", "none", True, block)
         for launches in (2, 3)
         for block in (256, 512, 1024)
     ),
 ]
-NONE = Case(8, 2, 0, "uniform", None, torch.int64, "bfloat16", "across pages", False)  # no tokens
+NONE = Case(8, 2, 0, "uniform", None, torch.int64, "bfloat16", "behind others", False)  # no tokens
 CASES = [
     *small_cases(),
     NONE,
@@ -70,7 +70,9 @@ def test_assert_close_can_fail() -> None:
 
 
 def test_strided_arguments() -> None:
-    case = Case(8, 4, 10, "uniform", 1, torch.int64, "float32 as float16", "in one page", False)
+    case = Case(
+        8, 4, 10, "uniform", 1, torch.int64, "float32 as float16", "from the first row", False
+    )
     ids, weights = choice(case)
     strided, strided_weights = ids.T.contiguous().T, weights.T.contiguous().T
     assert not strided.is_contiguous()
@@ -95,7 +97,7 @@ def test_program_sizes() -> None:
 def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None:
     if by == "kernel":
         request.getfixturevalue("on_triton")
-    case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "across pages", True)
+    case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "behind others", True)
     ids, weights = choice(case)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(case))
@@ -214,11 +216,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_order_of_programs_changes_nothing(ran: list[Any]) -> None:
-    for T, launches, tape in ((131, 2, "across the ring's end"), (131, 3, "beyond the limit")):
+    for T, launches, tape in ((131, 2, "behind others"), (131, 3, "beyond its part")):
         case = Case(60, 8, T, "zipf", launches, torch.int64, "bfloat16", tape, True)
         check_dispatch(case, lambda *of, n=launches: kernels.dispatch_triton(*of, launches=n))
         check_record(case, kernels.record_triton)
-    case = Case(60, 8, 12, "zipf", 1, torch.int64, "bfloat16", "beyond the limit", True)
+    case = Case(60, 8, 12, "zipf", 1, torch.int64, "bfloat16", "beyond its part", True)
     for grouped in (True, False):
         check_combine(case, kernels.combine_triton, grouped, 40, torch.bfloat16, torch.float32)
     assert ran != sorted(ran), "control: another order than the interpreter's own"

@@ -21,64 +21,34 @@ POISON = 77
 
 
 def a_tape(device: Any, E: int, K: int, T: int, kind: str, bf16: bool) -> tuple[Any, int]:
-    """A poisoned tape, the second of three routers' on its ring, and how many of T rows fit."""
-    P, pages = 1024, 18
-    start = (
-        (6 * pages - 1) * P + P - 3 if kind == "across the ring's end" else 5 * pages * P + P - 3
-    )
-    room = T // 2 if kind == "beyond the limit" else T
-    values = pages * P * 3 * K + 1
-    on = {"device": device.type}
-    ids = torch.full((values,), POISON, dtype=torch.uint8 if E < 256 else torch.int16, **on)
-    weights = torch.full(
-        (values,), float(POISON), dtype=torch.bfloat16 if bf16 else torch.float16, **on
-    )
-    state = (
-        torch.tensor([11, start, 13], **on),
-        torch.tensor([0, 5, 0], **on),
-        torch.tensor([start + room], **on),
-    )
-    enabled = torch.tensor([int(kind != "disabled")], dtype=torch.int32, **on)
+    """A poisoned tape, the second of three routers' of its buffer, and how many of T rows fit."""
+    rows, on = (T // 16 + 3) * 16, {"device": device.type}
+    start = {"from the first row": 0, "beyond its part": rows - T // 2}.get(kind, 13)
+    values = rows * 3 * K + 1
     made = kernels.Tape(
-        ids,
-        weights,
-        *state,
-        enabled,
+        torch.full((values,), POISON, dtype=torch.uint8 if E < 256 else torch.int16, **on),
+        torch.full((values,), POISON, dtype=torch.bfloat16 if bf16 else torch.float16, **on),
+        torch.tensor([11, start, 13], **on),
+        torch.tensor([int(kind != "disabled")], dtype=torch.int32, **on),
         lane=1,
         K=K,
         experts=E,
-        base=P * K,
-        page_values=P * 3 * K,
-        P=P,
-        pages=pages,
+        base=rows * K,
+        rows=rows,
     )
-    return made, room * int(kind != "disabled")
+    return made, min(T, rows - start) * int(kind != "disabled")
 
 
 def on_tape(tape: Any, room: int, ids_TK: Tensor, weights_TK: Tensor) -> list[Tensor]:
-    """What ids, weights, cursor and dropped of this fresh tape must be afterwards, by plain
-    indexing."""
-    T, on = len(ids_TK), int(tape.enabled)
-    position = int(tape.cursor[1]) + torch.arange(room, device=ids_TK.device)
-    at = (
-        position // tape.P % tape.pages * tape.page_values + tape.base + position % tape.P * tape.K
-    )[:, None]
-    at = at + torch.arange(tape.K, device=at.device)
-    ids, weights, moved = (
-        tape.ids.clone(),
-        tape.weights.clone(),
-        torch.tensor([0, T * on, 0], device=at.device),
-    )
-    ids[at] = ids_TK.masked_fill((ids_TK < 0) | (ids_TK >= tape.experts), tape.null_id)[:room].to(
-        ids.dtype
-    )
+    """What ids, weights and cursor of this fresh tape must be afterwards, by plain indexing."""
+    T, on, device = len(ids_TK), int(tape.enabled), ids_TK.device
+    row = int(tape.cursor[1]) + torch.arange(room, device=device)
+    at = (tape.base + row * tape.K)[:, None] + torch.arange(tape.K, device=device)
+    ids, weights = tape.ids.clone(), tape.weights.clone()
+    is_outside = (ids_TK < 0) | (ids_TK >= tape.experts)
+    ids[at] = ids_TK.masked_fill(is_outside, tape.null_id)[:room].to(ids.dtype)
     weights[at] = weights_TK[:room].to(weights.dtype)
-    return [
-        ids,
-        weights,
-        tape.cursor + moved,
-        tape.dropped + moved - torch.tensor([0, room, 0], device=at.device),
-    ]
+    return [ids, weights, tape.cursor + torch.tensor([0, T * on, 0], device=device)]
 
 
 def grouping(ids_TK: Tensor, E: int) -> list[Tensor]:
@@ -139,7 +109,7 @@ def check_repeated(
     for _ in range(bench.sizes.repeats):
         tape, _ = fresh()
         returned = run(tape=tape) or ()
-        wrong += not is_same([*returned, tape.ids, tape.weights, tape.cursor, tape.dropped], wanted)
+        wrong += not is_same([*returned, tape.ids, tape.weights, tape.cursor], wanted)
     bench.expect(wrong == 0, f"{name}: {wrong} of {bench.sizes.repeats} times")
 
 
@@ -168,7 +138,7 @@ def check_combine(
         expected = on_tape(tape, room, ids, weights)
         found.append(kernels.combine_triton(rows, ids, weights, None, torch.float32, E, tape))
         bench.expect(
-            is_same([tape.ids, tape.weights, tape.cursor, tape.dropped], expected),
+            is_same([tape.ids, tape.weights, tape.cursor], expected),
             f"combine's record {name}",
         )
     try:
@@ -184,7 +154,7 @@ def check_combine(
 def correctness(bench: Bench) -> None:
     """Every kernel against a reference, outputs poisoned, before anything is timed."""
     device, sizes = bench.device, bench.sizes
-    kinds = ("across pages", "across the ring's end", "beyond the limit", "disabled")
+    kinds = ("from the first row", "behind others", "beyond its part", "disabled")
     with poisoned_outputs():
         for n, (T, (E, K), skew) in enumerate(
             (t, r, s) for t in sizes.T for r in sizes.routers for s in SKEWS

@@ -104,7 +104,7 @@ class HandOver:
         # how long a pass waits for others
         self._hold_s = min(HELD_SECONDS, options.commit_every or HELD_SECONDS)
         self.is_fixed = options.ring_tokens is not None
-        self.tokens = self.dropped_rows = 0
+        self.tokens = 0
         self._skips = False  # the current pass is left out
         self._queue: deque[Forward] = deque()
         self._queued_rows = self._largest = 0
@@ -308,7 +308,6 @@ class HandOver:
         for _, p, rows in parts:
             if p.rows is not None and rows is not p.rows:
                 writer.dropped += len(p.rows.token_id) * len(p.stack.routers)
-                self.dropped_rows += p.fed.T
         writer.write(
             RoutedBatch(
                 batch[-1].number,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import EXTRAS
@@ -113,18 +114,11 @@ class Lanes:
     """What the kernels keep of the routers of one device: the next row of each lane, a lane being
     a router and a kind; and whether anything is written."""
 
-    def __init__(self, device: torch.device, lanes: int, rows: int):
-        self.cursor, self.dropped = (
-            torch.zeros(lanes, dtype=torch.int64, device=device) for _ in range(2)
-        )
-        self.limit = torch.full((1,), rows, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, lanes: int):
+        self.cursor = torch.zeros(lanes, dtype=torch.int64, device=device)
         self.enabled = torch.ones(1, dtype=torch.int32, device=device)
         stream = SIDE_STREAMS.get(device.type)
         self.side = stream(device) if stream is not None else None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.cursor, self.dropped, self.limit, self.enabled
 
     def copy(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[torch.Event]]:
         if self.side is None:
@@ -156,9 +150,13 @@ class Rows:
         for shown, alike in groupby(routers):
             first = self.groups[-1].first + self.groups[-1].routers if self.groups else 0
             self.groups.append(Group(*shown, first, len(list(alike))))
-        devices = {group.device.type for group in self.groups}
         # its routers' calls can be kept as they are
-        self.keeps_calls = devices == {"cpu"} and "cpu" not in SIDE_STREAMS
+        self.keeps_calls = all(
+            group.device.type == "cpu"
+            and "cpu" not in SIDE_STREAMS
+            and not kernels.runs_triton(torch.empty(0, device=group.device))
+            for group in self.groups
+        )
         self.P = 0  # rows that the buffers hold; 0: there are none
         self.tapes: dict[str, list[Tape]] = {}
         self._buffers: dict[str, list[Tensor]] = {}
@@ -251,7 +249,7 @@ class Rows:
             }
             devices = [shown.device for shown in self.routers]
             self._lanes = {
-                device: Lanes(device, devices.count(device) * len(self.kinds), P)
+                device: Lanes(device, devices.count(device) * len(self.kinds))
                 for device in dict.fromkeys(devices)
             }
         self.enable(enabled)
@@ -261,7 +259,7 @@ class Rows:
                 device.type == "cuda"
             ):  # torch.compile's CUDA graphs then write there, without a copy
                 own = (b for of in self._buffers.values() for b in of if b.device == device)
-                for tensor in (*own, *lanes.tensors):
+                for tensor in (*own, lanes.cursor, lanes.enabled):
                     torch._dynamo.mark_static_address(tensor, guard=False)
         return True
 
@@ -277,14 +275,13 @@ class Rows:
                         Tape(
                             ids,
                             values,
-                            *self._lanes[group.device].tensors,
+                            self._lanes[group.device].cursor,
+                            self._lanes[group.device].enabled,
                             lane=free[group.device],
                             K=width,
                             experts=group.below,
                             base=i * self.P * width,
-                            page_values=group.routers * self.P * width,
-                            P=self.P,
-                            pages=1,
+                            rows=self.P,
                         )
                     )
                     free[group.device] += 1

@@ -18,7 +18,7 @@ from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
-from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, variants
+from tests.support.aot import BLOCKS, COLUMNS, SHAPES, TARGETS, variants
 from tests.support.kernel_reference import (
     Case,
     check_dispatch,
@@ -29,7 +29,7 @@ from tests.support.kernel_reference import (
     tape_for,
 )
 
-TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
+TAPES = ("beyond its part", "disabled", "behind others", "from the first row")
 SKEWS = ("uniform", "zipf", "one-hot")
 WEIGHTS = {"fp16": "float32 as float16", "bf16": "bfloat16"}
 H = 48
@@ -78,7 +78,7 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
 def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Case:
     """Tapes and skews change from case to case."""
     turn += E // 4 + how.get("launches", 0) + (weights == "bfloat16")
-    how = {"launches": None, "tape": TAPES[turn % len(TAPES)], "P": PAGE_ROWS, **how}
+    how = {"launches": None, "tape": TAPES[turn % len(TAPES)], **how}
     of = {"skew": SKEWS[turn % len(SKEWS)], "ids": torch.int64, "invalid_ids": True}
     return Case(E, K, max(1, T), weights=weights, **of, **how)
 
@@ -94,7 +94,7 @@ def _check_rows(case: Case) -> None:
 
 def _check_logits() -> None:
     """A tape that holds scores alone."""
-    case = _case(64, 64, 20, "float32 as float16", tape="across pages")
+    case = _case(64, 64, 20, "float32 as float16", tape="behind others")
     _, scores = choice(case)
     tapes = [tape_for(case) for _ in range(2)]
     for tape, record in zip(tapes, (kernels.record_triton, kernels.record_torch), strict=True):
@@ -129,7 +129,7 @@ def check_combine(case: Case, grouped: bool, H: int = H, norms: bool = False) ->
     if tape is not None:
         expected = tape_for(case)
         kernels.record_torch(expected, ids, weights)
-        for name in ("ids", "weights", "cursor", "dropped"):
+        for name in ("ids", "weights", "cursor"):
             assert torch.equal(getattr(tape, name), getattr(expected, name)), name
 
 

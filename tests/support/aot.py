@@ -31,7 +31,7 @@ TARGETS = {
 SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
 BLOCKS = (256, 512, 1024)  # every value of kernels.slots_per_program
 COLUMNS = {"fp16": (2048,), "bf16": (8192, 16384)}  # of hidden sizes up to these
-PAGE_ROWS = 4096
+ROWS = 4096  # of a tape
 WEIGHTS = {"fp16": (torch.float32, torch.float16), "bf16": (torch.bfloat16, torch.bfloat16)}
 
 
@@ -83,10 +83,9 @@ def tape_of(E: int, K: int, kind: str, ids: bool = True) -> kernels.Tape:
     return kernels.Tape(
         torch.zeros(16, dtype=ids_dtype) if ids else None,
         torch.zeros(16, dtype=recorded),
-        *(state.clone() for _ in range(3)),
+        state.clone(),
         enabled=state.int(),
-        **{"lane": 1, "K": K, "experts": E, "base": PAGE_ROWS * K, "P": PAGE_ROWS, "pages": 3},
-        page_values=3 * PAGE_ROWS * K,
+        **{"lane": 1, "K": K, "experts": E, "base": ROWS * K, "rows": ROWS},
     )
 
 

@@ -16,7 +16,7 @@ from tests.support.mutation import changed_source, load_file
 NAME = "moe_inspect.capture.hook.kernels"
 # what is broken → a fragment of the kernels' source, and the wrong one
 BREAKS = {
-    "record": ("row % tape.P * K + i % K", "row % tape.P * K + (i + 1) % K"),
+    "record": ("row * K + i % K", "row * K + (i + 1) % K"),
     "dispatch": ("tl.store(token + place, i // K,", "tl.store(token + place, (i + 1) // K,"),
     "combine": ("tl.load(weights + slot)", "tl.load(weights + slot // 2 * 2)"),
 }

@@ -22,8 +22,8 @@ from moe_inspect.capture.hook.kernels import Dispatch, Tape
 from tests.support.sweep import WHOLE
 
 POISON = 77
-LANES = 3  # routers of the tape's ring; the second is tested
-BEFORE = (11, 5)  # cursor of the first lane, and rows dropped of the second, before the call
+LANES = 3  # routers of the tape's buffer; the second is tested
+OTHERS = (11, 13)  # cursors of the first and the third lane
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Case:
     launches     of a dispatch: 1, 2, 3, or None for as many as its size needs
     ids          type of the ids; None: only weights, which are router logits, are recorded
     weights      "float32 as float16": as given, and as recorded; "float16" for both; "none"
-    tape         where it is written: "in one page", "across pages", "across the ring's end",
-                 "beyond the limit", "disabled" or "none"
+    tape         where it is written: "from the first row", "behind others", "beyond its part",
+                 "disabled" or "none"
     invalid_ids  whether some ids are no expert's
     """
 
@@ -47,7 +47,6 @@ class Case:
     tape: str
     invalid_ids: bool
     block: int | None = None  # slots per program
-    P: int = 256  # rows per page
 
     def __str__(self) -> str:
         parts = (f"E{self.E}", f"k{self.K}", f"T{self.T}", self.skew, self.launches, self.weights)
@@ -64,16 +63,16 @@ class Case:
         return getattr(torch, self.weights.split(" as ")[-1], None)
 
     @property
-    def pages(self) -> int:
-        return -(-self.T // self.P) + 2
+    def rows(self) -> int:
+        """Rows that the tape holds."""
+        return (self.T // 16 + 3) * 16
 
     @property
     def start(self) -> int:
-        """The position of the tape at which the call is written."""
-        if self.tape == "in one page":
-            return 5 * self.pages * self.P
-        before = 6 * self.pages - 1 if self.tape == "across the ring's end" else 5 * self.pages
-        return before * self.P + self.P - 3
+        """The row of the tape at which the call is written."""
+        if self.tape == "beyond its part":
+            return self.rows - self.T // 2
+        return 13 * (self.tape != "from the first row")
 
 
 def choice(case: Case) -> tuple[Tensor | None, Tensor | None]:
@@ -106,35 +105,26 @@ def tape_for(case: Case) -> Tape | None:
     """A tape filled with POISON, a value longer than needed, which shows a write past the end."""
     if case.tape == "none":
         return None
-    pages, start, P = case.pages, case.start, case.P
-    room = case.T // 2 if case.tape == "beyond the limit" else pages * P
-    values = pages * P * LANES * case.K
+    values = case.rows * LANES * case.K
 
     def poisoned(dtype: torch.dtype) -> Tensor:
         return torch.full((values + 1,), POISON, dtype=dtype)
 
-    def state(*values: int) -> Tensor:
-        return torch.tensor(values)
-
     return kernels.Tape(
         None if case.ids is None else poisoned(torch.uint8 if case.E < 256 else torch.int16),
         None if case.recorded is None else poisoned(case.recorded),
-        cursor=state(BEFORE[0], start, 13),
-        dropped=state(0, BEFORE[1], 0),
-        limit=state(start + room),
-        enabled=state(case.tape != "disabled").int(),
-        **{"lane": 1, "K": case.K, "experts": case.E, "base": P * case.K, "P": P, "pages": pages},
-        page_values=P * LANES * case.K,
+        cursor=torch.tensor([OTHERS[0], case.start, OTHERS[1]]),
+        enabled=torch.tensor([case.tape != "disabled"]).int(),
+        **{"lane": 1, "K": case.K, "experts": case.E, "base": case.rows * case.K},
+        rows=case.rows,
     )
 
 
 def check_tape(case: Case, tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
     """The tape holds the decisions at their positions, and is unchanged everywhere else."""
     start, enabled = case.start, case.tape != "disabled"
-    room = max(0, min(case.T, int(tape.limit) - start)) if enabled else 0
-    position = start + np.arange(room)
-    first_value = position // tape.P % tape.pages * tape.page_values + tape.base
-    at = (first_value + position % tape.P * tape.K)[:, None] + np.arange(tape.K)
+    room = max(0, min(case.T, case.rows - start)) if enabled else 0
+    at = tape.base + ((start + np.arange(room)) * tape.K)[:, None] + np.arange(tape.K)
     if tape.ids is not None and ids_TK is not None:
         ids = np.full(len(tape.ids), POISON)
         given = ids_TK.numpy().astype(np.int64)
@@ -146,9 +136,7 @@ def check_tape(case: Case, tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor
         weights[torch.from_numpy(at)] = weights_TK[:room].to(tape.weights.dtype)
         assert torch.equal(tape.weights, weights), "recorded weights"
     after = start + (case.T if enabled else 0)
-    assert tape.cursor.tolist() == [BEFORE[0], after, 13], "the cursor"
-    lost = case.T - room if enabled else 0
-    assert tape.dropped.tolist() == [0, BEFORE[1] + lost, 0], "the count of dropped rows"
+    assert tape.cursor.tolist() == [OTHERS[0], after, OTHERS[1]], "the cursor"
 
 
 def check_record(case: Case, record: Callable[..., None]) -> None:
@@ -308,7 +296,7 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 # --- all of it
 
-TAPES = ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled")
+TAPES = ("from the first row", "behind others", "beyond its part", "disabled")
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "E": (4, 8, 60, 64, 128, 256, 512, *((16, 72, 160, 384) if WHOLE else ())),
     "K": (1, 2, 3, 4, 6, 8, 10),
@@ -338,7 +326,7 @@ def small_cases() -> Iterator[Case]:
     base = {"skew": "uniform", "ids": torch.int64, "invalid_ids": True}
     sizes = [((7, 8, 2), TAPES), ((130, 60, 4), TAPES[1::2]), ((100, 256, 8), TAPES[2::2])]
     shapes = [(*size, *of) for size, tapes in sizes for of in itertools.product(tapes, (1, 2, 3))]
-    shapes += [(400, 64, 8, "across pages", launches) for launches in (2, 3)]
+    shapes += [(400, 64, 8, "behind others", launches) for launches in (2, 3)]
     for T, E, K, tape, launches in shapes:
         of = {"launches": launches, "tape": tape, "weights": "float32 as float16"}
         yield Case(E=E, K=K, T=T, **of, **base)

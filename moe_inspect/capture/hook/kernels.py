@@ -1,10 +1,8 @@
 """The Triton kernels that dispatch tokens to experts and record the routing decisions and, for each,
 an implementation in torch with bit-identical results, which runs on a CPU.
 
-T tokens, K slots, S = T·K, E experts, H hidden; a ring's page holds P rows. Positions count the
-rows that a router has seen since its ring was made; row `position` is in page
-`position // P % pages`. What is written, and where, is decided on the device alone: a CUDA graph
-can be replayed without any Python and continues where the last replay ended.
+T tokens, K slots, S = T·K, E experts, H hidden. What is written, and where, is decided on the device
+alone: a CUDA graph can be replayed without any Python.
 """
 
 from __future__ import annotations
@@ -57,34 +55,28 @@ def ranking_chunk(bins: int) -> int:
     return min(256, max(64, 65536 // bins))
 
 
-# A tape as one kernel argument: `ring_rows` is P · pages, P a constant of the compiled kernel, and
-# which fields are None is known at compile time. Triton compiles a variant for each combination of
-# numbers in a tuple that are divisible by 16; these always are. The lane is not, and so is an
-# argument of its own, which is not specialized.
-FIELDS = "ids weights cursor dropped limit enabled base page_values ring_rows P"
+# A tape as one kernel argument: which fields are None is known at compile time. Triton compiles a
+# variant for each combination of numbers in a tuple that are divisible by 16; these always are. The
+# lane is not, and so is an argument of its own, which is not specialized.
+FIELDS = "ids weights cursor enabled base rows"
 TapeArguments = namedtuple("TapeArguments", FIELDS)
 
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """Where the decisions of one router are written: its part of a ring's pages, and state on the
-    device. The next row is written at position `cursor[lane]`. Rows at or beyond `limit` are not
-    written but counted in `dropped[lane]`. While `enabled` is 0, nothing is written or counted and
-    the cursor does not move."""
+    """Where the decisions of one router are written: its part of a buffer of several routers, and
+    state on the device. `cursor[lane]` counts the rows that came, and is the next one to write; rows
+    beyond the part are not written. While `enabled` is 0, nothing is written or counted."""
 
-    ids: Tensor | None  # uint8 (E < 256) or int16, all pages
-    weights: Tensor | None  # float16 or bfloat16, all pages
+    ids: Tensor | None  # uint8 (E < 256) or int16, of all routers of the buffer
+    weights: Tensor | None  # float16 or bfloat16, likewise
     cursor: Tensor  # int64 [lanes]
-    dropped: Tensor  # int64 [lanes], in rows
-    limit: Tensor  # int64 [1]
     enabled: Tensor  # int32 [1]
     lane: int
     K: int  # values per row
     experts: int  # ids from this on are none
-    base: int  # offset of this router's part within a page, in values
-    page_values: int  # values per page, of all routers
-    P: int  # rows per page, a power of two of at least 16 (alignment)
-    pages: int
+    base: int  # where this router's part begins, in values; divisible by 16
+    rows: int  # that it holds; divisible by 16
 
     @property
     def null_id(self) -> int:
@@ -94,21 +86,19 @@ class Tape:
     @cached_property
     def arguments(self) -> tuple[TapeArguments, int]:
         """The kernels' arguments `tape` and `lane`, prepared once."""
-        places = self.base, self.page_values, self.P * self.pages, tl.constexpr(self.P)
-        return TapeArguments(*self.tensors, *places), self.lane
+        return TapeArguments(*self.tensors, self.base, self.rows), self.lane
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.ids, self.weights, self.cursor, self.dropped, self.limit, self.enabled
+        return self.ids, self.weights, self.cursor, self.enabled
 
     @property
     def written(self) -> tuple[Tensor | None, ...]:
-        return self.tensors[:4]
+        return self.tensors[:3]
 
-    def part(self, tensor: Tensor, page: int) -> Tensor:
-        """View [P, K] of this router's part of page `page` of `tensor`."""
-        start = page * self.page_values + self.base
-        return tensor[start : start + self.P * self.K].view(self.P, self.K)
+    def part(self, tensor: Tensor) -> Tensor:
+        """Return this router's part of a buffer, a view [rows, K]."""
+        return tensor[self.base : self.base + self.rows * self.K].view(self.rows, self.K)
 
 
 class Dispatch(NamedTuple):
@@ -161,21 +151,13 @@ def record_on_host(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None)
         return
     T = len(ids_TK if ids_TK is not None else weights_TK)
     first = int(tape.cursor[tape.lane])
-    room = max(0, min(T, int(tape.limit) - first))
-    done = 0
-    while done < room:
-        page, row = divmod(first + done, tape.P)
-        n = min(tape.P - row, room - done)
-        if tape.ids is not None and ids_TK is not None:
-            written = tape.part(tape.ids, page % tape.pages)[row : row + n]
-            ids = ids_TK[done : done + n]
-            written.copy_(ids).masked_fill_((ids < 0) | (ids >= tape.experts), tape.null_id)
-        if tape.weights is not None and weights_TK is not None:
-            tape.part(tape.weights, page % tape.pages)[row : row + n] = weights_TK[done : done + n]
-        done += n
+    room = max(0, min(T, tape.rows - first))
+    if tape.ids is not None and ids_TK is not None:
+        written, ids = tape.part(tape.ids)[first : first + room], ids_TK[:room]
+        written.copy_(ids).masked_fill_((ids < 0) | (ids >= tape.experts), tape.null_id)
+    if tape.weights is not None and weights_TK is not None:
+        tape.part(tape.weights)[first : first + room] = weights_TK[:room]
     tape.cursor[tape.lane] += T
-    if room < T:
-        tape.dropped[tape.lane] += T - room
 
 
 def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
@@ -185,12 +167,11 @@ def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | Non
         return
     device, lane = tape.cursor.device, slice(tape.lane, tape.lane + 1)
     at, enabled = tape.cursor[lane], tape.enabled.long()
-    room = (tape.limit - at).clamp(0, T) * enabled
+    room = (tape.rows - at).clamp(0, T) * enabled
     # rows that do not fit write the last row that does once more; if none does, what is there
     source_T = torch.minimum(torch.arange(T, device=device), (room - 1).clamp(min=0))
-    row_T = (at + source_T) % (tape.P * tape.pages)
-    first_T = row_T // tape.P * tape.page_values + tape.base + row_T % tape.P * tape.K
-    offset_TK = first_T.unsqueeze(1) + torch.arange(tape.K, device=device)
+    row_T = (at + source_T).clamp(max=tape.rows - 1)
+    offset_TK = (tape.base + row_T * tape.K).unsqueeze(1) + torch.arange(tape.K, device=device)
 
     def write(to: Tensor, values_TK: Tensor) -> None:
         to[offset_TK] = torch.where(room > 0, values_TK[source_T].to(to.dtype), to[offset_TK])
@@ -201,11 +182,10 @@ def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | Non
     if tape.weights is not None and weights_TK is not None:
         write(tape.weights, weights_TK)
     tape.cursor[lane] += T * enabled
-    tape.dropped[lane] += T * enabled - room
 
 
 if triton is not None:
-    NO_TAPE = TapeArguments(*(None,) * 10), 0
+    NO_TAPE = TapeArguments(*(None,) * 6), 0
 
     @triton.jit
     def _load_experts(ids, i, inside, E):
@@ -217,7 +197,7 @@ if triton is not None:
     @triton.jit
     def _room(tape, at, T):
         """How many of T rows at position `at` are written."""
-        room = tl.minimum(tl.maximum(tl.load(tape.limit) - at, 0), T)
+        room = tl.minimum(tl.maximum(tape.rows - at, 0), T)
         return room.to(tl.int32) * tl.load(tape.enabled)
 
     @triton.jit
@@ -226,10 +206,8 @@ if triton is not None:
         of a row are contiguous only when they are written in this form: one vector store."""
         at = tl.load(tape.cursor + lane)
         inside = i < _room(tape, at, T) * K
-        row = (at % tape.ring_rows).to(tl.int32) + i // K
-        # the rows that fit pass the ring's end at most once
-        row = tl.where(row < tape.ring_rows, row, row - tape.ring_rows)
-        offset = row // tape.P * tape.page_values + tape.base + row % tape.P * K + i % K
+        row = tl.minimum(at, tape.rows).to(tl.int32) + i // K
+        offset = tape.base + row * K + i % K
         if tape.ids is not None:
             value = tl.where(routed, expert, -1)  # 255 in an unsigned byte
             tl.store(tape.ids + offset, value.to(tape.ids.dtype.element_ty), mask=inside)
@@ -242,10 +220,8 @@ if triton is not None:
         """Moves the cursor. Run by one program, after all others have read the cursor."""
         at = tl.load(tape.cursor + lane)
         moved = T * tl.load(tape.enabled)
-        dropped = tl.load(tape.dropped + lane) + moved - _room(tape, at, T)
         tl.debug_barrier()  # every warp has read the cursor before the first one moves it
         tl.store(tape.cursor + lane, at + moved)
-        tl.store(tape.dropped + lane, dropped)
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _record_kernel(
@@ -731,9 +707,8 @@ def combine_torch(
 def _parts(tape: Tape | None) -> tuple[object, ...]:
     """The arguments of an operator in place of a tape."""
     if tape is None:
-        return (*[None] * 6, [])
-    numbers = [tape.lane, tape.K, tape.experts, tape.base, tape.page_values, tape.P, tape.pages]
-    return *tape.tensors, numbers
+        return (*[None] * 4, [])
+    return *tape.tensors, [tape.lane, tape.K, tape.experts, tape.base, tape.rows]
 
 
 def _operator(
@@ -741,13 +716,13 @@ def _operator(
 ) -> None:
     """Registers `run`, whose last arguments are those of `_parts`; `shapes` makes such results."""
     tape = (
-        "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!)? cursor, Tensor(d!)? dropped, "
-        "Tensor? limit, Tensor? enabled, int[] numbers"
+        "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!)? cursor, Tensor? enabled, "
+        "int[] numbers"
     )
     made = torch.library.custom_op(
         f"moe_inspect::{name}",
         run,
-        mutates_args=("tape_ids", "tape_weights", "cursor", "dropped"),
+        mutates_args=("tape_ids", "tape_weights", "cursor"),
         schema=f"({given}, {tape}) -> ({', '.join(['Tensor'] * results)})",
     )
     made.register_fake(shapes)
