@@ -16,7 +16,7 @@ import moe_inspect
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.capture.run import trace_model
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.tables import importer
+from moe_inspect.importers.tables import counts as tables_of_counts
 from moe_inspect.making import import_trace
 from moe_inspect.public import Trace, report
 from moe_inspect.trace.verify import verify
@@ -71,7 +71,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Trace]:
     """Decisions, and the counts of their documents, in several shards."""
     root, patch = tmp_path_factory.mktemp("pair"), pytest.MonkeyPatch()
     with patch.context() as patched:
-        patched.setattr(importer, "BATCH_CELLS", 7 * 2 * E)
+        patched.setattr(tables_of_counts, "BATCH_CELLS", 7 * 2 * E)
         return decisions(root / "d", drawn(0)), counts(root / "c", drawn(0))
 
 

@@ -216,6 +216,11 @@ def test_a_link_to_a_directory_is_followed(tmp_path: Path):
     assert [p.name for p in (tmp_path / "large").iterdir()] == ["t"]
 
 
+def test_an_option_of_no_format_is_a_mistake_of_the_caller(tmp_path: Path):
+    with pytest.raises(TypeError, match="import_trace has no option maps"):
+        taken(tmp_path, "counts", tmp_path, maps="layer=block")
+
+
 def test_check_finds_warm_up_rows_of_imported_responses(tmp_path: Path):
     drawn = np.random.default_rng(0).random((1500, 3, 8)).argsort(axis=2)
     ids_TBK = drawn[..., :2].astype(np.uint8)

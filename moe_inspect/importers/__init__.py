@@ -35,5 +35,5 @@ MODULES = {
         "tensorrt_llm",
         "a folder of `meta_info.json` and `rank<r>.safetensors`; or `rank<r>_raw.safetensors`",
     ),
-    **{name: ("tables.importer", preset.reads) for name, preset in PRESETS.items()},
+    **{name: ("tables.counts", preset.reads) for name, preset in PRESETS.items()},
 }

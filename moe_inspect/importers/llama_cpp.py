@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from moe_inspect.model.config import MOST_LAYERS
 from moe_inspect.model.gguf import MAGIC, Gguf, read_gguf
 from moe_inspect.text import plural, ranges
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import CountedBatches
 
 SNAPSHOT = re.compile(r"(.+)\.at_(\d+)")  # llama-imatrix --save-frequency: what it has so far
 COUNTS = re.compile(r"(blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_exps\.weight)\.counts")
@@ -72,14 +70,11 @@ def imatrix(context: ImportContext) -> Imported:
             if f.energy is not None:
                 energy[n][d] += f.energy[layer]
     known = all(f.energy is not None for f in found)
-
-    def batches() -> Iterator[CountedBatches]:
-        yield batch_of_counts(load, routers, domains, 0, sums={"energy": energy} if known else {})
-
+    batch = batch_of_counts(load, routers, domains, 0, sums={"energy": energy} if known else {})
     datasets = [name for f in found for name in f.datasets]
     notes = [f"computed on {', '.join(datasets)}"] if datasets else []
     extras = {"energy": known}
-    return Imported(routers, batches(), counts_only=True, notes=notes, extras=extras)
+    return Imported(routers, iter([batch]), counts_only=True, notes=notes, extras=extras)
 
 
 def _last(

@@ -1,4 +1,5 @@
-"""Tables of any origin, by a map of their columns: counts, here, or decisions (decisions.py).
+"""Tables of any origin, by a map of their columns: tables of counts, and the choice between counts
+and decisions (decisions.py).
 
 N rows, D domains, E experts.
 """
