@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
-from moe_inspect.analysis.counting.kernels import load
+from moe_inspect.analysis.counting.kernels import load, weight_sum
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
@@ -71,26 +71,29 @@ class PairRouterCounts:
     def zero(cls, E: int, U: int) -> PairRouterCounts:
         size = {"U": U, "X": align.CELLS, "E": E, "M": align.DECILES}
         shapes = {name: [size[x] for x in name.rpartition("_")[2]] for name in TABLES}
-        made: dict[str, Any] = {name: np.zeros(of, np.int64) for name, of in shapes.items()}
-        return cls(E, **made)
+        tables: dict[str, Any] = {
+            # tables by expert take nearly all the memory; no cell of them reaches 2^31
+            name: np.zeros(shape, np.int32 if "E" in name.rpartition("_")[2] else np.int64)
+            for name, shape in shapes.items()
+        }
+        return cls(E, **tables)
 
-    def of_units(self, unit_V: np.ndarray) -> PairRouterCounts:
-        """Of these units only, to be sent."""
-        tables = {name: getattr(self, name)[unit_V] for name in BY_UNIT}
-        tables["flips_EE"] = self.flips_EE
-        return replace(self, **{name: narrowed(table) for name, table in tables.items()})
+    def narrow(self) -> PairRouterCounts:
+        """The same counts in the narrowest types, to be sent and added to others."""
+        return replace(self, **{name: narrowed(getattr(self, name)) for name in TABLES})
 
     def merge(self, other: PairRouterCounts, unit_V: np.ndarray) -> None:
-        """Those of other shards, whose units are `unit_V`."""
+        """Add the counts of another shard, whose units are `unit_V`."""
         self.flip_margins |= other.flip_margins
         for name in BY_UNIT:
             getattr(self, name)[unit_V] += getattr(other, name)
-        add_sums(self, other, "flips_EE")
+        self.flips_EE += other.flips_EE
+        add_numbers(self, other)
 
 
-def add_sums(total: Counts, other: Counts, *tables: str) -> None:
-    """Adds the whole numbers of two counts of one kind, and these tables."""
-    for name in (*NUMBERS[type(other)], *tables):
+def add_numbers(total: Counts, other: Counts) -> None:
+    """Add the whole numbers of two counts of one kind."""
+    for name in NUMBERS[type(other)]:
         setattr(total, name, getattr(total, name) + getattr(other, name))
 
 
@@ -100,7 +103,8 @@ BY_UNIT = [name for name in TABLES if "_U" in name]
 
 @dataclass
 class ComparisonCounts:
-    """Of two traces. A unit is domain · CLUSTERS + document % CLUSTERS."""
+    """Counts of two traces, or of one shard of A in its units. A unit is domain · CLUSTERS +
+    document % CLUSTERS."""
 
     domains: tuple[str, ...]  # A's labels
     of: dict[int, PairRouterCounts]
@@ -117,20 +121,18 @@ class ComparisonCounts:
     zero_filled_a: int = 0
     zero_filled_b: int = 0
 
-    def of_units(self, unit_V: np.ndarray) -> ComparisonCounts:
-        """Of these units only, to be kept or sent: what a shard has any of is a few of all."""
-        of = {r: counts.of_units(unit_V) for r, counts in self.of.items()}
-        decisions_UX = {stack: of_UX[unit_V] for stack, of_UX in self.decisions_UX.items()}
-        return replace(self, of=of, decisions_UX=decisions_UX)
-
     def merge(self, other: ComparisonCounts, unit_V: np.ndarray) -> None:
-        """Those of other shards, whose units are `unit_V`."""
+        """Add the counts of another shard, or of another stack of one, whose units are
+        `unit_V`."""
         for r, counts in other.of.items():
             self.of[r].merge(counts, unit_V)
         for stack, decisions_UX in other.decisions_UX.items():
             self.decisions_UX[stack][unit_V] += decisions_UX
-        self.documents |= other.documents
-        add_sums(self, other, "layers_N")
+        for number, rows in other.documents.items():
+            before = self.documents.get(number, rows[:0])
+            self.documents[number] = np.concatenate([before, rows])
+        self.layers_N += other.layers_N
+        add_numbers(self, other)
 
     @property
     def tokens(self) -> int:
@@ -235,26 +237,27 @@ def count_pair(
     """The counts of everything that is compared. `progress` is told of decisions done."""
     total, advance = job.zero(), phase("comparing", job.tokens, "tokens")
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    for numbers, (decisions, part, unit_V) in by_runs(job, segments, _count, threads=threads):
-        total.merge(part, unit_V)
+    for numbers, (decisions, parts) in by_runs(job, segments, _count, threads=threads):
+        while parts:  # each is given back once it is added
+            total.merge(*parts.pop())
         advance(sum(segments.in_shard(number).tokens for number in numbers))
         if progress:
             progress(decisions)
     return total
 
 
-def _count(job: Job, shards: list[align.Segments]) -> tuple[int, ComparisonCounts, np.ndarray]:
-    """The decisions compared; their counts, and the units that these are of."""
-    total, decisions = job.zero(), 0
+def _count(
+    job: Job, shards: list[align.Segments]
+) -> tuple[int, list[tuple[ComparisonCounts, np.ndarray]]]:
+    """The number of decisions compared; the counts of each shard and stack, with their units."""
+    parts, decisions = list[tuple[ComparisonCounts, np.ndarray]](), 0
     for segments in shards:
         for stack, rows, routers in job.rows_by_stack(segments):
             decisions += len(rows) * len(routers)
             tokens, number = TokenSums(rows, job.logits), int(segments.shard_a[0])
-            for pair in routers:
-                counts = _count_router(job, tokens, pair, number)
-                total.of[pair[0]].merge(counts, tokens.unit_V)
-            tokens.add_to(total, stack, number, len(routers))
-    return decisions, total.of_units(total.units), total.units
+            of = {pair[0]: _count_router(job, tokens, pair, number).narrow() for pair in routers}
+            parts.append((tokens.counts(job, of, stack, number), tokens.unit_V))
+    return decisions, parts
 
 
 class TokenSums:
@@ -271,28 +274,30 @@ class TokenSums:
         # Σ of the shift of its log-probabilities, None where logits are not known
         self.shift_T = np.zeros(T) if logits else None
 
-    def add_to(self, total: ComparisonCounts, stack: str, number: int, routers: int) -> None:
-        rows, decisions_UX = self.rows, total.decisions_UX[stack]
-        kernels.add_cells(decisions_UX, rows.unit_T, rows.cell_T)
-        total.layers_N += np.bincount(self.differs_T, minlength=len(total.layers_N))
+    def counts(
+        self, job: Job, of: dict[int, PairRouterCounts], stack: str, number: int
+    ) -> ComparisonCounts:
+        """The counts of a shard: those of its routers (`of`), and those of its tokens."""
+        rows = self.rows
+        decisions_VX = np.zeros((len(self.unit_V), align.CELLS), np.int64)
+        kernels.add_cells(decisions_VX, self.place_T, rows.cell_T)
         document_D, first_D, at_T = np.unique(
             rows.document_T, return_index=True, return_inverse=True
         )
         tokens_D, domain_D = np.bincount(at_T), rows.unit_T[first_D] // CLUSTERS
         mismatch_D = np.bincount(at_T, self.differs_T).astype(np.int64)
-        table = np.stack([document_D, domain_D, tokens_D, tokens_D * routers, mismatch_D], axis=1)
-        before = total.documents.get(number, table[:0])
-        total.documents[number] = np.concatenate([before, table])
-        total.shards_alike += rows.alike
-        total.last_tokens += int(rows.last_T.sum())
-        zero_a, zero_b = (self.zero_2T == routers).sum(1).tolist()
-        total.zero_filled_a += zero_a
-        total.zero_filled_b += zero_b
+        table = np.stack([document_D, domain_D, tokens_D, tokens_D * len(of), mismatch_D], axis=1)
+        layers_N = np.bincount(self.differs_T, minlength=len(job.routers) + 1)
+        total = ComparisonCounts(job.domains, of, {stack: decisions_VX}, layers_N, {number: table})
+        total.shards_alike = int(rows.alike)
+        total.last_tokens = int(rows.last_T.sum())
+        total.zero_filled_a, total.zero_filled_b = (self.zero_2T == len(of)).sum(1).tolist()
         if self.shift_T is not None:
-            gamma_T = np.exp(-self.shift_T / routers)
-            total.gamma += fixed(float(gamma_T.sum()))
-            total.gamma_below += int((gamma_T < GAMMA_FLOOR).sum())
-            total.gamma_tokens += len(gamma_T)
+            gamma_T = np.exp(-self.shift_T / len(of))
+            total.gamma = fixed(float(gamma_T.sum()))
+            total.gamma_below = int((gamma_T < GAMMA_FLOOR).sum())
+            total.gamma_tokens = len(gamma_T)
+        return total
 
 
 def logits_of(shard: Shard, router: int) -> align.Columns:
@@ -410,14 +415,14 @@ def _add_outputs(
     norms = rows.both(lambda shard, router: shard.slot_values(router, "norm"), pair)
     for side, trace in enumerate((job.a, job.b)):
         weights = rows.read(side, Shard.slot_weights, pair[side]) if trace.has_weights else None
-        for slot, (id_T, norm_T) in enumerate(zip(ids[side], norms[side], strict=True)):
-            gate_T = np.float64(np.nan) if weights is None else weights[slot].astype(np.float64)
-            gated_T = np.broadcast_to(gate_T * norm_T, norm_T.shape)
-            for name, values_T in (("load", None), ("norm", norm_T), ("gated", gated_T)):
-                sums_UE = found[r, name][side]
-                cell_T = rows.unit_T * (E + 1) + id_T
-                sums = np.bincount(cell_T, values_T, len(sums_UE) * (E + 1))
-                sums_UE += sums.reshape(-1, E + 1)[:, :E]
+        gated = [
+            norm_T * (np.nan if weights is None else weights[slot].astype(np.float64))
+            for slot, norm_T in enumerate(norms[side])
+        ]
+        U = len(found[r, "load"][side])
+        found[r, "load"][side] += load(rows.unit_T, ids[side], U, E)
+        found[r, "norm"][side] += weight_sum(rows.unit_T, ids[side], norms[side], U, E)
+        found[r, "gated"][side] += weight_sum(rows.unit_T, ids[side], tuple(gated), U, E)
     for id_a_T, norm_a_T in zip(ids[0], norms[0], strict=True):
         for id_b_T, norm_b_T in zip(ids[1], norms[1], strict=True):
             at = np.flatnonzero((id_a_T == id_b_T) & (id_a_T != E))

@@ -7,7 +7,7 @@ Each check takes the comparison and returns its findings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -252,7 +252,7 @@ def load(data: Decisions) -> Iterator[Finding]:
     rows = data.tables["load_shift"].dropna(subset=["load_shift", "load_shift_halves"])
     if not data.mismatched or not len(rows):
         return
-    moved = [data.of(int(r)).moved_UE[data.units] for r in rows["router"]]
+    moved = (data.of(int(r)).moved_UE[data.units] for r in rows["router"])  # one at a time
     p_R = p_over_documents(moved, lambda sums: np.abs(sums).sum(1))
     more_R = rows["load_shift"] > rows["load_shift_halves"]
     more, beyond = rows[more_R], rows[more_R & (p_R < ALPHA)]
@@ -440,17 +440,21 @@ def recorded(data: Decisions) -> Iterator[Finding]:
 
 
 def p_over_documents(
-    residuals: Sequence[np.ndarray], measure: Callable[[np.ndarray], np.ndarray] | None = None
+    residuals: Iterable[np.ndarray], measure: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
     """P-values of a measure of the sums over documents of each of these residuals, corrected for
     their number, by random signs of whole documents; NaN with too few documents. residuals: each
     [U], or [U, X] with a measure: [B, X] → [B]."""
-    if any(len(residual) < FEWEST_TO_JUDGE for residual in residuals):
-        return np.full(len(residuals), np.nan)
-    if measure is None:
-        residuals, measure = [x[:, None] for x in residuals], lambda sums: sums[:, 0]
-    observed = [float(measure(x.sum(0, keepdims=True))[0]) for x in residuals]
-    return joint_p(observed, [measure(signed_sums(x)) for x in residuals])
+    observed, drawn, measured = list[float](), list[np.ndarray](), measure or np.ravel
+    for residual in residuals:
+        if len(residual) < FEWEST_TO_JUDGE:
+            observed.append(np.nan)
+            continue
+        residual_UX = residual if measure else residual[:, None]
+        observed.append(float(measured(residual_UX.sum(0, keepdims=True))[0]))
+        drawn.append(measured(signed_sums(residual_UX)))
+    too_few = len(drawn) < len(observed)
+    return np.full(len(observed), np.nan) if too_few else joint_p(observed, drawn)
 
 
 def percent(share: float) -> str:
