@@ -243,10 +243,10 @@ def test_documents_that_are_split_over_passes_are_counted_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Sums are taken after every pass, when most of the long documents have begun."""
-    from moe_inspect.capture.hook import counts
+    from moe_inspect.capture import counted, hand_over
 
-    monkeypatch.setattr(counts, "MOST_BYTES", 1)
-    monkeypatch.setattr(counts, "MOST_WAITING_SLOTS", 1)
+    monkeypatch.setattr(counted, "MOST_BYTES", 1)
+    monkeypatch.setattr(hand_over, "HELD_PASSES", 1)
     how: dict[str, Any] = {"max_length": 60, "batch_tokens": 128, "max_tokens": 1_500}
     told = moe_inspect.trace_model("demo", tmp_path / "d", **how)
     made = moe_inspect.trace_model(
