@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,7 +134,7 @@ class Trace(TraceHeader):
         router."""
         self._refuse_counts("decisions")
         chosen = self.router_index(layers, router)
-        return self._frame("routing", [s.routing(r) for r in chosen for s in self.shards])
+        return self._by_router("routing", [[s.routing(r) for r in chosen] for s in self.shards])
 
     def replicas(self) -> pd.DataFrame:
         """Where an engine balanced the load over replicas of experts: from forward pass `batch` on,
@@ -169,8 +170,9 @@ class Trace(TraceHeader):
     def logits(self, layers: Layers = None, router: int | None = None) -> pd.DataFrame:
         if "logits" not in self.tables:
             raise MoeInspectError(f"{self.path} has no logits: trace with --logits")
-        found = [(s, r) for r in self.router_index(layers, router) for s in self.shards]
-        return self._frame("logits", [s.rows_of_router("logits", r) for s, r in found])
+        chosen = self.router_index(layers, router)
+        rows = [[s.rows_of_router("logits", r) for r in chosen] for s in self.shards]
+        return self._by_router("logits", rows)
 
     def vocabulary(self) -> pd.DataFrame:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
@@ -180,6 +182,10 @@ class Trace(TraceHeader):
         if self.counts_only:
             said = f"holds counts only, no {what}: {self.more_than_counts}"
             raise MoeInspectError(f"{self.path} {said}")
+
+    def _by_router(self, name: str, of_shards: list[list[pa.Table]]) -> pd.DataFrame:
+        """The rows of one router after those of another; each shard is opened once."""
+        return self._frame(name, list(chain.from_iterable(zip(*of_shards, strict=True))))
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         # some shards say that they hold no null
