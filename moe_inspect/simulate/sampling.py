@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass, field, fields
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.simulate.shards import routed
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -176,15 +177,17 @@ class DrawnSteps:
 
 def steps_of_decisions(
     trace: Trace,
-    routers: Sequence[int],
+    selection: Selection,
     wanted: Wanted,
     sizes: Sequence[int],
     plans: Sequence[Plan],
     G: int,
-    decoding: bool,
 ) -> Iterator[DrawnSteps]:
-    """Steps of each size under each plan, of the wanted tokens. `decoding`: see `draw_steps`."""
-    for steps in draw_steps(trace, wanted, sizes, decoding):
+    """Steps of each size under each plan, drawn from the wanted tokens, which are of the phase that
+    is selected. None if no selected router sees it."""
+    phase = selection.phase or ""
+    routers = [r for r in selection.routers if trace.routers[r].sees(phase)]
+    for steps in draw_steps(trace, wanted, sizes, phase == "decode") if routers else ():
         S, loads = len(steps.block_S), [dict[int, StepLoads]() for _ in plans]
         for r, ids_KT, step_T in decisions_of(trace, routers, steps):
             for plan, plan_loads in zip(plans, loads, strict=True):

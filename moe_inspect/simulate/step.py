@@ -155,12 +155,10 @@ class PlacedLayers:
         trace, plans, G = self.trace, [self.plan], self.gpus
         if trace.counts_only:
             counts = count_trace(trace, selection)
-            every_U = np.ones(len(counts.units), bool)
-            counted = counts, every_U, selection.routers
+            counted = counts, np.ones(len(counts.units), bool), selection.routers
             return sampling.steps_of_counts(*counted, sizes, plans, G)
-        routers = [r for r in selection.routers if trace.routers[r].sees(selection.phase or "")]
-        wanted, decoding = partial(taken, selection=selection), selection.phase == "decode"
-        return sampling.steps_of_decisions(trace, routers, wanted, sizes, plans, G, decoding)
+        wanted = partial(taken, selection=selection)
+        return sampling.steps_of_decisions(trace, selection, wanted, sizes, plans, G)
 
     def rows(self, drawn: DrawnSteps, key: dict[str, object]) -> Iterator[dict[str, object]]:
         """A row of all layers and, unless the steps are of one domain, of each layer; no row if

@@ -290,16 +290,11 @@ def _decisions(
             phase: sum(int(is_wanted(shard).sum()) for shard in trace.shards)
             for phase, is_wanted in wanted.items()
         }
-        for phase, is_wanted in wanted.items():
-            routers = [r for r in selection.routers if trace.routers[r].sees(phase or "")]
-            if not tokens[phase] or not routers:
-                continue
+        for phase in filter(tokens.get, phases):
             name = " of ".join(filter(None, (phase, PurePath(address(trace)).name)))
-            share, decoding = tokens[phase] / sum(tokens.values()), phase == "decode"
-            for drawn in sampling.steps_of_decisions(
-                trace, routers, is_wanted, sizes, priced, G, decoding
-            ):
-                yield name, share, drawn
+            drawn_from = trace, replace(selection, phase=phase), wanted[phase]
+            for drawn in sampling.steps_of_decisions(*drawn_from, sizes, priced, G):
+                yield name, tokens[phase] / sum(tokens.values()), drawn
 
 
 def _counts(
