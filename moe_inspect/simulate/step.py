@@ -272,7 +272,11 @@ def _cost_sentence(row: dict[str, Any], settings: Settings, of: str) -> str:
     if _is_known(row, settings, among):
         return f"{start}: imbalance {word} {abs(row['ms'] - row['even_ms']):.2g} ms ({facts})."
     if settings["documents_unknown"] and not settings["too_few"]:
-        return f"{start} ({facts}): without documents imbalance cannot be told from chance."
+        more = f"{abs(row['ms'] - row['even_ms']):.2g} ms {'more' if cost > 0 else 'less'}"
+        return (
+            f"{start}, {more} than with even load ({facts}): without documents imbalance cannot be "
+            "told from chance."
+        )
     if settings["too_few"] or math.isnan(row["p"]):
         return f"{start} ({facts}): too little text to tell imbalance from chance."
     if settings["error"] is None:
