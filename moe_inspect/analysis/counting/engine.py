@@ -151,21 +151,20 @@ def _of_runs(
             for run, n in zip(runs, pieces_of, strict=True)
             for share in shares(routers, n)
         )
-        found = at.each(_counts_of, (trace, request, not here), tasks)
+        found = at.each(_counts_of, (trace, request), tasks)
         for run, n in zip(runs, pieces_of, strict=True):
             yield joined(next(found) for _ in range(n))
             told(sum(trace.shard(number).files.tokens for number in run) * len(routers))
 
 
-def _counts_of(
-    trace: Trace, request: CountRequest, sent: bool, run: range, routers: tuple[int, ...]
-) -> Counts:
-    """The counts of a run of shards at some routers. `sent`: to another process."""
+def _counts_of(trace: Trace, request: CountRequest, run: range, routers: tuple[int, ...]) -> Counts:
+    """The counts of a run of shards at some routers, in narrow types: several runs wait in memory,
+    or are sent, until they are added."""
     asked = request.selection, request.wants, request.windows, routers
     parts = (count_shard(trace.shard(number), *asked) for number in run)
     counts = merge(parts) if len(run) > 1 else next(parts)
-    for of in counts.of.values() if sent else ():
-        of.narrow(WANTS)
+    for router_counts in counts.of.values():
+        router_counts.narrow(WANTS)
     return counts
 
 

@@ -109,9 +109,10 @@ class TokenRows:
 
     def loads(self, slots: Slots, E: int) -> dict[str, np.ndarray]:
         """Assignments of each expert by row of each table. They are counted by group, and the
-        groups added up, unless there are so many groups that it takes longer. int64 [X, E]"""
+        groups added up if they are few: adding takes several times as long as counting. int64
+        [X, E]"""
         group_T, groups, rows = self.groups
-        if groups * E > len(group_T) * len(slots):
+        if 8 * groups * E > len(group_T) * len(slots):
             return {name: load(row_T, slots, X, E) for name, (row_T, X) in self.divisions.items()}
         load_GE = load(group_T, slots, groups, E)
         return {name: rows[name].sums(load_GE, X) for name, (_, X) in self.divisions.items()}
