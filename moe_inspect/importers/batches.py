@@ -1,4 +1,4 @@
-"""Batches for the writer, made of what an importer has read.
+"""Batches for the writer.
 
 T tokens, K slots, L routers, E experts, D domains.
 """
@@ -21,8 +21,8 @@ NO_ID = -1  # the token id where the source does not give it
 
 
 class Numbering:
-    """Batches of decisions, a document after the other; documents, sequences, batches and domains
-    are numbered in order of appearance."""
+    """Batches of decisions, one document after another. Documents, sequences, batches and domains
+    get numbers in order of appearance."""
 
     def __init__(self) -> None:
         self.documents = self.sequences = self.batches = 0
@@ -42,8 +42,8 @@ class Numbering:
         return self._code[label]
 
     def document(self, domain: str, source: str, tokens: int, name: str | None = None) -> None:
-        """The batches that follow are of this document, which is new unless there was one of this
-        `name` in the domain."""
+        """Begin a document, to which the next batches belong. It continues an earlier document of
+        the same `name` and domain."""
         self._new, self._domain = [], self.domain(domain)
         if name is not None and (domain, name) in self._named:
             self._at = self._named[domain, name]
@@ -70,9 +70,9 @@ class Numbering:
         logits: list[np.ndarray] | None = None,
         phase: str = "prefill",
     ) -> RoutedBatch:
-        """A batch of the document. position: integers [T], offsets in the document; None where the
-        source does not say which tokens follow each other. sequence: integers [T], or one for all;
-        None: each token is a sequence of its own. batch: its number, by default the next."""
+        """Batch of the current document. position: integers [T], offsets in the document; None if
+        the source does not state which tokens follow each other. sequence: integers [T], or one for
+        all; None: each token is a sequence of its own. batch: its number, by default the next."""
         T = len(ids[0])
         if sequence is None:
             sequence = np.arange(T) + self.sequence(T)
@@ -114,9 +114,9 @@ def batch_of_counts(
     sums: Mapping[str, list[np.ndarray]] | None = None,
     documents: Sequence[tuple[int, str]] = (),
 ) -> CountedBatches:
-    """A batch of counts [D, E] of each router, by domain, or by `documents` (their numbers and
-    names), of which `domains` are the labels. Sources of counts do not give the number of tokens:
-    it is the smallest that explains the load of every router, of each row."""
+    """Batch of the counts [D, E] of each router. A row is a domain, or one of `documents` (their
+    numbers and names), whose domain is in `domains`. Sources of counts do not state the number of
+    tokens: it is the smallest that explains the load of every router, row by row."""
     tokens_D = np.zeros(len(domains), np.int64)
     for load_DE, router in zip(load_LDE, routers, strict=True):
         # no token chooses an expert twice

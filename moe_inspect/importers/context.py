@@ -1,6 +1,6 @@
-"""What every importer is given and gives back: an ImportContext (files, what is known of the model,
-callbacks) → an Imported (routers, batches for the writer); and the registry of formats, from which
-the command line, the fuzzer and the documentation take their lists."""
+"""Input and result of every importer: an ImportContext (files, facts of the model, callbacks) → an
+Imported (routers, batches for the writer). The registry of formats, from which the command line,
+the fuzzer and the documentation take their lists."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class ImportSource:
 
 @dataclass
 class ImportContext:
-    """What an importer is given.
+    """Input of an importer.
 
-    facts: what the config says of the model, if the user gave one.
-    experts, top_k: options of the user, for what neither the files nor a config give.
-    options: the format's own, that the user gave.
+    facts: facts of the model, if the user gave a config.
+    experts, top_k: numbers from the user, if neither the files nor a config state them.
+    options: values of the options that the format declares.
     warn: called with one line per warning.
     read: called with the number of bytes read since the last call.
-    workers: who parses lines of JSON; None: this process.
-    returned: called with each response of an engine as it came, which then is not imported."""
+    workers: processes that parse lines of JSON; None: this process.
+    returned: called with each response of an engine, unchanged. It is then not imported."""
 
     sources: list[ImportSource]
     facts: ModelFacts | None = None
@@ -57,8 +57,8 @@ class ImportContext:
     returned: Callable[[Any], None] | None = None
 
     def files(self, pattern: str, what: str) -> list[tuple[Path, ImportSource]]:
-        """(file, source) of each file whose name matches, in the sources' folders and subfolders. A
-        source that is itself a file is taken whatever its name. `what`: describes the files in the
+        """(file, source) of each file in the sources' folders and subfolders whose name matches. A
+        source that is a file is taken with any name. `what`: description of the files for the
         error message."""
         found: list[tuple[Path, ImportSource]] = []
         for source in self.sources:
@@ -73,8 +73,8 @@ class ImportContext:
         return found
 
     def prepared(self, path: Path, prepare: values.Prepare) -> Iterator[Any]:
-        """prepare(file and line number, JSON object) of each line that is not blank, in order, by
-        the workers where there are some: `prepare` can be pickled."""
+        """prepare(file and line number, JSON object) of each line that is not blank, in order. The
+        workers call `prepare`, if there are any: it must be possible to pickle it."""
         return values.prepared_lines(path, prepare, self.workers, self.read)
 
     def json(self, path: Path) -> values.Json:
@@ -85,20 +85,21 @@ class ImportContext:
         return values.parsed(path.read_bytes(), str(path))
 
     def known_top_k(self, where: object) -> int:
-        """The top-k by the user or the config, for a file that does not give it. MoeInspectError
+        """Top-k from the user or the config, for a file that does not state it. MoeInspectError
         unless all routers have the same."""
         what = "many experts each token uses", "top-k"
         return self.top_k or _only(self.facts.top_k if self.facts else {}, where, *what)
 
     def known_experts(self, where: object) -> int:
-        """The same of the number of experts."""
+        """Number of experts from the user or the config. MoeInspectError unless all routers have
+        the same."""
         what = "many experts there are", "experts"
         return self.experts or _only(self.facts.experts if self.facts else {}, where, *what)
 
     def routers_of(
         self, layers: Iterable[int], experts: int, top_k: int, where: object
     ) -> list[Router]:
-        """A router for each of the layers. MoeInspectError where the config disagrees."""
+        """Routers of the layers, one per layer. MoeInspectError if the config disagrees."""
         layers = sorted(layers)
         if not layers:
             raise MoeInspectError(f"{where} holds no decisions")
@@ -133,9 +134,9 @@ def _only(of_layer: dict[int, int], where: object, what: str, option: str) -> in
 
 @dataclass(frozen=True)
 class Imported:
-    """What an importer gives back. `batches`: in the order of the trace. `notes`: for the
-    manifest, what the source leaves out. vocabulary: token_id, token, where the source says.
-    extras: what the trace has too, as TraceWriter takes it."""
+    """Result of an importer. batches: in the order of the trace. notes: facts that the source
+    leaves out, for the manifest. vocabulary: token_id and token, if the source states them. extras:
+    further columns of the trace, as TraceWriter takes them."""
 
     routers: list[Router]
     batches: Iterator[RoutedBatch | CountedBatches]
@@ -157,9 +158,9 @@ CODECS = {".gz": "gzip", ".zst": "zstd"}
 class Format:
     """A format that can be imported.
 
-    name: what the user calls it.
-    reads: which files it reads, for help and documentation.
-    gives: what the resulting trace holds.
+    name: name for the user.
+    reads: files of the format, for help and documentation.
+    gives: content of the resulting trace.
     run: reads the files of an ImportContext.
     sniff: whether a file belongs to the format, by its name and its first HEAD_BYTES bytes (of a
         Parquet file, whose columns are named at its end, followed by its last HEAD_BYTES).
@@ -179,7 +180,7 @@ _registered: dict[str, Format] = {}
 def importer(
     name: str, gives: str, sniff: Sniffer, options: tuple[str, ...] = ()
 ) -> Callable[[Run], Run]:
-    """Registers a function as the importer of a format: see Format."""
+    """Register a function as the importer of a format: see Format."""
 
     def register(run: Run) -> Run:
         _registered[name] = Format(name, MODULES[name][1], gives, run, sniff, options)
@@ -196,7 +197,7 @@ def formats() -> dict[str, Format]:
 
 
 def sniff(sources: list[ImportSource]) -> str:
-    """The format of the files of the first source that any format recognises."""
+    """Recognise the format of the first source. MoeInspectError if no format or several match."""
     path, near, found = sources[0].path, dict[str, list[str]](), dict[str, Path]()
     for file in _files(path)[:1000] if path.is_dir() else [path]:
         if not file.is_file():
@@ -229,7 +230,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _head(file: Path) -> bytes:
-    """The first HEAD_BYTES of what the file holds uncompressed, and the last of a Parquet file."""
+    """First HEAD_BYTES of the uncompressed file; of a Parquet file also the last."""
     if file.suffix in CODECS:
         try:
             with pa.CompressedInputStream(pa.OSFile(os.fsencode(file)), CODECS[file.suffix]) as it:
@@ -245,5 +246,5 @@ def _head(file: Path) -> bytes:
 
 
 def named(path: Path) -> str:
-    """The domain of a file without a label: the file's name."""
+    """Domain of a file without a label: the file's name."""
     return path.name.split(".")[0] or path.name

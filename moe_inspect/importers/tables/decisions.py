@@ -1,7 +1,7 @@
 """Rows of decisions, or of their assignments, in any order → the decisions of each router.
 
-What the rows say is written to a temporary file as they come; then the tokens are known, and it is
-put in its place: so memory grows with the number of tokens, by a few bytes of each, alone.
+A first pass writes the rows to a temporary file and learns which tokens there are. A second pass
+puts each row in its place. Memory grows only with the number of tokens, by a few bytes per token.
 N rows, T tokens, L layers, K slots.
 """
 
@@ -43,9 +43,11 @@ PHASES = {"prefill": 0, "0": 0, "": 0, "decode": 1, "1": 1}
 
 
 class Spool:
-    """The rows of all files, in a temporary file. experts: of the largest layer, 0 where the files
-    alone can say it. layers: of each group of rows, which is a file, or the files of a folder that
-    name a layer each. documents: (group, name) → number; domains: of each document."""
+    """The rows of all files, in a temporary file.
+
+    A group of rows is a file, or all files of a folder if each file name states a layer.
+    experts: the number in the largest layer, 0 if only the files can state it. layers: group → its
+    layers. documents: (group, name) → number. domains: the domain of each document."""
 
     def __init__(self, context: ImportContext, preset: Preset):
         self.context = context
@@ -74,7 +76,7 @@ class Spool:
             yield rows
 
     def error(self, row: int, name: str, why: str) -> MoeInspectError:
-        """Of a row of the temporary file, by file and row."""
+        """Error that names the source file and row of a row of the temporary file."""
         first, chunk = next(one for one in reversed(self.first_row) if one[0] <= row)
         self.file.seek(row * self.dtype.itemsize)
         lines = np.fromfile(self.file, self.dtype, 1)["line"].tolist()
@@ -145,7 +147,7 @@ class Spool:
         return weights
 
     def _state(self, chunk: TableChunk) -> None:
-        """Takes E and k where the rows say them."""
+        """Collect E and k if the rows state them. MoeInspectError if two values differ."""
         for name, found in self.stated.items():
             if name in chunk.said:
                 found.add(int(chunk.said[name]))
@@ -213,8 +215,8 @@ class Spool:
 
 
 def in_order(documents: Sequence[tuple[Path, str]]) -> list[int]:
-    """Documents, of a group and a name each, by groups as they came, in one by number, else as they
-    came."""
+    """Indices of the documents by group. Within a group, numbered names come first, by number; the
+    others keep their order."""
     at = {group: n for n, group in enumerate(dict.fromkeys(group for group, _ in documents))}
 
     def place(d: int) -> tuple[int, int]:
@@ -252,9 +254,11 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
 
 
 class Placed:
-    """The decisions by document and position. key_T: both, document × 2^32 + position. ids and
-    weights, [L, T, K], are in temporary files: each is mapped anew for a piece, so that what is
-    written does not stay in memory. An id is 0 where there is no row, 1 where it is −1."""
+    """The decisions by document and position.
+
+    key_T: document × 2^32 + position. ids and weights, [L, T, K], are in temporary files, which are
+    mapped anew for each piece, so that written pages do not stay in memory. An id is stored + 2: 0
+    means no row, 1 means −1."""
 
     def __init__(self, spool: Spool, where: Path, routers: list[Router]):
         names = [*spool.documents]
@@ -287,8 +291,8 @@ class Placed:
             first += len(rows)
 
     def check(self, last_layer_omits: bool) -> None:
-        """MoeInspectError where a layer lacks a token that another has, but for the last where that
-        may be. Slots without a row are told."""
+        """Raise MoeInspectError if a layer lacks a token that another layer has; the last layer may
+        if `last_layer_omits`. Warn of slots without a row."""
         (L, T, K), spool, short, widest = self.shape, self.spool, 0, 0
         for n, router in enumerate(self.routers):
             rows_T = np.count_nonzero(self.ids()[n], axis=1)
@@ -320,8 +324,8 @@ class Placed:
         return f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'}"
 
     def _put(self, rows: np.ndarray, decision_N: np.ndarray, first: int) -> None:
-        """Puts rows, of which `first` is the number of the first one, in their decisions, of which
-        no two are the same."""
+        """Put rows in their decisions. MoeInspectError if a place is taken. first: the number of
+        the first row."""
         K, cell_N, lists, what = self.shape[2], decision_N, slice(None), "two rows of one layer"
         by_slot, T = self.spool.by_slot, len(self.key_T)
         if by_slot:
@@ -355,7 +359,8 @@ class Placed:
             self.weights().reshape(-1, K)[cell_N] = rows["weights"][:, lists]
 
     def batches(self) -> Iterator[RoutedBatch]:
-        """Of one document and phase, in the order of positions; a gap begins a new sequence."""
+        """Batches of one document and phase each, in the order of positions. A gap begins a new
+        sequence."""
         numbers, T = Numbering(), len(self.key_T)
         document_T, position_T = self.key_T >> 32, self.key_T & MOST_NUMBER
         new_T = np.diff(document_T, prepend=-1) != 0
@@ -433,7 +438,8 @@ def _key(rows: np.ndarray, rank_D: np.ndarray) -> np.ndarray:
 
 
 def _scratch(dtype: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """Maps zeros in a temporary file, which takes no space where they stay zeros."""
+    """Return a function that maps an array in a temporary file. The array begins as zeros, which
+    take no space."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  (until it is garbage)
     np.memmap(file, dtype, "w+", shape=shape)
     return partial(np.memmap, file, dtype, "r+", shape=shape)

@@ -102,12 +102,9 @@ class TableChunk:
         values_N = column.fill_null(empty or 0).to_numpy()
         return self._within(name, values_N, low, high, ~missing_N)
 
-    def texts(self, name: str) -> list[str | None]:
-        return self._cast(name, self.table[name], pa.string()).to_pylist()
-
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
-        """The different texts, and which of them each row has. A domain may be "", where there is
-        none; a document may not."""
+        """Distinct texts in the order of their first rows, and the index of each row's text. A
+        missing text is "", which is an error for a document."""
         texts = self._cast(name, self.table[name], pa.string()).fill_null("")
         if name == "document" and (row := texts.index("").as_py()) >= 0:
             raise self.error(row, name, "is empty")
@@ -117,10 +114,10 @@ class TableChunk:
     def lists(
         self, name: str, low: float, high: float, K: int = 0, *, real: bool = False
     ) -> np.ndarray:
-        """int64 or float64 [N, K] from `low` to `high`; a float that a list lacks is NaN. A number
-        is a list of one."""
+        """int64 or float64 [N, K] from `low` to `high`. A missing float is NaN. A number is a list
+        of one."""
         column = texts = self.table[name].combine_chunks()
-        # of JSON or Python, or numbers with spaces between them
+        # text: a list as JSON or Python writes it, or numbers separated by spaces
         if _is_text(column.type) and name not in ("expert", "weight"):
             for begin, end in ("[]", "()"):
                 opened, closed = (pc.count_substring(column, of) for of in (begin, end))
