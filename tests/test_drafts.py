@@ -42,7 +42,7 @@ IN_PLACE = {
     ("trace.files.atomic", "put_folder"): "puts back what cannot stay",
     ("trace.files.lock", "settle"): "puts back what was set aside",
     ("trace.output_dir", "clear_trace"): "removes a manifest",
-    ("trace.writer.whole", "_put"): "sets the old trace aside",
+    ("trace.output_dir", "_put"): "sets the old trace aside",
     ("importers.tables.read", "uncompressed"): "a temporary copy",
     ("cli.trace", "__exit__"): "stderr",
     ("text", "abandon"): "the null device",

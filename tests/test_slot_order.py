@@ -15,8 +15,7 @@ from moe_inspect.making import import_trace
 from moe_inspect.public import Trace, open_trace, report
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.simulate.routing import simulate_routing
-from moe_inspect.trace.schema import Router
-from moe_inspect.trace.slot_order import descending
+from moe_inspect.trace.schema import Router, descending_slots
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, ResumePoint, TraceWriter
 from tests.support.damage import edit_manifest
@@ -95,11 +94,11 @@ def test_slots_are_written_in_descending_weight(kind: str, null: float, tmp_path
 
 def test_what_is_in_order_is_left_alone() -> None:
     weights_KT = -np.sort(-np.random.default_rng(0).random((K, T)), axis=0)
-    assert descending(weights_KT) is None
+    assert descending_slots(weights_KT) is None
     weights_KT[[0, 1], 7] = weights_KT[[1, 0], 7]
     expected_KT = np.tile(np.arange(K)[:, None], T)
     expected_KT[:2, 7] = 1, 0
-    assert (descending(weights_KT) == expected_KT).all()
+    assert (descending_slots(weights_KT) == expected_KT).all()
 
 
 def without_slot_order(trace: Trace) -> Trace:

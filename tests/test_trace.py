@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import open_trace
-from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import run_edges
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from tests.support.damage import disk_of, edit_manifest
 from tests.support.synthetic import a_pass, write_passes

@@ -21,7 +21,7 @@ from moe_inspect.model.load import config_record
 from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
-from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace import schema
 from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.lock import Lock, join, refuse_while_locked
 from moe_inspect.trace.manifest import (
@@ -87,7 +87,7 @@ class TraceOpener:
         writer = TraceWriter(
             self.path,
             self._manifest(weight_dtype if options.weights else None),
-            [slot_order.stated(router, known=True) for router in routers],
+            [router.with_slot_order(known=True) for router in routers],
             weights=options.weights,
             **dict.fromkeys(options.extras, True),
             dropped_experts=drops and not options.counts_only,

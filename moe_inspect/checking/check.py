@@ -28,9 +28,8 @@ from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 from moe_inspect.text import plural, print_stderr, ranges
 from moe_inspect.trace.reader import Trace, address, open_trace, shards_of
-from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import MANIFEST, Router
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import Shard, codes, run_edges
 from moe_inspect.trace.verify import COUNTED, Verification, verify
 
 MOST_CELLS = 2**25  # tokens · routers · slots that are looked at

@@ -23,7 +23,7 @@ from moe_inspect.model.families import language_config
 from moe_inspect.reporting.verdict.data_checks import silent_ranks
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import plural, ranges
-from moe_inspect.trace.runs import run_edges
+from moe_inspect.trace.shard import run_edges
 
 # Of all findings that are not certain, in one recording: 1 of 10,000 right ones may get any. Each
 # kind has an equal part, and divides it among the tests that it makes.

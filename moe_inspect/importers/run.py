@@ -21,10 +21,9 @@ from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import output_location
 from moe_inspect.trace.manifest import this_process
-from moe_inspect.trace.output_dir import check_directory
+from moe_inspect.trace.output_dir import check_directory, whole_trace
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
-from moe_inspect.trace.writer.whole import whole_trace
 from moe_inspect.workers import Processes
 
 WORTH_BYTES = 2**26  # of files, from which on more processes are started to parse them

@@ -29,9 +29,8 @@ from moe_inspect.simulate.kernels_numba import NOWHERE, queue
 from moe_inspect.simulate.result import Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, expert_capacity, routed
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import Shard, codes, run_edges
 
 Order = Literal["arrival", "token", "weight"]
 ORDERS: dict[Order, str] = {

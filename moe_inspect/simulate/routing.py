@@ -28,8 +28,7 @@ from moe_inspect.simulate.capacity import panels as drops_panels
 from moe_inspect.simulate.result import Frame, Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, check_length, routed
 from moe_inspect.trace.reader import Trace, shards_of
-from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.shard import Shard, run_edges
 
 # by setting of an algorithm, the values that it is run with; None is the default
 ValuesOf = dict[str, Sequence[float] | None]

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.text import did_you_mean, ranges
-from moe_inspect.trace import parts, schema, slot_order
+from moe_inspect.trace import parts, schema
 from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.schema import Layers, Router, layers_text, parse_layers
@@ -26,7 +26,7 @@ class TraceHeader:
         # counts said it (where it did not, it is null)
         known = self.imported if self.counts_only else self.has_weights
         self.routers = [
-            router if router.slot_order else slot_order.stated(router, known)
+            router if router.slot_order else router.with_slot_order(known)
             for router in self.stated_routers
         ]
 

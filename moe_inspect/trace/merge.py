@@ -28,12 +28,11 @@ from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import refuse_while_written, this_process, write_manifest
-from moe_inspect.trace.output_dir import check_directory
+from moe_inspect.trace.output_dir import check_directory, whole_trace
 from moe_inspect.trace.reader import MOST_TOKENS, Trace, place_of, shards_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import Verification, verify
 from moe_inspect.trace.writer.tables import vocabulary_bytes, write_shard
-from moe_inspect.trace.writer.whole import whole_trace
 
 MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
 NONE = np.zeros(0, np.int32)  # documents

@@ -1,5 +1,5 @@
-"""Checks and clears the output directory of a trace. Nothing but the files of a trace is ever
-removed."""
+"""Checks, clears and replaces the output directory of a trace. Nothing but the files of a trace is
+ever removed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.files import open_regular
-from moe_inspect.text import first_line, join_first
+from moe_inspect.text import first_line, join_first, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import lock
-from moe_inspect.trace.files.atomic import draft_of, sync
+from moe_inspect.trace.files.atomic import draft_folder_of, draft_of, put_folder, sync
 from moe_inspect.trace.manifest import (
     read_manifest,
     refuse_while_written,
@@ -232,3 +233,50 @@ def output_folder(path: str | Path) -> Path:
         refuse_within_trace(path)
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+# --- a trace that is there complete or not at all: it is written in a temporary directory next to
+# the output, which is renamed at the end
+
+
+@contextmanager
+def whole_trace(out: Path, overwrite: bool, nothing: str) -> Generator[tuple[Path, lock.Lock]]:
+    """A temporary directory, and its lock. On success it becomes `out`, where a trace is replaced
+    with `overwrite`; on an exception it is removed. `nothing` ends the message where the disk
+    fails: "nothing was imported"."""
+    put = partial(_put, overwrite=overwrite)
+    with draft_folder_of(out, put, remove_trace) as (draft, held), _told(out, nothing):
+        yield draft, held
+    for old in lock.left_of(lock.followed(out), lock.OLD):
+        try:
+            remove_trace(old)
+        except (OSError, MoeInspectError) as error:  # the next one tries again
+            print_stderr(f"warning: the old trace stays at {old}: {first_line(error)}")
+
+
+@contextmanager
+def _told(out: Path, nothing: str) -> Generator[None]:
+    """Where the disk fails, the message says so and ends with `nothing`."""
+    try:
+        yield
+    except (OSError, MoeInspectError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        # the message of the writer suggests --resume, which there is not here
+        if isinstance(cause, OSError):
+            raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; {nothing}") from None
+        raise
+
+
+def _put(draft: Path, target: Path, overwrite: bool) -> None:
+    """Puts a trace at `target`. On an exception the old one is back; after a kill, see `settle`."""
+    aside = draft.with_suffix(lock.OLD)
+    with lock.hold(target) as held:
+        check_directory(target, overwrite, resumable=False, locked=True)
+        os.rename(target, aside)
+        held.root = aside
+        try:
+            put_folder(draft, target)
+        except BaseException:
+            os.rename(aside, target)
+            held.root = target
+            raise

@@ -8,11 +8,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
@@ -91,6 +92,10 @@ class Router:
         """Whether slot 0 is the first choice, the expert with the largest gate weight."""
         return self.slot_order == "weight"
 
+    def with_slot_order(self, known: bool) -> Router:
+        """A copy with its slot order set. A single slot is always in order."""
+        return replace(self, slot_order="weight" if known or self.top_k == 1 else "unknown")
+
     def sees(self, phase: str) -> bool:
         """Whether tokens of this phase reach the router."""
         return sees(self.stack, phase)
@@ -100,6 +105,21 @@ def sees(stack: str, phase: str) -> bool:
     """Whether tokens of this phase reach the routers of a stack: the encoder's see those of
     "encode", the decoder's the others."""
     return not stack or (stack == "encoder") == (phase == "encode")
+
+
+def descending_slots(
+    weights_KT: np.ndarray, nowhere_KT: np.ndarray | None = None
+) -> np.ndarray | None:
+    """The slots of each decision from the largest weight to the smallest, int64 [K, T]; None if all
+    decisions are in that order already. Many routers return their choices in another order
+    (`topk(sorted=False)`, selection biases, engines that sort by expert id). Equal weights keep
+    theirs; slots that routed nowhere (bool [K, T]) come last."""
+    key_KT = (
+        weights_KT if nowhere_KT is None else np.where(nowhere_KT, np.float32(-np.inf), weights_KT)
+    )
+    if (key_KT[:-1] >= key_KT[1:]).all():
+        return None
+    return np.argsort(-key_KT, axis=0, kind="stable")
 
 
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import Damaged
-from moe_inspect.trace import parts, replicas, slot_order
+from moe_inspect.trace import parts, replicas, schema
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.parts import FileRows, Stated
@@ -277,6 +277,17 @@ def numbers(column: pa.ChunkedArray | pa.Array, null: int = 0) -> np.ndarray:
     return np.from_dlpack(column)
 
 
+def run_edges(*keys_T: np.ndarray) -> np.ndarray:
+    """Where each run of consecutive rows with the same keys begins, and the number of rows as the
+    last edge: [0] where there are no rows. keys_T: arrays [T] or [T, X]. int64 [runs + 1]"""
+    changed_T = np.ones(len(keys_T[0]) + 1, bool)
+    changed_T[1:-1] = False
+    for key_T in keys_T:
+        differs = key_T[1:] != key_T[:-1]
+        changed_T[1:-1] |= differs if differs.ndim == 1 else differs.any(1)
+    return np.flatnonzero(changed_T)
+
+
 def _in_order(table: pa.Table, slots: list[list[str]]) -> pa.Table:
     """The table with each decision's slots in descending weight, those that routed nowhere last.
     `slots`: the columns of experts, of weights, and of what else there is."""
@@ -286,7 +297,7 @@ def _in_order(table: pa.Table, slots: list[list[str]]) -> pa.Table:
         null = [c.is_null().to_numpy() if c.null_count else np.zeros(len(c), bool) for c in columns]
         return np.stack([numbers(column) for column in columns]), np.stack(null)
 
-    order_KT = slot_order.descending(stacked(slots[1])[0], stacked(slots[0])[1])
+    order_KT = schema.descending_slots(stacked(slots[1])[0], stacked(slots[0])[1])
     if order_KT is None:
         return table
     for names in slots:

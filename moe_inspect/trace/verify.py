@@ -27,8 +27,7 @@ from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
 from moe_inspect.trace.parts import FileRows
 from moe_inspect.trace.reader import Trace, address, place_of, shards_of
 from moe_inspect.trace.replicas import Maps
-from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.shard import Shard, check_counts, codes
+from moe_inspect.trace.shard import Shard, check_counts, codes, run_edges
 
 CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 STATE = {"complete": "is fine", "recording": "is still being written, and fine so far"}

@@ -20,8 +20,7 @@ from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, no_counts
 from moe_inspect.analysis.counting.kernels import Slots, TokenRows, distinct, transitions
 from moe_inspect.analysis.counting.router_counts import RouterCounts, RouterDecisions, count_router
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, among, selected_tokens
-from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.shard import Shard, codes, numbers
+from moe_inspect.trace.shard import Shard, codes, numbers, run_edges
 
 
 @dataclass(frozen=True)

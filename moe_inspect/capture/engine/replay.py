@@ -21,8 +21,7 @@ from torch import Tensor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.shard import Shard, run_edges
 
 MOST_TOKENS = 2**18  # of a trace in memory: 61 layers of 8 slots take .5 GB
 

@@ -20,9 +20,8 @@ from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError, vocabularies_apart
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import PHASES, sees
-from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard import Shard, codes, run_edges
 
 PREFIX = 16  # tokens by whose ids a sequence is found that has another length in the other trace
 LINE = 2**32  # positions of a pair of sequences, on one line with those of all others

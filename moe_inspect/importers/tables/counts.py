@@ -27,7 +27,6 @@ from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import ranges, storable
 from moe_inspect.trace import schema
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import CountedBatches
 
 MOST_CELLS = 2**27  # (layer, domain, expert), 1 GiB of sums: no model comes near
@@ -152,7 +151,7 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
 
     extras = {of.stated: name in every for name, of in schema.SUMS.items()}
     extras["by_document"], weights = bool(documents), extras.pop("weights")
-    routers = [stated(router, known="first_choice" in every) for router in routers]
+    routers = [router.with_slot_order(known="first_choice" in every) for router in routers]
     return Imported(routers, batches(), weights, counts_only=True, notes=notes, extras=extras)
 
 

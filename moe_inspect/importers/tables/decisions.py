@@ -30,7 +30,6 @@ from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.model.vocabulary import readable
 from moe_inspect.text import plural, ranges
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
-from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import RoutedBatch
 
 BATCH_TOKENS = 16_384
@@ -246,7 +245,7 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
     if spool.has_weights and not spool.weighted:
         rows = f"{spool.unweighted:,} of {plural(spool.rows, 'row')} lack a weight"
         context.warn(f"{spool.first_without}; {rows}: imported without weights")
-    routers = [stated(router, known=spool.weighted or spool.ordered) for router in routers]
+    routers = [router.with_slot_order(known=spool.weighted or spool.ordered) for router in routers]
     placed, vocabulary = Placed(spool, where, routers), spool.vocabulary()
     placed.check(preset.last_layer_omits)
     batches, notes = placed.batches(), spool.notes

@@ -13,7 +13,7 @@ from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.reporting.render.console import wrapped
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
-from moe_inspect.trace.runs import run_edges
+from moe_inspect.trace.shard import run_edges
 
 MOST_ROUTERS = 32  # on a terminal; beyond that the least balanced
 FILE_CELLS = 128  # characters of a row in a file

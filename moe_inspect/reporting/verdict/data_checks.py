@@ -18,7 +18,7 @@ from moe_inspect.reporting.tables.summary import adapter, quantization
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.findings import Finding, name_of, note, warning
 from moe_inspect.text import join_first, plural, printable, ranges
-from moe_inspect.trace.runs import run_edges
+from moe_inspect.trace.shard import run_edges
 
 DROPPED, MANY_DROPPED = 0.01, 0.2  # share of a router's assignments: a warning, and a grave one
 CHANCE = 1e-3  # probability that dead experts fill whole ranks

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from moe_inspect.errors import Damaged, MoeInspectError, writing
 from moe_inspect.text import first_line
-from moe_inspect.trace import schema, slot_order
+from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.files.checksums import Json
@@ -155,7 +155,7 @@ class TraceWriter:
         self.routers = [  # with the order of what is written already, else the one that is known
             replace(router, slot_order=start.slot_orders[r])
             if r in start.slot_orders
-            else slot_order.stated(router, router.first_choice_known or by_values)
+            else router.with_slot_order(router.first_choice_known or by_values)
             for r, router in enumerate(routers)
         ]
         facts = [name for name in schema.OPTIONAL_GLOSSARY if extras.get(name)]

@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import run_edges
 
 OF_TOKENS = ("token_id", "document", "sequence", "position", "domain", "phases")
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_inspect.text import storable
-from moe_inspect.trace import replicas, schema, slot_order
+from moe_inspect.trace import replicas, schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import draft_of, sync
 from moe_inspect.trace.files.checksums import Json
@@ -86,9 +86,9 @@ def routing_table(
     weights_KT = _values(batches, r, "weight")
     order_KT, key_KT = None, weights_KT  # None: they are in order already
     if router.first_choice_known and key_KT is None and "logits" in trace.tables:
-        key_KT = slot_order.chosen_logits(_logits(batches, r), experts_KT, nowhere_KT)
+        key_KT = _chosen_logits(_logits(batches, r), experts_KT, nowhere_KT)
     if router.first_choice_known and key_KT is not None:
-        order_KT = slot_order.descending(key_KT, nowhere_KT)
+        order_KT = schema.descending_slots(key_KT, nowhere_KT)
     if order_KT is not None:
         ids_KT = np.take_along_axis(ids_KT, order_KT, 0)
         experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
@@ -132,6 +132,15 @@ def _rounded(sizes: np.ndarray) -> np.ndarray:
 
 def _logits(batches: list[RoutedBatch], r: int) -> np.ndarray:
     return np.concatenate([b.extras["logits"][r] for b in batches])
+
+
+def _chosen_logits(
+    logits_TE: np.ndarray, ids_KT: np.ndarray, nowhere_KT: np.ndarray | None = None
+) -> np.ndarray:
+    """The router logits of the experts chosen, float32 [K, T]: a larger logit is a larger
+    weight."""
+    expert_KT = ids_KT if nowhere_KT is None else np.where(nowhere_KT, 0, ids_KT)
+    return np.take_along_axis(logits_TE, expert_KT.T.astype(np.int64), axis=1).T.astype(np.float32)
 
 
 def logits_table(
