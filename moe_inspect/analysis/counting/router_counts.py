@@ -262,13 +262,8 @@ class RouterDecisions:
     def weights(self) -> Slots | None:
         return self.values("weight")
 
-    def sums_DE(self, values: Slots) -> np.ndarray:
-        """Values of each expert's assignments, summed by domain. float64 [D, E]"""
-        rows = self.token_rows
-        return weight_sum(rows.domain_T, self.slots, values, rows.D, self.E)
-
     def sums_UE(self, values: Slots) -> np.ndarray:
-        """The same by unit. float64 [U, E]"""
+        """Values of each expert's assignments, summed by unit. float64 [U, E]"""
         rows = self.token_rows
         return weight_sum(rows.unit_T, self.slots, values, rows.U, self.E)
 
@@ -296,7 +291,9 @@ def count_router(decisions: RouterDecisions, wants: frozenset[str]) -> RouterCou
 
 def _load(decisions: RouterDecisions, counts: RouterCounts) -> None:
     if decisions.weights is not None:
-        counts.weight_sum_DE = decisions.sums_DE(decisions.weights)
+        rows, slots = decisions.token_rows, decisions.slots
+        sums_DE = weight_sum(rows.domain_T, slots, decisions.weights, rows.D, decisions.E)
+        counts.weight_sum_DE = sums_DE
 
 
 def _windows(decisions: RouterDecisions, counts: RouterCounts) -> None:
