@@ -240,6 +240,8 @@ IMPORTED = {
     "report TRACE --table load --top 3 -o OUT": "",
     "report TRACE --table load --threshold uneven=0.3": "",
     "report TRACE --table balance": "scipy",
+    "report TRACE --table transitions -o OUT": "pandas pyarrow.compute scipy",
+    "compare TRACE TRACE": "pandas pyarrow.compute scipy regex",
     "report TRACE --table load --html OUT": "pandas pyarrow.compute scipy regex",
     "text TRACE --documents 0": "pandas pyarrow.compute regex",
     "": "",
