@@ -203,6 +203,18 @@ def test_documents_numbered_otherwise_are_found_by_content(write: Write) -> None
     assert made.mismatched == straight.mismatched > 0
 
 
+def test_a_document_that_is_longer_in_one_trace_is_found_by_its_beginning(write: Write) -> None:
+    """The numbers are others, and 20 tokens of the first document are missing."""
+    left = np.r_[np.arange(50, T), np.arange(30)]
+    rows = [x[left] for x in flipped(routes(), 0.01)]
+    b = write(
+        "b", rows, token_id=IDS[left], document=np.r_[np.arange(T - 50) // 50, [T // 50 - 1] * 30]
+    )
+    made = moe_inspect.compare(write("a", routes()), b)
+    assert made.alignment.by == "content"
+    assert made.counts.tokens == T - 20
+
+
 def test_what_comes_after_other_token_ids_is_not_compared(write: Write) -> None:
     token_id = IDS + np.isin(np.arange(T), range(1_030, 1_050))
     made = moe_inspect.compare(write("a", routes()), write("b", routes(), token_id=token_id))

@@ -176,6 +176,15 @@ def test_a_fault_is_named_and_mended_and_nothing_else_is_named(
         assert left < 2 * ROUNDING * 1_500 * 6
 
 
+def test_zeros_are_those_of_the_trace_that_has_them(a: Recording, tmp_path: Path) -> None:
+    fault = FAULTS["padding is expert 0"]
+    b = fault.b(rounded(a, ROUNDING), np.random.default_rng(0))
+    first, second = a.written(tmp_path / "a"), b.written(tmp_path / "b")
+    for pair, name in (((first, second), "B"), ((second, first), "A")):
+        (found,) = [f for f in moe_inspect.compare(*pair).verdict() if f.kind == "zero_filled"]
+        assert found.values["trace"] == name
+
+
 def test_nothing_is_named_where_nothing_is_wrong(a: Recording, tmp_path: Path) -> None:
     other = routed_text(9, 1_500, 6, 16, 4)
     first = a.written(tmp_path / "a")

@@ -321,6 +321,8 @@ def test_verify_tells_interrupted_from_damaged(copied: Path) -> None:
     (root / "routing/notes.txt").unlink()
     (root / "routing/part-0-0.parquet").write_bytes(b"PAR1")
     assert not verify(root).ok
+    edit_manifest(root, corpus={})
+    assert not verify(root).resumable  # without a plan
 
 
 def test_a_probe_does_not_touch_the_draft_of_another(tmp_path: Path) -> None:

@@ -140,6 +140,12 @@ def test_the_loops_equal_their_references() -> None:
         assert load_E.tolist() == np.bincount(ids[ids >= 0], minlength=12).tolist()
 
 
+def test_experts_that_nothing_divides_are_on_one_gpu(tmp_path: Path) -> None:
+    trace = write_counts(tmp_path / "t", [np.array([[30, 10, 20, 40, 5, 15, 25]])], 1)
+    made = simulate_placement(trace, policies=["eplb"])
+    assert made.tables["policies"]["max_over_mean"].tolist() == [1.0]
+
+
 def test_counts_alone_give_a_placement_and_no_ranks(tmp_path: Path) -> None:
     trace = write_counts(tmp_path / "t", [np.array([[40, 30, 20, 10]])], 2)
     made = simulate_placement(trace, gpus=2)
