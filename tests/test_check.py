@@ -279,6 +279,8 @@ def test_what_the_config_says_of_groups_and_weights(tmp_path: Path) -> None:
     assert kinds("grouped", of, weights, topk_group=1) == ["groups"]
     assert kinds("permuted", rng.permutation(16)[of], weights) == ["groups"]
     assert kinds("ungrouped", rng.permutation(16)[of], weights, n_group=1) == []
+    dropped = np.where(rng.random(of.shape) < [0, 0.2, 0.2], 2**16 - 1, of)
+    assert "groups" not in kinds("slots without an expert", dropped, weights)
     assert kinds("sums", of, weights * 0.8) == ["weight_sums"]
     assert kinds("not said", of, weights * 0.8, norm_topk_prob=False) == []
     # a few are left to rounding

@@ -120,13 +120,16 @@ def test_rows_of_padding_are_left_out(before: int, after: list[Any], tmp_path: P
     assert said == [f"{left_out}: padding, for tokens that no router saw"]
 
 
-def test_padding_of_a_bare_array_is_left_out(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", padded(row(0)))
-    np.save(tmp_path / "a.token_ids.npy", np.array([*PROMPT, *GENERATED]))
+@pytest.mark.parametrize("before", [0, 2])
+def test_padding_of_a_bare_array_is_left_out(before: int, tmp_path: Path) -> None:
+    """In front it has token ids of its own."""
+    array = np.concatenate([row(0)] * before + [padded(row(0))])
+    np.save(tmp_path / "a.npy", array)
+    np.save(tmp_path / "a.token_ids.npy", np.array([0] * before + [*PROMPT, *GENERATED]))
     model = foreign.config_file(tmp_path)
     trace, said = taken(tmp_path, "vllm-routed", tmp_path / "a.npy", model=model)
     check(trace)
-    assert said[0].startswith("1 rows of 1 responses")
+    assert said[0].startswith(f"{before + 1} rows of 1 responses")
 
 
 def test_tokens_whose_routes_were_not_kept_are_left_out(tmp_path: Path) -> None:

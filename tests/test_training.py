@@ -17,7 +17,7 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import load_scale
 from moe_inspect.training import RoutingMonitor
-from moe_inspect.training.sums import DeviceSums
+from moe_inspect.training.sums import DeviceSums, WindowSums
 from tests.support import own, zoo
 from tests.support.families import FAMILIES, build
 from tests.support.trained import EXPERTS, LAYERS, counted, reset
@@ -270,3 +270,15 @@ def test_the_picture_shows_every_expert_of_every_layer() -> None:
     ratio_LE = np.maximum(model.load / model.load.mean(1, keepdims=True), 0.25)
     scale = load_scale(monitor.routers, "load ÷ mean load")  # the colours of a report
     assert np.allclose(image, scale.place(ratio_LE))
+
+
+def test_losses_of_windows_are_weighted_by_their_passes() -> None:
+    """One of a pass and one of three: as if they had been read at once."""
+    load, recent = [np.array([3, 1])], [np.array([[3, 1]])]
+    of_1, of_3 = (
+        WindowSums(load, recent, np.array([4]), passes, np.full((2, 1), loss))
+        for passes, loss in ((1, 8.0), (3, 4.0))
+    )
+    both = of_1.plus(of_3)
+    assert (both.passes, both.losses_2R.tolist()) == (4, [[5.0]] * 2)
+    assert both.load[0].tolist() == [6, 2]
