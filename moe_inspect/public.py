@@ -70,11 +70,11 @@ def report(
     from moe_inspect.reporting.report import Report
     from moe_inspect.reporting.shown import python_call
 
-    opened, its = reader.open_trace(trace, scheduler=scheduler), None
+    opened, its = open_trace(trace, scheduler=scheduler), None
     part: dict[str, Any] = {"layers": layers, "domains": domains, "phase": phase}
     selection = select(opened, **part)
     if baseline is not None:
-        other = reader.open_trace(baseline, scheduler=scheduler)
+        other = open_trace(baseline, scheduler=scheduler)
         if other.counts_only:
             raise MoeInspectError(f"the baseline {other.path} holds counts only, no documents")
         its = Report(other, select(other, **part))
