@@ -76,17 +76,19 @@ class Sums:
         """Have at least D rows."""
         if (missing := D - self.D) > 0:
             more = (0, 0, 0, 0, 0, missing)
-            self._sums = [[torch.nn.functional.pad(s, more) for s in of] for of in self._sums]
+            with torch.inference_mode(False):
+                self._sums = [[torch.nn.functional.pad(s, more) for s in of] for of in self._sums]
 
     def keep(self, rows: np.ndarray) -> None:
         """Leave out the other rows. One there always is."""
         if not len(rows):
             self._sums = self._zeros(1)
             return
-        self._sums = [
-            [s.index_select(0, torch.from_numpy(rows).to(s.device)) for s in sums]
-            for sums in self._sums
-        ]
+        with torch.inference_mode(False):
+            self._sums = [
+                [s.index_select(0, torch.from_numpy(rows).to(s.device)) for s in sums]
+                for sums in self._sums
+            ]
 
     def add(self, passes: Sequence[TakenPass], row_N: np.ndarray) -> None:
         """Count passes. `row_N`: of the sums, for each row of these passes; −1 for padding."""
@@ -188,7 +190,9 @@ class Counted:
         D = len(self._documents) if by_document else len(self.inputs.domains)
         for stack in dict.fromkeys(stack for stack, *_ in passes):
             assert stack.rows is not None
-            sums = self._sums.setdefault(stack.name, Sums(stack.rows, self.options.weights))
+            if stack.name not in self._sums:
+                self._sums[stack.name] = Sums(stack.rows, self.options.weights)
+            sums = self._sums[stack.name]
             sums.grow(D)
             mine = [n for n, (other, *_) in enumerate(passes) if other is stack]
             real_N = np.concatenate([fed[n].real for n in mine])

@@ -59,7 +59,8 @@ class Forward:
 
     @property
     def T(self) -> int:
-        return sum(p.fed.T for p in self.passes)
+        """Rows that wait."""
+        return sum(p.fed.T for p in self.passes if p.taken is not None)
 
     def rows(self) -> list[Rows]:
         """What each stack was fed, without tokens where the pass is left out; [] until it is
@@ -85,8 +86,7 @@ class Forward:
 
 class HandOver:
     """`writer`: None until the first forward pass is over, which shows `weight_dtype`, that of the
-    gate weights. `tokens`: handed over so far. `is_fixed`: whether buffers keep their size, because
-    an option says it or a CUDA graph has their addresses."""
+    gate weights. `tokens`: handed over so far."""
 
     def __init__(
         self,
@@ -103,7 +103,6 @@ class HandOver:
             self.counted = Counted(stacks, inputs, options, shard_tokens)
         # how long a pass waits for others
         self._hold_s = min(HELD_SECONDS, options.commit_every or HELD_SECONDS)
-        self.is_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._skips = False  # the current pass is left out
         self._queue: deque[Forward] = deque()
@@ -129,7 +128,7 @@ class HandOver:
             return
         stack.scope.to_tapes = in_compiled or not rows.keeps_calls
         if stack.scope.to_tapes:
-            self.make_room(stack, fed.T)
+            stack.grow(fed.T)
         self._largest = max(self._largest, fed.T, self.options.ring_tokens or 0)
         most = max(HELD_ROWS if rows.keeps_calls else 0, FORWARD_PASSES * self._largest)
         if self._queued_rows + fed.T > most:
@@ -139,17 +138,6 @@ class HandOver:
                 self._skip(True)
                 return
             self.drain(wait=True, once=True)
-
-    def make_room(self, stack: Stack, rows: int) -> None:
-        """Has kernels write passes of so many rows. MoeInspectError where the room is fixed."""
-        assert stack.rows is not None
-        room = stack.rows.P or self.options.ring_tokens
-        if self.is_fixed and room and rows > room:
-            raise MoeInspectError(
-                f"a forward pass of {rows:,} rows exceeds the room on the device ({room:,}): "
-                f"record with ring_tokens={rows}"
-            )
-        stack.grow(max(rows, self.options.ring_tokens or 0))
 
     def end(self, fed: Sequence[Stack], number: int) -> None:
         """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
@@ -324,7 +312,7 @@ class HandOver:
                 phases=fed.phase_codes(),
                 group=parts[-1][2].group,
                 encoded=sum(len(r.token_id) for _, p, r in parts if p.stack.name == "encoder"),
-                batches=numbers if len(batch) > 1 else None,
+                batches=numbers if len(batch) > 1 and len(numbers) else None,
             )
         )
 

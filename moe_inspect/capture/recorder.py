@@ -93,7 +93,7 @@ class Recorder:
         reader = CallReader(self.model, self.sites, options.inputs)
         self.inputs = PassInputs(reader, documents, domains)
         for stack in self.stacks.values():
-            stack.is_summed = options.counts_only
+            stack.is_summed, stack.fixed_rows = options.counts_only, options.ring_tokens
         self._hand_over = HandOver(self.stacks, self.inputs, options, self._planned.shard_tokens)
         tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
         self._opener = TraceOpener(
@@ -204,8 +204,7 @@ class Recorder:
             raise MoeInspectError(
                 "step() needs a forward pass recorded before it, and a trace (not counts_only)"
             )
-        # a CUDA graph holds the buffers' addresses
-        self._hand_over.is_fixed = self.stacks[""].replayed = True
+        stack.replayed = True
         self._begin()
         unknown = {"input_ids": torch.full((1, tokens), -1)}
         fed = self.inputs.of_call(stack.name, (), inputs or unknown)
@@ -229,7 +228,7 @@ class Recorder:
                 "before capturing a CUDA graph, record two forward passes; neither counts_only "
                 "nor an encoder-decoder can be captured"
             )
-        self._hand_over.is_fixed = self.stacks[""].replayed = True
+        self.stacks[""].replayed = True
 
     def _begin(self) -> None:
         self._end_step()
@@ -284,6 +283,8 @@ class Recorder:
                 self._open(torch.bfloat16 if is_bf16 else torch.float16)
             for stack in new:
                 stack.lay_out(self._hand_over.weight_dtype)
+                if self.attachment.in_compiled:  # which writes to buffers from the next pass on
+                    stack.write_calls()
         if fed:  # a stack without routers has nothing to record
             self._hand_over.end(fed, self._forwards)
             self._forwards += 1

@@ -64,6 +64,9 @@ class Group(NamedTuple):
         return EXTRAS[name].width(self.top_k, self.experts) if name in EXTRAS else self.top_k
 
 
+LEAST_ROWS = 1024  # of a buffer, which then grows less often; a power of two of at least 16
+
+
 def names_of(kind: str) -> tuple[str, ...]:
     """Return the names of what a call of this kind brings."""
     return (kind,) if kind else ("ids", "weights")
@@ -223,16 +226,16 @@ class Rows:
         """Make buffers for passes of so many rows, unless there are such. The passes so far must
         have been taken. Return whether `tapes` are new. MoeInspectError if the kernels' 32-bit
         offsets cannot address that many values."""
-        P = max(16, 1 << (rows - 1).bit_length())
+        P = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
         if P <= self.P:
             return False
         names = [name for kind in self.kinds for name in names_of(kind)]
         widest = max(g.routers * g.width(name) for g in self.groups for name in names)
         if P * widest >= 2**31:
+            most = 1 << ((2**31 - 1) // widest).bit_length() - 1
             raise MoeInspectError(
                 f"a forward pass of {rows:,} tokens with {widest:,} recorded values each is too "
-                f"large to record: pass at most {1 << (2**31 // widest).bit_length() - 1:,} tokens "
-                "per forward pass"
+                f"large to record: pass at most {most:,} tokens per forward pass"
             )
         enabled = all(int(lanes.enabled) for lanes in self._lanes.values())
         self.P = P

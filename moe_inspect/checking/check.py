@@ -186,6 +186,8 @@ def check_trace(trace: Trace | str | Path, against: Against = None, quick: bool 
 def _of_counts(trace: Trace) -> Iterator[Finding]:
     """The findings in a trace of counts: missing ranks, and routers with fewer assignments than
     tokens × k."""
+    if not trace.n_tokens:
+        return
     counts = count_trace(trace, select(trace))
     loads = [load_E for r in counts.indices if (load_E := counts.load_E(r)).any()]
     if len({len(load_E) for load_E in loads}) == 1:

@@ -216,7 +216,8 @@ def weight_confidence(weights: Slots) -> dict[str, float]:
     for slot_T in weights:
         weight_T = slot_T.astype(float)
         mass_T += weight_T
-        plogp_T += weight_T * np.log(weight_T + TINY)
+        share_T = np.maximum(weight_T, 0)  # a share below 0, of an import, has no entropy
+        plogp_T += share_T * np.log(share_T + TINY)
     some = mass_T > 0
     mass_T, plogp_T = mass_T[some], plogp_T[some]
     margin_T = weights[0][some].astype(float)

@@ -252,7 +252,8 @@ class Stack:
         self._shown: list[ShownRouter] = []  # once it has run
         self._sites_of: list[int] = []  # the site of each router
         self.rows: TakenRows | None = None  # once it has run
-        self.replayed = False  # a CUDA graph holds its launches
+        self.replayed = False  # a CUDA graph holds its launches, and the buffers' addresses
+        self.fixed_rows: int | None = None  # rows of the buffers, where an option says it
         self.skips = False  # nothing of the current pass is recorded
         self.is_summed = False  # of its calls only sums are recorded: they are kept on any device
         scope.begin_graph, scope.in_graph = self.write_calls, False
@@ -267,6 +268,11 @@ class Stack:
             self.routers.append(router_at(site, top_k_of(site, self.model)))
         for kind, sink in sinks.items():
             sink.take = partial(self._take, kind, n)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the buffers keep their size."""
+        return self.replayed or self.fixed_rows is not None
 
     def devices(self) -> list[torch.device]:
         """The device of each router; until it has run, that of its experts."""
@@ -364,9 +370,16 @@ class Stack:
         self.rows = TakenRows(self._shown, self._sites_of, self.kinds, weight_dtype)
 
     def grow(self, rows: int) -> None:
-        """Has kernels write passes of so many rows to buffers."""
+        """Has kernels write passes of so many rows to buffers. MoeInspectError where these have
+        another size that is fixed."""
         assert self.rows is not None
-        if self.rows.grow(rows):
+        room = self.rows.P or self.fixed_rows
+        if self.is_fixed and room and rows > room:
+            raise MoeInspectError(
+                f"a forward pass of {rows:,} rows exceeds the room on the device ({room:,}): "
+                f"record with ring_tokens={rows}"
+            )
+        if self.rows.grow(max(rows, self.fixed_rows or 0)):
             for sinks, routers in zip(self.sinks, self.routers_of, strict=True):
                 for kind, sink in sinks.items():
                     sink.tapes = [self.rows.tapes[kind][r] for r in routers]
@@ -375,6 +388,8 @@ class Stack:
         """Ends a launched forward pass (on a GPU it may still be running). MoeInspectError unless
         every router has seen every token once: on a GPU `check` tells when the rows arrive."""
         assert self.rows is not None
+        if not self.is_summed and not self.rows.keeps_calls:
+            self.write_calls()  # those of the first pass, which has shown what the buffers hold
         if self.scope.to_tapes:
             return self.rows.take(fed.T)
         if (taken := self.rows.whole(self.calls, fed.T)) is None:
@@ -388,7 +403,7 @@ class Stack:
 
     def write_calls(self) -> None:
         """Writes the calls of the current pass so far to buffers. Those that follow go there."""
-        if self.rows is None or self.fed is None or self.is_summed:
+        if self.rows is None or self.fed is None or self.is_summed or self.scope.to_tapes:
             return
         self.grow(self.fed.T)
         for kind in self.calls:

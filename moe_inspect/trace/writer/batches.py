@@ -175,7 +175,7 @@ class PendingShard:
         if batch.group is not None and batch.group == self.batches[-1].group:
             return False
         # what is counted of consecutive tokens is counted shard by shard: a sequence stays in one,
-        # as far as memory allows
+        # as far as memory and --commit-every allow
         continued = any(
             self._reached.get(key) == first - 1 for key, (first, _) in _reached(batch).items()
         )
