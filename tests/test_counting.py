@@ -213,6 +213,13 @@ def test_confidence_is_that_of_a_loop(seed: int, k: int, tokens: int):
     assert sums == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+def test_a_weight_below_0_has_no_entropy():
+    """As an imported file may have."""
+    sums = kernels.weight_confidence((np.float32([0.9, 0.5]), np.float32([-0.1, 0.5])))
+    share = 0.9 / 0.8
+    assert sums["weight_entropy_sum"] == pytest.approx(np.log(2) - share * np.log(share), rel=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [2**15, 2**16])
 def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
     twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision

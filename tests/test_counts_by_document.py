@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import moe_inspect
 from moe_inspect.capture.options import TraceOptions
@@ -22,8 +23,10 @@ from moe_inspect.public import Trace, report
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
 from tests.support.damage import edit_manifest
+from tests.support.families import build
 from tests.support.generated import decisions as rows_of
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.zoo import token_batch
 
 E, K, EACH, S = 8, 2, 25, 40  # tokens of a document; documents
 DOMAINS = ("code", "prose")
@@ -267,6 +270,18 @@ def test_documents_that_are_split_over_passes_are_counted_whole(
             )
     with pytest.raises(MoeInspectError, match="counts_only=True with it"):
         moe_inspect.trace_model("demo", tmp_path / "n", by_document=True)
+
+
+def test_passes_with_and_without_inference_mode_are_summed(tmp_path: Path):
+    """More documents come while it is on, and go on when it is not."""
+    model = build("olmoe")
+    recording = moe_inspect.record(model, tmp_path / "t", counts_only=True, by_document=True)
+    with recording as recorder:
+        for n, mode in enumerate((torch.no_grad, torch.inference_mode, torch.no_grad)):
+            with mode():
+                model(**token_batch([4] * (n + 1)))
+                assert recorder.totals().tokens == (4, 12, 24)[n]
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 24
 
 
 def test_a_document_that_is_not_whole_at_the_end_is_dropped_and_counted(tmp_path: Path):

@@ -15,13 +15,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+import moe_inspect
 from moe_inspect.making import merge, trace_model
 from moe_inspect.public import report
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_line, edit_lines, edit_manifest, restate, with_a_bit_less
+from tests.support.families import build
 from tests.support.synthetic import counts_by_document, write_counts
+from tests.support.zoo import token_batch
 
 T, K, L = 300, 2, 3
 Change = Callable[[dict[str, list]], None]
@@ -254,3 +258,13 @@ def test_columns_that_the_format_does_not_name_are_left_alone(tmp_path: Path) ->
     other = trace_model("demo", tmp_path / "other", data=[str(tmp_path / "text.txt")])
     merged = merge([tmp_path / "earlier", other], tmp_path / "m")
     assert merged.n_tokens == trace.n_tokens + other.n_tokens
+
+
+def test_counts_that_have_just_begun_are_checked(tmp_path: Path) -> None:
+    """A trace of counts that was killed before its first commit."""
+    model = build("olmoe")
+    with moe_inspect.record(model, tmp_path / "t", counts_only=True), torch.no_grad():
+        model(**token_batch([4]))
+        shutil.copytree(tmp_path / "t", tmp_path / "killed")
+    (note,) = moe_inspect.check(tmp_path / "killed").findings
+    assert note.kind == "unfinished"

@@ -212,20 +212,23 @@ def weight_confidence(weights: Slots) -> dict[str, float]:
     any weight are left out."""
     if any((earlier_T < later_T).any() for earlier_T, later_T in pairwise(weights)):
         weights = tuple(np.sort(weights, axis=0)[::-1])
-    mass_T, plogp_T = np.zeros((2, len(weights[0])))
+    mass_T, positive_T, plogp_T = np.zeros((3, len(weights[0])))
     for slot_T in weights:
         weight_T = slot_T.astype(float)
         mass_T += weight_T
-        share_T = np.maximum(weight_T, 0)  # a share below 0, of an import, has no entropy
-        plogp_T += share_T * np.log(share_T + TINY)
+        weight_T = np.maximum(weight_T, 0)  # one below 0, of an import, has no entropy
+        positive_T += weight_T
+        plogp_T += weight_T * np.log(weight_T + TINY)
     some = mass_T > 0
-    mass_T, plogp_T = mass_T[some], plogp_T[some]
+    mass_T, positive_T, plogp_T = mass_T[some], positive_T[some], plogp_T[some]
     margin_T = weights[0][some].astype(float)
     if len(weights) > 1:
         margin_T -= weights[1][some]
     return {
         "weight_decisions": len(mass_T),
-        "weight_entropy_sum": float((np.log(mass_T) - plogp_T / mass_T).sum()),
+        "weight_entropy_sum": float(
+            (positive_T / mass_T * np.log(mass_T) - plogp_T / mass_T).sum()
+        ),
         "weight_margin_sum": float((margin_T / mass_T).sum()),
         "weight_mass_sum": float(mass_T.sum()),
     }
