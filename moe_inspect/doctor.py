@@ -195,7 +195,7 @@ def _launch_kernels(device: torch.device) -> None:
     from moe_inspect.capture.hook import kernels
 
     E, K, H = 256, 8, 512
-    written = rows.Rows([rows.ShownRouter(device, K, E, E)], [0], ("",), torch.bfloat16)
+    written = rows.RouterRows([rows.ShownRouter(device, K, E, E)], [0], ("",), torch.bfloat16)
     written.grow(2 * sum(TOKENS))
     (tape,) = written.tapes[""]
     for T in TOKENS:

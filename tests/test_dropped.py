@@ -18,7 +18,7 @@ import moe_inspect
 from moe_inspect.alarms.rules import parse_rule, refuse_rules
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.capture.rows import Rows, ShownRouter
+from moe_inspect.capture.rows import RouterRows, ShownRouter
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.making import merge
 from moe_inspect.model.custom.choice import ChoiceReader
@@ -280,7 +280,7 @@ def test_an_id_beyond_the_experts_is_no_dropped_one() -> None:
 
 def test_each_router_has_its_own_ids() -> None:
     shown = [ShownRouter(torch.device("cpu"), K, E, below) for below in (E, 2 * E)]
-    rows = Rows(shown, [0, 1], ("", "logits"), torch.float16)
+    rows = RouterRows(shown, [0, 1], ("", "logits"), torch.float16)
     assert rows.grow(16)
     assert [tape.experts for tape in rows.tapes[""]] == [E, 2 * E]
     assert [tape.K for tape in rows.tapes["logits"]] == [E, E]

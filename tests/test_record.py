@@ -24,7 +24,7 @@ import moe_inspect
 from moe_inspect.capture.hook.experts import TAKEN
 from moe_inspect.capture.hook.inputs.arguments import length_of, mask_of
 from moe_inspect.capture.hook.inputs.rows import CachedRows
-from moe_inspect.capture.rows import Rows, ShownRouter, by_site, joined
+from moe_inspect.capture.rows import RouterRows, ShownRouter, by_site, stored_values
 from moe_inspect.errors import MoeInspectError
 from tests.support.families import FAMILIES, NO_INTERFACE, build, handed_over, moe_layers, shallow
 from tests.support.sweep import WHOLE, sample
@@ -431,11 +431,13 @@ def test_ids_of_no_expert_are_nowhere() -> None:
     """Sentinels of other ranks, and anything that a byte cannot hold."""
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
-    rows = Rows([ShownRouter(CPU, 4, 8, 8)] * 2, [0, 1], ("",), torch.float16)
+    rows = RouterRows([ShownRouter(CPU, 4, 8, 8)] * 2, [0, 1], ("",), torch.float16)
     taken = rows.whole({"": [(0, (ids, weights)), (1, (ids, weights))]}, 2)
     assert taken is not None
     for found, given in zip(
-        joined([taken], "ids", None), joined([taken], "weights", None), strict=True
+        stored_values([taken], "ids", None),
+        stored_values([taken], "weights", None),
+        strict=True,
     ):
         assert found.tolist() == [[0, 7, 255, 255], [255, 255, 255, 2]]
         assert (given == weights.half().numpy()).all()
@@ -444,7 +446,7 @@ def test_ids_of_no_expert_are_nowhere() -> None:
 @pytest.mark.parametrize("T", [1, 3])
 def test_only_a_whole_pass_is_written(T: int) -> None:
     # the second site is called twice
-    of_pass = Rows([ShownRouter(CPU, 2, 8, 8)] * 3, [0, 1, 1], ("",), torch.float32)
+    of_pass = RouterRows([ShownRouter(CPU, 2, 8, 8)] * 3, [0, 1, 1], ("",), torch.float32)
 
     def found(*sizes: tuple[int, int], K: int = 2) -> Any:
         """The ids and weights of a pass of calls of these (site, rows); and its calls, by site."""

@@ -38,10 +38,10 @@ def decisions(start: int, T: int, K: int, experts: int) -> tuple[torch.Tensor, t
     return (position * 7 + slot) % experts, ((position % 97) / 128 + slot / 1024).float()
 
 
-def made(of: list[tuple[int, int]], kinds: tuple[str, ...] = ("",)) -> rows.Rows:
+def made(of: list[tuple[int, int]], kinds: tuple[str, ...] = ("",)) -> rows.RouterRows:
     """Rows of routers on the CPU."""
     shown = [rows.ShownRouter(CPU, K, E, E) for K, E in of]
-    return rows.Rows(shown, range(len(of)), kinds, torch.float16)
+    return rows.RouterRows(shown, range(len(of)), kinds, torch.float16)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -61,7 +61,9 @@ def test_what_comes_out_is_what_went_in(late: bool, sizes: list[int], behind: in
             assert taken.cursors is not None
             assert [cursor.tolist() for cursor in taken.cursors] == [[T] * 2]
             both = zip(
-                *(rows.joined([taken], name, None) for name in ("ids", "weights")), TWO, strict=True
+                *(rows.stored_values([taken], name, None) for name in ("ids", "weights")),
+                TWO,
+                strict=True,
             )
             for of_ids, of_weights, (K, E) in both:
                 ids, weights = decisions(start, T, K, E)
@@ -88,7 +90,7 @@ def test_buffers_that_nobody_reads_keep_their_first_rows(monkeypatch: pytest.Mon
     for n in range(10):
         kernels.record_torch(held.tapes[""][0], *decisions(n * 16, 16, 2, 8))
     assert held.seen() == {"": [160]}
-    (found,) = rows.joined([held.take(32)], "ids", None)
+    (found,) = rows.stored_values([held.take(32)], "ids", None)
     assert found.tolist() == decisions(0, 32, 2, 8)[0].tolist()
     assert held.seen() == {"": [0]}
 
@@ -139,7 +141,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, number: int, late: bool = False) -> No
     if late:
         monkeypatch.setitem(rows.SIDE_STREAMS, "cpu", LateStream)
         # what a GPU's routers return is not on the host
-        monkeypatch.setattr(rows.Rows, "whole", lambda *_: pytest.fail("it is read"))
+        monkeypatch.setattr(rows.RouterRows, "whole", lambda *_: pytest.fail("it is read"))
 
 
 @pytest.fixture

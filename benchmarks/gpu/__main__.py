@@ -54,6 +54,7 @@ from benchmarks.gpu.models import models
 from benchmarks.gpu.sizes import DRY, FULL, Sizes
 from benchmarks.gpu.writer import writer
 from benchmarks.measuring import RESULTS
+from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import experts, kernels
 
 # A section's seconds: what one leaves over the next may use. Within them it starts no new
@@ -172,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(WARNING)
         torch.set_num_threads(1)
+        hand_over.HELD_ROWS = 64
     experts.register()
     facts = machine(device, arguments)
     said = {k: v for k, v in {**facts, **facts["versions"]}.items() if isinstance(v, str)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench, by_graph, host_us
 from benchmarks.gpu.correctness import variants
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.rows import Rows, ShownRouter
+from moe_inspect.capture.rows import RouterRows, ShownRouter
 
 
 def stock_preparation(ids_TK: Tensor, weights_TK: Tensor, E: int) -> tuple[Tensor, ...]:
@@ -38,7 +38,9 @@ def a_choice(bench: Bench, T: int, E: int, K: int) -> tuple[Tensor, Tensor]:
 
 
 def dispatch_runs(bench: Bench, T: int, E: int, K: int) -> dict[str, list[Callable[[], Any]]]:
-    rows = Rows([ShownRouter(torch.device(bench.device.type), K, E, E)], [0], ("",), torch.bfloat16)
+    rows = RouterRows(
+        [ShownRouter(torch.device(bench.device.type), K, E, E)], [0], ("",), torch.bfloat16
+    )
     rows.grow(T)
     (tape,) = rows.tapes[""]
     sets = [a_choice(bench, T, E, K) for _ in range(min(4, bench.sizes.calls))]

@@ -19,8 +19,7 @@ from torch import Tensor
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.stack import Stack
-from moe_inspect.capture.rows import Group, TakenPass
-from moe_inspect.capture.rows import Rows as TakenRows
+from moe_inspect.capture.rows import Group, RouterRows, TakenPass
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document
@@ -48,7 +47,7 @@ class Sums:
     """Assignments, first choices and, with `weights`, gate weights of the routers of a stack, by
     row and expert. Nothing waits for their devices before `of_routers`."""
 
-    def __init__(self, rows: TakenRows, weights: bool):
+    def __init__(self, rows: RouterRows, weights: bool):
         self.rows = rows
         self._kinds = [torch.int64, torch.int64, torch.float64][: 3 if weights else 2]
         self._sums = self._zeros(1)

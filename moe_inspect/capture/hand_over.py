@@ -21,8 +21,7 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, joined
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.capture.options import RecordOptions
-from moe_inspect.capture.rows import TakenPass
-from moe_inspect.capture.rows import joined as joined_values
+from moe_inspect.capture.rows import TakenPass, stored_values
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import EXTRAS, Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
@@ -326,7 +325,7 @@ class HandOver:
                 values += [self._no_rows(router, name) for router in stack.routers]
                 continue
             real = np.concatenate([p.rows.real for p in passes if p.rows is not None])
-            values += joined_values(taken, name, None if real.all() else np.flatnonzero(real))
+            values += stored_values(taken, name, None if real.all() else np.flatnonzero(real))
         return values
 
     def _no_rows(self, router: Router, name: str) -> np.ndarray:

@@ -130,7 +130,7 @@ class Lanes:
         return host, [copied]
 
 
-class Rows:
+class RouterRows:
     """The rows of the routers of a stack.
 
     routers       what the first pass has shown of each
@@ -333,7 +333,9 @@ class Rows:
         }
 
 
-def joined(passes: Sequence[TakenPass], name: str, keep: np.ndarray | None) -> list[np.ndarray]:
+def stored_values(
+    passes: Sequence[TakenPass], name: str, keep: np.ndarray | None
+) -> list[np.ndarray]:
     """Return what consecutive passes recorded, of each router [rows, …]: those at `keep`, or all.
     Ids are uint8 or uint16, their maximum where a slot has no expert; bfloat16 values are given as
     their bits, uint16."""

@@ -206,7 +206,7 @@ if triton is not None:
         of a row are contiguous only when they are written in this form: one vector store."""
         at = tl.load(tape.cursor + lane)
         inside = i < _room(tape, at, T) * K
-        row = tl.minimum(at, tape.rows).to(tl.int32) + i // K
+        row = at.to(tl.int32) + i // K
         offset = tape.base + row * K + i % K
         if tape.ids is not None:
             value = tl.where(routed, expert, -1)  # 255 in an unsigned byte

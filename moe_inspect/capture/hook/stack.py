@@ -20,8 +20,7 @@ from torch.nn import Module
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.capture.rows import Calls, CallsOfSite, ShownRouter, TakenPass, by_site
-from moe_inspect.capture.rows import Rows as TakenRows
+from moe_inspect.capture.rows import Calls, CallsOfSite, RouterRows, ShownRouter, TakenPass, by_site
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.choices import called_with
 from moe_inspect.model.routers import Site, logits_among, stacks_in, top_k_of
@@ -251,7 +250,7 @@ class Stack:
         self._copied: list[tuple[Tensor, Tensor]] = []  # in the first pass: a copy, and of what
         self._shown: list[ShownRouter] = []  # once it has run
         self._sites_of: list[int] = []  # the site of each router
-        self.rows: TakenRows | None = None  # once it has run
+        self.rows: RouterRows | None = None  # once it has run
         self.replayed = False  # a CUDA graph holds its launches, and the buffers' addresses
         self.fixed_rows: int | None = None  # rows of the buffers, where an option says it
         self.skips = False  # nothing of the current pass is recorded
@@ -367,7 +366,7 @@ class Stack:
 
     def lay_out(self, weight_dtype: torch.dtype) -> None:
         """Ends the first forward pass: `weight_dtype` is that of the gate weights in the trace."""
-        self.rows = TakenRows(self._shown, self._sites_of, self.kinds, weight_dtype)
+        self.rows = RouterRows(self._shown, self._sites_of, self.kinds, weight_dtype)
 
     def grow(self, rows: int) -> None:
         """Has kernels write passes of so many rows to buffers. MoeInspectError where these have
