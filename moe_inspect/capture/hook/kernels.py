@@ -539,7 +539,7 @@ if triton is not None:
             # 8 slots per thread: a decision of K = 8 is one vector store of ids, one of weights
             _count_kernel[(blocks,)](
                 ids, weights, partial, experts, T, *arguments,
-                K=K, BINS=bins, BLOCK=block, num_warps=max(1, block // 256),
+                K=K, BINS=bins, BLOCK=block, num_warps=max(1, block // 256), **REGISTERS,
             )  # fmt: skip
             if scanned:
                 grid = (-(-experts // 16),)
