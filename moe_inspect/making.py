@@ -18,16 +18,18 @@ from moe_inspect.trace.files.location import output_location
 Options = ParamSpec("Options")
 
 
-def opened(function: Callable[Options, reader.Trace]) -> Callable[Options, Trace]:
+def with_public_trace(function: Callable[Options, reader.Trace]) -> Callable[Options, Trace]:
+    """The function with the public `Trace` as its result."""
+
     @wraps(function)
-    def opening(*args: Options.args, **options: Options.kwargs) -> Trace:
+    def run(*args: Options.args, **options: Options.kwargs) -> Trace:
         return open_trace(function(*args, **options))
 
-    return opening
+    return run
 
 
-import_trace = opened(importing.import_trace)
-merge = opened(merging.merge)
+import_trace = with_public_trace(importing.import_trace)
+merge = with_public_trace(merging.merge)
 
 
 def trace_model(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from moe_inspect.trace import reader
 
@@ -156,6 +156,13 @@ class Trace(reader.Trace):
         text = LazyMethod("trace.texts", "text")
         tokens_of = LazyMethod("trace.texts", "tokens_of")
 
+    @classmethod
+    def from_stored(cls, stored: reader.Trace) -> Self:
+        """The same trace with the public methods, without reading its files again."""
+        trace = cls.__new__(cls)
+        trace.__dict__.update(stored.__dict__)
+        return trace
+
     @property
     def simulate(self) -> Simulations:
         """The trace replayed under other assumptions: `.placement(gpus=8)`,
@@ -189,5 +196,8 @@ def open_trace(trace: str | Path | reader.Trace, *, scheduler: reader.Scheduler 
     Raises:
         MoeInspectError: there is no trace, or it is damaged or of a newer format.
     """
-    opened = trace if isinstance(trace, Trace) else Trace(reader.place_of(trace))
+    if not isinstance(trace, reader.Trace):
+        opened = Trace(trace)
+    else:
+        opened = trace if isinstance(trace, Trace) else Trace.from_stored(trace)
     return opened.on(scheduler) if scheduler is not None else opened
