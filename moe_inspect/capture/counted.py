@@ -78,8 +78,8 @@ class Sums:
             with torch.inference_mode(False):
                 self._sums = [[torch.nn.functional.pad(s, more) for s in of] for of in self._sums]
 
-    def keep(self, rows: np.ndarray) -> None:
-        """Leave out the other rows. One there always is."""
+    def select_rows(self, rows: np.ndarray) -> None:
+        """Retain only these rows, or one row of zeros if there are none."""
         if not len(rows):
             self._sums = self._zeros(1)
             return
@@ -282,7 +282,7 @@ class Counted:
             for written_E, load_DE in zip(self._written_loads(), load, strict=True)
         ]
         for sums in self._sums.values():
-            sums.keep(left_D)
+            sums.select_rows(left_D)
         self._documents = [self._documents[d] for d in left_D]
         self._row_of = {document.document: d for d, document in enumerate(self._documents)}
         self._tokens_D = self._tokens_D[left_D] if self.options.by_document else self._tokens_D

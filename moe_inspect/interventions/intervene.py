@@ -305,7 +305,9 @@ class _Attachment(Attachment):
             of.how[r] = "forced" if r in of.force else "replayed" if of.replay else "shuffled"
         at_call, module = site.adapter is None or site.adapter.at_call, site.module
         register = module.register_forward_pre_hook if at_call else module.register_forward_hook
-        self._keep(register(functools.partial(self._instead, r), with_kwargs=True, prepend=True))
+        self._remove_later(
+            register(functools.partial(self._instead, r), with_kwargs=True, prepend=True)
+        )
 
     def _mask_logits(self, router: torch.nn.Module, dropped_E: Tensor) -> None:
         running = threading.local()
@@ -320,8 +322,8 @@ class _Attachment(Attachment):
                 running.among.__exit__(None, None, None)
                 del running.among
 
-        self._keep(router.register_forward_pre_hook(before))
-        self._keep(router.register_forward_hook(after, prepend=True, always_call=True))
+        self._remove_later(router.register_forward_pre_hook(before))
+        self._remove_later(router.register_forward_hook(after, prepend=True, always_call=True))
 
     def _instead(
         self, r: int, module: torch.nn.Module, args: Args, kwargs: Kwargs, output: Called = None

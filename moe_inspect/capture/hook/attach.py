@@ -171,7 +171,7 @@ class Attachment:
         if self.probes is not None:
             self._cleanup.callback(listen(self.probes))
 
-    def _keep(self, hook: RemovableHandle) -> None:
+    def _remove_later(self, hook: RemovableHandle) -> None:
         self._cleanup.callback(hook.remove)
 
     def _replace(self, owner: Module, name: str, made_of: Callable[..., Any]) -> None:
@@ -187,10 +187,10 @@ class Attachment:
             self._replace(self.model, "forward", self._around_forward)
         for scope in hooked:
             before, after = partial(self._before, scope), partial(self._after, scope)
-            self._keep(scope.module.register_forward_pre_hook(before, with_kwargs=True))
+            self._remove_later(scope.module.register_forward_pre_hook(before, with_kwargs=True))
             # even if it raised: a later call of a stack, or of a probe, is not part of it
             always = scope is self._whole and (bool(stacks) or not self.sites)
-            self._keep(scope.module.register_forward_hook(after, always_call=always))
+            self._remove_later(scope.module.register_forward_hook(after, always_call=always))
         for n, module in enumerate([*self.wrappers, self.model]):
             around = partial(self._around, wrappers=self.wrappers[n:])
             if wrapped.is_compiled_wrapper(module):
@@ -208,18 +208,18 @@ class Attachment:
             hook = stack.watching(self.sinks[r][""], adapter.choice)
             # (of the model itself, before the pass is over)
             first = module is self.model
-            self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
+            self._remove_later(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         elif adapter is not None:
             choice_of, router = adapter.choice, site.logits_module
             if router is not None and site.dropped is not None:
                 hook, choice_of = stack.dropped_before_call(site, router, choice_of)
-                self._keep(router.register_forward_hook(hook))
+                self._remove_later(router.register_forward_hook(hook))
             self._watch_call(r, site, choice_of, compiled)
         elif self.mode == "tap" and not self._experts.taps:
             self._watch_call(r, site, called_with, compiled)
         if "logits" in self.kinds and site.logits_module is not None:
             hook = stack.watching(self.sinks[r]["logits"], stack.logits_read(site))
-            self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
+            self._remove_later(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _watch_experts(self) -> None:
         for r, site in enumerate(self.sites):
@@ -233,7 +233,7 @@ class Attachment:
         module, hook = site.module, stack.watching(self.sinks[r][""], choice_of)
         # (whoever has put a forward there, as accelerate does, may look for it again)
         if not site.method and (compiled or "forward" in vars(module)):
-            self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._remove_later(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
             self._cleanup.callback(stack.before_method(module, site.method or "forward", hook))
 
