@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -18,36 +19,15 @@ FILES_PER_FOLDER = 20
 LINES_PER_FILE = 600
 LONG = {"capture/hook/kernels.py"}  # each kernel beside its torch reference
 HEAVY = {"torch", "transformers", "triton", "tokenizers", "accelerate"}
-# left to right, as the tokens flow; a room imports only rooms that it lists
-MAY_IMPORT: dict[str, set[str]] = {
+# imports of the files next to the rooms; a room states its own in the docstring of its __init__
+FILES_MAY_IMPORT: dict[str, set[str]] = {
     "text": set(),
     "progress": set(),
     "later": set(),
     "errors": {"text"},
     "workers": {"errors"},
     "files": set(),
-    "demo": {"errors", "text"},
-    "trace": {"errors", "files", "later", "progress", "text"},
-    "exporters": {"simulate", "reporting", "analysis", "model", "trace", "errors", "text"},
-    "model": {"demo", "trace", "errors", "files", "text"},
-    "importers": {"model", "trace", "errors", "files", "text", "workers"},
-    "capture": {"demo", "model", "trace", "errors", "files", "text"},
-    "interventions": {
-        *("capture", "analysis", "model", "reporting", "trace", "demo", "errors", "text")
-    },
     "doctor": {"capture", "errors", "progress", "text"},
-    "analysis": {"trace", "errors", "files", "later", "progress", "text", "workers"},
-    "alarms": {"analysis", "trace", "errors", "files", "text"},
-    # what watches a training run counts on the model, judges and draws what it counted
-    "training": {"alarms", "capture", "analysis", "model", "reporting", "trace", "errors", "text"},
-    "reporting": {"analysis", "model", "trace", "errors", "later", "progress", "text"},
-    "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
-    "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
-    "checking": {
-        *("comparison", "importers", "reporting", "analysis", "model", "trace"),
-        *("errors", "later", "text"),
-    },
-    "simulate": {"reporting", "analysis", "model", "trace", "errors", "files", "progress", "text"},
 }
 # these stand above all rooms, and no room imports them
 ENTRIES = {"", "__main__", "cli", "public", "making", "recording"}
@@ -65,6 +45,15 @@ LIGHT = {
     "simulate",
     "watch",
 }
+ROOMS = {path.parent.name: path.parent for path in ROOT.glob("*/__init__.py")}
+
+
+def stated_imports(folder: Path) -> set[str]:
+    """What the last paragraph of a room's docstring says that it may import."""
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    line = re.fullmatch(r"May import: (.+)\.", " ".join(docstring.split("\n\n")[-1].split()))
+    assert line, f"{folder.name}/__init__.py: the last paragraph does not say what it may import"
+    return set() if line[1] == "nothing of the package" else set(line[1].split(", "))
 
 
 @cache
@@ -75,6 +64,12 @@ def modules() -> dict[str, Path]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+# left to right, as the tokens flow; a room imports only rooms that it lists
+MAY_IMPORT = FILES_MAY_IMPORT | {
+    name: stated_imports(folder) for name, folder in ROOMS.items() if name not in ENTRIES
+}
 
 
 @cache
@@ -151,6 +146,12 @@ def test_a_room_imports_only_what_lies_before_it(name: str) -> None:
     for module, targets in graph(n for n in modules() if room(n) == name).items():
         beyond = {t for t in targets if room(t) != name and room(t) not in MAY_IMPORT[name]}
         assert not beyond, f"{module} imports {', '.join(sorted(beyond))}"
+
+
+@pytest.mark.parametrize("name", sorted(ROOMS.keys() - ENTRIES))
+def test_a_room_imports_all_that_it_says(name: str) -> None:
+    arrows = graph(n for n in modules() if room(n) == name)
+    assert {room(t) for targets in arrows.values() for t in targets} - {name} == MAY_IMPORT[name]
 
 
 def test_every_room_has_its_place_in_the_order() -> None:

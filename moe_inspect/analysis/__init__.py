@@ -1,2 +1,5 @@
-"""Right of the trace: one pass over the rows, then pure functions on the aggregates. Nothing here
-imports torch."""
+"""Counts of a trace, and metrics of them: `counting` passes over the rows once, `metrics` are pure
+functions of the counts. Nothing here imports torch.
+
+May import: errors, progress, text, trace, workers.
+"""

@@ -1,1 +1,5 @@
-"""Records traces: reads a corpus, runs a model on it and captures the choices of its routers."""
+"""Recording: feed a corpus to a model, hook its routers, and hand their choices to the writer of a
+trace. `hook` attaches to a model in this process; `engine` attaches to a serving engine.
+
+May import: demo, errors, files, model, text, trace.
+"""

@@ -1,5 +1,8 @@
-"""The command line: a file per command. A command is imported when it runs, or when its help is
-asked for, and imports what is heavy when it runs."""
+"""The command line: a file per command. A command is imported when it runs or when its help is
+requested, and imports heavy modules only when it runs.
+
+May import: all rooms. No room imports it.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The bundled toy model and its corpus; `tools/demo` in the repository is the recipe that made
-them."""
+"""The bundled toy model and its corpus. `tools/demo` in the repository is the recipe that made
+them.
+
+May import: nothing of the package.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,8 @@
-"""Formats that other tools read. A new format takes a function and a line here."""
+"""Formats that other tools read: load, plans and profiles. A new format takes a function and a line
+here.
+
+May import: analysis, errors, model, reporting, simulate, text, trace.
+"""
 
 # name → module of this package with a function of that name, and what the function writes
 MODULES = {

@@ -1,4 +1,8 @@
-"""One file (or folder) per format of another tool. A new format takes its file and a line here."""
+"""Formats of other tools that become traces, one file (or folder) per format. A new format takes
+its file and a line here.
+
+May import: errors, files, model, text, trace, workers.
+"""
 
 from moe_inspect.importers.tables.presets import PRESETS
 

@@ -1,7 +1,9 @@
 """Watches the routers of a model while it is trained: counts, metrics in the logs, history, alarms.
 
-Import from here: `RoutingMonitor` for a loop of one's own, `RoutingCallback` for the Trainer of
+Import from here: `RoutingMonitor` for a training loop, `RoutingCallback` for the Trainer of
 transformers and TRL, `LightningRoutingCallback` for Lightning.
+
+May import: alarms, analysis, capture, errors, model, reporting, text, trace.
 """
 
 import lazy_loader

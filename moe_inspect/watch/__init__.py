@@ -1,1 +1,5 @@
-"""Shows a trace in the terminal while it is being written, and an engine's load in its /metrics."""
+"""`moe-inspect watch`: show a trace in the terminal while it is being written, and serve the load
+of an engine in its /metrics.
+
+May import: alarms, analysis, errors, reporting, text, trace.
+"""
