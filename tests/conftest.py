@@ -277,12 +277,15 @@ def nothing_is_compiled() -> None:
 
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the kernels run, and their first launch is not compared."""
+    """As on a GPU: the kernels run and write to buffers, and their first launch is not compared."""
+    from moe_inspect.capture import rows
     from moe_inspect.capture.hook import first_launch, kernels
+    from tests.support.streams import PromptStream
 
     if kernels.triton is None:
         pytest.skip("no triton on this platform")
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
+    monkeypatch.setitem(rows.SIDE_STREAMS, "cpu", PromptStream)
     run = lambda name, device, written, kernel, twin, *arguments: kernel(*arguments)  # noqa: E731
     monkeypatch.setattr(first_launch, "run", run)
 

@@ -21,6 +21,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.conftest import Put
 from tests.support.families import build
+from tests.support.streams import LateStream
 from tests.support.sweep import WHOLE
 from tests.support.synthetic import a_pass, routers, write_passes
 from tests.support.witness import agreed, traced, witnessed
@@ -103,36 +104,6 @@ def test_a_pass_that_32_bits_cannot_address_is_refused() -> None:
 
 
 # --- in a recording
-
-
-class LateStream:
-    """Stands for a side stream: what it has copied arrives when somebody has asked twice, or
-    waits for it."""
-
-    def __init__(self, device: torch.device):
-        pass
-
-    def copy(self, tensors: Any) -> tuple[list[torch.Tensor], LateCopy]:
-        host = [torch.full_like(tensor, 77) for tensor in tensors]
-        return host, LateCopy(
-            [(to, tensor.clone()) for to, tensor in zip(host, tensors, strict=True)]
-        )
-
-
-class LateCopy:
-    def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]):
-        self.pairs, self.asked = pairs, 0
-
-    def synchronize(self) -> None:
-        for host, copied in self.pairs:
-            host.copy_(copied)
-        self.pairs = []
-
-    def query(self) -> bool:
-        self.asked += 1
-        if self.asked > 1:
-            self.synchronize()
-        return not self.pairs
 
 
 def hold(monkeypatch: pytest.MonkeyPatch, number: int, late: bool = False) -> None:

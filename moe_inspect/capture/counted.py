@@ -43,13 +43,18 @@ class Totals:
     tokens_R: np.ndarray
 
 
+def sum_dtypes(weights: bool) -> list[str]:
+    """Types of the sums: of assignments, first choices and, with `weights`, gate weights."""
+    return ["int64", "int64", *(["float64"] if weights else [])]
+
+
 class Sums:
     """Assignments, first choices and, with `weights`, gate weights of the routers of a stack, by
     row and expert. Nothing waits for their devices before `of_routers`."""
 
     def __init__(self, rows: RouterRows, weights: bool):
         self.rows = rows
-        self._kinds = [torch.int64, torch.int64, torch.float64][: 3 if weights else 2]
+        self._kinds = [getattr(torch, dtype) for dtype in sum_dtypes(weights)]
         self._sums = self._zeros(1)
 
     def _zeros(self, D: int) -> list[list[Tensor]]:
@@ -306,8 +311,8 @@ class Counted:
                 sums.grow(D)
                 found += sums.of_routers()
             else:  # it has not run
-                kinds = [np.int64, np.int64, np.float64][: 3 if self.options.weights else 2]
-                found += [[np.zeros((D, r.experts), kind) for kind in kinds] for r in stack.routers]
+                dtypes = sum_dtypes(self.options.weights)
+                found += [[np.zeros((D, r.experts), d) for d in dtypes] for r in stack.routers]
         return found
 
     def _written_loads(self) -> list[np.ndarray]:

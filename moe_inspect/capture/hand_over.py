@@ -21,9 +21,9 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, joined
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.capture.options import RecordOptions
-from moe_inspect.capture.rows import TakenPass, stored_values
+from moe_inspect.capture.rows import ShownRouter, TakenPass, stored_values
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import EXTRAS, Router
+from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
@@ -33,12 +33,14 @@ FORWARD_PASSES = 3  # of the largest size that may wait: one is copied to the ho
 
 @dataclass(eq=False, slots=True)
 class StackPass:
-    """The run of a stack in a forward pass. `taken`: what its routers chose; None where that is
-    left out. `rows`: what it was fed, once it is read."""
+    """The run of a stack in a forward pass. `taken`: what its routers chose; None if the pass is
+    left out. Once it is read, `tokens`: the number of tokens that it was fed, and `rows`: the
+    recorded ones."""
 
     stack: Stack
     fed: Rows | CallInputs
     taken: TakenPass | None
+    tokens: int = 0
     rows: Rows | None = None
 
     def has_arrived(self, wait: bool) -> bool:
@@ -61,20 +63,16 @@ class Forward:
         """Rows that wait."""
         return sum(p.fed.T for p in self.passes if p.taken is not None)
 
+    @property
     def rows(self) -> list[Rows]:
-        """What each stack was fed, without tokens where the pass is left out; [] until it is
-        read."""
-        return [
-            p.rows if p.taken is not None else without_tokens(p.rows)
-            for p in self.passes
-            if p.rows is not None
-        ]
+        """The recorded rows of each stack; [] until the pass is read."""
+        return [p.rows for p in self.passes if p.rows is not None]
 
     def continues(self, before: Forward) -> bool:
         """Whether the two can be one batch: passes of one stack, of one kind."""
         if len(self.passes) > 1 or len(before.passes) > 1:
             return False
-        (a,), (b,), (x,), (y,) = before.passes, self.passes, before.rows(), self.rows()
+        (a,), (b,), (x,), (y,) = before.passes, self.passes, before.rows, self.rows
         return (
             a.stack is b.stack
             and (a.taken is None) == (b.taken is None)
@@ -84,22 +82,21 @@ class Forward:
 
 
 class HandOver:
-    """`writer`: None until the first forward pass is over, which shows `weight_dtype`, that of the
-    gate weights. `tokens`: handed over so far."""
+    """`counted`: sums the decisions, instead of recording each. `writer`: None until the first
+    forward pass is over, which shows `weight_dtype`, the type of the gate weights. `tokens`: the
+    number handed over so far."""
 
     def __init__(
         self,
         stacks: Mapping[str, Stack],
         inputs: PassInputs,
         options: RecordOptions,
-        shard_tokens: int,
+        counted: Counted | None,
     ):
         self.stacks, self.inputs, self.options = stacks, inputs, options
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
-        self.counted: Counted | None = None
-        if options.counts_only:
-            self.counted = Counted(stacks, inputs, options, shard_tokens)
+        self.counted = counted
         # how long a pass waits for others
         self._hold_s = min(HELD_SECONDS, options.commit_every or HELD_SECONDS)
         self.tokens = 0
@@ -122,7 +119,7 @@ class HandOver:
     def feed(self, stack: Stack, fed: Rows | CallInputs, in_compiled: bool) -> None:
         """A stack is about to run. Waits until there is room for its rows; where decisions may be
         dropped, the pass is left out instead. `in_compiled`: compiled code may write them."""
-        stack.fed, rows = fed, stack.rows
+        stack.scope.fed, rows = fed, stack.rows
         if rows is None or self.counted is not None:
             return
         stack.scope.to_tapes = in_compiled or not rows.keeps_calls
@@ -144,15 +141,16 @@ class HandOver:
         with self._handing_over():
             passes = list[StackPass]()
             for stack in fed:
-                assert stack.fed is not None
-                taken = None if self._skips else stack.take(stack.fed)
+                inputs = stack.scope.fed
+                assert inputs is not None
+                taken = None if self._skips else stack.take(inputs)
                 if taken is not None and not taken.copied:  # of a GPU, checked on arrival
-                    stack.check(taken, stack.fed.T)
-                passes.append(StackPass(stack, stack.fed, taken))
+                    stack.check(taken, inputs.T)
+                passes.append(StackPass(stack, inputs, taken))
             for stack in fed:
                 if self._skips and stack.rows is not None:
                     stack.rows.rewind()
-                stack.fed = None
+                stack.scope.fed = None
             self._queue.append(Forward(number, passes, time.monotonic()))
             self._queued_rows += self._queue[-1].T
             self.inputs.accept()
@@ -208,7 +206,7 @@ class HandOver:
         self.drain(wait=True)
         for stack in self.stacks.values():
             if stack.rows is not None and stack.rows.P:
-                if stack.fed is not None:  # the last forward pass failed
+                if stack.scope.fed is not None:  # the last forward pass failed
                     stack.rows.rewind()
                 stack.check_seen(0, stack.rows.seen())
 
@@ -269,32 +267,34 @@ class HandOver:
 
     def _read(self, forward: Forward, wait: bool) -> bool:
         """Reads the rows of the first pass of the queue, once; False where it has not arrived."""
-        if not forward.rows():
+        if not forward.rows:
             if not all(p.has_arrived(wait) for p in forward.passes):
                 return False
             for p in forward.passes:
                 if p.taken is not None and p.taken.copied:
                     p.stack.check(p.taken, p.fed.T)
             for p in forward.passes:
-                p.rows = self.inputs.rows(p.fed)
+                rows = self.inputs.rows(p.fed)
+                p.tokens = len(rows.token_id)
+                p.rows = rows if p.taken is not None else without_tokens(rows)
             self.inputs.accept()
         return True
 
     def _count(self, counted: Counted, batch: list[Forward]) -> None:
-        passes = [p for forward in batch for p in forward.passes if p.rows is not None]
-        self.tokens += sum(len(p.rows.token_id) for p in passes if p.rows is not None)
+        passes = [p for forward in batch for p in forward.passes]
+        self.tokens += sum(p.tokens for p in passes)
         taken = [(p.stack, p.rows, p.taken) for p in passes if p.rows and p.taken]
         counted.add(taken, batch[-1].number)
 
     def _write(self, writer: TraceWriter, batch: list[Forward]) -> None:
-        parts = [(f, p, r) for f in batch for p, r in zip(f.passes, f.rows(), strict=True)]
+        parts = [(f, p, r) for f in batch for p, r in zip(f.passes, f.rows, strict=True)]
         fed = joined([rows for *_, rows in parts])
         sizes = [len(rows.token_id) for *_, rows in parts]
         numbers = np.repeat(np.array([f.number for f, *_ in parts], np.int32), sizes)
         self.tokens += len(fed.token_id)
-        for _, p, rows in parts:
-            if p.rows is not None and rows is not p.rows:
-                writer.dropped += len(p.rows.token_id) * len(p.stack.routers)
+        for _, p, _ in parts:
+            if p.taken is None:
+                writer.dropped += p.tokens * len(p.stack.routers)
         writer.write(
             RoutedBatch(
                 batch[-1].number,
@@ -322,24 +322,23 @@ class HandOver:
             passes = [p for forward in batch for p in forward.passes if p.stack is stack]
             taken = [p.taken for p in passes if p.taken is not None]
             if not taken:
-                values += [self._no_rows(router, name) for router in stack.routers]
+                for router in stack.routers:  # the stack did not run
+                    values += no_rows(router, name, self.weight_dtype)
                 continue
             real = np.concatenate([p.rows.real for p in passes if p.rows is not None])
             values += stored_values(taken, name, None if real.all() else np.flatnonzero(real))
         return values
 
-    def _no_rows(self, router: Router, name: str) -> np.ndarray:
-        """Of a router whose stack did not run."""
-        K, E = router.top_k, router.experts
-        if (extra := EXTRAS.get(name)) is not None:
-            return np.empty((0, extra.width(K, E)), extra.dtype)
-        is_bf16 = self.weight_dtype == torch.bfloat16
-        weights = "uint16" if is_bf16 else "float16"
-        return np.empty((0, K), "uint8" if name == "ids" else weights)
+
+def no_rows(router: Router, name: str, weight_dtype: torch.dtype) -> list[np.ndarray]:
+    """Return the stored values of a router that saw no rows."""
+    shown = ShownRouter(torch.device("cpu"), router.top_k, router.experts, router.experts)
+    empty = torch.empty(1, 0, shown.width(name), dtype=shown.dtype(name, weight_dtype))
+    return stored_values([TakenPass({name: [empty]})], name, None)
 
 
 def without_tokens(rows: Rows) -> Rows:
-    """What a pass was fed that is left out: its documents alone."""
+    """The rows of a pass that is left out: documents alone, no tokens."""
     names = ("real", "token_id", "document", "sequence", "position", "domain")
     return replace(
         rows, **{name: getattr(rows, name)[:0] for name in names}, phases=rows.phase_codes()[:0]

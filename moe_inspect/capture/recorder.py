@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from moe_inspect.capture.counted import Totals
+from moe_inspect.capture.counted import Counted, Totals
 from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.experts import mode_of
@@ -94,7 +94,9 @@ class Recorder:
         self.inputs = PassInputs(reader, documents, domains)
         for stack in self.stacks.values():
             stack.is_summed, stack.fixed_rows = options.counts_only, options.ring_tokens
-        self._hand_over = HandOver(self.stacks, self.inputs, options, self._planned.shard_tokens)
+        passes = self.stacks, self.inputs, options
+        counted = Counted(*passes, self._planned.shard_tokens) if options.counts_only else None
+        self._hand_over = HandOver(*passes, counted)
         tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
         self._opener = TraceOpener(
             place, self.model, self.sites, self.mode, tokenizer, options, self._planned
@@ -243,12 +245,12 @@ class Recorder:
         if self._capturing:
             return
         of = self.stacks[stack]
-        if of.fed is not None:
+        if of.scope.fed is not None:
             raise MoeInspectError(
                 f"the {stack or 'model'} ran twice in one forward pass of "
                 f"{type(self.model).__name__}: call it by itself"
             )
-        fed = of.scope.fed = self.inputs.of_call(stack, args, kwargs)
+        fed = self.inputs.of_call(stack, args, kwargs)
         self._hand_over.feed(of, fed, self.attachment.in_compiled)
 
     def returned(self, stack: str, output: object) -> None:
@@ -273,7 +275,7 @@ class Recorder:
         if self._capturing:
             self._capturing = False
             return
-        fed = [stack for stack in self.stacks.values() if stack.fed is not None]
+        fed = [stack for stack in self.stacks.values() if stack.scope.fed is not None]
         if new := [stack for stack in fed if stack.is_new]:  # they have run for the first time
             if not self.sites:
                 raise no_routers(self.model)

@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import EXTRAS
@@ -40,28 +39,32 @@ def by_site(calls: Sequence[tuple[int, tuple[Tensor, ...]]], sites: int) -> list
     return grouped
 
 
-class ShownRouter(NamedTuple):
-    """What the first pass shows of a router. `below`: ids from this on are no expert's."""
+@dataclass(frozen=True)
+class ShownRouter:
+    """The shape of a router's rows. `below`: ids from this on are not an expert's."""
 
     device: torch.device
     top_k: int
     experts: int
     below: int
-
-
-class Group(NamedTuple):
-    """Consecutive alike routers, from index `first` on."""
-
-    device: torch.device
-    top_k: int
-    experts: int
-    below: int
-    first: int
-    routers: int
 
     def width(self, name: str) -> int:
         """Return the number of values that a row has."""
         return EXTRAS[name].width(self.top_k, self.experts) if name in EXTRAS else self.top_k
+
+    def dtype(self, name: str, weight_dtype: torch.dtype) -> torch.dtype:
+        """Return the type in which its values are stored."""
+        if name == "ids":  # one value marks slots without an expert: 256 need the wider type
+            return torch.uint8 if self.below < 256 else torch.int16
+        return weight_dtype if name == "weights" else getattr(torch, EXTRAS[name].dtype)
+
+
+@dataclass(frozen=True)
+class Group(ShownRouter):
+    """Consecutive alike routers, from index `first` on."""
+
+    first: int
+    routers: int
 
 
 LEAST_ROWS = 1024  # of a buffer, which then grows less often; a power of two of at least 16
@@ -152,23 +155,13 @@ class RouterRows:
         self.groups = list[Group]()
         for shown, alike in groupby(routers):
             first = self.groups[-1].first + self.groups[-1].routers if self.groups else 0
-            self.groups.append(Group(*shown, first, len(list(alike))))
-        # its routers' calls can be kept as they are
-        self.keeps_calls = all(
-            group.device.type == "cpu"
-            and "cpu" not in SIDE_STREAMS
-            and not kernels.runs_triton(torch.empty(0, device=group.device))
-            for group in self.groups
-        )
+            self.groups.append(Group(**vars(shown), first=first, routers=len(list(alike))))
+        # whether the calls can be kept as they are: nothing reads them while a model goes on
+        self.keeps_calls = not any(group.device.type in SIDE_STREAMS for group in self.groups)
         self.P = 0  # rows that the buffers hold; 0: there are none
         self.tapes: dict[str, list[Tape]] = {}
         self._buffers: dict[str, list[Tensor]] = {}
         self._lanes: dict[torch.device, Lanes] = {}
-
-    def dtype(self, name: str, group: Group) -> torch.dtype:
-        if name == "ids":  # one value marks slots without an expert: 256 need the wider type
-            return torch.uint8 if group.below < 256 else torch.int16
-        return self.weight_dtype if name == "weights" else getattr(torch, EXTRAS[name].dtype)
 
     # --- calls that were kept
 
@@ -210,7 +203,7 @@ class RouterRows:
 
     def _stored(self, values: Tensor, name: str, group: Group) -> Tensor:
         """Return the values in the type in which they are stored."""
-        dtype = self.dtype(name, group)
+        dtype = group.dtype(name, self.weight_dtype)
         if name != "ids" or not values.numel():
             return values.to(dtype)
         if values.is_cpu:  # most often all are experts, which is cheap to tell on a CPU
@@ -244,7 +237,9 @@ class RouterRows:
             self._buffers = {
                 name: [
                     torch.empty(
-                        g.routers * P * g.width(name), dtype=self.dtype(name, g), device=g.device
+                        g.routers * P * g.width(name),
+                        dtype=g.dtype(name, self.weight_dtype),
+                        device=g.device,
                     )
                     for g in self.groups
                 ]
@@ -344,5 +339,5 @@ def stored_values(
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if whole.dtype in (torch.int16, torch.bfloat16):
             whole = whole.view(torch.uint16)
-        found += [rows if keep is None else rows[keep] for rows in whole.numpy()]
+        found += [rows if keep is None else rows[keep] for rows in whole.cpu().numpy()]
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported
 
 from tests.support.mutation import changed_source, load_file
+from tests.support.streams import PromptStream
 
 NAME = "moe_inspect.capture.hook.kernels"
 # what is broken → a fragment of the kernels' source, and the wrong one
@@ -30,6 +31,9 @@ def load(broken: str, place: Path) -> None:
     file.write_text(changed_source(source, *BREAKS[broken]))
     module = sys.modules["moe_inspect.capture.hook"].kernels = load_file(NAME, file)
     module.runs_triton = lambda tensor: True
+    from moe_inspect.capture import rows
+
+    rows.SIDE_STREAMS["cpu"] = PromptStream
 
 
 if __name__ == "__main__":

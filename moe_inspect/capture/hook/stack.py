@@ -243,7 +243,6 @@ class Stack:
         self.routers_of: list[list[int]] = []  # of each site
         # grouped by site: a layer that runs twice has two. From the config until the first pass
         self.routers: list[Router] = []
-        self.fed: Rows | CallInputs | None = None  # in the current forward pass
         self.is_new = True  # it has not run yet, or runs for the first time
         self.calls: Calls = {}
         self.copies = True
@@ -281,9 +280,9 @@ class Stack:
 
     def begin(self) -> None:
         """Begins a forward pass. If the previous one failed, its rows are overwritten."""
-        if self.fed is not None and self.rows is not None:
+        if self.scope.fed is not None and self.rows is not None:
             self.rows.rewind()
-        self.fed = None
+        self.scope.fed = None
         self.scope.passes += 1
         self.clear()
 
@@ -310,8 +309,8 @@ class Stack:
         """Ends the first forward pass: top-k, dtypes and devices are as observed. Returns the dtype
         of each router's gate weights. `is_declared`: routers were written before they had run, as
         the config declares them: MoeInspectError where they differ."""
-        assert self.fed is not None
-        T, declared = self.fed.T, self.routers
+        assert self.scope.fed is not None
+        T, declared = self.scope.fed.T, self.routers
         if self.scope.is_known:
             self.copies = not all(torch.equal(copy, tensor) for copy, tensor in self._copied)
             self._copied = []
@@ -402,9 +401,9 @@ class Stack:
 
     def write_calls(self) -> None:
         """Writes the calls of the current pass so far to buffers. Those that follow go there."""
-        if self.rows is None or self.fed is None or self.is_summed or self.scope.to_tapes:
+        if self.rows is None or self.scope.fed is None or self.is_summed or self.scope.to_tapes:
             return
-        self.grow(self.fed.T)
+        self.grow(self.scope.fed.T)
         for kind in self.calls:
             for sinks, of_site in zip(self.sinks, self.calls_of(kind), strict=True):
                 tapes = sinks[kind].tapes
