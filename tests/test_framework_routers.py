@@ -61,6 +61,15 @@ def test_deepspeed_has_slots_first() -> None:
     assert torch.equal(found[1], WEIGHTS)
 
 
+def test_deepspeed_before_release_0_19_has_a_map() -> None:
+    weights_TEC = torch.zeros(2, 4, 3)
+    weights_TEC[0, 2, 0], weights_TEC[0, 0, 1], weights_TEC[1, 1, 2] = 0.25, 0.75, 0.5
+    output = (None, weights_TEC, weights_TEC > 0, None)
+    map_TE, weights_TE = frameworks.deepspeed(nn.Identity(), (), {}, output)
+    assert map_TE.tolist() == [[True, False, True, False], [False, True, False, False]]
+    assert weights_TE.tolist() == [[0.75, 0, 0.25, 0], [0, 0.5, 0, 0]]
+
+
 def test_a_router_that_gives_scores_alone_has_no_choice() -> None:
     assert frameworks.weights_first(nn.Identity(), (), {}, (WEIGHTS, None, None, None)) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.describe import describe
-from moe_inspect.model.gguf import ARCHITECTURES
+from moe_inspect.model.gguf import ARCHITECTURES, layer_experts
 from moe_inspect.model.load import stated_config
 from tests.conftest import Cli
 from tests.support import zoo
@@ -25,6 +26,7 @@ from tests.support.families import FAMILIES
 from tests.support.foreign import Field, gguf_file
 
 FAMILY = dict(zip(ARCHITECTURES, ("qwen2_moe", "qwen3_moe", "minimax_m2"), strict=True))
+NAME = "blk.0.ffn_up_exps.weight"
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the gguf package")
 
 
@@ -72,6 +74,46 @@ def test_what_is_no_gguf_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytes
     gguf_file(path, {"general.architecture": "qwen3moe"}, {})
     monkeypatch.setitem(sys.modules, "gguf", None)
     refused(r"needs gguf: pip install 'moe-inspect\[gguf\]'")
+
+
+# where a header of one field and one tensor says what, and what it may not say
+BROKEN = {
+    "is GGUF of version 9: 2 and 3": (struct.pack("<II", 0x46554747, 3), 9),
+    "type 99 of a metadata value is unknown": (b"an.odd.key" + struct.pack("<I", 4), 99),
+    "has 9 dimensions": (NAME.encode() + struct.pack("<I", 3), 9),
+    "ends within its header": (struct.pack("<Q", len(NAME)) + NAME.encode()[:1], None),
+}
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_broken_header_is_refused_in_a_line(said: str, tmp_path: Path):
+    path, (before, value) = tmp_path / "m.gguf", BROKEN[said]
+    gguf_file(path, {"an.odd.key": 7}, {NAME: np.zeros((2, 3, 4))})
+    assert layer_experts(path) == {0: (2, 3 * 4 * 4)}
+    whole = path.read_bytes()
+    assert whole.count(before) == 1
+    at = whole.index(before) + len(before)
+    other = whole[: at - 8] if value is None else before[:-4] + struct.pack("<I", value)
+    path.write_bytes(other if value is None else whole.replace(before, other))
+    with pytest.raises(MoeInspectError, match=said):
+        layer_experts(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"a": np.zeros((2, 2))}, "no tensors of experts"),
+        ({NAME: np.zeros((0, 3, 4))}, f"{NAME} is of 0 experts"),
+        (
+            {NAME: np.zeros((2, 3, 4)), NAME.replace("up", "down"): np.zeros((5, 3, 4))},
+            "is of 5 experts, another tensor of its layer of 2",
+        ),
+    ],
+)
+def test_tensors_of_no_experts_are_refused(tensors: dict[str, Any], said: str, tmp_path: Path):
+    gguf_file(tmp_path / "m.gguf", {}, tensors)
+    with pytest.raises(MoeInspectError, match=said):
+        layer_experts(tmp_path / "m.gguf")
 
 
 # --- tiny models, with the bundled tokenizer

@@ -309,6 +309,8 @@ def test_loaders_that_are_wrong_are_named() -> None:
     for loader, match in (
         (3, "a loader is a function that returns .* not a int"),
         (lambda: (own.gpt(), good.Bytes(), 3), "returned a int in place of a function"),
+        (lambda: own.gpt(), r"must return \(model, tokenizer\) or .*, not a GPT"),
+        (lambda: (3, good.Bytes()), "returned a int in place of a model"),
         (lambda: (own.gpt(), object()), "a object is not a tokenizer"),
         (lambda: exit(2), "failed: SystemExit: 2"),
     ):

@@ -216,6 +216,14 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert "Fitted" not in "".join(made.verdict)
 
 
+def test_too_little_of_a_domain_is_said_of_counts(tmp_path: Path) -> None:
+    load = np.array([[5_000, 5_000, 5_000, 5_000], [10, 8, 6, 6]])
+    trace = write_counts(tmp_path / "t", [load], 1, ["much", "little"])
+    few = simulate_placement(trace, gpus=2, domains="little").verdict[0]
+    assert few.startswith("Too little data to advise: 30 tokens are few for 4 experts")
+    assert "advise" not in simulate_placement(trace, gpus=2, domains="much").verdict[0]
+
+
 def test_what_is_no_faster_is_not_recommended(tmp_path: Path) -> None:
     """All load is on one expert: wherever it goes, its GPU has all of it."""
     trace = write_counts(tmp_path / "t", [np.array([[1000, 0, 0, 0]])], 1)
@@ -254,6 +262,7 @@ def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"physical_experts": 7}, "7 physical experts for 8 experts"),
+        ({"nodes": 5}, "no number of GPUs up to 4 divides 8 slots and is a multiple of 5 nodes"),
         ({"gpus": 4, "nodes": 3}, "4 GPUs on 3 nodes"),
         ({"gpus": 0}, "0 GPUs on 1 nodes"),
         ({"gpus": 4, "nodes": 0}, "4 GPUs on 0 nodes"),

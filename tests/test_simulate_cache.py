@@ -11,9 +11,10 @@ import pytest
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
 from moe_inspect.simulate.decode import before, independent, simulate_decode
+from moe_inspect.simulate.routing import simulate_routing
 from tests.conftest import ROOT
 from tests.support.foreign import gguf_file
-from tests.support.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import routers, uniform_ids, write_passes, write_trace
 
 
 def hits_so_far(ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int = 0) -> np.ndarray:
@@ -89,6 +90,38 @@ def test_experts_are_of_the_size_that_a_gguf_has_them_in(tmp_path: Path):
 def test_what_cannot_be_simulated_is_a_one_line_error(options: dict[str, Any], said: str):
     with pytest.raises(MoeInspectError, match=said):
         simulate_cache(ROOT / "sample_traces/balanced", **options)
+
+
+def test_a_trace_that_routes_nothing_is_told_so_and_one_without_tokens_is_refused(tmp_path: Path):
+    nowhere = np.full((40, 2), np.iinfo(np.uint16).max, np.uint16)
+    trace = write_trace(tmp_path / "nowhere", [nowhere], 8, document=np.arange(40) // 4)
+    cached = simulate_cache(trace, slots=[4])
+    said = "Simulated: no router made an assignment, so nothing could be cached."
+    assert cached.verdict[1:] == [said]
+    decoded = simulate_decode(trace, batches=[2])
+    assert decoded.tables["decode"]["distinct_experts"].isna().all()
+    assert decoded.chart is None
+    assert simulate_routing(trace).tables["capacity_needed"].empty
+    with pytest.raises(MoeInspectError, match="simulate decode makes no plan"):
+        decoded.write_plan(tmp_path / "plan.json")
+    empty = write_passes(tmp_path / "empty", routers(1, 8, 2), [])
+    with pytest.raises(MoeInspectError, match="holds no tokens yet: nothing is committed"):
+        simulate_decode(empty)
+
+
+def test_decode_steps_are_of_the_phase_that_is_asked_for(tmp_path: Path):
+    """By default of generated tokens, where there are any."""
+    prompts, generated = np.zeros((40, 1), np.uint16), np.arange(40, dtype=np.uint16)[:, None] % 8
+    document = np.concatenate([np.arange(40) // 10, np.arange(40) % 4])
+    ids = np.concatenate([prompts, generated])
+    how = {"batch_tokens": 40, "phases": ("prefill", "decode")}
+    trace = write_trace(tmp_path / "t", [ids], 8, document=document, **how)
+    steps = {p: simulate_decode(trace, batches=[4], phase=p) for p in (None, "decode")}
+    read = {p: made.tables["decode"]["distinct_experts"].item() for p, made in steps.items()}
+    assert read == {None: 4, "decode": 4}
+    of_prompts = write_trace(tmp_path / "p", [prompts], 8)
+    with pytest.raises(MoeInspectError, match="has no tokens in this selection"):
+        simulate_decode(of_prompts, phase="decode")
 
 
 UNIFORM = [(8, 2, 7.20, 8.00), (64, 8, 42.0, 63.1), (128, 8, 51.6, 111.8), (256, 8, 57.4, 163.3)]

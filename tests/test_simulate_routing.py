@@ -170,6 +170,12 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_routing(trace, order="weight")
     with pytest.raises(MoeInspectError, match="capacity factors"):
         simulate_routing(trace, capacity_factors=[0.0])
+    with pytest.raises(MoeInspectError, match="group tokens 0: give a number of tokens, batch"):
+        simulate_routing(trace, group_tokens=0)
+    with pytest.raises(MoeInspectError, match="no order 'best': there are arrival, token, weight"):
+        simulate_routing(trace, order="best")
+    with pytest.raises(MoeInspectError, match="target drop 1: give a share from 0 to below 1"):
+        simulate_routing(trace, target_drop=1)
 
 
 COLLAPSED = ROOT / "sample_traces/collapsed"

@@ -26,7 +26,14 @@ from moe_inspect.simulate.step import imbalance_costs, turning_point
 from moe_inspect.trace.shard import Shard
 from tests.support.chance import REGIMES, Planted, Regime, drawn
 from tests.support.damage import edit_manifest
-from tests.support.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.synthetic import (
+    a_pass,
+    routers,
+    uniform_ids,
+    write_counts,
+    write_passes,
+    write_trace,
+)
 from tests.test_counts_by_document import counts as counts_by_document
 from tests.test_workloads import EVEN, PILED, written
 
@@ -232,6 +239,7 @@ def test_a_domain_need_not_have_every_phase(tmp_path: Path, constants: Path):
         ({"hardware": "abacus"}, "no times of gpu abacus: there are h200"),
         ({"placement": "no plan"}, "is no plan for SGLang"),
         ({"placement": "too short"}, "layer 1 does not place its 8 experts"),
+        ({"placement": "other layers"}, r"plan\.json places 0 MoE layers, the trace has 4"),
     ],
 )
 def test_wrong_settings_are_refused(
@@ -240,11 +248,41 @@ def test_wrong_settings_are_refused(
     if of := options.get("placement"):
         path = tmp_path / "plan.json"
         text = {"no plan": "[1, 2]", "too short": f'{{"physical_to_logical_map": [{[*range(8)]}]}}'}
+        text["other layers"] = '{"layer_list": []}'
         path.write_text(text[of])
         options = {"placement": path}
     trace = of_size(drawn(tmp_path / "t", Regime(documents=4, tokens=100), 0))
     with pytest.raises(MoeInspectError, match=said):
         imbalance_costs(trace, **{**KERNEL, "latency": constants, **options})
+
+
+def test_a_layer_without_load_has_no_price(tmp_path: Path, constants: Path):
+    loads = [np.full((1, 4), 500), np.zeros((1, 4), np.int64)]
+    made = simulated(write_counts(tmp_path / "t", loads, 1), constants, gpus=2, batch_tokens=[16])
+    alone = simulated(
+        write_counts(tmp_path / "a", loads[:1], 1), constants, gpus=2, batch_tokens=[16]
+    )
+    assert made.tables["imbalance_layers"]["router"].tolist() == [0]
+    pd.testing.assert_frame_equal(made.tables["imbalance"], alone.tables["imbalance"])
+
+
+def test_sequences_of_two_ranks_that_share_a_number_are_told_apart(tmp_path: Path, constants: Path):
+    """Each rank decodes eight sequences of four tokens, after prompts of its own length. The token
+    at a place chooses that place's expert: so all tokens of a step choose the same one."""
+
+    def costs(name: str, apart: int) -> pd.DataFrame:
+        sequence, place = np.repeat(np.arange(8), 4), np.tile(np.arange(4), 8)
+        for rank in range(2):
+            where = {"document": sequence + 8 * rank, "sequence": sequence + apart * rank}
+            ids = [place[:, None].astype(np.uint16)]
+            one = a_pass(0, ids, **where, position=place + 2 * rank, phase="decode")
+            trace = write_passes(tmp_path / name, routers(1, 4, 1), [one], rank=rank)
+        return simulated(trace, constants, batch_tokens=[2], gpus=4).tables["imbalance"]
+
+    of_ranks = costs("of ranks", 0)
+    assert of_ranks["steps"].item() == 32
+    assert of_ranks["cost_low"].item() == pytest.approx(of_ranks["cost_high"].item())
+    pd.testing.assert_frame_equal(of_ranks, costs("apart", 8))
 
 
 def test_times_of_unknown_error_claim_no_cost(tmp_path: Path, constants: Path):

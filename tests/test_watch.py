@@ -4,6 +4,7 @@ does; and what the terminal shows of it."""
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
@@ -26,15 +29,16 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import open_trace
 from moe_inspect.reporting.render.heatmap import cells, extremes
 from moe_inspect.simulate.placement.plan import placed_over
+from moe_inspect.text import printable
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.writer import TraceWriter, drop_after, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
-from moe_inspect.watch.state import Plan, Watched, WatchOptions, WatchSession
+from moe_inspect.watch.state import Plan, Watched, WatchOptions, WatchSession, hot_text
 from moe_inspect.watch.terminal import Screen, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
-from tests.support.damage import edit_manifest
+from tests.support.damage import edit_manifest, restate
 from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
-from tests.support.watched import batches, committed, started, waited, writer, written
+from tests.support.watched import WORDS, batches, committed, started, waited, writer, written
 from tests.test_commit_every import counted
 from tests.test_dropped import trace_of
 from tests.test_trace import ROUTERS
@@ -248,6 +252,34 @@ def one_pass(tmp_path: Path) -> Path:
     return written(tmp_path / "t", L, E, 1)
 
 
+def test_what_is_left_to_be_counted_is_said_and_is_no_rate(tmp_path: Path) -> None:
+    """As much is counted in a look as takes no long time; here that is one shard."""
+    root = written(tmp_path / "t", L, E, 4, shard_tokens=256)
+    ticks, now = itertools.count(0, 1_000), [0.0]
+    session = WatchSession(root, WatchOptions())
+    session.follower = Follower(root, clock=lambda: next(ticks))
+    session.watched = Watched(clock=lambda: now[0])
+    for now[0], left in ((0.0, 768), (1.0, 512), (2.0, 256), (12.0, 0)):
+        session.update()
+        said = f"{left:,} to be counted"
+        assert (said in status_line(session)) == (said in shown(session, 120, 24)[1]) == bool(left)
+    assert np.array_equal(session.watched.total.load, load_of(root))
+    assert session.watched.rates() == pytest.approx((256 / 10, 256 * L / 10))
+
+
+def test_an_expert_that_no_router_has_is_damage(one_pass: Path) -> None:
+    path = next(one_pass.glob("routing/*.parquet"))
+    table = pq.read_table(path)
+    ids = np.full(len(table), E + 4, np.uint8)
+    at = table.column_names.index("expert_1")
+    table = table.set_column(at, table.schema.field(at), pa.array(ids))
+    pq.write_table(table, path)
+    restate(one_pass, f"routing/{path.name}")
+    follower = Follower(one_pass)
+    troubles = [follower.poll().trouble for _ in range(2)]
+    assert f"an assignment to expert {E + 4} of layer 0, which has {E} experts" in troubles[1]
+
+
 def test_damage_that_stays_is_an_error(one_pass: Path) -> None:
     (one_pass / "routing/part-0-0.parquet").write_bytes(b"PAR1")
     follower = Follower(one_pass)
@@ -289,6 +321,21 @@ def test_rates_are_of_the_last_minute(header: TraceHeader) -> None:
     now[0] += 500
     assert watched.changed_s == 500
     assert 0 < (watched.rates() or [0])[0] < 6
+
+
+def test_a_rate_and_how_long_nothing_came_are_on_the_screen(
+    header: TraceHeader, tmp_path: Path
+) -> None:
+    now = [0.0]
+    session = WatchSession(tmp_path / "t", WatchOptions())
+    session.watched = Watched(clock=lambda: now[0])
+    for now[0] in (0.0, 2.0):
+        session.watched.take(News("recording", [a_piece([10, 10, 10, 10], int(now[0]))]), header)
+    assert "20 tokens/s" in status_line(session)
+    assert "20 tokens/s, 20 decisions/s" in shown(session, 120, 24)[1]
+    assert "last " not in shown(session, 120, 24)[1]
+    now[0] = 9.0
+    assert "last 7 s ago" in shown(session, 120, 24)[1]
 
 
 def test_alarms_judge_windows_and_end_with_the_fault(header: TraceHeader) -> None:
@@ -413,6 +460,34 @@ def test_the_busiest_gpu_is_on_the_screen(one_pass: Path, plan: Path) -> None:
     assert session.watched.gpu_load == pytest.approx(ratio_L)
 
 
+def test_of_a_text_there_is_none_where_no_token_of_it_is_known(tmp_path: Path) -> None:
+    first = next(batches(L, E, 1))
+    words = [f" {WORDS[i]}" for i in first.token_id.tolist()]
+    for name, token_id in (("known", first.token_id), ("unknown", np.full(256, 99, np.int32))):
+        with writer(tmp_path / name, L, E) as open_writer:
+            open_writer.write(replace(first, token_id=token_id))
+    known, unknown = (open_trace(tmp_path / name).shard(0) for name in ("known", "unknown"))
+    used = int(first.ids[3][-1, 0])
+    text = hot_text(known, 3, used)
+    assert text is not None
+    of_text = [word for word, _ in text.words]
+    assert of_text == list(map(printable, words[-len(of_text) :]))
+    assert text.words[-1][1]
+    assert hot_text(unknown, 3, used) is None
+    assert hot_text(known, 3, E) is None  # no token goes there
+
+
+def test_a_trace_that_is_begun_again_without_text_shows_none(one_pass: Path) -> None:
+    session = WatchSession(one_pass, WatchOptions())
+    session.update()
+    assert session.text is not None
+    shutil.rmtree(one_pass)
+    write_counts(one_pass, [np.full((1, 4), 100)], 1)
+    session.update()
+    assert session.watched.tokens == 400
+    assert session.text is None
+
+
 # --- the terminal
 
 
@@ -464,6 +539,18 @@ def test_the_view_says_what_there_is(session: WatchSession) -> None:
     assert " mat" in text
     assert "\x1b" not in text  # of the vocabulary
     assert r"\x1b[31m" in text
+
+
+def test_alarms_that_have_no_room_are_counted(tmp_path: Path) -> None:
+    rules = [parse_rule("max_vio > 0 even by chance")]
+    root = written(tmp_path / "t", L, E, 8, shard_tokens=256)
+    session = WatchSession(root, WatchOptions(window_tokens=256, rules=rules))
+    session.update()
+    assert len(session.watched.alarms) == L
+    lines = shown(session, 100, 24)
+    assert sum("max_vio above 0" in line for line in lines) == 1
+    assert any(f"and {L - 1} more alarms" in line for line in lines)
+    assert sum("max_vio above 0" in line for line in shown(session, 100, 80)) == L
 
 
 def test_without_colour_and_without_unicode_it_can_be_read(
