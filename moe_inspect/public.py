@@ -196,8 +196,10 @@ def open_trace(trace: str | Path | reader.Trace, *, scheduler: reader.Scheduler 
     Raises:
         MoeInspectError: there is no trace, or it is damaged or of a newer format.
     """
-    if not isinstance(trace, reader.Trace):
-        opened = Trace(trace)
+    if isinstance(trace, Trace):
+        opened = trace
+    elif isinstance(trace, reader.Trace):
+        opened = Trace.from_stored(trace)
     else:
-        opened = trace if isinstance(trace, Trace) else Trace.from_stored(trace)
+        opened = Trace(trace)
     return opened.on(scheduler) if scheduler is not None else opened

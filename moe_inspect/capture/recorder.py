@@ -94,9 +94,10 @@ class Recorder:
         self.inputs = PassInputs(reader, documents, domains)
         for stack in self.stacks.values():
             stack.is_summed, stack.fixed_rows = options.counts_only, options.ring_tokens
-        passes = self.stacks, self.inputs, options
-        counted = Counted(*passes, self._planned.shard_tokens) if options.counts_only else None
-        self._hand_over = HandOver(*passes, counted)
+        counted = None
+        if options.counts_only:
+            counted = Counted(self.stacks, self.inputs, options, self._planned.shard_tokens)
+        self._hand_over = HandOver(self.stacks, self.inputs, options, counted)
         tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
         self._opener = TraceOpener(
             place, self.model, self.sites, self.mode, tokenizer, options, self._planned

@@ -253,9 +253,8 @@ class RouterRows:
         self.enable(enabled)
         self._make_tapes()
         for device, lanes in self._lanes.items():
-            if (
-                device.type == "cuda"
-            ):  # torch.compile's CUDA graphs then write there, without a copy
+            # CUDA graphs of torch.compile then write to these addresses, without a copy
+            if device.type == "cuda":
                 own = (b for of in self._buffers.values() for b in of if b.device == device)
                 for tensor in (*own, lanes.cursor, lanes.enabled):
                     torch._dynamo.mark_static_address(tensor, guard=False)
