@@ -161,7 +161,8 @@ def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/install.md"])
 def test_the_install_line_is_of_this_project(page: str) -> None:
     text, repository = (ROOT / page).read_text(), PROJECT["urls"]["Repository"]
-    assert f"git clone {repository} && cd {repository.rpartition('/')[2]}" in text
+    if page == "docs/install.md":
+        assert f"git clone {repository} && cd {repository.rpartition('/')[2]}" in text
     named = Requirement(re.findall(r"pip install '(.* @ .*)'", text)[0])
     assert (named.name, named.url) == (PROJECT["name"], f"git+{repository}")
     assert "trace" in named.extras
@@ -169,20 +170,20 @@ def test_the_install_line_is_of_this_project(page: str) -> None:
     assert not re.search(r"pip install '?moe-inspect(?!\[\w+\] @)", text)
 
 
-def test_a_quick_start_needs_no_others_output() -> None:
-    sections = [part for part in README.split("\n## ") if part.startswith("Quick start")]
-    assert len(sections) == 3
-    for section in sections:
-        commands = [line[2:] for line in section.splitlines() if line.startswith("$ ")]
-        made = {shlex.split(c)[shlex.split(c).index("-o") + 1] for c in commands if "-o" in c}
-        assert set(re.findall(r"runs/\w+", "\n".join(commands))) <= made
-
-
-def test_the_readme_is_short_and_purpose_and_cost_come_first() -> None:
-    top = "\n".join(README.splitlines()[:30])
-    assert "Where do the tokens go?" in top
-    assert "Imbalance costs" in top
-    assert len(README.splitlines()) <= 250
+def test_the_first_screen_of_the_readme_leads_to_a_report() -> None:
+    lines = README.splitlines()
+    first = "\n".join(lines[:40])
+    assert len(lines) <= 130
+    commands = [text for kind, text in steps("README.md") if kind == "console"]
+    assert commands[:2] == [
+        "moe-inspect trace demo -o runs/demo",
+        "moe-inspect report runs/demo --html report.html",
+    ]
+    assert "](docs/report.png)" in first
+    assert first.count("pip install") == 1
+    assert all(f"\n$ {command}\n" in first for command in commands[:2])
+    tutorials = [f"docs/tutorials/{name}.md" for name in ("train", "serve", "study")]
+    assert [link for link in LINK.findall(first) if "/tutorials/" in link] == tutorials
     assert 20_000 < (ROOT / "docs/report.png").stat().st_size <= 300_000
 
 
