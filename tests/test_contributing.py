@@ -43,10 +43,13 @@ class Copy:
         assert blocks, title
         for name, anchor, text in blocks:
             path = self.root / name
+            if name.startswith("tests/") and not path.exists():
+                shutil.copytree(ROOT / "tests", self.root / "tests")
             if anchor:
                 before = path.read_text()
                 assert before.count(f"{anchor}\n") == 1, f"{name}: {anchor}"
-                path.write_text(before.replace(f"{anchor}\n", f"{anchor}\n{text}"))
+                space = "" if text[0] == " " else "\n\n"  # functions stand apart
+                path.write_text(before.replace(f"{anchor}\n", f"{anchor}\n{space}{text}"))
             else:
                 assert not path.exists(), name
                 path.write_text(text)
@@ -107,6 +110,27 @@ def test_a_chart(copy: Copy) -> None:
     copy.cli("report t --plots plots --html page.html")
     assert {p.name for p in (copy.root / "plots").iterdir()} >= {"entropy.png", "entropy.svg"}
     assert "Entropy of the load" in (copy.root / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_finding(copy: Copy) -> None:
+    copy.follow("Add a finding")
+    write_counts(copy.root / "t", [np.array([[9_000, 1_000, 1_000, 1_000]])] * 5, 1)
+    [verdict] = copy.cli("report t --table verdict --format json")
+    [row] = [row for row in map(json.loads, verdict.splitlines()) if "same_" in row["kind"]]
+    assert row["values"] == {"expert": 0, "routers": 5, "by_chance": 4**-4}
+    assert row["text"].startswith("Expert 0 is the busiest at all 5 routers; by chance 0.39% of")
+    cases = "same_busiest_expert or every_kind_of_sentence"
+    assert "2 passed" in copy.python("-m", "pytest", "-q", "tests/test_kinds.py", "-k", cases)
+
+
+def test_a_placement_policy(copy: Copy) -> None:
+    copy.follow("Add a placement policy")
+    placed = f"simulate placement {SAMPLE} --gpus 4 --policy snake,contiguous --table"
+    policies, plan = copy.cli(f"{placed} policies --format json", f"{placed} plan --format json")
+    snake, contiguous = map(json.loads, policies.splitlines())
+    assert snake["policy"] == "snake"
+    assert snake["fit_max_over_mean"] < contiguous["fit_max_over_mean"]
+    assert {row["policy"] for row in map(json.loads, plan.splitlines())} == {"snake"}
 
 
 def test_an_importer(copy: Copy) -> None:

@@ -25,8 +25,7 @@ from moe_inspect.alarms.rules import (
     known_metrics,
     parse_rule,
 )
-from moe_inspect.reporting.verdict.checks import CHECKS
-from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.reporting.verdict.findings import Finding, every_check
 from tests.support.chance import REGIMES, monitored, with_effects
 from tests.support.synthetic import routers
 from tests.support.worlds import WORLDS
@@ -121,7 +120,7 @@ OF_MODELS = {"training"}  # rooms that judge a model, not a trace: in test_audit
 def kinds_of_sentences() -> set[str]:
     """The checks of a report, and the first argument of every such call in the package, where it is
     a constant."""
-    found = {check.__name__ for _, checks in CHECKS for check in checks}
+    found = {check.__name__ for _, check in every_check()}
     for path in (ROOT / "moe_inspect").rglob("*.py"):
         if path.parent.name in OF_MODELS:
             continue

@@ -26,7 +26,7 @@ from moe_inspect.simulate.placement.search import (
 )
 from moe_inspect.simulate.placement.windows import reached, table_of
 from moe_inspect.simulate.result import Simulation
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.support.drift import CASES, drifting, mean_over_windows
 from tests.support.exact import fits_apart
 from tests.support.sweep import sample
@@ -70,6 +70,21 @@ def no_worse(load_E: np.ndarray, layout: Layout) -> tuple[float, float]:
 def zipf(rng: np.random.Generator, E: int) -> np.ndarray:
     share_E = rng.permutation(np.arange(1, E + 1) ** -rng.uniform(0.1, 2.0))
     return rng.multinomial(100_000, share_E / share_E.sum())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_gives_every_expert_a_slot_and_always_the_same(name: str) -> None:
+    for seed, (E, slots, gpus) in enumerate([(8, 8, 2), (8, 12, 4), (12, 16, 8), (6, 24, 2)]):
+        load_E = zipf(np.random.default_rng(seed), E)
+        expert_P = POLICIES[name](load_E.copy(), Layout(slots, gpus))
+        assert len(expert_P) == slots
+        assert set(expert_P.tolist()) == set(range(E))
+        assert expert_P.tolist() == POLICIES[name](load_E[None], Layout(slots, gpus)).tolist()
+
+
+def test_the_help_lists_every_policy(cli: Cli) -> None:
+    help = cli("simulate", "placement", "--help").stdout
+    assert f"{', '.join(POLICIES)}. " in " ".join(help.split()).replace("\u2011", "-")
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -16,8 +16,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import Trace, open_trace, report
 from moe_inspect.reporting.report import TABLES, Report
 from moe_inspect.reporting.tables.registry import LazyTables, Table
-from moe_inspect.reporting.verdict.checks import CHECKS
-from moe_inspect.reporting.verdict.findings import SEVERITIES
+from moe_inspect.reporting.verdict.findings import SEVERITIES, every_check
 from moe_inspect.trace.writer import CountedBatches
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_manifest
@@ -184,7 +183,7 @@ def test_findings_carry_their_numbers_come_most_important_first_and_are_made_onc
     first = found[0]
     assert (first.kind, first.severity, first.layer, first.router) == ("balance", "critical", 3, 3)
     assert f"{first.values['max_over_mean']:.2f}x the mean load" in first.text
-    assert {f.kind for f in found} <= {check.__name__ for _, of in CHECKS for check in of}
+    assert {f.kind for f in found} <= {check.__name__ for _, check in every_check()}
     assert len({f.kind for f in found}) == len(found)
     assert found is not again
     assert all(one is other for one, other in zip(found, again, strict=True))

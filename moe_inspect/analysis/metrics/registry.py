@@ -10,15 +10,15 @@ the window and the expert before. It is a number, or a formula in E and k.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
+
+from moe_inspect.later import import_folder
 
 Values = float | np.ndarray
 F = TypeVar("F", bound=Callable[..., Values])
@@ -79,18 +79,10 @@ def metric(
     return register
 
 
-@cache
-def _modules() -> list[str]:
-    """The modules of this folder, imported, so that their decorators have run."""
-    folder = importlib.import_module(__name__.rpartition(".")[0])
-    files = pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
-    return [importlib.import_module(file.name).__name__ for file in files]
-
-
 def metrics() -> dict[str, Metric]:
     """METRICS by file in alphabetical order, and within a file in its order."""
-    at = {module: i for i, module in enumerate(_modules())}
-    return dict(sorted(METRICS.items(), key=lambda item: at[item[1].function.__module__]))
+    import_folder(__package__ or "")
+    return dict(sorted(METRICS.items(), key=lambda item: item[1].function.__module__))
 
 
 def metrics_of(table: str, inputs: Container[str]) -> dict[str, Metric]:

@@ -10,9 +10,7 @@ L routers, E experts, R rows, C columns of a heatmap, N points of a series.
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -22,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.later import pd
+from moe_inspect.later import import_folder, pd
 from moe_inspect.progress import tracked
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label, no_such
@@ -303,9 +301,7 @@ def chart(*tables: str, group: str = "") -> Callable[[Maker], Maker]:
 
 def every_chart() -> dict[str, Registered]:
     """CHARTS with every file of this folder read, in the order of the page."""
-    package = importlib.import_module(__package__ or "")
-    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        importlib.import_module(found.name)
+    import_folder(__package__ or "")
     return dict(sorted(CHARTS.items(), key=lambda item: GROUPS.index(item[1].group)))
 
 

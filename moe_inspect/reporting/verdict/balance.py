@@ -16,12 +16,14 @@ from moe_inspect.analysis.metrics.uncertainty import noise_of
 from moe_inspect.reporting.tables.data import ReportData, Row, records, whole_batches, worst_of
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.verdict import findings as fnd
-from moe_inspect.reporting.verdict.findings import Finding, name_of, note, uneven
+from moe_inspect.reporting.verdict.data_checks import ranks_are_missing
+from moe_inspect.reporting.verdict.findings import Finding, check, name_of, note, uneven
 from moe_inspect.text import join_first
 
 COLLAPSED = 0.5  # share of a router's tokens that go to one expert
 
 
+@check("load")
 def balance(data: ReportData) -> Finding:
     """The headline: the router with the most uneven load, and whether that is a fault. Of what
     routers chose, before drops, where that is known."""
@@ -93,6 +95,7 @@ def _interval(row: Row) -> str:
     return f"95% interval {row['max_over_mean_low']:.2f}-{row['max_over_mean_high']:.2f}x"
 
 
+@check("load")
 def routers_without_load(data: ReportData) -> Finding | None:
     """Routers that made no assignments, where others did."""
     table = data.tables["balance"]
@@ -105,8 +108,12 @@ def routers_without_load(data: ReportData) -> Finding | None:
     return fnd.critical(said, about, routers_without_load=routers, routers=len(table))
 
 
+@check("cost")
 def busiest_gpu(data: ReportData) -> Finding | None:
     """What unevenness comes to on GPUs: a layer is done when its busiest GPU is."""
+    if ranks_are_missing(data):
+        unknown = note("What imbalance costs is unknown: ranks are missing.")
+        return None if data.costs is None else unknown
     if data.costs is not None:
         return note(" ".join(data.costs.said))
     worst = worst_of(data.loaded)
@@ -124,6 +131,7 @@ def busiest_gpu(data: ReportData) -> Finding | None:
     return note(said, worst, busiest_over_mean=ratio, busiest_over_mean_at_worst=there)
 
 
+@check("cost")
 def uneven_batches(data: ReportData) -> Finding | None:
     """What the sum over forward passes hides: each pass waits for its own busiest expert. That
     passes of few documents are less even than their sum is true of any model, and a note."""
@@ -181,6 +189,7 @@ def _passes(data: ReportData, row: Row) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(sizes)), np.array([n for n, _ in sizes.values()])
 
 
+@check("averages")
 def averaging_hides(data: ReportData) -> Finding | None:
     """An uneven router that the load summed over all routers by expert number would not show."""
     pooled, row = data.pooled_max_over_mean(), worst_of(data.loaded)

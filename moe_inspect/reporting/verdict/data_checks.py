@@ -16,7 +16,7 @@ from moe_inspect.reporting.tables.data import ReportData, Row, worst_of
 from moe_inspect.reporting.tables.load import chosen, floor_of
 from moe_inspect.reporting.tables.summary import adapter, quantization
 from moe_inspect.reporting.verdict import findings as fnd
-from moe_inspect.reporting.verdict.findings import Finding, name_of, note, warning
+from moe_inspect.reporting.verdict.findings import Finding, check, name_of, note, warning
 from moe_inspect.text import join_first, plural, printable, ranges
 from moe_inspect.trace.shard import run_edges
 
@@ -25,6 +25,7 @@ CHANCE = 1e-3  # probability that dead experts fill whole ranks
 RUN = 16  # identical rows in sequence that text does not make
 
 
+@check("fit")
 def trace_warning(data: ReportData) -> Finding | None:
     """The trace is not complete, decisions were dropped, or its model has a quirk."""
     if not data.warning:
@@ -32,6 +33,68 @@ def trace_warning(data: ReportData) -> Finding | None:
     return warning(f"{fnd.capital(data.warning)}.", dropped=data.dropped)
 
 
+@check("fit")
+def missing_ranks(data: ReportData) -> Finding | None:
+    """Whether experts without load fill whole ranks of an expert-parallel run, the same at every
+    router, which chance hardly does: what the counts of some ranks look like when they are taken
+    for all."""
+    load_of = {r: load_E for r in data.selection.routers if (load_E := data.counts.load_E(r)).any()}
+    if len({len(load_E) for load_E in load_of.values()}) != 1:
+        return None
+    dead_LE = np.array(list(load_of.values())) == 0
+    silent_R = silent_ranks(dead_LE)[0]
+    # a router that has collapsed, or all of whose logits are equal, sends all tokens to k experts
+    one_choice = all(
+        (load_E > 0).sum() == data.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1
+        for r, load_E in load_of.items()
+    )
+    if not silent_R.any() or one_choice:
+        return None
+    E, ranks = dead_LE.shape[1], len(silent_R)
+    size = E // ranks
+    seen, gone = (
+        [ranges(range(i * size, (i + 1) * size)) for i in np.flatnonzero(of_R).tolist()]
+        for of_R in (~silent_R, silent_R)
+    )
+    which = (
+        f"Only experts {join_first(seen, 4, ', ')} of {E} have any load"
+        if len(seen) < len(gone)
+        else f"Experts {join_first(gone, 4, ', ')} of {E} have no load"
+    )
+    routers = ", in every router" if len(load_of) > 1 else ""
+    said = (
+        f"{which}{routers}: these look like the counts of {len(seen)} of {ranks} ranks under "
+        "expert parallelism, not like dead experts. Add up the ranks, or record global expert ids."
+    )
+    return fnd.critical(said, ranks_seen=len(seen), ranks=ranks, experts=E)
+
+
+def silent_ranks(dead_LE: np.ndarray) -> tuple[np.ndarray, float]:
+    """Which ranks have no expert with load, for the number of ranks that makes that least likely by
+    chance, and how likely that is; none where chance can make it. bool [ranks]"""
+    E, dead_L = dead_LE.shape[1], dead_LE.sum(1).tolist()
+    likeliest, silent = CHANCE, np.zeros(0, bool)
+    for ranks in (n for n in range(2, E + 1) if E % n == 0):
+        silent_R = np.asarray(np.all(np.all(dead_LE, axis=0).reshape(ranks, -1), axis=1))
+        gone = int(silent_R.sum()) * E // ranks
+        in_a_row = [(np.diff(np.flatnonzero(of_R)) == 1).all() for of_R in (silent_R, ~silent_R)]
+        if not gone or not any(in_a_row):
+            continue
+        by_router = (math.comb(E - gone, dead - gone) / math.comb(E, dead) for dead in dead_L)
+        likely = 2 * ranks * math.prod(by_router)
+        if likely < likeliest:
+            likeliest, silent = likely, silent_R
+    return silent, likeliest
+
+
+def ranks_are_missing(data: ReportData) -> bool:
+    """Whether the trace lacks the counts of some ranks. What `trace` itself wrote of a token is
+    complete."""
+    may_lack_ranks = data.trace.imported or data.counts.counts_only
+    return may_lack_ranks and missing_ranks(data) is not None
+
+
+@check("fit")
 def dropped(data: ReportData) -> Finding | None:
     """How many assignments the capacity of experts dropped, and where most; where the trace does
     not state that, how many slots are empty. Imported counts may lack a few assignments per domain,
@@ -123,59 +186,7 @@ def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.0005 else "under 0.1%"
 
 
-def missing_ranks(data: ReportData) -> Finding | None:
-    """Whether experts without load fill whole ranks of an expert-parallel run, the same at every
-    router, which chance hardly does: what the counts of some ranks look like when they are taken
-    for all."""
-    load_of = {r: load_E for r in data.selection.routers if (load_E := data.counts.load_E(r)).any()}
-    if len({len(load_E) for load_E in load_of.values()}) != 1:
-        return None
-    dead_LE = np.array(list(load_of.values())) == 0
-    silent_R = silent_ranks(dead_LE)[0]
-    # a router that has collapsed, or all of whose logits are equal, sends all tokens to k experts
-    one_choice = all(
-        (load_E > 0).sum() == data.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1
-        for r, load_E in load_of.items()
-    )
-    if not silent_R.any() or one_choice:
-        return None
-    E, ranks = dead_LE.shape[1], len(silent_R)
-    size = E // ranks
-    seen, gone = (
-        [ranges(range(i * size, (i + 1) * size)) for i in np.flatnonzero(of_R).tolist()]
-        for of_R in (~silent_R, silent_R)
-    )
-    which = (
-        f"Only experts {join_first(seen, 4, ', ')} of {E} have any load"
-        if len(seen) < len(gone)
-        else f"Experts {join_first(gone, 4, ', ')} of {E} have no load"
-    )
-    routers = ", in every router" if len(load_of) > 1 else ""
-    said = (
-        f"{which}{routers}: these look like the counts of {len(seen)} of {ranks} ranks under "
-        "expert parallelism, not like dead experts. Add up the ranks, or record global expert ids."
-    )
-    return fnd.critical(said, ranks_seen=len(seen), ranks=ranks, experts=E)
-
-
-def silent_ranks(dead_LE: np.ndarray) -> tuple[np.ndarray, float]:
-    """Which ranks have no expert with load, for the number of ranks that makes that least likely by
-    chance, and how likely that is; none where chance can make it. bool [ranks]"""
-    E, dead_L = dead_LE.shape[1], dead_LE.sum(1).tolist()
-    likeliest, silent = CHANCE, np.zeros(0, bool)
-    for ranks in (n for n in range(2, E + 1) if E % n == 0):
-        silent_R = np.asarray(np.all(np.all(dead_LE, axis=0).reshape(ranks, -1), axis=1))
-        gone = int(silent_R.sum()) * E // ranks
-        in_a_row = [(np.diff(np.flatnonzero(of_R)) == 1).all() for of_R in (silent_R, ~silent_R)]
-        if not gone or not any(in_a_row):
-            continue
-        by_router = (math.comb(E - gone, dead - gone) / math.comb(E, dead) for dead in dead_L)
-        likely = 2 * ranks * math.prod(by_router)
-        if likely < likeliest:
-            likeliest, silent = likely, silent_R
-    return silent, likeliest
-
-
+@check("sample")
 def few_tokens(data: ReportData) -> Finding | None:
     """Whether chance alone reaches the threshold `uneven` with so few tokens."""
     counts, uneven = data.counts, data.thresholds.uneven
@@ -189,6 +200,7 @@ def few_tokens(data: ReportData) -> Finding | None:
     return note(said, {"layer": counts.routers[r].layer, "router": r}, **values)
 
 
+@check("sample")
 def few_documents_per_domain(data: ReportData) -> Finding | None:
     """Domains of too few documents to tell the domain from its texts."""
     counts = data.counts
@@ -207,6 +219,7 @@ def few_documents_per_domain(data: ReportData) -> Finding | None:
     return note(said, documents_needed=FEWEST_DOCUMENTS, domains=list(few))
 
 
+@check("sample")
 def repeated_rows(data: ReportData) -> Finding | None:
     """Runs of the same token id with the same experts, in the first shard of each rank (warm-up
     comes first) and at the last router (which depends most on the context). Of unknown token ids,
@@ -235,6 +248,7 @@ def in_runs(rows_TX: np.ndarray) -> int:
     return int(lengths[lengths >= RUN].sum())
 
 
+@check("sample")
 def sample(data: ReportData) -> Finding:
     """How much text all of it was judged on."""
     counts, manifest = data.counts, data.trace.manifest

@@ -17,7 +17,15 @@ from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.load import at_least_1
 from moe_inspect.reporting.verdict import findings as fnd
-from moe_inspect.reporting.verdict.findings import Finding, beyond_documents, name_of, note, warning
+from moe_inspect.reporting.verdict.data_checks import ranks_are_missing
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
+    beyond_documents,
+    check,
+    name_of,
+    note,
+    warning,
+)
 from moe_inspect.text import format_ratio, join_first, plural
 
 LITTLE_USED = 0.5  # load ratio under which the least used expert is named
@@ -25,10 +33,11 @@ LITTLE_USED = 0.5  # load ratio under which the least used expert is named
 ENOUGH_LOAD = 100
 
 
+@check("load")
 def dead_experts(data: ReportData) -> Finding | None:
     """Experts without load, and whether there were tokens enough to call them dead."""
     dead = [row for row in data.loaded if row["dead_experts"]]
-    if not dead:
+    if not dead or ranks_are_missing(data):
         return None
     load = data.tables["load"]
     names, likely = list[str](), 0.0
@@ -54,6 +63,7 @@ def dead_experts(data: ReportData) -> Finding | None:
     return make(f"{said}.", about, experts=n, routers=len(dead), tokens=tokens)
 
 
+@check("load")
 def overloaded_experts(data: ReportData) -> Finding | None:
     """Experts from the threshold `overloaded` up, in routers beyond chance."""
     ratio = data.thresholds.overloaded
@@ -61,6 +71,7 @@ def overloaded_experts(data: ReportData) -> Finding | None:
     return _crowd(load[load["load_ratio"] >= ratio], f"at least {ratio:g}x the mean load")
 
 
+@check("load")
 def starved_experts(data: ReportData) -> Finding | None:
     """Experts with some load, but under the threshold `starved`, in routers beyond chance."""
     ratio, load = data.thresholds.starved, _beyond_chance(data, _little_used(data))
@@ -94,6 +105,7 @@ def _crowd(rows: pd.DataFrame, load: str) -> Finding | None:
     )
 
 
+@check("load")
 def least_used_expert(data: ReportData) -> Finding | None:
     """The expert with the smallest load ratio of all routers, if that is less than half the mean
     load and beyond chance. Dead experts are another check's."""
@@ -143,6 +155,7 @@ def _documents(data: ReportData) -> dict[str, float]:
     return dict(zip(counts.domains, known_D.tolist(), strict=True))
 
 
+@check("averages")
 def overloading_domain(data: ReportData) -> Finding | None:
     """The domain that overloads an expert most: beyond the threshold `uneven`, twice chance, and
     half as much again as all domains together; of few documents only where no other does."""
@@ -198,6 +211,7 @@ def _overloads(data: ReportData, row: Row, ratio: float, sure: bool) -> bool:
     return beyond_documents(ratio - 1, row["expected_by_chance"] - 1)
 
 
+@check("averages")
 def unused_in_domain(data: ReportData) -> Finding | None:
     """An expert that one domain hardly uses and the others do. Of counts alone: where documents
     tell, `domain_specialization` says more."""

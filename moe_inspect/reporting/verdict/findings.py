@@ -5,17 +5,30 @@ the numbers it was made from; and the words for what chance explains. A row is o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
-from moe_inspect.later import pd
+from moe_inspect.later import import_folder, pd
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.text import layer_label, plural
 
 Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+# Sections of the verdict, in the order in which findings as serious are read, each with the group
+# of the page that its findings are part of. Findings about the data are part of no group.
+SECTIONS = {
+    "fit": "",  # whether the trace is fit to be judged
+    "load": "Balance",
+    "cost": "Serving",
+    "averages": "Balance",  # what averages hide
+    "specialization": "Specialization",
+    "drift": "Balance",
+    "router": "Router",
+    "sample": "",  # how much text was judged
+}
 BEYOND_LONG_DOCUMENTS = f"beyond chance even if {LONG_DOCUMENT:,} tokens choose as one"
 FEW_DOCUMENTS = f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
 
@@ -39,6 +52,28 @@ class Finding:
     text: str
     values: Row = field(default_factory=dict[str, object], hash=False)
     group: str = field(default="", repr=False)
+
+
+Check = TypeVar("Check", bound=Callable[[ReportData], Finding | None])
+CHECKS: list[tuple[str, Callable[[ReportData], Finding | None]]] = []
+
+
+def check(section: str) -> Callable[[Check], Check]:
+    """Register a check of the report, in one of SECTIONS. Its name is the kind of its finding."""
+
+    def register(function: Check) -> Check:
+        CHECKS.append((section, function))
+        return function
+
+    return register
+
+
+def every_check() -> list[tuple[str, Callable[[ReportData], Finding | None]]]:
+    """Section and function of each check in the files of this folder, in the order of SECTIONS,
+    within a section of the names of the files, and within a file as written."""
+    import_folder(__package__ or "")
+    order = list(SECTIONS)
+    return sorted(CHECKS, key=lambda entry: (order.index(entry[0]), entry[1].__module__))
 
 
 def finding(

@@ -15,13 +15,14 @@ from moe_inspect.later import pd
 from moe_inspect.reporting.tables.data import ReportData, Row
 from moe_inspect.reporting.tables.summary import mapping
 from moe_inspect.reporting.verdict import findings as fnd
-from moe_inspect.reporting.verdict.findings import Finding, good, name_of, note, top_row
+from moe_inspect.reporting.verdict.findings import Finding, check, good, name_of, note, top_row
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
 DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the id tells anything
 
 
+@check("specialization")
 def domain_specialization(data: ReportData) -> Finding | None:
     """Whether the domain carries information about the expert beyond what documents give by chance,
     in how many routers, and what that comes to in the router where it is most."""
@@ -127,6 +128,7 @@ def _beyond_chance(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["domain_mi_p"] < ALPHA]
 
 
+@check("specialization")
 def domain_beyond_token(data: ReportData) -> Finding | None:
     """How much of the domain's information is vocabulary, in the router where it is most."""
     table = data.tables.complete("specialization")
@@ -167,6 +169,7 @@ def _specialist(data: ReportData, router: int) -> str:
     )
 
 
+@check("specialization")
 def token_specialization(data: ReportData) -> Finding | None:
     """Whether the token id determines the expert, and the token id that does most."""
     name, table = "vocabulary_specialization", data.tables.complete("specialization")
@@ -220,6 +223,7 @@ def untrained_seed(trace: Trace) -> int | None:
     return plan.get("random_init")
 
 
+@check("router")
 def router_ties(data: ReportData) -> Finding | None:
     """Decisions in which logits tie at the boundary of the chosen, where logits are recorded."""
     if "logits" not in data.trace.tables:
@@ -242,6 +246,7 @@ def router_ties(data: ReportData) -> Finding | None:
 MOST_DECISIONS = 2**20
 
 
+@check("drift")
 def drift(data: ReportData) -> Finding | None:
     """An expert whose share rises or falls through the whole trace."""
     if not is_small(data.trace):

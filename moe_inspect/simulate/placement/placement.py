@@ -19,10 +19,9 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import tracked
-from moe_inspect.simulate.placement import policies as policy
 from moe_inspect.simulate.placement import windows as fitting
 from moe_inspect.simulate.placement.plan import placement_of, plan_table
-from moe_inspect.simulate.placement.policies import CURRENT, Layout, layouts_of
+from moe_inspect.simulate.placement.policies import CURRENT, POLICIES, Layout, layouts_of, policy
 from moe_inspect.simulate.placement.pricing import (
     PRICED,
     PlanTimes,
@@ -42,21 +41,9 @@ from moe_inspect.trace.reader import Trace, open_trace
 DISPATCHES = ("even", "lp")
 FIT_SHARE = 0.5  # of the only trace
 
-# from the load of each expert, [E], or of each window and expert, [W, E], to the expert of each
-# slot; with True, windows are workloads
-Policy = Callable[..., np.ndarray]
-
-
-def _of_sum(place: Callable[[np.ndarray, Layout], np.ndarray]) -> Policy:
-    """A policy that looks at the sum over the windows."""
-    return lambda load, layout, workloads=False: place(np.atleast_2d(load).sum(0), layout)
-
-
-BY_SUM = (policy.contiguous, policy.round_robin, policy.greedy, policy.eplb, policy.eplb_global)
-POLICIES = {place.__name__.replace("_", "-"): _of_sum(place) for place in BY_SUM}
+policy(by_window=True)(local_search)
 # policies that engines refit as they run
 ONLINE = {name: POLICIES[name] for name in ("eplb", "eplb-global", "greedy")}
-POLICIES["local-search"] = lambda load, *how: local_search(np.atleast_2d(load), *how)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ slots as the published code unless two loads that it compares are equal: here ti
 number, there to whichever its unstable sort puts first.
 
 E experts, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy goes from
-the load of each of one router's experts to the expert of each slot, int64 [P].
+the load of each of one router's experts, int64 [E], to the expert of each slot, int64 [P].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,11 @@ from moe_inspect.trace.reader import Trace
 MOST_SLOTS = 2**20  # per layer
 MOST_GPUS = 8  # by default
 CURRENT = "current"  # the policy that a plan file gives: the placement in use
+# name → from the load of each expert, [E], or of each window and expert, [W, E], to the expert of
+# each slot; the simplest policies come first. With True, windows are workloads.
+POLICIES: dict[str, Callable[..., np.ndarray]] = {}
+UNFITTED = {CURRENT}  # policies that do not look at the load
+Place = TypeVar("Place", bound=Callable[..., np.ndarray])
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,27 @@ class Layout:
     gpus: int
     nodes: int = 1
     groups: int = 1
+
+
+def policy(*, fitted: bool = True, by_window: bool = False) -> Callable[[Place], Place]:
+    """Register a policy under the function's name. `fitted`: whether it looks at the load;
+    `by_window`: it takes the load of each window and expert, the layout, and whether windows are
+    workloads."""
+
+    def register(place: Place) -> Place:
+        def run(load: np.ndarray, layout: Layout, workloads: bool = False) -> np.ndarray:
+            load_WE = np.atleast_2d(load)
+            if by_window:
+                return place(load_WE, layout, workloads)
+            return place(load_WE.sum(0), layout)
+
+        name = place.__name__.replace("_", "-")
+        POLICIES[name] = run
+        if not fitted:
+            UNFITTED.add(name)
+        return place
+
+    return register
 
 
 def layouts_of(
@@ -108,17 +135,20 @@ def colocated(expert_P: np.ndarray, gpus: int) -> int:
     return int(((slots_GS[:, 1:] == slots_GS[:, :-1]) & few_E[slots_GS[:, 1:]]).sum())
 
 
+@policy(fitted=False)
 def contiguous(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     """Experts in order, then from the first again: what SGLang does without a plan."""
     return np.arange(layout.slots) % len(load_E)
 
 
+@policy(fitted=False)
 def round_robin(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     """Expert e on GPU e mod G, then from the first again (vLLM's round_robin)."""
     gpu_P, position_P = np.divmod(np.arange(layout.slots), layout.slots // layout.gpus)
     return (position_P * layout.gpus + gpu_P) % len(load_E)
 
 
+@policy()
 def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     """One more replica for each of the busiest experts, as far as the slots go; then the heaviest
     first, each to the lightest GPU."""
@@ -133,6 +163,7 @@ def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     return placed_P
 
 
+@policy()
 def eplb(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     """EPLB as DeepSeek published it, ties aside: groups of experts are packed onto nodes, experts
     replicated within their node, replicas packed onto its GPUs. If the groups do not divide among
@@ -156,6 +187,7 @@ def eplb(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     return expert_P
 
 
+@policy()
 def eplb_global(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     """EPLB without regard to groups and nodes."""
     return eplb(load_E, Layout(layout.slots, layout.gpus))

@@ -9,14 +9,13 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.charts import spec
-from moe_inspect.simulate.placement.policies import CURRENT
+from moe_inspect.simulate.placement.policies import CURRENT, UNFITTED
 from moe_inspect.simulate.placement.tables import time_of, worth
 from moe_inspect.simulate.result import SIMULATED, Frame, Labels, Settings, Tables
 from moe_inspect.simulate.step import cost_panels, cost_sentences
 from moe_inspect.text import plural
 
 LISTED = 4  # workloads that a sentence names
-UNFITTED = (CURRENT, "contiguous", "round-robin")  # policies that do not look at the load
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
 BUSIEST = "busiest GPU ÷ mean GPU"
 
