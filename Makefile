@@ -60,11 +60,11 @@ test-families: $(VENV)/.installed ## Every MoE family of the installed transform
 FRAMEWORKS := build/venv-frameworks
 FRAMEWORKS_PYTHON ?= python3.13
 
-test-frameworks: ## Traces of training frameworks against what their experts are given; writes the table of docs/frameworks.md
+test-frameworks: ## Traces of training frameworks against what their experts are given; writes the tables of benchmarks/results/README.md
 	$(FRAMEWORKS_PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]' boto3 google-cloud-storage
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/frameworks/requirements.txt
-	FRAMEWORKS_TABLE=docs/frameworks.md $(FRAMEWORKS)/bin/python -m pytest tests/frameworks
+	FRAMEWORKS_TABLE=benchmarks/results/README.md $(FRAMEWORKS)/bin/python -m pytest tests/frameworks
 
 VLLM := build/venv-vllm
 SGLANG := build/venv-sglang

@@ -106,7 +106,7 @@ def _report(place: Path) -> None:
     assert set(load) == {len(pd.read_parquet(place / "runs/demo/tokens")) * 2}
 
 
-def _python(place: Path) -> None:
+def _import(place: Path) -> None:
     trace = moe_inspect.open_trace(place / "runs/demo")
     long, routes_TLK = pd.read_parquet(place / "long.parquet"), np.load(place / "routes.npy")
     assert routes_TLK.shape == (trace.n_tokens, 4, 2)
@@ -117,7 +117,7 @@ def _python(place: Path) -> None:
     assert (long["domain"].astype(str) == domains.loc[at[0]].astype(str).to_numpy()).all()
 
 
-CHECKS = {"README.md": _readme, "docs/report.md": _report, "docs/python.md": _python}
+CHECKS = {"README.md": _readme, "docs/report.md": _report, "docs/import.md": _import}
 
 
 def test_the_tables_of_importers_on_the_page_are_those_of_the_code() -> None:

@@ -98,5 +98,5 @@ def losses_table_of(rows: list[str]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    write_table(terminalreporter, "frameworks", "FRAMEWORKS_TABLE", table_of)
+    write_table(terminalreporter, "frameworks", "FRAMEWORKS_TABLE", table_of, " of frameworks")
     write_table(terminalreporter, "losses", "FRAMEWORKS_TABLE", losses_table_of, " of losses")
