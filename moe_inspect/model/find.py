@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.nn import Module, ModuleDict, ModuleList
 
@@ -130,38 +131,70 @@ class Candidates:
         return " and ".join(f"{names} {what}" for what, names in listed.items() if names)
 
 
+class ExpertsLike(NamedTuple):
+    """What looks like the experts of a layer. `gate`: the parameter that may be their router."""
+
+    description: str
+    experts: int
+    gate: str = ""
+
+
 def candidates(model: Module) -> Candidates | None:
-    """None where nothing in the model looks like a router or like experts."""
+    """Modules that look like a router or like experts; None if there are none."""
     routers, lists, sizes = dict[str, str](), dict[str, str](), set[int]()
-    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
-    for path, module in model.named_modules():
-        last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), kinds[path]
-        owner = kinds[path.rpartition(".")[0]]
-        of_experts = EXPERTS_PATH.search(path) or EXPERTS_CLASS.search(owner)
-        if isinstance(module, ModuleList | ModuleDict):
-            classes = {type(child).__name__ for child in module.children()}
-            if of_experts and last not in BLOCKS and len(module) > 1 and len(classes) == 1:
-                lists[pattern] = f"{len(module)}{TIMES}{classes.pop()}"
-                sizes.add(len(module))
-        elif ROUTER_NAME.match(last) or ROUTER_CLASS.search(kind):
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        pattern, kind = NUMBER.sub(".*", path), type(module).__name__
+        owner = modules[_parent(path)]
+        if _is_named_as_router(path, module):
             routers[pattern] = kind
-        elif not type(module).__module__.startswith("torch.") and "shared" not in path.lower():
-            own = dict(module.named_parameters(recurse=False))
-            stacked = [len(p) for p in own.values() if p.dim() == 3]
-            weights = [n for n, p in own.items() if p.dim() == 2 and ROUTER_WEIGHT.match(n)]
-            if stacked and (of_experts or EXPERTS_CLASS.search(kind) or weights):
-                lists[pattern] = f"{kind} of {stacked[0]}"
-                sizes.add(stacked[0])
-                if weights:
-                    routers[pattern] = f"{kind}, with {weights[0]}"
-    # a gate without experts beside it may be one of an attention
-    beside = {path.rpartition(".")[0] for path in lists}
-    for path in [path for path, kind in routers.items() if kind == "Linear"]:
-        if path.rpartition(".")[0] not in beside and "router" not in path.lower():
-            del routers[path]
+        elif (like := _experts_like(path, module, owner)) is not None:
+            lists[pattern] = like.description
+            sizes.add(like.experts)
+            if like.gate:
+                routers[pattern] = f"{kind}, with {like.gate}"
+    # a gate without experts next to it may be part of an attention
+    with_experts = {_parent(path) for path in lists}
+    routers = {
+        path: kind
+        for path, kind in routers.items()
+        if kind != "Linear" or _parent(path) in with_experts or "router" in path.lower()
+    }
     if not routers and not lists:
         return None
     return Candidates(routers, lists, sizes.pop() if len(sizes) == 1 else None)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _is_named_as_router(path: str, module: Module) -> bool:
+    """Whether the name or the class of a module that is called is usual for a router."""
+    if isinstance(module, ModuleList | ModuleDict):
+        return False
+    name, kind = path.split(".")[-1], type(module).__name__
+    return bool(ROUTER_NAME.match(name) or ROUTER_CLASS.search(kind))
+
+
+def _experts_like(path: str, module: Module, owner: Module) -> ExpertsLike | None:
+    """The experts that a module seems to hold: as a list of modules, or stacked in a parameter."""
+    in_experts = EXPERTS_PATH.search(path) or EXPERTS_CLASS.search(type(owner).__name__)
+    kind = type(module).__name__
+    if isinstance(module, ModuleList | ModuleDict):
+        E, classes = len(module), {type(child).__name__ for child in module.children()}
+        are_experts = in_experts and path.split(".")[-1] not in BLOCKS and E > 1
+        if not are_experts or len(classes) != 1:
+            return None
+        return ExpertsLike(f"{E}{TIMES}{classes.pop()}", E)
+    if type(module).__module__.startswith("torch.") or "shared" in path.lower():
+        return None
+    parameters = dict(module.named_parameters(recurse=False))
+    stacked = [len(p) for p in parameters.values() if p.dim() == 3]
+    gates = [n for n, p in parameters.items() if p.dim() == 2 and ROUTER_WEIGHT.match(n)]
+    if not stacked or not (in_experts or EXPERTS_CLASS.search(kind) or gates):
+        return None
+    return ExpertsLike(f"{kind} of {stacked[0]}", stacked[0], *gates[:1])
 
 
 # --- of specs

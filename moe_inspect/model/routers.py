@@ -101,37 +101,74 @@ def called_experts(model: Module, known: Collection[int] = ()) -> list[Site]:
     declared, stacks = _declared_logits(model), stacks_in(model)
     sites = list[Site]()
     for path, module in model.named_modules():
-        kind = type(module).__name__
-        adapter = families.ADAPTERS.get(kind)
-        if adapter is not None and not adapter.applies(module):
-            adapter = None
-        is_called = CALLED_CLASS.search(kind) and kind not in NOT_ROUTED and _takes_choice(module)
-        if TOWER.search(path) or not (adapter or is_called) or (known and layer_of(path) in known):
+        adapter = _adapter_of(module)
+        routes = adapter is not None or _is_called_with_choice(module)
+        if TOWER.search(path) or not routes or (known and layer_of(path) in known):
             continue
         config = getattr(module, "config", None) or text_config(model)
         count = adapter.experts if adapter is not None else None
         E = count(module) if count is not None else experts_of(module, config)
         block = model.get_submodule(block_of(path))
-        if adapter is None or adapter.at_call:
-            kinds = ((m, type(_adapted(m)).__name__) for m in block.children())
-            shown = router = next((m for m, kind in kinds if ROUTER_CLASS.search(kind)), None)
-            index = declared.get(type(_adapted(router)))
-        else:
-            router, index = module, adapter.logits_index
-            shown = router if index is not None else None
-        if router is None:
-            shown = _linear_in(block, E)
-        if adapter is not None and adapter.block_logits is not None:
-            shown, index = block, adapter.block_logits
+        router = _router_module(module, block, adapter)
+        logits_module, logits_index = _logits_source(router, block, adapter, E, declared)
         scoring = getattr(config, "scoring_func", None)
         if not isinstance(scoring, str):
             scoring = _scoring_in_code(type(_adapted(router) or block))
-        shared = _shared_experts(config, model, path)
-        stack = next((part for part in path.split(".") if part in stacks), "")
-        facts = layer_of(path), E, scoring, shared, adapter, shown, index, stack
-        sites.append(Site(module, path, *facts))
+        site = Site(
+            module,
+            path,
+            layer_of(path),
+            E,
+            scoring,
+            _shared_experts(config, model, path),
+            adapter,
+            logits_module,
+            logits_index,
+            stack=next((part for part in path.split(".") if part in stacks), ""),
+        )
+        sites.append(site)
     # the encoder runs before the decoder, and a block's attention before its MLP
     return sorted(sites, key=lambda s: (s.stack == "decoder", s.layer, "attention" not in s.path))
+
+
+def _adapter_of(module: Module) -> Adapter | None:
+    """What reads the choice of this module, if its family needs an adapter."""
+    adapter = families.ADAPTERS.get(type(module).__name__)
+    return adapter if adapter is not None and adapter.applies(module) else None
+
+
+def _is_called_with_choice(module: Module) -> bool:
+    """Whether this module holds experts that are called with the router's choice."""
+    kind = type(module).__name__
+    return bool(CALLED_CLASS.search(kind) and kind not in NOT_ROUTED and _takes_choice(module))
+
+
+def _router_module(module: Module, block: Module, adapter: Adapter | None) -> Module | None:
+    """The router of these experts; None if their block makes the choice itself."""
+    if adapter is not None and not adapter.at_call:
+        return module
+    return next((m for m in block.children() if ROUTER_CLASS.search(_kind(m))), None)
+
+
+def _logits_source(
+    router: Module | None,
+    block: Module,
+    adapter: Adapter | None,
+    E: int,
+    declared: dict[type, int],
+) -> tuple[Module | None, int | None]:
+    """The module whose output holds the router logits, if any, and their index in that output."""
+    if adapter is not None and adapter.block_logits is not None:
+        return block, adapter.block_logits
+    if router is None:
+        return _linear_in(block, E), None
+    if adapter is None or adapter.at_call:
+        return router, declared.get(type(_adapted(router)))
+    return (None if adapter.logits_index is None else router), adapter.logits_index
+
+
+def _kind(module: Module) -> str:
+    return type(_adapted(module)).__name__
 
 
 def stacks_in(model: Module) -> set[str]:

@@ -20,7 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding, most_important_first
 from moe_inspect.text import first_line
-from moe_inspect.training.checks import EPS, SAME, added, judge_biases, judge_update
+from moe_inspect.training.checks import EPS, SAME, judge_biases, judge_share, judge_update
 from moe_inspect.training.formulas import (
     BY_LOGITS,
     CHOSEN,
@@ -218,7 +218,7 @@ class _Audit:
         found: dict[str, Any] = {"moves_R": self._gradient(matches)}
         if not self.is_own and any(values.values()):
             given = self.passes, self.forms, self.switch, self.coefficient
-            found["added"], found["accumulated"] = added(*given, self.say)
+            found["added"], found["accumulated"] = judge_share(*given, self.say)
         if matches:
             found |= matches[0]._asdict()
             found["either"] = [match.formula for match in matches[1:]]

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,100 +31,132 @@ Run = Callable[[], Pass]
 Say = Callable[..., None]  # (kind, severity, text, values by name)
 
 
-def added(
+class LossShare(NamedTuple):
+    """Balancing loss within the loss with labels, of one pass. `measured`: with the balancing loss
+    turned on; `stated`: as its coefficient states; `by_default`: with what the config turns on;
+    `rest`: the loss without it."""
+
+    measured: float
+    stated: float
+    by_default: float
+    rest: float
+
+
+def judge_share(
     passes: Passes,
     forms: Mapping[str, Any],
     switch: Mapping[str, bool],
     coefficient: float | None,
     say: Say,
 ) -> tuple[float, float]:
-    """What the loss with labels has of it ÷ what the coefficient says; and of two accumulated
-    halves, whose language losses are divided by the tokens of both."""
-    model, nan, given = passes.model, math.nan, forms["as given"]
+    """Judge how much of the balancing loss the loss with labels has. Return the measured ÷ the
+    stated share, of the batch as given and of its halves, accumulated; NaN if it is unknown."""
+    unknown = math.nan, math.nan
     if coefficient == 0:
         say("off", "warning", "The coefficient of the balancing loss is 0.")
-        return nan, nan
-    lacks = {
-        f"its forward has no argument {SWITCH_ON}": not switch,
-        "no coefficient is known": coefficient is None,
-        "the batch is no dict": not isinstance(given, Mapping),
-        "it is given no labels": not (isinstance(given, Mapping) and "labels" in given),
-    }
-    if why := next((said for said, lack in lacks.items() if lack), ""):
-        said = f"Whether the training loss has the balancing loss is not judged: {why}."
-        say("added", "note", said)
-        return nan, nan
-    times = coefficient or 0.0
-
-    def part(form: str, **more: Any) -> tuple[float, float, float, float] | None:
-        """Of the loss: where it is on, as the coefficient says, by default; and the rest. None
-        where the model does not turn it off."""
-        on, off, default = (
-            passes.run(forms[form], **more, **options).output
-            for options in (switch, {SWITCH_ON: False}, {})
+        return unknown
+    if reason := _unjudged(forms["as given"], switch, coefficient):
+        text = f"Whether the training loss has the balancing loss is not judged: {reason}."
+        say("added", "note", text)
+        return unknown
+    assert coefficient is not None, "or the reason is that"
+    measure = partial(_share, passes, switch, coefficient)
+    share = measure(forms["as given"])
+    if share is None:
+        text = (
+            f"The model reports its balancing loss with {SWITCH_ON}=False too: whether the loss "
+            "with labels has it cannot be told."
         )
-        if (left := default_loss(off)) is not None and bool(torch.as_tensor(left).any()):
-            return None
-        z_losses = (getattr(on, f"{s}_z_loss", None) for s in ("encoder", "decoder"))
-        z = sum(float(of.detach()) for of in z_losses if of is not None)
-        z *= getattr(model.config, "router_z_loss_coef", 0)
-        said = times * float(default_loss(on).detach()) + z
-        loss, rest, given = (float(of.loss.detach()) for of in (on, off, default))
-        return loss - rest, said, given - rest, rest
+        say("added", "note", text)
+        return unknown
+    if 20 * EPS * abs(share.rest) > SAME * abs(share.stated):
+        text = "The coefficient is too small to see whether the loss with labels has its part."
+        say("added", "note", text)
+        return unknown
+    _judge_ratio(share, coefficient, passes.model, say)
+    ratio = share.measured / share.stated
+    if not accepts(passes.model, "**") or HALVES[0] not in forms:
+        return ratio, math.nan
+    return ratio, _judge_accumulation(measure, [forms[name] for name in HALVES], ratio, say)
 
-    if (parts := part("as given")) is None:
-        say(
-            "added",
-            "note",
-            f"The model reports its balancing loss with {SWITCH_ON}=False too: whether the "
-            "loss with labels has it cannot be told.",
-        )
-        return nan, nan
-    has, said, default, rest = parts
-    if 20 * EPS * abs(rest) > SAME * abs(said):
-        what = "The coefficient is too small to see whether the loss with labels has its part."
-        say("added", "note", what)
-        return nan, nan
-    ratio = has / said
+
+def _unjudged(batch: object, switch: Mapping[str, bool], coefficient: float | None) -> str:
+    """Why the share of the balancing loss cannot be judged; empty if it can."""
+    if not switch:
+        return f"its forward has no argument {SWITCH_ON}"
+    if coefficient is None:
+        return "no coefficient is known"
+    if not isinstance(batch, Mapping):
+        return "the batch is no dict"
+    return "" if "labels" in batch else "it is given no labels"
+
+
+def _share(
+    passes: Passes,
+    switch: Mapping[str, bool],
+    coefficient: float,
+    batch: Mapping[str, Any],
+    **more: Any,
+) -> LossShare | None:
+    """The share of one pass; None if the model does not turn its balancing loss off."""
+    on, off, default = (
+        passes.run(batch, **more, **options).output for options in (switch, {SWITCH_ON: False}, {})
+    )
+    if (remaining := default_loss(off)) is not None and bool(torch.as_tensor(remaining).any()):
+        return None
+    z_losses = (getattr(on, f"{stack}_z_loss", None) for stack in ("encoder", "decoder"))
+    z_loss = sum(float(loss.detach()) for loss in z_losses if loss is not None)
+    z_loss *= getattr(passes.model.config, "router_z_loss_coef", 0)
+    stated = coefficient * float(default_loss(on).detach()) + z_loss
+    loss, rest, by_default = (float(output.loss.detach()) for output in (on, off, default))
+    return LossShare(loss - rest, stated, by_default - rest, rest)
+
+
+def _judge_ratio(share: LossShare, coefficient: float, model: Any, say: Say) -> None:
+    ratio = share.measured / share.stated
     if abs(ratio) < SAME:
-        say(
-            "off",
-            "critical",
+        text = (
             "The balancing loss is reported, and is no part of the loss with labels: it trains "
-            "nothing.",
+            "nothing."
         )
+        say("off", "critical", text)
     elif abs(ratio - 1) > SAME:
-        say(
-            "doubled" if abs(ratio - 2) < SAME else "scaled",
-            "critical",
-            f"The loss with labels has {ratio:.3g} times the balancing loss that the "
-            f"coefficient {times:g} says.",
-            ratio=ratio,
+        text = (
+            f"The loss with labels has {ratio:.3g} times the balancing loss that the coefficient "
+            f"{coefficient:g} says."
         )
-    elif abs(default / said) < SAME:
-        say(
-            "off",
-            "critical" if model.training else "warning",
-            f"The config states a balancing loss with coefficient {times:g} and "
-            f"{SWITCH_ON}=False: training as it says adds none. Set {SWITCH_ON}=True.",
+        kind = "doubled" if abs(ratio - 2) < SAME else "scaled"
+        say(kind, "critical", text, ratio=ratio)
+    elif abs(share.by_default / share.stated) < SAME:
+        text = (
+            f"The config states a balancing loss with coefficient {coefficient:g} and "
+            f"{SWITCH_ON}=False: training as it says adds none. Set {SWITCH_ON}=True."
         )
-    if not accepts(model, "**") or HALVES[0] not in forms:
-        return ratio, nan
-    labels = [forms[name]["labels"] for name in HALVES]
-    items = torch.tensor(sum(int((of[:, 1:] != -100).sum()) for of in labels))
-    halves = (part(name, num_items_in_batch=items) for name in HALVES)
-    both = [of for of in halves if of is not None]
-    accumulated = 2 * sum(of[0] for of in both) / sum(of[1] for of in both)
+        say("off", "critical" if model.training else "warning", text)
+
+
+def _judge_accumulation(
+    measure: Callable[..., LossShare | None],
+    halves: Sequence[Mapping[str, Any]],
+    ratio: float,
+    say: Say,
+) -> float:
+    """Return the measured ÷ the stated share of accumulated passes over two halves, whose language
+    losses are divided by the tokens of both. `ratio`: of the batch in one pass."""
+    labels = [half["labels"] for half in halves]
+    items = torch.tensor(sum(int((labels_BS[:, 1:] != -100).sum()) for labels_BS in labels))
+    shares = [measure(half, num_items_in_batch=items) for half in halves]
+    known = [share for share in shares if share is not None]
+    stated = sum(share.stated for share in known)
+    accumulated = 2 * sum(share.measured for share in known) / stated
     if abs(accumulated - 2 * ratio) < 2 * SAME * abs(ratio):
-        say(
-            "accumulated",
-            "warning",
-            "With gradient accumulation over N passes the balancing loss weighs N times as "
-            "much (measured with 2): it is added in each pass, where the language loss is "
-            "divided by the tokens of all (num_items_in_batch).",
-            ratio=accumulated,
+        text = (
+            "With gradient accumulation over N passes the balancing loss weighs N times as much "
+            "(measured with 2): it is added in each pass, where the language loss is divided by "
+            "the tokens of all (num_items_in_batch)."
         )
-    return ratio, accumulated
+        say("accumulated", "warning", text, ratio=accumulated)
+    return accumulated
 
 
 # --- selection biases
