@@ -81,7 +81,7 @@ def token_ids(trace: Trace, other: Trace) -> Any:
 
 
 def compare(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.comparison.decisions.shown import Decisions
+    from moe_inspect.comparison.charts import Decisions
     from moe_inspect.comparison.result import PairSettings
 
     return Decisions(trace, other, PairSettings(threads=1)).counts

@@ -76,7 +76,7 @@ def _routes(batches: int, changed: bool) -> Iterator[np.ndarray]:
 def ours(a: str, b: str, threads: int) -> dict[str, Any]:
     """Every table but those of single experts' load, and their load."""
     import moe_inspect
-    from moe_inspect.comparison.decisions.shown import Decisions
+    from moe_inspect.comparison.charts import Decisions
     from moe_inspect.comparison.result import PairSettings
 
     first, second = moe_inspect.open_trace(a), moe_inspect.open_trace(b)

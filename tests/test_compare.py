@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.counting import kernels
-from moe_inspect.comparison.decisions.verdict import percent
+from moe_inspect.comparison import kernels
+from moe_inspect.comparison.diagnosis import percent
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import Trace
 from tests.conftest import Cli

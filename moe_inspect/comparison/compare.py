@@ -1,19 +1,34 @@
-"""Comparing two traces: decision by decision if they are of one model, by the load of the experts
-if one holds counts only, by their summaries if the models differ."""
+"""Comparing two traces: decision by decision if they are of one model and both hold decisions, by
+the load of the experts if one holds counts only, by their summaries if the models differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 # this registers the tables of decisions, in their order, and how they are shown
-import moe_inspect.comparison.decisions.shown  # noqa: F401
-from moe_inspect.comparison.aligning.pairing import DifferentModelsError
-from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.loads import Loads
-from moe_inspect.comparison.models import Models
-from moe_inspect.comparison.result import TABLES, Comparison, PairSettings
+import moe_inspect.comparison.charts  # noqa: F401
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.comparison.decisions import Decisions
+from moe_inspect.comparison.load_shift import Loads
+from moe_inspect.comparison.misaligned import replicas
+from moe_inspect.comparison.pairing import DifferentModelsError
+from moe_inspect.comparison.result import (
+    MODEL_TABLES,
+    OF_DECISIONS,
+    TABLES,
+    Comparison,
+    ComparisonKind,
+    PairSettings,
+    facts_table,
+)
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import Report
+from moe_inspect.reporting.tables.registry import Excerpt, table
+from moe_inspect.reporting.tables.summary import facts
+from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.trace.reader import Trace, open_trace
 
 __all__ = ["TABLES", "Comparison", "compare"]
@@ -70,3 +85,75 @@ def compare(
         if noise is not None:
             raise
         return Models(first, second, options, error.reasons, progress)
+
+
+# --- different models: their summaries, side by side
+
+MOST_ROWS = 24  # of the summaries in the text
+
+
+class Models(Comparison):
+    """Traces A and B of different models. `reasons`: how the models differ, a phrase each."""
+
+    def __init__(
+        self,
+        a: Trace,
+        b: Trace,
+        options: PairSettings,
+        reasons: Sequence[str],
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.reasons = reasons
+        given = {k: v for k, v in options.given.items() if k in ("domains", "phase")}
+        super().__init__(a, b, given)
+        options.refuse((*OF_DECISIONS, "layers", "shift_layers"), self.why)
+        self.reports = [
+            Report(trace, select(trace, None, options.domains, options.phase), progress=progress)
+            for trace in self.traces
+        ]
+
+    @property
+    def why(self) -> str:
+        different = f"of different models ({'; '.join(self.reasons)})"
+        return f"{self.a.path} (A) and {self.b.path} (B) are {different}"
+
+
+@table(tables=MODEL_TABLES)
+def summary(data: Models) -> pd.DataFrame:
+    """One row per fact of the two reports' summaries: key, and its value in A and in B (text)."""
+    # thresholds and notes say how a report judges, not what a trace holds
+    a, b = (
+        {k: v for k, v in facts(made) if k != "note" and not k.startswith("threshold_")}
+        for made in data.reports
+    )
+    return facts_table({key: (a.get(key, ""), b.get(key, "")) for key in a | b}, ("a", "b"))
+
+
+def different(data: Models) -> Iterator[Finding]:
+    """How the models differ, and that the tokens are not compared."""
+    if (found := replicas(data.a, data.b)) is not None:
+        text = (
+            f"The {found['physical']} ids of {found['trace']} are physical ids of "
+            f"{found['logical']} experts: mapped by shared tokens, the traces agree (beyond "
+            f"chance {found['agreement']:.1%}). Map them to logical ids before comparing."
+        )
+        yield finding("physical_ids", "critical", text, **found)
+        return
+    text = (
+        f"Different models: {'; '.join(data.reasons)}. The table shows the summaries of their "
+        "reports side by side: it is no comparison of tokens."
+    )
+    yield finding("different_models", "note", text, reasons=list(data.reasons))
+
+
+Models.kind = ComparisonKind(
+    of="different models",
+    tables=MODEL_TABLES,
+    main="summary",
+    checks=(different,),
+    title="Two models, side by side",
+    footer="Figures of different models depend on their numbers of experts and on their text.",
+    charts={},
+    sections={"summary": ("", "The summaries of both", "")},
+    excerpts={"summary": Excerpt("the first rows", lambda frame, _: frame.head(MOST_ROWS))},
+)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.comparison.counting.kernels import nowhere_in_both, sets, unequal
+from moe_inspect.comparison.kernels import nowhere_in_both, sets, unequal
 from moe_inspect.errors import MoeInspectError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.comparison.aligning.pairing import layers_named, routers_of_one_model
+from moe_inspect.comparison.pairing import layers_named, routers_of_one_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table

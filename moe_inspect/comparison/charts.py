@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.comparison import result
-from moe_inspect.comparison.aligning.align import DECILES
-from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.decisions.verdict import findings
+from moe_inspect.comparison.align import DECILES
+from moe_inspect.comparison.decisions import Decisions
+from moe_inspect.comparison.diagnosis import findings
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.render import texts
 from moe_inspect.reporting.render.html import Section, Tile

@@ -17,7 +17,7 @@ import pandas as pd
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard
-from moe_inspect.comparison.aligning.pairing import DifferentModelsError, vocabularies_apart
+from moe_inspect.comparison.pairing import DifferentModelsError, vocabularies_apart
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES, sees

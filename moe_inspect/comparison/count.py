@@ -21,8 +21,7 @@ from moe_inspect.analysis.counting.kernels import load, weight_sum
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
-from moe_inspect.comparison.aligning import align
-from moe_inspect.comparison.counting import kernels
+from moe_inspect.comparison import align, kernels
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard

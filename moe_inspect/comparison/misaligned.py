@@ -16,8 +16,8 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.chance import ALPHA, shuffled_p, shuffled_within
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.comparison.aligning.align import AlignedRows, Alignment, align, rows_of_shard
-from moe_inspect.comparison.aligning.pairing import layers_named, same_places
+from moe_inspect.comparison.align import AlignedRows, Alignment, align, rows_of_shard
+from moe_inspect.comparison.pairing import layers_named, same_places
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.misrecorded import (

@@ -17,9 +17,8 @@ import pandas as pd
 from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.analysis.metrics.uncertainty import effective_documents, log10_tail
-from moe_inspect.comparison.counting.count import UNIT
-from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.decisions.tables import recorded_otherwise
+from moe_inspect.comparison.count import UNIT
+from moe_inspect.comparison.decisions import Decisions, recorded_otherwise
 from moe_inspect.comparison.result import Paired, Row, missing_layers
 from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED

@@ -21,8 +21,8 @@ from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.comparison import result
-from moe_inspect.comparison.aligning.pairing import layers_named
-from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
+from moe_inspect.comparison.diagnosis import Collapse, said_of_collapse
+from moe_inspect.comparison.pairing import layers_named
 from moe_inspect.comparison.result import LOAD_TABLES, Row
 from moe_inspect.comparison.steps import StepWindows, step_windows
 from moe_inspect.reporting.charts import spec
