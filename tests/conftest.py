@@ -87,9 +87,14 @@ def write_table(
     reporter.write_line("\n" + table)
     left_out = [k for k in ("failed", "error", "skipped") if reporter.stats.get(k)]
     if (path := os.environ.get(variable)) and not left_out:
-        begin, end = f"<!-- table{place} -->", f"<!-- end of table{place} -->"
-        before, _, rest = Path(path).read_text().partition(begin)
-        Path(path).write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+        write_between_marks(Path(path), f"table{place}", table)
+
+
+def write_between_marks(path: Path, name: str, text: str) -> None:
+    """Replace the text between `<!-- NAME -->` and `<!-- end of NAME -->` in a page."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = path.read_text().partition(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 @pytest.fixture

@@ -417,6 +417,7 @@ LOSS_LENGTHS = [24, 17, 24, 20]
 LOSS_COLUMNS = ("family", "loss", "factor", "f counts", "other experts ran", "of each pass")
 LOSS_COLUMNS += ("selection bias", "code")
 NONE, NOT_COMPUTED = "none is stated, none is computed", "no loss is computed"
+NOT_JUDGED = "not judged: of zero experts too"
 BIASES = {"good": "of the choice alone"}  # by the severity of what is found
 
 
@@ -447,7 +448,7 @@ def changed_biases(family: str, model: Any) -> list[str]:
 
 
 def loss_row(family: str) -> tuple[str, ...]:
-    """A row of `losses_page`."""
+    """Row of the table in `losses_section`."""
     try:
         model, audit = audited(family)
     except MoeInspectError as error:
@@ -461,7 +462,7 @@ def loss_row(family: str) -> tuple[str, ...]:
         code = f"{Path(module.__file__ or '').name}:{inspect.getsourcelines(function)[1]}"
     said = {f.kind: f for f in audit.findings}
     formula, apart, bias = audit.formula, said.get("loss_other_choice"), said.get("loss_bias")
-    unseen = "not judged: of zero experts too" if biases_of(model) else ""
+    unseen = NOT_JUDGED if biases_of(model) else ""
     steers = unseen if bias is None else BIASES[bias.severity]
     assert not changed_biases(family, model), "a pass updates a selection bias"
     if not states_loss(family):
@@ -485,62 +486,59 @@ def _of_kind(model: Any, kind: str) -> int:
     return sum(type(site.logits_module).__name__ == kind for site in find_routers(model))
 
 
-def losses_page(rows: list[tuple[str, ...]]) -> str:
-    """What `audit_loss` finds in each family, as Markdown."""
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    pooled, other, none, without, biased = (
-        [row[0] for row in rows if test(row)]
-        for test in (
-            lambda row: row[1].startswith("pooled"),
-            lambda row: "logit" in row[3],
-            lambda row: row[1] == NOT_COMPUTED,
-            lambda row: row[1] == NONE,
-            lambda row: row[1] == NONE and row[6],
-        )
-    )
+def loss_line(row: tuple[str, ...]) -> str:
+    """Row of the table of balancing losses."""
+    return f"| {' | '.join(row)} |"
+
+
+def losses_section(rows: list[tuple[str, ...]]) -> str:
+    """Findings of `audit_loss` in each family, as a section in Markdown."""
+    silent = [row for row in rows if row[1] == NONE]
+    biased = [row[0] for row in silent if row[6]]
+    unbiased = [row[0] for row in silent if not row[6]]
+    unjudged = [row[0] for row in silent if row[6] == NOT_JUDGED]
+    pooled = [row[0] for row in rows if row[1].startswith("pooled")]
+    by_logits = [row[0] for row in rows if "logit" in row[3]]
+    not_computed = [row[0] for row in rows if row[1] == NOT_COMPUTED]
+    table = "\n".join(loss_line(row) for row in rows if row[1] != NONE)
     return f"""\
-# The balancing losses of transformers {hf.__version__}
+## Balancing losses of transformers
 
-What [`audit_loss`](training.md#is-the-loss-right) finds in {len(rows)} families, each as a tiny \
-random model with biased and grouped selection where the family has it: \
-{sum(map(states_loss, (row[0] for row in rows)))} whose config states a
-coefficient of a balancing loss, and the others. Written by `make test-families`.
+[`audit_loss`](training.md#check-the-balancing-loss) on {len(rows)} families of transformers \
+{hf.__version__}, each as a tiny random model; \
+{sum(map(states_loss, (row[0] for row in rows)))} state the
+coefficient of a balancing loss. Written by `make test-families`.
 
-| {" | ".join(LOSS_COLUMNS)} |
+{loss_line(LOSS_COLUMNS)}
 |{"---|" * len(LOSS_COLUMNS)}
 {table}
 
-- loss: Switch's E · Σ f · P (arXiv:2101.03961), pooled over all routers or of each. P is the \
-softmax of the router logits in all.
-- factor: reported ÷ formula, where f is the share of assignments: k (or 2 for two stacks), as f \
-is counted per token.
-- f counts: the experts that ran ("all choices"), or those with the largest logits.
-- other experts ran: the share of decisions in which the router chose other experts than those \
-that f counts.
-- of each pass: what a pass adds to the loss with labels when the Trainer accumulates gradients \
-and gives `num_items_in_batch`, ÷ what the coefficient says.
-  It should be 1 ÷ the number of passes, as the language loss is.
-- selection bias: whether it steers the choice of experts and no gate weight, as it should.
+- **loss**: Switch's E · Σ f · P (arXiv:2101.03961), pooled over all routers or per router. P is \
+the softmax of the router logits.
+- **factor**: reported ÷ formula: k (or 2 for two stacks), because f is counted per token.
+- **f counts**: the experts that ran ("all choices"), or the experts with the largest logits.
+- **other experts ran**: share of decisions in which other experts ran than f counts.
+- **of each pass**: contribution of a pass to the loss when the Trainer accumulates gradients, ÷ \
+the coefficient. It should be 1 ÷ the number of passes.
+- **selection bias**: it should steer the choice of experts and no gate weight.
 
-## Where they differ from what they cite
-
-Their docstring names equations (4) to (6) of Switch Transformer.
-
-- **Pooled over layers** ({len(pooled)} families): Switch's loss is of each layer. One that is \
-uneven is made up for by another; in the bundled model's recipe single layers
-  collapse ([figures](training.md#what-alarms-tell-and-when)).
-- **Another load than the one that runs** ({len(other)}: {", ".join(other)}): f takes the largest \
-router logits, where the router chooses by scores plus a selection bias, in groups, or by \
-capacity.
-- **Gradient accumulation**: `loss += coefficient * aux_loss` is in the model's forward, and \
-`Trainer.training_step` does not divide a loss by the number of passes where the
-  model takes `num_items_in_batch`: over N passes the balancing loss weighs N times as much.
-- **Off by default**: it is computed only with `output_router_logits=True`, which their \
-configs do not set.
-- **Stated and not computed** ({len(none)}: {", ".join(none)}): the coefficient is in the config, \
-and no code reads it.
-- **Nothing balances** ({len(without)} families): no loss is computed. {len(biased)} of them have \
-a selection bias, which no pass in training changes: who trains one of these has to
-  update it. deepseek_v2 has neither, where its paper \
+No loss is computed by the other {len(silent)} families. {len(biased)} of them have a selection \
+bias, which no training pass updates, so you must update it: {", ".join(biased)}. \
+(The bias of {", ".join(unjudged)} is not judged, because it covers zero experts too.) The others: \
+{", ".join(unbiased)}. The paper of deepseek_v2 \
 ([arXiv:2405.04434](https://arxiv.org/abs/2405.04434)) balances by three losses.
+
+Their docstrings cite equations (4) to (6) of Switch Transformer. They differ from these:
+
+- **Pooled over layers** ({len(pooled)} families): Switch's loss is per layer. If it is pooled, \
+[single layers can collapse](training.md#how-soon-alarms-fire).
+- **Another load than the one that runs** ({len(by_logits)}: {", ".join(by_logits)}): f counts \
+the largest router logits, but the router chooses by scores plus a selection bias, in groups, or \
+by capacity.
+- **Gradient accumulation**: with N passes, the balancing loss weighs N times as much. The model \
+adds it in its forward, and the Trainer does not divide the loss if the model takes \
+`num_items_in_batch`.
+- **Off by default**: it is computed only with `output_router_logits=True`, which no config sets.
+- **Stated but not computed** ({len(not_computed)}: {", ".join(not_computed)}): no code reads the \
+coefficient.
 """
