@@ -94,7 +94,7 @@ def planted(root: Path, name: str, bases: dict[str, Recording]) -> dict[str, Any
             said = kinds & (MISALIGNED | fault.kinds)
             row: dict[str, Any] = {"recording": base, "said": sorted(said)}
             # what was planted, and no other diagnosis beside it
-            row["named"] = fault.kinds <= said <= fault.kinds | {"misaligned"}
+            row["named"] = said == fault.kinds
             if single:
                 row["named"] &= mismatched == fault.exactly
             if fault.mend:

@@ -128,11 +128,11 @@ def swapped(
     ("places", "n", "kind", "severity", "says"),
     [
         (slice(20), L, "rounding", "good", "100% of these are among the 10% of decisions with"),
-        (slice(-20, None), L, "not_rounding", "warning", "only 0% were close decisions"),
+        (slice(-20, None), L, "different", "warning", "only 0% were close decisions"),
         # a few of many, in as many documents: neither is shown
-        (slice(1), 1, "rounding_unknown", "note", "100% of these were close decisions"),
-        (slice(-1, None), 1, "rounding_unknown", "note", "in 1 document: too few to tell whether"),
-        (slice(-2, None), 1, "rounding_unknown", "note", "in 2 documents: too few to tell whether"),
+        (slice(1), 1, "undecided", "note", "100% of these were close decisions"),
+        (slice(-1, None), 1, "undecided", "note", "in 1 document: too few to tell whether"),
+        (slice(-2, None), 1, "undecided", "note", "in 2 documents: too few to tell whether"),
     ],
 )
 def test_flips_at_the_margin_are_rounding_and_others_are_not(
@@ -159,7 +159,7 @@ def test_flips_of_one_document_among_others_are_few(write: Write) -> None:
     """Most flips are of one document: as many documents with one flip each would tell."""
     logits, ids = decided()
     a, of_one = write("a", ids, logits=logits), swapped(logits, ids, slice(T // 11), documents=[0])
-    for name, before, kind in (("one", of_one, "rounding_unknown"), ("each", ids, "rounding")):
+    for name, before, kind in (("one", of_one, "undecided"), ("each", ids, "rounding")):
         other = swapped(logits, before, slice(T // 60), 1, range(1, 11))
         found = moe_inspect.compare(a, write(name, other, logits=logits)).verdict()[0]
         assert (found.kind, found.values["flips_in_lowest_tenth"]) == (kind, 1), name
@@ -178,7 +178,7 @@ def test_without_logits_the_margin_is_unknown(write: Write, places: slice) -> No
     sides = {"a": ids, "b": swapped(logits, ids, places)}
     made = moe_inspect.compare(*(write(name, of, weights=weights) for name, of in sides.items()))
     found = made.verdict()[0]
-    assert (found.kind, found.severity) == ("rounding_unknown", "note")
+    assert (found.kind, found.severity) == ("undecided", "note")
     assert "Record with --logits" in found.text
 
 

@@ -137,7 +137,7 @@ def different(data: Models) -> Iterator[Finding]:
             f"{found['logical']} experts: mapped by shared tokens, the traces agree (beyond "
             f"chance {found['agreement']:.1%}). Map them to logical ids before comparing."
         )
-        yield finding("physical_ids", "critical", text, **found)
+        yield finding("experts_renumbered", "critical", text, **found)
         return
     text = (
         f"Different models: {'; '.join(data.reasons)}. The table shows the summaries of their "

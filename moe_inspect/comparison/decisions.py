@@ -34,7 +34,7 @@ from moe_inspect.comparison.count import (
     count_pair,
     output_sums,
 )
-from moe_inspect.comparison.misaligned import matched_overlaps, misalignments
+from moe_inspect.comparison.misaligned import matched_overlaps, renumberings
 from moe_inspect.comparison.result import TABLES, Facts, Paired, PairSettings, Row, facts_table
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import table
@@ -107,8 +107,9 @@ class Decisions(Paired):
         return f"the routers of {self.a.path} do not choose by their logits alone"
 
     @cached_property
-    def misaligned(self) -> list[Finding]:
-        return misalignments(self.alignment, self.pairs, self.selection.routers)
+    def renumbered(self) -> list[Finding]:
+        """How tokens, layers or experts are numbered differently in B."""
+        return renumberings(self.alignment, self.pairs, self.selection.routers)
 
     @cached_property
     def job(self) -> Job:

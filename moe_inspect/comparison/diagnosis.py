@@ -33,29 +33,28 @@ LAST = 5  # how many times as often last tokens must differ
 FEWEST_LAST = 5
 
 
-def is_misaligned(data: Decisions) -> bool:
-    """Whether decisions are compared that do not belong together."""
-    return any(True for check in (misaligned, zero_filled, last_token) for _ in check(data))
-
-
-def misaligned(data: Decisions) -> Iterator[Finding]:
-    """The same routing under another numbering."""
-    for one in data.misaligned:
-        option = one.values["option"]
-        yield replace(one, text=f"{one.text} Add {option}.") if option else one
+def misalignments(data: Decisions) -> list[Finding]:
+    """Reasons why the decisions that are compared do not belong together: the same routing under
+    another numbering, or tokens that were never fed."""
+    causes = [*data.renumbered, *zero_filled(data), *last_token(data)]
+    options = [cause.values["option"] for cause in causes]
+    return [
+        replace(cause, text=f"{cause.text} Add {option}.") if option else cause
+        for cause, option in zip(causes, options, strict=True)
+    ]
 
 
 def zero_filled(data: Decisions) -> Iterator[Finding]:
     """Tokens that one trace sends to expert 0 in every slot: memory that was set to zero."""
-    option = DROP_ZERO_FILLED
     for name, n in (("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)):
         if n and _zeros_by_chance(data, name, n) < ALPHA:
             text = (
                 f"{plural(n, 'token')} of {name} {'has' if n == 1 else 'have'} expert 0 in every "
                 f"slot of every router, but different experts in the other trace: {NEVER_FED}, "
-                f"filled with zeros. Add {option}."
+                "filled with zeros."
             )
-            yield finding("zero_filled", "critical", text, tokens=n, trace=name, option=option)
+            values: Row = {"zero_filled_tokens": n, "trace": name, "option": DROP_ZERO_FILLED}
+            yield finding("never_fed", "critical", text, **values)
 
 
 def _zeros_by_chance(data: Decisions, name: str, n: int) -> float:
@@ -83,11 +82,10 @@ def last_token(data: Decisions) -> Iterator[Finding]:
     if there >= 0.5 and there >= LAST * elsewhere:
         text = (
             f"The last token of sequences has different experts in {there:.1%} of its decisions, "
-            f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token. "
-            f"Add {DROP_LAST}."
+            f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token."
         )
         shares: Row = {"mismatch_last": there, "mismatch_elsewhere": elsewhere}
-        yield finding("last_token", "critical", text, **shares, option=DROP_LAST)
+        yield finding("never_fed", "critical", text, **shares, option=DROP_LAST)
 
 
 def same(data: Decisions) -> Iterator[Finding]:
@@ -105,9 +103,11 @@ def same(data: Decisions) -> Iterator[Finding]:
         "tokens": data.counts.tokens,
         "tokens_mismatch": data.tokens_mismatch,
     }
-    if is_misaligned(data):
+    if causes := misalignments(data):
+        first, *others = causes
         text = f"Misaligned: {amount}, which means nothing until the traces are aligned."
-        yield finding("misaligned", "critical", text, **values)
+        yield finding(first.kind, "critical", f"{text} {first.text}", **values, **first.values)
+        yield from others
     elif not data.mismatched:
         yield _the_same(data, values)
     else:
@@ -158,7 +158,7 @@ def _other_experts(data: Decisions, amount: str, values: Row) -> Finding:
             f"{differ} Too few documents to tell whether {DIFFERENT:.0%} of decisions or more "
             f"differ in other text.{at}"
         )
-        return finding("different_unknown", "note", said, about, **values)
+        return finding("undecided", "note", said, about, **values)
     if close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
         said = (
             f"The same except for ties and rounding: {differ} {close:.0%} of these are among the "
@@ -170,7 +170,7 @@ def _other_experts(data: Decisions, amount: str, values: Row) -> Finding:
             f"{differ} Rounding does not explain them: only {close:.0%} were close decisions "
             f"(among the 10% with the smallest margins).{at}"
         )
-        return finding("not_rounding", "warning", said, about, **values)
+        return finding("different", "warning", said, about, **values)
     said = "Record with --logits to tell whether rounding explains them."
     if not np.isnan(close):
         said = (
@@ -181,7 +181,7 @@ def _other_experts(data: Decisions, amount: str, values: Row) -> Finding:
     elif "logits" in data.a.tables:
         said = f"It is unknown whether rounding explains them: {data.why_no_margins}."
     said = f"Nearly the same: {differ} {said}"
-    return finding("rounding_unknown", "note", said, about, **values)
+    return finding("undecided", "note", said, about, **values)
 
 
 def _apart(share: float, expected: float, n: float) -> bool:
@@ -212,7 +212,7 @@ def noise(data: Decisions) -> Iterator[Finding]:
     """Two runs of one model, as what is no difference."""
     if data.noise is None:
         return
-    if is_misaligned(data.noise):
+    if misalignments(data.noise):
         yield finding("noise", "note", "Unknown noise: the second run of A is misaligned with A.")
         return
     share, base = (x.mismatched / x.decisions for x in (data, data.noise))
@@ -463,7 +463,7 @@ def percent(share: float) -> str:
 Check = Callable[[Decisions], Iterator[Finding]]
 # in the order in which they are read
 CHECKS: tuple[Check, ...] = (
-    *(same, misaligned, zero_filled, last_token, noise, growth, collapsed, below_chance),
+    *(same, noise, growth, collapsed, below_chance),
     *(load, domains, missing_tokens, missing_layers, unchecked, recorded),
 )
 # those that say nothing of misaligned traces
@@ -471,7 +471,7 @@ OF_ALIGNED: tuple[Check, ...] = (noise, growth, collapsed, below_chance, load, d
 
 
 def findings(data: Decisions) -> Iterator[Finding]:
-    left_out = OF_ALIGNED if is_misaligned(data) else ()
+    left_out = OF_ALIGNED if misalignments(data) else ()
     for check in CHECKS:
         if check not in left_out:
             yield from check(data)

@@ -101,12 +101,12 @@ def first_sample(alignment: Alignment, pairs: Sequence[Pair]) -> SampledRows | N
     return next(samples(alignment, of_stack), None)
 
 
-def misalignments(
+def renumberings(
     alignment: Alignment, pairs: Sequence[Pair], routers: Sequence[int]
 ) -> list[Finding]:
-    """What is numbered otherwise in B, in the stack of the first router; nothing where the routing
-    is alike as it is compared. Its value `option` is what mends it, "" where no option does.
-    routers: those of A that are selected."""
+    """How B is numbered differently, in the stack of the first router; empty if the routing agrees
+    as it is compared. The value `option` is the option of `compare` that fixes it, or "".
+    routers: the selected routers of A."""
     sample = first_sample(alignment, pairs)
     if sample is None or sample.rows.alike:
         return []
@@ -209,28 +209,26 @@ def _layers_moved(
     if not moved:
         return None
     routers, others, found, compared = zip(*moved, strict=True)
-    evidence = f"({_evidence(mean(found), mean(compared))})"
+    names = [f"A's {layer_label(a, r)} is B's {layer_label(b, m)}" for r, m, *_ in moved]
+    difference, option = join_first(names, 4, ", "), ""
+    steps = {a[r].layer - b[m].layer for r, m, *_ in moved}
+    if len(steps) == 1 and not good:
+        (step,) = steps
+        if len(moved) >= max(1, len(own) - abs(step) - 1):
+            difference, option = f"B's layer n is A's n{step:+d}", f"{SHIFT_LAYERS} {step}"
+    text = (
+        f"Layers are numbered differently: {difference} "
+        f"({_evidence(mean(found), mean(compared))}). One trace may skip dense layers, or count "
+        "from 0 at each pipeline stage."
+    )
     values: Row = {
-        "option": "",
+        "option": option,
         "agreement": mean(found),
         "agreement_as_compared": mean(compared),
         "layers_a": [a[r].layer for r in routers],
         "layers_b": [b[m].layer for m in others],
     }
-    step, *more = {a[r].layer - b[m].layer for r, m, *_ in moved}
-    if not more and not good and len(moved) >= max(1, len(own) - abs(step) - 1):
-        text = (
-            f"Layers are numbered differently: B's layer n is A's n{step:+d} {evidence}. One may "
-            "skip dense layers, or start again at each pipeline stage."
-        )
-        values |= {"option": f"{SHIFT_LAYERS} {step}", "shift": step}
-        return finding("layers_shifted", "critical", text, **values)
-    names = [f"A's {layer_label(a, r)} is B's {layer_label(b, m)}" for r, m, *_ in moved]
-    said = f"{join_first(names, 4, ', ')} {evidence}."
-    if {*routers} <= paired.keys() and {*others} <= {*paired.values()}:
-        return finding("layers_swapped", "critical", f"Layers are swapped: {said}", **values)
-    text = f"Layers are numbered differently: {said} Each pipeline stage may start again at 0."
-    return finding("layers_renumbered", "critical", text, **values)
+    return finding("layers_moved", "critical", text, **values)
 
 
 def _experts_renumbered(sample: SampledRows) -> Finding | None:

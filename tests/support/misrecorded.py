@@ -227,38 +227,38 @@ FAULTS: dict[str, Fault] = {
         {"missing_tokens"}, lambda a, ids, rng: a.take(~a.last_T), exactly=0
     ),
     "last token never fed": Fault(  # its slots hold what was there before
-        {"last_token"},
+        {"never_fed"},
         lambda a, ids, rng: np.where(a.last_T[:, None], rng.permutation(ids, axis=1), ids),
         {"drop_last": True},
     ),
     "padding is expert 0": Fault(
-        {"zero_filled"},
+        {"never_fed"},
         lambda a, ids, rng: np.where(rng.random(a.T)[:, None] < 0.01, 0, ids),
         {"drop_zero_filled": True},
     ),
     "last token is expert 0": Fault(
-        {"zero_filled", "last_token"},
+        {"never_fed"},
         lambda a, ids, rng: np.where(a.last_T[:, None], 0, ids),
         {"drop_zero_filled": True},
     ),
     "a dense layer is counted": Fault(
-        {"layers_shifted"},
+        {"layers_moved"},
         lambda a, ids, rng: replace(a, layers=[layer + 1 for layer in a.layers]),
         {"shift_layers": -1},
     ),
     "the dense layer is not counted": Fault(
-        {"layers_shifted"},
+        {"layers_moved"},
         lambda a, ids, rng: a.routed(ids[1:], [layer - 1 for layer in a.layers[1:]]),
         {"shift_layers": 1},
     ),
-    "the second pipeline stage counts from 0": Fault({"layers_shifted"}, second_stage),
-    "both pipeline stages count from 0": Fault({"layers_renumbered"}, both_stages),
+    "the second pipeline stage counts from 0": Fault({"layers_moved"}, second_stage),
+    "both pipeline stages count from 0": Fault({"layers_moved"}, both_stages),
     "two layers swapped": Fault(
-        {"layers_swapped"}, lambda a, ids, rng: ids[[-1, *range(1, len(ids) - 1), 0]]
+        {"layers_moved"}, lambda a, ids, rng: ids[[-1, *range(1, len(ids) - 1), 0]]
     ),
     # the decoder's routers are fed the routes of the one before; the first those of MTP
     "an MTP router comes first": Fault(
-        {"layers_shifted"}, lambda a, ids, rng: np.stack([foreign(a, rng), *ids[:-1]])
+        {"layers_moved"}, lambda a, ids, rng: np.stack([foreign(a, rng), *ids[:-1]])
     ),
     "MTP routes fed to a decoder router": Fault(
         {"routes_of_another_router"}, lambda a, ids, rng: np.stack([foreign(a, rng), *ids[1:]])
@@ -275,7 +275,7 @@ FAULTS: dict[str, Fault] = {
         {"experts_renumbered"},
         lambda a, ids, rng: np.stack([ids[0], rng.permutation(a.E)[ids[1]], *ids[2:]]),
     ),
-    "physical ids of replicas": Fault({"physical_ids"}, physical_ids),
+    "physical ids of replicas": Fault({"experts_renumbered"}, physical_ids),
     "another tokenizer": Fault({"different_models"}, tokenizer),
     "one trace is longer": Fault(
         {"missing_tokens"},
@@ -287,9 +287,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "one decision flipped": Fault(set(), flipped, exactly=1),
 }
-MISALIGNED = {"misaligned", "different_models", "routes_shifted", "last_token", "zero_filled"}
-MISALIGNED |= {"layers_shifted", "layers_renumbered", "layers_swapped", "routes_of_another_router"}
-MISALIGNED |= {"experts_renumbered", "physical_ids"}
+MISALIGNED = {"different_models", "routes_shifted", "never_fed", "layers_moved"}
+MISALIGNED |= {"routes_of_another_router", "experts_renumbered"}
 
 
 def said_of(a: Trace, b: Trace, **options: Any) -> tuple[set[str], int | None]:
