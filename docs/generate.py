@@ -98,6 +98,20 @@ def import_columns() -> str:
     return "\n".join(["| column | is |\n|---|---|", *rows])
 
 
+def check_kinds() -> str:
+    """A row per kind of finding of `check`."""
+    from moe_inspect.checking.kinds import KINDS
+
+    rows = [
+        f"| `{name}` | {kind.sign} | {_text(kind.means)} | {_text(kind.mend)} "
+        f"| {_text(', '.join(kind.bugs))} |"
+        for name, kind in KINDS.items()
+    ]
+    return "\n".join(
+        ["| kind | sign | meaning | what to do | looks like |\n|---|---|---|---|---|", *rows]
+    )
+
+
 def columns() -> str:
     """A row per table of a report, with its columns, from the report on a sample trace."""
     from moe_inspect.public import report
@@ -219,6 +233,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "importers": importers,
     "engine_variables": engine_variables,
     "import_columns": import_columns,
+    "check_kinds": check_kinds,
     "columns": columns,
     "latency_errors": latency_errors,
     "latency_errors_by": latency_errors_by,

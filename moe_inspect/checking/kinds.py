@@ -1,5 +1,5 @@
 """The kinds of findings: what each means, which published bugs look like it, and what mends it.
-docs/check.md has them as a table."""
+docs/compare.md lists them."""
 
 from __future__ import annotations
 
