@@ -294,7 +294,8 @@ def test_two_writers_are_kept_apart(
     [
         ("/no/such/model -o t", "error: no model at /no/such/model"),
         ("./nomodel -o t", "error: no model at ./nomodel"),
-        ("no-such-model -o t", "HF_HUB_OFFLINE is set: give a directory, a hub id that is cached"),
+        ("no/such-model -o t", "HF_HUB_OFFLINE is set: give a directory, a hub id (OWNER/NAME)"),
+        ("no-such-model -o t", "error: no model 'no-such-model' in this directory"),
         ("no_such:model -o t", "error: cannot load model 'no_such:model': Repo id must use"),
         ("MODEL -o t/a/b --data nothing.txt", "error: no text at nothing.txt"),
         ("MODEL -o t --data blank.txt", "error: the corpus is empty"),
@@ -372,6 +373,8 @@ def broken(tmp_path: Path, model: Path) -> None:
 
 def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "hide").mkdir()
+    (tmp_path / "title.jsonl").write_text('{"title": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
     missing = 'raise ModuleNotFoundError("No module named torch", name="torch")'
     (tmp_path / "hide/torch.py").write_text(missing)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'hide'}:{ROOT}"}
@@ -381,9 +384,14 @@ def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> 
     for arguments, says in (  # what does not wait for the import of torch
         (("demo", "-o", "hide"), "there is something at hide"),
         (("./nomodel", "-o", "t"), "no model at ./nomodel"),
-        (("nomodel", "-o", "t"), "cannot load model 'nomodel'"),
+        (("nomodel", "-o", "t"), "no model 'nomodel' in this directory"),
+        (("demo", "-o", "t", "--data", "none.txt"), "no text at none.txt"),
+        (("demo", "-o", "t", "--data", "b=title.jsonl"), "--text-field from title"),
+        (("demo", "-o", "t", "--data", "b.jsonl", "--domain-field", "x"), "no domain field 'x'"),
     ):
         assert says in cli("trace", *arguments, check=1, env=environment).stderr
+    done = cli("ablate", "demo", "--data", "title.jsonl", check=1, env=environment)
+    assert "--text-field from title" in done.stderr
 
 
 def test_report_loads_numpy_for_one_thread() -> None:

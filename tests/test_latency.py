@@ -133,8 +133,14 @@ def test_shipped_constants_are_a_file_like_any(tmp_path: Path) -> None:
     assert fp8.doubt() == ""
     assert "times err by more than 22%" in replace(fp8, errors={"time_error_median": 0.2}).doubt()
     assert replace(fp8, errors={}).doubt() == "how far off they are is unknown"
-    with pytest.raises(MoeInspectError, match="name one gpu: there are times of b200"):
+    with pytest.raises(MoeInspectError) as refused:
         shipped.kernel(engine="vllm")
+    assert str(refused.value) == (
+        "several measured times match: also give gpu, dtype: b200 bfloat16; b200 fp8; "
+        "b200 fp8_block; h200 bfloat16; h200 fp8; h200 fp8_block"
+    )
+    with pytest.raises(MoeInspectError, match=r"also give kernel: \w+; \w+_nongated$"):
+        shipped.kernel(gpu="h200", engine="trtllm", dtype="fp8")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_inspect.cli.capture import HeldOutText, ModelArgument, ModelOptions, prepare, ranges_of
+from moe_inspect.cli.capture import (
+    HeldOutText,
+    ModelArgument,
+    ModelOptions,
+    check_model_and_text,
+    prepare,
+    ranges_of,
+)
 from moe_inspect.cli.options import Layers, selection_option
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions, table_option
@@ -46,6 +53,7 @@ def ablate(
     moe-inspect ablate ./model --data held_out.jsonl --resume kept -o worth.csv
     moe-inspect ablate ./model --data held_out/ --table domains --most-passes 900"""
     show.chosen(("experts", "domains"), "experts")  # usage errors come first
+    check_model_and_text(model, load.revision, text)
     prepare()
     from moe_inspect.recording import ablate as run
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 from moe_inspect.capture.options import BatchTokens, ModelFields, TextFields
@@ -51,6 +53,19 @@ def need_torch() -> None:
     """The capture side is an extra: says how to get it."""
     if (missing := missing_for_capture()) is not None:
         raise MoeInspectError(f"this needs {missing}: {INSTALL_TRACE}")
+
+
+def check_model_and_text(
+    model: str, revision: str | None, text: TextFields, output: Path | None = None
+) -> None:
+    """Refuse a model, a file or a field that does not exist, as far as that shows offline, before
+    torch is imported, which takes seconds. The command checks again."""
+    from moe_inspect.capture.corpus.documents import check_first_document
+    from moe_inspect.model.load import refuse_unless_found
+
+    if find_spec("torch") is not None:  # without it the rest of the extra may be missing too
+        refuse_unless_found(model, revision)
+        check_first_document(text.data, text.text_field, text.domain_field, leave_out=output)
 
 
 def quiet() -> None:

@@ -10,7 +10,6 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from moe_inspect.capture.options import Capture, FedFields, RecordedFields, Resu
 from moe_inspect.cli.capture import (
     ModelArgument,
     ModelOptions,
+    check_model_and_text,
     need_torch,
     quiet,
     ranges_of,
@@ -118,7 +118,8 @@ def trace(
         "layers": ranges_of(layers),
         "capture": capture,
     }
-    refuse_early(write, model, load.revision)
+    check_output(write)
+    check_model_and_text(model, load.revision, text, write.place)
     began, place = time.monotonic(), write.place
     there = write.resume and (place / MANIFEST).exists()
     complete_before = there and read_manifest(place)["status"] == "complete"
@@ -202,21 +203,16 @@ def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
 
 
-def refuse_early(write: WriteOptions, model: str, revision: str | None) -> None:
-    """What is wrong for certain is said before torch is imported, which takes seconds.
-    `trace_model` looks again."""
+def check_output(write: WriteOptions) -> None:
+    """Refuse a directory that cannot be written before torch is imported, which takes seconds.
+    `trace_model` checks again."""
     from moe_inspect.trace.files.lock import refuse_while_locked
     from moe_inspect.trace.output_dir import check_directory
     from moe_inspect.trace.schema import MANIFEST
 
-    # of a torchrun another process may have begun there
+    # another process of a torchrun may have begun there
     alone, place = int(os.environ.get("WORLD_SIZE", 1)) == 1, write.place
     if alone and write.resume and (place / MANIFEST).exists():
         refuse_while_locked(place)
     elif alone:
         check_directory(place, write.overwrite)
-    if find_spec("torch") is None:  # then the rest of the extra may be missing too
-        return
-    from moe_inspect.model.load import refuse_unless_found
-
-    refuse_unless_found(model, revision)

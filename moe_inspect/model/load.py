@@ -41,7 +41,7 @@ def blamed(said: str) -> Iterator[None]:
         raise MoeInspectError(f"{said}: {first_line(error)}") from error
 
 
-HOW_TO_NAME = "give a directory, a hub id that is cached or can be reached, or demo"
+HOW_TO_NAME = "give a directory, a hub id (OWNER/NAME) that is cached or can be reached, or demo"
 
 
 def _not_loaded(name: str, error: Exception, misnamed: bool = True) -> MoeInspectError:
@@ -63,6 +63,8 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
         cached = _cached_config(location, revision)
     except HFValidationError as error:
         raise _not_loaded(name, error) from error
+    if cached is None and "/" not in location:  # a hub id has an owner
+        raise MoeInspectError(f"no model {name!r} in this directory: {HOW_TO_NAME}")
     if constants.HF_HUB_OFFLINE and cached is None:
         raise MoeInspectError(
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "

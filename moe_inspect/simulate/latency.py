@@ -320,22 +320,42 @@ class LatencyModel:
         with output_file(Path(path)) as draft:
             draft.write_text("{" + ",\n".join(parts) + "}\n")
 
-    def kernel(self, **wanted: str) -> KernelTime:
-        """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8")."""
-        found = self.kernels
-        for name, value in wanted.items():
-            there = sorted({getattr(kernel, name) for kernel in found})
-            found = [k for k in found if getattr(k, name).lower() == value.lower()]
-            if not found:
-                before = [f"{k} {v}" for k, v in wanted.items()][: [*wanted].index(name)]
-                of = f" of {', '.join(before)}" if before else ""
+    def kernel(self, **names: str) -> KernelTime:
+        """The only kernel with these fields: kernel(gpu="h200", engine="vllm", dtype="fp8").
+        MoeInspectError if none has them, or several: then it lists the choices that are left."""
+        kernels = self.kernels
+        for name, value in names.items():
+            values = sorted({getattr(kernel, name) for kernel in kernels})
+            kernels = [k for k in kernels if getattr(k, name).lower() == value.lower()]
+            if not kernels:
+                given = [f"{k} {v}" for k, v in names.items()][: [*names].index(name)]
+                scope = f" of {', '.join(given)}" if given else ""
                 raise MoeInspectError(
-                    f"no times of {name} {value}{of}: there are {', '.join(there)}"
+                    f"no times of {name} {value}{scope}: there are {', '.join(values)}"
                 )
-        for name in ("gpu", "engine", "dtype", "kernel", "version"):
-            if len(there := sorted({getattr(kernel, name) for kernel in found})) > 1:
-                raise MoeInspectError(f"name one {name}: there are times of {', '.join(there)}")
-        return found[0]
+        if len(kernels) > 1:
+            missing, choices = open_choices(kernels)
+            raise MoeInspectError(
+                f"several measured times match: also give {', '.join(missing)}: "
+                f"{'; '.join(choices)}"
+            )
+        return kernels[0]
+
+
+def open_choices(kernels: Sequence[KernelTime]) -> tuple[list[str], list[str]]:
+    """Names of the fields that tell these kernels apart, and for each kernel the values of as few
+    of them as make it unique."""
+    fields = ("gpu", "engine", "dtype", "kernel", "version")
+    names = [n for n in fields if len({getattr(kernel, n) for kernel in kernels}) > 1]
+    rows = [tuple(getattr(kernel, name) for name in names) for kernel in kernels]
+
+    def length(row: tuple[str, ...]) -> int:
+        sizes = range(1, len(names) + 1)
+        return next((n for n in sizes if sum(r[:n] == row[:n] for r in rows) == 1), len(names))
+
+    lengths = [length(row) for row in rows]
+    choices = [" ".join(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+    return names[: max(lengths)], sorted(set(choices))
 
 
 @dataclass(frozen=True)

@@ -49,25 +49,47 @@ def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Sou
     """`--data` values → files, in a fixed order; without values the bundled corpus. Each value: a
     file, a folder (subfolders are domains), a glob or an fsspec URL, optionally behind `DOMAIN=`.
     Files below `leave_out` (the trace) are skipped."""
-    found: list[Source] = []
-    for value in data or [str(CORPUS_DIR)]:
-        label, equals, location = value.partition("=")
-        is_label = equals and location and re.fullmatch(r"[^/\\:*?\[\]]+", label)
-        if not is_label or Path(value).exists():
-            label, location = "", value
-        files = [
-            Source(_shown(fs, path), label or domain, bool(label), *_identity(fs, path))
-            for fs, path, domain in _expand(location)
-            if not _is_below(fs, path, leave_out)
-        ]
-        if not files:
-            reached = " (or it cannot be reached)" if "://" in location else ""
-            kinds = ", ".join(READERS)
-            raise MoeInspectError(
-                f"no text at {location}{reached}: give a file, folder or glob of {kinds}"
-            )
-        found += files
-    return found
+    return [
+        Source(_shown(fs, path), label or domain, bool(label), *_identity(fs, path))
+        for value in data or [str(CORPUS_DIR)]
+        for label, fs, path, domain in _files(value, leave_out)
+    ]
+
+
+def _files(value: str, leave_out: Path | None) -> list[tuple[str, Filesystem, str, str]]:
+    """(domain given in the value, filesystem, path, domain by folder or file name) of each file
+    that a `--data` value names. MoeInspectError if there is none."""
+    label, equals, location = value.partition("=")
+    is_label = equals and location and re.fullmatch(r"[^/\\:*?\[\]]+", label)
+    if not is_label or Path(value).exists():
+        label, location = "", value
+    files = [
+        (label, fs, path, domain)
+        for fs, path, domain in _expand(location)
+        if not _is_below(fs, path, leave_out)
+    ]
+    if not files:
+        reached = " (or it cannot be reached)" if "://" in location else ""
+        kinds = ", ".join(READERS)
+        raise MoeInspectError(
+            f"no text at {location}{reached}: give a file, folder or glob of {kinds}"
+        )
+    return files
+
+
+def check_first_document(
+    data: Sequence[str],
+    text_field: str,
+    domain_field: str | None,
+    leave_out: Path | None = None,
+) -> None:
+    """Read the first document of each local `--data` value, so that a missing file or field is
+    refused before a model is loaded. Raise MoeInspectError if there is none."""
+    for value in data:
+        if "://" not in value:
+            label, fs, path, domain = _files(value, leave_out)[0]
+            first = Source(_shown(fs, path), label or domain, bool(label), None, "")
+            next(read_documents(first, text_field, domain_field), None)
 
 
 def _expand(location: str) -> Iterator[tuple[Filesystem, str, str]]:
