@@ -27,18 +27,15 @@ from scipy.optimize import least_squares
 
 from benchmarks.latency_tables import DRAWS, GPU, TIMED_DRAWS, load, read
 from moe_inspect.simulate.latency import (
-    BYTES,
-    FEWEST_ROWS,
-    KERNEL,
     LINEAR,
     START,
     LatencyModel,
     Measured,
     TransferTime,
     measured,
-    own_times,
     summary,
 )
+from moe_inspect.simulate.measured_times import BYTES, FEWEST_ROWS, KERNEL, own_times
 
 # TB/s of memory, dense TFLOP/s of bfloat16; fp8 twice, fp4 four times: the vendor's figures
 SPECS = {"h100": (3.35, 989), "h200": (4.8, 989), "b200": (7.7, 2250)}

@@ -20,8 +20,6 @@ from benchmarks import latency_fit
 from benchmarks.latency_tables import DRAWS, balanced, load, power_law
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.latency import (
-    BYTES,
-    KERNEL,
     SHIPPED,
     START,
     KernelTime,
@@ -31,6 +29,7 @@ from moe_inspect.simulate.latency import (
     fit,
     times,
 )
+from moe_inspect.simulate.measured_times import BYTES, KERNEL
 from tests.test_real_data import REAL
 
 SHAPE = Shape(hidden=7168, inter=2048, top_k=8, experts=256)
@@ -136,10 +135,10 @@ def test_shipped_constants_are_a_file_like_any(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError) as refused:
         shipped.kernel(engine="vllm")
     assert str(refused.value) == (
-        "several measured times match: also give gpu, dtype: b200 bfloat16; b200 fp8; "
+        "several times match: give gpu, dtype too: b200 bfloat16; b200 fp8; "
         "b200 fp8_block; h200 bfloat16; h200 fp8; h200 fp8_block"
     )
-    with pytest.raises(MoeInspectError, match=r"also give kernel: \w+; \w+_nongated$"):
+    with pytest.raises(MoeInspectError, match=r"give kernel too: \w+; \w+_nongated$"):
         shipped.kernel(gpu="h200", engine="trtllm", dtype="fp8")
 
 

@@ -20,13 +20,13 @@ from moe_inspect.analysis.metrics.uncertainty import student_p
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_shape
 from moe_inspect.simulate.latency import (
-    BYTES,
     SHIPPED,
     KernelTime,
     LatencyModel,
     Shape,
     TransferTime,
 )
+from moe_inspect.simulate.measured_times import BYTES
 from moe_inspect.simulate.sampling import FEWEST_BLOCKS, SEED, StepLoads, from_load, step_loads
 from moe_inspect.trace.reader import Trace
 
