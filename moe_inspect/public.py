@@ -91,7 +91,7 @@ def report(
         from moe_inspect.simulate.step import imbalance_costs
 
         lines = python_call("simulate.placement", [opened], part | {**times})
-        made.costs = replace(imbalance_costs(opened, **part, **times), python=lines)
+        made.costs = replace(imbalance_costs(opened, selection, **times), python=lines)
     return made
 
 

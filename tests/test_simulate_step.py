@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 import moe_inspect
+from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import Trace
 from moe_inspect.simulate.latency import START, KernelTime, LatencyModel, Shape, TransferTime
@@ -66,8 +67,12 @@ def of_size(trace: Trace) -> Trace:
     return moe_inspect.open_trace(path)
 
 
+def costs_of(trace: Trace, layers: str | None = None, **options: Any) -> Simulation:
+    return imbalance_costs(trace, select(trace, layers), **options)
+
+
 def simulated(trace: Trace, constants: Path, **options: Any) -> Simulation:
-    return imbalance_costs(of_size(trace), **KERNEL, latency=constants, **options)
+    return costs_of(of_size(trace), **KERNEL, latency=constants, **options)
 
 
 def claims(made: Simulation) -> list[str]:
@@ -107,7 +112,7 @@ def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path
     trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0, Planted(4.0)))
     times = KERNEL | {"gpus": 4, "latency": constants}
     made, plain = (moe_inspect.report(trace, layers="1", times=t) for t in (times, None))
-    costs = imbalance_costs(trace, layers="1", **times)
+    costs = costs_of(trace, layers="1", **times)
     assert claims(costs)
     found, load = (
         next(one for one in of.verdict() if one.kind == "busiest_gpu") for of in (made, plain)
@@ -121,7 +126,7 @@ def test_a_report_that_names_a_gpu_says_the_same(tmp_path: Path, constants: Path
     assert "Simulated: imbalance" not in plain.page()
     with pytest.raises(MoeInspectError, match="give --hardware, one of b200, h100, h200"):
         moe_inspect.report(trace, times=times | {"hardware": None, "latency": None})
-    only = imbalance_costs(trace, layers="1", **times | {"hardware": None})  # there is one
+    only = costs_of(trace, layers="1", **times | {"hardware": None})  # there is one
     assert only.verdict == costs.verdict
 
 
@@ -253,7 +258,7 @@ def test_wrong_settings_are_refused(
         options = {"placement": path}
     trace = of_size(drawn(tmp_path / "t", Regime(documents=4, tokens=100), 0))
     with pytest.raises(MoeInspectError, match=said):
-        imbalance_costs(trace, **{**KERNEL, "latency": constants, **options})
+        costs_of(trace, **{**KERNEL, "latency": constants, **options})
 
 
 def test_a_layer_without_load_has_no_price(tmp_path: Path, constants: Path):
@@ -318,12 +323,12 @@ def test_a_token_more_than_low_latency_kernels_take_costs_no_less(constants: Pat
 
 def test_what_was_never_measured_is_told(tmp_path: Path):
     trace = of_size(drawn(tmp_path / "t", Regime(documents=40), 0))
-    assert "extrapolated" not in " ".join(imbalance_costs(trace, **KERNEL).verdict)
+    assert "extrapolated" not in " ".join(costs_of(trace, **KERNEL).verdict)
     config = {**CONFIG, "hidden_size": 64}
     edit_manifest(Path(str(trace.path)), model={"id": "synthetic", "config": config})
     narrow = moe_inspect.open_trace(str(trace.path))
     placed = narrow.simulate.placement(**KERNEL, gpus=4, batch_tokens=[64])
-    for made in (imbalance_costs(narrow, **KERNEL), placed):
+    for made in (costs_of(narrow, **KERNEL), placed):
         said = " ".join(made.verdict)
         assert "extrapolated beyond all that was measured: hidden 64 (measured: 2,048 to" in said
 
@@ -331,7 +336,7 @@ def test_what_was_never_measured_is_told(tmp_path: Path):
 def test_experts_of_unknown_size_are_refused(tmp_path: Path, constants: Path):
     trace = drawn(tmp_path / "t", Regime(documents=4, tokens=100), 0)
     with pytest.raises(MoeInspectError, match="does not say how large an expert is"):
-        imbalance_costs(trace, **KERNEL, latency=constants)
+        costs_of(trace, **KERNEL, latency=constants)
 
 
 def placed(trace: Trace, constants: Path, **options: Any) -> Simulation:

@@ -9,10 +9,11 @@ experts of a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -186,17 +187,34 @@ def sizes_of(batch_tokens: Sequence[int]) -> list[int]:
     return sizes
 
 
-def prices_of(named: Mapping[str, str | None], latency: str | Path | None) -> Prices:
-    """Prices of the only kernel with these names (gpu, engine, dtype, kernel) in the file `latency`
-    or the shipped constants, and the transfers of its GPU. MoeInspectError unless it is one."""
+class KernelName(TypedDict, total=False):
+    """What names one of the measured kernels; `kernel` if several of them are alike otherwise."""
+
+    hardware: str | None
+    engine: str | None
+    dtype: str | None
+    kernel: str | None
+
+
+def prices_of(
+    latency: str | Path | None,
+    *,
+    hardware: str | None = None,
+    engine: str | None = None,
+    dtype: str | None = None,
+    kernel: str | None = None,
+) -> Prices:
+    """Prices of the only kernel with this KernelName in the file `latency` or the shipped
+    constants, and the transfers of its GPU. MoeInspectError unless it is one."""
     model = LatencyModel.from_file(latency or SHIPPED)
     gpus = list(dict.fromkeys(kernel.gpu for kernel in model.kernels))
-    if named["gpu"] is None and len(gpus) != 1:
+    if hardware is None and len(gpus) != 1:
         raise MoeInspectError(f"times are of a GPU: give --hardware, one of {', '.join(gpus)}")
-    kernel = model.kernel(**{name: value for name, value in named.items() if value is not None})
+    names = {"gpu": hardware, "engine": engine, "dtype": dtype, "kernel": kernel}
+    measured = model.kernel(**{name: value for name, value in names.items() if value is not None})
     # a transfer with several settings: the last, which takes the most of the GPU
-    transfers = {way.kernel: way for way in model.transfers if way.gpu == kernel.gpu}
-    return Prices(kernel, transfers, model.source)
+    transfers = {way.kernel: way for way in model.transfers if way.gpu == measured.gpu}
+    return Prices(measured, transfers, model.source)
 
 
 def shape_of(trace: Trace, router: int) -> Shape:

@@ -10,18 +10,18 @@ N tokens of a step, S steps, B blocks of documents, P physical slots, G GPUs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.engine import count_trace
-from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.analysis.metrics.uncertainty import student
 from moe_inspect.errors import MoeInspectError
@@ -30,7 +30,7 @@ from moe_inspect.simulate import price, result, sampling
 from moe_inspect.simulate.latency import Shape
 from moe_inspect.simulate.placement.plan import placement_of
 from moe_inspect.simulate.placement.policies import Layout, contiguous, layouts_of
-from moe_inspect.simulate.price import BATCH_TOKENS, Prices, Times
+from moe_inspect.simulate.price import BATCH_TOKENS, KernelName, Prices, Times
 from moe_inspect.simulate.result import Frame, Labels, Settings, Tables
 from moe_inspect.simulate.sampling import DrawnSteps, Plan, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
@@ -42,19 +42,14 @@ MAX_DOMAINS = 12  # more domains have no rows of their own
 
 def imbalance_costs(
     trace: Trace,
+    selection: Selection,
     *,
-    hardware: str | None = None,
-    engine: str | None = None,
-    dtype: str | None = None,
-    kernel: str | None = None,
     gpus: int | None = None,
     nodes: int = 1,
     batch_tokens: Sequence[int] = BATCH_TOKENS,
     placement: str | Path | None = None,
     latency: str | Path | None = None,
-    layers: str | int | Iterable[int | str] | None = None,
-    domains: str | Iterable[str] | None = None,
-    phase: str | None = None,
+    **kernel: Unpack[KernelName],
 ) -> result.Simulation:
     """Simulate what imbalance costs, in milliseconds of the MoE layers. The options are those of
     simulate_placement. Each phase of the trace has steps of its own.
@@ -66,9 +61,7 @@ def imbalance_costs(
 
     MoeInspectError for settings out of range, a kernel that was not measured, and a trace that does
     not state the size of its experts."""
-    named = {"gpu": hardware, "engine": engine, "dtype": dtype, "kernel": kernel}
-    prices = price.prices_of(named, latency)
-    selection = select(trace, layers, domains, phase)
+    prices = price.prices_of(latency, **kernel)
     plan: Plan = {} if placement is None else placement_of(placement, trace, selection)
     slots = len(next(iter(plan.values()))) if plan else None
     layouts = layouts_of(trace, selection, gpus, nodes, None, slots)

@@ -34,6 +34,7 @@ from moe_inspect.simulate.placement.tables import alike, fastest, tables_of, wor
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.windows import PlacementPlans
 from moe_inspect.simulate.placement.workloads import Workloads, workload, workloads_of
+from moe_inspect.simulate.price import KernelName
 from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation, too_few
 from moe_inspect.simulate.sampling import Plan
 from moe_inspect.trace.reader import Trace, open_trace
@@ -142,7 +143,7 @@ def simulate_placement(
     routers."""
     traces = [open_trace(each) for each in (trace, *others, *(judge or ()))]
     selections = [select(each, layers, domains, phase) for each in traces]
-    named = {"gpu": hardware, "engine": engine, "dtype": dtype, "kernel": kernel}
+    named = KernelName(hardware=hardware, engine=engine, dtype=dtype, kernel=kernel)
     return _simulated(
         traces,
         selections,

@@ -24,7 +24,7 @@ from moe_inspect.simulate.latency import Shape
 from moe_inspect.simulate.placement.policies import CURRENT, Layout, contiguous, shares
 from moe_inspect.simulate.placement.windows import PlacementPlans, window_of
 from moe_inspect.simulate.placement.workloads import Workload
-from moe_inspect.simulate.price import BATCH_TOKENS, Prices, shape_of
+from moe_inspect.simulate.price import BATCH_TOKENS, KernelName, Prices, shape_of
 from moe_inspect.simulate.result import Settings
 from moe_inspect.simulate.sampling import SEED, DrawnSteps, Plan, StepLoads
 from moe_inspect.simulate.shards import phases_of, taken
@@ -88,22 +88,22 @@ PRICED = "kernel", "batch_tokens", "error", "times", "unpriced", "ageing", "curr
 
 
 def pricing_of(
-    named: Mapping[str, str | None],
+    named: KernelName,
     latency: str | Path | None,
     batch_tokens: Sequence[int] | None,
     sweep: Sequence[int] | None,
 ) -> Pricing | None:
     """None unless hardware is given. MoeInspectError for settings that do not go together, and a
     kernel that was not measured."""
-    if not (named["gpu"] or latency) and (any(named.values()) or sweep or batch_tokens):
-        raise MoeInspectError(
-            "--engine, --dtype, --kernel, --batch-tokens and --sweep are of measured times: give "
-            "--hardware"
-        )
-    sizes = price.sizes_of(BATCH_TOKENS if batch_tokens is None else batch_tokens)
-    if named["gpu"] is None and latency is None:
+    if named.get("hardware") is None and latency is None:
+        if any(named.values()) or sweep or batch_tokens:
+            raise MoeInspectError(
+                "--engine, --dtype, --kernel, --batch-tokens and --sweep are of measured times: "
+                "give --hardware"
+            )
         return None
-    return Pricing(price.prices_of(named, latency), sizes, sorted(sweep or ()))
+    sizes = price.sizes_of(BATCH_TOKENS if batch_tokens is None else batch_tokens)
+    return Pricing(price.prices_of(latency, **named), sizes, sorted(sweep or ()))
 
 
 @dataclass(frozen=True)
