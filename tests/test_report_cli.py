@@ -230,7 +230,7 @@ def test_what_is_not_needed_is_not_imported(planted_trace: Trace, does: str):
     assert done.stdout.strip() == LIGHT[does]
 
 
-HEAVY = ("pydantic", "pandas", "pyarrow.compute", "scipy", "matplotlib", "numba", "regex", "torch")
+HEAVY = ("pandas", "pyarrow.compute", "scipy", "matplotlib", "numba", "regex", "torch")
 # what of it a command imports; one that completes an option has it in the environment
 IMPORTED = {
     "report TRACE --table load": "",

@@ -5,13 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from enum import EnumType
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -70,7 +67,6 @@ class GroupedCommand(TyperCommand):
         asked = [one for one in args if one.partition("=")[0] == "--table"]
         if len(asked) > 1 and not ctx.resilient_parsing:
             raise typer.BadParameter("--table is given twice: give one table")
-        _read_plainly(self.get_params(ctx))
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Context) -> Any:
@@ -110,10 +106,6 @@ class GroupedCommand(TyperCommand):
 
 class GroupOfCommands(TyperGroup):
     """Commands in the groups that their `rich_help_panel` names."""
-
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        _read_plainly(self.get_params(ctx))
-        return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
         rows: dict[str, list[tuple[str, str]]] = {}
@@ -157,39 +149,6 @@ def _take_several(option: Any) -> None:
 
     if option.name not in DOMAINS:
         option.process_value = split
-
-
-def _read_plainly(options: Iterable[Any]) -> None:
-    """Reads a text, a path, a choice or a whole number without typer, which (from 0.29 on) imports
-    pydantic to read any value: 0.1 s."""
-    for option in options:
-        if typers := getattr(option.__class__, "get_runtime_param", None):
-            reads = partial(_coerced, partial(typers, option))
-            option.get_runtime_param = partial(SimpleNamespace, coerce=reads)
-
-
-def _coerced(typers: Callable[[], Any], value: Any, *, param: Any, ctx: Context) -> Any:
-    """`typers` gives what reads all other values, or refuses them."""
-    of, several = param.type_descriptor, param.multiple or param.nargs == -1
-    if value is None:
-        return () if several else None
-    kind = get_args(of.annotation)[0] if several else of.annotation
-    read = [_as_given(kind, one, of.parameter_info) for one in (value if several else [value])]
-    if None in read or of.parameter_info.parser is not None:
-        return typers().coerce(value, param=param, ctx=ctx)
-    return read if several else read[0]
-
-
-def _as_given(kind: Any, value: Any, info: Any) -> Any:
-    """The value as this type; None where typer is to read it."""
-    if type(kind) is EnumType:
-        return next((one for one in kind if one == value), None)
-    if type(value) is kind or (get_origin(kind) is Literal and value in get_args(kind)):
-        return value
-    if kind is int and info.max is None and re.fullmatch("[0-9]{1,9}", str(value)):
-        return int(value) if int(value) >= (info.min or 0) else None
-    readable = kind is Path and (not os.path.exists(value) or os.access(value, os.R_OK))
-    return Path(value) if readable else None
 
 
 def _write_sections(formatter: HelpFormatter, rows: Mapping[str, list[tuple[str, str]]]) -> None:
