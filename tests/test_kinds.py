@@ -109,7 +109,6 @@ CASES = {
     "recorded": Case("", "recorded otherwise", "1% changed", None),
     "counts_only": Case("", "one interrupted", "same", None),
     "incomplete": Case("", "one interrupted", "two even ones", None),
-    "refused": Case("", "one interrupted", "same", None),
 }  # fmt: skip
 
 CALLS = ("finding",)

@@ -38,7 +38,7 @@ TABLES = {
     "specialization, summary, transitions, verdict, vocabulary, windows, worth",
     "compare": "agreement, depth, documents, domains, flips, load_shift, margins, matched, "
     "movers, overall, phases, positions, summary, tokens, verdict, worth",
-    "counts": "balance, diverged, load, load_shift, refused, summary, verdict, windows",
+    "counts": "balance, diverged, load, load_shift, summary, verdict, windows",
     "models": "summary, verdict",
 }
 

@@ -1,7 +1,7 @@
-"""Charts and key figures of two traces of decisions, and the text of the documents whose routes
-differ most.
+"""How comparisons are shown: charts, key figures, the text of the documents whose routes differ
+most, and the parts of their text and page.
 
-L routers, C deciles, T tokens.
+L routers, C deciles, T tokens, W windows of steps.
 """
 
 from __future__ import annotations
@@ -12,19 +12,52 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison import result
+from moe_inspect.comparison import diagnosis, load_shift
 from moe_inspect.comparison.align import DECILES
 from moe_inspect.comparison.decisions import Decisions
-from moe_inspect.comparison.diagnosis import findings
+from moe_inspect.comparison.load_shift import SIDES, Loads
+from moe_inspect.comparison.result import LOAD_TABLES, TABLES, ComparisonKind, Paired
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.render import texts
 from moe_inspect.reporting.render.html import Section, Tile
-from moe_inspect.reporting.tables.registry import Excerpt
+from moe_inspect.reporting.tables.registry import Excerpt, highest_rows
 from moe_inspect.text import plural
 from moe_inspect.trace.shard import Shard
 
 MOST_SHARDS = 4  # that the documents are in
 SHARE = "set_mismatch"
+
+
+def highest(column: str, *columns: str, what: str = "") -> Excerpt:
+    """The rows with the highest values of a column."""
+    return Excerpt(what or f"the highest {column}", partial(highest_rows, column=column), columns)
+
+
+def share_axis(of: str, top: float) -> spec.Axis:
+    return spec.Axis(f"share of {of}", low=0, high=1.1 * top or 1)
+
+
+def load_shift_chart(
+    data: Paired, floor: str, name: str, text: str, top: bool = False
+) -> spec.Chart:
+    """How far the load moved, beside another column of the table `load_shift`, `floor`."""
+    table = data.tables["load_shift"]
+    x = np.arange(len(table), dtype=float)
+    moved, beside = (table[column].to_numpy(float) for column in ("load_shift", floor))
+    marks = (
+        spec.Points(x, moved, "B against A", "c1"),
+        spec.Points(x, beside, name, "c1", shape="tick"),
+    )
+    share = spec.Axis("share of the load", low=0)
+    if top:
+        share = share_axis("the load", float(np.nanmax([moved, beside])))
+    return spec.Chart(
+        "Load that moves",
+        "Total variation of the experts' load between A and B",
+        (spec.Panel(marks, data.layers_axis, share),),
+        text=text,
+        table=table,
+    )
 
 
 def set_mismatch(data: Decisions) -> spec.Chart:
@@ -41,7 +74,7 @@ def set_mismatch(data: Decisions) -> spec.Chart:
     return spec.Chart(
         "Decisions with different experts",
         "Share of each layer's decisions for which A and B chose different sets of experts",
-        (spec.Panel(tuple(marks), data.layers_axis, result.share_axis("decisions", top)),),
+        (spec.Panel(tuple(marks), data.layers_axis, share_axis("decisions", top)),),
         text="How often the two traces chose different experts, by layer. Bars are 95% intervals "
         "over documents.",
         table=table,
@@ -112,14 +145,14 @@ def growth(data: Decisions) -> spec.Chart | str:
     return spec.Chart(
         "Does a difference grow?",
         "Share of tokens with different experts, layer by layer",
-        (spec.Panel(marks, data.layers_axis, result.share_axis("tokens", top)),),
+        (spec.Panel(marks, data.layers_axis, share_axis("tokens", top)),),
         text="Where most differences are new, each layer adds its own; where few are, early "
         "differences persist.",
         table=table,
     )
 
 
-def load_shift(data: Decisions) -> spec.Chart | str:
+def moved_load(data: Decisions) -> spec.Chart | str:
     """How far the load moved, beside what two halves of the documents differ by."""
     if not data.mismatched:
         return ""
@@ -128,7 +161,7 @@ def load_shift(data: Decisions) -> spec.Chart | str:
         "dash, it is less than between two halves of A's documents."
     )
     beside = "load_shift_halves", "two halves of A's documents"
-    return result.load_that_moves(data, *beside, text, top=True)
+    return load_shift_chart(data, *beside, text)
 
 
 def _tiles(made: Decisions) -> list[Tile]:
@@ -221,11 +254,11 @@ def _of_b(
     return [*routes.values()]
 
 
-Decisions.kind = result.ComparisonKind(
+Decisions.kind = ComparisonKind(
     of="decisions",
-    tables=result.TABLES,
+    tables=TABLES,
     main="agreement",
-    checks=(findings,),
+    checks=(diagnosis.findings,),
     title="Same routing?",
     footer="A decision is one call of a router for one token; two decisions are the same where "
     "they choose the same set of experts. Drag over a chart to zoom in, click a name to hide its "
@@ -235,7 +268,7 @@ Decisions.kind = result.ComparisonKind(
         "margin_map": (partial(tenths_map, name="margins"), "Decisions", "margins"),
         "position_map": (partial(tenths_map, name="positions"), "Decisions", "positions"),
         "growth": (growth, "Decisions", "depth"),
-        "load_shift": (load_shift, "Load", "load_shift"),
+        "load_shift": (moved_load, "Load", "load_shift"),
     },
     tiles=_tiles,
     text=text_section,
@@ -259,7 +292,7 @@ Decisions.kind = result.ComparisonKind(
         "summary": ("", "About these traces", ""),
     },
     excerpts={
-        "agreement": result.highest(
+        "agreement": highest(
             SHARE,
             *("layer", "router", SHARE, f"{SHARE}_low", f"{SHARE}_high", "overlap"),
             *("first_choice", "weight_l1", f"noise_{SHARE}"),
@@ -277,6 +310,101 @@ Decisions.kind = result.ComparisonKind(
             "those that differ most",
             pd.DataFrame.head,
             ("document", "domain", "tokens", "mismatches", SHARE),
+        ),
+    },
+)
+
+
+# --- the load of two traces
+
+
+def shift_chart(data: Loads) -> spec.Chart:
+    """How far the load moves, beside chance."""
+    text = (
+        "The share of the assignments that go to different experts. The dash is what chance alone "
+        "moves between two traces of this many tokens."
+    )
+    return load_shift_chart(data, "load_shift_floor", "chance", text)
+
+
+def balance_chart(data: Loads) -> spec.Chart:
+    """How even the load is in each."""
+    table = data.tables["balance"]
+    x, marks = np.arange(len(table), dtype=float), list[spec.Line]()
+    for side, colour in zip(SIDES, ("c1", "c2"), strict=True):
+        names = ("max_over_mean", "expected_by_chance")
+        ratio, floor = (table[f"{name}_{side}"].to_numpy(float) for name in names)
+        marks.append(spec.Line(x, ratio, side.upper(), colour, dots=True))
+        marks.append(spec.Line(x, floor, f"{side.upper()}: chance", colour, dash="dot"))
+    return spec.Chart(
+        "How even the load is",
+        "Load of the busiest expert ÷ mean load",
+        (spec.Panel(tuple(marks), data.layers_axis, spec.Axis("max ÷ mean load", low=1)),),
+        text="1 is even.",
+        table=table,
+    )
+
+
+def step_chart(data: Loads) -> spec.Chart | str:
+    """How far the load moves in every window of steps; none where there are not two of them."""
+    steps, table, moved = data.steps, data.tables["windows"], "share of the load that moves"
+    if len(steps.first_W) < 2:
+        return ""
+    shape, names = (len(data.pairs), -1), ("load_shift", "load_shift_floor")
+    moved_LW, floor_LW = (table[name].to_numpy(float).reshape(shape) for name in names)
+    limit_LW = floor_LW * np.array([[load_shift.times_floor(data, r)] for r, _ in data.pairs])
+    labels = tuple(f"{step:,}" for step in steps.first_W)
+    time = spec.Axis(f"first {steps.unit} of the window", labels)
+    x = np.arange(len(labels), dtype=float)
+    if len(moved_LW) <= spec.MOST_LINES:
+        chance_W = np.nan_to_num(limit_LW).max(0)
+        marks: list[spec.Mark] = [spec.Band(x, 0 * x, chance_W, "may be chance")]
+        for i, (label, moved_W) in enumerate(zip(data.layers_axis.labels, moved_LW, strict=True)):
+            marks.append(spec.Line(x, moved_W, f"layer {label}", *spec.look(i)))
+        panel = spec.Panel(tuple(marks), time, spec.Axis(moved, low=0))
+    else:
+        beyond_LW = np.maximum(moved_LW - limit_LW, 0)
+        high = float(np.nan_to_num(beyond_LW).max()) or 1.0
+        scale = spec.Scale("amount", f"{moved}, beyond chance", 0.0, high)
+        panel = spec.Panel((spec.Heatmap(beyond_LW, scale),), time, data.layers_axis)
+    return spec.Chart(
+        "Since which step",
+        f"How far the load of B is from that of A in the same {steps.units}, by layer",
+        (panel,),
+        text="Diverging runs leave the band of chance and stay outside. A window lies between two "
+        f"{steps.units} at which both traces were written to disk; the table shows since "
+        f"which {steps.unit} each layer differs.",
+        table=data.tables["diverged"],
+        definitions={
+            "may be chance": "up to twice the total variation expected between two windows of this "
+            "many tokens with equal routers; more where few experts have most of the load."
+        },
+    )
+
+
+OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
+Loads.kind = ComparisonKind(
+    of="counts",
+    tables=LOAD_TABLES,
+    main="load_shift",
+    checks=load_shift.CHECKS,
+    title="The load of two traces",
+    footer="Counts hold the load of experts, no decisions.",
+    charts={
+        "load_shift": (shift_chart, "Change of the load", "load_shift"),
+        "by_step": (step_chart, "Change of the load", "diverged"),
+        "max_vio": (balance_chart, "Load of each trace", "balance"),
+    },
+    sections={
+        "load": ("Load of each trace", "Experts", ""),
+        "summary": ("", "About these traces", ""),
+    },
+    excerpts={
+        "load_shift": highest("load_shift"),
+        "diverged": highest("most_load_shift"),
+        "balance": highest(
+            "max_vio_b",
+            *("layer", "router", "max_vio_a", "max_vio_b", "max_vio_difference", *OF_BOTH),
         ),
     },
 )

@@ -1,31 +1,36 @@
-"""Two traces of which one holds counts only, compared by the load of the experts. `layer, router`
-are A's.
+"""The load of the experts in two traces, at least one of which holds counts only: a trace of
+decisions is counted first. Two histories are also compared in windows of the steps that both have.
+`layer, router` are A's.
 
-E experts, W windows of steps. An axis of 2 is the two traces.
+E experts, W windows of steps, N shards. An axis of 2 is the two traces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.count_shard import count_shard
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
+from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT, z_of
+from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison import result
 from moe_inspect.comparison.diagnosis import Collapse, said_of_collapse
 from moe_inspect.comparison.pairing import layers_named
 from moe_inspect.comparison.result import LOAD_TABLES, Row
-from moe_inspect.comparison.steps import StepWindows, step_windows
-from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.load import design_effect
 from moe_inspect.reporting.tables.registry import table
@@ -41,12 +46,11 @@ from moe_inspect.text import format_ratio, join_first, plural
 from moe_inspect.trace.reader import Trace
 
 SIDES: tuple[str, str] = ("a", "b")
-COLOURS: dict[str, str] = dict(zip(SIDES, ("c1", "c2"), strict=True))
 
 
 class Loads(result.Paired):
-    """Traces A and B, at least one of which holds counts only, each with its report; they may still
-    be written. Nothing is counted before it is asked for."""
+    """The loads of traces A and B, from the counts of a report on each; the traces may still be
+    written. Nothing is counted before it is needed."""
 
     refused = result.OF_DECISIONS
 
@@ -54,16 +58,22 @@ class Loads(result.Paired):
         self, a: Trace, b: Trace, options: result.PairSettings, progress: result.Progress = None
     ):
         super().__init__(a, b, options)
-        self.reports: dict[str, Report] = {}
-        for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):
+        self.reports = list[Report]()
+        for trace, routers in zip((a, b), self.routers_2, strict=True):
             layers = sorted({trace.routers[r].layer for r in routers})
             selection = select(trace, layers, options.domains, options.phase)
-            self.reports[side] = Report(trace, selection, progress=progress)
+            self.reports.append(Report(trace, selection, progress=progress))
+
+    @property
+    def routers_2(self) -> list[list[int]]:
+        """The routers of A that are compared, and those of B."""
+        return [[*routers] for routers in zip(*self.pairs, strict=True)]
 
     @property
     def why(self) -> str:
-        of = dict.fromkeys(str(trace.path) for trace in self.traces if trace.counts_only)
-        return f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only, no decisions"
+        paths = dict.fromkeys(str(trace.path) for trace in self.traces if trace.counts_only)
+        holds = "hold" if len(paths) > 1 else "holds"
+        return f"{' and '.join(paths)} {holds} counts only, no decisions"
 
     @property
     def shown_tables(self) -> list[str]:
@@ -73,37 +83,35 @@ class Loads(result.Paired):
     @cached_property
     def steps(self) -> StepWindows:
         """The load in windows of the steps that both traces have."""
-        selections = [self.reports[side].selection for side in SIDES]
-        return step_windows(self.traces, selections, self.pairs)
+        return step_windows(self)
+
+    def sides(self, router: int) -> list[tuple[Counts, int]]:
+        """The counts of A and of B, each with its router: a router of A and its partner in B."""
+        routers = router, dict(self.pairs)[router]
+        return [(report.counts, r) for report, r in zip(self.reports, routers, strict=True)]
 
     def load_2E(self, router: int) -> np.ndarray:
-        """float64 [2, E]: the load of a router of A, and of the one of B that goes with it."""
-        of = (self.of(side, "load", router)["assignments"] for side in SIDES)
-        return np.stack([assignments.to_numpy(float) for assignments in of])
+        """Load of a router of A and of its partner in B. float64 [2, E]"""
+        return np.stack([counts.load_E(r).astype(float) for counts, r in self.sides(router)])
 
     def design_effect(self, router: int) -> float:
-        """How much more than of independent tokens the load varies, if decisions tell it."""
-        mine = {"a": router, "b": dict(self.pairs)[router]}
-        effects = (design_effect(self.reports[side].counts, mine[side]) for side in SIDES)
-        return float(np.nanmax([1.0, *effects]))
+        """Factor by which the load varies more than that of independent tokens; 1 if unknown."""
+        return float(np.nanmax([1.0, *(design_effect(*side) for side in self.sides(router))]))
 
     @cached_property
     def documents_known(self) -> bool:
-        """Whether a trace tells how alike the tokens of a document are."""
-        every = [made.counts for made in self.reports.values()]
-        units = [len(counts.units) for counts in every if not counts.documents_unknown]
-        return max(units, default=0) >= FEWEST_TO_JUDGE
+        """Whether a trace shows how similar the tokens of a document are."""
+        return any(report.counts.documents_tell for report in self.reports)
 
     @property
     def chance(self) -> str:
-        """What the floors are of."""
+        """Name of the chance that the floors are for."""
         return "chance" if self.documents_known else "chance of independent tokens"
 
-    def of(self, side: str, table: str, router: int) -> pd.DataFrame:
-        """The rows of a table of one trace's report about a router of A, or the one of B."""
-        r = dict(self.pairs)[router] if side == "b" else router
-        rows = self.reports[side].tables[table]
-        return rows[rows["router"] == r]
+    def table_2(self, name: str) -> Iterator[pd.DataFrame]:
+        """A table of the report on A and of the one on B: rows of the routers that are compared."""
+        for report, routers in zip(self.reports, self.routers_2, strict=True):
+            yield report.tables[name].set_index("router").loc[routers].reset_index()
 
 
 BALANCE = tuple(metrics_of("balance", {"load_LE"}))
@@ -122,16 +130,9 @@ DIVERGED_TYPES = {
 
 
 @table(tables=LOAD_TABLES)
-def refused(data: Loads) -> pd.DataFrame:
-    """One row per table that these traces cannot have, and why."""
-    names = [name for name in result.TABLES if name not in LOAD_TABLES]
-    return pd.DataFrame({"table": names, "why": data.why}).astype("str")
-
-
-@table(tables=LOAD_TABLES)
 def summary(data: Loads) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    both, counts = data.traces, [data.reports[side].counts for side in SIDES]
+    both, counts = data.traces, [report.counts for report in data.reports]
     facts = {
         "holds": ["counts" if trace.counts_only else "decisions" for trace in both],
         "status": [trace.status for trace in both],
@@ -150,21 +151,17 @@ def summary(data: Loads) -> pd.DataFrame:
 )
 def balance(data: Loads) -> pd.DataFrame:
     """One row per router: the balance in A, in B, and B's minus A's, beside chance."""
-    of_side = dict[str, pd.DataFrame]()
-    for side, routers in zip(SIDES, zip(*data.pairs, strict=True), strict=True):
-        of_side[side] = data.reports[side].tables["balance"].set_index("router").loc[[*routers]]
-    a, b = of_side.values()
-    frame = a.reset_index()[["layer", "router", "experts", "top_k"]].astype("int64")
-    for side, of in of_side.items():
-        frame[f"tokens_{side}"] = of["tokens"].to_numpy("int64")
+    a, b = data.table_2("balance")
+    frame = a[["layer", "router", "experts", "top_k"]].astype("int64")
+    frame["tokens_a"], frame["tokens_b"] = (of["tokens"].astype("int64") for of in (a, b))
     for name in BALANCE:
         kind = "Int64" if name in NUMBERS else "float64"
         of_a, of_b = (of[name].to_numpy(float, na_value=np.nan) for of in (a, b))
         columns = {"a": of_a, "b": of_b, "difference": of_b - of_a}
         for end, values in columns.items():
             frame[f"{name}_{end}"] = pd.Series(values).astype(kind)
-    for side, of in of_side.items():
-        frame[f"expected_by_chance_{side}"] = of["expected_by_chance"].to_numpy()
+    for side, of in zip(SIDES, (a, b), strict=True):
+        frame[f"expected_by_chance_{side}"] = of["expected_by_chance"]
     return frame
 
 
@@ -258,8 +255,7 @@ def times_floor(data: Loads, r: int) -> float:
 @table(tables=LOAD_TABLES)
 def load(data: Loads) -> pd.DataFrame:
     """One row per expert of a router: its load in A, in B, and B's minus A's."""
-    every = [[data.of(side, "load", r) for r, _ in data.pairs] for side in SIDES]
-    a, b = (pd.concat(of, ignore_index=True) for of in every)
+    a, b = data.table_2("load")
     frame = a[["layer", "router", "expert"]].copy()
     for name in ("assignments", "share", "load_ratio"):
         frame[f"{name}_a"], frame[f"{name}_b"] = a[name], b[name]
@@ -308,7 +304,7 @@ def collapsed(data: Loads) -> Iterator[Finding]:
     found = list[Collapse]()
     for r, _ in data.pairs:
         load_2E = data.load_2E(r)
-        tokens_2 = np.array([data.of(side, "balance", r)["tokens"].iloc[0] for side in SIDES])
+        tokens_2 = np.array([counts.tokens_of(x) for counts, x in data.sides(r)])
         one = Collapse.of(r, load_2E, tokens_2)
         if one.differs and tokens_2.all():
             effect = data.design_effect(r) if data.documents_known else LONG_DOCUMENT
@@ -415,110 +411,114 @@ def counts_only(data: Loads) -> Iterator[Finding]:
     yield finding("counts_only", "note", text)
 
 
-def not_compared(data: Loads) -> Iterator[Finding]:
-    """The tables of decisions that counts cannot have."""
-    names = data.tables["refused"]["table"].tolist()
-    text = f"Tables left out: {', '.join(names)}: {data.why}."
-    yield finding("refused", "note", text, tables=names, why=data.why)
-
-
 def warnings(data: Loads) -> Iterator[Finding]:
-    for side in SIDES:
-        if said := data.reports[side].warning:
-            yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)
+    for side, report in zip(SIDES, data.reports, strict=True):
+        if report.warning:
+            text = f"{side.upper()}: {report.warning}."
+            yield finding("incomplete", "warning", text, trace=side)
 
 
-def shift_chart(data: Loads) -> spec.Chart:
-    """How far the load moves, beside chance."""
-    text = (
-        "The share of the assignments that go to different experts. The dash is what chance alone "
-        "moves between two traces of this many tokens."
-    )
-    return result.load_that_moves(data, "load_shift_floor", "chance", text)
-
-
-def balance_chart(data: Loads) -> spec.Chart:
-    """How even the load is in each."""
-    table = data.tables["balance"]
-    x, marks = np.arange(len(table), dtype=float), list[spec.Line]()
-    for side, colour in COLOURS.items():
-        names = ("max_over_mean", "expected_by_chance")
-        ratio, floor = (table[f"{name}_{side}"].to_numpy(float) for name in names)
-        marks.append(spec.Line(x, ratio, side.upper(), colour, dots=True))
-        marks.append(spec.Line(x, floor, f"{side.upper()}: chance", colour, dash="dot"))
-    return spec.Chart(
-        "How even the load is",
-        "Load of the busiest expert ÷ mean load",
-        (spec.Panel(tuple(marks), data.layers_axis, spec.Axis("max ÷ mean load", low=1)),),
-        text="1 is even.",
-        table=table,
-    )
-
-
-def step_chart(data: Loads) -> spec.Chart | str:
-    """How far the load moves in every window of steps; none where there are not two of them."""
-    steps, table, moved = data.steps, data.tables["windows"], "share of the load that moves"
-    if len(steps.first_W) < 2:
-        return ""
-    shape, names = (len(data.pairs), -1), ("load_shift", "load_shift_floor")
-    moved_LW, floor_LW = (table[name].to_numpy(float).reshape(shape) for name in names)
-    limit_LW = floor_LW * np.array([[times_floor(data, r)] for r, _ in data.pairs])
-    labels = tuple(f"{step:,}" for step in steps.first_W)
-    time = spec.Axis(f"first {steps.unit} of the window", labels)
-    x = np.arange(len(labels), dtype=float)
-    if len(moved_LW) <= spec.MOST_LINES:
-        chance_W = np.nan_to_num(limit_LW).max(0)
-        marks: list[spec.Mark] = [spec.Band(x, 0 * x, chance_W, "may be chance")]
-        for i, (label, moved_W) in enumerate(zip(data.layers_axis.labels, moved_LW, strict=True)):
-            marks.append(spec.Line(x, moved_W, f"layer {label}", *spec.look(i)))
-        panel = spec.Panel(tuple(marks), time, spec.Axis(moved, low=0))
-    else:
-        beyond_LW = np.maximum(moved_LW - limit_LW, 0)
-        high = float(np.nan_to_num(beyond_LW).max()) or 1.0
-        scale = spec.Scale("amount", f"{moved}, beyond chance", 0.0, high)
-        panel = spec.Panel((spec.Heatmap(beyond_LW, scale),), time, data.layers_axis)
-    return spec.Chart(
-        "Since which step",
-        f"How far the load of B is from that of A in the same {steps.units}, by layer",
-        (panel,),
-        text="Diverging runs leave the band of chance and stay outside. A window lies between two "
-        f"{steps.units} at which both traces were written to disk; the table shows since "
-        f"which {steps.unit} each layer differs.",
-        table=data.tables["diverged"],
-        definitions={
-            "may be chance": "up to twice the total variation expected between two windows of this "
-            "many tokens with equal routers; more where few experts have most of the load."
-        },
-    )
-
-
-OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
-Loads.kind = result.ComparisonKind(
-    of="counts",
-    tables=LOAD_TABLES,
-    main="load_shift",
-    checks=(
-        *(shifted, collapsed, by_step, said_of_balance, counts_only, warnings),
-        *(result.missing_layers, not_compared),
-    ),
-    title="The load of two traces",
-    footer="Counts hold the load of experts, no decisions.",
-    charts={
-        "load_shift": (shift_chart, "Change of the load", "load_shift"),
-        "by_step": (step_chart, "Change of the load", "diverged"),
-        "max_vio": (balance_chart, "Load of each trace", "balance"),
-    },
-    sections={
-        "load": ("Load of each trace", "Experts", ""),
-        "summary": ("", "About these traces", ""),
-        "refused": ("", "Tables left out", ""),
-    },
-    excerpts={
-        "load_shift": result.highest("load_shift"),
-        "diverged": result.highest("most_load_shift"),
-        "balance": result.highest(
-            "max_vio_b",
-            *("layer", "router", "max_vio_a", "max_vio_b", "max_vio_difference", *OF_BOTH),
-        ),
-    },
+# in the order in which they are read
+CHECKS = (
+    *(shifted, collapsed, by_step, said_of_balance, counts_only, warnings),
+    result.missing_layers,
 )
+
+
+# --- windows of the steps that both traces have
+
+STEP, PASS = "step", "forward pass"
+UNITS = {STEP: "steps", PASS: "forward passes"}
+
+
+@dataclass(frozen=True)
+class StepWindows:
+    first_W: np.ndarray  # int64: the first and last step of each window
+    last_W: np.ndarray
+    load_2WE: dict[int, np.ndarray]  # int64, by router of A
+    unit: str  # what a step is
+    left_out: tuple[str, ...]  # of A and of B, the steps in no window, as text
+    why_none: str  # why there is no window, "" where there are
+
+    @property
+    def units(self) -> str:
+        return UNITS[self.unit]
+
+
+def step_windows(data: Loads) -> StepWindows:
+    """Cut windows wherever both traces were committed at the same step: one shard of a trace may
+    be several of the other. Windows of which a trace has only a part are left out; if there are
+    very many, neighbours are joined."""
+    traces, pairs = data.traces, data.pairs
+    units, why_none = [STEP if trace.is_history else PASS for trace in traces], ""
+    for name, trace in zip("AB", traces, strict=True):
+        if trace.by_document or not trace.counts_only:
+            holds = "counts by document" if trace.counts_only else "decisions"
+            why_none = why_none or f"{name} holds {holds}, not counts by step"
+    if why_none:
+        units = [PASS]
+    elif units[0] != units[1]:
+        of_a, of_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
+        why_none = f"A counts {of_a}, B {of_b}"
+    spans = [] if why_none else [_spans(trace) for trace in traces]
+    first_W, last_W, windows = _windows(spans)
+    left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or ("", "")
+    if spans and not len(first_W):
+        why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
+    sizes = {r: traces[0].routers[r].experts for r, _ in pairs}
+    W = min(len(first_W), max(WINDOWS, WINDOW_CELLS // max(1, sum(sizes.values()))))
+    joined_W = np.arange(len(first_W)) * W // max(1, len(first_W))
+    start_W = np.searchsorted(joined_W, np.arange(W))
+    end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
+    load_2WE = {r: np.zeros((2, W, E), np.int64) for r, E in sizes.items()}
+    for side, window_N in enumerate(windows):
+        found = by_shard(traces[side], None, count_shard, data.reports[side].selection, BASE)
+        for w, counts in zip(window_N, found, strict=True):
+            for pair in pairs if w >= 0 else ():
+                load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
+    return StepWindows(first_W[start_W], last_W[end_W], load_2WE, units[0], left_out, why_none)
+
+
+def _spans(trace: Trace) -> np.ndarray:
+    """The first and last step of every shard, and its rank. int64 [N, 3]"""
+    spans, following = list[tuple[int, int, int]](), dict[int, int]()
+    for shard in trace.shards:
+        files = shard.files
+        first = files.first_batch
+        if first is None:  # counts need not say it: after the shard before
+            first = min(following.get(files.rank, int(trace.is_history)), files.last_batch)
+        spans.append((first, files.last_batch, files.rank))
+        following[files.rank] = files.last_batch + 1
+    return np.array(spans, np.int64).reshape(-1, 3)
+
+
+def _windows(spans: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """first_W, last_W, and of each trace the window of every shard, −1 for none. [N]"""
+    every = np.concatenate([np.zeros((0, 3), np.int64), *spans])
+    edges = np.unique(np.r_[every[:, 0], every[:, 1] + 1])
+    # an edge that lies within a shard of either trace is none of both
+    within = np.zeros(len(edges) + 1, np.int64)
+    np.add.at(within, np.searchsorted(edges, every[:, 0], "right"), 1)
+    np.add.at(within, np.searchsorted(edges, every[:, 1], "right"), -1)
+    edges = edges[within.cumsum()[:-1] == 0]
+    steps_W = np.diff(edges)
+    whole_W, windows = np.ones(len(steps_W), bool), list[np.ndarray]()
+    for of in spans:
+        window_N = np.searchsorted(edges, of[:, 0], "right") - 1
+        found_W = np.zeros(len(steps_W), np.int64)
+        np.add.at(found_W, window_N, of[:, 1] - of[:, 0] + 1)
+        whole_W &= found_W == steps_W * len(np.unique(of[:, 2]))  # every rank has all steps
+        windows.append(window_N)
+    number_W = np.where(whole_W, whole_W.cumsum() - 1, -1)
+    return edges[:-1][whole_W], edges[1:][whole_W] - 1, [number_W[of] for of in windows]
+
+
+def _steps(spans: np.ndarray) -> str:
+    """The steps of shards as text, neighbours together: "1 to 20, 41 to 60"; "" without any."""
+    runs = list[list[int]]()
+    for first, last, _ in sorted(spans.tolist()):
+        if runs and first <= runs[-1][1] + 1:
+            runs[-1][1] = max(last, runs[-1][1])
+        else:
+            runs.append([first, last])
+    return ", ".join(f"{a:,} to {b:,}" if a < b else f"{a:,}" for a, b in runs)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.comparison.pairing import layers_named, routers_of_one_model
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
+from moe_inspect.reporting.charts.spec import Axis, Chart
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
-from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, highest_rows, table
+from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
 from moe_inspect.reporting.verdict.gate import gated
@@ -251,33 +249,6 @@ def missing_layers(made: Paired) -> Iterator[Finding]:
         if left := [layer_label(trace.routers, r) for r in routers if r not in paired]:
             text = f"Only {name} has {layers_named(left)}: not compared."
             yield finding("missing_layers", "note", text, layers=left)
-
-
-def highest(column: str, *columns: str, what: str = "") -> Excerpt:
-    """The rows with the highest values of a column."""
-    return Excerpt(what or f"the highest {column}", partial(highest_rows, column=column), columns)
-
-
-def share_axis(of: str, top: float) -> Axis:
-    return Axis(f"share of {of}", low=0, high=1.1 * top or 1)
-
-
-def load_that_moves(data: Paired, floor: str, name: str, text: str, top: bool = False) -> Chart:
-    """How far the load moved, beside another column of the table `load_shift`, `floor`."""
-    table = data.tables["load_shift"]
-    x = np.arange(len(table), dtype=float)
-    moved, beside = (table[column].to_numpy(float) for column in ("load_shift", floor))
-    marks = Points(x, moved, "B against A", "c1"), Points(x, beside, name, "c1", shape="tick")
-    share = Axis("share of the load", low=0)
-    if top:
-        share = share_axis("the load", float(np.nanmax([moved, beside])))
-    return Chart(
-        "Load that moves",
-        "Total variation of the experts' load between A and B",
-        (Panel(marks, data.layers_axis, share),),
-        text=text,
-        table=table,
-    )
 
 
 def facts_table(facts: Facts, columns: Sequence[str]) -> pd.DataFrame:
