@@ -124,34 +124,6 @@ def columns() -> str:
     return "\n".join(["| table | columns |\n|---|---|", *rows])
 
 
-def latency_errors() -> str:
-    """A row per kernel whose errors on held-out shapes are known."""
-    table = _errors()
-    whole = table[(table["ep"] == "all") & (table["tokens"] == "all")]
-    head = ("GPU, engine, kernel, dtype", "pairs", "held-out shapes", "time", "another GPU")
-    head += ("another engine", "draws", "load ratio", "no effect", "roofline")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    names = ["gpu", "engine", "version", "kernel", "dtype"]
-    for key, mine in whole[whole["gpu"] != "all"].groupby(names, sort=False):
-        of = {row["by"]: row for row in mine.to_dict("records")}
-        if "held-out shapes" not in of or not of["held-out shapes"]["pairs"]:
-            continue
-        gpus = [by for by in of if by.startswith("another GPU")]
-        engines = [by for by in of if by.startswith("another engine")]
-        engines.sort(key=lambda by: of[by]["imbalance_error_median"])
-        cells = [
-            f"{' '.join(key[:2])} {key[3].replace(f'{key[1]}_', '')} {key[4]}",
-            f"{of['held-out shapes']['pairs']:,}",
-            _error(of["held-out shapes"]),
-            f"{of['held-out shapes']['time_error_median']:.3f}",
-            "; ".join(f"{_error(of[by])} ({by.split(': ')[1]})" for by in gpus),
-            *(["" if not engines else _error(of[engines[0]])]),
-            *(_error(of[by]) for by in (*FROM_DRAWS, *BASELINES)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def latency_errors_by() -> str:
     """Of all these kernels, a row per number of ranks, and per tokens of a step."""
     table, kinds = _errors(), ("held-out shapes", "another GPU", "another engine", *BASELINES)
@@ -174,7 +146,6 @@ def latency_errors_by() -> str:
 
 
 BASELINES = ("load ratio", "no effect", "roofline, not fitted")
-FROM_DRAWS = ("unknown draws alone",)
 
 
 def _errors() -> Any:
@@ -235,7 +206,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "import_columns": import_columns,
     "check_kinds": check_kinds,
     "columns": columns,
-    "latency_errors": latency_errors,
     "latency_errors_by": latency_errors_by,
     "users": users,
     "engine_cost": engine_cost,
