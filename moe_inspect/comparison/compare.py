@@ -13,7 +13,7 @@ import moe_inspect.comparison.charts  # noqa: F401
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.comparison.decisions import Decisions
 from moe_inspect.comparison.load_shift import Loads
-from moe_inspect.comparison.misaligned import replicas
+from moe_inspect.comparison.misaligned import physical_ids
 from moe_inspect.comparison.pairing import DifferentModelsError
 from moe_inspect.comparison.result import (
     MODEL_TABLES,
@@ -22,9 +22,9 @@ from moe_inspect.comparison.result import (
     Comparison,
     ComparisonKind,
     PairSettings,
+    Progress,
     facts_table,
 )
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.registry import Excerpt, table
 from moe_inspect.reporting.tables.summary import facts
@@ -50,37 +50,30 @@ def compare(
     drop_zero_filled: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Compares the decisions of two traces, token by token: do they choose the same experts?
+    """Compare the decisions of two traces, token by token: do they choose the same experts?
 
-    Tokens are aligned by document, position and token id, or by the content of sequences where
-    documents are numbered otherwise. `noise`: a second run of A, compared with A as what is no
-    difference. `layers`, `domains`, `phase`: as in `report`, by A's names. `top`: rows of the
-    tables of experts and documents, 0 for all. `shift_layers`: layer n of B is compared with
+    Tokens are aligned by document, position and token id, or by the content of sequences if
+    documents are numbered differently. `noise`: a second run of A; differences between the two runs
+    are noise. `layers`, `domains`, `phase`: as in `report`, by A's names. `top`: rows of the tables
+    of experts and documents, 0 for all. `shift_layers`: compare layer n of B with layer
     n + shift_layers of A. `shift_positions`: tokens at position n of A are at n + shift_positions
-    of B. `shift_routes`: the same of B's routes alone, not of its token ids. `drop_last`: without
-    the last token of each sequence. `drop_zero_filled`: without tokens that one trace sends to
-    expert 0 in every slot. `progress` is called with the number of decisions compared.
-    MoeInspectError where the traces cannot be aligned.
+    of B. `shift_routes`: shift B's routes, but not its token ids. `drop_last`: leave out the last
+    token of each sequence. `drop_zero_filled`: leave out tokens that one trace sends to expert 0 in
+    every slot. `progress` is called with the number of decisions compared. Raises MoeInspectError
+    if the traces cannot be aligned.
 
-    Where a trace holds counts only (`--counts-only`, the history of a training run), the load of
-    the experts is compared, also while the trace is still being written. Of models of other shapes,
-    or with other tokenizers, the result is a table of the summaries of both reports. Options that
-    do not apply are refused."""
+    If a trace holds counts only (`--counts-only`, the history of a training run), the load of the
+    experts is compared, even while the trace is being written. For models of different shapes or
+    tokenizers, the result is a table of the summaries of both reports. Options that do not apply
+    are refused."""
     options = PairSettings(
         *(layers, domains, phase, top, shift_layers, shift_positions, shift_routes),
-        *(drop_last, drop_zero_filled),
+        *(drop_last, drop_zero_filled, None if noise is None else open_trace(noise)),
     )
     first, second = open_trace(a), open_trace(b)
+    kind = Loads if first.counts_only or second.counts_only else Decisions
     try:
-        if first.counts_only or second.counts_only:
-            made = Loads(first, second, options, progress)
-            if noise is not None:
-                raise MoeInspectError(f"{made.why}, which noise needs: leave it out")
-            return made
-        again = None
-        if noise is not None:
-            again = Decisions(first, open_trace(noise), options, progress=progress)
-        return Decisions(first, second, options, noise=again, progress=progress)
+        return kind(first, second, options, progress)
     except DifferentModelsError as error:
         if noise is not None:
             raise
@@ -101,7 +94,7 @@ class Models(Comparison):
         b: Trace,
         options: PairSettings,
         reasons: Sequence[str],
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
     ):
         self.reasons = reasons
         given = {k: v for k, v in options.given.items() if k in ("domains", "phase")}
@@ -131,13 +124,8 @@ def summary(data: Models) -> pd.DataFrame:
 
 def different(data: Models) -> Iterator[Finding]:
     """How the models differ, and that the tokens are not compared."""
-    if (found := replicas(data.a, data.b)) is not None:
-        text = (
-            f"The {found['physical']} ids of {found['trace']} are physical ids of "
-            f"{found['logical']} experts: mapped by shared tokens, the traces agree (beyond "
-            f"chance {found['agreement']:.1%}). Map them to logical ids before comparing."
-        )
-        yield finding("experts_renumbered", "critical", text, **found)
+    if (replicas := physical_ids(data.a, data.b)) is not None:
+        yield replicas
         return
     text = (
         f"Different models: {'; '.join(data.reasons)}. The table shows the summaries of their "

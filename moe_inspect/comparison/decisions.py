@@ -8,6 +8,7 @@ U units (clusters of documents), P parts of a router's decisions, E experts, R r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -35,7 +36,15 @@ from moe_inspect.comparison.count import (
     output_sums,
 )
 from moe_inspect.comparison.misaligned import matched_overlaps, renumberings
-from moe_inspect.comparison.result import TABLES, Facts, Paired, PairSettings, Row, facts_table
+from moe_inspect.comparison.result import (
+    TABLES,
+    Facts,
+    Paired,
+    PairSettings,
+    Progress,
+    Row,
+    facts_table,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.findings import Finding
@@ -46,26 +55,18 @@ from moe_inspect.trace.schema import PHASES
 
 
 class Decisions(Paired):
-    """Traces A and B, compared. Nothing is counted before it is asked for. `noise`: another run of
-    A's model, compared with A: what is no difference."""
+    """Traces A and B, compared. Nothing is counted before it is needed. `noise`: A compared with a
+    second run of its model."""
 
-    def __init__(
-        self,
-        a: Trace,
-        b: Trace,
-        options: PairSettings,
-        *,
-        noise: Decisions | None = None,
-        progress: Callable[[int], None] | None = None,
-    ):
+    def __init__(self, a: Trace, b: Trace, options: PairSettings, progress: Progress = None):
         if options.top < 0:
             raise MoeInspectError(f"top is {options.top}: give a number of rows, 0 for all")
         for trace in (a, b):
             refuse_while_written(trace.path, trace.manifest)  # pyright: ignore[reportArgumentType]
         super().__init__(a, b, options)
-        self.noise, self._progress = noise, progress
-        if noise is not None:
-            self.given = {**options.given, "noise": str(noise.b.path)}
+        self.noise, self._progress = None, progress
+        if options.noise is not None:
+            self.noise = Decisions(a, options.noise, replace(options, noise=None), progress)
         if too_many_pairs(a, self.selection.routers):
             raise MoeInspectError(
                 f"{a.path} has too many experts to count pairs of them: select fewer layers"

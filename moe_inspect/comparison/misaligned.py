@@ -1,7 +1,7 @@
-"""Is it the same routing under another numbering? Layers shifted or swapped, routes shifted by a
-token, experts numbered otherwise: found on a sample of tokens, beyond chance among them.
+"""Is it the same routing under another numbering? Layers moved, routes shifted by a token, experts
+numbered differently: looked for in a sample of tokens, beyond chance among them.
 
-T tokens of the sample, L routers of A, M routers of B, E experts, K slots.
+T tokens of the sample, E experts, P physical ids.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from moe_inspect.trace.shard import Shard
 
 SAMPLE_CELLS = 8_000_000  # of the sample: tokens · routers · experts
 MOST_TOKENS = 4096
-GOOD = 0.9  # overlap from which a router is not looked at further
-MATCH = 0.6  # overlap beyond chance that the right numbering must reach …
-GAIN = 0.3  # … and by how much it must be better than the one that was compared
-BY_CHANCE = 0.1  # overlap beyond chance under which two routers have nothing in common
+GOOD = 0.9  # agreement from which a router is not examined further
+MATCH = 0.6  # agreement that the right numbering must reach …
+GAIN = 0.3  # … and by how much it must exceed the agreement as compared
+BY_CHANCE = 0.1  # agreement below which two routers have nothing in common
 SHIFTS = (-2, -1, 1, 2)
 SHUFFLES = 20
-
+REPLICAS = 0.9  # agreement, once ids are mapped, from which they are physical
+MOST_ROUTERS = 8  # that are tried for replicas
 
 Row = dict[str, Any]
 Pair = tuple[int, int]  # a router of A and one of B
@@ -55,7 +56,7 @@ class SampledRows:
     _chosen: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     def chosen(self, side: int, router: int) -> np.ndarray:
-        """bool [T, E]: the experts that a router of A (side 0) or of B (side 1) chose."""
+        """Experts that a router of A (side 0) or of B (side 1) chose. bool [T, E]"""
         if (side, router) not in self._chosen:
             E = self.traces[side].routers[router].experts
             chosen_TE = np.zeros((len(self.rows), E + 1), bool)
@@ -69,16 +70,17 @@ class SampledRows:
 
     @cached_property
     def own(self) -> dict[Pair, float]:
+        """Agreement of each pair of routers as compared."""
         return {pair: agreement(*self.both(pair)) for pair in self.pairs}
 
     @cached_property
     def good(self) -> list[Pair]:
-        """Those that are not looked at further."""
+        """Pairs that are not examined further."""
         return [pair for pair, value in self.own.items() if value >= GOOD]
 
 
 def samples(alignment: Alignment, pairs: Sequence[Pair]) -> Iterator[SampledRows]:
-    """Of each stack, tokens of the shard of A with the most of those that are compared, if any."""
+    """Sample each stack's tokens from the shard of A with the most tokens that are compared."""
     s, traces = alignment.segments, alignment.traces
     if not len(s.length):
         return
@@ -95,7 +97,7 @@ def samples(alignment: Alignment, pairs: Sequence[Pair]) -> Iterator[SampledRows
 
 
 def first_sample(alignment: Alignment, pairs: Sequence[Pair]) -> SampledRows | None:
-    """Of the stack of the first router."""
+    """The sample of the stack of the first router."""
     stack_of = {pair: alignment.traces[0].routers[pair[0]].stack for pair in pairs}
     of_stack = [pair for pair in pairs if stack_of[pair] == stack_of[pairs[0]]]
     return next(samples(alignment, of_stack), None)
@@ -114,37 +116,42 @@ def renumberings(
     stack = a[pairs[0][0]].stack
     of_a = [r for r in routers if a[r].stack == stack]
     of_b = [m for m, router in enumerate(b) if router.stack == stack]
-    alike = len(sample.good) == len(sample.pairs)
-    if alike and len(sample.pairs) in (len(of_a), len(of_b)):
+    all_good = len(sample.good) == len(sample.pairs)
+    if all_good and len(sample.pairs) in (len(of_a), len(of_b)):
         return []
-    found = (
-        (None if alike else _routes_shifted(sample))
+    first = (
+        (None if all_good else _routes_shifted(sample))
         or _layers_moved(sample, of_a, of_b)
         or _experts_renumbered(sample)
         or _foreign(sample)
     )
-    return [] if found is None else [found]
+    return [] if first is None else [first]
+
+
+def overlap(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
+    """Share of the experts that both chose. NaN if none chose any."""
+    size = np.maximum(a_TE.sum(1), b_TE.sum(1)).sum()
+    return float((a_TE & b_TE).sum() / size) if size else float("nan")
 
 
 def agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
-    """Overlap of the sets beyond chance: 0 where they are independent, 1 where they are equal."""
+    """Overlap of the sets beyond chance: 0 if they are independent, 1 if they are equal."""
     if a_TE.shape != b_TE.shape or not a_TE.any():
         return 0.0
     size = np.maximum(a_TE.sum(1), b_TE.sum(1)).sum()
-    overlap = float((a_TE & b_TE).sum() / size)
     chance = float((a_TE.mean(0) * b_TE.mean(0)).sum() * len(a_TE) / size)
-    return (overlap - chance) / (1 - chance) if chance < 1 else 1.0
+    return (overlap(a_TE, b_TE) - chance) / (1 - chance) if chance < 1 else 1.0
 
 
 def beyond_chance(
-    value: float, of_pairs: Sequence[Chosen], document_T: np.ndarray, tried: int = 1
+    value: float, both: Sequence[Chosen], document_T: np.ndarray, tried: int = 1
 ) -> bool:
-    """Whether these routers hardly agree so much on average, in the best of so many pairings, once
+    """Whether these routers hardly agree so much on average, in the best of `tried` pairings, once
     B's tokens are shuffled within documents: what the tokens of a document have in common stays."""
     rng, null = np.random.default_rng([SEED, len(document_T)]), list[float]()
     for _ in range(SHUFFLES):
         order_T = shuffled_within(document_T, rng)
-        null.append(mean([agreement(a_TE, b_TE[order_T]) for a_TE, b_TE in of_pairs]))
+        null.append(mean([agreement(a_TE, b_TE[order_T]) for a_TE, b_TE in both]))
     return shuffled_p(value, null, len(document_T)) * tried < ALPHA
 
 
@@ -153,7 +160,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def half_of(T: int) -> np.ndarray:
-    """bool [T]: a random half, since replicas of an expert may take tokens in turn."""
+    """A random half, since replicas of an expert may take tokens in turn. bool [T]"""
     return np.random.default_rng([SEED, T]).permutation(T) < T // 2
 
 
@@ -166,8 +173,8 @@ def _evidence(value: float, before: float) -> str:
 
 
 def _routes_shifted(sample: SampledRows) -> Finding | None:
-    """B's routes one or two tokens further on, in the same document."""
-    before, T, document_T = mean(sample.own.values()), len(sample.rows), sample.rows.document_T
+    """Look for A's routes one or two tokens further on in B, in the same document."""
+    own, T, document_T = mean(sample.own.values()), len(sample.rows), sample.rows.document_T
 
     def shifted(shift: int) -> tuple[list[Chosen], np.ndarray]:
         t = np.arange(max(0, -shift), min(T, T - shift))
@@ -178,21 +185,22 @@ def _routes_shifted(sample: SampledRows) -> Finding | None:
     value, shift = max(
         (mean(agreement(*both) for both in shifted(shift)[0]), shift) for shift in SHIFTS
     )
-    if not (_better(value, before) and beyond_chance(value, *shifted(shift), len(SHIFTS))):
+    if not (_better(value, own) and beyond_chance(value, *shifted(shift), len(SHIFTS))):
         return None
     text = (
         f"B's routes are shifted by {plural(abs(shift), 'token')}: B's token n{shift:+d} has the "
-        f"routes of A's token n ({_evidence(value, before)})."
+        f"routes of A's token n ({_evidence(value, own)})."
     )
     values: Row = {"option": f"{SHIFT_ROUTES} {shift}", "shift": shift}
-    values |= {"agreement": value, "agreement_as_compared": before}
+    values |= {"agreement": value, "agreement_as_compared": own}
     return finding("routes_shifted", "critical", text, **values)
 
 
 def _layers_moved(
     sample: SampledRows, routers_a: list[int], routers_b: list[int]
 ) -> Finding | None:
-    """Routers of A whose decisions are those of another layer of B than is compared with it."""
+    """Look for routers of A that agree with another layer of B than the one they are compared
+    with."""
     a, b = (trace.routers for trace in sample.traces)
     paired, own, good = dict(sample.pairs), sample.own, {m for _, m in sample.good}
     tried, moved = len(routers_a) * len(routers_b), list[tuple[int, int, float, float]]()
@@ -232,7 +240,8 @@ def _layers_moved(
 
 
 def _experts_renumbered(sample: SampledRows) -> Finding | None:
-    """Experts matched by the tokens they share in one half of the sample, judged in the other."""
+    """Match experts by the tokens they share in one half of the sample, and judge the match in the
+    other half."""
     moved, own = list[tuple[int, float, float]](), sample.own
     fit_T = half_of(len(sample.rows))
     for pair, before in own.items():
@@ -258,17 +267,19 @@ def _experts_renumbered(sample: SampledRows) -> Finding | None:
 
 
 def _foreign(sample: SampledRows) -> Finding | None:
-    """Few routers that agree no more than by chance, between others that agree: a model that
-    differs would differ from there on. Of tokens that would tell an agreement from chance."""
+    """Look for a few routers that agree no more than by chance, between others that agree: another
+    model would differ from there on. The tokens must be enough to tell agreement from chance."""
     a, own, good = sample.traces[0].routers, sample.own, [r for r, _ in sample.good]
 
-    def told(chosen_TE: np.ndarray) -> bool:
+    def is_enough(chosen_TE: np.ndarray) -> bool:
         return beyond_chance(MATCH, [(chosen_TE, chosen_TE)], sample.rows.document_T, len(own))
 
-    bad = [r for (r, _), value in own.items() if value < BY_CHANCE and told(sample.chosen(0, r))]
+    bad = [
+        r for (r, _), value in own.items() if value < BY_CHANCE and is_enough(sample.chosen(0, r))
+    ]
     if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
         return None
-    value, others = (mean(own[pair] for pair in own if pair[0] in of) for of in (bad, good))
+    value, others = (mean(own[pair] for pair in own if pair[0] in x) for x in (bad, good))
     layers = layers_named([layer_label(a, r) for r in bad])
     text = (
         f"In {layers}, B agrees with A only by chance (beyond chance {value:.1%}; "
@@ -284,11 +295,11 @@ def _foreign(sample: SampledRows) -> Finding | None:
 def matched_overlaps(
     alignment: Alignment, pairs: Sequence[Pair]
 ) -> Iterator[tuple[int, int, float, float, float]]:
-    """Of each router: its index, the tokens judged, and the overlap as numbered, after matching,
-    and after matching B's tokens shuffled. Matched on every other document, judged on the rest."""
-    every = samples(alignment, pairs)
-    sample_of = {pair: sample for sample in every for pair in sample.pairs}
-    for pair in (pair for pair in pairs if pair in sample_of):
+    """Overlap of each router: its index, the tokens judged, and the overlap as numbered, after
+    matching, and after matching B's shuffled tokens. Experts are matched on every other document
+    and judged on the rest."""
+    sample_of = {pair: sample for sample in samples(alignment, pairs) for pair in sample.pairs}
+    for pair in sorted(sample_of):
         sample = sample_of[pair]
         a_TE, b_TE = sample.both(pair)
         document, at_T = np.unique(sample.rows.document_T, return_inverse=True)
@@ -302,8 +313,8 @@ def matched_overlaps(
 
 
 def matched(a_TE: np.ndarray, b_TE: np.ndarray, fit_T: np.ndarray) -> Chosen:
-    """Both at the tokens that are not fitted, B's experts in the order of A's: by the assignment
-    that shares most of the tokens fitted (Hungarian algorithm)."""
+    """Match B's experts with A's so that they share most of the tokens of `fit_T` (Hungarian
+    algorithm). Return the other tokens of both, with B's experts in A's order."""
     from scipy.optimize import linear_sum_assignment
 
     shared_EE = a_TE[fit_T].astype(np.float32).T @ b_TE[fit_T].astype(np.float32)
@@ -311,19 +322,9 @@ def matched(a_TE: np.ndarray, b_TE: np.ndarray, fit_T: np.ndarray) -> Chosen:
     return a_TE[~fit_T], b_TE[~fit_T][:, order_E]
 
 
-def overlap(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
-    """The share of the experts that both chose. NaN where none chose any."""
-    size = np.maximum(a_TE.sum(1), b_TE.sum(1)).sum()
-    return float((a_TE & b_TE).sum() / size) if size else float("nan")
-
-
-REPLICAS = 0.9  # overlap beyond chance, once ids are mapped, from which they are physical
-MOST_ROUTERS = 8
-
-
-def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
-    """Which trace has physical ids, "A" or "B", of how many, and how well the two agree once they
-    are mapped, on tokens that were not used to find the map. None where neither has."""
+def physical_ids(a: Trace, b: Trace) -> Finding | None:
+    """Look for a trace with physical ids of replicated experts: mapped by some tokens, they agree
+    with the experts of the other trace on the rest."""
     pairs = same_places(a, b, range(len(a.routers)))
     sizes = [(a.routers[r], b.routers[m]) for r, m in pairs]
     if not pairs or any(x.top_k != y.top_k or x.experts == y.experts for x, y in sizes):
@@ -341,17 +342,23 @@ def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
     value = mean(agreement(*both) for both in mapped)
     if value < REPLICAS or not beyond_chance(value, mapped, sample.rows.document_T[~fit_T]):
         return None
-    of_a, of_b = (router.experts for router in sizes[0])
-    found = {"physical": max(of_a, of_b), "logical": min(of_a, of_b), "agreement": value}
-    return {"trace": "B" if of_b > of_a else "A", **found}
+    experts_a, experts_b = (router.experts for router in sizes[0])
+    name, n, logical = "A", experts_a, experts_b
+    if experts_b > experts_a:
+        name, n, logical = "B", experts_b, experts_a
+    text = (
+        f"The {n} ids of {name} are physical ids of {logical} experts: mapped by shared tokens, "
+        f"the traces agree (beyond chance {value:.1%}). Map them to logical ids before comparing."
+    )
+    values: Row = {"trace": name, "physical": n, "logical": logical, "agreement": value}
+    return finding("experts_renumbered", "critical", text, **values)
 
 
 def _mapped(logical_TE: np.ndarray, physical_TP: np.ndarray, fit_T: np.ndarray) -> np.ndarray:
-    """The experts that physical ids stand for, by the map of some tokens, of the others."""
-    a, b = (x[fit_T].astype(np.float32) for x in (logical_TE, physical_TP))
-    shared_EP = a.T @ b
-    # of experts that go with it equally often the rarer is meant
-    load_E = a.sum(0)
+    """Map physical ids to experts by the tokens of `fit_T`. Return the experts of the others."""
+    fit_TE, fit_TP = (x_TX[fit_T].astype(np.float32) for x_TX in (logical_TE, physical_TP))
+    shared_EP, load_E = fit_TE.T @ fit_TP, fit_TE.sum(0)
+    # a tie goes to the rarer expert
     expert_P = (shared_EP - (load_E / (load_E.sum() + 1))[:, None]).argmax(0)
     mapped_TE = np.zeros_like(logical_TE[~fit_T])
     t, p = np.nonzero(physical_TP[~fit_T])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pandas as pd
@@ -188,23 +188,24 @@ class PairSettings:
     shift_routes: int = 0
     drop_last: bool = False
     drop_zero_filled: bool = False
-    threads: int | None = None
+    noise: Trace | None = None
+    threads: int | None = None  # not an option of `compare`
 
     @property
     def given(self) -> dict[str, object]:
-        """Those that are not as `compare` has them by default, but `threads`, which it lacks."""
-        usual, mine = asdict(PairSettings()), asdict(self)
-        return {k: v for k, v in mine.items() if v != usual[k] and k != "threads"}
+        """The options of `compare` that differ from their defaults."""
+        values = ((f, getattr(self, f.name)) for f in fields(self) if f.name != "threads")
+        return {f.name: value for f, value in values if value != f.default}
 
     def refuse(self, names: Iterable[str], why: str) -> None:
-        """MoeInspectError where one of these is given, that the traces have nothing for."""
+        """Raise MoeInspectError if one of these options is given, which the traces cannot serve."""
         for name in names:
             if name in self.given:
                 raise MoeInspectError(f"{why}, which {name} needs: leave it out")
 
 
-# how decisions belong together, which counts and different models do not tell
-OF_DECISIONS = ("shift_positions", "shift_routes", "drop_last", "drop_zero_filled")
+# options that only a comparison of decisions has
+OF_DECISIONS = ("shift_positions", "shift_routes", "drop_last", "drop_zero_filled", "noise")
 
 
 class Paired(Comparison):
