@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def check_first_document(
     for value in data:
         if "://" not in value:
             label, fs, path, domain = _files(value, leave_out)[0]
+            with _local_file(path):  # no pipe or device, which may have no end
+                pass
             first = Source(_shown(fs, path), label or domain, bool(label), None, "")
             next(read_documents(first, text_field, domain_field), None)
 
@@ -170,9 +173,16 @@ def _identity(filesystem: Filesystem, path: str) -> tuple[int | None, str]:
     if not _is_local(filesystem):
         key = str(filesystem.ukey(path)).encode()
         return filesystem.size(path), hashlib.sha256(key).hexdigest()
+    with _local_file(path) as file:
+        return Path(path).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _local_file(path: str) -> Iterator[BufferedReader]:
+    """A local file for reading. MoeInspectError if it is no regular file, or cannot be read."""
     try:
         with open_regular(path) as file:
-            return Path(path).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            yield file
     except OSError as error:
         raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
 
