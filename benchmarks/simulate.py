@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +77,15 @@ def on_disk(root: Path, E: int, k: int) -> Path:
     return root
 
 
+def on_traces(name: str, simulate: Callable[..., object], **options: Any) -> Rates:
+    """Rates of a simulation of traces on disk."""
+    for E, k in ((8, 2), (128, 8)):
+        with tempfile.TemporaryDirectory() as directory:
+            trace = on_disk(Path(directory) / "t", E, k)
+            reached = rate(partial(simulate, trace, **options), 4 * TOKENS * ROUTERS, 2)
+        yield f"{name}, trace, {k} of {E}", reached, 20
+
+
 @benchmark
 def capacity() -> Rates:
     from moe_inspect.simulate import kernels_numba
@@ -96,14 +106,7 @@ def capacity() -> Rates:
             )
 
         yield f"capacity, three factors, kernel, {k} of {E}", rate(sweep, TOKENS), 20
-    for E, k in ((8, 2), (128, 8)):
-        with tempfile.TemporaryDirectory() as directory:
-            trace = on_disk(Path(directory) / "t", E, k)
-            yield (
-                f"capacity, three factors, trace, {k} of {E}",
-                rate(partial(simulate_routing, trace), 4 * TOKENS * ROUTERS, 2),
-                20,
-            )
+    yield from on_traces("capacity, three factors", simulate_routing)
 
 
 @benchmark
@@ -125,14 +128,7 @@ def cache() -> Rates:
                 rate(sweep, TOKENS),
                 20 if name == "lru" else None,
             )
-    for E, k in ((8, 2), (128, 8)):
-        with tempfile.TemporaryDirectory() as directory:
-            trace = on_disk(Path(directory) / "t", E, k)
-            yield (
-                f"cache, lru, trace, {k} of {E}",
-                rate(partial(simulate_cache, trace, policies=["lru"]), 4 * TOKENS * ROUTERS, 2),
-                20,
-            )
+    yield from on_traces("cache, lru", simulate_cache, policies=["lru"])
 
 
 @benchmark
@@ -148,14 +144,7 @@ def decode() -> Rates:
             E,
         )
         yield f"decode, four batch sizes, kernel, {k} of {E}", rate(sweep, TOKENS), 20
-    for E, k in ((8, 2), (128, 8)):
-        with tempfile.TemporaryDirectory() as directory:
-            trace = on_disk(Path(directory) / "t", E, k)
-            yield (
-                f"decode, four batch sizes, trace, {k} of {E}",
-                rate(partial(simulate_decode, trace), 4 * TOKENS * ROUTERS, 2),
-                20,
-            )
+    yield from on_traces("decode, four batch sizes", simulate_decode)
 
 
 @benchmark
@@ -178,15 +167,8 @@ def placement() -> Rates:
             reached([plan], ids_KT)
 
         yield f"placement, a plan evaluated, kernel, {k} of {E}", rate(sweep, TOKENS), 20
-    for E, k in ((8, 2), (128, 8)):
-        with tempfile.TemporaryDirectory() as directory:
-            trace = on_disk(Path(directory) / "t", E, k)
-            run = partial(simulate_placement, trace, gpus=4, policies=["eplb"])
-            yield (
-                f"placement, a plan evaluated, trace, {k} of {E}",
-                rate(run, 4 * TOKENS * ROUTERS, 2),
-                20,
-            )
+    how: dict[str, Any] = {"gpus": 4, "policies": ["eplb"]}
+    yield from on_traces("placement, a plan evaluated", simulate_placement, **how)
 
 
 @figures

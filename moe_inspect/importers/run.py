@@ -8,11 +8,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError, own_options
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, formats, sniff
@@ -77,49 +76,57 @@ def import_trace(
             if format == "auto":
                 format = sniff(listed)
                 warn(f"recognised as {format}: {formats()[format].reads.replace('`', '')}")
-            if format not in formats():
-                raise MoeInspectError(
-                    f"no format {format!r}: there are {', '.join(formats())}, auto"
-                )
-            takers = {name: known.options for name, known in formats().items()}
-            if unknown := options.keys() - set(chain.from_iterable(takers.values())):
-                raise TypeError(f"import_trace has no option {min(unknown)}")
             context = ImportContext(
                 listed,
                 read_facts(model) if model is not None else None,
                 experts,
                 top_k,
-                own_options(format, options, takers),
+                _options_of(format, options),
                 warn,
                 _progress(listed, progress) if progress else lambda n: None,
                 at,
             )
             imported = formats()[format].run(context)
-            vocabulary = imported.vocabulary
-            if vocabulary is None and context.facts is not None:
-                vocabulary = context.facts.vocabulary()
-            batches = _checked(context, imported.batches, vocabulary)
+            if imported.vocabulary is None and context.facts is not None:
+                imported = replace(imported, vocabulary=context.facts.vocabulary())
+            batches = _checked(context, imported)
             first = next(batches, None)
         if first is None:
             raise MoeInspectError(f"{listed[0].path} holds no decisions")
-        with (
-            whole_trace(target, overwrite, "nothing was imported") as (draft, lock),
-            TraceWriter(
-                draft,
-                _manifest(format, context, imported),
-                imported.routers,
-                weights=imported.weights,
-                logits=imported.logits,
-                **imported.extras,
-                counts_only=imported.counts_only,
-                vocabulary=vocabulary,
-                shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
-                lock=lock,
-            ) as writer,
-        ):
-            for batch in chain([first], batches):
-                writer.write(batch)
+        imported = replace(imported, batches=chain([first], batches))
+        _write(target, overwrite, _manifest(format, context, imported), imported)
     return Trace(target)
+
+
+def _options_of(format: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that this format takes. MoeInspectError if there is no such format, or if an
+    option is another format's."""
+    if format not in formats():
+        raise MoeInspectError(f"no format {format!r}: there are {', '.join(formats())}, auto")
+    takers = {name: known.options for name, known in formats().items()}
+    if unknown := options.keys() - set(chain.from_iterable(takers.values())):
+        raise TypeError(f"import_trace has no option {min(unknown)}")
+    return own_options(format, options, takers)
+
+
+def _write(target: Path, overwrite: bool, manifest: Fields, imported: Imported) -> None:
+    with (
+        whole_trace(target, overwrite, "nothing was imported") as (draft, lock),
+        TraceWriter(
+            draft,
+            manifest,
+            imported.routers,
+            weights=imported.weights,
+            logits=imported.logits,
+            **imported.extras,
+            counts_only=imported.counts_only,
+            vocabulary=imported.vocabulary,
+            shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
+            lock=lock,
+        ) as writer,
+    ):
+        for batch in imported.batches:
+            writer.write(batch)
 
 
 @contextmanager
@@ -173,12 +180,11 @@ def _manifest(format: str, context: ImportContext, imported: Imported) -> Fields
     }
 
 
-def _checked(
-    context: ImportContext, batches: Iterator[Batch], vocabulary: pa.Table | None
-) -> Iterator[Batch]:
-    """Yields the batches. Refuses token ids beyond the vocabulary."""
+def _checked(context: ImportContext, imported: Imported) -> Iterator[Batch]:
+    """Yield the batches. MoeInspectError if a token id is not in the vocabulary."""
+    vocabulary = imported.vocabulary
     with _reading(context.sources):
-        for batch in batches:
+        for batch in imported.batches:
             if vocabulary is not None and isinstance(batch, RoutedBatch):
                 largest = int(batch.token_id.max(initial=-1))
                 if largest >= len(vocabulary):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import moe_inspect
 from tests.frameworks.conftest import Check
-from tests.frameworks.truth import Watch, compare
+from tests.frameworks.truth import SIZES, Watch, compare
 
 CODE = os.environ.get("DEEPSEEK_CODE", "")
 pytestmark = pytest.mark.skipif(
@@ -64,16 +64,11 @@ def code() -> Any:
 def build(code: Any) -> nn.Module:
     torch.manual_seed(0)
     config = code.DeepseekV2Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
+        **SIZES,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
         num_key_value_heads=4,
         n_shared_experts=1,
         n_routed_experts=EXPERTS,
-        num_experts_per_tok=3,
         first_k_dense_replace=1,
         moe_layer_freq=1,
         topk_method="group_limited_greedy",
@@ -89,7 +84,6 @@ def build(code: Any) -> nn.Module:
         qk_rope_head_dim=16,
         qk_nope_head_dim=16,
         v_head_dim=16,
-        max_position_embeddings=128,
         attention_dropout=0.0,
         bos_token_id=0,
         eos_token_id=1,

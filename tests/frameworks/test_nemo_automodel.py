@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import Qwen3MoeConfig
 
 from tests.frameworks.conftest import Check
-from tests.frameworks.truth import Watch, assert_listed, by_layer, compare, recorded, token_ids
+from tests.frameworks.truth import (
+    SIZES,
+    Watch,
+    assert_listed,
+    by_layer,
+    compare,
+    recorded,
+    token_ids,
+)
 
 EXPERTS, LAYERS = 8, 4
 B, S = 3, 16
@@ -45,19 +53,13 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def build() -> nn.Module:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
+        **SIZES,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
         num_experts=EXPERTS,
-        num_experts_per_tok=3,
         mlp_only_layers=[0],
         norm_topk_prob=True,
-        max_position_embeddings=128,
         dtype=torch.bfloat16,
     )
     backend = BackendConfig(

@@ -21,6 +21,16 @@ import moe_inspect
 from moe_inspect.public import Trace
 from moe_inspect.training import LossAudit
 
+# of a small model, by the names of transformers' configs
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 128,
+}
 WEIGHT_ERROR = 2**-10  # relative: a trace keeps gate weights as fp16 does
 
 

@@ -88,26 +88,38 @@ def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
 @once
 def notes(data: ReportData) -> list[str]:
     """Why columns are NaN, and what numbers are limited to."""
-    return [*_of_trace(data), *([] if data.counts.counts_only else _of_token_ids(data))]
+    parts = (_recording_notes, _document_notes, _column_notes, _batch_notes)
+    found = [note for part in parts for note in part(data)]
+    return found if data.counts.counts_only else [*found, *_token_id_notes(data)]
 
 
-def _of_trace(data: ReportData) -> Iterator[str]:
-    trace, counts, routers = data.trace, data.counts, data.selection.routers
-    if trace.without_text:
+def _recording_notes(data: ReportData) -> Iterator[str]:
+    """Notes on how the trace was recorded."""
+    if data.trace.without_text:
         yield ROUTES_TELL
-    stated = mapping(trace.manifest.get("corpus")).get("notes")
+    stated = mapping(data.trace.manifest.get("corpus")).get("notes")
     yield from map(str, cast("list[object]", stated) if isinstance(stated, list) else [])
-    if counts.counts_only:
-        lacks = "intervals, batches, nulls" if counts.documents_unknown else "batches"
-        yield (f"counts only: no {lacks} or token ids; {trace.more_than_counts} for those")
-    if not counts.documents_unknown and (n := len(counts.units)) < FEWEST_DOCUMENTS:
+    if data.counts.counts_only:
+        lacks = "intervals, batches, nulls" if data.counts.documents_unknown else "batches"
+        yield f"counts only: no {lacks} or token ids; {data.trace.more_than_counts} for those"
+
+
+def _document_notes(data: ReportData) -> Iterator[str]:
+    """Notes on what needs more documents, or more domains."""
+    n = len(data.counts.units)
+    if not data.counts.documents_unknown and n < FEWEST_DOCUMENTS:
         yield (
             f"{plural(n, 'document')}: intervals, design effect and domain nulls need "
             f"{FEWEST_DOCUMENTS}"
         )
-    if len(counts.domains) < 2:
+    if len(data.counts.domains) < 2:
         label = "" if data.selection.domains else "; label sources as DOMAIN=SRC when tracing"
         yield f"one domain: domain_mi_* needs two{label}"
+
+
+def _column_notes(data: ReportData) -> Iterator[str]:
+    """Notes on columns that need gate weights, load, or logits."""
+    trace, routers = data.trace, data.selection.routers
     if not trace.has_weights:
         yield "no weights recorded: weight_sum and weight_* are NaN"
     if unknown := sum(not trace.routers[r].first_choice_known for r in routers):
@@ -116,21 +128,25 @@ def _of_trace(data: ReportData) -> Iterator[str]:
             f"first choices{which} are unknown: no gate weights say which expert came first; "
             "columns that need them are NaN"
         )
-    if not all(counts.load_E(r).any() for r in routers):
+    if not all(data.counts.load_E(r).any() for r in routers):
         yield "a router without any assignments has no balance"
     if "logits" not in trace.tables:
         record = "" if trace.imported else "; trace with --logits for those"
         yield f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{record}"
-    sizes = max((counts.of[r].batches for r in routers), key=len)
-    batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
-    if batches - whole > 1:
+
+
+def _batch_notes(data: ReportData) -> Iterator[str]:
+    """A note if many batches are too small for max_vio_batch."""
+    sizes = max((data.counts.of[r].batches for r in data.selection.routers), key=len)
+    batches, large = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
+    if batches - large > 1:
         yield (
-            f"max_vio_batch covers {whole:,} of {batches:,} batches: the others have under half "
+            f"max_vio_batch covers {large:,} of {batches:,} batches: the others have under half "
             "the tokens of the largest; --phase decode selects decode steps alone"
         )
 
 
-def _of_token_ids(data: ReportData) -> Iterator[str]:
+def _token_id_notes(data: ReportData) -> Iterator[str]:
     widest = max(data.trace.routers[r].experts for r in data.selection.routers)
     judged = tokenids.frequent(data.counts, tokenids.MIN_COUNT, tokenids.CELLS // widest)
     if not len(judged.ids_V):
