@@ -414,8 +414,8 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "phimoe": {"num_experts_per_tok": 2},
 }
 LOSS_LENGTHS = [24, 17, 24, 20]
-LOSS_COLUMNS = ("family", "loss", "factor", "f counts", "other experts ran", "of each pass")
-LOSS_COLUMNS += ("selection bias", "code")
+LOSS_COLUMNS = ("families", "loss", "factor", "f counts", "other experts ran", "of each pass")
+LOSS_COLUMNS += ("selection bias",)
 NONE, NOT_COMPUTED = "none is stated, none is computed", "no loss is computed"
 NOT_JUDGED = "not judged: of zero experts too"
 BIASES = {"good": "of the choice alone"}  # by the severity of what is found
@@ -454,12 +454,9 @@ def loss_row(family: str) -> tuple[str, ...]:
     except MoeInspectError as error:
         if "cannot be watched in training" not in str(error):
             raise
-        return family, "not known: layers run several times in a pass", *[""] * 5, "–"
+        return family, "not known: layers run several times in a pass", *[""] * 5
     module = sys.modules[type(model).__module__]
     function = getattr(module, "load_balancing_loss_func", None)
-    code = "–"
-    if function is not None:
-        code = f"{Path(module.__file__ or '').name}:{inspect.getsourcelines(function)[1]}"
     said = {f.kind: f for f in audit.findings}
     formula, apart, bias = audit.formula, said.get("loss_other_choice"), said.get("loss_bias")
     unseen = NOT_JUDGED if biases_of(model) else ""
@@ -467,10 +464,10 @@ def loss_row(family: str) -> tuple[str, ...]:
     assert not changed_biases(family, model), "a pass updates a selection bias"
     if not states_loss(family):
         assert "loss_none" in said
-        return family, NONE, "", "", "", "", steers, code
+        return family, NONE, "", "", "", "", steers
     if formula is None:
         known = NOT_COMPUTED if function is None else "not known: product keys"
-        return family, known, "", "", "", "", steers, code
+        return family, known, "", "", "", "", steers
     names = {"all routers": "pooled", "router": "each router"}
     names["sequence, all routers"] = "pooled, of each sequence"
     by = " or ".join(dict.fromkeys(names.get(f.by, f.by) for f in (formula, *audit.either)))
@@ -479,16 +476,11 @@ def loss_row(family: str) -> tuple[str, ...]:
     loss = ", ".join([by, *[padding] * bool(padding), *[only] * bool(formula.only)])
     share = f"{apart.values['share']:.0%}" if apart is not None else ""
     each = "" if math.isnan(audit.accumulated) else f"{audit.accumulated / 2:.2f}"
-    return family, loss, f"{audit.factor:.4g}", formula.chosen, share, each, steers, code
+    return family, loss, f"{audit.factor:.4g}", formula.chosen, share, each, steers
 
 
 def _of_kind(model: Any, kind: str) -> int:
     return sum(type(site.logits_module).__name__ == kind for site in find_routers(model))
-
-
-def loss_line(row: tuple[str, ...]) -> str:
-    """Row of the table of balancing losses."""
-    return f"| {' | '.join(row)} |"
 
 
 def losses_section(rows: list[tuple[str, ...]]) -> str:
@@ -500,7 +492,14 @@ def losses_section(rows: list[tuple[str, ...]]) -> str:
     pooled = [row[0] for row in rows if row[1].startswith("pooled")]
     by_logits = [row[0] for row in rows if "logit" in row[3]]
     not_computed = [row[0] for row in rows if row[1] == NOT_COMPUTED]
-    table = "\n".join(loss_line(row) for row in rows if row[1] != NONE)
+    families: dict[tuple[str, ...], list[str]] = {}  # families with the same findings share a row
+    for family, *findings in rows:
+        if findings[0] != NONE:
+            families.setdefault(tuple(findings), []).append(family)
+    by_number = sorted(families, key=lambda findings: -len(families[findings]))
+    table = [LOSS_COLUMNS, ["---"] * len(LOSS_COLUMNS)]
+    table += [(", ".join(families[findings]), *findings) for findings in by_number]
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
     return f"""\
 ## Balancing losses of transformers
 
@@ -509,9 +508,7 @@ def losses_section(rows: list[tuple[str, ...]]) -> str:
 {sum(map(states_loss, (row[0] for row in rows)))} state the
 coefficient of a balancing loss. Written by `make test-families`.
 
-{loss_line(LOSS_COLUMNS)}
-|{"---|" * len(LOSS_COLUMNS)}
-{table}
+{chr(10).join(lines)}
 
 - **loss**: Switch's E · Σ f · P (arXiv:2101.03961), pooled over all routers or per router. P is \
 the softmax of the router logits.
