@@ -2,8 +2,8 @@
 of one worker and of two, each a process with one thread on this machine. Efficiency is time(1) ÷
 (2 × time(2)): of the makespan, which needs two idle cores, and of the CPU time of all workers,
 which says what sharing the work out adds to it. Every result is compared with this process's, to
-the bit; then a worker is killed. Prints what docs/scale.md says; with SIZE assignments or more, it
-is written there, and to benchmarks/results/cluster-<machine>.json.
+the bit; then a worker is killed. Prints the tables of benchmarks/results/README.md; with SIZE
+assignments or more, it writes them there, and to benchmarks/results/cluster-<machine>.json.
 
 Workers have loaded their kernels before. What moves is measured on the loopback interface: between
 workers, scheduler and client, with whatever else uses that.
@@ -34,13 +34,13 @@ from benchmarks.run import EXPERTS, LAYERS, TOP_K, stream
 from moe_inspect.analysis.tasks import MOST_RUNS, runs_of
 from moe_inspect.public import Trace, open_trace
 
-PAGE = ROOT / "docs" / "scale.md"
+PAGE = ROOT / "benchmarks/results/README.md"
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 SIZE = 4e8  # assignments
 PAPER = 1e12
 MACHINES = (10, 100)  # threads of workers, on paper
 SMALL = 2.5e7  # of the trace that workers warm up on
-# of the workers: numpy's arrays from memory that they have, not from new pages (docs/scale.md)
+# of the workers: numpy's arrays from memory that they have, not from new pages (docs/import.md)
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 ROUTES_CHANGED = 0.02  # in the trace that is compared
 
@@ -246,7 +246,7 @@ def main(assignments: float = SIZE) -> None:
 
 
 def page(facts: dict[str, Any], measured: dict[str, Any]) -> str:
-    """What docs/scale.md says: what was measured, and what it comes to at PAPER assignments."""
+    """Tables of the measurements, and of their projection to PAPER assignments."""
     A, jobs, versions = measured["assignments"], measured["jobs"], facts["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("dask", "numpy", "numba", "pyarrow"))
     busy = max(measured["load_average_before"][0], measured["load_average_after"][0]) > 2.5

@@ -1,10 +1,10 @@
 """`python -m benchmarks.published`: figures that others published, computed again by commands of
-moe-inspect from public data. Writes docs/reproduced.md.
+moe-inspect from public data. Writes benchmarks/results/published.md.
 
-    python -m benchmarks.published [--data ../shared/real] [-o docs/reproduced.md] [--only TEXT …]
+    python -m benchmarks.published [--data ../shared/real] [-o FILE] [--only TEXT …]
 
-The data are folders as docs/data.md names them, and the commands that import them are the ones that
-stand there. A figure whose folder is not there is skipped, with a line.
+The data are the folders that docs/import.md names, imported by the commands that it lists. A figure
+whose folder is not there is skipped, with a line.
 
 L layers, E experts, D domains or workloads, T tokens in a row, P slots, G GPUs.
 """
@@ -54,7 +54,7 @@ class Figure:
 
 
 def run(command: str) -> None:
-    """The traces that it reads are imported first, by the commands of docs/data.md."""
+    """The traces that it reads are imported first, by the commands of docs/import.md."""
     for name in re.findall(r"runs/(\w+)", command.partition(" -o ")[0]):
         imported(name)
     with redirect_stdout(io.StringIO()):
@@ -72,14 +72,19 @@ def imported(name: str) -> Path:
 
 @cache
 def documented() -> dict[str, str]:
-    """Trace → the command of docs/data.md that imports it."""
+    """Trace → the command of docs/import.md that imports it."""
     found = re.findall(r"`moe-inspect (import [^`]* -o runs/(\w+)[^`]*)`", DATA.read_text())
     return {name: command for command, name in found}
 
 
 def esft_as_table() -> str:
-    """Lines of docs/data.md that write esft_law.parquet of the texts in esft_law."""
-    return DATA.read_text().partition("## Texts of ESFT")[2].split("```")[1].removeprefix("py")
+    """Lines of docs/import.md that write esft_law.parquet of the texts in esft_law."""
+    return (
+        DATA.read_text()
+        .partition("## Texts of ESFT")[2]
+        .split("```")[1]
+        .removeprefix("{code-block} python")
+    )
 
 
 @cache
@@ -372,13 +377,15 @@ def page(figures: Sequence[Figure], data: Path) -> str:
     return "\n".join([HEAD, *rows, "", *(f"{line}  " for line in skipped)]).rstrip() + "\n"
 
 
-DATA = ROOT / "docs/data.md"
+DATA = ROOT / "docs/import.md"
+PAGE = ROOT / "benchmarks/results/published.md"
 HEAD = """# Published figures, reproduced
 
-Written by `python -m benchmarks.published` from the public data of [the catalogue](data.md), whose
-commands import them. Where the authors published counts and no figure, the third column was counted
-from theirs, once, by a few lines without moe-inspect. A command with `NAME` runs for each workload
-or domain. What a command does not give as it stands is made from its table by a function of
+Written by `python -m benchmarks.published` from the
+[public data](../../docs/import.md#public-data), whose commands import them. If the authors
+published counts and no figure, the third column was counted from theirs, once, by a few lines
+without moe-inspect. A command with `NAME` runs for each workload or domain. Figures that no command
+prints are computed from its table by a function of
 [benchmarks/published.py](https://github.com/moe-inspect/moe-inspect/blob/main/benchmarks/published.py).
 
 | figure | source | published | ours | difference | how |
@@ -388,7 +395,9 @@ or domain. What a command does not give as it stands is made from its table by a
 def main() -> None:
     parser = argparse.ArgumentParser(description="Published figures, computed again.")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/real")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs/reproduced.md")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=ROOT / "benchmarks/results/published.md"
+    )
     parser.add_argument("--only", nargs="*", default=[""], help="figures whose name has this text")
     given = parser.parse_args()
     data, output = given.data.resolve(), given.output.resolve()

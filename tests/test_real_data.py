@@ -1,5 +1,5 @@
 """Real routing of real models against what their authors published, where it is there; and
-docs/reproduced.md, which `python -m benchmarks.published` writes of it."""
+benchmarks/results/published.md, which `python -m benchmarks.published` writes of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Real = Callable[[str], Trace]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the folders of docs/data.md are, and what its commands import."""
+    """Where the folders of docs/import.md are, and what its commands import."""
     path = tmp_path_factory.mktemp("real")
     for folder in REAL.glob("*"):
         (path / folder.name).symlink_to(folder)
@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(place: Path) -> Real:
-    """From the name of a trace to what the command of docs/data.md imports."""
+    """From the name of a trace to what the command of docs/import.md imports."""
 
     def trace(name: str) -> Trace:
         if not (place / folder_of(name)).is_dir():
@@ -207,7 +207,7 @@ def test_deepseek_v2_lite_by_token_has_the_text_of_its_tokens(real: Real):
     assert trace.vocabulary()["token"].tolist()[:3] == first
 
 
-# --- docs/reproduced.md
+# --- benchmarks/results/published.md
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
@@ -217,7 +217,7 @@ def test_the_page_is_what_the_data_give(place: Path, monkeypatch: pytest.MonkeyP
     imported("olmoe_bf16").with_name("null1024_olmoe_bf16").symlink_to("olmoe_bf16")
     published.table.cache_clear()
     written = page([figure for figure in FIGURES if figure.data], REAL)
-    lines = (ROOT / "docs/reproduced.md").read_text().splitlines()
+    lines = (ROOT / "benchmarks/results/published.md").read_text().splitlines()
     recorded = [line for line in lines if "`trace demo " in line]
     assert len(recorded) == 1
     assert [*written.splitlines(), *recorded] == lines
