@@ -187,6 +187,12 @@ def test_the_first_screen_of_the_readme_leads_to_a_report() -> None:
     assert 20_000 < (ROOT / "docs/report.png").stat().st_size <= 300_000
 
 
+def test_the_readme_prints_recorded_figures_with_their_chance_level() -> None:
+    blocks = [text for kind, text in steps("README.md") if kind == "python"]
+    printed = next(text for text in blocks if "moe_inspect.record(" in text)
+    assert '"max_over_mean", "expected_by_chance"' in printed
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES[1:]])
 def test_what_a_page_links_to_is_there(page: str) -> None:
     targets = LINK.findall((ROOT / page).read_text())
