@@ -101,20 +101,39 @@ def test_counted_they_are_the_same_and_resumed_too(place: Path, tmp_path: Path) 
     assert resumed.tokens().equals(trace.tokens())
 
 
-def test_generate_calls_the_encoder_by_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("documents", [["a", "b"], None])
+def test_generate_calls_the_encoder_by_itself(documents: list[str] | None, tmp_path: Path) -> None:
+    """It repeats what that returns for each beam: labels alone say what a beam is of."""
     model = zoo.build("switch_transformers")
     inputs = zoo.inputs("switch_transformers", [6, 4])
     inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
     usual = {"decoder_start_token_id": 0, "max_new_tokens": 4, "eos_token_id": None}
-    with moe_inspect.record(model, tmp_path / "t", documents=["a", "b"]):
+    with moe_inspect.record(model, tmp_path / "t", documents=documents):
         model.generate(**inputs, **usual, num_beams=2, do_sample=False)
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     sizes = tokens.groupby("phase", observed=True).size().to_dict()
     assert sizes == {"encode": 10, "prefill": 4, "decode": 12}
-    assert tokens[tokens.phase != "encode"].groupby("document").size().to_dict() == {0: 8, 1: 8}
-    # each beam but the first is a sequence of its own
-    assert tokens.groupby("document").sequence.unique().map(list).tolist() == [[0, 2], [1, 3]]
-    assert moe_inspect.check(tmp_path / "t", quick=True).ok
+    decoded = tokens[tokens.phase != "encode"].groupby("sequence").document.unique().map(list)
+    of = [0, 0, 1, 1] if documents else [2, 3, 4, 5]
+    assert decoded.to_dict() == {n: [document] for n, document in enumerate(of, 2)}
+    checked = moe_inspect.check(tmp_path / "t", quick=True)
+    assert checked.ok
+    assert "4 sequences began in the middle" in checked.findings[0].text
+
+
+def test_what_the_encoder_returned_is_decoded_from_again(tmp_path: Path) -> None:
+    """The first time as the encoder's sequences, then as others of their documents."""
+    model, inputs = zoo.build("switch_transformers"), zoo.inputs("switch_transformers", [6, 4])
+    fed = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    replies = {**inputs, "input_ids": None, "use_cache": False}
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        encoded = model.get_encoder()(**fed)
+        for _ in range(2):
+            model(**replies, encoder_outputs=encoded)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    sequences = tokens.groupby(["document", "batch"]).sequence.unique().map(list)
+    assert sequences.tolist() == [[0], [0], [2], [1], [1], [3]]
+    assert moe_inspect.check(tmp_path / "t", quick=True).findings == []
 
 
 def test_labels_are_shifted_and_each_stack_has_its_mask(tmp_path: Path) -> None:

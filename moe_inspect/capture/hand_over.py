@@ -276,6 +276,8 @@ class HandOver:
             for p in forward.passes:
                 rows = self.inputs.rows(p.fed)
                 p.tokens = len(rows.token_id)
+                if self.writer is not None:
+                    self.writer.unlinked += rows.unlinked
                 p.rows = rows if p.taken is not None else without_tokens(rows)
             self.inputs.accept()
         return True

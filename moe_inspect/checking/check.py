@@ -170,8 +170,10 @@ def check_trace(trace: Trace | str | Path, against: Against = None, quick: bool 
         f"Nothing wrong in the files: {counts} in {plural(files.shards, 'shard')}.",
         f"Checked in the files: {'; '.join(files.checked)}.",
     ]
-    notes = [] if files.status == "complete" else [_unfinished(files)]
     opened = open_trace(trace)
+    notes = [] if files.status == "complete" else [_unfinished(files)]
+    if unlinked := opened.manifest["counts"].get("unlinked"):
+        notes.append(_unlinked(unlinked))
     if against is not None and opened.counts_only:
         raise MoeInspectError(f"{where} holds counts only, no decisions to check against another")
     if quick:
@@ -204,6 +206,14 @@ def _of_counts(trace: Trace) -> Iterator[Finding]:
         )
         lost = int((slots_L - total_L).sum())
         yield found("fewer_assignments", what, where=where, assignments=lost)
+
+
+def _unlinked(sequences: int) -> Finding:
+    what = (
+        f"{plural(sequences, 'sequence')} began in the middle: what came before them is unknown, "
+        "such as the cache that they continue, or the text that an encoder read for them."
+    )
+    return found("unlinked", what, sequences=sequences)
 
 
 def _unfinished(files: Verification) -> Finding:

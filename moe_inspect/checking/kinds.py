@@ -42,6 +42,11 @@ KINDS: dict[str, Kind] = {
     "unfinished": Kind(
         "a writer that has not ended", "Readers see what is committed.", severity="note"
     ),
+    "unlinked": Kind(
+        "sequences whose beginning was not recorded",
+        "They continue the copy of a cache, beams of an encoder's output, or what came before.",
+        severity="note",
+    ),
     "lengths": Kind(
         "another number of rows than of tokens",
         "From a missing row on, routes are other tokens'.",

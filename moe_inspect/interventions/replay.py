@@ -126,7 +126,6 @@ class Sequences:
         order = np.lexsort((token_N, sequence_N))
         self.token_N = token_N[order]
         self._ids_N = tokens["token_id"].to_numpy()[order]
-        self._position_N = tokens["position"].to_numpy()[order]
         self._has_text = bool((self._ids_N >= 0).any())
         starts = np.flatnonzero(np.diff(sequence_N[order], prepend=-1))
         self._number = sequence_N[order][starts].tolist()
@@ -196,11 +195,10 @@ class Sequences:
                 "can be replayed, with its special tokens and sequence length"
             )
         best = min(found, key=lambda s: (self._number[s] != read, self._used[s]))
-        positions = self._position_N[self._bounds[best] : self._bounds[best + 1]]
-        if (np.diff(positions) <= 0).any():
+        if read is not None and self._number[best] != read and len(found) > 1:
             raise MoeInspectError(
-                f"sequence {self._number[best]} of {self._path} was continued in several ways "
-                "(beams), which are not told apart: it cannot be replayed"
+                f"{self._path} does not state which of {len(found)} replies follows the text that "
+                "the encoder has read: replies by beams cannot be replayed"
             )
         self._used[best] += 1
         return best

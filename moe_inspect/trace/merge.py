@@ -239,6 +239,8 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> Json:
     # without the whole plan, the trace is none that --resume can go on with
     random_init = (corpora[0].get("plan") or {}).get("random_init")
     capture = _shared([trace.manifest["capture"] for trace in traces])
+    stated = [trace.manifest.get("counts") or {} for trace in traces]
+    unlinked = sum(counts.get("unlinked", 0) for counts in stated)
     return {
         "format": schema.FORMAT,
         "status": "complete" if all(p.status == "complete" for p in found) else "interrupted",
@@ -257,7 +259,8 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> Json:
         "counts": {
             "tokens": sum(trace.n_tokens for trace in traces),
             "decisions": sum(trace.n_decisions for trace in traces),
-            "dropped": sum((t.manifest.get("counts") or {}).get("dropped", 0) for t in traces),
+            "dropped": sum(counts.get("dropped", 0) for counts in stated),
+            **({"unlinked": unlinked} if unlinked else {}),
         },
         "parts": parts,
     }

@@ -166,6 +166,7 @@ class TraceWriter:
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
         self.dropped = 0  # decisions that the recorder made but could not hand over
+        self.unlinked = 0  # sequences that began because what they continue was not recorded
         # where what is lost cannot be recorded again, the decisions that were to be written: those
         # that are missing at a failed close were dropped
         self.given: int | None = None
@@ -184,7 +185,7 @@ class TraceWriter:
             "routers": [asdict(r) for r in self.routers],
             "tables": self.tables,
             "columns": columns,
-            "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
+            "counts": self._totals(),
         }
         self.header = TraceHeader(self.root, self.manifest)
         self._pending = PendingShard(shard_tokens, shard_seconds)
@@ -273,7 +274,7 @@ class TraceWriter:
             self.manifest["status"], interrupted = "interrupted", error
         if self._error is not None and self.given is not None:
             self.dropped += self.given - self.decisions
-        self.manifest["counts"]["dropped"] = self.dropped
+        self.manifest["counts"] |= self._totals()
         try:
             if self.rank == 0:
                 self.manifest["counts"] |= committed_counts(self.root, self.manifest)
@@ -406,6 +407,10 @@ class TraceWriter:
         self.next_token += tokens
         self.tokens += tokens
         self.decisions += decisions
-        counts = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
-        self.manifest["counts"] = counts
+        self.manifest["counts"] = self._totals()
         self._write_manifest()
+
+    def _totals(self) -> Json:
+        """Return the counts that the manifest states."""
+        names = ("tokens", "decisions", "dropped", *(["unlinked"] if self.unlinked else []))
+        return {name: getattr(self, name) for name in names}

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs
 from moe_inspect.capture.options import InputsOf
@@ -390,8 +389,9 @@ def keys_told(sequences: Any, codes: dict[Hashable, int], B: int, S: int) -> Ten
 
 
 def slots_of(given: Given) -> tuple[Tensor, Tensor] | None:
-    """Of a call by `generate_batch`, of R requests: int [2, 1, S], the place in the cache of the
-    token before (−1 for none) and of each token; and bool [1, S], False for padding. Else None."""
+    """Return of a call by `generate_batch`, with R requests, int [2, 1, S]: the slot of the cache
+    of the token before (−1 for none) and of each token; and bool [1, S], False for padding. None
+    for another call."""
     if not isinstance(given.get("write_index"), list) or given.get("cu_seq_lens_q") is None:
         return None
     if given.get("block_table") is not None:
@@ -421,7 +421,7 @@ def slots_of(given: Given) -> tuple[Tensor, Tensor] | None:
 
 def positions_told(call: CallInputs) -> np.ndarray:
     """int [B, S]: each sequence goes on where it was left."""
-    of_tokens, places, _ = call.keys
+    of_tokens, places = call.keys
     assert of_tokens is not None
     assert places is not None
     key_BS, real_BS = of_tokens.numpy()[1], call.real_BS()
@@ -430,7 +430,7 @@ def positions_told(call: CallInputs) -> np.ndarray:
         key = int(key_BS[b, s])
         if key not in reached:
             before = places.get(key)
-            reached[key] = before[-1].last if before else -1
+            reached[key] = before.last if before is not None else -1
         position_BS[b, s] = reached[key] = reached[key] + 1
     return position_BS
 
@@ -446,20 +446,3 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from tensors_in(one)
-
-
-def start_of(tensor: Tensor) -> Hashable:
-    """Where a tensor begins in memory, as does a slice of its first positions, not of its last.
-    None where it has no memory of its own. The memory is not kept alive."""
-    if type(tensor) is not Tensor or tensor.layout != torch.strided:
-        return None
-    return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
-
-
-def length_by_shape(cache: Tensor, before: CachedRows) -> int:
-    """How many positions a layer's cache holds, [B, heads, positions, …] or [B, positions, heads,
-    …], up to the end of the pass before, or within it; 0 where the shape does not tell."""
-    found = {n for n in cache.shape[1:-1] if before.length - before.fed < n <= before.length}
-    if before.length in found:
-        return before.length
-    return found.pop() if len(found) == 1 else 0

@@ -6,36 +6,45 @@ B batch rows, S positions, T = B·S rows a router sees (padding included), N tok
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_inspect.capture.hook.inputs import arguments
-from moe_inspect.capture.hook.inputs.arguments import CallReader, cache_among
+from moe_inspect.capture.hook.inputs.arguments import CallReader, cache_among, tensors_in
 from moe_inspect.capture.hook.inputs.rows import (
     CachedRows,
     CallInputs,
     Keys,
     Labels,
-    Pages,
-    Place,
     Rows,
     SequenceNumbers,
+    Sequences,
     check_labels,
+    repeated,
 )
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.arguments import Given
     from moe_inspect.model.choices import Args, Kwargs
+
+
+class Origin(NamedTuple):
+    """What a call of a stack continues: `before`, None for nothing or what was not recorded, and
+    how many positions its cache holds. The others are fields of `CallInputs`."""
+
+    before: CachedRows | None = None
+    past: int = 0
+    by_position: bool = False
+    resumes: bool = False
+    is_unlinked: bool = False
 
 
 class PassInputs:
@@ -58,14 +67,13 @@ class PassInputs:
         self._plan: dict[str, Rows] = {}  # of the current one
         self._calls: dict[str, CallInputs] = {}  # by stack, where it was not planned
         self._outputs: list[tuple[CallInputs, object]] = []
-        # by key-value cache, or by tensor that a pass returned
+        # by key-value cache, or by tensor that a stack returned
         self._cached: MutableMapping[object, CachedRows] = WeakIdKeyDictionary()
-        # the last encoder passes: their outputs at the first position, [B, C], and rows
-        self._encoded: deque[tuple[Tensor, CachedRows]] = deque(maxlen=8)
         # of models that keep their cache to themselves: the last pass of each stack
         self._uncached: dict[str, CachedRows] = {}
-        self._pages: WeakKeyDictionary[object, Pages] = WeakKeyDictionary()  # by cache
-        self._told: dict[int, tuple[Place, ...]] = {}  # by what `inputs` called the sequence
+        # by the slot of the last token, of each paged cache
+        self._paged: WeakKeyDictionary[object, Sequences] = WeakKeyDictionary()
+        self._told: Sequences = {}  # by what `inputs` called the sequence
         self._told_codes: dict[Hashable, int] = {}
         # passes of which tokens may be taken back before the next one, and their caches
         self._unsettled: list[tuple[CallInputs, Any]] = []
@@ -105,7 +113,7 @@ class PassInputs:
         if (call := self._calls.get(stack)) is not None:
             self._outputs.append((call, output))
             cache = cache_among(_values(output)) if call.S > 1 else None
-            if cache is not None or (call.S > 1 and call.is_guess):
+            if cache is not None or (call.S > 1 and call.by_position):
                 # nothing else may hold it any more once drafts have been taken back for the last
                 # time; a prompt's is not kept alive
                 may_be_drafts = call.after.length > call.S or call.asked > 1
@@ -121,15 +129,7 @@ class PassInputs:
                 self._cached[cache] = call.after
             elif call.keys.of_tokens is None:
                 self._uncached[call.stack] = call.after
-                if self._reader.inputs is not None:
-                    tensors = list(arguments.tensors_in(output))
-                    call.after.starts = list(map(arguments.start_of, tensors))
-                    self._cached.update((tensor, call.after) for tensor in tensors)
-            if call.before is not None and call.after.length > call.S:
-                call.before.is_continued = True
-            if call.stack == "encoder" and values:
-                first_BSC = next(iter(values))
-                self._encoded.append((first_BSC[:, 0].detach().clone(), call.after))
+                self._cached.update(dict.fromkeys(tensors_in(output), call.after))
         self._outputs.clear()
 
     def settle(self) -> None:
@@ -162,24 +162,16 @@ class PassInputs:
         given, fed = self._reader.read(stack, args, kwargs)
         B, S = fed.shape[:2]
         given, keys = self._keys(given, B, S)
-        cache = cache_among(given.values()) if keys.of_tokens is None else None
-        before = self._cached.get(cache) if cache is not None else None
-        past = arguments.length_of(cache, before, S) if cache is not None else 0
-        before = before if past else None
-        is_guess = False
-        if before is None and stack == "decoder":
-            before = self._encoder_rows(given.get("encoder_hidden_states"))
-        if before is None and cache is None and keys.of_tokens is None and stack != "encoder":
-            is_guess = True
-            if (last := self._uncached.get(stack)) is not None:
-                before, past = self._by_tensors(given, last)
+        origin = self._origin(stack, given, keys, S)
         labels: Labels = {**self._labels, **self._next_labels}
         self._next_labels = {}
         if self._reader.inputs is not None:
             labels = {name: given.get(name, value) for name, value in labels.items()}
-        if before is None or is_guess or stack != "decoder":
+        if stack == "decoder" and origin.is_unlinked:  # `generate` repeats each row for its beams
+            labels = {name: repeated(values, B) for name, values in labels.items()}
+        if stack != "decoder" or origin.before is None or origin.by_position:
             check_labels(labels, B)
-        token_BS, mask_BS, position = arguments.copies_of(given, B, S, past)
+        token_BS, mask_BS, position = arguments.copies_of(given, B, S, origin.past)
         copied = torch.cuda.Event() if fed.is_cuda else None
         if copied is not None:
             copied.record(torch.cuda.current_stream(fed.device))
@@ -192,71 +184,54 @@ class PassInputs:
             mask_BS,
             position,
             labels,
-            before,
-            CachedRows(past + S, fed=S),
+            origin.before,
+            CachedRows(origin.past + S),
             stack,
             copied,
             order,
             keys,
-            is_guess=is_guess,
-            is_branch=is_guess and before is not None and before.is_continued,
-            resumes=past > 0 or bool(given.get("resumes")),
+            by_position=origin.by_position,
+            resumes=origin.resumes or bool(given.get("resumes")),
+            is_unlinked=origin.is_unlinked,
             asked=keep if isinstance(keep := given.get("logits_to_keep"), int) else 0,
         )
 
     def _keys(self, given: Given, B: int, S: int) -> tuple[Given, Keys]:
-        """The arguments, with the mask of a packed call; and what identifies its sequences."""
+        """Return the arguments, with the mask of a packed call, and what identifies its
+        sequences."""
         if (told := given.get("sequences")) is not None:
             return given, Keys(arguments.keys_told(told, self._told_codes, B, S), self._told)
-        if (found := arguments.slots_of(given)) is not None:
-            slots, real_1S = found
-            if (pages := self._pages.get(given["cache"])) is None:
-                pages = self._pages[given["cache"]] = Pages()
-            return {**given, "attention_mask": real_1S}, Keys(slots, pages.places, pages)
+        if (slots := arguments.slots_of(given)) is not None:
+            slots_2BS, real_1S = slots
+            places = self._paged.setdefault(given["cache"], {})
+            return {**given, "attention_mask": real_1S}, Keys(slots_2BS, places)
         return given, Keys()
 
-    def _by_tensors(self, given: Given, last: CachedRows) -> tuple[CachedRows, int]:
-        """Of a model whose cache is tensors or its own: what a pass goes on from, and how many
-        positions that holds, 0 where `position_ids` must tell. `last`: of the pass before."""
-        cache = given.get("past_key_values")
-        tensors = [t for t in arguments.tensors_in(cache) if t.numel()]
-        if not tensors:
-            return last, 0
-        is_told = given.get("position_ids") is not None
-        held = {id(c): c for t in tensors if (c := self._cached.get(t)) is not None}
-        if len(held) == 1:
-            (rows,) = held.values()
-            by_shape = arguments.length_by_shape(tensors[0], rows)
-            return rows, by_shape if is_told else rows.length
-        past = arguments.length_by_shape(tensors[0], last)
-        if is_told:
-            return last, past
-        # a copy may be of any cache of its length, and of its first positions or of its last
-        is_slice = arguments.start_of(tensors[0]) in last.starts
-        lengths = {c.length for c in self._cached.values() if c is not last}
-        is_last = past == last.length and past not in lengths
-        if held or not past or not (is_slice or is_last):
-            raise MoeInspectError(
-                f"the cache {list(tensors[0].shape)} given to this forward pass does not go on "
-                "from a pass that was recorded: give inputs=…, a function of the forward's "
-                "arguments that returns the `sequences` and `position_ids` of each row"
-            )
-        return last, past
-
-    def _encoder_rows(self, hidden_BSC: Tensor | None) -> CachedRows | None:
-        """What the encoder pass was fed that a decoder reads: that of the same forward pass, else
-        the one that returned these values, which may have been copied, and each row repeated."""
-        if (encoder := self._calls.get("encoder")) is not None:
-            return encoder.after
-        if hidden_BSC is None:
-            return None
-        for first_BC, cached in reversed(self._encoded):
-            repeats, rest = divmod(len(hidden_BSC), len(first_BC))
-            if repeats and not rest:
-                candidate_BC = hidden_BSC[::repeats, 0].to(first_BC)
-                if torch.equal(candidate_BC, first_BC):
-                    return cached
-        return None
+    def _origin(self, stack: str, given: Given, keys: Keys, S: int) -> Origin:
+        """Return what a call continues: what its cache or its encoder's output says, else the pass
+        before, if the positions follow it."""
+        if keys.of_tokens is not None:
+            return Origin(resumes=keys.places is not self._told)
+        if (cache := cache_among(given.values())) is not None:
+            before = self._cached.get(cache)
+            if past := arguments.length_of(cache, before, S):
+                return Origin(before, past, resumes=True, is_unlinked=before is None)
+        if stack == "decoder":
+            if (encoder := self._calls.get("encoder")) is not None:
+                return Origin(encoder.after)
+            if (hidden_BSC := given.get("encoder_hidden_states")) is not None:
+                before = self._cached.get(hidden_BSC)
+                return Origin(before, is_unlinked=before is None)
+        if cache is not None or stack == "encoder":
+            return Origin()
+        tensors = [t for t in tensors_in(given.get("past_key_values")) if t.numel()]
+        holders = {id(c): c for t in tensors if (c := self._cached.get(t)) is not None}
+        before = next(iter(holders.values())) if len(holders) == 1 else None
+        if given.get("position_ids") is not None or not tensors:
+            last = self._uncached.get(stack)
+            return Origin(before or last, by_position=True, resumes=bool(tensors))
+        past = before.length if before is not None else 0
+        return Origin(before, past, resumes=True, is_unlinked=before is None)
 
     # --- rows, to be read in the order of the passes; then `accept`, or `discard` undoes it
 
@@ -268,7 +243,7 @@ class PassInputs:
         real_BS, position_BS = call.real_BS(), call.position_BS()
         if call.keys.of_tokens is not None and call.position is None:
             position_BS = arguments.positions_told(call)
-        (document_N, sequence_N, *others_2N), new = self._numbering.number(
+        (document_N, sequence_N, *others_2N), new, unlinked = self._numbering.number(
             call, real_BS, position_BS
         )
         token_BS = np.full((call.B, call.S), -1) if call.token_BS is None else call.token_BS.numpy()
@@ -292,6 +267,7 @@ class PassInputs:
             phase=PHASES[phase[0] if len(phase) else 0] if is_one else "",
             stack=call.stack,
             phases=None if is_one else phase,
+            unlinked=unlinked,
         )
 
 

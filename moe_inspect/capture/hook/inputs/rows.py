@@ -7,7 +7,7 @@ B batch rows, S positions, T = B·S rows a router sees (padding included), N tok
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -20,41 +20,19 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.writer import Document
 
+TAKEN = -2  # no position follows it
+
 
 class Place(NamedTuple):
-    """How far a sequence has come. `domain`: as a code. `last`: its last position. `first`: the
-    first position of the pass that fed it last, −1 where that pass fed the batch row several
-    sequences."""
+    """How far a sequence has come. `domain`: as a code. `last`: its last position, TAKEN if another
+    pass has continued it. `first`: the first position of the pass that fed it last, −1 where that
+    pass fed the batch row several sequences."""
 
     document: int
     sequence: int
     domain: int
     first: int
     last: int
-
-
-class Pages:
-    """What the paged cache of transformers' `generate_batch` holds, which packs many requests into
-    one row and does not say which they are. A request may be given the pages of another one, where
-    these hold the same text: so the text up to each token identifies its sequence.
-
-    `texts`: place in the cache → hash of the text up to the token there."""
-
-    def __init__(self) -> None:
-        self.texts: dict[int, int] = {}
-        self.places: dict[int, tuple[Place, ...]] = {}
-
-    def keys(self, slot_2N: np.ndarray, token_N: np.ndarray, starts_N: np.ndarray) -> np.ndarray:
-        """int64 [2, N]: the hash of the text before and up to each token. `slot_2N`: the places
-        of the token before and of this one."""
-        found, texts, text = np.empty(slot_2N.shape, np.int64), self.texts, -1
-        of_tokens = zip(*slot_2N.tolist(), token_N.tolist(), starts_N.tolist(), strict=True)
-        for n, (back, slot, token, starts) in enumerate(of_tokens):
-            if starts:
-                text = texts.get(back, -1)
-            found[0, n] = text
-            found[1, n] = text = texts[slot] = hash((text, token))
-        return found
 
 
 @dataclass(frozen=True)
@@ -76,6 +54,7 @@ class Rows:
     group: int | None = None  # passes of one group are committed together or not at all
     stack: str = ""
     phases: np.ndarray | None = None
+    unlinked: int = 0  # sequences that begin here because what they continue is unknown
 
     def phase_codes(self) -> np.ndarray:
         """The phase of each token, as an index into PHASES."""
@@ -90,6 +69,9 @@ class Rows:
     # a plan says nothing of the shape
     B = 1
     S = T
+
+
+Sequences: TypeAlias = "dict[int, Place | None]"  # key → how far the sequence with it has come
 
 
 class Places(NamedTuple):
@@ -109,28 +91,21 @@ class Places(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class CachedRows:
-    """What a key-value cache holds: `length` positions per row and, once the rows have been read,
-    the sequences they belong to. `fed`: how many of the positions the last pass has fed. `taken`:
-    of those, how many were taken back before another pass began (rejected drafts). `starts`: where
-    the tensors that the pass returned begin in memory. `is_continued`: a pass went on from here."""
+    """Contents of a key-value cache: `length` positions per row and, once the rows have been read,
+    the sequences they belong to. `taken`: positions of the last pass that were taken back before
+    another pass began (rejected drafts)."""
 
     length: int
     state: Places | None = None
-    fed: int = 0
     taken: int = 0
-    starts: Collection[Hashable] = ()
-    is_continued: bool = False
 
 
 class Keys(NamedTuple):
     """What identifies the sequences of a pass, where that is not their batch row. `of_tokens` int
-    [2, B, S]: the key of its sequence before and after each token; None: the batch row. `places`:
-    key → how far each sequence with it has come. `pages`: where `of_tokens` are slots of a paged
-    cache, what turns them into keys."""
+    [2, B, S]: the key of its sequence before and after each token; None: the batch row."""
 
     of_tokens: Tensor | None = None
-    places: dict[int, tuple[Place, ...]] | None = None
-    pages: Pages | None = None
+    places: Sequences | None = None
 
 
 NO_KEYS = Keys()
@@ -149,15 +124,16 @@ class CallInputs:
     mask_BS: Tensor | None
     position: Tensor | None  # [B, S] or [S]; None: they continue what came before
     labels: Labels
-    before: CachedRows | None  # what its cache held, or what the encoder read
+    before: CachedRows | None  # what it continues: of its cache, or what the encoder read
     after: CachedRows
     stack: str = ""
     copied: torch.cuda.Event | None = None  # the CUDA event after which the copies are complete
     order: np.ndarray | None = None  # the token b·S + s of each row; None: row b·S + s
     keys: Keys = NO_KEYS
-    is_guess: bool = False  # `before` is that of the pass before: positions tell if it goes on
-    is_branch: bool = False  # another pass went on from `before` already
-    resumes: bool = False  # the model was told where in its own cache this pass begins
+    by_position: bool = False  # only its positions tell whether it continues `before`
+    # it reads a cache that holds something, or was told where in the model's own cache it begins
+    resumes: bool = False
+    is_unlinked: bool = False  # it continues something that was not recorded
     asked: int = 0  # of how many tokens the logits were asked for: those but the first are drafts
     is_settled: bool = True  # False while tokens may be taken back from the cache
     following: CallInputs | None = None  # the next pass, where it may take tokens back
@@ -223,37 +199,30 @@ class SequenceNumbers:
 
     def number(
         self, call: CallInputs, real_BS: np.ndarray, position_BS: np.ndarray
-    ) -> tuple[np.ndarray, list[Document]]:
-        """Numbers the tokens of a pass, and notes in `call.after` how far its sequences have
-        come. Returns the document, sequence, domain and phase (an index into PHASES) of each token,
-        int [4, N], and the documents that are new. A position that is not the one before + 1 begins
-        a sequence, or goes on with one that its cache holds; one that is not above the one before
-        begins a document too."""
+    ) -> tuple[np.ndarray, list[Document], int]:
+        """Number the tokens of a pass, and note in `call.after` how far its sequences have come.
+        Return the document, sequence, domain and phase (an index into PHASES) of each token, int
+        [4, N], the new documents, and the number of sequences of which the beginning is unknown.
+        A position that is not the one before + 1 begins a sequence, or continues one that its
+        cache holds; one that is not above the one before begins a document too."""
         counted = {"_documents": self._documents, "_sequences": self._sequences}
         self._undo.callback(vars(self).update, counted)
-        position_N = position_BS[real_BS]
-        row_N = np.repeat(np.arange(call.B), real_BS.sum(1))
-        of_tokens, by_key, pages = call.keys
-        starts_N = np.ones(len(row_N), bool)
-        starts_N[1:] = (row_N[1:] != row_N[:-1]) | (position_N[1:] != position_N[:-1] + 1)
-        keys_2N = np.zeros((2, len(row_N)), np.int64)
-        if of_tokens is not None:
-            keys_2N = of_tokens.numpy()[:, real_BS]
-            starts_N[1:] |= keys_2N[0, 1:] != keys_2N[1, :-1]
-            if pages is not None and call.token_BS is not None:
-                token_N = call.token_BS.numpy()[real_BS]
-                keys_2N = pages.keys(keys_2N, token_N, starts_N)
-        state = _state_before(call)
+        row_N, position_N, keys_2N, starts_N = _segments(call, real_BS, position_BS)
+        by_key = call.keys.places
+        state, is_unlinked = _state_before(call)
+        may_be_unlinked = call.resumes and (call.by_position or by_key is not None)
         after = call.after.state = _state_after(state, row_N, position_N, starts_N)
         draft_N = _drafts(call, real_BS, row_N, position_N)
         starts_N[1:] |= draft_N[1:] & ~draft_N[:-1]
         is_resumed = _rolled_back_to(call.before, call) is not None
         new: dict[int, Document] = {}
-        found: list[tuple[int, int, int, int]] = []  # the four numbers of each segment
+        numbers: list[tuple[int, int, int, int]] = []  # of each segment
         first_N = np.flatnonzero(starts_N)
         end_N = np.append(first_N, len(row_N))[1:] - 1
-        has_drafts = bool(draft_N.any())
-        row, before = -1, None  # the segment before, where it is of the same row
+        if by_key:
+            self._forget(by_key, keys_2N[1], keys_2N[0, first_N])
+        continued_rows, unlinked = list[int](), 0
+        row, previous = -1, None  # the segment before, if it is of the same row
         for b, p, last, is_draft, key, key_after in zip(
             row_N[first_N].tolist(),
             position_N[first_N].tolist(),
@@ -263,43 +232,50 @@ class SequenceNumbers:
             keys_2N[1, end_N].tolist(),  # after its last one
             strict=True,
         ):
-            before = before if b == row else None
+            previous, is_lost = previous if b == row else None, False
             if by_key is not None:
-                origin, of_document = self._take(by_key, key), True
-            elif before is None:
+                origin, of_document, previous = self._set(by_key, key, None), True, None
+            elif previous is None:
                 origin = state.place(b)
-                of_document = not call.is_guess or is_draft or (call.is_branch and p > 0)
+                is_taken = origin is not None and origin.last == TAKEN and p > 0
+                of_document = not call.by_position or is_draft or is_taken
             else:
-                origin, of_document = before, is_draft or p > before.last
+                origin, of_document = previous, is_draft or p > previous.last
             goes_on = (
                 origin is not None
-                and origin is not before
+                and origin is not previous
                 and not is_draft
-                and not call.is_branch
                 and (p == origin.last + 1 or (is_resumed and origin.first < p <= origin.last))
             )
             if origin is not None and goes_on:
                 document, sequence, domain = origin[:3]
+                continued_rows.append(b)
             else:
                 sequence, self._sequences = self._sequences, self._sequences + 1
                 if origin is not None and of_document:
                     document, domain = origin.document, origin.domain
                 else:
                     document, domain = self._document(call, b, new)
-            row, before = b, Place(document, sequence, domain, -1, last)
+                    begin = p if by_key is not None else position_BS[b, 0]
+                    is_lost = is_unlinked or (may_be_unlinked and begin > 0)
+                    is_lost &= previous is None
+                    unlinked += int(is_lost)
+            row, previous = b, Place(document, sequence, domain, -1, last)
             phase = DRAFT
             if not is_draft:
-                after.numbers_B3[b] = before[:3]
+                after.numbers_B3[b] = previous[:3]
                 if by_key is not None:
-                    self._set(by_key, key_after, (*by_key.get(key_after, ()), before))
-                phase = _phase(call, goes_on and p > 0, last - p, has_drafts)
-            found.append((document, sequence, domain, phase))
+                    self._set(by_key, key_after, previous)
+                is_on = (goes_on and p > 0) or (is_lost and call.resumes)
+                phase = _phase(call, is_on, last - p, bool(draft_N.any()))
+            numbers.append((document, sequence, domain, phase))
         if call.stack == "encoder":
             after.last_B[:] = -1  # its decoder's positions begin at 0
-        of_segments_4G = np.array(found, np.int32).reshape(-1, 4).T
+        self._take(call.before, continued_rows)
+        of_segments_4G = np.array(numbers, np.int32).reshape(-1, 4).T
         numbers_4N = np.repeat(of_segments_4G, end_N + 1 - first_N, axis=1)
         tokens = np.bincount(numbers_4N[0, ~draft_N], minlength=self._documents)
-        return numbers_4N, [replace(d, tokens=int(tokens[n])) for n, d in new.items()]
+        return numbers_4N, [replace(d, tokens=int(tokens[n])) for n, d in new.items()], unlinked
 
     def _document(self, call: CallInputs, b: int, new: dict[int, Document]) -> tuple[int, int]:
         """Number and domain of the document that begins in batch row b: of its label, if known."""
@@ -316,19 +292,42 @@ class SequenceNumbers:
         new[number] = Document(number, domain, name, 0)
         return number, code
 
-    def _take(self, places: dict[int, tuple[Place, ...]], key: int) -> Place | None:
-        """The first of the places with this key, which goes on from there."""
-        if not (found := places.get(key)):
-            return None
-        self._set(places, key, found[1:])
-        return found[0]
+    def _take(self, before: CachedRows | None, rows: Sequence[int]) -> None:
+        """Note which rows of a cache have been continued: each is continued once."""
+        if before is not None and before.state is not None and rows:
+            last_B = before.state.last_B
+            self._undo.callback(last_B.__setitem__, rows, last_B[rows])
+            last_B[rows] = TAKEN
 
-    def _set(self, values: dict[K, V], key: K, value: V) -> None:
+    def _forget(self, places: Sequences, written_N: np.ndarray, read_G: np.ndarray) -> None:
+        """Forget the sequences of slots that are written anew, except those that are read first."""
+        for key in places.keys() & set(written_N.tolist()) - set(read_G.tolist()):
+            self._set(places, key, None)
+
+    def _set(self, values: dict[K, V], key: K, value: V) -> V | None:
+        """Set the value of a key. Return the one before."""
         if (before := values.get(key)) is None:
-            self._undo.callback(values.pop, key)
+            self._undo.callback(values.pop, key, None)
         else:
             self._undo.callback(values.__setitem__, key, before)
         values[key] = value
+        return before
+
+
+def _segments(
+    call: CallInputs, real_BS: np.ndarray, position_BS: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the batch row and the position of each token; the keys of its sequence before and
+    after it, int [2, N]; and whether it begins a segment."""
+    position_N = position_BS[real_BS]
+    row_N = np.repeat(np.arange(call.B), real_BS.sum(1))
+    starts_N = np.ones(len(row_N), bool)
+    starts_N[1:] = (row_N[1:] != row_N[:-1]) | (position_N[1:] != position_N[:-1] + 1)
+    keys_2N = np.zeros((2, len(row_N)), np.int64)
+    if call.keys.of_tokens is not None:
+        keys_2N = call.keys.of_tokens.numpy()[:, real_BS]
+        starts_N[1:] |= keys_2N[0, 1:] != keys_2N[1, :-1]
+    return row_N, position_N, keys_2N, starts_N
 
 
 def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int:
@@ -341,21 +340,15 @@ def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int
     return DECODE if is_on and (is_one or verifies or has_drafts) else PREFILL
 
 
-def _state_before(call: CallInputs) -> Places:
-    """How far the sequence of each batch row had come before the pass."""
-    state = call.before.state if call.before is not None else None
-    nowhere = Places(np.full((call.B, 3), -1), np.full(call.B, -1), np.full(call.B, -1))
-    if call.before is None or state is None or not len(state.last_B):
-        return nowhere
-    # transformers repeats a row of an encoder's output for each of its beams
-    repeats, rest = divmod(call.B, len(state.last_B))
-    if rest or (repeats > 1 and call.stack != "decoder"):
-        return nowhere
-    numbers_B3, first_B, last_B = (values_B.repeat(repeats, axis=0) for values_B in state)
-    last_B -= call.before.taken
-    if repeats > 1:  # the beams after the first are sequences of their own
-        last_B[np.arange(call.B) % repeats > 0] = -2
-    return Places(numbers_B3, first_B, last_B)
+def _state_before(call: CallInputs) -> tuple[Places, bool]:
+    """Return how far the sequence of each batch row had come before the pass, and whether the pass
+    continues sequences that are unknown."""
+    before, is_unlinked = call.before, call.is_unlinked
+    if before is not None and before.state is not None:
+        if len(before.state.last_B) == call.B:
+            return before.state._replace(last_B=before.state.last_B - before.taken), is_unlinked
+        is_unlinked |= not call.by_position  # rows of the cache were repeated or left out
+    return Places(np.full((call.B, 3), -1), *np.full((2, call.B), -1)), is_unlinked
 
 
 def _state_after(
@@ -389,7 +382,7 @@ def _rolled_back_to(before: CachedRows | None, call: CallInputs) -> np.ndarray |
     """[B]: the first position of each row, where a model that keeps its cache to itself is told to
     go on within what the pass before has fed, or behind it. None elsewhere."""
     state = before.state if before is not None else None
-    if not (call.is_guess and call.resumes and call.S) or state is None:
+    if not (call.by_position and call.resumes and call.S) or state is None:
         return None
     if len(state.last_B) != call.B:
         return None
@@ -399,6 +392,13 @@ def _rolled_back_to(before: CachedRows | None, call: CallInputs) -> np.ndarray |
     first_B = np.where(real_BS[rows, at_B], call.position_BS()[rows, at_B], -1)
     is_within_B = (state.first_B >= 0) & (state.first_B < first_B) & (first_B <= state.last_B + 1)
     return first_B if is_within_B.all() else None
+
+
+def repeated(values: Sequence[Hashable] | None, B: int) -> Sequence[Hashable] | None:
+    """Return labels of B rows, given those of B, or of B / n of which each has n rows."""
+    if values is None or not len(values) or B % len(values):
+        return values
+    return [value for value in values for _ in range(B // len(values))]
 
 
 def check_labels(labels: Labels, B: int) -> None:
