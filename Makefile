@@ -52,7 +52,7 @@ test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/lower-bounds.txt --editable '.[trace,dask,dev,docs]'
 	$(OLDEST)/bin/python -m pytest $(SPREAD)
 
-test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md and the losses of docs/metrics.md
+test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes two sections of docs/metrics.md
 	$(BIN)/python -m tests.test_zoo
 	$(BIN)/python -m tests.test_audit_loss
 	SWEEP=whole $(BIN)/python -m pytest -s tests/test_zoo.py tests/test_describe.py

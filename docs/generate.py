@@ -27,7 +27,7 @@ def _command(command: Any, name: str) -> Iterator[str]:
     if not subcommands:
         context = command.context_class(command, info_name=name)
         usage = " ".join(command.collect_usage_pieces(context))
-        yield from (f"## {name}", "", f"```text\n{name} {usage}\n```", "")
+        yield from (f"### {name}", "", f"```text\n{name} {usage}\n```", "")
         yield from (_text(command.help or ""), "")
         yield "| | |\n|---|---|"
         for parameter in command.params:

@@ -35,7 +35,7 @@ def test_what_is_planted_is_found(
         to = tmp_path / path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, to)
-    for name in ("pyproject.toml", "docs/api.md"):
+    for name in ("pyproject.toml", "docs/commands.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     before = {one.title for one in Search(tmp_path).dead()}

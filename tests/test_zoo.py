@@ -22,10 +22,12 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import Site
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_between_marks
 from tests.support import zoo
 from tests.support.sweep import WHOLE, sample
 from tests.test_cli_trace import save_tokenizer
+
+METRICS_PAGE = ROOT / "docs" / "metrics.md"
 
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
@@ -403,29 +405,31 @@ def test_nllb_weighs_by_its_two_first_choices(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_the_tests_found() -> None:
-    """docs/families.md, written by `make test-families`: the rows of the families that run here.
+    """docs/metrics.md, written by `make test-families`: the rows of the families that run here.
     None is refused but those that are known to be."""
-    page = (ROOT / "docs" / "families.md").read_text()
+    page = METRICS_PAGE.read_text()
     known = set(zoo.FAMILIES) & set(zoo.WHY_NOT)
     assert len(zoo.FAMILIES) >= 64
     assert {f for f in {*SAMPLED, *known} if not found(f)[0]} == known
     assert all(found(f, True)[0] for f in TOWERS)
-    if f"of transformers {zoo.hf.__version__}\n" in page:
-        rows = families_page() if WHOLE else "\n".join(row(f) for f in {*SAMPLED, *known})
-        stale = set(rows.splitlines()) - set(page.splitlines())
-        assert not stale, "docs/families.md is stale: run make test-families"
-        assert page == rows or not WHOLE
+    if f"of transformers {zoo.hf.__version__}, " in page:
+        table = [line[2:-2].split(" | ") for line in page.splitlines() if line.startswith("| ")]
+        stated = {(name, *row[:2]) for row in table if len(row) == 3 for name in row[2].split(", ")}
+        rows = [row(family) for family in {*SAMPLED, *known}]
+        stale = {(zoo.family_label(*row[:2]), *row[2:]) for row in rows} - stated
+        assert not stale, "docs/metrics.md is stale: run make test-families"
+        assert not WHOLE or section() in page
 
 
-def row(family: str) -> str:
-    drops = zoo.dropped(built(family)) if family in BUILT else ""
-    return f"| {family} | {found(family)[0]} | {found(family)[1]} | {drops} |"
+def row(family: str) -> tuple[str, ...]:
+    loaded, how, *_ = found(family)
+    return family, loaded, how, zoo.dropped(built(family)) if family in BUILT else ""
 
 
-def families_page() -> str:
-    rows = [row(f) for f in zoo.FAMILIES]
-    return zoo.page(rows, {f: found(f, True)[:2] for f in zoo.WITH_TOWERS})
+def section() -> str:
+    with_towers = {family: found(family, True)[:2] for family in zoo.WITH_TOWERS}
+    return zoo.families_section([row(family) for family in zoo.FAMILIES], with_towers)
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "families.md").write_text(families_page())
+    write_between_marks(METRICS_PAGE, "families", section())

@@ -245,11 +245,11 @@ def bound(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
 
 
 def public_names(root: Path) -> set[str]:
-    """The names that others import: of stubs, of entry points, and those that docs/api.md lists."""
+    """Names that others import: in stubs, in entry points, and listed in docs/commands.md."""
     names = {"main"}
     for stub in (root / "moe_inspect").rglob("__init__.pyi"):
         names |= set(re.findall(r"import \w+ as (\w+)", stub.read_text()))
-    listed = (root / "docs/api.md").read_text() if (root / "docs/api.md").exists() else ""
+    listed = (root / "docs/commands.md").read_text() if (root / "docs/commands.md").exists() else ""
     names |= set(re.findall(r"^\.\. auto\w+:: (?:\w+\.)*(\w+)$", listed, re.M))
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     for points in (project.get("scripts", {}), *project.get("entry-points", {}).values()):

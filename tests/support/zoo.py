@@ -362,40 +362,43 @@ def dropped(model: Any) -> str:
     return "; ".join(f"{how} in layer{plural} {of}" for how, plural, of in said)
 
 
-def page(rows: list[str], with_towers: dict[str, tuple[str, str]]) -> str:
-    """The families and how each is traced, as Markdown. `with_towers`: family → (class that was
-    loaded, how)."""
+def families_section(rows: list[tuple[str, ...]], with_towers: dict[str, tuple[str, str]]) -> str:
+    """How each family is traced, as a section in Markdown. `rows`: family, class that was loaded,
+    way of tracing, effect of a dropped expert. `with_towers`: family → (class, way)."""
     kinds = "dispatch", "tap", "adapter", "refused"
     dispatch, tap, adapter, refused = (
-        sum(row.split(" | ")[2].startswith(kind) for row in rows) for kind in kinds
+        sum(row[2].startswith(kind) for row in rows) for kind in kinds
     )
-    whole = {_with_towers(f).__name__: said for f, said in with_towers.items()}
-    towers = [f"| {name} | {kind} | {said} |" for name, (kind, said) in whole.items()]
+    groups: dict[tuple[str, ...], list[str]] = {}  # families with the same findings share a row
+    for family, loaded, *findings in rows:
+        groups.setdefault(tuple(findings), []).append(family_label(family, loaded))
+    table = [f"| {' | '.join(of)} | {', '.join(names)} |" for of, names in groups.items()]
+    towers = ", ".join(
+        f"{saved} ({how})" if saved == loaded else f"{saved} ({how}; loaded as {loaded})"
+        for family, (loaded, how) in with_towers.items()
+        for saved in [_with_towers(family).__name__]
+    )
     return f"""\
-# The {len(rows)} Mixture-of-Experts families of transformers {hf.__version__}
+## Model families
 
-{dispatch} can be traced by dispatch or tap, {tap} by tap, {adapter} by an adapter; {refused} are \
-refused. Each is built as a tiny random model, saved to a directory
-with a tokenizer and traced from there as `moe-inspect trace DIRECTORY` does; what the hook \
-records is compared with what the model
-executes, found without the hook (`tests/test_zoo.py`). Written by `make test-families`.
+Of the {len(rows)} Mixture-of-Experts families of transformers {hf.__version__}, {dispatch} can be \
+traced by dispatch or tap, {tap} by tap and {adapter} by an adapter; {refused} is refused.
+`make test-families` saves a tiny random model of each, runs `moe-inspect trace DIRECTORY`, and \
+compares the trace with what the model executes, found without the hook. It writes this section.
+The second column states what `intervene(drop=…)` does ([Interventions](interventions.md)); \
+`replay`, `force` and `shuffle` work in each. The class that is loaded is named \
+unless it ends with `ForCausalLM`.
 
-The last column says what `intervene(drop=…)` does ([Interventions](interventions.md)); `replay`, \
-`force` and `shuffle` work in each.
-
-| family | class loaded | traced by | a dropped expert |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-## Saved with their towers
-
-Families that have a class of text alone, saved as the multimodal model: text is fed, and the \
-language model's routers are recorded.
-
-| saved | class loaded | |
+| traced by | a dropped expert | families |
 |---|---|---|
-{chr(10).join(towers)}
-"""
+{chr(10).join(table)}
+
+Saved as multimodal models, whose language model is recorded while text is fed: {towers}."""
+
+
+def family_label(family: str, loaded: str) -> str:
+    """The family's name, and the class that was loaded if it is not one of text alone."""
+    return family if loaded.endswith("ForCausalLM") or not loaded else f"{family} ({loaded})"
 
 
 def state_of(model: Any) -> list[Any]:
