@@ -26,10 +26,8 @@ from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 Sums = dict[str, np.ndarray]
-OfRouters = dict[tuple[int, str], np.ndarray]
-Key = TypeVar("Key")
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
 GAMMA_FLOOR = 0.8
@@ -61,10 +59,7 @@ class PairRouterCounts:
     last_mismatch: int = 0  # of the last tokens of sequences, those with another set
     weights_differ: int = 0  # decisions with another weight of an expert that both chose
     new: int = 0  # tokens whose set differs first here
-    again: int = 0  # that differ here and did in an earlier layer
-    before: int = 0  # that did in an earlier layer
     kl: int = 0
-    logit_decisions: int = 0
 
     @classmethod
     def zero(cls, E: int, U: int) -> PairRouterCounts:
@@ -114,7 +109,6 @@ class ComparisonCounts:
     shards_alike: int = 0
     gamma: int = 0  # Σ of RSPO's router shift
     gamma_below: int = 0  # tokens under GAMMA_FLOOR
-    gamma_tokens: int = 0
     last_tokens: int = 0  # that are the last of their sequence
     # tokens that differ and of which every slot of every router is expert 0 in one trace
     zero_filled_a: int = 0
@@ -215,16 +209,20 @@ class Job:
 def by_runs(
     job: Job,
     segments: align.Segments,
-    function: Callable[..., Made],
-    *arguments: object,
+    function: Callable[[Job, list[align.Segments]], Result],
     threads: int = 1,
-) -> Iterator[tuple[list[int], Made]]:
-    """function(job, *arguments, shards) of runs of A's shards, in order, beside their numbers."""
+) -> Iterator[tuple[int, Result]]:
+    """Call function(job, shards) on runs of A's shards, in order. Yield the number of tokens of
+    each run, and the result."""
     numbers = segments.shards
-    runs = [[numbers[i] for i in run] for run in runs_of(job.a, len(numbers))]
+    runs = [[number] for number in numbers]  # few counts wait to be added
+    if job.a.scheduler or job.b.scheduler:
+        runs = [[numbers[i] for i in run] for run in runs_of(job.a, len(numbers))]
     tasks = (([segments.in_shard(number) for number in run],) for run in runs)
+    tokens_N = np.bincount(segments.shard_a, segments.length)
+    sizes = (int(tokens_N[run].sum()) for run in runs)
     with workers(job.a, job.b, threads=threads) as at:
-        yield from zip(runs, at.each(function, (job, *arguments), tasks), strict=True)
+        yield from zip(sizes, at.each(function, (job,), tasks), strict=True)
 
 
 def count_pair(
@@ -233,13 +231,14 @@ def count_pair(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ComparisonCounts:
-    """The counts of everything that is compared. `progress` is told of decisions done."""
+    """The counts of everything that is compared. `progress` is called with the number of decisions
+    done."""
     total, advance = job.zero(), phase("comparing", job.tokens, "tokens")
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    for numbers, (decisions, parts) in by_runs(job, segments, _count, threads=threads):
-        while parts:  # each is given back once it is added
+    for tokens, (decisions, parts) in by_runs(job, segments, _count, threads):
+        while parts:  # so that each is freed once it is added
             total.merge(*parts.pop())
-        advance(sum(segments.in_shard(number).tokens for number in numbers))
+        advance(tokens)
         if progress:
             progress(decisions)
     return total
@@ -266,8 +265,8 @@ class TokenSums:
         self.rows, T = rows, len(rows)
         # the units there are, and which of these each token is in
         self.unit_V, self.place_T = np.unique(rows.unit_T, return_inverse=True)
-        # routers at which a token's sets differ; tokens with any so far
-        self.differs_T, self.differing = np.zeros(T, np.int64), 0
+        # routers at which a token's sets differ
+        self.differs_T = np.zeros(T, np.int64)
         # routers at which slots differ and every one of A, of B, is expert 0
         self.zero_2T = np.zeros((2, T), np.int64)
         # Σ of the shift of its log-probabilities, None where logits are not known
@@ -295,7 +294,6 @@ class TokenSums:
             gamma_T = np.exp(-self.shift_T / len(of))
             total.gamma = fixed(float(gamma_T.sum()))
             total.gamma_below = int((gamma_T < GAMMA_FLOOR).sum())
-            total.gamma_tokens = len(gamma_T)
         return total
 
 
@@ -310,7 +308,6 @@ def _count_router(
     rows, unit_T, r = tokens.rows, tokens.place_T, pair[0]
     E, V = job.a.routers[r].experts, len(tokens.unit_V)
     counts = PairRouterCounts.zero(E, V)
-    counts.logit_decisions = len(rows) * job.logits
     if rows.alike and not job.load:
         return counts
     slots_a = rows.read(0, Shard.slots, r)
@@ -325,7 +322,6 @@ def _count_router(
         decile_T = np.searchsorted(job.margins.edges[r], margin_T)  # which tenth it is in
         at = np.flatnonzero(np.isfinite(margin_T))
         kernels.add_cells(counts.margin_UM, unit_T[at], decile_T[at])
-    counts.before = tokens.differing
     if rows.alike:
         if margin_T is not None:
             counts.flip_margins[number] = margin_T[:0]
@@ -353,10 +349,8 @@ def _count_router(
     # what depends on the routers before this one, or is of single tokens
     tokens.zero_2T[:, at] += np.stack([(a_KN == 0).all(0), (b_KN == 0).all(0)])
     at = at[missing_N > 0]
-    counts.again = int((tokens.differs_T[at] > 0).sum())
-    counts.new = len(at) - counts.again
+    counts.new = int((tokens.differs_T[at] == 0).sum())
     counts.last_mismatch = int(rows.last_T[at].sum())
-    tokens.differing += counts.new
     tokens.differs_T[at] += 1
     if margin_T is not None:
         at = at[np.isfinite(margin_T[at])]
@@ -365,67 +359,53 @@ def _count_router(
     return counts
 
 
-# --- passes of their own, as few ask for them: losses of tokens, and sizes of what experts return
+# --- a pass of its own, since few need it: sizes of what experts return
 
 
 def output_sums(job: Job, segments: align.Segments) -> dict[int, Sums]:
-    """By router of A, of two traces with norms. load, norm, gated: of A and of B, float64 [2, U,
-    E]: assignments, Σ of the norms of outputs, Σ of gate weight × norm (NaN where a trace has no
-    weights). Of the assignments that both made, float64 [E]: both, how many; both_norm, Σ of A's
-    norms; both_change, Σ of |B's norm − A's|."""
-    made = dict[int, Sums]()
-    for (r, name), values in _summed(job, segments, _outputs).items():
-        made.setdefault(r, {})[name] = values
-    return made
-
-
-def _summed(
-    job: Job,
-    segments: align.Segments,
-    function: Callable[..., dict[Key, np.ndarray]],
-    *arguments: object,
-) -> dict[Key, np.ndarray]:
-    """What function(job, *arguments, shards) returns, added up over all shards."""
-    total = function(job, *arguments, [])
-    for _, part in by_runs(job, segments, function, *arguments):
-        for name, values in part.items():
-            total[name] += values
+    """Sums of output norms by router of A, if both traces have norms. load, norm, gated: of A and
+    of B, float64 [2, U, E]: assignments, Σ of the norms of outputs, Σ of gate weight × norm (NaN
+    without weights). Of the assignments that both made, float64 [E]: both, their number; both_norm,
+    Σ of A's norms; both_change, Σ of |B's norm − A's|."""
+    total = _outputs(job, [])
+    for _, part in by_runs(job, segments, _outputs):
+        for r, sums in part.items():
+            for name, values in sums.items():
+                total[r][name] += values
     return total
 
 
-def _outputs(job: Job, shards: list[align.Segments]) -> OfRouters:
-    U, found = len(job.domains) * CLUSTERS, OfRouters()
+def _outputs(job: Job, shards: list[align.Segments]) -> dict[int, Sums]:
+    U, total = len(job.domains) * CLUSTERS, dict[int, Sums]()
     for r, _ in job.routers:
         E = job.a.routers[r].experts
-        found |= {(r, name): np.zeros((2, U, E)) for name in ("load", "norm", "gated")}
-        found |= {(r, name): np.zeros(E) for name in ("both", "both_norm", "both_change")}
+        total[r] = {name: np.zeros((2, U, E)) for name in ("load", "norm", "gated")}
+        total[r] |= {name: np.zeros(E) for name in ("both", "both_norm", "both_change")}
     for segments in shards:
         for _, rows, routers in job.rows_by_stack(segments):
             for pair in routers:
-                _add_outputs(job, rows, pair, found)
-    return found
+                _add_outputs(job, rows, pair, total[pair[0]])
+    return total
 
 
-def _add_outputs(
-    job: Job, rows: align.AlignedRows, pair: tuple[int, int], found: OfRouters
-) -> None:
-    r, E = pair[0], job.a.routers[pair[0]].experts
-    ids = rows.both(Shard.slots, pair)
+def _add_outputs(job: Job, rows: align.AlignedRows, pair: tuple[int, int], total: Sums) -> None:
+    (_, U, E), ids = total["load"].shape, rows.both(Shard.slots, pair)
     norms = rows.both(lambda shard, router: shard.slot_values(router, "norm"), pair)
     for side, trace in enumerate((job.a, job.b)):
-        weights = rows.read(side, Shard.slot_weights, pair[side]) if trace.has_weights else None
-        gated = [
-            norm_T * (np.nan if weights is None else weights[slot].astype(np.float64))
-            for slot, norm_T in enumerate(norms[side])
-        ]
-        U = len(found[r, "load"][side])
-        found[r, "load"][side] += load(rows.unit_T, ids[side], U, E)
-        found[r, "norm"][side] += weight_sum(rows.unit_T, ids[side], norms[side], U, E)
-        found[r, "gated"][side] += weight_sum(rows.unit_T, ids[side], tuple(gated), U, E)
+        gated = tuple(np.full_like(norm_T, np.nan, float) for norm_T in norms[side])
+        if trace.has_weights:
+            weights = rows.read(side, Shard.slot_weights, pair[side])
+            gated = tuple(
+                norm_T * weight_T.astype(np.float64)
+                for norm_T, weight_T in zip(norms[side], weights, strict=True)
+            )
+        total["load"][side] += load(rows.unit_T, ids[side], U, E)
+        total["norm"][side] += weight_sum(rows.unit_T, ids[side], norms[side], U, E)
+        total["gated"][side] += weight_sum(rows.unit_T, ids[side], gated, U, E)
     for id_a_T, norm_a_T in zip(ids[0], norms[0], strict=True):
         for id_b_T, norm_b_T in zip(ids[1], norms[1], strict=True):
             at = np.flatnonzero((id_a_T == id_b_T) & (id_a_T != E))
             expert, before, now = id_a_T[at], norm_a_T[at], norm_b_T[at]
-            found[r, "both"] += np.bincount(expert, minlength=E)
-            found[r, "both_norm"] += np.bincount(expert, before, E)
-            found[r, "both_change"] += np.bincount(expert, np.abs(now - before), E)
+            total["both"] += np.bincount(expert, minlength=E)
+            total["both_norm"] += np.bincount(expert, before, E)
+            total["both_change"] += np.bincount(expert, np.abs(now - before), E)

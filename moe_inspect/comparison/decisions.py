@@ -7,6 +7,7 @@ U units (clusters of documents), P parts of a router's decisions, E experts, R r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -126,11 +127,6 @@ class Decisions(Paired):
             drop_zero_filled=self.options.drop_zero_filled,
         )
 
-    @cached_property
-    def outputs(self) -> dict[int, Sums]:
-        """As `output_sums`, of two traces with the norms of outputs."""
-        return output_sums(self.job, self.alignment.segments)
-
     def why_not(self, name: str) -> str | None:
         """Why these two traces cannot have a table; None where they can."""
         sides = zip("AB", self.traces, strict=True)
@@ -174,6 +170,15 @@ class Decisions(Paired):
         """int64 [2, R, U]: decisions with another set of experts, and all that are compared."""
         of_R = [(self.of(r).mismatch_UX.sum(1), self.decisions_UX(r).sum(1)) for r, _ in self.pairs]
         return np.stack(of_R, axis=1)
+
+    @cached_property
+    def differed_before(self) -> dict[int, int]:
+        """Router → the number of its tokens that differ at an earlier router of its stack."""
+        before, total = dict[int, int](), Counter[str]()
+        for r, _ in self.pairs:
+            before[r] = total[self.a.routers[r].stack]
+            total[self.a.routers[r].stack] += self.of(r).new
+        return before
 
     @cached_property
     def units(self) -> np.ndarray:
@@ -247,7 +252,7 @@ def agreement(data: Decisions) -> pd.DataFrame:
             row |= _share(data, name, *of)
             if name == "overlap":
                 row["overlap_by_chance"] = router.top_k / router.experts
-        row["kl_nats"] = tt.kl_nats(counts.kl / UNIT, counts.logit_decisions)
+        row["kl_nats"] = tt.kl_nats(counts.kl / UNIT, int(n_U.sum()) * data.job.logits)
         if data.noise is not None:
             row["noise_set_mismatch"] = noise.get(r, np.nan)
         rows.append(row)
@@ -346,13 +351,14 @@ def margins(data: Decisions) -> pd.DataFrame:
 def overall(data: Decisions) -> pd.DataFrame:
     """One row: all routers together."""
     counts = data.counts
+    with_logits = counts.tokens * data.job.logits
     row: Row = {
         "tokens": counts.tokens,
         "tokens_mismatch": data.tokens_mismatch,
         "decisions": data.decisions,
         "decisions_mismatch": data.mismatched / data.decisions,
-        "router_shift": tt.router_shift(counts.gamma / UNIT, counts.gamma_tokens),
-        "router_shift_below_floor": ratio(counts.gamma_below, counts.gamma_tokens),
+        "router_shift": tt.router_shift(counts.gamma / UNIT, with_logits),
+        "router_shift_below_floor": ratio(counts.gamma_below, with_logits),
     }
     if data.noise is not None:
         row["noise_tokens_mismatch"] = data.noise.tokens_mismatch
@@ -373,18 +379,16 @@ def tokens(data: Decisions) -> pd.DataFrame:
 def depth(data: Decisions) -> pd.DataFrame:
     """One row per router: does a difference grow? The share of tokens that differ here or before,
     that differ here first, and the share that differs here of those that did and did not before."""
-    rows, differ, stack = list[Row](), 0, ""
+    rows = list[Row]()
     for r, _ in data.pairs:
-        counts, n = data.of(r), int(data.decisions_UX(r).sum())
-        if data.a.routers[r].stack != stack:
-            differ, stack = 0, data.a.routers[r].stack
-        differ += counts.new
+        n, before, new = int(data.decisions_UX(r).sum()), data.differed_before[r], data.of(r).new
+        mismatched = int(data.of(r).mismatch_UX.sum())
         row = {
-            "set_mismatch": ratio(counts.new + counts.again, n),
-            "differ_so_far": ratio(differ, n),
-            "new": ratio(counts.new, n),
-            "again_after_difference": ratio(counts.again, counts.before),
-            "new_without_difference": ratio(counts.new, n - counts.before),
+            "set_mismatch": ratio(mismatched, n),
+            "differ_so_far": ratio(before + new, n),
+            "new": ratio(new, n),
+            "again_after_difference": ratio(mismatched - new, before),
+            "new_without_difference": ratio(new, n - before),
         }
         rows.append({**data.place(r), **row})
     return pd.DataFrame(rows)
@@ -549,12 +553,13 @@ COLUMNS = (
 
 @table(tables=TABLES)
 def worth(data: Decisions) -> pd.DataFrame:
-    """One row per expert, where both traces have the norms of outputs: REAP, mean norm and share of
-    the layer's gate weight × norm in each, how REAP and mean norm change from A to B, and of the
+    """One row per expert, if both traces have output norms: REAP, mean norm and share of the
+    layer's gate weight × norm in each; how REAP and mean norm change from A to B; and for
     assignments that both made, the mean |difference| of their norms, relative to A's."""
     if data.why_not("worth"):
         return pd.DataFrame(columns=list(COLUMNS))
-    parts = [_worth_of(data, r, sums) for r, sums in data.outputs.items()]
+    sums_of = output_sums(data.job, data.alignment.segments)
+    parts = [_worth_of(data, r, sums) for r, sums in sums_of.items()]
     return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
 
 

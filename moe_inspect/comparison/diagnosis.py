@@ -1,8 +1,8 @@
-"""What a comparison comes to: the same to the bit, the same but for rounding, different from some
-layer on, or misaligned, with what to do; and what a difference brings with it: whether it grows
-from layer to layer, moves the load of the experts, and which of the two predicts better.
+"""The verdict on two traces of decisions. The first line is one of nine diagnoses: the same, the
+same except for rounding, different, undecided, or one of five misalignments. Then come the
+consequences of a difference: whether it grows from layer to layer, and moves the experts' load.
 
-Each check takes the comparison and returns its findings.
+Each check takes the comparison and returns its findings. U units (clusters of documents).
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def zero_filled(data: Decisions) -> Iterator[Finding]:
 
 
 def _zeros_by_chance(data: Decisions, name: str, n: int) -> float:
-    """How many tokens would choose expert 0 at every router if these chose independently, each as
-    often as for its other tokens; none where a router has several slots, as it chooses no expert
-    twice. n: the tokens of `name` that have it everywhere."""
+    """Number of tokens that would choose expert 0 at every router if routers chose independently,
+    each as often as for its other tokens; 0 if a router has several slots, since it chooses no
+    expert twice. n: the tokens of trace `name` that have expert 0 everywhere."""
     shares = dict[str, float]()
     for r, _ in data.pairs:
         router, counts, decisions = data.a.routers[r], data.of(r), int(data.decisions_UX(r).sum())
         load = int(counts.load_UE[:, 0].sum() + (name == "B") * counts.moved_UE[:, 0].sum())
-        # one more of each expert: also where no other token is known
+        # one more of each expert, so that there is a share even without other tokens
         share = max(load - n + 1, 1) / (max(decisions - n, 0) + router.experts)
         by_chance = share if router.top_k == 1 else 0.0
         shares[router.stack] = shares.get(router.stack, 1.0) * min(by_chance, 1.0)
@@ -73,23 +73,23 @@ def _zeros_by_chance(data: Decisions, name: str, n: int) -> float:
 
 
 def last_token(data: Decisions) -> Iterator[Finding]:
-    """The last token of a sequence, which a generating engine never feeds."""
+    """Last tokens of sequences, if they differ far more than others."""
     last = data.counts.last_tokens * len(data.pairs)
     if data.counts.last_tokens < FEWEST_LAST or last == data.decisions:
         return
-    of_last = sum(counts.last_mismatch for counts in data.every)
-    there, elsewhere = of_last / last, (data.mismatched - of_last) / (data.decisions - last)
-    if there >= 0.5 and there >= LAST * elsewhere:
+    mismatched = sum(counts.last_mismatch for counts in data.every)
+    share, elsewhere = mismatched / last, (data.mismatched - mismatched) / (data.decisions - last)
+    if share >= 0.5 and share >= LAST * elsewhere:
         text = (
-            f"The last token of sequences has different experts in {there:.1%} of its decisions, "
+            f"The last token of sequences has different experts in {share:.1%} of its decisions, "
             f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token."
         )
-        shares: Row = {"mismatch_last": there, "mismatch_elsewhere": elsewhere}
+        shares: Row = {"mismatch_last": share, "mismatch_elsewhere": elsewhere}
         yield finding("never_fed", "critical", text, **shares, option=DROP_LAST)
 
 
 def same(data: Decisions) -> Iterator[Finding]:
-    """Whether it is the same routing; the headline."""
+    """The first line: whether it is the same routing, and why not."""
     # "183 of 37,016 decisions (0.49%; 1.80% of tokens in any layer)"
     share = data.mismatched / data.decisions
     amount = (
@@ -115,73 +115,73 @@ def same(data: Decisions) -> Iterator[Finding]:
 
 
 def _the_same(data: Decisions, values: Row) -> Finding:
-    all_of = f"all {plural(data.decisions, 'decision')} of {plural(data.counts.tokens, 'token')}"
+    amount = f"all {plural(data.decisions, 'decision')} of {plural(data.counts.tokens, 'token')}"
     reordered = sum(int(counts.reordered_U.sum()) for counts in data.every)
     weights = sum(counts.weights_differ for counts in data.every)
-    said = f"The same experts in {all_of}"
+    text = f"The same experts in {amount}"
     if not all(data.first_choice_known.values()):
-        said += "; at least one trace does not record the order of slots"
+        text += "; at least one trace does not record the order of slots"
     elif reordered:
-        said += f"; {reordered:,} in a different order"
+        text += f"; {reordered:,} in a different order"
     elif data.weights_known and not weights:
-        said = f"The same to the bit: {all_of} have the same experts, in the same order, with "
-        said += "the same weights"
+        text = f"The same to the bit: {amount} have the same experts, in the same order, with "
+        text += "the same weights"
     if not data.weights_known:
-        said += "; at least one trace has no weights"
+        text += "; at least one trace has no weights"
     elif weights:
         mean = sum(int(counts.l1_U.sum()) for counts in data.every) / UNIT / data.decisions
-        said += f"; {weights:,} have different weights, by {mean:.2g} on average over all"
+        text += f"; {weights:,} have different weights, by {mean:.2g} on average over all"
     if data.alike:
-        said = f"The same to the bit: {all_of} are in the same files"
-    return finding("same", "good", said + ".", **values, weights_differ=weights)
+        text = f"The same to the bit: {amount} are in the same files"
+    return finding("same", "good", f"{text}.", **values, weights_differ=weights)
 
 
 def _other_experts(data: Decisions, amount: str, values: Row) -> Finding:
-    hits_RU, of_RU = data.hits()
-    share_R = hits_RU.sum(1) / np.maximum(of_RU.sum(1), 1)
-    p_R = p_over_documents(list((hits_RU - DIFFERENT * of_RU)[:, data.units]))
+    hits_RU, decisions_RU = data.hits()
+    share_R = hits_RU.sum(1) / np.maximum(decisions_RU.sum(1), 1)
+    p_R = p_over_documents(list((hits_RU - DIFFERENT * decisions_RU)[:, data.units]))
     differing = [r for (r, _), p in zip(data.pairs, p_R, strict=True) if p < ALPHA]
-    worst, most = data.pairs[int(share_R.argmax())][0], float(share_R.max())
-    (close, documents), at = _close_share(data), _flip_margin(data)
-    values = values | {"worst_set_mismatch": most, "flips_in_lowest_tenth": close}
-    differ, about = f"{amount}; worst: layer {data.label(worst)}, {most:.2%}.", data.place(worst)
+    worst, highest = data.pairs[int(share_R.argmax())][0], float(share_R.max())
+    (close, documents), margins = _close_share(data), _flip_margin(data)
+    values = values | {"worst_set_mismatch": highest, "flips_in_lowest_tenth": close}
+    about = data.place(worst)
+    amount = f"{amount}; worst: layer {data.label(worst)}, {highest:.2%}."
     if differing:
         n = len(differing)
-        said = (
-            f"Different from layer {data.label(differing[0])} on: {differ} {n} of "
+        text = (
+            f"Different from layer {data.label(differing[0])} on: {amount} {n} of "
             f"{plural(len(share_R), 'router')} {'differs' if n == 1 else 'differ'} in "
-            f"{DIFFERENT:.0%} of decisions or more.{at}"
+            f"{DIFFERENT:.0%} of decisions or more.{margins}"
         )
-        return finding("different", "warning", said, about, **values)
-    if most >= DIFFERENT:
-        said = (
-            f"{differ} Too few documents to tell whether {DIFFERENT:.0%} of decisions or more "
-            f"differ in other text.{at}"
+        return finding("different", "warning", text, about, **values)
+    if highest >= DIFFERENT:
+        text = (
+            f"{amount} Too few documents to tell whether {DIFFERENT:.0%} of decisions or more "
+            f"differ in other text.{margins}"
         )
-        return finding("undecided", "note", said, about, **values)
+        return finding("undecided", "note", text, about, **values)
     if close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
-        said = (
-            f"The same except for ties and rounding: {differ} {close:.0%} of these are among the "
-            f"10% of decisions with the smallest margins.{at}"
+        text = (
+            f"The same except for ties and rounding: {amount} {close:.0%} of these are among the "
+            f"10% of decisions with the smallest margins.{margins}"
         )
-        return finding("rounding", "good", said, about, **values)
+        return finding("rounding", "good", text, about, **values)
     if close < CLOSE and _apart(close, CLOSE, documents):
-        said = (
-            f"{differ} Rounding does not explain them: only {close:.0%} were close decisions "
-            f"(among the 10% with the smallest margins).{at}"
+        text = (
+            f"{amount} Rounding does not explain them: only {close:.0%} were close decisions "
+            f"(among the 10% with the smallest margins).{margins}"
         )
-        return finding("different", "warning", said, about, **values)
-    said = "Record with --logits to tell whether rounding explains them."
+        return finding("different", "warning", text, about, **values)
+    reason = "Record with --logits to tell whether rounding explains them."
     if not np.isnan(close):
-        said = (
+        reason = (
             f"{close:.0%} of these were close decisions (among the 10% with the smallest margins), "
             f"mostly in {plural(round(documents), 'document')}: too few to tell whether rounding "
             "explains them."
         )
     elif "logits" in data.a.tables:
-        said = f"It is unknown whether rounding explains them: {data.why_no_margins}."
-    said = f"Nearly the same: {differ} {said}"
-    return finding("undecided", "note", said, about, **values)
+        reason = f"It is unknown whether rounding explains them: {data.why_no_margins}."
+    return finding("undecided", "note", f"Nearly the same: {amount} {reason}", about, **values)
 
 
 def _apart(share: float, expected: float, n: float) -> bool:
@@ -191,15 +191,15 @@ def _apart(share: float, expected: float, n: float) -> bool:
 
 
 def _close_share(data: Decisions) -> tuple[float, float]:
-    """Share of the flips in the lowest tenth of A's margins, NaN where none is known; and how many
-    documents with equally many flips would tell as much of that share."""
+    """Share of the flips in the lowest tenth of A's margins, NaN if no margin is known; and the
+    number of documents with equally many flips that would show as much about that share."""
     mismatch_UM = np.sum([counts.margin_mismatch_UM for counts in data.every], axis=0)
     flips_U = mismatch_UM.sum(1)
     return ratio(mismatch_UM[:, 0].sum(), flips_U.sum()), effective_documents(flips_U)
 
 
 def _flip_margin(data: Decisions) -> str:
-    """A sentence on the margins of flips beside those of all decisions."""
+    """A sentence that compares the margins of flips with those of all decisions."""
     parts = [part for counts in data.every for _, part in sorted(counts.flip_margins.items())]
     flips = np.concatenate([np.zeros(0), *parts])
     if data.margins is None or not len(flips):
@@ -209,36 +209,38 @@ def _flip_margin(data: Decisions) -> str:
 
 
 def noise(data: Decisions) -> Iterator[Finding]:
-    """Two runs of one model, as what is no difference."""
+    """Whether B differs from A by more than a second run of A does."""
     if data.noise is None:
         return
     if misalignments(data.noise):
         yield finding("noise", "note", "Unknown noise: the second run of A is misaligned with A.")
         return
     share, base = (x.mismatched / x.decisions for x in (data, data.noise))
-    (hits_U, of_U), (noise_U, of_noise_U) = data.hits().sum(1), data.noise.hits().sum(1)
-    both_U = (of_U > 0) & (of_noise_U > 0)
-    beyond_U = (hits_U - noise_U * of_U / np.maximum(of_noise_U, 1))[both_U]
-    (p,) = p_over_documents([beyond_U])
-    severity, said = "good", "not beyond that noise"
+    hits_U, decisions_U = data.hits().sum(1)
+    noise_U, noise_decisions_U = data.noise.hits().sum(1)
+    both_U = (decisions_U > 0) & (noise_decisions_U > 0)
+    excess_U = (hits_U - noise_U * decisions_U / np.maximum(noise_decisions_U, 1))[both_U]
+    (p,) = p_over_documents([excess_U])
+    severity, result = "good", "not beyond that noise"
     if np.isnan(p):
-        severity, said = "note", "with too few documents to tell whether that is beyond the noise"
+        severity, result = "note", "with too few documents to tell whether that is beyond the noise"
     elif p < ALPHA:
-        severity, said = "warning", "beyond that noise"
+        severity, result = "warning", "beyond that noise"
     text = (
         f"Two runs of A differ in {percent(base)} of decisions: B differs from A in "
-        f"{percent(share)}, {said}."
+        f"{percent(share)}, {result}."
     )
     yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
 
 
 def growth(data: Decisions) -> Iterator[Finding]:
-    """How often tokens that have differed differ again; those near a tie may at several layers."""
-    before = sum(counts.before for counts in data.every)
+    """How often tokens that have differed differ again; a token near a tie may at several
+    layers."""
+    before = sum(data.differed_before.values())
     if len(data.pairs) < 2 or before < 30 or not data.mismatched:
         return
-    again = sum(counts.again for counts in data.every) / before
-    new = sum(counts.new for counts in data.every) / max(data.decisions - before, 1)
+    first = sum(counts.new for counts in data.every)
+    again, new = (data.mismatched - first) / before, first / max(data.decisions - before, 1)
     text = (
         f"Of the decisions of tokens that differ in an earlier layer, {again:.2%} differ; of the "
         f"others, {percent(new)}."
@@ -247,7 +249,7 @@ def growth(data: Decisions) -> Iterator[Finding]:
 
 
 def load(data: Decisions) -> Iterator[Finding]:
-    """Whether the load changed by more than it does between documents, and not by chance."""
+    """Whether the load changes by more than it does between documents, and not by chance."""
     rows = data.tables["load_shift"].dropna(subset=["load_shift", "load_shift_halves"])
     if not data.mismatched or not len(rows):
         return
@@ -256,18 +258,18 @@ def load(data: Decisions) -> Iterator[Finding]:
     more_R = rows["load_shift"] > rows["load_shift_halves"]
     more, beyond = rows[more_R], rows[more_R & (p_R < ALPHA)]
     if len(beyond):
-        severity, of = "warning", beyond
-        said = f"The load of {plural(len(beyond), 'router')} differs by more than between documents"
+        severity, rows = "warning", beyond
+        result = f"The load of {plural(len(rows), 'router')} differs by more than between documents"
     elif not len(more):
-        severity, of, said = "good", rows, "The load moves no more than between documents"
+        severity, result = "good", "The load moves no more than between documents"
     else:
-        severity, of = "note", more
-        said = "The load moves more than between documents, which may be chance"
+        severity, rows = "note", more
+        result = "The load moves more than between documents, which may be chance"
         if np.isnan(p_R).any():
-            said = "Too few documents to tell whether the load moved"
-    row = of.iloc[of["load_shift"].argmax()]
+            result = "Too few documents to tell whether the load moved"
+    row = rows.iloc[rows["load_shift"].argmax()]
     text = (
-        f"{said}: up to {row['load_shift']:.2%} of the load moves, in layer "
+        f"{result}: up to {row['load_shift']:.2%} of the load moves, in layer "
         f"{data.label(int(row['router']))} (between two halves of A's documents: "
         f"{row['load_shift_halves']:.2%})."
     )
@@ -277,17 +279,17 @@ def load(data: Decisions) -> Iterator[Finding]:
 
 
 def collapsed(data: Decisions) -> Iterator[Finding]:
-    """Whether in one of the traces alone a router sends most of its tokens to one expert."""
-    cases, apart = list[Collapse](), list[np.ndarray]()
+    """Whether a router sends most of its tokens to one expert, in one of the traces alone."""
+    collapses, differences = list[Collapse](), list[np.ndarray]()
     for r, _ in data.pairs:
         counts, decisions = data.of(r), int(data.decisions_UX(r).sum())
         load_2UE = np.stack([counts.load_UE, counts.load_UE + counts.moved_UE])
-        cases.append(one := Collapse.of(r, load_2UE.sum(1), np.full(2, decisions)))
+        collapses.append(one := Collapse.of(r, load_2UE.sum(1), np.full(2, decisions)))
         more, less = load_2UE[:: -1 if one.name == "B" else 1]
-        apart.append((more - less)[data.units, one.expert])
-    p_R = p_over_documents(apart)
-    found = [one for one, p in zip(cases, p_R, strict=True) if one.differs and p < ALPHA]
-    yield from said_of_collapse(data, found)
+        differences.append((more - less)[data.units, one.expert])
+    p_R = p_over_documents(differences)
+    beyond = [one for one, p in zip(collapses, p_R, strict=True) if one.differs and p < ALPHA]
+    yield from collapse_findings(data, beyond)
 
 
 class Collapse(NamedTuple):
@@ -311,17 +313,20 @@ class Collapse(NamedTuple):
         return Collapse(share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, router, differs)
 
 
-def said_of_collapse(data: Paired, found: list[Collapse], beyond: str = "") -> Iterator[Finding]:
-    """Of routers that are collapsed in one trace; `beyond`: what their chance takes for granted."""
-    if not found:
+def collapse_findings(
+    data: Paired, collapses: list[Collapse], assumed: str = ""
+) -> Iterator[Finding]:
+    """The worst of the routers that are collapsed in one trace. `assumed`: what their chance level
+    assumes."""
+    if not collapses:
         return
-    worst = max(found)
-    n = sum(one.name == worst.name for one in found)
+    worst = max(collapses)
+    n = sum(one.name == worst.name for one in collapses)
     text = (
         f"{worst.name} is collapsed in layer {data.label(worst.router)}: expert "
         f"{worst.expert} gets {worst.share:.0%} of its tokens, in "
         f"{'A' if worst.name == 'B' else 'B'} {worst.other_share:.0%} "
-        f"({n} of {plural(len(data.pairs), 'router')}{beyond})."
+        f"({n} of {plural(len(data.pairs), 'router')}{assumed})."
     )
     values: Row = {"trace": worst.name, "expert": worst.expert, "token_share": worst.share}
     values |= {"other_token_share": worst.other_share, "routers": n}
@@ -329,7 +334,7 @@ def said_of_collapse(data: Paired, found: list[Collapse], beyond: str = "") -> I
 
 
 def below_chance(data: Decisions) -> Iterator[Finding]:
-    """Routers in which the two share fewer experts than if they chose without each other."""
+    """Routers in which A and B share fewer experts than independent routers would."""
     if not data.mismatched:
         return
     lacking, shares = list[np.ndarray](), list[tuple[float, float]]()
@@ -358,7 +363,7 @@ def below_chance(data: Decisions) -> Iterator[Finding]:
 
 
 def domains(data: Decisions) -> Iterator[Finding]:
-    """Whether the routing of a domain changed by more than that of the others, beyond chance."""
+    """Whether the routing of a domain changed more than that of the others, beyond chance."""
     domain_U, names = data.counts.domain_U[data.units], data.counts.domains
     if len(names) < 2 or not data.mismatched:
         return
@@ -370,10 +375,10 @@ def domains(data: Decisions) -> Iterator[Finding]:
     residuals, shares = list[np.ndarray](), list[tuple[float, float]]()
     for d in range(len(names)):
         in_U = domain_U == d
-        of, others = size_U[in_U].sum(), size_U[~in_U].sum()
+        size, others = max(size_U[in_U].sum(), 1), max(size_U[~in_U].sum(), 1)
         # a domain is compared with the others: what these lack counts against it
-        residuals.append(lacking_U * np.where(in_U, 1, -of / max(others, 1)))
-        shares.append((missing_U[in_U].sum() / max(of, 1), missing_U[~in_U].sum() / max(others, 1)))
+        residuals.append(lacking_U * np.where(in_U, 1, -size_U[in_U].sum() / others))
+        shares.append((missing_U[in_U].sum() / size, missing_U[~in_U].sum() / others))
     beyond = np.flatnonzero(p_over_documents(residuals) < ALPHA).tolist()
     if not beyond:
         return
@@ -387,17 +392,17 @@ def domains(data: Decisions) -> Iterator[Finding]:
 
 
 def missing_tokens(data: Decisions) -> Iterator[Finding]:
-    """Tokens that only one of the traces has, or that come after other token ids."""
+    """Tokens that only one trace has, or that follow other token ids."""
     alignment, n = data.alignment, data.alignment.diverged
     a, b, matched = alignment.a.tokens, alignment.b.tokens, alignment.matched
-    said = [
+    missing = [
         f"{tokens - matched:,} of {name}'s {tokens:,} tokens have no counterpart in {other}"
         for name, other, tokens in (("A", "B", a), ("B", "A", b))
         if tokens > matched
     ]
-    if not said:
+    if not missing:
         return
-    text = " and ".join(said)
+    text = " and ".join(missing)
     if n:
         text += (
             f"; {plural(n, 'sequence')} {'continues' if n == 1 else 'continue'} with different "
@@ -408,7 +413,7 @@ def missing_tokens(data: Decisions) -> Iterator[Finding]:
 
 
 def unchecked(data: Decisions) -> Iterator[Finding]:
-    """Whether the tokens are the same could not be checked, and what speaks against it."""
+    """That the tokens could not be checked to be the same, and what suggests that they are not."""
     if data.alignment.ids_known:
         return
     text = "At least one trace has no token ids: tokens are matched by document and position alone"
@@ -429,13 +434,13 @@ def unchecked(data: Decisions) -> Iterator[Finding]:
 
 
 def recorded(data: Decisions) -> Iterator[Finding]:
-    apart = recorded_otherwise(data)
-    if apart and data.mismatched:
-        said = [
-            f"{name} {cut(str(a), 40)} in A, {cut(str(b), 40)} in B"
-            for name, (a, b) in apart.items()
-        ]
-        yield finding("recorded", "note", f"Recorded differently: {join_first(said, 5, '; ')}.")
+    """Differences of model, device or settings, which may explain other experts."""
+    facts = [
+        f"{name} {cut(str(a), 40)} in A, {cut(str(b), 40)} in B"
+        for name, (a, b) in recorded_otherwise(data).items()
+    ]
+    if facts and data.mismatched:
+        yield finding("recorded", "note", f"Recorded differently: {join_first(facts, 5, '; ')}.")
 
 
 def p_over_documents(
@@ -460,18 +465,12 @@ def percent(share: float) -> str:
     return f"{share:.2%}" if share >= 1e-4 or not share else f"{100 * share:.1g}%"
 
 
-Check = Callable[[Decisions], Iterator[Finding]]
-# in the order in which they are read
-CHECKS: tuple[Check, ...] = (
-    *(same, noise, growth, collapsed, below_chance),
-    *(load, domains, missing_tokens, missing_layers, unchecked, recorded),
-)
-# those that say nothing of misaligned traces
-OF_ALIGNED: tuple[Check, ...] = (noise, growth, collapsed, below_chance, load, domains)
+# in the order in which they are read; the first mean nothing if the traces are misaligned
+OF_ALIGNED = (noise, growth, collapsed, below_chance, load, domains)
+OF_ALL = (missing_tokens, missing_layers, unchecked, recorded)
 
 
 def findings(data: Decisions) -> Iterator[Finding]:
-    left_out = OF_ALIGNED if misalignments(data) else ()
-    for check in CHECKS:
-        if check not in left_out:
-            yield from check(data)
+    yield from same(data)
+    for check in OF_ALL if misalignments(data) else (*OF_ALIGNED, *OF_ALL):
+        yield from check(data)

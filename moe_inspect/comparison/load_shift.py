@@ -28,7 +28,7 @@ from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison import result
-from moe_inspect.comparison.diagnosis import Collapse, said_of_collapse
+from moe_inspect.comparison.diagnosis import Collapse, collapse_findings
 from moe_inspect.comparison.pairing import layers_named
 from moe_inspect.comparison.result import LOAD_TABLES, Row
 from moe_inspect.reporting.report import Report
@@ -39,7 +39,6 @@ from moe_inspect.reporting.verdict.findings import (
     Finding,
     Severity,
     beyond_documents,
-    capital,
     finding,
 )
 from moe_inspect.text import format_ratio, join_first, plural
@@ -115,11 +114,12 @@ class Loads(result.Paired):
 
 
 BALANCE = tuple(metrics_of("balance", {"load_LE"}))
-NUMBERS = ("dead_experts", "starved_experts")  # whole, and may be missing
-# the floor is a mean, and counts know no documents, whose tokens are alike: as in the report on
-# counts, what is below twice the floor may be chance
+NUMBERS = ("dead_experts", "starved_experts")  # whole numbers, which may be missing
+# the floor is a mean of independent tokens, and the tokens of a document are similar: as in the
+# report on counts, a shift of less than twice the floor may be chance
 BEYOND = 2
-IN_A_ROW = 3  # windows beyond chance from which on two runs differ: a single one may be chance
+IN_A_ROW = 3  # windows beyond chance that show two runs to differ: a single one may be chance
+MOST_NAMED = 4  # layers, or steps, in a sentence
 WINDOW = ("first_step", "last_step", "load_shift", "load_shift_floor")
 DIVERGED_TYPES = {
     **dict.fromkeys(("layer", "router", "windows", "windows_beyond_chance"), "int64"),
@@ -132,17 +132,15 @@ DIVERGED_TYPES = {
 @table(tables=LOAD_TABLES)
 def summary(data: Loads) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    both, counts = data.traces, [report.counts for report in data.reports]
-    facts = {
-        "holds": ["counts" if trace.counts_only else "decisions" for trace in both],
-        "status": [trace.status for trace in both],
-        "tokens": [of.tokens for of in counts],
-        "domains": [", ".join(of.domains) for of in counts],
-    }
-    models = [trace.manifest.get("model") or {} for trace in both]
-    of_key = {f"model_{k}": [of.get(k) or "" for of in models] for k in ("id", "revision", "class")}
-    of_both = {"trace": [trace.path for trace in both], **of_key, **facts}
-    return result.facts_table(of_both, SIDES)
+    models = [trace.manifest.get("model") or {} for trace in data.traces]
+    facts: result.Facts = {"trace": [trace.path for trace in data.traces]}
+    for key in ("id", "revision", "class"):
+        facts[f"model_{key}"] = [model.get(key) or "" for model in models]
+    facts["holds"] = ["counts" if trace.counts_only else "decisions" for trace in data.traces]
+    facts["status"] = [trace.status for trace in data.traces]
+    facts["tokens"] = [report.counts.tokens for report in data.reports]
+    facts["domains"] = [", ".join(report.counts.domains) for report in data.reports]
+    return result.facts_table(facts, SIDES)
 
 
 @table(
@@ -150,25 +148,25 @@ def summary(data: Loads) -> pd.DataFrame:
     tables=LOAD_TABLES,
 )
 def balance(data: Loads) -> pd.DataFrame:
-    """One row per router: the balance in A, in B, and B's minus A's, beside chance."""
+    """One row per router: the balance in A, in B, and B's minus A's, and what chance gives."""
     a, b = data.table_2("balance")
     frame = a[["layer", "router", "experts", "top_k"]].astype("int64")
-    frame["tokens_a"], frame["tokens_b"] = (of["tokens"].astype("int64") for of in (a, b))
+    frame["tokens_a"], frame["tokens_b"] = (x["tokens"].astype("int64") for x in (a, b))
     for name in BALANCE:
         kind = "Int64" if name in NUMBERS else "float64"
-        of_a, of_b = (of[name].to_numpy(float, na_value=np.nan) for of in (a, b))
-        columns = {"a": of_a, "b": of_b, "difference": of_b - of_a}
+        values_a, values_b = (x[name].to_numpy(float, na_value=np.nan) for x in (a, b))
+        columns = {"a": values_a, "b": values_b, "difference": values_b - values_a}
         for end, values in columns.items():
             frame[f"{name}_{end}"] = pd.Series(values).astype(kind)
-    for side, of in zip(SIDES, (a, b), strict=True):
-        frame[f"expected_by_chance_{side}"] = of["expected_by_chance"]
+    for side, table_of_side in zip(SIDES, (a, b), strict=True):
+        frame[f"expected_by_chance_{side}"] = table_of_side["expected_by_chance"]
     return frame
 
 
 @table(by_router=("load_shift", "jsd_bits"), tables=LOAD_TABLES)
 def load_shift(data: Loads) -> pd.DataFrame:
-    """One row per router: how far apart the load of the two traces is, and how far chance alone
-    takes two traces of so many tokens that route alike (…_floor)."""
+    """One row per router: the distance between the loads of the two traces, and the distance that
+    chance alone gives between two traces with equal routers and this many tokens (…_floor)."""
     rows = list[Row]()
     for r, _ in data.pairs:
         load_2E, k = data.load_2E(r), data.a.routers[r].top_k
@@ -183,8 +181,8 @@ def load_shift(data: Loads) -> pd.DataFrame:
 
 @table(tables=LOAD_TABLES)
 def windows(data: Loads) -> pd.DataFrame:
-    """One row per router and window of steps that both traces have: how far apart their load is,
-    beside chance, how even each is, and the expert whose load differs most."""
+    """One row per router and window of steps that both traces have: the distance between the loads
+    and that by chance, how even each load is, and the expert whose load differs most."""
     steps, W, parts = data.steps, len(data.steps.first_W), list[pd.DataFrame]()
     for r, load_2WE in steps.load_2WE.items():
         k = data.a.routers[r].top_k
@@ -218,31 +216,33 @@ def windows(data: Loads) -> pd.DataFrame:
 
 @table(by_router=("windows_beyond_chance",), tables=LOAD_TABLES)
 def diverged(data: Loads) -> pd.DataFrame:
-    """One row per router: in how many windows of steps the load differs by more than chance, since
-    which step (of IN_A_ROW windows in a row that do; empty without), and where it differs most."""
+    """One row per router: the number of windows of steps in which the load differs by more than
+    chance; the first step of IN_A_ROW such windows in a row, or empty; and the window in which the
+    load differs most."""
     rows = list[Row]()
-    for r, of in data.tables["windows"].groupby("router", sort=False):
-        beyond_W, most = of["beyond_chance"].to_numpy(bool), of["load_shift"].fillna(-1).argmax()
-        in_a_row = np.lib.stride_tricks.sliding_window_view(beyond_W, min(IN_A_ROW, len(of)))
-        runs = np.flatnonzero(in_a_row.all(1))
-        start = int(runs[0]) if len(runs) else len(of)
+    for _, frame in data.tables["windows"].groupby("router", sort=False):
+        W, beyond_W = len(frame), frame["beyond_chance"].to_numpy(bool)
+        in_a_row = np.lib.stride_tricks.sliding_window_view(beyond_W, min(IN_A_ROW, W)).all(1)
+        start = int(in_a_row.argmax()) if in_a_row.any() else W
+        most = frame.iloc[frame["load_shift"].fillna(-1).argmax()]
         row = {
-            "windows": len(of),
+            "layer": most["layer"],
+            "router": most["router"],
+            "windows": W,
             "windows_beyond_chance": int(beyond_W.sum()),
-            "since_step": of["first_step"].iloc[start] if len(runs) else pd.NA,
-            "windows_since": len(of) - start,
+            "since_step": frame["first_step"].iloc[start] if start < W else pd.NA,
+            "windows_since": W - start,
             "beyond_chance_since": int(beyond_W[start:].sum()),
         }
-        row |= {f"most_{name}": of[name].iloc[most] for name in WINDOW}
-        rows.append({"layer": of["layer"].iloc[0], "router": r, **row})
+        rows.append(row | {f"most_{name}": most[name] for name in WINDOW})
     return pd.DataFrame(rows, columns=list(DIVERGED_TYPES)).astype(DIVERGED_TYPES)
 
 
 def times_floor(data: Loads, r: int) -> float:
-    """How many times its floor the total variation of two loads must be to be beyond chance, at
-    ALPHA for all routers together. The fewer experts the load varies over, the more the distance
-    itself varies: over n (counted by how much each varies, as of two that share all tokens), it is
-    taken for a chi variable of n − 1 degrees of freedom."""
+    """Factor by which the total variation of two loads must exceed its floor to be beyond chance,
+    at ALPHA for all routers together. The fewer experts the load varies over, the more the distance
+    itself varies: it is taken for a chi variable of n − 1 degrees of freedom, where n is the
+    effective number of these experts, weighted by how much each varies."""
     k, load_E = data.a.routers[r].top_k, data.load_2E(r).sum(0)
     chosen_E = np.clip(k * load_E / max(load_E.sum(), 1), 0, 1)
     error_E = np.sqrt(chosen_E * (1 - chosen_E))
@@ -264,11 +264,8 @@ def load(data: Loads) -> pd.DataFrame:
     return frame
 
 
-MOST_NAMED = 4  # layers, or steps, in a sentence
-
-
 def shifted(data: Loads) -> Iterator[Finding]:
-    """Whether the load differs by more than chance; the headline."""
+    """The first line: whether the load differs by more than chance."""
     rows = data.tables["load_shift"].dropna(subset=["load_shift"])
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
@@ -283,9 +280,9 @@ def shifted(data: Loads) -> Iterator[Finding]:
     row = (beyond if n else rows).nlargest(1, "load_shift").iloc[0]
     r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor"]]
     moved, floor = shifts
-    whose = f"the load of {n} of {plural(len(rows), 'router')} differs" if n else "no load differs"
+    which = f"The load of {n} of {plural(len(rows), 'router')}" if n else "No load"
     text = (
-        f"{capital(whose)} by more than {data.chance}: up to {moved:.2%} of it moves, in layer "
+        f"{which} differs by more than {data.chance}: up to {moved:.2%} of it moves, in layer "
         f"{data.label(r)} (by chance {floor:.2%} on average, at most {limit.loc[row.name]:.2%} "
         "with this many tokens)."
     )
@@ -300,8 +297,8 @@ def shifted(data: Loads) -> Iterator[Finding]:
 
 
 def collapsed(data: Loads) -> Iterator[Finding]:
-    """Of counts, where no documents explain such a difference of the shares."""
-    found = list[Collapse]()
+    """Routers that are collapsed in one trace alone, if no documents explain the difference."""
+    beyond = list[Collapse]()
     for r, _ in data.pairs:
         load_2E = data.load_2E(r)
         tokens_2 = np.array([counts.tokens_of(x) for counts, x in data.sides(r)])
@@ -311,18 +308,19 @@ def collapsed(data: Loads) -> Iterator[Finding]:
             share = load_2E[:, one.expert].sum() / tokens_2.sum()
             error = math.sqrt(effect * share * (1 - share) * (1 / tokens_2).sum())
             if one.share - one.other_share > z_of(ALPHA / len(data.pairs)) * error:
-                found.append(one)
-    assumed = f"; {BEYOND_LONG_DOCUMENTS}"
-    yield from said_of_collapse(data, found, "" if data.documents_known else assumed)
+                beyond.append(one)
+    assumed = "" if data.documents_known else f"; {BEYOND_LONG_DOCUMENTS}"
+    yield from collapse_findings(data, beyond, assumed)
 
 
 def _severity(data: Loads, beyond: pd.DataFrame, shift: str) -> Severity:
-    """Severity of a difference of the load of these routers, which is beyond chance. Other text
-    exceeds the floor of independent tokens. shift: the column that says by how much."""
+    """Severity of a shift of the load of these routers, which is beyond chance. Without known
+    documents, a shift that other text may explain is a note. shift: the column of the shift."""
+    if not len(beyond):
+        return "good"
     moved = zip(beyond[shift], beyond[f"{shift}_floor"], strict=True)
-    if any(of[0] > of[1] if data.documents_known else beyond_documents(*of) for of in moved):
-        return "warning"
-    return "note" if len(beyond) else "good"
+    sure = data.documents_known or any(beyond_documents(*pair) for pair in moved)
+    return "warning" if sure else "note"
 
 
 def by_step(data: Loads) -> Iterator[Finding]:
@@ -362,17 +360,18 @@ def by_step(data: Loads) -> Iterator[Finding]:
 
 
 def _since(data: Loads, rows: pd.DataFrame) -> str:
-    steps, said = data.steps, list[str]()
-    for since, of in rows.groupby("since_step"):
-        first = since == steps.first_W[0]
-        start = f"the first {steps.unit}" if first else f"{steps.unit} {since:,}"
-        fewest, most = of["beyond_chance_since"].min(), of["beyond_chance_since"].max()
-        said.append(
-            f"from {start} on in {_layers(data, [*of['router']])} "
+    """The steps from which the load of routers differs, in words."""
+    steps, parts = data.steps, list[str]()
+    for since, frame in rows.groupby("since_step"):
+        is_first = since == steps.first_W[0]
+        start = f"the first {steps.unit}" if is_first else f"{steps.unit} {since:,}"
+        fewest, most = frame["beyond_chance_since"].min(), frame["beyond_chance_since"].max()
+        parts.append(
+            f"from {start} on in {_layers(data, [*frame['router']])} "
             f"({'at least ' if fewest < most else ''}{fewest:,} of the "
-            f"{plural(int(of['windows_since'].iloc[0]), 'window')} since)"
+            f"{plural(int(frame['windows_since'].iloc[0]), 'window')} since)"
         )
-    text = f"the load differs by more than {data.chance} {join_first(said, MOST_NAMED, '; ')}"
+    text = f"the load differs by more than {data.chance} {join_first(parts, MOST_NAMED, '; ')}"
     same = [r for r, _ in data.pairs if r not in set(rows["router"])]
     return f"{text}; not in {_layers(data, same)}" if same else text
 
@@ -381,37 +380,39 @@ def _layers(data: Loads, routers: list[int]) -> str:
     return layers_named([data.label(r) for r in routers], MOST_NAMED)
 
 
-def said_of_balance(data: Loads) -> Iterator[Finding]:
+def balances(data: Loads) -> Iterator[Finding]:
+    """How even the load of each trace is."""
     rows = data.tables["balance"].dropna(subset=["max_over_mean_a", "max_over_mean_b"])
     if not len(rows):
         return
-    said, values = list[str](), Row()
+    parts, values = list[str](), Row()
     for side in SIDES:
         ratio, dead = rows[f"max_over_mean_{side}"], int(rows[f"dead_experts_{side}"].sum())
         worst = data.label(int(rows["router"].iloc[ratio.argmax()]))
         chance = rows[f"expected_by_chance_{side}"].median()
         values |= {f"max_over_mean_{side}": ratio.median(), f"dead_experts_{side}": dead}
-        said.append(
+        parts.append(
             f"{side.upper()} has {ratio.median():.2f}x in the median layer (expected by chance: "
             f"{chance:.2f}x), {ratio.max():.2f}x in layer {worst}, and {plural(dead, 'expert')} "
             "without load"
         )
-    text = f"Load of the busiest expert ÷ mean load: {'; '.join(said)}."
+    text = f"Load of the busiest expert ÷ mean load: {'; '.join(parts)}."
     yield finding("balance", "note", text, **values)
 
 
 def counts_only(data: Loads) -> Iterator[Finding]:
     """That only the load is compared, and what that leaves open."""
-    of = [name for name, x in zip("AB", data.traces, strict=True) if x.counts_only]
+    names = [name for name, x in zip("AB", data.traces, strict=True) if x.counts_only]
     text = (
-        f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only: only loads are "
-        "compared, not decisions. It is unknown whether both saw the same text; different text "
+        f"{' and '.join(names)} {'hold' if len(names) > 1 else 'holds'} counts only: only loads "
+        "are compared, not decisions. It is unknown whether both saw the same text; different text "
         "changes the load too."
     )
     yield finding("counts_only", "note", text)
 
 
 def warnings(data: Loads) -> Iterator[Finding]:
+    """Why the counts of a trace are incomplete."""
     for side, report in zip(SIDES, data.reports, strict=True):
         if report.warning:
             text = f"{side.upper()}: {report.warning}."
@@ -420,7 +421,7 @@ def warnings(data: Loads) -> Iterator[Finding]:
 
 # in the order in which they are read
 CHECKS = (
-    *(shifted, collapsed, by_step, said_of_balance, counts_only, warnings),
+    *(shifted, collapsed, by_step, balances, counts_only, warnings),
     result.missing_layers,
 )
 
@@ -433,12 +434,14 @@ UNITS = {STEP: "steps", PASS: "forward passes"}
 
 @dataclass(frozen=True)
 class StepWindows:
+    """The load of two traces in windows of steps."""
+
     first_W: np.ndarray  # int64: the first and last step of each window
     last_W: np.ndarray
     load_2WE: dict[int, np.ndarray]  # int64, by router of A
     unit: str  # what a step is
     left_out: tuple[str, ...]  # of A and of B, the steps in no window, as text
-    why_none: str  # why there is no window, "" where there are
+    why_none: str  # why there is no window, or ""
 
     @property
     def units(self) -> str:
@@ -458,11 +461,11 @@ def step_windows(data: Loads) -> StepWindows:
     if why_none:
         units = [PASS]
     elif units[0] != units[1]:
-        of_a, of_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
-        why_none = f"A counts {of_a}, B {of_b}"
+        in_a, in_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
+        why_none = f"A counts {in_a}, B {in_b}"
     spans = [] if why_none else [_spans(trace) for trace in traces]
     first_W, last_W, windows = _windows(spans)
-    left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or ("", "")
+    left_out = tuple(_steps(x[w < 0]) for x, w in zip(spans, windows, strict=True)) or ("", "")
     if spans and not len(first_W):
         why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
     sizes = {r: traces[0].routers[r].experts for r, _ in pairs}
@@ -472,8 +475,8 @@ def step_windows(data: Loads) -> StepWindows:
     end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
     load_2WE = {r: np.zeros((2, W, E), np.int64) for r, E in sizes.items()}
     for side, window_N in enumerate(windows):
-        found = by_shard(traces[side], None, count_shard, data.reports[side].selection, BASE)
-        for w, counts in zip(window_N, found, strict=True):
+        parts = by_shard(traces[side], None, count_shard, data.reports[side].selection, BASE)
+        for w, counts in zip(window_N, parts, strict=True):
             for pair in pairs if w >= 0 else ():
                 load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
     return StepWindows(first_W[start_W], last_W[end_W], load_2WE, units[0], left_out, why_none)
@@ -485,7 +488,7 @@ def _spans(trace: Trace) -> np.ndarray:
     for shard in trace.shards:
         files = shard.files
         first = files.first_batch
-        if first is None:  # counts need not say it: after the shard before
+        if first is None:  # counts need not state it: it follows the shard before
             first = min(following.get(files.rank, int(trace.is_history)), files.last_batch)
         spans.append((first, files.last_batch, files.rank))
         following[files.rank] = files.last_batch + 1
@@ -493,24 +496,25 @@ def _spans(trace: Trace) -> np.ndarray:
 
 
 def _windows(spans: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """first_W, last_W, and of each trace the window of every shard, −1 for none. [N]"""
+    """first_W and last_W; and for each trace, the window of every shard, −1 for none. [N]"""
     every = np.concatenate([np.zeros((0, 3), np.int64), *spans])
     edges = np.unique(np.r_[every[:, 0], every[:, 1] + 1])
-    # an edge that lies within a shard of either trace is none of both
+    # an edge within a shard of either trace is not an edge of both
     within = np.zeros(len(edges) + 1, np.int64)
     np.add.at(within, np.searchsorted(edges, every[:, 0], "right"), 1)
     np.add.at(within, np.searchsorted(edges, every[:, 1], "right"), -1)
     edges = edges[within.cumsum()[:-1] == 0]
     steps_W = np.diff(edges)
-    whole_W, windows = np.ones(len(steps_W), bool), list[np.ndarray]()
-    for of in spans:
-        window_N = np.searchsorted(edges, of[:, 0], "right") - 1
-        found_W = np.zeros(len(steps_W), np.int64)
-        np.add.at(found_W, window_N, of[:, 1] - of[:, 0] + 1)
-        whole_W &= found_W == steps_W * len(np.unique(of[:, 2]))  # every rank has all steps
+    complete_W, windows = np.ones(len(steps_W), bool), list[np.ndarray]()
+    for first_N, last_N, rank_N in (x.T for x in spans):
+        window_N = np.searchsorted(edges, first_N, "right") - 1
+        recorded_W = np.zeros(len(steps_W), np.int64)
+        np.add.at(recorded_W, window_N, last_N - first_N + 1)
+        complete_W &= recorded_W == steps_W * len(np.unique(rank_N))  # every rank has all steps
         windows.append(window_N)
-    number_W = np.where(whole_W, whole_W.cumsum() - 1, -1)
-    return edges[:-1][whole_W], edges[1:][whole_W] - 1, [number_W[of] for of in windows]
+    number_W = np.where(complete_W, complete_W.cumsum() - 1, -1)
+    first_W, last_W = edges[:-1][complete_W], edges[1:][complete_W] - 1
+    return first_W, last_W, [number_W[window_N] for window_N in windows]
 
 
 def _steps(spans: np.ndarray) -> str:
