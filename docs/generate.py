@@ -98,6 +98,59 @@ def import_columns() -> str:
     return "\n".join(["| column | is |\n|---|---|", *rows])
 
 
+def manifest_keys() -> str:
+    """A row per key of trace.json."""
+    return _schema_table("trace_json")
+
+
+def shard_line_keys() -> str:
+    """A row per key of a line of shards-<rank>.jsonl."""
+    return _schema_table("shard_line")
+
+
+def _schema_table(name: str) -> str:
+    from moe_inspect.trace.schema import read_schema
+
+    schema = read_schema(name)
+    head = "| key | value | required | meaning |\n|---|---|---|---|"
+    return "\n".join([head, *_schema_rows(schema, schema)])
+
+
+def _schema_rows(owner: Any, schema: Any, prefix: str = "") -> Iterator[str]:
+    """Rows of the keys of `owner`, a part of `schema`."""
+    for name, key in owner["properties"].items():
+        required = "yes" if name in owner.get("required", []) else ""
+        yield f"| `{prefix}{name}` | {_allowed(key)} | {required} | {_text(key['description'])} |"
+        if "properties" in key:
+            yield from _schema_rows(key, schema, f"{prefix}{name}.")
+        if "items" in key:
+            item = schema["$defs"][key["items"]["$ref"].rpartition("/")[2]]
+            yield from _schema_rows(item, schema, f"{prefix}{name}[].")
+
+
+def _allowed(key: Any) -> str:
+    """Values that a key of a JSON Schema allows."""
+    values = [key["const"]] if "const" in key else key.get("enum", [])
+    if values:
+        return " or ".join(f"`{json.dumps(value)}`" for value in values)
+    types = [key["type"]] if isinstance(key["type"], str) else key["type"]
+    text = " or ".join(types)
+    if "64" in key.get("pattern", ""):
+        text += ", 64 hexadecimal digits"
+    if "minimum" in key:
+        bounds = [_integer(key[bound]) for bound in ("minimum", "maximum") if bound in key]
+        text += f", {' to '.join(bounds)}"
+    return text
+
+
+def _integer(value: int) -> str:
+    """`value`, as a power of two if it is a large one or the number before."""
+    exponent = (value + 1).bit_length() - 1
+    if value < 2**20 or value not in (2**exponent, 2**exponent - 1):
+        return str(value).replace("-", "−")
+    return f"2^{exponent}" if value == 2**exponent else f"2^{exponent} − 1"
+
+
 def check_kinds() -> str:
     """A row per kind of finding of `check`."""
     from moe_inspect.checking.kinds import KINDS
@@ -204,6 +257,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "importers": importers,
     "engine_variables": engine_variables,
     "import_columns": import_columns,
+    "manifest_keys": manifest_keys,
+    "shard_line_keys": shard_line_keys,
     "check_kinds": check_kinds,
     "columns": columns,
     "latency_errors_by": latency_errors_by,

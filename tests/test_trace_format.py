@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
+from docs.generate import fill
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.schema import Router
@@ -25,7 +26,7 @@ from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
 from tests.support.damage import edit_lines, without_checksums
 
-PAGE = (ROOT / "docs/trace-format.md").read_text(encoding="utf-8")
+PAGE = fill((ROOT / "docs/trace-format.md").read_text(encoding="utf-8"))
 SAMPLES = sorted(path.parent for path in (ROOT / "sample_traces").glob("*/trace.json"))
 ROUTERS = [Router(0, "a", "a", 8, 2), Router(1, "b", "b", 8, 2)]
 
