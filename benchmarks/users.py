@@ -79,7 +79,7 @@ def make(root: str, **shape: Any) -> None:
     import pyarrow as pa
 
     from moe_inspect.trace.schema import Router
-    from moe_inspect.trace.writer import TraceWriter
+    from moe_inspect.trace.writer import ShardLimits, TraceWriter
 
     made = Shape(**shape)
     routers = [
@@ -94,7 +94,7 @@ def make(root: str, **shape: Any) -> None:
         }
     )
     with TraceWriter(
-        root, {}, routers, vocabulary=words, shard_tokens=made.per_shard, **extras
+        root, {}, routers, vocabulary=words, limits=ShardLimits(made.per_shard), **extras
     ) as writer:
         for batch in batches(made):
             writer.write(batch)

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from benchmarks.measuring import ROOT, machine
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document, RoutedBatch, ShardLimits, TraceWriter
 
 L, E, K = 61, 256, 8
 BATCH_TOKENS = 500
@@ -49,7 +49,7 @@ def write(root: str, tokens_per_s: float, commit_every: float) -> None:
         listed,
         weights=False,
         vocabulary=words,
-        commit_every=commit_every,
+        limits=ShardLimits(commit_every=commit_every),
     ) as writer:
         began = time.monotonic()
         for n in range(10**6):

@@ -16,11 +16,17 @@ import pytest
 from moe_inspect.public import open_trace
 from moe_inspect.trace.merge import merge
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter, resume_point
+from moe_inspect.trace.writer import (
+    CountedBatches,
+    RoutedBatch,
+    ShardLimits,
+    TraceWriter,
+    resume_point,
+)
 from tests.support.damage import edit_lines
 from tests.support.sweep import WHOLE
 from tests.support.watched import committed, waited
-from tests.test_trace import ROUTERS, a_batch, written
+from tests.test_trace import ROUTERS, a_batch
 
 AT_ONCE = 1e-9  # seconds: after every batch
 TOKENS = 20
@@ -39,12 +45,15 @@ def some_batches(n: int = 7, group: int = 0) -> list[RoutedBatch]:
     return [replace(b, group=b.batch // group) for b in made] if group else made
 
 
-def writer(root: Path, **options: Any) -> TraceWriter:
-    return TraceWriter(root, {"model": {"id": "made"}}, ROUTERS, shard_tokens=60, **options)
+def writer(root: Path, commit_every: float | None = None, **options: Any) -> TraceWriter:
+    limits = ShardLimits(60, commit_every=commit_every)
+    return TraceWriter(root, {"model": {"id": "made"}}, ROUTERS, limits=limits, **options)
 
 
 def write(root: Path, batches: list[RoutedBatch], **options: Any) -> None:
-    written(root, batches, ROUTERS, shard_tokens=60, **options)
+    with writer(root, **options) as writes:
+        for batch in batches:
+            writes.write(batch)
 
 
 def rows(root: Path) -> list[pd.DataFrame]:
@@ -228,7 +237,9 @@ def counted(n: int, domains: int) -> CountedBatches:
 
 def test_counts_are_committed_as_they_come(tmp_path: Path) -> None:
     root, parts = tmp_path / "t", [counted(n, min(3, n + 1)) for n in range(5)]
-    with TraceWriter(root, {}, ROUTERS, counts_only=True, commit_every=AT_ONCE) as writer:
+    with TraceWriter(
+        root, {}, ROUTERS, counts_only=True, limits=ShardLimits(commit_every=AT_ONCE)
+    ) as writer:
         assert [*committed(root, writer, parts, 100)] == [1, 2, 3, 4, 5]
     trace = open_trace(root)
     assert [shard.files.tokens for shard in trace.shards] == [100] * 5

@@ -19,7 +19,7 @@ from moe_inspect.comparison.load_shift import _windows
 from moe_inspect.comparison.result import LOAD_TABLES
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import Trace, open_trace
-from moe_inspect.trace.writer import CountedBatches, TraceWriter
+from moe_inspect.trace.writer import CountedBatches, ShardLimits, TraceWriter
 from tests.conftest import Cli
 from tests.support.synthetic import routers, uniform_ids, write_counts, write_trace
 from tests.support.watched import waited
@@ -196,7 +196,7 @@ def history(root: Path, load: np.ndarray, every: int, training: bool = True, k: 
     manifest = {"model": {"id": "made"}, "capture": {"weights": False}}
     if training:
         manifest["training"] = {"every": 1}
-    options: dict[str, Any] = {"weights": False, "counts_only": True, "shard_tokens": 1}
+    options: dict[str, Any] = {"weights": False, "counts_only": True, "limits": ShardLimits(1)}
     with TraceWriter(root, manifest, routers(*load.shape[1:], k), **options) as writer:
         for first in range(0, len(load), every):
             part = load[first : first + every]

@@ -20,7 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import open_trace, report
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import TraceWriter, resume_point
+from moe_inspect.trace.writer import ShardLimits, TraceWriter, resume_point
 from tests.conftest import ROOT, Put
 from tests.support.damage import (
     changed_bytes,
@@ -126,7 +126,7 @@ def test_traces_without_checksums_are_fine(name: str, sound: Path, tmp_path: Pat
 def test_a_resumed_trace_goes_on_with_checksums(tmp_path: Path) -> None:
     for n, root in enumerate((tmp_path / "new", tmp_path / "t")):
         resume = resume_point(root) if n else None
-        with TraceWriter(root, {}, ROUTERS, shard_tokens=20, resume=resume) as writer:
+        with TraceWriter(root, {}, ROUTERS, limits=ShardLimits(20), resume=resume) as writer:
             writer.write(a_batch(np.random.default_rng(n), n, 20, ROUTERS))
         if not n:
             without_checksums(root, tmp_path / "t")

@@ -22,7 +22,7 @@ from moe_inspect.public import Trace, report
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.merge import MOST_NUMBER, Target
 from moe_inspect.trace.verify import Verification, verify
-from moe_inspect.trace.writer import Document, TraceWriter
+from moe_inspect.trace.writer import Document, ResumePoint, TraceWriter
 from tests.conftest import Cli
 from tests.support.damage import edit_manifest, with_a_bit_less, without_checksums
 from tests.support.synthetic import (
@@ -126,7 +126,7 @@ def test_each_rank_goes_behind_the_same_rank(tmp_path: Path) -> None:
                 ids = [uniform_ids(rng, 10, E, K) for _ in range(L)]
                 given = {"documents": [Document(rank, "text", "here", 10)]}
                 one = a_pass(0, ids, document=np.full(10, rank, np.int32), **given)
-                of = {"weights": False, "rank": rank, "lock": lock}
+                of = {"weights": False, "resume": ResumePoint(rank), "lock": lock}
                 with TraceWriter(tmp_path / name, {}, routers(L, E, K), **of) as writer:
                     writer.write(one)
     merged, _ = merged_of(tmp_path, "a", "b")

@@ -24,6 +24,7 @@ from moe_inspect.public import open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import run_edges
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+from moe_inspect.trace.writer.batches import SHARD_TOKENS, ShardLimits
 from tests.support.damage import disk_of, edit_manifest
 from tests.support.synthetic import a_pass, write_passes
 
@@ -47,9 +48,15 @@ def a_batch(
 
 
 def written(
-    root: Path, batches: Iterable[RoutedBatch], routers: list[Router], **options: Any
+    root: Path,
+    batches: Iterable[RoutedBatch],
+    routers: list[Router],
+    shard_tokens: int = SHARD_TOKENS,
+    shard_seconds: float = 60,
+    **options: Any,
 ) -> None:
-    with TraceWriter(root, {"model": {"id": "made"}}, routers, **options) as writer:
+    limits = ShardLimits(shard_tokens, shard_seconds)
+    with TraceWriter(root, {"model": {"id": "made"}}, routers, limits=limits, **options) as writer:
         for batch in batches:
             writer.write(batch)
 
@@ -136,7 +143,7 @@ def test_uncommitted_files_are_ignored_and_resume_deletes_them(tmp_path: Path) -
     assert (point.next_token, point.next_batch, point.shards) == (80, 4, 2)
     names = sorted(p.name for p in (tmp_path / "routing").iterdir())
     assert names == ["part-0-0.parquet", "part-0-1.parquet"]
-    with TraceWriter(tmp_path, {}, ROUTERS, resume=point, shard_tokens=40) as writer:
+    with TraceWriter(tmp_path, {}, ROUTERS, resume=point, limits=ShardLimits(40)) as writer:
         writer.write(a_batch(np.random.default_rng(2), 4, 20, ROUTERS))
     assert open_trace(tmp_path).n_tokens == 100
     assert (open_trace(tmp_path).tokens()["token"] == range(100)).all()
@@ -154,7 +161,7 @@ def test_a_group_is_committed_together_or_not_at_all(complete: bool, tmp_path: P
     """A prompt and what was generated from it: passes 0 to 2, and 3 to 5, of which the last is yet
     to come where a run is cut short."""
     rng = np.random.default_rng(3)
-    writer = TraceWriter(tmp_path / "t", {}, ROUTERS, shard_tokens=25)
+    writer = TraceWriter(tmp_path / "t", {}, ROUTERS, limits=ShardLimits(25))
     for n in range(6 if complete else 5):
         writer.write(replace(a_batch(rng, n, 20, ROUTERS), group=n // 3))
     writer.close("complete" if complete else "interrupted")

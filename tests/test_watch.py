@@ -31,7 +31,7 @@ from moe_inspect.reporting.render.heatmap import cells, extremes
 from moe_inspect.simulate.placement.plan import placed_over
 from moe_inspect.text import printable
 from moe_inspect.trace.header import TraceHeader
-from moe_inspect.trace.writer import TraceWriter, drop_after, resume_point
+from moe_inspect.trace.writer import ShardLimits, TraceWriter, drop_after, resume_point
 from moe_inspect.watch.follow import Follower, News, Piece
 from moe_inspect.watch.state import Plan, Watched, WatchOptions, WatchSession, hot_text
 from moe_inspect.watch.terminal import Screen, sparkline, status_line
@@ -113,7 +113,7 @@ def test_the_window_is_the_last_tokens(tmp_path: Path) -> None:
 def test_counts_are_followed_too(tmp_path: Path) -> None:
     root = tmp_path / "t"
     looks = Looks(root)
-    how = {"counts_only": True, "shard_tokens": 250, "commit_every": AT_ONCE}
+    how = {"counts_only": True, "limits": ShardLimits(250, commit_every=AT_ONCE)}
     with TraceWriter(root, {"capture": {"pid": os.getpid()}}, ROUTERS, **how) as open_writer:
         for n in range(5):
             open_writer.write(counted(n, 2))

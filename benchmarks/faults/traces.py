@@ -27,7 +27,7 @@ from moe_inspect.trace.manifest import process_start, read_manifest
 from moe_inspect.trace.output_dir import claim_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+from moe_inspect.trace.writer import Document, RoutedBatch, ShardLimits, TraceWriter, resume_point
 
 ROUTERS = [
     Router(0, "gate", "layers.0", 8, 2),
@@ -120,8 +120,7 @@ def _write(
         manifest(seed),
         ROUTERS,
         vocabulary=VOCABULARY,
-        shard_tokens=SHARD_TOKENS,
-        shard_seconds=shard_seconds,
+        limits=ShardLimits(SHARD_TOKENS, shard_seconds),
         **more,
     ) as writer:
         for batch in left:

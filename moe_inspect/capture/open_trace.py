@@ -33,12 +33,13 @@ from moe_inspect.trace.manifest import (
 from moe_inspect.trace.output_dir import check_directory, claim_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import (
-    SHARD_TOKENS,
     ResumePoint,
+    ShardLimits,
     TraceWriter,
     committed_counts,
     resume_point,
 )
+from moe_inspect.trace.writer.batches import SHARD_TOKENS
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,8 @@ class TraceOpener:
             counts_only=options.counts_only,
             by_document=options.by_document,
             vocabulary=vocabulary,
-            rank=ranks.rank,
-            resume=planned.resume,
-            shard_tokens=planned.shard_tokens,
-            commit_every=options.commit_every,
+            resume=planned.resume or ResumePoint(ranks.rank),
+            limits=ShardLimits(planned.shard_tokens, commit_every=options.commit_every),
             lock=lock,
         )
         ranks.publish("open", lock.holder)

@@ -118,7 +118,7 @@ def shifts(r: Recorded) -> Iterator[Finding]:
     windows = windows[:: -(-len(windows) // MOST_WINDOWS) or 1]
     found_at, at_T = list[tuple[int, int, float, int, int]](), np.arange(r.T)
     for begin, end in windows if len(windows) > 1 else ():
-        part = r.kept((at_T >= begin) & (at_T < end))
+        part = r.select((at_T >= begin) & (at_T < end))
         of = same_id(part.token_id_T, MOST_PAIRS)
         if len(of[0]) >= 2 * NEAR:
             p, shift, n = best_shift(part, of, 0)

@@ -354,7 +354,7 @@ def findings(r: Recorded, beside: by_text.Known | None = None) -> Iterator[Findi
         if beside is not None:
             known, usual_NL = beside
             beside = known.without_layers(left_L), usual_NL[:, ~left_L]
-        r = r.kept(~left_T).without_layers(left_L)
+        r = r.select(~left_T).without_layers(left_L)
     shifted = [*by_text.shifts(r)]
     yield from shifted
     if beside is not None and not shifted:

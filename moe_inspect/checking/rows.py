@@ -81,7 +81,7 @@ class Recorded:
         """The sequence of each token, from 0."""
         return np.repeat(np.arange(len(self.begin_S)), self.end_S - self.begin_S)
 
-    def kept(self, which_T: np.ndarray) -> Recorded:
+    def select(self, which_T: np.ndarray) -> Recorded:
         """Only these tokens. bool [T]"""
         if which_T.all():
             return self

@@ -99,7 +99,6 @@ def report(
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
     if not text and show.html is None:
         raise typer.BadParameter("--no-text is about the page: give it with --html")
-    from moe_inspect.public import open_trace
     from moe_inspect.public import report as make
     from moe_inspect.reporting.report import TABLES, check_table
     from moe_inspect.reporting.verdict.gate import breaches
@@ -117,9 +116,8 @@ def report(
         "scheduler": scheduler,
     }
     priced = {k: v for k, v in (times.keywords() | {"gpus": gpus}).items() if v is not None}
-    opened = open_trace(trace)
     with shown():
-        made = make(opened, times=priced, **settings)
+        made = make(trace, times=priced, **settings)
         _count(made, table, show, gates)
         failed = [f"failed: {line}" for line in breaches(made, gates)]
         if made.warning:

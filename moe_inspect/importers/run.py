@@ -22,7 +22,7 @@ from moe_inspect.trace.files.location import output_location
 from moe_inspect.trace.manifest import this_process
 from moe_inspect.trace.output_dir import check_directory, whole_trace
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import CountedBatches, RoutedBatch, ShardLimits, TraceWriter
 from moe_inspect.workers import Processes
 
 WORTH_BYTES = 2**26  # of files, from which on more processes are started to parse them
@@ -121,7 +121,8 @@ def _write(target: Path, overwrite: bool, manifest: Fields, imported: Imported) 
             **imported.extras,
             counts_only=imported.counts_only,
             vocabulary=imported.vocabulary,
-            shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
+            # no shards by age: the same files give the same trace
+            limits=ShardLimits(seconds=float("inf")),
             lock=lock,
         ) as writer,
     ):

@@ -26,7 +26,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document, RoutedBatch, ShardLimits, TraceWriter
 
 FOLDER = tempfile.TemporaryDirectory(prefix="generated-")  # removed when the process ends
 SHAPES = (((8, 2),) * 3, ((4, 1), (12, 3)), ((300, 2), (6, 5), (8, 2)), ((2, 1),))
@@ -77,7 +77,7 @@ def written(kind: Kind) -> Path:
     capture = {"mode": "tap", **({"drops": True} if kind.dropped else {})}
     root = Path(tempfile.mkdtemp(dir=FOLDER.name)) / "t"
     words = pa.table({"token_id": range(12), "token": [f" w{i}" for i in range(12)]})
-    options: dict[str, Any] = {"vocabulary": words, "shard_tokens": kind.shard_tokens}
+    options: dict[str, Any] = {"vocabulary": words, "limits": ShardLimits(kind.shard_tokens)}
     options |= {name: getattr(kind, name) for name in ("weights", "logits", "norms")}
     options["dropped_experts"] = kind.dropped
     norms = [rng.integers(1, 256, ids.shape).astype(np.float32) for ids, *_ in choices]

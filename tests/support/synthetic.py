@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from moe_inspect.public import Trace, open_trace
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import CountedBatches, Document, ResumePoint, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer.batches import SHARD_TOKENS, ShardLimits
 
 
 def routers(L: int, E: int, k: int) -> list[Router]:
@@ -70,7 +71,7 @@ def write_trace(
         weights=weights is not None,
         logits=logits is not None,
         vocabulary=pa.table(vocabulary) if tokens else None,
-        shard_tokens=shard_tokens,
+        limits=ShardLimits(shard_tokens),
     )
     seen: set[int] = set()
     for b in batch_order if batch_order is not None else range(-(-T // batch_tokens)):
@@ -128,11 +129,14 @@ def write_passes(
     root: Path,
     listed: Sequence[Router],
     passes: Iterable[RoutedBatch | CountedBatches],
+    shard_tokens: int = SHARD_TOKENS,
+    rank: int = 0,
     **options: Any,
 ) -> Trace:
     """A trace of these passes, without weights."""
     manifest = {"model": {"id": "synthetic"}, "capture": {}, **options.pop("manifest", {})}
-    options = {"weights": False, **options}
+    options = {"weights": False, "limits": ShardLimits(shard_tokens), **options}
+    options.setdefault("resume", ResumePoint(rank))
     with TraceWriter(root, manifest, listed, **options) as writer:
         for one in passes:
             writer.write(one)

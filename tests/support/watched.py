@@ -23,6 +23,7 @@ import pyarrow as pa
 from moe_inspect.public import Trace
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer.batches import SHARD_TOKENS, ShardLimits
 from tests.support.synthetic import a_pass, routers
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "<b>", "\x1b[31m"]
@@ -45,12 +46,20 @@ def batches(layers: int, experts: int, n: int) -> Iterator[RoutedBatch]:
         yield a_pass(b, ids, token_id=token_id, document=document, documents=documents)
 
 
-def writer(root: Path, layers: int, experts: int, **options: Any) -> TraceWriter:
+def writer(
+    root: Path,
+    layers: int,
+    experts: int,
+    shard_tokens: int = SHARD_TOKENS,
+    commit_every: float | None = None,
+    **options: Any,
+) -> TraceWriter:
     capture: dict[str, Any] = {"mode": "tap", "dtype": "float32", "host": socket.gethostname()}
     capture |= {"pid": os.getpid(), "process_start": process_start(os.getpid())}
     listed = [replace(r, slot_order="weight") for r in routers(layers, experts, K)]
     vocabulary = pa.table({"token_id": range(len(WORDS)), "token": [f" {w}" for w in WORDS]})
     manifest = {"model": {"id": "made"}, "capture": capture}
+    options["limits"] = ShardLimits(shard_tokens, commit_every=commit_every)
     return TraceWriter(root, manifest, listed, weights=False, vocabulary=vocabulary, **options)
 
 

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def _identity(filesystem: Filesystem, path: str) -> tuple[int | None, str]:
 
 
 @contextmanager
-def _local_file(path: str) -> Iterator[BufferedReader]:
+def _local_file(path: str) -> Iterator[io.BufferedReader]:
     """A local file for reading. MoeInspectError if it is no regular file, or cannot be read."""
     try:
         with open_regular(path) as file:

@@ -32,7 +32,7 @@ from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import is_running, process_start
 from moe_inspect.trace.output_dir import remove_trace, stored_bytes
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document, RoutedBatch, ShardLimits, TraceWriter
 
 LOOK_S = 2.0  # between two looks at the size of the trace
 IDLE_S = 0.2  # between two looks at the worker, and at what is committed, while nothing comes
@@ -347,7 +347,7 @@ class Traces:
             logits=self.about["logits"],
             physicals=self.about["physicals"],
             vocabulary=vocabulary,
-            commit_every=COMMIT_S,
+            limits=ShardLimits(commit_every=COMMIT_S),
         )
         print_stderr(f"moe-inspect: recording what the engine routes in {path}")
         return writer

@@ -224,15 +224,15 @@ class ReportData:
 
 
 def once(function: Callable[[ReportData], Result]) -> Callable[[ReportData], Result]:
-    """A function of ReportData that runs once per report: its result is kept in `made`."""
+    """A function of ReportData that runs once per report: `made` holds its result."""
 
     @wraps(function)
-    def kept(data: ReportData) -> Result:
+    def run_once(data: ReportData) -> Result:
         if function not in data.made:
             data.made[function] = function(data)
         return data.made[function]
 
-    return kept
+    return run_once
 
 
 def worst_of(rows: Iterable[Row]) -> Row | None:

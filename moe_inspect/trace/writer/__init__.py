@@ -30,12 +30,11 @@ from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles, committed_shards
 from moe_inspect.trace.writer import tables
 from moe_inspect.trace.writer.batches import (
-    SHARD_SECONDS,
-    SHARD_TOKENS,
     CountedBatches,
     Document,
     PendingShard,
     RoutedBatch,
+    ShardLimits,
 )
 from moe_inspect.trace.writer.tables import vocabulary_bytes, write_shard
 
@@ -45,6 +44,7 @@ class ResumePoint:
     """What a rank has committed, and the numbers of the next shard, token and batch. `slot_orders`:
     router → the order of its slots in what is written."""
 
+    rank: int = 0
     shards: int = 0
     next_token: int = 0
     next_batch: int = 0
@@ -82,8 +82,9 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
                 file.unlink()
     slot_orders = {r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])}
     if not shards:
-        return ResumePoint(slot_orders=slot_orders)
+        return ResumePoint(rank, slot_orders=slot_orders)
     return ResumePoint(
+        rank,
         shards=shards[-1].index + 1,
         next_token=shards[-1].last_token + 1,
         next_batch=shards[-1].last_batch + 1,
@@ -117,15 +118,15 @@ Groups = dict[str, Sequence[Callable[[], pa.Table]]]  # table → what makes eac
 
 
 class TraceWriter:
-    """Writes a new trace at `root`, or appends to one that `resume_point` prepared.
+    """Writes a new trace at `root`, or appends to one that `resume_point` prepared. `resume` names
+    the rank too, if there are several.
 
     `write` may block (back-pressure) and re-raises the background thread's exception, as a
     MoeInspectError where the user can fix it (a full disk). Leaving the `with` block by
     KeyboardInterrupt or any other exception closes the trace as "interrupted". The writer holds the
     trace's lock until then, unless the caller holds it and passes it as `lock`.
 
-    `commit_every`: seconds after which pending batches become a shard, however small, so that the
-    trace can be read while it is written. `extras`: what the trace has too: logits=True, or the
+    `extras`: what the trace has too: logits=True, or the
     name of any of `schema.OPTIONAL_GLOSSARY`."""
 
     def __init__(
@@ -137,20 +138,17 @@ class TraceWriter:
         weights: bool = True,
         counts_only: bool = False,
         vocabulary: pa.Table | None = None,
-        rank: int = 0,
-        shard_tokens: int = SHARD_TOKENS,
-        shard_seconds: float = SHARD_SECONDS,
-        queue_batches: int = QUEUE_BATCHES,
-        commit_every: float | None = None,
+        limits: ShardLimits | None = None,
         resume: ResumePoint | None = None,
         lock: Lock | None = None,
         **extras: bool,
     ):
         if unknown := extras.keys() - schema.OPTIONAL_GLOSSARY.keys() - {"logits"}:
             raise TypeError(f"a trace has no {unknown.pop()}")
-        self.root, self.rank = output_location(root), rank
-        self.logits = extras.get("logits", False)
         start = resume or ResumePoint()
+        self.root, self.rank = output_location(root), start.rank
+        self.limits = limits or ShardLimits()
+        self.logits = extras.get("logits", False)
         by_values = not counts_only and (weights or self.logits)
         self.routers = [  # with the order of what is written already, else the one that is known
             replace(router, slot_order=start.slot_orders[r])
@@ -163,7 +161,7 @@ class TraceWriter:
         for name in facts:
             columns |= schema.OPTIONAL_GLOSSARY[name]
         self.next_shard = start.shards
-        self.next_token = start.next_token or rank * schema.RANK_STRIDE
+        self.next_token = start.next_token or self.rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
         self.dropped = 0  # decisions that the recorder made but could not hand over
         self.unlinked = 0  # sequences that began because what they continue was not recorded
@@ -188,9 +186,9 @@ class TraceWriter:
             "counts": self._totals(),
         }
         self.header = TraceHeader(self.root, self.manifest)
-        self._pending = PendingShard(shard_tokens, shard_seconds)
-        self._shard_list = self.root / f"shards-{rank}.jsonl"
-        self._commit_every, self._last_commit = commit_every, time.monotonic()
+        self._pending = PendingShard(self.limits)
+        self._shard_list = self.root / f"shards-{self.rank}.jsonl"
+        self._last_commit = time.monotonic()
         self._error: BaseException | None = None
         self._lock = lock or hold(self.root)
         self._release = self._lock.release if lock is None else lambda: None
@@ -200,7 +198,7 @@ class TraceWriter:
         except BaseException:
             self._release()
             raise
-        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
+        self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(QUEUE_BATCHES)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
         self._thread.start()
 
@@ -315,8 +313,9 @@ class TraceWriter:
         before and while it waits."""
         while True:
             closed, wait_s = self._pending.of_closed_groups(), None
-            if self._commit_every is not None and closed:
-                wait_s = max(0.0, self._last_commit + self._commit_every - time.monotonic())
+            if self.limits.commit_every is not None and closed:
+                due = self._last_commit + self.limits.commit_every
+                wait_s = max(0.0, due - time.monotonic())
             try:
                 if wait_s != 0:
                     return self._queue.get(timeout=wait_s)

@@ -132,11 +132,22 @@ SHARD_SECONDS = 60.0  # age at which a shard is committed: decisions of a slow m
 CONTINUED = 8
 
 
+@dataclass(frozen=True)
+class ShardLimits:
+    """When pending batches become a shard: before a batch would make it larger than `tokens`, and
+    before a batch that comes after `seconds`. `commit_every`: seconds after which they become one
+    without waiting for a batch, so that the trace can be read while it is written; None: never."""
+
+    tokens: int = SHARD_TOKENS
+    seconds: float = SHARD_SECONDS
+    commit_every: float | None = None
+
+
 class PendingShard:
     """`batches` of decisions, all of which become one shard."""
 
-    def __init__(self, shard_tokens: int, shard_seconds: float):
-        self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
+    def __init__(self, limits: ShardLimits):
+        self.limits = limits
         self._clear()
 
     def _clear(self) -> None:
@@ -184,9 +195,9 @@ class PendingShard:
     def is_due(self, batch: RoutedBatch, times: int = 1) -> bool:
         """Whether the shard would grow too large with `batch`, or has waited too long."""
         return (
-            self._tokens + len(batch.token_id) > times * self.shard_tokens
+            self._tokens + len(batch.token_id) > times * self.limits.tokens
             or self._bytes + batch.nbytes > times * SHARD_BYTES
-            or time.monotonic() - self._since > times * self.shard_seconds
+            or time.monotonic() - self._since > times * self.limits.seconds
         )
 
 
