@@ -211,28 +211,6 @@ def _error(row: Any) -> str:
     return f"{row['imbalance_error_median']:.3f} / {row['imbalance_error_p90']:.3f}"
 
 
-def users() -> str:
-    """A row per command that `benchmarks.users` has measured: CPU seconds of whole processes."""
-    folder = Path(__file__).parent.parent / "benchmarks/results"
-    path = folder / "users-intel-xeon-processor-2-cores.json"
-    whose = ("ours", "before", "polars", "duckdb", "pyarrow")
-    head = ("trace", "command", "CPU s", "MiB", "before", "Polars", "DuckDB", "reading alone")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for label, of in json.loads(path.read_text(encoding="utf-8"))["measured"].items():
-        trace, _, command = label.partition(": moe-inspect ")
-        for part in ("{a}", "{b}"):
-            command = command.replace(f" {part}", "")
-        cells = [trace, f"`{command.replace('{out}', 'FILE')}`"]
-        for who in whose:
-            same = next((name for name in of if name.startswith(f"{who}, ")), None)
-            cell = f"{of[who]['cpu_s']:.2f}" if who in of else ""
-            cells.append(f"{cell} ({of[same]['cpu_s']:.2f})" if same else cell)
-            if who == "ours":
-                cells.append(f"{of[who]['peak_memory_mib']:.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def engine_cost() -> str:
     """A row per way to record inside vLLM that `benchmarks.engine` has measured."""
     folder = Path(__file__).parent.parent / "benchmarks/results"
@@ -262,7 +240,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "check_kinds": check_kinds,
     "columns": columns,
     "latency_errors_by": latency_errors_by,
-    "users": users,
     "engine_cost": engine_cost,
 }
 
