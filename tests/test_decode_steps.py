@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
+from moe_inspect.capture.hook.inputs import PassInputs
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import Put
 from tests.support.families import build

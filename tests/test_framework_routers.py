@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_inspect.capture.hook.inputs.arguments import by_name
+from moe_inspect.capture.hook.arguments import by_name
 from moe_inspect.model.custom import spec as frameworks
 from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.find import sites_given

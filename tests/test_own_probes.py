@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import moe_inspect
 from moe_inspect.capture.hook import probes
-from moe_inspect.capture.hook.inputs.arguments import by_name
+from moe_inspect.capture.hook.arguments import by_name
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
 from tests.support import own

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, func, nn
 
 import moe_inspect
+from moe_inspect.capture.hook.arguments import length_of, mask_of
 from moe_inspect.capture.hook.experts import TAKEN
-from moe_inspect.capture.hook.inputs.arguments import length_of, mask_of
-from moe_inspect.capture.hook.inputs.rows import CachedRows
+from moe_inspect.capture.hook.numbering import CachedRows
 from moe_inspect.capture.rows import RouterRows, ShownRouter, by_site, stored_values
 from moe_inspect.errors import MoeInspectError
 from tests.support.families import FAMILIES, NO_INTERFACE, build, handed_over, moe_layers, shallow

@@ -455,15 +455,19 @@ def test_a_copied_cache_of_transformers_begins_a_sequence(model: Any, tmp_path: 
 
 @torch.no_grad()
 def test_a_recording_that_begins_in_the_middle(tmp_path: Path) -> None:
-    """Of a model that keeps its cache to itself; then it goes on with its own sequence."""
+    """Of a model that keeps its cache to itself; then it continues its own sequences. What is
+    merged counts them all."""
     model, feed = with_own_cache("start_pos")
     feed(IDS[:, :4], 0, None)
-    with traced(model, tmp_path / "t") as fed:
-        for at in (4, 5, 6):
-            feed(IDS[:, at : at + 1], at, None)
-        feed(IDS[:1], 0, None)
-    assert texts_of(agreed(tmp_path / "t", fed)) == [*(row[4:7] for row in ROWS), ROWS[0]]
-    assert unlinked(tmp_path / "t") == 2
+    for name, row in zip("ab", ROWS, strict=True):
+        with traced(model, tmp_path / name) as fed:
+            for at in (4, 5, 6):
+                feed(IDS[:, at : at + 1], at, None)
+            feed(torch.tensor([row]), 0, None)
+        assert texts_of(agreed(tmp_path / name, fed)) == [*(ids[4:7] for ids in ROWS), row]
+        assert unlinked(tmp_path / name) == 2
+    moe_inspect.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    assert unlinked(tmp_path / "both") == 4
 
 
 @pytest.mark.parametrize("kind", ["copied", "preallocated"])

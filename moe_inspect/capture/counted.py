@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
+from moe_inspect.capture.hook.inputs import PassInputs
+from moe_inspect.capture.hook.numbering import CallInputs, Rows
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.capture.rows import Group, RouterRows, TakenPass
 from moe_inspect.errors import MoeInspectError

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.corpus.tokenize import Tokenizer
-from moe_inspect.capture.hook.inputs.arguments import POSITIONS, cache_among
-from moe_inspect.capture.hook.inputs.rows import Rows
+from moe_inspect.capture.hook.arguments import POSITIONS, cache_among
+from moe_inspect.capture.hook.numbering import Rows
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import OwnModel, positions_of

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.counted import Counted, Totals
-from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, joined
+from moe_inspect.capture.hook.inputs import PassInputs
+from moe_inspect.capture.hook.numbering import CallInputs, Rows, joined
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.rows import ShownRouter, TakenPass, stored_values

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_
 from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.model.custom.spec import RouterSpec
 
-# (args, kwargs) of the model's call → any of `hook.inputs.arguments.KEYS`
+# (args, kwargs) of the model's call → any of `hook.arguments.KEYS`
 InputsOf = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 T = TypeVar("T")

@@ -17,11 +17,11 @@ import torch
 
 from moe_inspect.capture.counted import Counted, Totals
 from moe_inspect.capture.hand_over import HandOver
+from moe_inspect.capture.hook.arguments import CallReader
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.experts import mode_of
-from moe_inspect.capture.hook.inputs.arguments import CallReader
-from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import Rows
+from moe_inspect.capture.hook.inputs import PassInputs
+from moe_inspect.capture.hook.numbering import Rows
 from moe_inspect.capture.hook.stack import Sinks, Stack
 from moe_inspect.capture.open_trace import Planned, TraceOpener
 from moe_inspect.capture.options import RecordOptions

@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.hook.arguments import CallReader
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.inputs.arguments import CallReader
-from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import Rows
+from moe_inspect.capture.hook.inputs import PassInputs
+from moe_inspect.capture.hook.numbering import Rows
 from moe_inspect.capture.open_trace import ALTERED
 from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.rows import Rows
+from moe_inspect.capture.hook.numbering import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site
 from moe_inspect.trace.reader import Trace

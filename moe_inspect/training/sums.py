@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moe_inspect.capture.hook.arguments import CallReader, mask_of
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.inputs.arguments import CallReader, mask_of
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.stack import Sinks, router_at
 from moe_inspect.capture.options import InputsOf

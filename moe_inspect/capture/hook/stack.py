@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.kernels import Tape
+from moe_inspect.capture.hook.numbering import CallInputs, Rows
 from moe_inspect.capture.rows import Calls, CallsOfSite, RouterRows, ShownRouter, TakenPass, by_site
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.choices import called_with

@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_inspect.capture.hook.inputs import arguments
-from moe_inspect.capture.hook.inputs.arguments import CallReader, cache_among, tensors_in
-from moe_inspect.capture.hook.inputs.rows import (
+from moe_inspect.capture.hook import arguments
+from moe_inspect.capture.hook.arguments import CallReader, cache_among, tensors_in
+from moe_inspect.capture.hook.numbering import (
     CachedRows,
     CallInputs,
     Keys,
     Labels,
+    Origin,
     Rows,
     SequenceNumbers,
     Sequences,
@@ -32,19 +33,8 @@ from moe_inspect.capture.hook.inputs.rows import (
 from moe_inspect.trace.schema import PHASES
 
 if TYPE_CHECKING:
-    from moe_inspect.capture.hook.inputs.arguments import Given
+    from moe_inspect.capture.hook.arguments import Given
     from moe_inspect.model.choices import Args, Kwargs
-
-
-class Origin(NamedTuple):
-    """What a call of a stack continues: `before`, None for nothing or what was not recorded, and
-    how many positions its cache holds. The others are fields of `CallInputs`."""
-
-    before: CachedRows | None = None
-    past: int = 0
-    by_position: bool = False
-    resumes: bool = False
-    is_unlinked: bool = False
 
 
 class PassInputs:
@@ -113,7 +103,7 @@ class PassInputs:
         if (call := self._calls.get(stack)) is not None:
             self._outputs.append((call, output))
             cache = cache_among(_values(output)) if call.S > 1 else None
-            if cache is not None or (call.S > 1 and call.by_position):
+            if cache is not None or (call.S > 1 and call.origin.by_position):
                 # nothing else may hold it any more once drafts have been taken back for the last
                 # time; a prompt's is not kept alive
                 may_be_drafts = call.after.length > call.S or call.asked > 1
@@ -151,7 +141,7 @@ class PassInputs:
     def _settle(self, following: Rows | CallInputs | None) -> None:
         """The next pass was read, or there is none."""
         for call, _ in self._unsettled:
-            if isinstance(following, CallInputs) and following.before is call.after:
+            if isinstance(following, CallInputs) and following.origin.before is call.after:
                 call.following = following
             call.is_settled = True
         self._unsettled = []
@@ -184,15 +174,12 @@ class PassInputs:
             mask_BS,
             position,
             labels,
-            origin.before,
+            origin,
             CachedRows(origin.past + S),
             stack,
             copied,
             order,
             keys,
-            by_position=origin.by_position,
-            resumes=origin.resumes or bool(given.get("resumes")),
-            is_unlinked=origin.is_unlinked,
             asked=keep if isinstance(keep := given.get("logits_to_keep"), int) else 0,
         )
 
@@ -229,7 +216,8 @@ class PassInputs:
         before = next(iter(holders.values())) if len(holders) == 1 else None
         if given.get("position_ids") is not None or not tensors:
             last = self._uncached.get(stack)
-            return Origin(before or last, by_position=True, resumes=bool(tensors))
+            resumes = bool(tensors) or bool(given.get("resumes"))
+            return Origin(before or last, by_position=True, resumes=resumes)
         past = before.length if before is not None else 0
         return Origin(before, past, resumes=True, is_unlinked=before is None)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs
+from moe_inspect.capture.hook.numbering import CachedRows, CallInputs
 from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in

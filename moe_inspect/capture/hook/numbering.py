@@ -100,6 +100,24 @@ class CachedRows:
     taken: int = 0
 
 
+class Origin(NamedTuple):
+    """What a call of a stack continues.
+
+    before        of its cache, or what the encoder read; None for nothing, or for what was not
+                  recorded
+    past          how many positions its cache holds
+    by_position   only its positions tell whether it continues `before`
+    resumes       it reads a cache that holds something, or was told where in the model's own cache
+                  it begins
+    is_unlinked   it continues something that was not recorded"""
+
+    before: CachedRows | None = None
+    past: int = 0
+    by_position: bool = False
+    resumes: bool = False
+    is_unlinked: bool = False
+
+
 class Keys(NamedTuple):
     """What identifies the sequences of a pass, where that is not their batch row. `of_tokens` int
     [2, B, S]: the key of its sequence before and after each token; None: the batch row."""
@@ -124,16 +142,12 @@ class CallInputs:
     mask_BS: Tensor | None
     position: Tensor | None  # [B, S] or [S]; None: they continue what came before
     labels: Labels
-    before: CachedRows | None  # what it continues: of its cache, or what the encoder read
+    origin: Origin
     after: CachedRows
     stack: str = ""
     copied: torch.cuda.Event | None = None  # the CUDA event after which the copies are complete
     order: np.ndarray | None = None  # the token b·S + s of each row; None: row b·S + s
     keys: Keys = NO_KEYS
-    by_position: bool = False  # only its positions tell whether it continues `before`
-    # it reads a cache that holds something, or was told where in the model's own cache it begins
-    resumes: bool = False
-    is_unlinked: bool = False  # it continues something that was not recorded
     asked: int = 0  # of how many tokens the logits were asked for: those but the first are drafts
     is_settled: bool = True  # False while tokens may be taken back from the cache
     following: CallInputs | None = None  # the next pass, where it may take tokens back
@@ -210,11 +224,11 @@ class SequenceNumbers:
         row_N, position_N, keys_2N, starts_N = _segments(call, real_BS, position_BS)
         by_key = call.keys.places
         state, is_unlinked = _state_before(call)
-        may_be_unlinked = call.resumes and (call.by_position or by_key is not None)
+        may_be_unlinked = call.origin.resumes and (call.origin.by_position or by_key is not None)
         after = call.after.state = _state_after(state, row_N, position_N, starts_N)
         draft_N = _drafts(call, real_BS, row_N, position_N)
         starts_N[1:] |= draft_N[1:] & ~draft_N[:-1]
-        is_resumed = _rolled_back_to(call.before, call) is not None
+        is_resumed = _rolled_back_to(call.origin.before, call) is not None
         new: dict[int, Document] = {}
         numbers: list[tuple[int, int, int, int]] = []  # of each segment
         first_N = np.flatnonzero(starts_N)
@@ -234,26 +248,26 @@ class SequenceNumbers:
         ):
             previous, is_lost = previous if b == row else None, False
             if by_key is not None:
-                origin, of_document, previous = self._set(by_key, key, None), True, None
+                place, of_document, previous = self._set(by_key, key, None), True, None
             elif previous is None:
-                origin = state.place(b)
-                is_taken = origin is not None and origin.last == TAKEN and p > 0
-                of_document = not call.by_position or is_draft or is_taken
+                place = state.place(b)
+                is_taken = place is not None and place.last == TAKEN and p > 0
+                of_document = not call.origin.by_position or is_draft or is_taken
             else:
-                origin, of_document = previous, is_draft or p > previous.last
+                place, of_document = previous, is_draft or p > previous.last
             goes_on = (
-                origin is not None
-                and origin is not previous
+                place is not None
+                and place is not previous
                 and not is_draft
-                and (p == origin.last + 1 or (is_resumed and origin.first < p <= origin.last))
+                and (p == place.last + 1 or (is_resumed and place.first < p <= place.last))
             )
-            if origin is not None and goes_on:
-                document, sequence, domain = origin[:3]
+            if place is not None and goes_on:
+                document, sequence, domain = place[:3]
                 continued_rows.append(b)
             else:
                 sequence, self._sequences = self._sequences, self._sequences + 1
-                if origin is not None and of_document:
-                    document, domain = origin.document, origin.domain
+                if place is not None and of_document:
+                    document, domain = place.document, place.domain
                 else:
                     document, domain = self._document(call, b, new)
                     begin = p if by_key is not None else position_BS[b, 0]
@@ -266,12 +280,12 @@ class SequenceNumbers:
                 after.numbers_B3[b] = previous[:3]
                 if by_key is not None:
                     self._set(by_key, key_after, previous)
-                is_on = (goes_on and p > 0) or (is_lost and call.resumes)
+                is_on = (goes_on and p > 0) or (is_lost and call.origin.resumes)
                 phase = _phase(call, is_on, last - p, bool(draft_N.any()))
             numbers.append((document, sequence, domain, phase))
         if call.stack == "encoder":
             after.last_B[:] = -1  # its decoder's positions begin at 0
-        self._take(call.before, continued_rows)
+        self._take(call.origin.before, continued_rows)
         of_segments_4G = np.array(numbers, np.int32).reshape(-1, 4).T
         numbers_4N = np.repeat(of_segments_4G, end_N + 1 - first_N, axis=1)
         tokens = np.bincount(numbers_4N[0, ~draft_N], minlength=self._documents)
@@ -343,11 +357,11 @@ def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int
 def _state_before(call: CallInputs) -> tuple[Places, bool]:
     """Return how far the sequence of each batch row had come before the pass, and whether the pass
     continues sequences that are unknown."""
-    before, is_unlinked = call.before, call.is_unlinked
+    before, is_unlinked = call.origin.before, call.origin.is_unlinked
     if before is not None and before.state is not None:
         if len(before.state.last_B) == call.B:
             return before.state._replace(last_B=before.state.last_B - before.taken), is_unlinked
-        is_unlinked |= not call.by_position  # rows of the cache were repeated or left out
+        is_unlinked |= not call.origin.by_position  # rows of the cache were repeated or left out
     return Places(np.full((call.B, 3), -1), *np.full((2, call.B), -1)), is_unlinked
 
 
@@ -382,7 +396,7 @@ def _rolled_back_to(before: CachedRows | None, call: CallInputs) -> np.ndarray |
     """[B]: the first position of each row, where a model that keeps its cache to itself is told to
     go on within what the pass before has fed, or behind it. None elsewhere."""
     state = before.state if before is not None else None
-    if not (call.by_position and call.resumes and call.S) or state is None:
+    if not (call.origin.by_position and call.origin.resumes and call.S) or state is None:
         return None
     if len(state.last_B) != call.B:
         return None
