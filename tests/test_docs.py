@@ -1,4 +1,5 @@
-"""The site builds without a warning, and holds what it takes from the program."""
+"""The site builds without a warning, and holds what it takes from the program: in `make test-all`,
+as the build takes long and runs nothing of the program but its help."""
 
 from __future__ import annotations
 
@@ -15,8 +16,10 @@ import moe_inspect
 from moe_inspect.analysis.metrics.registry import listing
 from moe_inspect.importers.context import formats
 from tests.conftest import ROOT
+from tests.support.sweep import WHOLE
 
 pytest.importorskip("sphinx", reason="the extra docs")
+pytestmark = pytest.mark.skipif(not WHOLE, reason="the whole site is built: make test-all")
 
 
 @pytest.fixture(scope="module")

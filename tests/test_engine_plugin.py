@@ -193,7 +193,9 @@ def test_a_trace_holds_what_the_schedule_computed(
         sources = {name for name in expected.source if zlib.crc32(name.encode()) < 2**31}
         assert 2 < len(sources) < expected.source.nunique() - 2
         expected = numbered(expected[expected.source.isin(sources)])
-    check(recorded(Path(trace.path)), expected, text="TEXT" not in how)
+    found = recorded(Path(trace.path))
+    assert ("logits" in found) == ("LOGITS" in how)
+    check(found, expected, text="TEXT" not in how)
     _, counts = recorder.rows.counted()
     assert (counts.view(engine.load_LE.shape).numpy() == engine.load_LE).all()
     check_facts(trace, engine, expected, how)

@@ -93,6 +93,9 @@ def test_a_known_time_by_hand() -> None:
         return replace(kernel, constants=constants | some).predict(np.array([[1, 17]]), shape)[0]
 
     assert with_only(launch_ms=0.5) == 0.5
+    of_sizes = {"hidden": 1.0, "inter": 0.5, "experts": 0.064}
+    for name, ms in of_sizes.items():
+        assert with_only(**{f"launch_ms_per_1k_{name}": 1.0}) == ms
     assert with_only(weights_ms_per_gb=1.0) == pytest.approx(2 * 1.5e6 * 2 / 1e9)
     assert with_only(tile1_ms_per_tflop=1.0) == pytest.approx(18 * 2 * 1.5e6 / 1e12)
     assert with_only(tile16_ms_per_tflop=1.0) == pytest.approx(48 * 2 * 1.5e6 / 1e12)

@@ -370,7 +370,7 @@ def runs(inputs: dict[str, Any]) -> Runs:
     return Runs(inputs)
 
 
-@pytest.mark.parametrize(("command", "option"), sample(CASES, 3))
+@pytest.mark.parametrize(("command", "option"), sample(CASES, 5))
 def test_an_option_has_an_effect(
     command: str,
     option: str,

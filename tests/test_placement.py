@@ -125,7 +125,7 @@ def test_local_search_finds_the_lightest_where_all_are_tried(E: int, gpus: int, 
 @pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
 def test_local_search_on_mixtral(model: str) -> None:
     files = [json.loads(file.read_text()) for file in (FIDDLER / model).glob("*.json")]
-    for load_E in sample(np.sum([of["expert_popularity"] for of in files], axis=0), 4):
+    for load_E in sample(np.sum([of["expert_popularity"] for of in files], axis=0), 16):
         for slots, gpus in ((12, 4), (8, 4), (24, 8)):
             no_worse(load_E, Layout(slots, gpus))
 

@@ -3,7 +3,6 @@ it says of itself. What a capacity drops, against a brute force that serves one 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_inspect import Trace, open_trace
+from moe_inspect import Trace
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.simulate.routing_algorithms import ALGORITHMS, Algorithm, RouterScores, largest
@@ -81,14 +80,6 @@ def test_top_p_sums_in_double_precision():
             assert ALGORITHMS["top-p"].choose(made, p + 1e-6)[t].sum() == k
 
 
-def test_expert_choice_gives_ties_to_the_first_tokens():
-    made = batch(np.random.default_rng(0).integers(0, 3, (200, 8)))
-    best_TE = np.argsort(-made.scores_TE, axis=0, kind="stable")[:50]
-    expected = np.zeros((200, 8), bool)
-    np.put_along_axis(expected, best_TE, True, 0)
-    assert (choose(ALGORITHMS["expert choice"], made) == expected).all()
-
-
 def with_logits(root: Path, logits_TE: np.ndarray, k: int, document: np.ndarray) -> Trace:
     logits_TE = logits_TE.astype(np.float16)
     ids = np.argsort(-logits_TE, axis=1, kind="stable")[:, :k].astype(np.uint16)
@@ -110,19 +101,11 @@ def test_more_compute_is_no_better_balance(tmp_path: Path):
     assert any("no causal algorithm with the same compute balances" in s for s in made.verdict)
 
 
-def test_expert_choice_evens_the_collapsed_layer_and_keeps_four_fifths_of_the_mass():
-    made = simulate_routing(ROOT / "sample_traces/collapsed", layers=3)
-    table = made.tables["routing"].set_index("algorithm")
-    assert table.loc["as recorded", "max_vio"] > 1.8
-    assert table.loc["expert choice", "max_vio"] < 0.2
-    assert table.loc["expert choice", "mass_retained"] >= 0.8
-    own = table.loc["as recorded", ["mass_retained", "agreement"]]
-    assert own.tolist() == pytest.approx([1, 1], abs=1e-6)
-    assert made.chart is not None
-    labels = made.chart.panels[-1].y.labels
+def test_the_chart_says_which_algorithms_are_not_causal():
+    chart = simulate_routing(ROOT / "sample_traces/collapsed", layers=3).chart
+    assert chart is not None
+    labels = chart.panels[-1].y.labels
     assert [name for name in labels if "not causal" in name] == ["expert choice (not causal)"]
-    # the logits are those that chose, but for ties in float16
-    assert table.loc["top-k 2", "agreement"] > 0.99
 
 
 def test_without_logits_the_drops_remain_and_a_line_says_what_the_rest_needs(tmp_path: Path):
@@ -138,17 +121,6 @@ def test_without_logits_the_drops_remain_and_a_line_says_what_the_rest_needs(tmp
     assert made.verdict[:-1] == among.verdict[: len(made.verdict) - 1]
     for name, table in made.tables.items():
         pd.testing.assert_frame_equal(table, among.tables[name])
-
-
-def test_scoring_is_the_routers_own():
-    trace = open_trace(ROOT / "sample_traces/balanced")
-    own = simulate_routing(trace, algorithms=["top-k"], layers=0).tables["routing"]
-    trace.routers[0] = replace(trace.routers[0], scoring="sigmoid")
-    other = simulate_routing(trace, algorithms=["top-k"], layers=0).tables["routing"]
-    assert (own["max_vio"] == other["max_vio"]).all()  # the order is the same
-    assert (own["mass"] > other["mass"]).all()  # the sigmoid is flatter
-    scores = batch(np.zeros((1, 4)), scoring="sigmoid").scores_TE
-    assert scores.tolist() == [[0.5] * 4]
 
 
 @pytest.mark.parametrize("wrong", [np.inf, np.nan])

@@ -199,6 +199,22 @@ def test_counts_by_document_are_priced_once(tmp_path: Path, constants: Path, lea
     assert bool(claimed) == (step["p"] < 0.01) == bool(leaning)
 
 
+def test_a_block_of_documents_without_load_has_that_of_all(tmp_path: Path, constants: Path):
+    """Of router 1 one document of two has counts: all steps of the router are of that one's."""
+    load_UE = np.array([[90, 50, 30, 10, 8, 6, 4, 2]] * 2)
+    of_router = [load_UE, load_UE * [[1], [0]]]
+    rows = [
+        {"layer": layer, "document": d, "domain": "text", "expert": e, "count": n}
+        for layer, of_UE in enumerate(of_router)
+        for (d, e), n in np.ndenumerate(of_UE)
+        if n or layer == 0
+    ]
+    trace = counts_by_document(tmp_path / "t", pd.DataFrame(rows))
+    made = placed(trace, constants, batch_tokens=[4_096])
+    ms = made.tables["imbalance_layers"]["ms"]
+    assert ms[1] == pytest.approx(ms[0], rel=0.02)
+
+
 def test_chance_of_a_plan_is_that_of_its_slots(tmp_path: Path, constants: Path):
     """Experts with two replicas have twice the load, as the plan expects: chance is no busier."""
     loads = [np.array([[2, 2, 2, 2, 1, 1, 1, 1]]) * 10_000]

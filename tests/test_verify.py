@@ -24,6 +24,7 @@ from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_line, edit_lines, edit_manifest, restate, with_a_bit_less
 from tests.support.families import build
+from tests.support.generated import Kind, written
 from tests.support.synthetic import counts_by_document, write_counts
 from tests.support.zoo import token_batch
 
@@ -207,6 +208,13 @@ def test_the_sample_traces_are_fine(name: str):
     found = verify(ROOT / "sample_traces" / name)
     assert found.ok, found
     assert any("logits" in line for line in found.checked)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_weights_are_said_to_be_checked_where_they_are_recorded(recorded: bool):
+    rules = verify(written(Kind(weights=recorded))).checked
+    assert any(rule.startswith("weights finite") for rule in rules) == recorded
+    assert ("no weights recorded" in rules) != recorded
 
 
 def test_the_command(cli_here: Cli, copied: Path):
