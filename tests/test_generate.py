@@ -92,20 +92,18 @@ def test_sampling_goes_by_its_seed(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("counts_only", [False, True])
 def test_cut_short_and_resumed_is_as_if_nothing_happened(
-    counts_only: bool, whole: moe_inspect.Trace, place: Path, tmp_path: Path, monkeypatch: Any
+    counts_only: bool, whole: moe_inspect.Trace, place: Path, tmp_path: Path
 ) -> None:
     """Counts are those of the decisions."""
-    chosen, calls = feed.chosen, [0]
+    passes = list[int]()
 
-    def interrupted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 40:
+    def interrupted(tokens: int, total: int | None) -> None:
+        passes.append(tokens)
+        if len(passes) == 10:
             raise KeyboardInterrupt
-        return chosen(*args)
 
-    monkeypatch.setattr(feed, "chosen", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        traced(place, tmp_path / "t", counts_only=counts_only)
+        traced(place, tmp_path / "t", counts_only=counts_only, progress=interrupted)
     cut = moe_inspect.open_trace(tmp_path / "t")
     assert cut.status == "interrupted"
     assert cut.n_tokens < whole.n_tokens
