@@ -151,10 +151,9 @@ def decode() -> Rates:
 def placement() -> Rates:
     """Evaluation: the load of every expert in every window, and the GPUs that every token
     reaches."""
-    from moe_inspect.simulate.kernels_numba import count_windows
     from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
     from moe_inspect.simulate.placement.policies import Layout, shares
-    from moe_inspect.simulate.placement.windows import reached
+    from moe_inspect.simulate.placement.windows import reached, window_loads
 
     window_T = np.arange(TOKENS) // 4096
     for E, k in SHAPES:
@@ -163,7 +162,7 @@ def placement() -> Rates:
         plan = shares(POLICIES["local-search"](load_E, layout), E, 4)
 
         def sweep(ids_KT: np.ndarray = ids_KT, plan: np.ndarray = plan, E: int = E) -> None:
-            count_windows(ids_KT, window_T, np.zeros((16, E), np.int64))
+            window_loads(ids_KT, window_T, E)
             reached([plan], ids_KT)
 
         yield f"placement, a plan evaluated, kernel, {k} of {E}", rate(sweep, TOKENS), 20

@@ -13,7 +13,6 @@ import yaml
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import open_trace, report
-from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
 from moe_inspect.simulate.placement.policies import Layout, colocated, eplb, shares
 from moe_inspect.simulate.placement.search import (
@@ -24,7 +23,7 @@ from moe_inspect.simulate.placement.search import (
     kriging,
     variogram,
 )
-from moe_inspect.simulate.placement.windows import reached, table_of
+from moe_inspect.simulate.placement.windows import reached, window_loads
 from moe_inspect.simulate.result import Simulation
 from tests.conftest import ROOT, Cli
 from tests.support.drift import CASES, drifting, mean_over_windows
@@ -130,27 +129,21 @@ def test_local_search_on_mixtral(model: str) -> None:
             no_worse(load_E, Layout(slots, gpus))
 
 
-def test_the_loops_equal_their_references() -> None:
+def test_gpus_reached_and_loads_of_windows_are_those_of_their_formulas() -> None:
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
     ids_KT[2, ::7] = -1
     share_EG = shares(eplb(np.array(WEIGHT_LE[0]), Layout(16, 8, 2, 4)), 12, 8)
     expected = sum((1 - (1 - share_EG[ids[ids >= 0]]).prod(0)).sum() for ids in ids_KT.T)
-    assert kernels_numba.reached_sparse(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
-    assert reached([share_EG], ids_KT) == [pytest.approx(expected)]
-    miss_EG = np.vstack([1 - share_EG, np.ones(8)])
-    two = kernels_numba.reached_dense(ids_KT, np.hstack([miss_EG, np.ones((13, 8))]), 8)
-    assert two.tolist() == [pytest.approx(expected), 0]
-    alone_EG = np.eye(20)[np.arange(12) % 6]  # each expert on one GPU of many: the sparse way
+    assert reached([share_EG, np.zeros((12, 8))], ids_KT) == [pytest.approx(expected), 0]
+    alone_EG = np.eye(200)[np.arange(12) % 6]  # each expert on one GPU, of more than a sweep takes
     gpus_T = [{e % 6 for e in ids_KT[:, t] if e >= 0} for t in range(300)]
-    alone = [sum(map(len, gpus_T))]
-    assert reached([alone_EG], ids_KT) == alone
+    assert reached([alone_EG] * 2, ids_KT) == [sum(map(len, gpus_T))] * 2
     # in one sweep, and in more than one, as each by itself
     plans = [np.roll(share_EG, n, 0) for n in range(20)]
     assert reached(plans, ids_KT) == [reached([plan], ids_KT)[0] for plan in plans]
-    window_T, load_WE = rng.integers(0, 5, 300), np.zeros((5, 12), np.int64)
-    kernels_numba.count_windows(ids_KT, window_T, load_WE)
-    for w, load_E in enumerate(load_WE):
+    window_T = np.sort(rng.integers(0, 5, 300))
+    for w, load_E in enumerate(window_loads(ids_KT, window_T, 12)):
         ids = ids_KT[:, window_T == w]
         assert load_E.tolist() == np.bincount(ids[ids >= 0], minlength=12).tolist()
 

@@ -1,7 +1,7 @@
 """The loops over every assignment, compiled by numba.
 
 T tokens, K slots, E experts, G groups, F capacity factors, P phases or positions, B batch sizes, W
-words of 64 experts. Of a placement: G GPUs (or nodes), C (expert, GPU) pairs, W windows.
+words of 64 experts. Of a placement: G GPUs (or nodes).
 """
 
 from __future__ import annotations
@@ -264,12 +264,10 @@ def _bits(word):
 
 
 @njit(nogil=True, cache=True)
-def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndarray:
-    """The sum over decisions of the GPUs each is expected to reach, Σ_t Σ_g 1 − Π_k (1 − share), by
-    plan, `gpus` columns of miss_EG each. ids_KT: experts, −1 for none; miss_EG: 1 − the share of
-    each expert's load, by GPU, float32, and a last row of ones for slots that routed nowhere. Goes
-    through all GPUs without a branch: faster on few GPUs, and on more where experts are
-    replicated."""
+def reached(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndarray:
+    """Sum over decisions of the GPUs that each is expected to reach, Σ_t Σ_g 1 − Π_k (1 − share),
+    of each plan. ids_KT: experts, −1 for none; miss_EG: 1 − the share of each expert's load, by
+    GPU, float32, `gpus` columns per plan, and a last row of ones for slots that routed nowhere."""
     K, T = ids_KT.shape
     nowhere, columns = len(miss_EG) - 1, miss_EG.shape[1]
     miss_G, missed_G = np.empty(columns, np.float32), np.zeros(columns)
@@ -285,56 +283,6 @@ def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndar
     for g in range(columns):
         missed_N[g // gpus] += missed_G[g]
     return T * gpus - missed_N
-
-
-@njit(nogil=True, cache=True)
-def reached_sparse(ids_KT, sole_E, start_E, gpu_C, share_C, gpus):  # type: ignore[no-untyped-def]
-    """The same from a table of the GPUs of each expert (`table_of` in placement/windows.py):
-    quicker where each expert is on one GPU, or there are very many GPUs."""
-    K, T = ids_KT.shape
-    sure_G, maybe_G = np.full(gpus, -1, np.int64), np.full(gpus, -1, np.int64)
-    miss_G, total = np.zeros(gpus), 0.0
-    for t in range(T):
-        count = split = 0
-        for k in range(K):
-            e = ids_KT[k, t]
-            if e < 0:
-                continue
-            g = sole_E[e]
-            if g < 0:
-                split += 1
-            elif sure_G[g] != t:
-                sure_G[g] = t
-                count += 1
-        total += count
-        if split == 0:
-            continue
-        for k in range(K):
-            e = ids_KT[k, t]
-            if e < 0 or sole_E[e] >= 0:
-                continue
-            for c in range(start_E[e], start_E[e + 1]):
-                g = gpu_C[c]
-                if sure_G[g] == t:
-                    continue
-                if maybe_G[g] != t:
-                    maybe_G[g] = t
-                    miss_G[g] = 1.0
-                # the chance that this expert is the first to reach the GPU
-                total += miss_G[g] * share_C[c]
-                miss_G[g] *= 1.0 - share_C[c]
-    return total
-
-
-@njit(nogil=True, cache=True)
-def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
-    """Adds the assignments of each window to load_WE. ids_KT: experts, −1 for none."""
-    K, T = ids_KT.shape
-    for k in range(K):
-        for t in range(T):
-            e = ids_KT[k, t]
-            if e >= 0:
-                load_WE[window_T[t], e] += 1
 
 
 # --- routing algorithms, on the tokens and experts of a batch
@@ -431,18 +379,6 @@ def choose_of_columns(values_TE, kth_E, room_E, chosen_TE):  # type: ignore[no-u
             equal = (values_TE[t, e] == kth_E[e]) & (room_E[e] > 0)
             chosen_TE[t, e] = (values_TE[t, e] > kth_E[e]) | equal
             room_E[e] -= equal
-
-
-@njit(nogil=True, cache=True)
-def subtract_highest(values_TE):  # type: ignore[no-untyped-def]
-    """Makes each value how far it is below its row's highest."""
-    E = values_TE.shape[1]
-    for t in range(len(values_TE)):
-        highest = values_TE[t, 0]
-        for e in range(E):
-            highest = values_TE[t, e] if values_TE[t, e] > highest else highest
-        for e in range(E):
-            values_TE[t, e] -= highest
 
 
 @njit(nogil=True, cache=True)

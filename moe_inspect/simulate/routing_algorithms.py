@@ -33,9 +33,8 @@ class RouterScores:
     @cached_property
     def below_TE(self) -> np.ndarray:
         """How far the logits are below each token's highest. float32"""
-        below_TE = self.logits_TE.astype(np.float32)
-        kernels.subtract_highest(below_TE)
-        return below_TE
+        logits_TE = self.logits_TE.astype(np.float32)
+        return logits_TE - logits_TE.max(1, keepdims=True)
 
     @cached_property
     def scores_TE(self) -> np.ndarray:

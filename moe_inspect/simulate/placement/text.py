@@ -370,7 +370,7 @@ def _by_layer(whole: Frame, policies: list[str], label_of: Labels, title: str) -
     x = np.arange(len(wide.columns), dtype=float)
     n = len(policies)
     dots = [
-        spec.Points(x + (i - (n - 1) / 2) * 0.7 / n, ratio_PL[i], name, spec.SERIES[i])
+        spec.Points(x + (i - (n - 1) / 2) * 0.7 / n, ratio_PL[i], name, spec.look(i)[0])
         for i, name in enumerate(policies)
     ]
     return spec.Panel((spec.Rule(1), *dots), layers, spec.log_axis(BUSIEST, ratio_PL), title)

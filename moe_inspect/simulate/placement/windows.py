@@ -28,9 +28,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 WINDOWS = 16
-# up to this number of GPUs, going through all of them beats looking up those that have a replica;
-# up to an eighth of it, if no expert has several replicas
-DENSE = 128
+SWEPT_GPUS = 128  # of several plans, in one sweep over the decisions
 
 Key = TypeVar("Key")
 Reached = dict[tuple[int, str], tuple[float, float]]  # GPUs and nodes, by (router, policy)
@@ -160,11 +158,18 @@ def _loads(
     found = dict[tuple[int, int], np.ndarray]()
     for r, ids_KT, window_T in decisions(shard, selection, windows):
         if len(window_T):
-            first, last = int(window_T[0]), int(window_T[-1])
-            load_WE = np.zeros((last - first + 1, shard.trace.routers[r].experts), np.int64)
-            kernels_numba.count_windows(ids_KT, window_T - first, load_WE)
+            first, E = int(window_T[0]), shard.trace.routers[r].experts
+            load_WE = window_loads(ids_KT, window_T - first, E)
             found |= {(r, first + w): load_E for w, load_E in enumerate(load_WE)}
     return found
+
+
+def window_loads(ids_KT: np.ndarray, window_T: np.ndarray, E: int) -> np.ndarray:
+    """Assignments of each expert in each window. int64 [W, E]. Windows rise; an id of −1 is a slot
+    that routed nowhere."""
+    W, cell_T = int(window_T[-1]) + 1, window_T * (E + 1) + 1
+    counts = sum(np.bincount(cell_T + ids_T, minlength=W * (E + 1)) for ids_T in ids_KT)
+    return np.reshape(counts, (W, E + 1))[:, 1:]
 
 
 def ranks_reached(every: Iterable[PlacementPlans]) -> Reached:
@@ -207,27 +212,13 @@ def _reached(
 
 
 def reached(plans: Sequence[np.ndarray], ids_KT: np.ndarray) -> list[float]:
-    """The sum over decisions of the GPUs reached under each plan, given as the shares [E, G].
-    Takes the quicker of two ways; one sweep over the decisions takes plans of up to DENSE GPUs."""
-    gpus = plans[0].shape[1]
-    several = any(((share_EG > 0).sum(1) > 1).any() for share_EG in plans)
-    if gpus > (DENSE if several else DENSE // 8):
-        return [
-            kernels_numba.reached_sparse(ids_KT, *table_of(share_EG), gpus) for share_EG in plans
-        ]
-    found = list[float]()
-    for first in range(0, len(plans), DENSE // gpus):
-        miss_EG = 1 - np.hstack(plans[first : first + DENSE // gpus])
+    """Sum over decisions of the GPUs reached under each plan, given as the shares [E, G]. One sweep
+    over the decisions takes plans of SWEPT_GPUS, or one plan."""
+    gpus, found = plans[0].shape[1], list[float]()
+    at_once = max(1, SWEPT_GPUS // gpus)
+    for first in range(0, len(plans), at_once):
+        miss_EG = 1 - np.hstack(plans[first : first + at_once])
         # the last row: a slot that routed nowhere
         miss_EG = np.vstack([miss_EG, np.ones(miss_EG.shape[1])]).astype(np.float32)
-        found += kernels_numba.reached_dense(ids_KT, miss_EG, gpus).tolist()
+        found += kernels_numba.reached(ids_KT, miss_EG, gpus).tolist()
     return found
-
-
-def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For `reached_sparse`: sole_E int64 (the one GPU that has the expert, else −1),
-    and the GPUs of the others: start_E [E + 1], gpu_C, share_C."""
-    sole_E = np.where((share_EG > 0).sum(1) == 1, share_EG.argmax(1), -1)
-    expert_C, gpu_C = np.nonzero(share_EG * (sole_E < 0)[:, None])
-    start_E = np.searchsorted(expert_C, np.arange(len(share_EG) + 1))
-    return sole_E, start_E, gpu_C, share_EG[expert_C, gpu_C]
