@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import machine, write_results
-from moe_inspect.capture.engine.rows import Rows
+from moe_inspect.capture.engine.rows import EngineRows
 from moe_inspect.capture.engine.sender import Sender
 from moe_inspect.capture.engine.settings import Settings
-from moe_inspect.capture.engine.step import Step
+from moe_inspect.capture.engine.step import Schedule
 from moe_inspect.capture.engine.steps import StepRecorder
 from moe_inspect.demo import MODEL_DIR
 
@@ -63,7 +63,7 @@ def serve(steps: int, settings: Settings) -> dict[str, Any]:
         "device": "cpu",
         **vars(settings),
     }
-    rows = Rows((L, 64, K), E, True, torch.device("cpu"), compiled=False)
+    rows = EngineRows((L, 64, K), E, torch.device("cpu"), ["logits"])
     recorder = StepRecorder(rows, settings, partial(Sender, about=about))
     told = recorder.link._told  # type: ignore[attr-defined]
     while "pid" not in told:
@@ -82,16 +82,18 @@ def serve(steps: int, settings: Settings) -> dict[str, Any]:
         recorder.after_step(
             AT_ONCE,
             ended,
-            lambda names=requests, of=positions: Step(
-                names, range(AT_ONCE + 1), [1] * AT_ONCE, (), (), tokens, of
+            lambda names=requests, positions=positions: (
+                Schedule(names, range(AT_ONCE + 1), [1] * AT_ONCE),
+                tokens,
+                positions,
             ),
         )
-        while recorder.taken - recorder.sent > WAITING:
+        while recorder.queue.nbytes > WAITING:
             time.sleep(0.01)
         if n + 1 in at:
             of = {"worker_mib": peak("self"), "writer_mib": peak(told["pid"])}
             measured.append({"steps": n + 1, **of})
-    counted = int(rows.counted()[1].sum())
+    counted = int(rows.load.so_far()[1].sum())
     recorder.close()
     while Path(f"/proc/{told['pid']}").exists():  # it closes the trace
         time.sleep(0.1)

@@ -191,7 +191,7 @@ def _launch_kernels(device: torch.device) -> None:
     import torch
 
     from moe_inspect.capture import rows
-    from moe_inspect.capture.engine.rows import Rows
+    from moe_inspect.capture.engine.rows import EngineRows
     from moe_inspect.capture.hook import kernels
 
     E, K, H = 256, 8, 512
@@ -206,9 +206,7 @@ def _launch_kernels(device: torch.device) -> None:
     y_SH = torch.randn(T * K, H, device=device).bfloat16()
     for norms in (None, torch.empty(T, K, device=device)):
         kernels.combine(y_SH, ids, weights, grouped, y_SH.dtype, E, None, norms)
-    kept = Rows((1, T, K), E, False, device)
-    kept.keep(0, ids, weights, weights)
-    kept.take(T, T, None, kept.every, kept.every)
+    EngineRows((1, T, K), E, device, compiled=True).keep(0, ids, weights, weights)
 
 
 # --- as text

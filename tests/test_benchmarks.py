@@ -26,7 +26,7 @@ from benchmarks.gpu.devices import Cpu
 from benchmarks.gpu.engine import engine
 from benchmarks.gpu.models import models
 from benchmarks.gpu.sizes import DRY
-from moe_inspect.capture.engine import rows
+from moe_inspect.capture.engine.rows import Load
 from moe_inspect.capture.hook import kernels
 from tests.conftest import ROOT
 from tests.support.sweep import WHOLE
@@ -104,13 +104,14 @@ def test_wrong_kernels_are_found(tmp_path: Path) -> None:
 
 
 def test_wrong_rows_of_an_engine_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, bench = rows.take_torch, Bench(Cpu(), DRY, False, float("inf"), {}, [], [], [])
+    bench = Bench(Cpu(), DRY, False, float("inf"), {}, [], [], [])
     engine(bench)
     assert bench.failures == []
-    monkeypatch.setattr(rows, "take_torch", lambda of, n, *more: right(of, n - 1, *more))
+    add = Load.add
+    monkeypatch.setattr(Load, "add", lambda load, ids: add(load, ids[:, :-1]))
     engine(bench)
     assert [what.partition(",")[0] for what in bench.failures] == ["counts of replayed graphs"]
-    monkeypatch.setattr(rows, "keep_torch", lambda to_ids, *more: None)
+    monkeypatch.setattr(kernels, "record", lambda *given: None)
     engine(bench)
     assert any(what.startswith("rows taken behind a replayed graph") for what in bench.failures)
 

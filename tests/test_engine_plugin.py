@@ -27,9 +27,9 @@ import pytest
 import torch
 
 from moe_inspect import Trace, merge
-from moe_inspect.capture.engine import rows
+from moe_inspect.capture.engine.rows import EngineRows
 from moe_inspect.capture.engine.settings import Settings, variable
-from moe_inspect.capture.engine.steps import Rows
+from moe_inspect.capture.hook import kernels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
@@ -48,6 +48,7 @@ from tests.support.engines import (
 )
 from tests.support.sweep import WHOLE, sample
 
+CPU = torch.device("cpu")
 L, E, K, T = 4, 8, 2, 64  # of the bundled model; T: rows of the buffer
 
 
@@ -162,10 +163,10 @@ def test_a_trace_holds_what_the_schedule_computed(
             engine.map_LP = engine.spread(how["replicas"])
 
     def stepped(*given: Any, **named: Any) -> None:
-        before, rows = recorder.dropped, len(engine.rows)
+        before, rows = recorder.queue.dropped, len(engine.rows)
         step(*given, **named)
-        if recorder.dropped > before:  # a step as a whole
-            assert recorder.dropped - before == (len(engine.rows) - rows) * engine.shape[0]
+        if recorder.queue.dropped > before:  # a step as a whole
+            assert recorder.queue.dropped - before == (len(engine.rows) - rows) * engine.shape[0]
             dropped.add(engine.steps)
         assert tell("status")["queued_bytes"] <= float(how.get("QUEUE_MB", 256)) * 1e6
         if code == "triton" or draw.random() < 0.3:
@@ -196,8 +197,8 @@ def test_a_trace_holds_what_the_schedule_computed(
     found = recorded(Path(trace.path))
     assert ("logits" in found) == ("LOGITS" in how)
     check(found, expected, text="TEXT" not in how)
-    _, counts = recorder.rows.counted()
-    assert (counts.view(engine.load_LE.shape).numpy() == engine.load_LE).all()
+    _, counts = recorder.rows.load.so_far()
+    assert (counts == engine.load_LE).all()
     check_facts(trace, engine, expected, how)
 
 
@@ -208,7 +209,7 @@ def check_facts(trace: Trace, engine: Engine, expected: pd.DataFrame, how: dict[
     told = "engine", engine.package, engine.rank, "float32", "cpu", "float16"
     assert tuple(capture[name] for name in facts) == told
     assert capture["versions"][engine.package] == "0"
-    assert counts["dropped"] == engine.recorder.dropped
+    assert counts["dropped"] == engine.recorder.queue.dropped
     assert counts["decisions"] == len(expected) * len(trace.routers) == trace.n_decisions
     assert {(r.experts, r.top_k) for r in trace.routers} == {engine.shape[1:]}
     known = "shape" not in how  # the model, by transformers
@@ -346,7 +347,7 @@ def test_counts_are_exact_at_any_time(start: Callable[..., Any]) -> None:
 
     def ask() -> None:
         while not ended.wait(0.0005):
-            tokens, counts = engine.recorder.rows.counted()
+            tokens, counts = engine.recorder.rows.load.so_far()
             found.append((tokens, int(counts.sum())))
 
     asking, often = threading.Thread(target=ask), sys.getswitchinterval()
@@ -358,22 +359,9 @@ def test_counts_are_exact_at_any_time(start: Callable[..., Any]) -> None:
     asking.join()
     sys.setswitchinterval(often)
     assert all(counts == tokens * L * K for tokens, counts in found)
-    tokens, counts = engine.recorder.rows.counted()
+    tokens, counts = engine.recorder.rows.load.so_far()
     assert tokens == 300 * 50
-    assert (counts.view(L, E).numpy() == engine.load_LE).all()
-
-
-def test_what_cannot_be_counted_is_in_no_count(start: Callable[..., Any]) -> None:
-    T = rows.COUNT_AT
-    engine = start(Vllm, METRICS=1, TRACE=None, T=T)
-    engine.step(span("a", 0, T))
-    engine.on = False
-    right, engine.route = engine.route, lambda n, logits: right(n, logits[: T - (n == 2)])
-    engine.step(span("a", 0, T), padding=0)
-    said = engine.command("status")["error"]
-    assert said.endswith(f"{T} tokens not counted: a router returned ({T - 1}, 2), not ({T}, 2)")
-    tokens, counts = engine.recorder.rows.counted()
-    assert (tokens, int(counts.sum())) == (T, T * L * K)
+    assert (counts == engine.load_LE).all()
 
 
 def test_drafts_that_are_judged_when_the_writer_has_ended_are_dropped(
@@ -402,7 +390,8 @@ def test_memory_is_bounded_by_what_is_live(start: Callable[..., Any]) -> None:
         assert state["queued_bytes"] <= 20_000
         assert state["decisions"] + state["dropped"] == 151 * 2 * L
         assert (state["dropped"] == 0) == takes
-        assert max(len(recorder._live), len(recorder._ended), len(recorder._skipped)) < 20
+        sample = recorder.sample
+        assert max(map(len, (sample._recorded, sample._ended, sample._skipped))) < 20
 
 
 def test_of_a_step_only_what_is_recorded_stays_in_memory(start: Callable[..., Any]) -> None:
@@ -414,8 +403,8 @@ def test_of_a_step_only_what_is_recorded_stays_in_memory(start: Callable[..., An
     engine.chosen, engine.rows = [], []
     gc.collect()
     assert not any(of() is not None for of in engine.logits_seen)
-    step = engine.recorder.queue.get()
-    assert all(len(t) == 1 for ids, weights, *_ in step.rows[-1] for t in (ids, weights))
+    (step,) = engine.recorder.queue.take()
+    assert all(values.shape[1] == 1 for (values,) in step.taken.values.values())
 
 
 def unseen(engine: Engine) -> None:
@@ -424,13 +413,28 @@ def unseen(engine: Engine) -> None:
     engine.route = lambda n, logits: engine.choose(n, logits) if n == 2 else route(n, logits)
 
 
+def cut(engine: Engine) -> None:
+    """The router of layer 1 returns neither padding nor the last row."""
+    choose = engine.choose
+    engine.choose = lambda n, logits: tuple(t[: -4 * (n == 1) or None] for t in choose(n, logits))
+
+
 def lacks(engine: Engine, name: str) -> None:
     engine.describe_batch = lambda *_: None
     del vars(engine.runner)[name]
 
 
 FAULTS: dict[str, tuple[type[Engine], Callable[[Any], object], str]] = {
-    "a router that nobody knows": (Vllm, lambda it: it.recorder.keep(L, *[None] * 3), "IndexError"),
+    "a router that nobody knows": (
+        Vllm,
+        lambda it: it.recorder.keep(L, *torch.zeros(2, 1, K), torch.zeros(1, E)),
+        "IndexError",
+    ),
+    "a router that returns too few rows": (
+        Vllm,
+        lambda it: cut(it),
+        "a router did not choose 2 experts for each of 1 tokens",
+    ),
     "a layer that does not choose": (Vllm, unseen, "router 2 chose no experts"),
     "another version": (Vllm, lambda it: lacks(it, "positions"), "positions"),
     "another version of V2": (VllmV2, lambda it: lacks(it, "execute_model_state"), "execute_model"),
@@ -464,8 +468,8 @@ def test_a_fault_of_ours_stops_the_recording_and_not_the_engine(
     assert engine.command("on")["error"] is None
     engine.step(span("a", 14, 15))
     link.take()
-    edges = [step.edges[-1] for steps, *_ in link.handed for step in steps]
-    assert edges == [10, 4, 1]
+    rows = [step.schedule.rows for steps, *_ in link.handed for step in steps]
+    assert rows == [10, 4, 1]
     state = engine.command("status")
     assert (state["decisions"], state["queued_bytes"]) == (15 * L, 0)
     link.error = "it was killed"
@@ -530,13 +534,9 @@ def test_a_step_beyond_the_buffer_stops_the_recording(
     engine.places = torch.full((2, 10**4), -1)
     engine.step(span("a", 0, 9000))
     assert (
-        "a forward pass of 9,000 tokens: there is room for 4,296"
+        "a forward pass of 9,000 tokens: there is room for 8,192"
         in engine.command("status")["error"]
     )
-    buffer = Rows((L, T, K), E, False, torch.device("cpu"))
-    buffer.take(len(buffer.every))
-    with pytest.raises(ValueError, match="rows of a buffer of"):
-        buffer.take(len(buffer.every) + 1)
 
 
 # --- on a GPU, whose kernels are interpreted here
@@ -547,20 +547,21 @@ def test_a_graph_that_is_replayed_without_python(
 ) -> None:
     """Captured for two numbers of tokens; replayed, as a CUDA graph would, by the same launches:
     with others, padded, and for dummy batches."""
-    buffer, draw = Rows((L, T, K), E, False, torch.device("cpu")), np.random.default_rng(0)
+    rows, draw = EngineRows((L, T, K), E, CPU), np.random.default_rng(0)
     graphs = dict[int, tuple[Any, list[Callable[[], None]]]]()
-    kernel, launches = rows._keep_kernel, list[Callable[[], None]]()
+    kernel, launches = kernels._record_kernel, list[Callable[[], None]]()
 
     class Noted:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *given, **named: launches.append(lambda: kernel[grid](*given, **named))
 
-    monkeypatch.setattr(rows, "_keep_kernel", Noted())
+    monkeypatch.setattr(kernels, "_record_kernel", Noted())
+    monkeypatch.setattr(kernels, "RECORD_BLOCK", 32)
     for size in (40, 8):
         fed = torch.zeros(L, size, K, dtype=torch.int32), torch.zeros(L, size, K)
         launches.clear()
         for layer in range(L):
-            buffer.keep(layer, fed[0][layer], fed[1][layer], fed[1][layer])
+            rows.keep(layer, fed[0][layer], fed[1][layer], fed[1][layer])
         graphs[size] = fed, launches[:]
         assert len(launches) == L, "one launch per router"
 
@@ -577,31 +578,36 @@ def test_a_graph_that_is_replayed_without_python(
         replayed(40)  # a dummy batch
         ids, weights = replayed(40 if n > 8 else 8)
         tokens = torch.arange(40)
-        at = torch.arange(n) if picked is None else torch.tensor(picked)
-        given = None if picked is None else at
-        found = buffer.take(n, len(at), given, tokens.int(), tokens + 7)
-        wanted = tokens[at], tokens[at] + 7, ids[:, at], weights[:, at]
-        for got, want in zip(found[:4], wanted, strict=True):
-            assert torch.equal(got, want.to(got.dtype))
+        at = np.arange(n) if picked is None else np.array(picked)
+        values = rows.written(n)
+        rows.load.add(values["ids"][0])
+        places = tokens.int(), tokens + 7, None
+        taken = rows.take(values, None if picked is None else at, *places)
+        assert taken.has_arrived(wait=True)
+        wanted = {"tokens": tokens[None, at], "positions": tokens[None, at] + 7}
+        wanted |= {"ids": ids[:, at], "weights": weights[:, at]}
+        for name, want in wanted.items():
+            (found,) = taken.values[name]
+            assert torch.equal(found, want.to(found.dtype)), name
         for layer in range(L):
             load_LE[layer] += np.bincount(ids[layer, :n].reshape(-1), minlength=E)
-        assert (buffer.counted()[1].view(L, E).numpy() == load_LE).all()
+        assert (rows.load.so_far()[1] == load_LE).all()
 
 
 def test_its_kernels_count_where_nothing_is_recorded(
     on_triton: None, start: Callable[..., Any]
 ) -> None:
-    engine = start(Vllm, METRICS=1, TRACE=None)
+    engine = start(Vllm, METRICS=1, TRACE=None, LOGITS=1)
     engine.serve(8)
-    buffer, room = engine.recorder.rows, 80  # of the largest graph
-    assert (buffer.counted()[1].view(L, E).numpy() == engine.load_LE).all()
-    assert buffer.nbytes <= room * L * K * 2 + room * 8 + L * (E + 2) * 8, "ids alone"
+    rows = engine.recorder.rows
+    assert (rows.load.so_far()[1] == engine.load_LE).all()
+    assert rows.nbytes == 1024 * L * K * 3, "no logits"
 
 
 @pytest.mark.parametrize("logits", sample([False, True], 2))
-def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: bool) -> None:
+def test_torch_compile_keeps_the_choices_in_its_graph(logits: bool) -> None:
     """fullgraph: a graph break would raise. dynamic: other sizes need no other graph."""
-    buffer = Rows((L, T, K), E, logits, torch.device("cpu"))
+    rows = EngineRows((L, T, K), E, CPU, ["logits"] * logits, compiled=True)
     graphs = list[Any]()
 
     def noted(graph: Any, inputs: Any) -> Any:
@@ -613,7 +619,7 @@ def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: b
         total = torch.zeros(logits_LNE.shape[1])
         for layer in range(L):
             weights, ids = logits_LNE[layer].softmax(1).topk(K)
-            buffer.keep(layer, ids, weights, logits_LNE[layer])
+            rows.keep(layer, ids, weights, logits_LNE[layer])
             total = total + weights.sum(1)
         return total
 
@@ -621,52 +627,70 @@ def test_torch_compile_keeps_the_choices_in_its_graph(on_triton: None, logits: b
         logits_LNE = torch.randn(L, n, E, generator=torch.Generator().manual_seed(n))
         routers(logits_LNE)
         weights, ids = logits_LNE.softmax(2).topk(K)
-        assert torch.equal(buffer.ids[:, :n], ids.short())
-        assert torch.allclose(buffer.weights[:, :n].float(), weights, atol=1e-3)
-        if buffer.logits is not None:
-            assert torch.equal(buffer.logits[:, :n], logits_LNE.half())
+        (found,), (found_weights,), *others = rows.written(n).values()
+        assert torch.equal(found, ids.byte())
+        assert torch.allclose(found_weights.float(), weights, atol=1e-3)
+        for (found_logits,) in others:
+            assert torch.equal(found_logits, logits_LNE.half())
+        assert len(others) == logits
     (graph,) = graphs
-    calls = [node for node in graph.graph.nodes if "keep_rows" in str(node.target)]
-    assert len(calls) == L
+    calls = [node for node in graph.graph.nodes if "record_in_engine" in str(node.target)]
+    assert len(calls) == L * (1 + logits)
 
 
 def test_a_fault_of_ours_in_a_compiled_graph_stops_the_recording(
     start: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """And not the forward pass, nor another engine of the process. The step is not recorded."""
-    engine = start(VllmV2)
-    recorder, buffer = engine.recorder, engine.recorder.rows
-    other = start(VllmV2)
+    compiles = "config.compilation_config.mode", 3
+    engine, other = start(VllmV2, instead=compiles), start(VllmV2, instead=compiles)
+    recorder = engine.recorder
 
-    def routes(logits_NE: torch.Tensor) -> torch.Tensor:
-        weights, ids = logits_NE.softmax(1).topk(K)
-        buffer.keep(0, ids, weights, logits_NE)
+    def routes(logits_NE: torch.Tensor, columns: int) -> torch.Tensor:
+        weights, ids = logits_NE.softmax(1).topk(columns)
+        recorder.rows.keep(0, ids, weights, logits_NE)
         return weights.sum(1)
 
-    router, buffer.compiled = torch.compile(routes, backend="aot_eager", fullgraph=True), True
-    for run in (routes, router):
-        run(torch.randn(5, E))
+    router = torch.compile(routes, backend="aot_eager", fullgraph=True)
+    router(torch.randn(5, E), K)
     engine.step(span("a", 0, 10))
     assert recorder.error is None
     for position in (10, 11, 12):
-        buffer.host.held = None  # damaged memory of ours
-        assert router(torch.randn(5, E)).shape == (5,)
-        buffer.host.held = [None] * L
+        assert router(torch.randn(5, E), 0).shape == (5,)  # too few columns
         other.step(span("b", position, position + 1))
         engine.step(span("a", position, position + 1))
     assert sum("stopped" in record.message for record in caplog.records) == 1
     state = recorder.command("status")
-    assert (state["on"], state["error"][:9]) == (False, "TypeError")
+    assert (state["on"], state["error"][:12]) == (False, "RuntimeError")
     assert recorder.command("on")["error"] is None
     engine.step(span("a", 13, 14))
     for of, positions in ((engine, [*range(10), 13]), (other, [10, 11, 12])):
         of.recorder.link.take()
-        found = np.concatenate([a["positions"] for _, a, _ in of.recorder.link.handed])
+        found = np.concatenate([a["positions"][0] for _, a, _ in of.recorder.link.handed])
         assert found.tolist() == positions
 
 
+def test_the_rows_of_a_step_are_copied_from_a_device_without_an_index() -> None:
+    """SGLang states the device "cuda", and its tensors state "cuda:0"; so it is with "cpu:0"."""
+    rows = EngineRows((L, T, K), E, torch.device("cpu:0"), compiled=True)
+    ids, weights, places = torch.ones(3, K).int(), torch.rand(3, K), torch.arange(3)
+
+    def keep(ids: torch.Tensor) -> None:
+        for layer in range(L):
+            rows.keep(layer, ids, weights, weights)
+
+    keep(ids)
+    taken = rows.take(rows.written(3), None, places, places, None)
+    keep(ids + 1)
+    assert (taken.values["ids"][0] == 1).all(), "not those of the next step"
+
+
 def test_its_memory_is_that_of_the_most_tokens_of_a_step(on_triton: None) -> None:
-    """Twice 4 × k bytes per token and layer, with logits 2 × experts more; and little beside."""
-    for logits, per_decision in ((False, 4 * K), (True, 4 * K + 2 * E)):
-        buffer = Rows((L, 4096, K), E, logits, torch.device("cpu"))
-        assert 0 < buffer.nbytes - 2 * 4096 * L * per_decision <= 4096 * 16 + L * (E + 2) * 8
+    """3 × k bytes per token and layer, with logits 2 × experts more; from 256 experts on 4 × k."""
+    for experts, extras, per_decision in (
+        (E, [], 3 * K),
+        (E, ["logits"], 3 * K + 2 * E),
+        (256, [], 4 * K),
+    ):
+        rows = EngineRows((L, 4096, K), experts, CPU, extras)
+        assert rows.nbytes == 4096 * L * per_decision

@@ -23,7 +23,7 @@ import pytest
 from moe_inspect import MoeInspectError
 from moe_inspect.capture.engine import vllm
 from moe_inspect.capture.engine.control import tell
-from moe_inspect.capture.engine.steps import shares_of
+from moe_inspect.capture.engine.vllm import shares_of
 from moe_inspect.watch.metrics import EngineMetrics
 from tests.conftest import ROOT, Cli
 from tests.support.engines import Sglang, Vllm, metrics_in, span
@@ -127,7 +127,7 @@ def test_the_load_of_ranks_is_told_where_experts_are_parallel(
     written = metrics()
     tokens = int(engine.load_LE.sum()) // (L * K)
     told: dict[str, Any] = {"tokens": tokens, "steps": 9, "dropped": 0}
-    counts = engine.recorder.rows.counted()[1].numpy()
+    counts = engine.recorder.rows.load.so_far()[1].ravel()
 
     def load_of_ranks() -> np.ndarray:
         load_L2 = np.zeros((L, 2))
@@ -250,7 +250,7 @@ def test_every_engine_behind_a_server_is_switched(
         assert pd.read_csv(StringIO(shown.stdout)).on.tolist() == [False] * len(ranks)
         for engine in engines:
             engine.step(span("a", 0, 10))
-            assert engine.recorder.recorded == 0
+            assert engine.recorder.queue.decisions == 0
         tell(url, "on")
         assert [state["sample"] for state in tell(url, "sample", "0.25")] == [0.25] * len(ranks)
         for value in ("7", "nan", "a"):
@@ -261,7 +261,7 @@ def test_every_engine_behind_a_server_is_switched(
         tell(url, "sample", "1")
         for engine in engines:
             engine.step(span("a", 10, 11))
-            assert engine.recorder.recorded == L
+            assert engine.recorder.queue.decisions == L
         with pytest.raises(MoeInspectError, match="VLLM_PLUGINS=moe_inspect"):
             tell(f"{url}/elsewhere", "status")
     for command, value in (("off", "1"), ("sample", ""), ("metrics", "maybe")):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,28 +101,17 @@ def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None
     case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "behind others", True)
     ids, weights = choice(case)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(case))
-    kept = lambda T: (torch.zeros(T, 4).short(), torch.zeros(T, 4).half())  # noqa: E731
-    scores, to_scores = torch.rand(20, 60), torch.zeros(17, 60).half()
-    buffer = rows.Rows((1, 20, 4), 60, False, torch.device("cpu"), buffers=True)
-    of = 60, buffer.key, 0
+    ops, parts = torch.ops.moe_inspect, lambda: kernels.tape_parts(tape_for(case))
+    without_cursor = kernels.tape_parts(tape_for(replace(case, tape="without a cursor")))
     for op, args in (
-        (ops.dispatch, (ids, None, 60, *kernels._parts(None))),
+        (ops.dispatch, (ids, None, 60, *kernels.tape_parts(None))),
         (ops.dispatch, (ids, weights, 60, *parts())),
         (ops.record, (ids, weights, *parts())),
-        (ops.keep_rows, (*kept(20), None, None, ids, weights, None, None, *of)),
-        (ops.keep_rows, (*kept(17), to_scores, None, ids, weights, scores, None, *of)),
-        (ops.keep_rows, (*kept(20), None, kept(20)[0], ids, weights, None, ids + 1, *of)),
+        (ops.record_in_engine, (ids, weights, *without_cursor)),
     ):
         found = torch.library.opcheck(op.default, args, test_utils=tests)
         assert set(found.values()) == {"SUCCESS"}
-        if op is ops.keep_rows:
-            op(*args)
-            assert torch.equal(args[0], ids[: len(args[0])].short())
-    assert buffer.fault is None
-    (to, *others), ended = kept(20), 10**9  # rows that are no more
-    ops.keep_rows(to, *others, None, None, ids, weights, None, None, 60, ended, 0)
-    assert torch.equal(to, ids.short())
+    assert rows.FAULTS == {}
 
 
 def test_every_launch_is_on_the_device_of_its_tensors() -> None:
@@ -132,18 +122,17 @@ def test_every_launch_is_on_the_device_of_its_tensors() -> None:
         grids = (f.value for f in calls if isinstance(f, ast.Subscript))
         return {g.id for g in grids if isinstance(g, ast.Name) and g.id.endswith("_kernel")}
 
-    for module in (kernels, rows):
-        tree = ast.parse(Path(str(module.__file__)).read_text())
-        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.With)]
-        on_device = [n for n in blocks if "torch.cuda.device_of(" in ast.unparse(n.items[0])]
-        inside = set[str]().union(*map(launches, on_device))
-        assert inside == launches(tree) == {n for n in vars(module) if n.endswith("_kernel")}
+    tree = ast.parse(Path(str(kernels.__file__)).read_text())
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.With)]
+    on_device = [n for n in blocks if "torch.cuda.device_of(" in ast.unparse(n.items[0])]
+    inside = set[str]().union(*map(launches, on_device))
+    assert inside == launches(tree) == {n for n in vars(kernels) if n.endswith("_kernel")}
 
 
 # --- compiled ahead of time
 
 EVERY = 1 if WHOLE else 11
-STORES = "record E|dispatch 1/1 E|rows (kept|taken)"  # whose stores are looked at
+STORES = "record (E|without|some)|dispatch 1/1 E"  # whose stores are looked at
 COMPILED = [*TARGETS] if WHOLE else ["sm_90"]
 Rows = list[dict[str, Any]]
 
@@ -179,10 +168,6 @@ def test_nothing_spills_and_a_decision_is_one_store(gpu: str, compiled: dict[str
         found = [r for r in recording if k in r["kernel"]]
         assert len(found) >= 4
         assert all(stored(row, ids) and stored(row, weights) for row in found)
-    for k, bits in (("k8", 128), ("k4", 64)):  # ids and weights alike, in 16 bits
-        found = [r for r in compiled[gpu] if re.match(rf"rows (kept|taken) .*{k}", r["kernel"])]
-        assert len(found) >= 3
-        assert all(stored(row, bits) for row in found)
     # positive control: two slots are no vector
     single = [r for r in recording if "E8 k2" in r["kernel"]]
     assert single

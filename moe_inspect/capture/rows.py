@@ -56,6 +56,8 @@ class ShownRouter:
         """Return the type in which its values are stored."""
         if name == "ids":  # one value marks slots without an expert: 256 need the wider type
             return torch.uint8 if self.below < 256 else torch.int16
+        if name == PHYSICALS:
+            return torch.int16
         return weight_dtype if name == "weights" else getattr(torch, EXTRAS[name].dtype)
 
 
@@ -67,6 +69,7 @@ class Group(ShownRouter):
     routers: int
 
 
+PHYSICALS = "physicals"  # of an engine with replicas of experts: the kind of their ids
 LEAST_ROWS = 1024  # of a buffer, which then grows less often; a power of two of at least 16
 
 
@@ -100,14 +103,25 @@ class SideStream:
 SIDE_STREAMS: dict[str, type[SideStream]] = {"cuda": SideStream}
 
 
+Values: TypeAlias = dict[str, list[Tensor]]  # by name: a tensor [R, T, …] per group
+CURSORS = "cursors"  # name of the numbers of rows that each lane saw, a tensor per device
+
+
 @dataclass(frozen=True, eq=False)
 class TakenPass:
-    """The rows of a pass. `values`: of each name a tensor [R, T, …] per group, on the host once
-    `copied`. `cursors`: where they were written to buffers, the rows that each lane saw."""
+    """The rows of a pass, which are on the host once they are `copied`."""
 
-    values: dict[str, list[Tensor]]
-    cursors: list[Tensor] | None = None
+    values: Values
     copied: tuple[torch.Event, ...] = ()
+
+    @property
+    def cursors(self) -> list[Tensor] | None:
+        """The rows that each lane saw, if they were written to buffers."""
+        return self.values.get(CURSORS)
+
+    def joined(self, other: TakenPass) -> TakenPass:
+        """Return the values of both."""
+        return TakenPass(self.values | other.values, self.copied + other.copied)
 
     def has_arrived(self, wait: bool) -> bool:
         if wait:
@@ -140,6 +154,9 @@ class RouterRows:
     sites         the index of the site of each; a layer that runs twice has two routers of one site
     kinds         what is recorded: choices (""), and of `schema.EXTRAS`
     weight_dtype  of gate weights: float16 or bfloat16
+    appends       whether the calls of a router in a pass follow each other in the buffers. If not,
+                  each begins at the first row: passes that nobody takes need not be rewound, and a
+                  call is one launch
     """
 
     def __init__(
@@ -148,7 +165,9 @@ class RouterRows:
         sites: Sequence[int],
         kinds: Sequence[str],
         weight_dtype: torch.dtype,
+        appends: bool = True,
     ):
+        self.appends = appends
         self.routers, self.sites, self.kinds = routers, list(sites), tuple(kinds)
         self.weight_dtype = weight_dtype
         self.runs = [self.sites.count(n) for n in range(max(sites) + 1)]  # of each site in a pass
@@ -272,7 +291,7 @@ class RouterRows:
                         Tape(
                             ids,
                             values,
-                            self._lanes[group.device].cursor,
+                            self._lanes[group.device].cursor if self.appends else None,
                             self._lanes[group.device].enabled,
                             lane=free[group.device],
                             K=width,
@@ -283,28 +302,43 @@ class RouterRows:
                     )
                     free[group.device] += 1
 
-    def take(self, T: int) -> TakenPass:
-        """Take the first T rows of the buffers, which the next pass writes anew."""
-        values = {name: [*buffers] for name, buffers in self._buffers.items()}
-        cursors, events = list[Tensor](), list[torch.Event]()
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the buffers."""
+        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
+
+    def written(self, T: int) -> Values:
+        """Return the first T rows of the buffers, which the next pass overwrites."""
+        return {
+            name: [
+                buffer.view(group.routers, self.P, -1)[:, :T]
+                for buffer, group in zip(buffers, self.groups, strict=True)
+            ]
+            for name, buffers in self._buffers.items()
+        }
+
+    def copy(self, values: Values) -> TakenPass:
+        """Copy values to the host, after the work that their devices have been given so far."""
+        host, events = {name: [*tensors] for name, tensors in values.items()}, list[torch.Event]()
         for device, lanes in self._lanes.items():
             places = [
-                (name, g)
-                for name in values
-                for g, group in enumerate(self.groups)
-                if group.device == device
+                (name, n)
+                for name, tensors in values.items()
+                for n, tensor in enumerate(tensors)
+                if tensor.device == device
             ]
-            written = [
-                values[name][g].view(self.groups[g].routers, self.P, -1)[:, :T]
-                for name, g in places
-            ]
-            (cursor, *host), copied = lanes.copy([lanes.cursor, *written])
-            for (name, g), tensor in zip(places, host, strict=True):
-                values[name][g] = tensor
-            cursors.append(cursor)
+            tensors, copied = lanes.copy([values[name][n] for name, n in places])
+            for (name, n), tensor in zip(places, tensors, strict=True):
+                host[name][n] = tensor
             events += copied
+        return TakenPass(host, tuple(events))
+
+    def take(self, T: int) -> TakenPass:
+        """Take the first T rows of the buffers, which the next pass writes anew."""
+        cursors = [lanes.cursor for lanes in self._lanes.values()]
+        taken = self.copy(self.written(T) | {CURSORS: cursors})
         self.rewind()
-        return TakenPass(values, cursors, tuple(events))
+        return taken
 
     def rewind(self) -> None:
         """Let the next pass write from the first row on."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 
-from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
@@ -24,7 +23,6 @@ from tests.support.kernel_reference import (
     check_dispatch,
     check_norms,
     check_record,
-    check_rows,
     choice,
     tape_for,
 )
@@ -42,8 +40,6 @@ def executions() -> Iterator[Execution]:
     for E, K in SHAPES:
         for weights in WEIGHTS:
             yield from _of_shape(E, K, weights)
-        counted = replace(_case(E, K, 1100 // K, "none"), skew="uniform")
-        yield f"rows counted E{E} k{K}", lambda case=counted: _check_rows(case)
         off = _case(E, K, 90 // K, "none", launches=1, tape="none")
         yield _dispatch(f"dispatch 1/1 off E{E} k{K}", off)
         off = _case(E, K, 1100 // K, "none", launches=2, tape="none", block=1024)
@@ -67,9 +63,9 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
         recording = "" if grouped else "+ record "
         yield f"combine {recording}{name}", lambda of=of: check_combine(*of)
     ids = torch.int64 if weights == "bf16" else torch.int32
-    for T, which in ((1100 // K, "rows"), (7, "rows without replicas")):
-        case = replace(_case(E, K, T, kind), ids=ids, skew="uniform")
-        yield f"{which} {name}", lambda case=case: _check_rows(case)
+    for skew, which in (("uniform", "without a cursor"), ("zipf", "some columns without a cursor")):
+        case = replace(_case(E, K, 1100 // K, kind, tape="without a cursor"), ids=ids, skew=skew)
+        yield f"record {which} {name}", lambda case=case: check_record(case, kernels.record_triton)
     for columns in COLUMNS[weights]:
         of = _case(E, K, 2, kind), True, columns // 2 + 16
         yield f"combine + norms {name} of {columns}", lambda of=of: check_combine(*of, norms=True)
@@ -86,10 +82,6 @@ def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Ca
 def _dispatch(name: str, case: Case) -> Execution:
     how = {"launches": case.launches, "block": case.block}
     return name, lambda: check_dispatch(case, lambda *of: kernels.dispatch_triton(*of, **how))
-
-
-def _check_rows(case: Case) -> None:
-    check_rows(case, rows.keep_triton, rows.take_triton)
 
 
 def _check_logits() -> None:
@@ -155,7 +147,7 @@ def main() -> None:
             continue
         device, wrong, start = Device(target, edit=edit), "", time.process_time()
         try:
-            with executed(kernels, device), executed(rows, device):
+            with executed(kernels, device):
                 check()
         except (AssertionError, Fault) as error:
             wrong = f"{type(error).__name__}: {str(error).strip()[:200]}"

@@ -1,6 +1,6 @@
 """Compiles kernel variants ahead of time, without a GPU, and prints one JSON line per variant:
-`python -m tests.support.aot sm_90 "sm_80/3+rows"`, without TRITON_INTERPRET. /3: every third, and
-+rows: those whose names this matches."""
+`python -m tests.support.aot sm_90 "sm_80/3+alone"`, without TRITON_INTERPRET. /3: every third, and
++alone: those whose names this matches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from moe_inspect.capture.engine import rows
 from moe_inspect.capture.hook import kernels
 from tests.ptx.launch import Device, Specialised, replaced, specialised
 
@@ -54,7 +54,7 @@ def variants() -> Iterator[tuple[str, Specialised]]:
     """Everything that is launched."""
     seen = set[str]()
     for names, call in calls():
-        with replaced(kernels, Noted), replaced(rows, Noted):
+        with replaced(kernels, Noted):
             Noted.launches = []
             call()
         for name, launch in zip(names, Noted.launches, strict=True):
@@ -122,10 +122,14 @@ def _recording(E: int, K: int, kind: str) -> Iterator[Call]:
         of_columns = [f"combine + norms {name} of {columns}"]
         yield of_columns, lambda H=columns: combine(H, True, measures=True)
     ids_dtype = torch.int64 if kind == "bf16" else torch.int32
-    choice = choice_of(16, K, kind, ids_dtype)
-    for physicals in (None, choice[0]):
-        more = "" if physicals is None else ", replicas"
-        yield [f"rows kept {name}{more}"], lambda of=physicals: _keep(E, K, *choice, of)
+    for columns, which in ((K, "without a cursor"), (K + 1, "some columns without a cursor")):
+        wide = choice_of(16, columns, kind, ids_dtype)
+        yield (
+            [f"record {which} {name}"],
+            lambda given=wide: kernels.record_triton(
+                replace(tape, cursor=None), *(t[:, :K] for t in given)
+            ),
+        )
 
 
 def _others(E: int, K: int) -> Iterator[Call]:
@@ -135,28 +139,6 @@ def _others(E: int, K: int) -> Iterator[Call]:
     yield [f"dispatch 1/1 off {of_shape}"], off
     names = [f"dispatch 1/2 off {of_shape}", f"dispatch 2/2 off {of_shape}"]
     yield names, lambda: kernels.dispatch_triton(ids, None, E, None, 2, BLOCKS[-1])
-    yield [f"rows kept {of_shape}, ids alone"], lambda: _keep(E, K, ids[:16], None, None)
-    for name in ("taken", "counted", "replicas"):
-        yield [f"rows {name} {of_shape}"], lambda name=name: _take(E, K, name)
-
-
-def _rows(E: int, K: int, weights: bool, physicals: bool) -> rows.Rows:
-    made = rows.Rows(
-        (2, 16, K), E, False, torch.device("cpu"), weights, physicals=physicals, buffers=True
-    )
-    made.staged = made.staging()
-    return made
-
-
-def _keep(E: int, K: int, ids: Any, weights: Any, physicals: Any) -> None:
-    of = _rows(E, K, weights is not None, physicals is not None)
-    kept = [None if t is None else t[0] for t in (of.ids, of.weights, of.physicals)]
-    rows.keep_triton(*kept[:2], ids, weights, kept[2], physicals)
-
-
-def _take(E: int, K: int, name: str) -> None:
-    of, at = _rows(E, K, name != "counted", name == "replicas"), torch.arange(16)
-    rows.take_triton(of, 16, 16, at, at.int(), at)
 
 
 def lines_of(module: str, *arguments: object) -> list[dict[str, Any]]:

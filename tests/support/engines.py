@@ -484,6 +484,7 @@ class Sglang(Engine):
         server |= {"speculative_num_draft_tokens": self.drafts + 1 if self.drafts else None}
         server |= {"speculative_algorithm": "NGRAM" if self.drafts else None}
         server |= {"enable_dp_attention": False, "enable_two_batch_overlap": False}
+        server |= {"enable_torch_compile": False}
         config = {"hf_text_config": SimpleNamespace(n_routed_experts=E), "context_len": 512}
         config |= {"vocab_size": 3072, "dtype": torch.float32}
         self.runner = SimpleNamespace(
@@ -585,10 +586,11 @@ class Link:
 
     def take(self) -> None:
         recorder = self.recorder
-        if steps := [recorder.queue.get() for _ in range(recorder.queue.qsize())]:
-            arrays = join_rows(steps, recorder.rows.kept)
-            recorder.sent += sum(step.bytes for step in steps)
-            self.handed.append((steps, arrays, recorder.dropped))
+        if steps := recorder.queue.take():
+            arrived = [step.arrived(None) for step in steps]
+            arrays = join_rows(steps, recorder.rows.names)
+            recorder.queue.release(steps)
+            self.handed.append((arrived, arrays, recorder.queue.dropped))
 
     def write(self, always_next: bool = False) -> list[Path]:
         """The traces. `always_next`: looks at their size behind each write."""
@@ -597,7 +599,7 @@ class Link:
         for handed in self.handed:
             traces.looked_s -= 1000 * always_next
             traces.write(*handed)
-        traces.note_dropped(self.recorder.dropped)
+        traces.note_dropped(self.recorder.queue.dropped)
         traces.close("complete")
         return traces.paths
 

@@ -1,6 +1,5 @@
-"""Hands what was taken of an engine's steps to the process that writes, from a thread of the
-engine's process: all that came in a while at once, so that it seldom competes for the
-interpreter."""
+"""Hands the queued steps of an engine to the process that writes, from a thread of the engine's
+process: all that came in a while at once, so that it seldom competes for the interpreter."""
 
 from __future__ import annotations
 
@@ -20,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from moe_inspect.capture.engine.rows import EngineRows
 from moe_inspect.capture.engine.settings import CORES, Settings
-from moe_inspect.capture.engine.steps import Rows, StepRecorder, join_rows
+from moe_inspect.capture.engine.step import Step
+from moe_inspect.capture.engine.steps import StepRecorder, TakenStep, join_rows
+from moe_inspect.capture.rows import PHYSICALS
 from moe_inspect.errors import writing
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.lock import process_start
@@ -56,9 +58,12 @@ run(chunks, EngineMetrics)
 """
 
 
-def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRecorder:
-    """A recorder, with a process that writes. `about`: what that must know of the engine, its model
-    and the layers. The directory of traces is there before the engine serves."""
+def recorder_of(
+    rows: EngineRows, settings: Settings, about: dict[str, Any], **maps: Any
+) -> StepRecorder:
+    """Return a recorder with a process that writes. `about`: what that must know of the engine, its
+    model and the layers; `maps`: `placed` and `replicas` of a StepRecorder. The directory of traces
+    exists before the engine serves."""
     if settings.trace is not None:
         with writing(settings.trace):
             settings.trace.mkdir(parents=True, exist_ok=True)
@@ -66,12 +71,14 @@ def recorder_of(rows: Rows, settings: Settings, about: dict[str, Any]) -> StepRe
         **about,
         "version": version(about["engine"]),
         "experts": rows.E,
-        "top_k": rows.shape[2],
-        "physicals": rows.physicals is not None,
+        "top_k": rows.K,
+        "physicals": PHYSICALS in rows.kinds,
         "device": str(rows.device),
         **vars(settings),
     }
-    return StepRecorder(rows, settings, partial(Sender, about=facts), about["rank"])
+    if rows.has_buffers:
+        log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
+    return StepRecorder(rows, settings, partial(Sender, about=facts), about["rank"], **maps)
 
 
 class Sender(threading.Thread):
@@ -82,7 +89,7 @@ class Sender(threading.Thread):
         self.recorder, self.error = recorder, None
         self._about, self._ending = about, threading.Event()
         self._counted_s = time.monotonic()
-        self._dropped = recorder.dropped  # before it: of another's traces
+        self._dropped = recorder.queue.dropped  # before it: of another's traces
         self._handed = 0  # decisions
         self._process: Any = None
         self._heard, self._told = b"", dict[str, Any]()
@@ -100,7 +107,7 @@ class Sender(threading.Thread):
             while not self._ending.wait(EVERY_S if traces else COUNTS_EVERY_S):
                 self._hand_over()
             self._hand_over(last=True)
-            self._send("end", self.recorder.dropped - self._dropped)
+            self._send("end", self.recorder.queue.dropped - self._dropped)
             self._close_pipe()
         except Exception as error:  # the engine goes on
             self._fail(error)
@@ -124,21 +131,16 @@ class Sender(threading.Thread):
 
     def _hand_over(self, last: bool = False) -> None:
         recorder = self.recorder
-        steps = [recorder.queue.get() for _ in range(recorder.queue.qsize())]
-        if steps:
+        if steps := recorder.queue.take():
             try:
-                arrays = join_rows(steps, recorder.rows.kept)
-                for step in steps:
-                    known, self._replicas = self._replicas, step.replicas
-                    if known is not None and np.array_equal(known, step.replicas):
-                        step.replicas = None
+                arrived = [self._arrived(step) for step in steps]
+                arrays = join_rows(steps, recorder.rows.names)
                 # waits for the one that writes; meanwhile the queue fills, and the engine drops
-                self._send("steps", steps, arrays, recorder.dropped - self._dropped)
+                self._send("steps", arrived, arrays, recorder.queue.dropped - self._dropped)
             except Exception:
-                self._lose(steps)
+                recorder.queue.release(steps, lost=True)
                 raise
-            recorder.sent += sum(step.bytes for step in steps)
-            self._handed += self._decisions(steps)
+            self._handed += recorder.queue.release(steps)
         if recorder.settings.metrics:
             now = time.monotonic()
             if last or now - self._counted_s >= COUNTS_EVERY_S:
@@ -147,32 +149,31 @@ class Sender(threading.Thread):
         if self._listen():
             raise BrokenPipeError
 
+    def _arrived(self, step: TakenStep) -> Step:
+        arrived = step.arrived(self._replicas)
+        if arrived.replicas is not None:
+            self._replicas = arrived.replicas
+        return arrived
+
     def _send_counts(self) -> None:
-        recorder = self.recorder
-        dropped = recorder.dropped + recorder.lost
+        recorder, load = self.recorder, self.recorder.rows.load
+        dropped = recorder.queue.dropped + recorder.queue.lost
         facts: dict[str, Any] = {"steps": recorder.steps, "dropped": dropped}
-        before_tokens, before = recorder.counted
         # otherwise the GPU is not asked: it may be capturing a graph
-        if recorder.rows.tokens != before_tokens or dropped != self._stated_drops:
-            tokens, assignments = recorder.rows.counted()
-            counts = assignments.cpu().numpy().copy()
+        if load.tokens != load.handed_over[0] or dropped != self._stated_drops:
             placed, known = recorder.placed(), self._placed
             if placed is not None and (known is None or (placed != known).any()):
                 facts["placed"] = self._placed = placed
-            self._send("counts", counts - before, {"tokens": tokens - before_tokens, **facts})
-            recorder.counted, self._stated_drops = (tokens, counts), dropped
+            (before, before_LE), (tokens, counts_LE) = load.handed_over, load.so_far()
+            self._send(
+                "counts", (counts_LE - before_LE).ravel(), {"tokens": tokens - before} | facts
+            )
+            load.handed_over, self._stated_drops = (tokens, counts_LE), dropped
 
     def _send(self, *message: Any) -> None:
         pipe = self._process.stdin
         pickle.dump(message, pipe, protocol=5)
         pipe.flush()
-
-    def _decisions(self, steps: list[Any]) -> int:
-        return sum(step.edges[-1] for step in steps) * self.recorder.rows.shape[0]
-
-    def _lose(self, steps: list[Any]) -> None:
-        self.recorder.sent += sum(step.bytes for step in steps)
-        self.recorder.lost += self._decisions(steps)
 
     def _fail(self, error: Exception) -> None:
         self.recorder.on = False  # nothing is queued any more
@@ -184,9 +185,9 @@ class Sender(threading.Thread):
             if isinstance(error, BrokenPipeError):
                 said = "the process that writes has ended"
         queue = self.recorder.queue
-        self._lose([queue.get() for _ in range(queue.qsize())])
+        queue.release(queue.take(), lost=True)
         if self.recorder.settings.trace is not None:  # on their way, or not committed yet
-            self.recorder.lost += self._handed - self._told.get("committed", 0)
+            queue.lost += self._handed - self._told.get("committed", 0)
         self._forget_gauges()
         self.error = said
         log.error("moe-inspect: recording has stopped, the engine goes on: %s", said)

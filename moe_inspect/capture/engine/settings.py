@@ -128,6 +128,10 @@ class Settings:
     def is_active(self) -> bool:
         return self.trace is not None or self.metrics
 
+    @property
+    def records_logits(self) -> bool:
+        return self.logits and self.trace is not None
+
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         """MoeInspectError for an invalid value. An empty variable is as if it were unset."""

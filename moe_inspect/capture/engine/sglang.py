@@ -21,11 +21,13 @@ from moe_inspect.capture.engine.settings import (
     tell_unknown,
     tell_why,
 )
-from moe_inspect.capture.engine.step import Step, edges_of
+from moe_inspect.capture.engine.step import Schedule, edges_of
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe_inspect.capture.engine.steps import Scheduled
 
 log = logging.getLogger("sglang.moe_inspect")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # in a config
@@ -189,8 +191,9 @@ class Seam:
         import torch
         from sglang.srt.runtime_context import get_exec
 
+        from moe_inspect.capture.engine.rows import EngineRows
         from moe_inspect.capture.engine.sender import recorder_of
-        from moe_inspect.capture.engine.steps import Rows
+        from moe_inspect.capture.rows import PHYSICALS
 
         server, config = runner.server_args, runner.model_config
         routers = recordable_routers(runner.model, server)
@@ -203,20 +206,17 @@ class Seam:
         chunk = server.chunked_prefill_size or -1
         prefill = chunk if chunk > 0 else max(server.max_prefill_tokens, config.context_len)
         verified = server.speculative_num_draft_tokens or 1  # tokens of each request
-        self.T = prefill + max((server.max_running_requests or 0) * verified, 4096)
-        shape = len(routers), self.T, K
-        traces, device = settings.trace is not None, torch.device(runner.device)
+        T = prefill + max((server.max_running_requests or 0) * verified, 4096)
+        shape, device = (len(routers), T, K), torch.device(runner.device)
         self.replicates = get_exec().moe.ep_dispatch_algorithm is not None
-        rows = Rows(shape, E, settings.logits and traces, device, traces, physicals=self.replicates)
-        if rows.host is None:
-            log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
+        extras = ["logits"] * settings.records_logits + [PHYSICALS] * self.replicates
+        rows = EngineRows(shape, E, device, extras, server.enable_torch_compile)
         about = _about(server, config) | {
             "layers": list(routers),
             "paths": [f"layers.{layer}" for layer in routers],
         }
 
-        self.recorder = recorder_of(rows, settings, about)
-        self.recorder.replicas = lambda: self.replicas
+        self.recorder = recorder_of(rows, settings, about, replicas=lambda: self.replicas)
         self.replicas: Tensor | None = None  # of the forward pass, which may end with others
         self.places = torch.tensor(list(routers), device=device)
         # of each request that is not over, the end of its prompt, and of its answer at the latest
@@ -235,7 +235,7 @@ class Seam:
             self.recorder.stop(error)
 
     def keep(self, layer: int, *choice: Tensor) -> None:
-        """In the forward pass: a router's choice, as `Rows.keep` takes it."""
+        """In the forward pass: keep a router's choice, as `EngineRows.keep` takes it."""
         if (n := self.layers.get(layer)) is not None:
             self.unseen.discard(layer)
             self.recorder.keep(n, *choice)
@@ -263,17 +263,13 @@ class Seam:
             if n and self.unseen:
                 layers = ", ".join(map(str, sorted(self.unseen)))
                 raise MoeInspectError(f"layers {layers} choose experts where nobody sees it")
-            if n > self.T:
-                raise MoeInspectError(
-                    f"a forward pass of {n:,} tokens: there is room for {self.T:,}"
-                )
             ended, self.ended = self.ended, set()
         except Exception as error:
             self.recorder.stop(error)
             return
-        self.recorder.after_step(n, ended, lambda: self._whose(batch))
+        self.recorder.after_step(n, ended, lambda: self._schedule(batch))
 
-    def _whose(self, batch: Any) -> Step:
+    def _schedule(self, batch: Any) -> Scheduled:
         requests, mode = list(batch.rids), batch.forward_mode
         R = len(requests)
         drafts: Sequence[int] = ()
@@ -286,8 +282,8 @@ class Seam:
         # a request that has ended meanwhile was decoding
         known = [self.prompts.get(request, (0, 2**31)) for request in requests]
         prompts, ends = [prompt for prompt, _ in known], [end for _, end in known]
-        tokens, positions = batch.input_ids, batch.positions
-        return Step(requests, edges_of(rows), prompts, drafts, ends, tokens, positions)
+        schedule = Schedule(requests, edges_of(rows), prompts, drafts, ends)
+        return schedule, batch.input_ids, batch.positions
 
     def after_sampling(self, judged: Any) -> None:
         """The third that is returned: of each request the rows of the step that are the answer's,

@@ -16,17 +16,16 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from moe_inspect.capture.engine.described import Described, ask
-from moe_inspect.capture.engine.step import Step
+from moe_inspect.capture.engine.step import Arrays, Step
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
@@ -38,7 +37,6 @@ LOOK_S = 2.0  # between two looks at the size of the trace
 IDLE_S = 0.2  # between two looks at the worker, and at what is committed, while nothing comes
 COMMIT_S = 2.0  # a reader sees what is that old; a writer that is killed loses no more
 DOMAIN = "served"
-Arrays = dict[str, np.ndarray]  # of rows, by name: [N], of each router [L, N, K], logits [L, N, E]
 PREFILL, DECODE = (schema.PHASES.index(phase) for phase in ("prefill", "decode"))
 
 
@@ -192,13 +190,29 @@ class Written:
                 self.tell(committed=self.traces.committed)
 
 
-@dataclass
-class Sequence:
-    """Of a request, what was written last. `position`: the next one of its sequence."""
+class Requests:
+    """Numbers the documents of a trace, which are its requests, and their sequences."""
 
-    document: int
-    number: int = -1
-    position: int = -1
+    def __init__(self) -> None:
+        self.documents = self.sequences = 0
+        # of each request that has not ended: document, sequence, the next position of the sequence
+        self._placed = dict[str, tuple[int, int, int]]()
+
+    def end(self, requests: Iterable[str]) -> None:
+        for request in requests:
+            self._placed.pop(request, None)
+
+    def place(self, request: str, position: int, rows: int) -> tuple[int, int, bool]:
+        """Return the document and the sequence of a request's next rows, which begin at `position`,
+        and whether the document is new."""
+        is_new = request not in self._placed
+        document, sequence, expected = self._placed.get(request, (self.documents, -1, -1))
+        self.documents += is_new
+        # a new sequence: the request begins, is computed again, or rows are missing
+        if expected != position:
+            sequence, self.sequences = self.sequences, self.sequences + 1
+        self._placed[request] = document, sequence, position + rows
+        return document, sequence, is_new
 
 
 class Traces:
@@ -228,15 +242,14 @@ class Traces:
         return self.before + self.rejected + (0 if writer is None else writer.decisions)
 
     def _begin(self) -> None:
-        self.known: dict[str, Sequence] = {}
-        self.documents = self.sequences = self.given = 0  # the last: decisions
+        self.requests, self.given = Requests(), 0  # decisions
         self.looked_s = time.monotonic()
 
     def write(self, steps: list[Step], arrays: Arrays, dropped: int) -> None:
         """Steps that follow each other, their rows, joined, and how many decisions were dropped
         since the start."""
         self.waiting.append((steps, arrays, dropped))
-        self.waiting_bytes += sum(step.bytes for step in steps)
+        self.waiting_bytes += sum(values.nbytes for of in arrays.values() for values in of)
         self.catch_up(wait=self.waiting_bytes > self.about["queue_mb"] * 1e6)
 
     def catch_up(self, wait: bool = False) -> None:
@@ -269,52 +282,40 @@ class Traces:
             self.writer.dropped = dropped - self.dropped
 
     def _batch(self, steps: list[Step], arrays: Arrays) -> RoutedBatch:
-        """What is recorded of steps: all rows but those of rejected drafts."""
+        """Return the rows of steps, without those of rejected drafts."""
         documents, replicas = list[Document](), dict[int, Any]()
-        # of each request of a step: document, sequence, tokens of its prompt, step, rows
         of_requests = list[tuple[int, int, int, int, int]]()
-        keep_N, end = np.ones(len(arrays["tokens"]), bool), 0
+        (token_N,), (position_N,) = arrays["tokens"], arrays["positions"]
+        keep_N, start = np.ones(len(token_N), bool), 0
         for step in steps:
-            for request in step.ended:
-                self.known.pop(request, None)
+            self.requests.end(step.ended)
             if step.replicas is not None:
                 self.replicas = step.replicas
             replicas[step.number] = self.replicas
-            for i, (request, prompt) in enumerate(zip(step.requests, step.prompts, strict=True)):
-                rows = step.edges[i + 1] - step.edges[i]
-                start, end = end, end + rows
-                first = int(arrays["positions"][start])
-                if step.drafts and (drafts := step.drafts[i]):
-                    # accepted ones beyond the end of the answer are none of its tokens
-                    most = max(step.ends[i] - first, rows - drafts)
-                    accepted = step.accepted(i)[:most]
-                    keep_N[start:end] = False
-                    keep_N[start + accepted] = True
-                    self.rejected += (rows - len(accepted)) * len(self.about["layers"])
-                    rows = len(accepted)
-                at = self.known.get(request)
-                if at is None:
-                    at = self.known[request] = Sequence(self.documents)
-                    documents.append(Document(at.document, DOMAIN, request, prompt))
-                    self.documents += 1
-                # a new sequence: the request begins, is computed again, or rows are missing
-                if at.position != first:
-                    at.number, self.sequences = self.sequences, self.sequences + 1
-                at.position = first + rows
-                of_requests.append((at.document, at.number, prompt, step.number, rows))
+            schedule = step.schedule
+            for i, (request, prompt) in enumerate(
+                zip(schedule.requests, schedule.prompts, strict=True)
+            ):
+                rows, first = schedule.edges[i + 1] - schedule.edges[i], int(position_N[start])
+                accepted = rows
+                if schedule.drafts and (drafts := schedule.drafts[i]):
+                    # accepted drafts after the end of the answer do not belong to it
+                    most = max(schedule.ends[i] - first, rows - drafts)
+                    accepted_rows = step.accepted(i)[:most]
+                    keep_N[start : start + rows] = False
+                    keep_N[start + accepted_rows] = True
+                    accepted = len(accepted_rows)
+                    self.rejected += (rows - accepted) * len(self.about["layers"])
+                document, sequence, is_new = self.requests.place(request, first, accepted)
+                if is_new:
+                    documents.append(Document(document, DOMAIN, request, prompt))
+                of_requests.append((document, sequence, prompt, step.number, accepted))
+                start += rows
         *of_rows, rows_R = np.array(of_requests, np.int32).T
         document_N, sequence_N, prompt_N, number_N = np.repeat(of_rows, rows_R, axis=1)
-        kept = slice(None) if keep_N.all() else keep_N
-
-        def recorded(name: str) -> list[np.ndarray]:
-            """Of each router."""
-            return list(arrays[name][:, kept])
-
-        E, position_N = self.about["experts"], arrays["positions"][kept].astype(np.int32)
-        token_N = arrays["tokens"][kept].astype(np.int32)
-        extras = [name for name in ("physicals", "logits") if self.about[name]]
-        dtype = np.uint8 if E <= 255 else np.uint16
-        nowhere = np.iinfo(dtype).max
+        if not keep_N.all():
+            arrays = {name: [values[keep_N] for values in of] for name, of in arrays.items()}
+        token_N, position_N = (arrays[n][0].astype(np.int32) for n in ("tokens", "positions"))
         return RoutedBatch(
             batch=steps[-1].number,
             batches=number_N,
@@ -324,14 +325,11 @@ class Traces:
             position=position_N,
             domain=np.zeros(len(token_N), np.int32),
             domains=[DOMAIN],
-            ids=[
-                np.where((ids >= 0) & (ids < E), ids, nowhere).astype(dtype)
-                for ids in recorded("ids")
-            ],
-            weights=recorded("weights"),
+            ids=arrays["ids"],
+            weights=arrays["weights"],
             documents=documents,
             phases=np.where(position_N < prompt_N, PREFILL, DECODE),
-            extras={name: recorded(name) for name in extras},
+            extras={name: arrays[name] for name in ("physicals", "logits") if name in arrays},
             replicas=replicas,
         )
 

@@ -1,81 +1,85 @@
-"""A step of an engine, as its worker hands it to the process that writes: that imports no torch.
+"""A step of an engine, as the process that writes gets it, which imports no torch.
 
-L routers, n tokens, K slots, E experts.
+L routers, N rows of a step, P physical experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, compress
-from typing import Any
 
 import numpy as np
 
-OF_SLOTS = "ids", "weights", "logits", "physicals"
+Arrays = dict[str, list[np.ndarray]]  # rows of steps, by name: [N, …] for each router
 
 
 def edges_of(sizes: Iterable[int]) -> list[int]:
-    """Where parts of these sizes begin that follow each other, and where the last one ends."""
+    """Return where parts of these sizes begin that follow each other, and where the last one
+    ends."""
     return list(accumulate(sizes, initial=0))
 
 
-@dataclass
-class Step:
-    """Whose rows a step has, and, once it is recorded, the rows. `edges`: where each request's
-    begin, and the end. `prompts`: tokens of each prompt. Where something is speculated, `drafts`:
-    how many of each request's rows, its last ones, are; `ends`: the position at which each request
-    ends at the latest. `tokens`, `positions`: the engine's own tensors, until it is recorded. What
-    came from a GPU is on its way until `arrive`."""
+@dataclass(frozen=True)
+class Schedule:
+    """The requests of a step, in the order of its rows.
+
+    requests  their names
+    edges     where the rows of each request begin, and where those of the last one end
+    prompts   tokens of each prompt
+    drafts    how many of each request's rows, the last ones, are drafts; empty if none are
+    ends      the position at which each answer ends at the latest; empty if there are no drafts
+    """
 
     requests: Sequence[str]
     edges: Sequence[int]
     prompts: Sequence[int]
-    drafts: Sequence[int]  # none where nothing is speculated
-    ends: Sequence[int]
-    tokens: Any  # [n] or longer
-    positions: Any  # [n] or longer
-    # what follows is no part of __init__, which runs in each step
-    rows: Any = field(init=False, default=None)  # as `Rows.take` returns them, then joined
-    number: int = field(init=False, default=0)
-    ended: Set[str] = field(init=False, default=frozenset())  # requests that ended before it
-    bytes: int = field(init=False, default=0)
-    copied: Any = field(init=False, default=None)  # an event
-    # where some of a request's rows are drafts, how many tokens it was given behind the step, one
-    # more than were accepted, [requests of the engine's step, until `arrive`: those recorded];
-    # where they are a tree, which of its rows are the answer's, and −1, [requests, rows]; None
-    # where that is unknown
-    sampled: Any = field(init=False, default=None)
-    wanted: Any = field(init=False, default=None)  # which requests are recorded, if not all
-    # where experts have replicas, the expert that each of a router is a replica of, [L, P]; None as
-    # it is handed over where that has not changed
-    replicas: Any = field(init=False, default=None)
+    drafts: Sequence[int] = ()
+    ends: Sequence[int] = ()
 
-    def only(self, wanted: Sequence[bool]) -> tuple[Step, np.ndarray]:
-        """Of some requests; and which rows these are."""
-        sizes = np.diff(self.edges)
-        rows = np.flatnonzero(np.repeat(wanted, sizes))
-        requests, sizes, prompts, drafts, ends = (
-            list(compress(of, wanted))
-            for of in (self.requests, sizes.tolist(), self.prompts, self.drafts, self.ends)
+    @property
+    def rows(self) -> int:
+        return self.edges[-1]
+
+    def rows_of(self, chosen: Sequence[bool]) -> np.ndarray:
+        """Return the indices of the rows of the chosen requests."""
+        return np.flatnonzero(np.repeat(chosen, np.diff(self.edges)))
+
+    def only(self, chosen: Sequence[bool]) -> Schedule:
+        """Return the schedule of the chosen requests alone."""
+        return Schedule(
+            list(compress(self.requests, chosen)),
+            edges_of(compress(np.diff(self.edges).tolist(), chosen)),
+            list(compress(self.prompts, chosen)),
+            list(compress(self.drafts, chosen)),
+            list(compress(self.ends, chosen)),
         )
-        edges = edges_of(sizes)
-        return Step(requests, edges, prompts, drafts, ends, self.tokens, self.positions), rows
 
-    def arrive(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-            self.copied = None
-        if self.replicas is not None:
-            self.replicas = np.asarray(self.replicas)
-        if self.sampled is not None:
-            rows = slice(None) if self.wanted is None else np.array(self.wanted)
-            self.sampled, self.wanted = np.asarray(self.sampled)[rows], None
+
+@dataclass(frozen=True)
+class Step:
+    """A step of which rows are recorded.
+
+    number    of the step, from 1 on
+    ended     requests that have ended before it
+    sampled   how many tokens each request was given after the step, one more than the accepted
+              drafts [requests]; if drafts are a tree, the rows of the answer, then −1
+              [requests, rows]; None if neither is known
+    replicas  the expert that each physical expert is a replica of [L, P]; None if experts have no
+              replicas, or the same ones as in the recorded step before
+    """
+
+    number: int
+    schedule: Schedule
+    ended: Set[str]
+    sampled: np.ndarray | None
+    replicas: np.ndarray | None
 
     def accepted(self, request: int) -> np.ndarray:
-        """Which of the request's rows are no rejected drafts."""
-        rows = self.edges[request + 1] - self.edges[request]
-        drafts = self.drafts[request]
+        """Return which of the request's rows are not rejected drafts."""
+        edges = self.schedule.edges
+        rows = edges[request + 1] - edges[request]
+        drafts = self.schedule.drafts[request]
         if not drafts or self.sampled is None:
             return np.arange(rows - drafts)
         sampled = self.sampled[request]

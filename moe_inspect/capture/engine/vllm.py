@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.capture.engine.settings import PATH, Settings, is_asked, tell_unknown, tell_why
-from moe_inspect.capture.engine.step import Step, edges_of
+from moe_inspect.capture.engine.step import Schedule, edges_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe_inspect.capture.engine.steps import Scheduled
 
 log = logging.getLogger("vllm.moe_inspect")
 
@@ -82,17 +84,20 @@ def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 
     from moe_inspect.capture.engine.rows import SCHEMA
 
-    settings, more = Settings.read(), wrapper.vllm_config.additional_config
+    settings, config = Settings.read(), wrapper.vllm_config
+    more = config.additional_config
     if isinstance(more, dict):
-        # a part of the key of torch.compile's cache: a graph compiled without us records nothing
-        asked = f"logits {settings.logits}, replays {settings.replay is not None}"
-        more["moe_inspect"] = f"{asked}, {SCHEMA}"
+        # These become a part of the key of torch.compile's cache: a graph that was compiled without
+        # the plugin records nothing, and a graph holds the offsets of the routers in our buffers.
+        facts = [f"replays {settings.replay is not None}", f"logits {settings.records_logits}"]
+        facts += [f"{largest_step(config)} rows", SCHEMA]
+        more["moe_inspect"] = ", ".join(facts)
     loaded = wrapper.worker.load_model(*args, **kwargs)
-    runner, config = wrapper.worker.model_runner, wrapper.vllm_config
+    runner = wrapper.worker.model_runner
     if settings.replay is not None:  # a benchmark of other routes would be wrong: this may raise
         from moe_inspect.capture.engine.vllm_replay import replay
 
-        replay(runner, config, settings.replay)
+        replay(runner, settings.replay, largest_step(config))
     try:
         if settings.is_active and get_tp_group().is_first_rank:
             wrapper.moe_inspect_seam = Seam(runner, config, settings)
@@ -117,36 +122,39 @@ def _command(wrapper: Any, what: str, value: str = "") -> Any:
     return None if refused is None else {"refused": refused}
 
 
+def largest_step(config: Any) -> int:
+    """Return the most rows of a step: a CUDA graph may be captured for more tokens than are ever
+    scheduled."""
+    sizes = config.compilation_config.cudagraph_capture_sizes or []
+    return max([config.scheduler_config.max_num_batched_tokens, *sizes])
+
+
 class Seam:
-    """Of one worker, whose model is loaded. `ends`: request → the position at which its answer ends
-    at the latest, where drafts are speculated."""
+    """The recorder of one worker, whose model is loaded. `ends`: request → the position at which
+    its answer ends at the latest, if drafts are speculated."""
 
     def __init__(self, runner: Any, config: Any, settings: Settings):
+        from moe_inspect.capture.engine.rows import EngineRows
         from moe_inspect.capture.engine.sender import recorder_of
-        from moe_inspect.capture.engine.steps import Rows
+        from moe_inspect.capture.rows import PHYSICALS
 
         layers = recordable_layers(runner.get_model(), config)
         self.runner, moe = runner, layers[0].moe_config
         self.is_v2 = hasattr(runner, "req_states")  # vLLM's model runner V2
-        # a CUDA graph may be captured for more tokens than are ever scheduled
-        sizes = config.compilation_config.cudagraph_capture_sizes or []
-        T = max([config.scheduler_config.max_num_batched_tokens, *sizes])
         E, K = moe.num_logical_experts, moe.experts_per_token
-        traces = settings.trace is not None
-        sizes, compiled = (len(layers), T, K), bool(config.compilation_config.mode)
-        logits, device, eplb = settings.logits and traces, runner.device, eplb_of(runner, config)
-        rows = Rows(sizes, E, logits, device, traces, compiled, physicals=eplb is not None)
-        if rows.host is None:
-            log.info("moe-inspect: buffers of %.0f MB on %s", rows.nbytes / 1e6, rows.device)
+        shape, compiled = (len(layers), largest_step(config), K), config.compilation_config.mode
+        eplb = eplb_of(runner, config)
+        extras = ["logits"] * settings.records_logits + [PHYSICALS] * (eplb is not None)
+        rows = EngineRows(shape, E, runner.device, extras, bool(compiled))
         about = _about(config) | {
             "layers": [layer.layer_id for layer in layers],
             "paths": [layer.layer_name for layer in layers],
         }
 
-        self.recorder = recorder_of(rows, settings, about)
-        self.recorder.placed = lambda: placed(layers, eplb)
+        maps: dict[str, Callable[[], Any]] = {"placed": lambda: placed(layers, eplb)}
         if eplb is not None:
-            self.recorder.replicas = lambda: eplb.physical_to_logical_map
+            maps["replicas"] = lambda: eplb.physical_to_logical_map
+        self.recorder = recorder_of(rows, settings, about, **maps)
         self.speculates = config.speculative_config is not None
         self.ends: dict[str, int] = {}
         self.sampled: Tensor | None = None
@@ -164,7 +172,7 @@ class Seam:
         except Exception as error:
             self.recorder.stop(error)
             return
-        self.recorder.after_step(tokens, ended, lambda: self._whose(scheduled))
+        self.recorder.after_step(tokens, ended, lambda: self._schedule(scheduled))
 
     def _note_ends(self, scheduled: Any) -> None:
         for new in scheduled.scheduled_new_reqs:
@@ -178,7 +186,7 @@ class Seam:
         if self.speculates:
             self.recorder.after_sampling(self.sampled)
 
-    def _whose(self, scheduled: Any) -> Step:
+    def _schedule(self, scheduled: Any) -> Scheduled:
         """Tokens and positions are those on the device: with asynchronous scheduling the host's
         come too late."""
         runner = self.runner
@@ -200,7 +208,7 @@ class Seam:
         if speculated := scheduled.scheduled_spec_decode_tokens:
             drafts = [len(speculated.get(request, ())) for request in requests]
             ends = [self.ends.get(request, 2**31) for request in requests]
-        return Step(requests, edges, prompts, drafts, ends, tokens, positions)
+        return Schedule(requests, edges, prompts, drafts, ends), tokens, positions
 
     def _watch(self, router: Any, n: int, replicas: bool) -> None:
         """Keeps what a router chooses; with `replicas`, when EPLB has mapped it to physical
@@ -297,8 +305,6 @@ def eplb_of(runner: Any, config: Any) -> Any:
 def placed(layers: list[Any], eplb: Any) -> np.ndarray | None:
     """The share of each expert's load that each rank of expert parallelism gets, [L, E, G]: by
     EPLB's map of now, else as vLLM places experts once."""
-    from moe_inspect.capture.engine.steps import shares_of
-
     moe = layers[0].moe_config
     E, G = moe.num_logical_experts, moe.ep_size
     if G == 1:
@@ -310,6 +316,19 @@ def placed(layers: list[Any], eplb: Any) -> np.ndarray | None:
     strategy = layers[0].routed_experts.expert_map_manager.placement_strategy
     here = [determine_expert_map(G, g, E, strategy)[1].numpy() >= 0 for g in range(G)]
     return np.tile(np.stack(here, 1).astype(float), (len(layers), 1, 1))
+
+
+def shares_of(map_LP: np.ndarray, E: int, G: int) -> np.ndarray:
+    """Return the share of each expert's load that each of G ranks gets, [L, E, G]. `map_LP`: the
+    logical expert of each physical one, −1 for none; each rank holds the same number of them, in
+    consecutive places."""
+    L, P = map_LP.shape
+    share_LEG = np.zeros((L, E, G))
+    layer_LP, rank_LP = np.indices((L, P))
+    is_used_LP = map_LP >= 0
+    rank_LP = rank_LP[is_used_LP] * G // P
+    np.add.at(share_LEG, (layer_LP[is_used_LP], map_LP[is_used_LP], rank_LP), 1)
+    return share_LEG / np.maximum(share_LEG.sum(2, keepdims=True), 1)
 
 
 def kernel_of(layer: Any) -> str:

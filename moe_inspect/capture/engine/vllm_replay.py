@@ -39,9 +39,9 @@ def register_strategy() -> None:
     simulator.RoutingSimulator.register_strategy(NAME, Strategy())
 
 
-def replay(runner: Any, config: Any, path: Path) -> None:
-    """From now on the routers of a worker's model choose what those of the trace chose.
-    MoeInspectError where the trace is not of such a model, or vLLM does not simulate."""
+def replay(runner: Any, path: Path, T: int) -> None:
+    """From now on the routers of a worker's model choose what those of the trace chose, in steps of
+    at most T rows. MoeInspectError if the trace is of another model, or vLLM does not simulate."""
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
     from vllm.model_executor.layers.fused_moe.router import routing_simulator_router as simulator
 
@@ -55,8 +55,6 @@ def replay(runner: Any, config: Any, path: Path) -> None:
         )
     moe = layers[0].moe_config
     shape = len(layers), moe.num_logical_experts, moe.experts_per_token
-    sizes = config.compilation_config.cudagraph_capture_sizes or []
-    T = max([config.scheduler_config.max_num_batched_tokens, *sizes])
     replayed = _replayed["now"] = Replayed(Replay(path, shape, runner.device), T)
     for n, router in enumerate(routers):
         router._compute_routing = partial(_compute_routing, n, shape[2])

@@ -65,12 +65,13 @@ TapeArguments = namedtuple("TapeArguments", FIELDS)
 @dataclass(frozen=True, eq=False)
 class Tape:
     """Where the decisions of one router are written: its part of a buffer of several routers, and
-    state on the device. `cursor[lane]` counts the rows that came, and is the next one to write; rows
-    beyond the part are not written. While `enabled` is 0, nothing is written or counted."""
+    state on the device. `cursor[lane]` counts the rows that came, and is the next one to write;
+    without a cursor each call is written from the first row on. Rows beyond the part are not
+    written. While `enabled` is 0, nothing is written or counted."""
 
     ids: Tensor | None  # uint8 (E < 256) or int16, of all routers of the buffer
     weights: Tensor | None  # float16 or bfloat16, likewise
-    cursor: Tensor  # int64 [lanes]
+    cursor: Tensor | None  # int64 [lanes]
     enabled: Tensor  # int32 [1]
     lane: int
     K: int  # values per row
@@ -125,23 +126,26 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
     if weights_TK is not None and weights_TK.requires_grad:
         weights_TK = weights_TK.detach()
     if torch.compiler.is_compiling():
-        torch.ops.moe_inspect.record(ids_TK, weights_TK, *_parts(tape))
+        torch.ops.moe_inspect.record(ids_TK, weights_TK, *tape_parts(tape))
     else:
         _record(tape, ids_TK, weights_TK)
 
 
 def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
     fed = ids_TK if ids_TK is not None else weights_TK
-    if not runs_triton(tape.cursor) or not fed.numel():
+    if not runs_triton(tape.enabled) or not fed.numel():
         return record_torch(tape, ids_TK, weights_TK)
-    name = "record" if fed.numel() <= RECORD_BLOCK else "record in two launches"
+    if tape.cursor is None:
+        name = "record from the first row"
+    else:
+        name = "record" if fed.numel() <= RECORD_BLOCK else "record in two launches"
     call = record_triton, record_torch, tape, ids_TK, weights_TK
     first_launch.run(name, fed.device, tape.written, *call)
     return None
 
 
 def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    code = record_on_device if tape.cursor.is_cuda else record_on_host
+    code = record_on_device if tape.enabled.is_cuda else record_on_host
     code(tape, ids_TK, weights_TK)
 
 
@@ -150,14 +154,15 @@ def record_on_host(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None)
     if not int(tape.enabled):
         return
     T = len(ids_TK if ids_TK is not None else weights_TK)
-    first = int(tape.cursor[tape.lane])
+    first = 0 if tape.cursor is None else int(tape.cursor[tape.lane])
     room = max(0, min(T, tape.rows - first))
     if tape.ids is not None and ids_TK is not None:
         written, ids = tape.part(tape.ids)[first : first + room], ids_TK[:room]
         written.copy_(ids).masked_fill_((ids < 0) | (ids >= tape.experts), tape.null_id)
     if tape.weights is not None and weights_TK is not None:
         tape.part(tape.weights)[first : first + room] = weights_TK[:room]
-    tape.cursor[tape.lane] += T
+    if tape.cursor is not None:
+        tape.cursor[tape.lane] += T
 
 
 def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
@@ -165,8 +170,9 @@ def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | Non
     T = len(ids_TK if ids_TK is not None else weights_TK)
     if T == 0:
         return
-    device, lane = tape.cursor.device, slice(tape.lane, tape.lane + 1)
-    at, enabled = tape.cursor[lane], tape.enabled.long()
+    device, lane = tape.enabled.device, slice(tape.lane, tape.lane + 1)
+    enabled = tape.enabled.long()
+    at = torch.zeros_like(enabled) if tape.cursor is None else tape.cursor[lane]
     room = (tape.rows - at).clamp(0, T) * enabled
     # rows that do not fit write the last row that does once more; if none does, what is there
     source_T = torch.minimum(torch.arange(T, device=device), (room - 1).clamp(min=0))
@@ -181,7 +187,8 @@ def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | Non
         write(tape.ids, ids_TK.long().masked_fill(outside_TK, tape.null_id))
     if tape.weights is not None and weights_TK is not None:
         write(tape.weights, weights_TK)
-    tape.cursor[lane] += T * enabled
+    if tape.cursor is not None:
+        tape.cursor[lane] += T * enabled
 
 
 if triton is not None:
@@ -201,10 +208,13 @@ if triton is not None:
         return room.to(tl.int32) * tl.load(tape.enabled)
 
     @triton.jit
-    def _write(tape, lane, i, expert, routed, weights, T, K: tl.constexpr):
-        """Writes slots `i` of this call to the tape. Triton's axis analysis sees that the K offsets
-        of a row are contiguous only when they are written in this form: one vector store."""
-        at = tl.load(tape.cursor + lane)
+    def _write(tape, lane, i, expert, routed, weights, given, T, K: tl.constexpr):
+        """Writes slots `i` of this call to the tape; `given`: where their weights are. Triton's axis
+        analysis sees that the K offsets of a row are contiguous only when they are written in this
+        form: one vector store."""
+        at = tl.full([], 0, tl.int64)
+        if tape.cursor is not None:
+            at = tl.load(tape.cursor + lane)
         inside = i < _room(tape, at, T) * K
         row = at.to(tl.int32) + i // K
         offset = tape.base + row * K + i % K
@@ -212,7 +222,7 @@ if triton is not None:
             value = tl.where(routed, expert, -1)  # 255 in an unsigned byte
             tl.store(tape.ids + offset, value.to(tape.ids.dtype.element_ty), mask=inside)
         if tape.weights is not None:
-            weight = tl.load(weights + i, mask=inside, other=0.0)
+            weight = tl.load(weights + given, mask=inside, other=0)
             tl.store(tape.weights + offset, weight.to(tape.weights.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -225,14 +235,17 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["T", "lane"])
     def _record_kernel(
-        ids, weights, E, T, tape, lane, K: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr
+        ids, weights, E, T, tape, lane,
+        K: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
+        """Records the first K columns of ids and weights, whose rows begin IDS and WEIGHTS values
+        apart."""
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < T * K
         expert, routed = tl.zeros([BLOCK], tl.int32), inside
         if tape.ids is not None:
-            expert, routed = _load_experts(ids, i, inside, E)
-        _write(tape, lane, i, expert, routed, weights, T, K)
+            expert, routed = _load_experts(ids, i // K * IDS + i % K, inside, E)
+        _write(tape, lane, i, expert, routed, weights, i // K * WEIGHTS + i % K, T, K)
         if ALONE:
             _advance(tape, lane, T)
 
@@ -251,22 +264,31 @@ if triton is not None:
         assert weights_TK is not None or tape.weights is None, "a tape of weights, and no weights"
         return tape.arguments
 
+    def _strided(values_TK: Tensor | None) -> tuple[Tensor | None, int]:
+        """The values, copied unless the columns of a row are next to each other, and how many values
+        apart rows begin."""
+        if values_TK is None:
+            return None, 0
+        if values_TK.is_contiguous() or values_TK.stride(1) != 1:
+            return values_TK.contiguous(), values_TK.shape[1]
+        return values_TK, values_TK.stride(0)
+
     def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-        """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every
-        program has read it."""
+        """One launch for up to RECORD_BLOCK slots or without a cursor, else two: the cursor may only
+        move when every program has read it."""
         fed = ids_TK if ids_TK is not None else weights_TK
         T, K = fed.shape
         if T == 0:
             return
-        ids, weights = (t.contiguous() if t is not None else None for t in (ids_TK, weights_TK))
+        (ids, ids_stride), (weights, weights_stride) = map(_strided, (ids_TK, weights_TK))
         arguments = _arguments(tape, K, ids_TK, weights_TK)
-        blocks = -(-T * K // RECORD_BLOCK)
+        blocks, moves = -(-T * K // RECORD_BLOCK), tape.cursor is not None
         with torch.cuda.device_of(fed):
             _record_kernel[(blocks,)](
-                ids, weights, tape.experts, T, *arguments,
-                K=K, ALONE=blocks == 1, BLOCK=RECORD_BLOCK, **REGISTERS,
+                ids, weights, tape.experts, T, *arguments, K=K, IDS=ids_stride, WEIGHTS=weights_stride,
+                ALONE=moves and blocks == 1, BLOCK=RECORD_BLOCK, **REGISTERS,
             )  # fmt: skip
-            if blocks > 1:
+            if moves and blocks > 1:
                 _advance_kernel[(1,)](T, *arguments, num_warps=1)
 
 
@@ -282,7 +304,7 @@ def dispatch(
         weights_TK = weights_TK.detach()
     if not torch.compiler.is_compiling():
         return _dispatch(ids_TK, weights_TK, experts, tape)
-    return Dispatch(*torch.ops.moe_inspect.dispatch(ids_TK, weights_TK, experts, *_parts(tape)))
+    return Dispatch(*torch.ops.moe_inspect.dispatch(ids_TK, weights_TK, experts, *tape_parts(tape)))
 
 
 def _dispatch(
@@ -418,7 +440,7 @@ if triton is not None:
         i = tl.arange(0, BLOCK)
         expert, routed = _load_experts(ids, i, i < T * K, E)
         if tape.cursor is not None:
-            _write(tape, lane, i, expert, routed, weights, T, K)
+            _write(tape, lane, i, expert, routed, weights, i, T, K)
         count_E = tl.histogram(expert, BINS, mask=routed)
         e = tl.arange(0, BINS)
         end_E = tl.cumsum(count_E, 0)
@@ -439,7 +461,7 @@ if triton is not None:
         i = block * BLOCK + tl.arange(0, BLOCK)
         expert, routed = _load_experts(ids, i, i < T * K, E)
         if tape.cursor is not None:
-            _write(tape, lane, i, expert, routed, weights, T, K)
+            _write(tape, lane, i, expert, routed, weights, i, T, K)
         e = tl.arange(0, BINS)
         tl.store(partial + block * E + e, tl.histogram(expert, BINS, mask=routed), mask=e < E)
 
@@ -635,7 +657,7 @@ if triton is not None:
         if tape.cursor is not None and (tl.program_id(0) + tl.program_id(1) == 0):
             i = tl.arange(0, BLOCK)
             expert, routed = _load_experts(ids, i, i < T * K, E)
-            _write(tape, lane, i, expert, routed, weights, T, K)
+            _write(tape, lane, i, expert, routed, weights, i, T, K)
             _advance(tape, lane, T)
 
     def combine_triton(
@@ -704,17 +726,18 @@ def combine_torch(
 # --- the same as custom operators, which torch.compile does not trace into
 
 
-def _parts(tape: Tape | None) -> tuple[object, ...]:
+def tape_parts(tape: Tape | None) -> tuple[object, ...]:
     """The arguments of an operator in place of a tape."""
     if tape is None:
         return (*[None] * 4, [])
     return *tape.tensors, [tape.lane, tape.K, tape.experts, tape.base, tape.rows]
 
 
-def _operator(
+def register_operator(
     name: str, given: str, results: int, run: Callable[..., object], shapes: Callable[..., object]
 ) -> None:
-    """Registers `run`, whose last arguments are those of `_parts`; `shapes` makes such results."""
+    """Register `run`, whose last arguments are those of `tape_parts`; `shapes` makes such
+    results."""
     tape = (
         "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!)? cursor, Tensor? enabled, "
         "int[] numbers"
@@ -728,7 +751,7 @@ def _operator(
     made.register_fake(shapes)
 
 
-def _record_op(ids, weights, *tape):  # type: ignore[no-untyped-def]
+def record_parts(ids, weights, *tape):  # type: ignore[no-untyped-def]
     *tensors, numbers = tape
     _record(Tape(*tensors, *numbers), ids, weights)
 
@@ -739,8 +762,8 @@ def _dispatch_op(ids, weights, experts, *tape):  # type: ignore[no-untyped-def]
     return tuple(_dispatch(ids, weights, experts, taped, empty_dispatch(ids, experts, apart=True)))
 
 
-_operator("record", "Tensor? ids, Tensor? weights", 0, _record_op, lambda *_: None)
-_operator(
+register_operator("record", "Tensor? ids, Tensor? weights", 0, record_parts, lambda *_: None)
+register_operator(
     "dispatch",
     "Tensor ids, Tensor? weights, int experts",
     5,
