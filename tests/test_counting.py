@@ -260,6 +260,20 @@ def test_shards_and_threads_change_nothing(
         same(by_shard, alone)
 
 
+def test_pairs_of_so_many_experts_that_routers_are_counted_in_groups(tmp_path: Path):
+    E, L = 2_048, 5
+    ids = [uniform_ids(np.random.default_rng(layer), 200, E, 2) for layer in range(L)]
+    counts = counted(write_trace(tmp_path / "t", ids, E, shard_tokens=100), {"transitions"})
+    assert sum(16 * E**2 for _ in range(L)) > engine.PAIR_BYTES
+    for layer in range(L - 1):
+        expected_EN = np.zeros((E, E), np.int64)
+        for here_T in ids[layer].T:
+            for next_T in ids[layer + 1].T:
+                np.add.at(expected_EN, (here_T, next_T), 1)
+        assert (counts.of[layer].next_EN == expected_EN).all()
+    assert counts.of[L - 1].next_EN is None
+
+
 def test_a_slot_that_routes_nowhere_among_256_experts(tmp_path: Path):
     """Of which 8 bits hold each, and none for nowhere."""
     ids_TK = uniform_ids(np.random.default_rng(0), 300, 256, 4).astype(np.int16)

@@ -29,6 +29,7 @@ from moe_inspect.trace.shard import Shard
 Result = TypeVar("Result")
 Sums = dict[str, np.ndarray]
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
+MOST_WAITING = 2**26  # pairs of experts in the counts of shards that are counted at once
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
 GAMMA_FLOOR = 0.8
 
@@ -235,6 +236,8 @@ def count_pair(
     done."""
     total, advance = job.zero(), phase("comparing", job.tokens, "tokens")
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    pairs = sum(job.a.routers[r].experts ** 2 for r, _ in job.routers)
+    threads = max(1, min(threads, MOST_WAITING // pairs))
     for tokens, (decisions, parts) in by_runs(job, segments, _count, threads):
         while parts:  # so that each is freed once it is added
             total.merge(*parts.pop())

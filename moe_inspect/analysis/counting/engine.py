@@ -30,6 +30,8 @@ WINDOW_CELLS = 2**24  # of the load of every window, all routers
 MOST_PAIRS = 2**26  # of experts, of all routers: 512 MiB of counts
 # of the tables by token id, and of pairs, of the routers that are counted together
 TABLE_BYTES = 84 * 2**20
+# of pairs alone: more would not fit in 1 GiB if each thread had counts of its own
+PAIR_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ def count_trace(
     plans = token_ids.plans_of(trace, selection, every=not top) if by_id else {}
     request = CountRequest(selection, asked, windows, total, plans, top)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    if by_id:
-        total = _with_token_ids(trace, request, threads, progress)
+    many_pairs = sum(_pair_bytes(request, r) for r in selection.routers) > PAIR_BYTES
+    if by_id or (many_pairs and not trace.counts_only):
+        total = _by_groups(trace, request, threads, progress)
     else:
         for part in _of_runs(trace, request, threads, progress):
             total.add(part)
@@ -168,7 +171,7 @@ def _counts_of(trace: Trace, request: CountRequest, run: range, routers: tuple[i
     return counts
 
 
-# --- by groups of routers, whose tables by token id fit in memory
+# --- by groups of routers, whose tables by token id and of pairs fit in memory
 
 
 class RouterGroup:
@@ -178,27 +181,27 @@ class RouterGroup:
         self.request, self.routers, self.counts = request, routers, empty_like(request.empty)
         listed = request.empty.routers
         self.tables = {
-            r: token_ids.TokenTables(request.plans[listed[r].stack], listed[r]) for r in routers
+            r: token_ids.TokenTables(request.plans[listed[r].stack], listed[r])
+            for r in (routers if request.plans else ())
         }
 
     def add(self, prepared: PreparedShard, rows: Mapping[str, token_ids.ShardRows]) -> None:
         def visit(decisions: RouterDecisions) -> None:
             self.tables[decisions.r].add(rows[decisions.router.stack], decisions)
 
-        counts = count_routers(prepared, self.routers, visit)
+        counts = count_routers(prepared, self.routers, visit if self.tables else None)
         self.counts.add(replace(prepared.part, of=counts))
 
     def result(self) -> Counts:
         """Tables are given back one by one."""
-        for r in self.routers:
-            found = token_ids.by_token_id(self.tables.pop(r), self.request.top)
-            self.counts.by_token_id[r] = found
+        for r in [*self.tables]:
+            self.counts.by_token_id[r] = token_ids.by_token_id(self.tables.pop(r), self.request.top)
         for of in self.counts.of.values():  # the largest of what is kept of each router
             of.narrow({"pairs", "transitions", "windows"})
         return self.counts
 
 
-def _with_token_ids(
+def _by_groups(
     trace: Trace, request: CountRequest, threads: int, progress: Callable[[int], None] | None
 ) -> Counts:
     routers = request.selection.routers
@@ -215,18 +218,26 @@ def _with_token_ids(
 
 
 def _groups(request: CountRequest, routers: Sequence[int]) -> Iterator[list[int]]:
-    """Routers whose tables, those of pairs too, fit in TABLE_BYTES; at least one at a time."""
-    group, total = list[int](), 0
+    """Routers whose tables fit in TABLE_BYTES, or in PAIR_BYTES without token ids; at least one at
+    a time."""
+    group, total, limit = list[int](), 0, TABLE_BYTES if request.plans else PAIR_BYTES
     for r in routers:
         router = request.empty.routers[r]
-        pairs = ("pairs" in request.wants) + 2 * ("transitions" in request.wants)
-        size = request.plans[router.stack].bytes(router.experts) + pairs * 8 * router.experts**2
-        if group and total + size > TABLE_BYTES:
+        size = _pair_bytes(request, r)
+        if request.plans:
+            size += request.plans[router.stack].bytes(router.experts)
+        if group and total + size > limit:
             yield group
             group, total = [], 0
         group.append(r)
         total += size
     yield group
+
+
+def _pair_bytes(request: CountRequest, router: int) -> int:
+    """Memory of a router's counts of pairs of experts, also while those of a shard are added."""
+    pairs = ("pairs" in request.wants) + 2 * ("transitions" in request.wants)
+    return pairs * 8 * request.empty.routers[router].experts ** 2
 
 
 def _on_threads(
@@ -240,7 +251,7 @@ def _on_threads(
         for shard in trace.shards:
             prepared = prepare_shard(shard, request.selection, request.wants, request.windows)
             rows = dict[str, token_ids.ShardRows]()
-            for stack, (seen, token_rows) in prepared.stacks.items():
+            for stack, (seen, token_rows) in [*prepared.stacks.items()] if request.plans else []:
                 rows[stack] = token_ids.rows_of(shard, seen, request.plans[stack])
                 units = rows[stack].unit_T, request.plans[stack].units
                 token_rows = replace(token_rows, id_unit_T=units[0], id_units=units[1])
