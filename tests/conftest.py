@@ -37,13 +37,13 @@ Put = Callable[..., None]
 OpenPage = Callable[..., "Opened"]
 
 
-# `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
+# `make test` runs one file per core at a time (--dist loadfile): those with six seconds of CPU
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG = (
-    "cli_trace engine_writer readme options hostile watch oracles_simulate ranks experts "
-    "placement audit_loss oracles_report training_trainer zoo page_sizes record "
-    "kernels page simulate_step counting real_data one_line alarms docs "
-    "compare_findings commit_every"
+    "audit_loss engine_writer cli_trace readme experts oracles_simulate oracles_report options "
+    "zoo record placement watch training_trainer real_data kernels simulate_step one_line "
+    "oracles_compare engine_plugin compare_findings check mxfp4 ranks alarms page_sizes docs kinds "
+    "first_launch page commit_every contributing hostile adapters decode_steps"
 )
 
 
