@@ -83,16 +83,15 @@ def test_what_comes_out_is_what_went_in(late: bool, sizes: list[int], behind: in
             read()
 
 
-def test_buffers_that_nobody_reads_keep_their_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_that_nobody_reads_keep_their_first_rows() -> None:
     """As when a graph is replayed and replayed: the kernel stops at the limit by itself."""
-    monkeypatch.setattr(rows, "LEAST_ROWS", 16)
     held = made([(2, 8)])
-    held.grow(32)
+    held.grow(2_048)
     for n in range(10):
-        kernels.record_torch(held.tapes[""][0], *decisions(n * 16, 16, 2, 8))
-    assert held.seen() == {"": [160]}
-    (found,) = rows.stored_values([held.take(32)], "ids", None)
-    assert found.tolist() == decisions(0, 32, 2, 8)[0].tolist()
+        kernels.record_torch(held.tapes[""][0], *decisions(n * 1_024, 1_024, 2, 8))
+    assert held.seen() == {"": [10_240]}
+    (found,) = rows.stored_values([held.take(2_048)], "ids", None)
+    assert found.tolist() == decisions(0, 2_048, 2, 8)[0].tolist()
     assert held.seen() == {"": [0]}
 
 
