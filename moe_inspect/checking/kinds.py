@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_inspect.reporting.verdict.findings import Severity
-from moe_inspect.reporting.verdict.misrecorded import (
+from moe_inspect.reporting.verdict.findings import (
     DROP_LAST,
     DROP_ZERO_FILLED,
     LAYERS,
@@ -14,6 +13,7 @@ from moe_inspect.reporting.verdict.misrecorded import (
     OF_ANOTHER_ROUTER,
     SHIFT_LAYERS,
     SHIFT_ROUTES,
+    Severity,
 )
 
 

@@ -111,7 +111,7 @@ def table_of(made: Any, name: str, form: Format = Format.table) -> pd.DataFrame 
     from moe_inspect.reporting.tables.registry import LazyTables
 
     if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
-        from moe_inspect.reporting.verdict.checks import verdict_table
+        from moe_inspect.reporting.verdict.findings import verdict_table
 
         return verdict_table(made.verdict(), values=True)
     if name == "findings" and form is Format.json:

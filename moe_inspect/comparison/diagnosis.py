@@ -22,8 +22,13 @@ from moe_inspect.comparison.decisions import Decisions, recorded_otherwise
 from moe_inspect.comparison.result import Paired, Row, missing_layers
 from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
-from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.reporting.verdict.misrecorded import DROP_LAST, DROP_ZERO_FILLED, NEVER_FED
+from moe_inspect.reporting.verdict.findings import (
+    DROP_LAST,
+    DROP_ZERO_FILLED,
+    NEVER_FED,
+    Finding,
+    finding,
+)
 from moe_inspect.text import cut, join_first, plural
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding

@@ -19,12 +19,13 @@ from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.comparison.align import AlignedRows, Alignment, align, rows_of_shard
 from moe_inspect.comparison.pairing import layers_named, same_places
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.reporting.verdict.misrecorded import (
+from moe_inspect.reporting.verdict.findings import (
     LAYERS,
     OF_ANOTHER_ROUTER,
     SHIFT_LAYERS,
     SHIFT_ROUTES,
+    Finding,
+    finding,
 )
 from moe_inspect.text import join_first, layer_label, plural, ranges
 from moe_inspect.trace.reader import Trace

@@ -15,8 +15,12 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, table
-from moe_inspect.reporting.verdict.checks import verdict_table
-from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
+    finding,
+    most_important_first,
+    verdict_table,
+)
 from moe_inspect.reporting.verdict.gate import gated
 from moe_inspect.text import layer_label, storable
 from moe_inspect.trace.reader import Trace

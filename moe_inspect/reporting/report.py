@@ -10,8 +10,7 @@ from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, Excerpt, check_table
 from moe_inspect.reporting.tables.summary import facts, notes, title_of
-from moe_inspect.reporting.verdict.checks import findings
-from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.reporting.verdict.findings import Finding, findings
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.charts.spec import Chart

@@ -24,8 +24,7 @@ from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.pairs import supported_pairs
 from moe_inspect.reporting.tables.specialization import token_ids
 from moe_inspect.reporting.tables.summary import title_of
-from moe_inspect.reporting.verdict.checks import findings
-from moe_inspect.reporting.verdict.findings import Finding, beyond, uneven
+from moe_inspect.reporting.verdict.findings import Finding, beyond, findings, uneven
 from moe_inspect.text import layer_label, plural, ranges, readable
 
 FOOTER = (

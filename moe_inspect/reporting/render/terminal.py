@@ -19,8 +19,7 @@ from moe_inspect.reporting.render.heatmap import heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.registry import Excerpt, highest_rows
 from moe_inspect.reporting.tables.summary import notes, title_of
-from moe_inspect.reporting.verdict.checks import findings
-from moe_inspect.reporting.verdict.findings import Finding
+from moe_inspect.reporting.verdict.findings import Finding, findings
 from moe_inspect.text import layer_label, plural, printable
 
 MOST_FINDINGS = 5  # on a terminal

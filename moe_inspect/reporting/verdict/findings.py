@@ -1,18 +1,19 @@
-"""What a check of the report finds: one sentence, how serious it is, which router it is about, and
-the numbers it was made from; and the words for what chance explains. A row is one of the table
-`balance`."""
+"""Findings: what a check of the report states, how serious it is, which router it is about, and the
+numbers in it. The checks are functions of the other files of this folder, each with the decorator
+`check`. Also words that several of them use. A row is one of the table `balance`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
 from moe_inspect.later import import_folder, pd
-from moe_inspect.reporting.tables.data import ReportData, Row, records
+from moe_inspect.reporting.tables.data import ReportData, Row, once, records
+from moe_inspect.reporting.tables.registry import table
 from moe_inspect.text import layer_label, plural
 
 Severity = Literal["critical", "warning", "note", "good"]
@@ -31,6 +32,11 @@ SECTIONS = {
 }
 BEYOND_LONG_DOCUMENTS = f"beyond chance even if {LONG_DOCUMENT:,} tokens choose as one"
 FEW_DOCUMENTS = f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
+# of misrecorded routes, compared with a right trace or not, and options of `compare` that mend them
+NEVER_FED = "tokens that were never fed, or padding"
+OF_ANOTHER_ROUTER = "such as an MTP layer's, or were never recorded"
+DROP_ZERO_FILLED, DROP_LAST = "--drop-zero-filled", "--drop-last"
+SHIFT_ROUTES, SHIFT_LAYERS, LAYERS = "--shift-routes", "--shift-layers", "--layers"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,34 @@ critical, warning, note, good = (partial(found, severity) for severity in SEVERI
 def most_important_first(found: list[Finding]) -> list[Finding]:
     """Critical findings, then warnings, then the others; within these in the order given."""
     return sorted(found, key=lambda f: min(SEVERITIES.index(f.severity), SEVERITIES.index("note")))
+
+
+@once
+def findings(data: ReportData) -> list[Finding]:
+    """Findings of every check, most important first; a cost that was asked for before warnings."""
+    results = [
+        replace(result, kind=result.kind or check.__name__, group=SECTIONS[section])
+        for section, check in every_check()
+        if (result := check(data)) is not None
+    ]
+    asked = "busiest_gpu" if data.costs is not None else ""
+    in_order = most_important_first(results)
+    return sorted(in_order, key=lambda one: one.severity != "critical" and one.kind != asked)
+
+
+@table()
+def verdict(data: ReportData) -> pd.DataFrame:
+    """One row per finding, most important first."""
+    return verdict_table(findings(data))
+
+
+def verdict_table(found: Sequence[Finding], values: bool = False) -> pd.DataFrame:
+    """One row per finding: severity, kind, layer, router, text; `values`: and the numbers."""
+    columns = ["severity", "kind", "layer", "router", "text", *(["values"] if values else [])]
+    rows = [[getattr(one, name) for name in columns] for one in found]
+    kinds = dict.fromkeys(("severity", "kind", "text"), "str")
+    kinds |= dict.fromkeys(("layer", "router"), "Int64")
+    return pd.DataFrame(rows, columns=columns).astype(kinds)
 
 
 def _plain(value: Any) -> object:
