@@ -52,7 +52,7 @@ test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/lower-bounds.txt --editable '.[trace,dask,dev,docs]'
 	$(OLDEST)/bin/python -m pytest $(SPREAD)
 
-test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes two sections of docs/metrics.md
+test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes benchmarks/results/families.md
 	$(BIN)/python -m tests.test_zoo
 	$(BIN)/python -m tests.test_audit_loss
 	SWEEP=whole $(BIN)/python -m pytest -s tests/test_zoo.py tests/test_describe.py
@@ -103,7 +103,7 @@ lint: $(VENV)/.installed ## ruff, pyright, and a search for dead code
 	$(BIN)/vulture moe_inspect --min-confidence 80
 	$(BIN)/python -m tools.unreachable
 
-docs: $(VENV)/.installed ## The documentation site (build/docs/index.html), and the tables of docs/import.md; a warning is an error
+docs: $(VENV)/.installed ## The documentation site (build/docs/index.html); a warning is an error
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 

@@ -25,7 +25,7 @@ from tests.conftest import ROOT, Put, write_between_marks
 from tests.support import own, zoo
 from tests.support.sweep import WHOLE, sample
 
-METRICS_PAGE = ROOT / "docs" / "metrics.md"
+FAMILIES_PAGE = ROOT / "benchmarks/results/families.md"
 
 LENGTHS = [24, 17, 24, 20, 24, 24]
 POOLED = modeling_mixtral.load_balancing_loss_func
@@ -714,8 +714,8 @@ def built() -> list[str]:
 
 
 def test_the_page_says_what_the_audit_finds() -> None:
-    """docs/metrics.md, written by `make test-families`."""
-    page = METRICS_PAGE.read_text()
+    """benchmarks/results/families.md, written by `make test-families`."""
+    page = FAMILIES_PAGE.read_text()
     if f"transformers {zoo.hf.__version__}, each as a tiny random model" in page:
         rows = [zoo.loss_row(family) for family in sample(built(), 20)]
         table = [line[2:-2].split(" | ") for line in page.splitlines() if " | " in line]
@@ -745,7 +745,7 @@ def test_each_family_has_a_formula_in_every_release(family: str) -> None:
 
 if __name__ == "__main__":
     write_between_marks(
-        METRICS_PAGE,
+        FAMILIES_PAGE,
         "balancing losses",
         zoo.losses_section([zoo.loss_row(family) for family in built()]),
     )

@@ -385,9 +385,9 @@ Of the {len(rows)} Mixture-of-Experts families of transformers {hf.__version__},
 traced by dispatch or tap, {tap} by tap and {adapter} by an adapter; {refused} is refused.
 `make test-families` saves a tiny random model of each, runs `moe-inspect trace DIRECTORY`, and \
 compares the trace with what the model executes, found without the hook. It writes this section.
-The second column states what `intervene(drop=…)` does ([Interventions](interventions.md)); \
-`replay`, `force` and `shuffle` work in each. The class that is loaded is named \
-unless it ends with `ForCausalLM`.
+The second column states what [`intervene(drop=…)`](../../docs/interventions.md) does; `replay`, \
+`force` and `shuffle` work in each. The class that is loaded is named unless it ends with \
+`ForCausalLM`.
 
 | traced by | a dropped expert | families |
 |---|---|---|
@@ -506,8 +506,8 @@ def losses_section(rows: list[tuple[str, ...]]) -> str:
     return f"""\
 ## Balancing losses of transformers
 
-[`audit_loss`](training.md#check-the-balancing-loss) on {len(rows)} families of transformers \
-{hf.__version__}, each as a tiny random model; \
+[`audit_loss`](../../docs/training.md#check-the-balancing-loss) on {len(rows)} families of \
+transformers {hf.__version__}, each as a tiny random model; \
 {sum(map(states_loss, (row[0] for row in rows)))} state the
 coefficient of a balancing loss. Written by `make test-families`.
 
@@ -531,7 +531,7 @@ bias, which no training pass updates, so you must update it: {", ".join(biased)}
 Their docstrings cite equations (4) to (6) of Switch Transformer. They differ from these:
 
 - **Pooled over layers** ({len(pooled)} families): Switch's loss is per layer. If it is pooled, \
-[single layers can collapse](training.md#how-soon-alarms-fire).
+[single layers can collapse](../../docs/training.md#how-soon-alarms-fire).
 - **Another load than the one that runs** ({len(by_logits)}: {", ".join(by_logits)}): f counts \
 the largest router logits, but the router chooses by scores plus a selection bias, in groups, or \
 by capacity.
