@@ -52,7 +52,7 @@ def metrics() -> str:
     rows = listing()
     sections = []
     for table in dict.fromkeys(row["table"] for row in rows):
-        sections += [f"### {table}", "", "| metric | definition | range; where all is even |"]
+        sections += [f"### {table}", "", "| metric | definition | range; if even |"]
         sections += ["|---|---|---|"]
         for row in rows:
             if row["table"] == table:
@@ -244,17 +244,21 @@ GENERATED: dict[str, Callable[[], str]] = {
 }
 
 
-def fill(text: str) -> str:
-    """A page's source, with what NAME generates at each `<!-- generated: NAME -->`, up to an
-    `<!-- end -->` on the page, which then can be read without the site."""
+def fill(text: str, only_written: bool = False) -> str:
+    """Fill in the generated parts of a page.
 
-    def made(found: re.Match[str]) -> str:
-        marker, name, written = found.groups()
+    Each starts with `<!-- generated: NAME -->`. With an `<!-- end -->` it is written into the page,
+    which then can be read without the site. With `only_written`, fill in no others."""
+
+    def generated(match: re.Match[str]) -> str:
+        marker, name, written = match.groups()
+        if only_written and not written:
+            return match[0]
         text = GENERATED[name]()
         return f"{marker}\n\n{text}\n\n<!-- end -->" if written else text
 
     marker = r"(<!-- generated: (\w+) -->)"
-    return re.sub(rf"{marker}(\n\n(?:(?!<!-- ).)*<!-- end -->)?", made, text, flags=re.DOTALL)
+    return re.sub(rf"{marker}(\n\n(?:(?!<!-- ).)*<!-- end -->)?", generated, text, flags=re.DOTALL)
 
 
 def docstring_as_rst(lines: list[str]) -> list[str]:
@@ -281,7 +285,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"([*|_\\])", r"\\\1", text)
 
 
-if __name__ == "__main__":  # writes what the pages hold up to an `<!-- end -->`
+if __name__ == "__main__":  # updates the generated text that is written into pages
     for page in Path(__file__).parent.glob("*.md"):
         if "<!-- end -->" in (text := page.read_text(encoding="utf-8")):
-            page.write_text(fill(text), encoding="utf-8")
+            page.write_text(fill(text, only_written=True), encoding="utf-8")
