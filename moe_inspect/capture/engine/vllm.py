@@ -37,7 +37,7 @@ def register() -> None:
     try:
         settings = Settings.read()
         if settings.replay is not None:
-            from moe_inspect.capture.engine.vllm_replay import register_strategy
+            from moe_inspect.capture.engine.replay import register_strategy
 
             register_strategy()
         elif not settings.is_active:
@@ -95,7 +95,7 @@ def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     loaded = wrapper.worker.load_model(*args, **kwargs)
     runner = wrapper.worker.model_runner
     if settings.replay is not None:  # a benchmark of other routes would be wrong: this may raise
-        from moe_inspect.capture.engine.vllm_replay import replay
+        from moe_inspect.capture.engine.replay import replay
 
         replay(runner, settings.replay, largest_step(config))
     try:
