@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
@@ -84,8 +85,6 @@ def prepared(model: Any) -> Texts:
 
 
 def piped(model: Any) -> Texts:
-    import transformers
-
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, pad_token="<s>")
@@ -121,8 +120,6 @@ def own_drafts(model: Any) -> Texts:
 
 def in_batches(model: Any) -> Texts:
     """Requests of different lengths, in pieces; some end while others go on."""
-    import transformers
-
     prompts = [ROWS[0], ROWS[1][:4], ROWS[0][:5], ROWS[1]]
     settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1, "max_new_tokens": 5})
     config = transformers.ContinuousBatchingConfig
@@ -451,6 +448,37 @@ def test_a_copied_cache_of_transformers_begins_a_sequence(model: Any, tmp_path: 
     assert sequences == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2 + [[4]] * 6
     assert len(texts_of(tokens)) == 10
     assert unlinked(tmp_path / "t") == 8
+
+
+@torch.no_grad()
+def test_slots_that_are_written_again_forget_their_sequence(tmp_path: Path) -> None:
+    """Each pass as `generate_batch` calls a model: the third request is given the first page of the
+    second, which took the place of the first request."""
+    model: Any = Own()
+    model.config = transformers.MixtralConfig()
+    model.forward = lambda input_ids, **_: model.run(input_ids)[0]
+    cache = type("Paged", (), {})()
+    requests = [
+        ([], [0, 1, 2, 3]),
+        ([], [0, 1, 2, 3, 4]),
+        ([0, 1, 2, 3], [5]),
+        ([0, 1, 2, 3, 4], [6]),
+    ]
+    with moe_inspect.record(model, tmp_path / "t"):
+        for read, written in requests:
+            first, end = len(read), len(read) + len(written)
+            model(
+                input_ids=torch.arange(first, end)[None],
+                position_ids=torch.arange(first, end)[None],
+                cu_seq_lens_q=torch.tensor([0, len(written)]),
+                cu_seq_lens_k=torch.tensor([0, end]),
+                read_index=[torch.tensor([*read, *written])],
+                write_index=[torch.tensor(written)],
+                cache=cache,
+            )
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    assert texts_of(tokens) == [[*range(4)], [*range(6)], [4]]
+    assert unlinked(tmp_path / "t") == 1
 
 
 @torch.no_grad()

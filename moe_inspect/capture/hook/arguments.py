@@ -1,5 +1,5 @@
-"""The arguments of a model's calls, and of a model that is not transformers' under the names that
-transformers gives them.
+"""Arguments of a model's calls. Those of a model that is not from transformers get the names that
+transformers uses.
 
 B batch rows, S positions.
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from moe_inspect.model.choices import Args, Kwargs
 
 Given: TypeAlias = Mapping[str, Any]  # the arguments of a call, by name
-# of what an `InputsOf` returns
+# names that an `InputsOf` may return
 KEYS = (
     "input_ids",  # int [B, S], or [S] where a batch is one packed row
-    "inputs_embeds",  # [B, S, ...], where there are no token ids
-    "position_ids",  # int [B, S] or [S]; one that is not above the one before begins a document
+    "inputs_embeds",  # [B, S, ...], if there are no token ids
+    "position_ids",  # int [B, S] or [S]; a position not above the one before begins a document
     "attention_mask",  # [B, S], true for tokens and false for padding
     "documents",  # a label for each row of the batch
     "domains",  # the same
@@ -56,10 +56,10 @@ SAY = "inputs=…, a function of the forward's arguments, must say what its rout
 
 
 class CallReader:
-    """Reads what a model is fed, or a stack of it, from the arguments of its calls. `told`: what
-    says it in place of their names. `sites`: of its routers; none where probes will show them.
-    Raises MoeInspectError where the routers' rows are in different orders, and for an encoder with
-    a decoder in code that we do not know.
+    """Reads the inputs of a model, or of a stack of it, from the arguments of its calls. `told`: a
+    caller's function that returns them. `sites`: the model's routers; empty if probes will show
+    them. Raises MoeInspectError if the routers' rows are in different orders, and for a model with
+    encoder and decoder in unknown code.
 
     row_order   see `RowOrder`; None is batch-first"""
 
@@ -70,8 +70,8 @@ class CallReader:
         self._names = {stack: _parameters(module) for stack, module in modules.items()}
 
     def read(self, stack: str, args: Args, kwargs: Kwargs) -> tuple[Given, Tensor]:
-        """The arguments by name, and the token ids [B, S] or, where there are none, the embeddings
-        [B, S, …]. MoeInspectError where there is neither."""
+        """Return the arguments by name, and the token ids [B, S] or, if there are none, the
+        embeddings [B, S, …]. MoeInspectError if there are neither."""
         given: Given = kwargs
         if self.inputs is not None:
             given = self.inputs(args, kwargs)
@@ -92,8 +92,9 @@ class CallReader:
 
 
 def _inputs_of(model: Module, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
-    """As a caller told; None for a model of transformers, by its names. MoeInspectError for a model
-    with encoder and decoder that we do not know, where probes or a decoder's specs show routers."""
+    """Return the function that reads the arguments: a caller's, or by their names; None for a model
+    of transformers. MoeInspectError for a model with encoder and decoder in unknown code, if probes
+    or a decoder's specs show its routers."""
     if told is not None:
         return partial(_as_told, told)
     of_decoder = [s.path for s in sites if s.told is not None and "decoder" in s.path.split(".")]
@@ -110,7 +111,7 @@ def _parameters(module: Module) -> list[str]:
 
 
 def _as_told(inputs: InputsOf, args: Args, kwargs: Kwargs) -> Given:
-    """What a caller's function says, checked."""
+    """Return what a caller's function returns, checked."""
     given = inputs(args, kwargs)
     if not isinstance(given, Mapping):
         raise MoeInspectError(
@@ -122,43 +123,44 @@ def _as_told(inputs: InputsOf, args: Args, kwargs: Kwargs) -> Given:
 
 
 def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
-    """Read by the names and types of the arguments, as training frameworks give them. `names`: of
-    the forward's arguments, in their order. `sequence_first`: hidden states, which later pipeline
-    stages are given in place of tokens, are [S, B, ...]."""
+    """Return a function that reads arguments by their names and types, as training frameworks give
+    them. `names`: of the forward's arguments, in their order. `sequence_first`: hidden states,
+    which later pipeline stages get in place of tokens, are [S, B, ...]."""
     return partial(_by_name, names, sequence_first)
 
 
 def _by_name(names: Sequence[str], sequence_first: bool, args: Args, kwargs: Kwargs) -> Given:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    # what is more than the names, by *args, has none
+    # arguments in *args have no names
     loose = [*given.items(), *((f"argument {n}", v) for n, v in enumerate(args[len(names) :]))]
     loose = [(name, value) for name, value in loose if name not in NOT_TOKENS]
-    found: dict[str, Any] = {"input_ids": _token_ids(loose)}
-    if found["input_ids"] is None:
+    read: dict[str, Any] = {"input_ids": _token_ids(loose)}
+    if read["input_ids"] is None:
         hidden = next((v for _, v in loose if _is_float(v) and v.dim() == 3), None)
         if hidden is not None and sequence_first:
             hidden = hidden.transpose(0, 1)
         if hidden is None:  # these tell how many tokens there are
             hidden = _first(given, (*POSITIONS, *LABELS), lambda v: _is_integer(v, 2))
-        found["inputs_embeds"] = hidden
-    found["position_ids"] = _first(given, POSITIONS, lambda v: type(v) is int or _is_integer(v, 0))
-    found["past_key_values"] = _first(given, CACHES, lambda v: v is not None)
-    found["resumes"] = any(given.get(name) is not None for name in IN_CACHE)
-    found = _in_one_shape(found)
-    fed = found["input_ids"] if found["input_ids"] is not None else found.get("inputs_embeds")
+        read["inputs_embeds"] = hidden
+    read["position_ids"] = _first(given, POSITIONS, lambda v: type(v) is int or _is_integer(v, 0))
+    read["past_key_values"] = _first(given, CACHES, lambda v: v is not None)
+    read["resumes"] = any(given.get(name) is not None for name in IN_CACHE)
+    read = _in_one_shape(read)
+    fed = read["input_ids"] if read["input_ids"] is not None else read.get("inputs_embeds")
     if fed is None:
-        return found
+        return read
     B, S = fed.shape[:2]
-    found["position_ids"] = _from_start(found["position_ids"], B, S)
-    found["attention_mask"] = _mask(given, B, S)
-    if found["position_ids"] is None:
-        found["position_ids"] = _packed(given, B, S)
-    return found
+    read["position_ids"] = _from_start(read["position_ids"], B, S)
+    read["attention_mask"] = _mask(given, B, S)
+    if read["position_ids"] is None:
+        read["position_ids"] = _packed(given, B, S)
+    return read
 
 
 def _token_ids(loose: Sequence[tuple[str, object]]) -> Tensor | None:
-    """Those of a known name, the first integers of two dimensions, the first of one.
-    MoeInspectError where others may be as well, or where they may be one number per sample."""
+    """Return the integers of a known name, else the first of two dimensions, else the first of one.
+    MoeInspectError if other integers may be the token ids, or if these may be one number per
+    sample."""
 
     integers = [(n, v) for n, v in loose if _is_integer(v) and (v.dim() <= 2 or n in TOKENS)]
     if not integers:
@@ -187,7 +189,7 @@ def _first(given: Given, names: Sequence[str], fits: Callable[[Any], bool]) -> A
 
 
 def _is_integer(value: object, dims: int = 1) -> TypeGuard[Tensor]:
-    """Whether it is a tensor of integers, of that many dimensions or more."""
+    """Return whether it is a tensor of integers with `dims` dimensions or more."""
     return (
         isinstance(value, Tensor)
         and value.dim() >= dims
@@ -201,7 +203,7 @@ def _is_float(value: object) -> TypeGuard[Tensor]:
 
 
 def _from_start(position: Tensor | int | None, B: int, S: int) -> Tensor | None:
-    """The positions of S tokens, of which the first one's is given: one for all rows or [B]."""
+    """Return the positions of S tokens, given the first one's: one for all rows, or [B]."""
     if isinstance(position, int):
         return position + torch.arange(S)
     if position is not None:
@@ -213,7 +215,7 @@ def _from_start(position: Tensor | int | None, B: int, S: int) -> Tensor | None:
 
 
 def _in_one_shape(given: dict[str, Any]) -> dict[str, Any]:
-    """A packed row [S] as a batch of one."""
+    """Return a packed row [S] as a batch of one."""
     if (ids := given.get("input_ids")) is not None and ids.dim() == 1:
         given["input_ids"] = ids[None]
         for name in ("position_ids", "attention_mask"):
@@ -223,7 +225,8 @@ def _in_one_shape(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask(given: Given, B: int, S: int) -> Tensor | None:
-    """True for tokens. A mask of another shape says which positions a token attends to."""
+    """Return the mask [B, S], true for tokens. A mask of another shape states which positions a
+    token attends to, and is not read."""
     padding = _first(given, PADDING, lambda v: isinstance(v, Tensor))
     if padding is not None and padding.shape == (B, S):
         return ~padding.bool()
@@ -242,8 +245,8 @@ def _mask(given: Given, B: int, S: int) -> Tensor | None:
 
 
 def _packed(given: Given, B: int, S: int) -> Tensor | None:
-    """The positions [B, S] in packed documents, of which the lengths are given (`doc_lens` int
-    [B, n], 0 where a row has fewer) or the ends (`cu_seqlens` int [n + 1], over all rows)."""
+    """Return the positions [B, S] in packed documents, given their lengths (`doc_lens` int [B, n],
+    0 if a row has fewer) or their ends (`cu_seqlens` int [n + 1], over all rows)."""
     lengths, ends = given.get("doc_lens"), given.get("cu_seqlens")
     if _is_integer(lengths):
         lengths = lengths.reshape(-1, lengths.shape[-1])  # [n]: of a single row
@@ -255,20 +258,20 @@ def _packed(given: Given, B: int, S: int) -> Tensor | None:
 
 
 def _since_start(bounds: Tensor, S: int) -> Tensor:
-    """bounds [B, n + 1] of documents → for each of S positions the distance from the beginning of
-    its document. What follows the last is one more."""
+    """Return for each of S positions its distance from the beginning of its document. bounds: of
+    the documents, [B, n + 1]; positions after the last bound are one more document."""
     at = torch.arange(S, device=bounds.device).expand(len(bounds), S).contiguous()
     document = torch.searchsorted(bounds.long().contiguous(), at, right=True) - 1
     return at - bounds.long().gather(1, document)
 
 
-# (B, S) → int [T]: the token b·S + s of each row; None: row b·S + s, all of them
+# (B, S) → int [T]: the token b·S + s of each row; None if rows are all tokens in that order
 RowOrder = Callable[[int, int], "np.ndarray | None"]
 
 
 def _row_order_of(sites: Sequence[Site]) -> RowOrder | None:
-    """As the specs of these routers state it; None for all batch-first. MoeInspectError where they
-    differ: a forward pass has its rows in one order."""
+    """Return the order that the specs of these routers state; None if all are batch-first.
+    MoeInspectError if they differ: a forward pass has its rows in one order."""
     if not sites or all(site.order == "bs" and site.rows is None for site in sites):
         return None
     first = sites[0]
@@ -282,7 +285,7 @@ def _row_order_of(sites: Sequence[Site]) -> RowOrder | None:
 
 
 def _rows_of_part(site: Site, B: int, S: int) -> np.ndarray | None:
-    """The order of the rows that `site.rows` says."""
+    """Return the order of the rows that `site.rows` states."""
     assert site.rows is not None
     part = site.rows(site.module, B, S)
     if part is None:
@@ -306,14 +309,15 @@ def _sequence_first(B: int, S: int) -> np.ndarray | None:
 
 
 def cache_among(values: Iterable[Any]) -> Any:
-    """The key-value cache among these values, under whatever name; None where there is none."""
+    """Return the key-value cache among these values, under whatever name; None if there is none."""
     caches = (v for v in values if type(v) is not Tensor and hasattr(v, "get_seq_length"))
     return next(caches, None)
 
 
 def length_of(cache: Any, cached: CachedRows | None, S: int) -> int:
-    """Positions in a cache. A static one counts on its device, and reading that waits: for a step
-    of one token our own count does. A longer pass reads it: it may have been reset or cropped."""
+    """Return the number of positions in a cache. A static cache counts on its device, and reading
+    that waits, so a step of one token uses our own count. A longer pass reads it, because the cache
+    may have been reset or cropped."""
     length = cache.get_seq_length()
     if S == 1 and cached is not None and getattr(length, "is_cuda", False):
         return cached.length
@@ -321,7 +325,8 @@ def length_of(cache: Any, cached: CachedRows | None, S: int) -> int:
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy on the host, made without waiting: complete once the work launched so far has run."""
+    """Return a copy on the host, made without waiting: it is complete once the work launched so far
+    has run."""
     if not tensor.is_cuda:
         return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
@@ -331,7 +336,8 @@ def host_copy(tensor: Tensor) -> Tensor:
 def copies_of(
     given: Given, B: int, S: int, past: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Token ids [B, S], `mask_of` [B, S] and positions [B, S] or [S]; None where there are none."""
+    """Return host copies of token ids [B, S], `mask_of` [B, S] and positions [B, S] or [S]; None
+    for what is not given."""
     position, mask = given.get("position_ids"), mask_of(given.get("attention_mask"), B, S, past)
     # multimodal positions: of four planes the first is the text's; three are those of images
     if position is not None and position.dim() == 3:
@@ -346,7 +352,7 @@ def copies_of(
 
 
 def mask_of(mask: Any, B: int, S: int, past: int) -> Tensor | None:
-    """[B, S], True except for padding; None where there is no padding."""
+    """Return the mask [B, S], True except for padding; None if there is no padding."""
     by_layer: dict[str, Any] = mask if hasattr(mask, "get") else {}  # one per kind of layer
     if "full_attention" in by_layer or (by_layer and all(m is None for m in by_layer.values())):
         return mask_of(by_layer.get("full_attention"), B, S, past)
@@ -368,24 +374,24 @@ def mask_of(mask: Any, B: int, S: int, past: int) -> Tensor | None:
 
 
 def keys_told(sequences: Any, codes: dict[Hashable, int], B: int, S: int) -> Tensor:
-    """int [2, B, S], the same before and after each token. `sequences`: a value for each batch row,
-    or for each token. `codes`: the numbers of values that are no integers."""
+    """Return keys int [2, B, S], the same before and after each token. `sequences`: a value for
+    each batch row, or for each token. `codes`: numbers of the values that are not integers."""
     if isinstance(sequences, Tensor):
-        found = host_copy(sequences)
+        keys = host_copy(sequences)
     else:
         values = np.asarray(sequences)
         if not np.issubdtype(values.dtype, np.integer):
             flat = [codes.setdefault(value, len(codes)) for value in values.reshape(-1).tolist()]
             values = np.array(flat, np.int64).reshape(values.shape)
-        found = torch.from_numpy(values)
-    if found.shape == (B,) and not (B == 1 and S > 1):
-        found = found[:, None]
-    if found.shape not in {(B, S), (B, 1), (S,), (1,)} or found.dtype.is_floating_point:
+        keys = torch.from_numpy(values)
+    if keys.shape == (B,) and not (B == 1 and S > 1):
+        keys = keys[:, None]
+    if keys.shape not in {(B, S), (B, 1), (S,), (1,)} or keys.dtype.is_floating_point:
         raise MoeInspectError(
-            f"inputs returned sequences of shape {list(found.shape)} for a batch of {B} rows of "
+            f"inputs returned sequences of shape {list(keys.shape)} for a batch of {B} rows of "
             f"{S} positions: return one for each row, or for each token"
         )
-    return found.expand(2, B, S)
+    return keys.expand(2, B, S)
 
 
 def slots_of(given: Given) -> tuple[Tensor, Tensor] | None:
@@ -420,7 +426,7 @@ def slots_of(given: Given) -> tuple[Tensor, Tensor] | None:
 
 
 def positions_told(call: CallInputs) -> np.ndarray:
-    """int [B, S]: each sequence goes on where it was left."""
+    """Return positions int [B, S]: each sequence continues at its next position."""
     of_tokens, places = call.keys
     assert of_tokens is not None
     assert places is not None
@@ -436,7 +442,7 @@ def positions_told(call: CallInputs) -> np.ndarray:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in tuples, lists, dicts and dataclasses."""
+    """Yield the tensors in tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -1,5 +1,5 @@
-"""What forward passes are fed: as planned by the caller, else as the arguments of the model's calls
-say it. Each row's document, sequence, position and domain are read once the pass has run.
+"""Inputs of forward passes: planned by the caller, else read from the arguments of the model's
+calls. The document, sequence, position and domain of each row are read once the pass has run.
 
 B batch rows, S positions, T = B·S rows a router sees (padding included), N tokens (without it).
 """
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 
 class PassInputs:
-    """`documents`, `domains`: labels of each batch row, unless `label` sets others."""
+    """Inputs of a model's forward passes. `documents`, `domains`: labels of each batch row, unless
+    `label` sets others."""
 
     def __init__(
         self,
@@ -54,16 +55,16 @@ class PassInputs:
         self._labels: Labels = {"documents": documents, "domains": domains}
         self._next_labels: dict[str, Sequence[Hashable]] = {}
         self._next_plan: dict[str, Rows] = {}  # of the next forward pass, by stack
-        self._plan: dict[str, Rows] = {}  # of the current one
-        self._calls: dict[str, CallInputs] = {}  # by stack, where it was not planned
+        self._plan: dict[str, Rows] = {}  # of the current forward pass
+        self._calls: dict[str, CallInputs] = {}  # of stacks that were not planned
         self._outputs: list[tuple[CallInputs, object]] = []
-        # by key-value cache, or by tensor that a stack returned
+        # contents by key-value cache, or by tensor that a stack returned
         self._cached: MutableMapping[object, CachedRows] = WeakIdKeyDictionary()
-        # of models that keep their cache to themselves: the last pass of each stack
+        # the last pass of each stack, for models that keep their cache to themselves
         self._uncached: dict[str, CachedRows] = {}
-        # by the slot of the last token, of each paged cache
+        # sequences in each paged cache, by the slot of their last token
         self._paged: WeakKeyDictionary[object, Sequences] = WeakKeyDictionary()
-        self._told: Sequences = {}  # by what `inputs` called the sequence
+        self._told: Sequences = {}  # sequences by the value that `inputs` returned for them
         self._told_codes: dict[Hashable, int] = {}
         # passes of which tokens may be taken back before the next one, and their caches
         self._unsettled: list[tuple[CallInputs, Any]] = []
@@ -71,7 +72,7 @@ class PassInputs:
     # --- the caller describes the next pass
 
     def label(self, documents: Sequence[Hashable] | None, domains: Sequence[str] | None) -> None:
-        """Sets the document and domain of each batch row."""
+        """Set the document and domain of each batch row."""
         given = {"documents": documents, "domains": domains}
         self._next_labels = {name: of_B for name, of_B in given.items() if of_B is not None}
 
@@ -81,7 +82,7 @@ class PassInputs:
     # --- a forward pass
 
     def begin(self) -> int | None:
-        """Begins a forward pass. Returns its number if it was planned."""
+        """Begin a forward pass. Return its number if it was planned."""
         self._numbering.discard()  # of the previous forward pass, if it failed
         self._settle_caches()
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
@@ -89,8 +90,8 @@ class PassInputs:
         return next((number for number in numbers if number is not None), None)
 
     def of_call(self, stack: str, args: Args, kwargs: Kwargs) -> Rows | CallInputs:
-        """The inputs of a stack's next call. MoeInspectError where it has neither input_ids nor
-        inputs_embeds, or labels of another number of rows."""
+        """Return the inputs of a stack's call. MoeInspectError if it has neither input_ids nor
+        inputs_embeds, or labels for another number of rows."""
         fed = self._plan.get(stack)
         if fed is None:
             fed = self._calls[stack] = self._read(stack, args, kwargs)
@@ -99,7 +100,7 @@ class PassInputs:
         return fed
 
     def returned(self, stack: str, output: object) -> None:
-        """A stack's output, or ("") the whole model's."""
+        """Note the output of a stack, or ("") of the whole model."""
         if (call := self._calls.get(stack)) is not None:
             self._outputs.append((call, output))
             cache = cache_among(_values(output)) if call.S > 1 else None
@@ -112,7 +113,7 @@ class PassInputs:
                 call.is_settled = False
 
     def end(self) -> None:
-        """Ends a launched pass: the key-value caches in its outputs hold what they were given."""
+        """End a launched pass: the key-value caches in its outputs hold its tokens."""
         for call, output in self._outputs:
             values = _values(output)
             if (cache := cache_among(values)) is not None:
@@ -123,12 +124,12 @@ class PassInputs:
         self._outputs.clear()
 
     def settle(self) -> None:
-        """No pass follows: what was taken back from the caches so far is what the trace says."""
+        """Decide which tokens were drafts, as no pass follows."""
         self._settle_caches()
         self._settle(None)
 
     def _settle_caches(self) -> None:
-        """Notes how many tokens were taken back from each cache since the pass before."""
+        """Note how many tokens were taken back from each cache since the pass before."""
         for call, held in self._unsettled:
             cache = held() if isinstance(held, ref) else held
             length = cache.get_seq_length() if cache is not None else None
@@ -139,7 +140,7 @@ class PassInputs:
         self._unsettled = [(call, held) for call, held in self._unsettled if held is None]
 
     def _settle(self, following: Rows | CallInputs | None) -> None:
-        """The next pass was read, or there is none."""
+        """Settle passes once the next one has been read, or if there is none."""
         for call, _ in self._unsettled:
             if isinstance(following, CallInputs) and following.origin.before is call.after:
                 call.following = following
@@ -224,7 +225,7 @@ class PassInputs:
     # --- rows, to be read in the order of the passes; then `accept`, or `discard` undoes it
 
     def rows(self, call: Rows | CallInputs) -> Rows:
-        """The rows of a forward pass, or of one stack of an encoder-decoder in it."""
+        """Return the rows of a forward pass, or of one stack of an encoder-decoder in it."""
         if isinstance(call, Rows):
             return call
         call.wait()
@@ -260,7 +261,7 @@ class PassInputs:
 
 
 def _values(output: object) -> Collection[Any]:
-    """What a model has returned, one by one."""
+    """Return the values in a model's output."""
     if isinstance(output, (dict, Mapping)):  # (the abstract class takes long to ask)
         return output.values()
     return output if isinstance(output, tuple) else ()

@@ -1,4 +1,4 @@
-"""What forward passes are fed, as it is read, and as rows; and the numbering of the documents and
+"""Inputs of forward passes as they are read, and as rows; and the numbering of the documents and
 sequences that their tokens belong to.
 
 B batch rows, S positions, T = B·S rows a router sees (padding included), N tokens of a pass
@@ -37,10 +37,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """What one forward pass is fed. `real` bool [T] is False for padding, in the order in which the
+    """Rows of one forward pass. `real` bool [T] is False for padding, in the order in which the
     routers see the rows; the other arrays have one entry per real row, `domain` as codes into
-    `PassInputs.domains`. `stack` says which stack of an encoder-decoder is fed. `phases`: indices
-    into PHASES, where they are of several."""
+    `PassInputs.domains`. `stack`: the stack of an encoder-decoder that is fed. `phases`: indices
+    into PHASES, if the rows have several."""
 
     real: np.ndarray
     token_id: np.ndarray
@@ -50,14 +50,14 @@ class Rows:
     domain: np.ndarray
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
-    number: int | None = None  # of the forward pass, where it was planned
+    number: int | None = None  # of the forward pass, if it was planned
     group: int | None = None  # passes of one group are committed together or not at all
     stack: str = ""
     phases: np.ndarray | None = None
     unlinked: int = 0  # sequences that begin here because what they continue is unknown
 
     def phase_codes(self) -> np.ndarray:
-        """The phase of each token, as an index into PHASES."""
+        """Return the phase of each token, as an index into PHASES."""
         if self.phases is not None:
             return self.phases
         return np.full(len(self.token_id), PHASES.index(self.phase), np.int32)
@@ -66,7 +66,7 @@ class Rows:
     def T(self) -> int:
         return len(self.real)
 
-    # a plan says nothing of the shape
+    # a plan does not state the shape
     B = 1
     S = T
 
@@ -75,8 +75,8 @@ Sequences: TypeAlias = "dict[int, Place | None]"  # key → how far the sequence
 
 
 class Places(NamedTuple):
-    """The `Place` of each batch row: document, sequence and domain int [B, 3], all −1 where there
-    is none; and the positions."""
+    """The `Place` of each batch row: document, sequence and domain int [B, 3], all −1 if there is
+    none; and the positions."""
 
     numbers_B3: np.ndarray
     first_B: np.ndarray
@@ -119,8 +119,8 @@ class Origin(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What identifies the sequences of a pass, where that is not their batch row. `of_tokens` int
-    [2, B, S]: the key of its sequence before and after each token; None: the batch row."""
+    """Keys of the sequences of a pass, if they are not its batch rows. `of_tokens` int [2, B, S]:
+    the key of its sequence before and after each token; None: the batch row is the key."""
 
     of_tokens: Tensor | None = None
     places: Sequences | None = None
@@ -132,8 +132,8 @@ Labels: TypeAlias = dict[str, Sequence[Hashable] | None]
 
 @dataclass(slots=True, eq=False)
 class CallInputs:
-    """The inputs of a forward pass, copied to the host without waiting: the copies are complete
-    once the pass has run."""
+    """Inputs of a forward pass, copied to the host without waiting: the copies are complete once
+    the pass has run."""
 
     B: int
     S: int
@@ -153,24 +153,24 @@ class CallInputs:
     following: CallInputs | None = None  # the next pass, where it may take tokens back
 
     def wait(self) -> None:
-        """Until the copies are complete."""
+        """Wait until the copies are complete."""
         if self.copied is not None:
             self.copied.synchronize()
 
     def real_BS(self) -> np.ndarray:
-        """bool [B, S], False for padding."""
+        """Return bool [B, S], False for padding."""
         mask = self.mask_BS
         return np.ones((self.B, self.S), bool) if mask is None else mask.numpy().astype(bool)
 
     def position_BS(self) -> np.ndarray:
-        """int [B, S]."""
+        """Return the positions, int [B, S]."""
         end = self.after.length
         given = np.arange(end - self.S, end) if self.position is None else self.position.numpy()
         return np.broadcast_to(given, (self.B, self.S))
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of consecutive passes of one stack."""
+    """Return the rows of consecutive passes of one stack as those of one."""
     names = ("real", "token_id", "document", "sequence", "position", "domain")
     phases = {rows.phase for rows in parts}
     is_one = len(phases) == 1 and "" not in phases
@@ -198,17 +198,17 @@ class SequenceNumbers:
         self._undo = ExitStack()  # of what was numbered since `accept`
 
     def domain_code(self, label: str) -> int:
-        """The code of a domain label, new or known."""
+        """Return the code of a domain label, new or known."""
         if label not in self.domains:
             self.domains.append(label)
         return self.domains.index(label)
 
     def discard(self) -> None:
-        """Undoes what was numbered since `accept`: its pass failed, the next takes its numbers."""
+        """Undo the numbering since `accept`: its pass failed, and the next takes its numbers."""
         self._undo.close()
 
     def accept(self) -> None:
-        """Keeps what was numbered since: it was recorded."""
+        """Keep the numbering so far: its passes were recorded."""
         self._undo.pop_all()
 
     def number(
@@ -292,7 +292,8 @@ class SequenceNumbers:
         return numbers_4N, [replace(d, tokens=int(tokens[n])) for n, d in new.items()], unlinked
 
     def _document(self, call: CallInputs, b: int, new: dict[int, Document]) -> tuple[int, int]:
-        """Number and domain of the document that begins in batch row b: of its label, if known."""
+        """Return number and domain of the document that begins in batch row b: the document of its
+        label, if that is known."""
         check_labels(call.labels, call.B)
         documents, domains = call.labels["documents"], call.labels["domains"]
         domain, name = str(domains[b]) if domains is not None else "", ""
@@ -345,8 +346,8 @@ def _segments(
 
 
 def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int:
-    """The phase of a segment that has `steps` tokens after its first: decode if it continues a
-    sequence by one token, or by several that the model was to verify."""
+    """Return the phase of a segment that has `steps` tokens after its first: decode if it continues
+    a sequence by one token, or by several that the model was to verify."""
     if call.stack == "encoder":
         return ENCODE
     is_one = call.S == 1 or (call.keys.of_tokens is not None and not steps)
@@ -368,7 +369,7 @@ def _state_before(call: CallInputs) -> tuple[Places, bool]:
 def _state_after(
     before: Places, row_N: np.ndarray, position_N: np.ndarray, starts_N: np.ndarray
 ) -> Places:
-    """How far each batch row has come with the pass; its numbers are still those of before."""
+    """Return how far each batch row has come with the pass; its numbers are still those before."""
     B = len(before.last_B)
     last_B = np.where(before.numbers_B3[:, 0] >= 0, before.last_B, -1)
     last_B[row_N] = position_N  # of several for one row, the last one is kept
@@ -382,7 +383,7 @@ def _state_after(
 def _drafts(
     call: CallInputs, real_BS: np.ndarray, row_N: np.ndarray, position_N: np.ndarray
 ) -> np.ndarray:
-    """bool [N]: the tokens that were taken back from the cache before the next pass."""
+    """Return bool [N]: the tokens that were taken back from the cache before the next pass."""
     if call.after.taken > 0:
         return np.nonzero(real_BS)[1] >= call.S - call.after.taken
     if call.following is not None:
@@ -393,8 +394,8 @@ def _drafts(
 
 
 def _rolled_back_to(before: CachedRows | None, call: CallInputs) -> np.ndarray | None:
-    """[B]: the first position of each row, where a model that keeps its cache to itself is told to
-    go on within what the pass before has fed, or behind it. None elsewhere."""
+    """Return the first position of each row, [B], if a model that keeps its cache to itself is told
+    to continue within the tokens of the pass before, or after them. None otherwise."""
     state = before.state if before is not None else None
     if not (call.origin.by_position and call.origin.resumes and call.S) or state is None:
         return None
@@ -416,6 +417,7 @@ def repeated(values: Sequence[Hashable] | None, B: int) -> Sequence[Hashable] | 
 
 
 def check_labels(labels: Labels, B: int) -> None:
+    """Raise MoeInspectError unless there is a label for each of B rows."""
     for name, values in labels.items():
         if values is not None and len(values) != B:
             raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
