@@ -3,7 +3,7 @@ moe-inspect from public data. Writes benchmarks/results/published.md.
 
     python -m benchmarks.published [--data ../shared/real] [-o FILE] [--only TEXT …]
 
-The data are the folders that docs/import.md names, imported by the commands that it lists. A figure
+The data are the folders that benchmarks/public_data.md names, imported by its commands. A figure
 whose folder is not there is skipped, with a line.
 
 L layers, E experts, D domains or workloads, T tokens in a row, P slots, G GPUs.
@@ -54,7 +54,7 @@ class Figure:
 
 
 def run(command: str) -> None:
-    """The traces that it reads are imported first, by the commands of docs/import.md."""
+    """The traces that it reads are imported first, by the commands of benchmarks/public_data.md."""
     for name in re.findall(r"runs/(\w+)", command.partition(" -o ")[0]):
         imported(name)
     with redirect_stdout(io.StringIO()):
@@ -72,19 +72,14 @@ def imported(name: str) -> Path:
 
 @cache
 def documented() -> dict[str, str]:
-    """Trace → the command of docs/import.md that imports it."""
+    """Trace → the command of benchmarks/public_data.md that imports it."""
     found = re.findall(r"`moe-inspect (import [^`]* -o runs/(\w+)[^`]*)`", DATA.read_text())
     return {name: command for command, name in found}
 
 
 def esft_as_table() -> str:
-    """Lines of docs/import.md that write esft_law.parquet of the texts in esft_law."""
-    return (
-        DATA.read_text()
-        .partition("## Texts of ESFT")[2]
-        .split("```")[1]
-        .removeprefix("{code-block} python")
-    )
+    """Lines of benchmarks/public_data.md that write esft_law.parquet of the texts in esft_law."""
+    return DATA.read_text().partition("## Texts of ESFT")[2].split("```")[1].removeprefix("python")
 
 
 @cache
@@ -377,12 +372,12 @@ def page(figures: Sequence[Figure], data: Path) -> str:
     return "\n".join([HEAD, *rows, "", *(f"{line}  " for line in skipped)]).rstrip() + "\n"
 
 
-DATA = ROOT / "docs/import.md"
+DATA = ROOT / "benchmarks/public_data.md"
 PAGE = ROOT / "benchmarks/results/published.md"
 HEAD = """# Published figures, reproduced
 
 Written by `python -m benchmarks.published` from the
-[public data](../../docs/import.md#public-data), whose commands import them. If the authors
+[public data](../public_data.md), whose commands import them. If the authors
 published counts and no figure, the third column was counted from theirs, once, by a few lines
 without moe-inspect. A command with `NAME` runs for each workload or domain. Figures that no command
 prints are computed from its table by a function of

@@ -37,7 +37,7 @@ Real = Callable[[str], Trace]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the folders of docs/import.md are, and what its commands import."""
+    """Where the folders of benchmarks/public_data.md are, and what its commands import."""
     path = tmp_path_factory.mktemp("real")
     for folder in REAL.glob("*"):
         (path / folder.name).symlink_to(folder)
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(place: Path) -> Real:
-    """From the name of a trace to what the command of docs/import.md imports."""
+    """From the name of a trace to what the command of benchmarks/public_data.md imports."""
 
     def trace(name: str) -> Trace:
         if not (place / folder_of(name)).is_dir():
