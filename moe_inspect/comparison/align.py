@@ -1,5 +1,5 @@
-"""Which rows of two traces are the same token, by document and position or by content; and what is
-known of those of a shard.
+"""Find the rows of two traces that are the same token, by document and position or by content; and
+read the aligned rows of a shard.
 
 T tokens of a shard, R runs and G sequences of a trace, P pairs of sequences, S segments.
 """
@@ -23,14 +23,14 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES, sees
 from moe_inspect.trace.shard import Shard, codes, run_edges
 
-PREFIX = 16  # tokens by whose ids a sequence is found that has another length in the other trace
-LINE = 2**32  # positions of a pair of sequences, on one line with those of all others
-MARGIN = 2**20  # so that shifted positions stay on their line
+PREFIX = 16  # first tokens, by which a sequence is found if its length differs in the other trace
+LINE = 2**32  # length of the line on which the positions of a pair of sequences lie
+MARGIN = 2**20  # before the first position, so that shifted positions stay on their line
 
 
 @dataclass(frozen=True)
 class Runs:
-    """R runs, each of one sequence at consecutive positions in consecutive rows of a shard."""
+    """R runs: consecutive positions of one sequence in consecutive rows of a shard."""
 
     position: np.ndarray  # [R]: the first
     length: np.ndarray  # [R]
@@ -39,7 +39,7 @@ class Runs:
     group: np.ndarray  # [R]: its sequence, an index into the arrays [G]
     key_G: np.ndarray  # [G, 4]: document, sequence within it, encoder or not, repetition
     content_G: np.ndarray  # hashes of all token ids and positions
-    prefix_G: np.ndarray  # of the first PREFIX
+    prefix_G: np.ndarray  # hashes of the first PREFIX tokens
     known: bool  # whether the trace knows token ids
     domains: tuple[str, ...]
 
@@ -49,7 +49,7 @@ class Runs:
 
     @cached_property
     def last_G(self) -> np.ndarray:
-        """int64 [G]: the last position of each sequence."""
+        """Last position of each sequence. int64 [G]"""
         last_G = np.zeros(len(self.key_G), np.int64)
         np.maximum.at(last_G, self.group, self.position + self.length - 1)
         return last_G
@@ -60,17 +60,18 @@ class Runs:
 
 
 def read_runs(trace: Trace) -> Runs:
-    """Memory grows with sequences, or with tokens where those of many follow each other in turn."""
+    """Read where the sequences of a trace are. Memory grows with the number of sequences, or with
+    that of tokens if sequences take turns."""
     if trace.counts_only:
         raise MoeInspectError(
             f"{trace.path} holds counts only, which cannot be compared token by token: "
             f"{trace.more_than_counts}"
         )
-    found = list(by_shard(trace, None, _runs_of))
-    sizes = [part.shape[1] for part, _, _ in found]
+    shards = list(by_shard(trace, None, _runs_of))
+    sizes = [part.shape[1] for part, _, _ in shards]
     if not sum(sizes):
         raise MoeInspectError(f"{trace.path} holds no tokens: nothing to compare")
-    columns = np.concatenate([part for part, _, _ in found], axis=1)
+    columns = np.concatenate([part for part, _, _ in shards], axis=1)
     key_G, group = _sequences(columns[:5])
     position, length, row, content, prefix = columns[3:]
     return Runs(
@@ -81,13 +82,13 @@ def read_runs(trace: Trace) -> Runs:
         group,
         key_G,
         *(_sums(group, hashes, len(key_G)) for hashes in (content, prefix)),
-        known=any(known for _, _, known in found),
-        domains=tuple(sorted({label for _, labels, _ in found for label in labels})),
+        known=any(known for _, _, known in shards),
+        domains=tuple(sorted({label for _, labels, _ in shards for label in labels})),
     )
 
 
 def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
-    """int64 [8, R], a row per column that `read_runs` reads; the domains; whether ids are known."""
+    """Columns of `read_runs`, int64 [8, R]; the domains; and whether token ids are known."""
     names = ["document", "sequence", "position", "token_id"]
     table = shard.tokens([*names, "domain", "phase"])
     code_T, labels = codes(table["domain"])
@@ -98,7 +99,7 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
     encoder_T = np.array([phase == PHASES[2] for phase in phases], bool)[phase_T]
     edges = run_edges(document_T, sequence_T, encoder_T, position_T - np.arange(len(position_T)))
     first = edges[:-1]
-    hash_T = mixed((id_T << 32) ^ position_T).view(np.int64)  # of which the sum is a sequence's
+    hash_T = mixed((id_T << 32) ^ position_T).view(np.int64)  # summed over a sequence
     early_T = np.where(position_T < PREFIX, hash_T, 0)
     keys = (column_T[first] for column_T in (document_T, sequence_T, encoder_T, position_T))
     hashes = (np.add.reduceat(x, first) if len(first) else first for x in (hash_T, early_T))
@@ -107,7 +108,7 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """A well-mixed 64-bit hash of each whole number: the finalizer of SplitMix64
+    """A 64-bit hash of each integer: the finalizer of SplitMix64
     (doi:10.1145/2660193.2660195). uint64"""
     h = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -116,12 +117,12 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What names each sequence, int64 [G, 4], and which of them each run is of. A run that begins
-    before the last one ended is of another repetition of the sequence. columns: document, sequence,
-    encoder or not, position and length of each run."""
+    """Key of each sequence, int64 [G, 4], and the sequence of each run, int64 [R]. A run that
+    begins before the last one ended belongs to another repetition of the sequence. columns:
+    document, sequence, encoder or not, position and length of each run."""
     names = ["document", "sequence", "encoder"]
     runs = pd.DataFrame(columns.T, columns=pd.Index([*names, "position", "length"]))
-    # within the document: how a program numbers them overall is its own affair
+    # within the document, since programs number sequences differently
     runs["sequence"] = runs.groupby("document")["sequence"].rank("dense").astype(np.int64) - 1
     group = runs.groupby(names).ngroup()
     end = (runs["position"] + runs["length"]).groupby(group)
@@ -133,7 +134,7 @@ def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sums(group: np.ndarray, values: np.ndarray, G: int) -> np.ndarray:
-    """int64 [G], modulo 2⁶⁴."""
+    """Sums by sequence, modulo 2⁶⁴. int64 [G]"""
     total_G = np.zeros(G, np.int64)
     np.add.at(total_G, group, values)
     return total_G
@@ -143,15 +144,15 @@ def _sums(group: np.ndarray, values: np.ndarray, G: int) -> np.ndarray:
 class Segments:
     """Rows that are the same tokens in both traces. Arrays [S], in the order of A's rows."""
 
-    pair: np.ndarray  # of sequences
-    position: np.ndarray  # where in it they begin
+    pair: np.ndarray  # the pair of sequences
+    position: np.ndarray  # the first position
     length: np.ndarray
     shard_a: np.ndarray
-    row_a: np.ndarray  # the first
+    row_a: np.ndarray  # the first row
     shard_b: np.ndarray
     row_b: np.ndarray
     size: np.ndarray  # tokens of the sequence in A
-    last: np.ndarray  # its last position that both traces have
+    last: np.ndarray  # the last position that both traces have
 
     def take(self, which: np.ndarray) -> Segments:
         return Segments(*(getattr(self, field.name)[which] for field in fields(self)))
@@ -171,25 +172,27 @@ class Segments:
 
 
 def rows_of(first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The rows of runs, one after the other. int64 [T]"""
+    """Row numbers of runs, concatenated. int64 [T]"""
     ends = np.cumsum(length)
     return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - (ends - length), length)
 
 
 @dataclass(frozen=True)
 class Alignment:
+    """The tokens that two traces have in common."""
+
     traces: tuple[Trace, Trace]
     a: Runs
     b: Runs
     segments: Segments  # the tokens that are compared
     by: str  # "document" (their numbers and positions) or "content"
     matched: int  # tokens that both have
-    diverged: int  # pairs of sequences that go on with other token ids
-    other_ids: int  # tokens left out since then
+    diverged: int  # pairs of sequences that continue with other token ids
+    other_ids: int  # tokens left out for that
 
     @property
     def ids_known(self) -> bool:
-        """Whether it was checked that the tokens are the same."""
+        """Whether token ids confirm that the tokens are the same."""
         return self.a.known and self.b.known
 
 
@@ -201,9 +204,9 @@ def align(
     shift_routes: int = 0,
     drop_last: bool = False,
 ) -> Alignment:
-    """The tokens that both traces have. shift_positions: B's position n + shift is A's n.
-    shift_routes: the same of B's routes alone, whose token ids are where they belong. drop_last:
-    without the last token of each sequence."""
+    """Find the tokens that both traces have. shift_positions: B's position n + shift is A's n.
+    shift_routes: B's routes are shifted, but not its token ids. drop_last: leave out the last token
+    of each sequence."""
     if (shift := max(abs(shift_positions), abs(shift_routes))) >= MARGIN:
         raise MoeInspectError(f"a shift by {shift:,} tokens: at most {MARGIN - 1:,} are possible")
     a, b = read_runs(trace_a), read_runs(trace_b)
@@ -231,7 +234,7 @@ def align(
 
 
 def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments:
-    """The rows of paired sequences at the same positions; B's are `shift` further on."""
+    """Rows of paired sequences at the same positions; B's are `shift` further on."""
     at_a, start_a = _on_lines(a, pairs[:, 0], 0)
     at_b, start_b = _on_lines(b, pairs[:, 1], -shift)
     end_a, end_b = start_a + a.length[at_a], start_b + b.length[at_b]
@@ -256,7 +259,7 @@ def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments
         np.minimum(a.last_G[group_a], b.last_G[group_b]),
     )
     s = found.take(np.lexsort([found.row_a, found.shard_a]))
-    # those of a pair that follow each other in both traces, as one
+    # join segments of a pair that follow each other in both traces
     start = np.cumsum(s.length) - s.length
     steps = s.row_a - start, s.row_b - start, s.position - start
     first = run_edges(s.pair, s.shard_a, s.shard_b, *steps)[:-1]
@@ -264,7 +267,7 @@ def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments
 
 
 def _on_lines(runs: Runs, group_P: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """The runs of paired sequences and where they begin, ascending; each pair on its own line."""
+    """Runs of paired sequences and their beginnings, ascending; each pair on its own line."""
     line_G = np.full(len(runs.key_G), -1)
     line_G[group_P] = np.arange(len(group_P))
     line = line_G[runs.group]
@@ -275,13 +278,13 @@ def _on_lines(runs: Runs, group_P: np.ndarray, offset: int) -> tuple[np.ndarray,
 
 
 def _cut(segments: Segments, end_S: np.ndarray) -> Segments:
-    """What lies before a position of each."""
+    """The part of each segment before a position."""
     length = np.clip(end_S - segments.position, 0, segments.length)
     return replace(segments, length=length).take(np.flatnonzero(length))
 
 
 def _paired(key_a: np.ndarray, key_b: np.ndarray) -> np.ndarray:
-    """int64 [P, 2]: the rows of A and of B, distinct ones, that are the same, ascending."""
+    """Equal rows of A and B, both without repeats, in ascending order. int64 [P, 2]"""
     both = np.concatenate([key_a, key_b])
     order = np.lexsort(both.T[::-1])
     same = np.flatnonzero((both[order[1:]] == both[order[:-1]]).all(axis=1))
@@ -289,8 +292,8 @@ def _paired(key_a: np.ndarray, key_b: np.ndarray) -> np.ndarray:
 
 
 def _pairs_by_content(a: Runs, b: Runs) -> np.ndarray:
-    """int64 [P, 2]: sequences of the same token ids, the n-th of A with the n-th of B; of the
-    others those whose first PREFIX are the same, where no other begins so."""
+    """Pairs of sequences with the same token ids, the n-th of A with the n-th of B; then of
+    sequences that alone begin with the same PREFIX tokens. int64 [P, 2]"""
     pairs = _paired(_numbered(a.content_G), _numbered(b.content_G))
     places, keys = list[np.ndarray](), list[np.ndarray]()
     for runs, paired in zip((a, b), pairs.T, strict=True):
@@ -303,7 +306,7 @@ def _pairs_by_content(a: Runs, b: Runs) -> np.ndarray:
 
 
 def _numbered(key_G: np.ndarray) -> np.ndarray:
-    """[G, 2]: each key, and which of those that are equal it is."""
+    """Each key, and its number among equal keys. [G, 2]"""
     return np.column_stack([key_G, pd.Series(key_G).groupby(key_G).cumcount()])
 
 
@@ -313,7 +316,7 @@ def _same_content(a: Runs, b: Runs, pairs: np.ndarray) -> np.ndarray:
 
 
 def _alike(a: Runs, b: Runs, pairs: np.ndarray) -> int:
-    """Tokens of the pairs that have, or begin with, the same token ids."""
+    """Number of tokens of pairs that have, or begin with, the same token ids."""
     of_a, of_b = pairs.T
     same = _same_content(a, b, pairs) | (a.prefix_G[of_a] == b.prefix_G[of_b])
     return int(np.minimum(a.tokens_G[of_a], b.tokens_G[of_b])[same].sum())
@@ -322,7 +325,7 @@ def _alike(a: Runs, b: Runs, pairs: np.ndarray) -> int:
 def _token_ids(
     traces: tuple[Trace, Trace], segments: Segments
 ) -> Iterator[tuple[Segments, np.ndarray, np.ndarray]]:
-    """The segments that lie in one shard of A and one of B, and the token ids of both, [T]."""
+    """Segments of one shard of A and one of B, and the token ids of both, [T]."""
 
     @lru_cache(maxsize=4)
     def ids(side: int, number: int) -> np.ndarray:
@@ -341,12 +344,12 @@ SAMPLE = 64  # pairs of sequences
 
 
 def check_tokens(alignment: Alignment) -> None:
-    """MoeInspectError where most tokens of the shorter trace have no equal in the other,
-    DifferentModelsError where that is since another tokenizer cut them."""
+    """Raise MoeInspectError if most tokens of the shorter trace have no partner in the other, and
+    DifferentModelsError if the tokenizers differ."""
     a, b = alignment.traces
 
     def shifted(shift: int) -> float:
-        """The share of the tokens whose ids are so many positions further on in B, in a sample."""
+        """Share of the sampled tokens whose ids are `shift` positions further on in B."""
         runs = alignment.a, alignment.b
         segments = segments_of(*runs, _paired(*(x.key_G for x in runs))[:SAMPLE], shift)
         same = sum(int((ids_a == ids_b).sum()) for _, ids_a, ids_b in _token_ids((a, b), segments))
@@ -378,13 +381,15 @@ CELLS = len(PHASES) * DECILES  # a phase and a position decile
 
 @dataclass(frozen=True)
 class RowsInShard:
+    """Rows of one shard that hold some of the aligned tokens."""
+
     shard: Shard
     rows: np.ndarray
-    at: np.ndarray  # int64, which of the tokens
+    at: np.ndarray  # int64, indices of the aligned tokens
 
     @cached_property
     def index(self) -> slice | np.ndarray:
-        """The rows, as a slice where they follow each other: then nothing is copied."""
+        """The rows; a slice if they follow each other, so that nothing is copied."""
         rows = self.rows
         if len(rows) and (np.diff(rows) == 1).all():
             return slice(int(rows[0]), int(rows[-1]) + 1)
@@ -409,11 +414,11 @@ class RowsInShard:
 
 @dataclass(frozen=True)
 class AlignedRows:
-    """The tokens that reach the routers of a stack."""
+    """Aligned tokens of a shard of A that reach the routers of a stack."""
 
     sides: tuple[list[RowsInShard], list[RowsInShard]]  # where they are in A and in B
-    unit_T: np.ndarray  # what they are counted by
-    cell_T: np.ndarray
+    unit_T: np.ndarray  # cluster of documents
+    cell_T: np.ndarray  # phase and position decile
     document_T: np.ndarray
     last_T: np.ndarray  # whether they are the last of their sequence
 
@@ -422,12 +427,12 @@ class AlignedRows:
 
     @property
     def row_T(self) -> np.ndarray:
-        """int64 [T]: where they are in the shard of A."""
+        """Rows in the shard of A. int64 [T]"""
         return self.sides[0][0].rows
 
     @cached_property
     def alike(self) -> bool:
-        """Whether they are the same rows of the same file in both traces."""
+        """Whether both traces have the same rows of the same file."""
         (a,), of_b = self.sides
         if len(of_b) != 1 or not same_files(a.shard, of_b[0].shard):
             return False
@@ -440,16 +445,16 @@ class AlignedRows:
         return AlignedRows((of_a, of_b), *(values[keep_T] for values in tokens))
 
     def read(self, side: int, columns_of: Callable[[Shard, int], Columns], router: int) -> Columns:
-        """What `columns_of` reads of a router of A (side 0) or of B (side 1), of these tokens."""
+        """Columns of a router of A (side 0) or of B (side 1), at these tokens."""
         parts = self.sides[side]
-        found = [part.read(columns_of, router) for part in parts]
+        of_parts = [part.read(columns_of, router) for part in parts]
         if len(parts) == 1:
-            return found[0]
+            return of_parts[0]
         columns = [
             np.empty((len(self), *of_part[0].shape[1:]), np.result_type(*of_part))
-            for of_part in zip(*found, strict=True)
+            for of_part in zip(*of_parts, strict=True)
         ]
-        for part, of_part in zip(parts, found, strict=True):
+        for part, of_part in zip(parts, of_parts, strict=True):
             for column, values in zip(columns, of_part, strict=True):
                 column[part.at] = values
         return tuple(columns)
@@ -457,7 +462,7 @@ class AlignedRows:
     def both(
         self, columns_of: Callable[[Shard, int], Columns], pair: tuple[int, int]
     ) -> tuple[Columns, Columns]:
-        """The same of a router of A and one of B."""
+        """Columns of a router of A and of one of B, at these tokens."""
         return self.read(0, columns_of, pair[0]), self.read(1, columns_of, pair[1])
 
 
@@ -468,7 +473,7 @@ def rows_of_shard(
     stack: str,
     selection: Selection,
 ) -> AlignedRows:
-    """The tokens in one shard of A that reach the routers of a stack. domains: the labels of A."""
+    """Aligned tokens of one shard of A that reach the routers of a stack. domains: A's labels."""
     rows_a, rows_b = rows_of(s.row_a, s.length), rows_of(s.row_b, s.length)
     shard_b, size_T, last_T = (np.repeat(of_S, s.length) for of_S in (s.shard_b, s.size, s.last))
     position_T, shard = rows_of(s.position, s.length), traces[0].shard(int(s.shard_a[0]))
@@ -496,7 +501,7 @@ def rows_of_shard(
 
 
 def same_files(a: Shard, b: Shard) -> bool:
-    """Whether two shards have the same bytes, as the traces state them: nothing is read."""
+    """Whether two shards have the same bytes, by the stated hashes; no file is read."""
     tables = set(a.files.stated) & set(b.files.stated) & {"tokens", "routing", "logits"}
     hashes = [(a.files.stated[t].sha256, b.files.stated[t].sha256) for t in sorted(tables)]
     same = all(x is not None and x == y for x, y in hashes)
@@ -504,7 +509,7 @@ def same_files(a: Shard, b: Shard) -> bool:
 
 
 def all_alike(alignment: Alignment) -> bool:
-    """Whether every shard that is compared is the same file in both traces, in whole."""
+    """Whether every compared shard is the same complete file in both traces."""
     s = alignment.segments
     if not np.array_equal(s.row_a, s.row_b) or not np.array_equal(s.shard_a, s.shard_b):
         return False

@@ -1,6 +1,5 @@
-"""The passes over two aligned traces, shard by shard of A, and what they come to: counts that merge
-by addition, in whole numbers, so that the order in which shards are done shows nowhere; and sums of
-what traces hold beside routes.
+"""The passes over two aligned traces, shard by shard of A. Their counts merge by addition, as whole
+numbers, so that the order of shards changes nothing. Another pass sums the output norms.
 
 T tokens of a shard that are compared, N of them with another decision, K slots, E experts, U units
 (clusters of a domain's documents), V units in the shard, X cells (phase × position decile), M
@@ -28,39 +27,39 @@ from moe_inspect.trace.shard import Shard
 
 Result = TypeVar("Result")
 Sums = dict[str, np.ndarray]
-UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
+UNIT = 2**24  # sums of weights and logits are whole numbers of 1/UNIT
 MOST_WAITING = 2**26  # pairs of experts in the counts of shards that are counted at once
-MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
+MOST_FLIPS = 256  # margins of flips per shard and router, for their median
 GAMMA_FLOOR = 0.8
 
 
 def fixed(value: float) -> int:
-    """A sum of floats as a whole number, which adds up in any order."""
+    """A sum of floats as a whole number, so that sums do not depend on the order."""
     return round(value * UNIT)
 
 
 @dataclass
 class PairRouterCounts:
-    """Of one router, in some units."""
+    """Counts of one router of A and its partner in B, by unit."""
 
     E: int
-    mismatch_UX: np.ndarray  # decisions with another set of experts
+    mismatch_UX: np.ndarray  # decisions with different sets of experts
     missing_UX: np.ndarray  # assignments that the other trace did not make
     short_UX: np.ndarray  # slots that route nowhere in both
-    reordered_U: np.ndarray  # decisions with another order of slots
-    first_differs_U: np.ndarray  # with another first choice
+    reordered_U: np.ndarray  # decisions with a different order of slots
+    first_differs_U: np.ndarray  # decisions with a different first choice
     l1_U: np.ndarray  # Σ of weight differences
     load_UE: np.ndarray  # A's assignments
     moved_UE: np.ndarray  # B's minus A's
     margin_UM: np.ndarray  # decisions by A's margin
-    margin_mismatch_UM: np.ndarray  # those with another set
+    margin_mismatch_UM: np.ndarray  # decisions with different sets, by A's margin
     flips_EE: np.ndarray  # pairs of an expert that B dropped and one that it took instead
-    # of decisions with another set, A's margins, by shard
+    # A's margins of decisions with different sets, by shard
     flip_margins: dict[int, np.ndarray] = field(default_factory=dict)
-    last_mismatch: int = 0  # of the last tokens of sequences, those with another set
-    weights_differ: int = 0  # decisions with another weight of an expert that both chose
-    new: int = 0  # tokens whose set differs first here
-    kl: int = 0
+    last_mismatch: int = 0  # last tokens of sequences with different sets
+    weights_differ: int = 0  # decisions with different weights of an expert that both chose
+    new: int = 0  # tokens whose sets differ first here
+    kl: int = 0  # Σ of KL(A ‖ B)
 
     @classmethod
     def zero(cls, E: int, U: int) -> PairRouterCounts:
@@ -87,7 +86,7 @@ class PairRouterCounts:
 
 
 def add_numbers(total: Counts, other: Counts) -> None:
-    """Add the whole numbers of two counts of one kind."""
+    """Add the numbers of two counts of one kind."""
     for name in NUMBERS[type(other)]:
         setattr(total, name, getattr(total, name) + getattr(other, name))
 
@@ -110,7 +109,7 @@ class ComparisonCounts:
     shards_alike: int = 0
     gamma: int = 0  # Σ of RSPO's router shift
     gamma_below: int = 0  # tokens under GAMMA_FLOOR
-    last_tokens: int = 0  # that are the last of their sequence
+    last_tokens: int = 0  # tokens that are the last of their sequence
     # tokens that differ and of which every slot of every router is expert 0 in one trace
     zero_filled_a: int = 0
     zero_filled_b: int = 0
@@ -161,16 +160,18 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Job:
+    """What is compared, and what is counted of it."""
+
     a: Trace
     b: Trace
     routers: tuple[tuple[int, int], ...]  # (router of A, router of B) of equal shape
     selection: Selection
-    domains: tuple[str, ...]  # of A
-    tokens: int  # how many
-    # of A's decisions, None where none is known or asked for
+    domains: tuple[str, ...]  # A's labels
+    tokens: int  # number of tokens
+    # deciles of A's margins, if they are known
     margins: kernels.Margins | None = None
     load: bool = True  # whether A's load is counted
-    # whether tokens with expert 0 in every slot of either trace are left out
+    # whether to leave out tokens with expert 0 in every slot of either trace
     drop_zero_filled: bool = False
 
     @property
@@ -191,13 +192,13 @@ class Job:
     def rows_by_stack(
         self, segments: align.Segments
     ) -> Iterator[tuple[str, align.AlignedRows, list[tuple[int, int]]]]:
-        """The tokens of a shard of A that are compared, and the routers they reach, by stack."""
+        """Each stack, the tokens of a shard of A that are compared, and the routers they reach."""
         for stack in sorted({self.a.routers[r].stack for r, _ in self.routers}):
             routers = [pair for pair in self.routers if self.a.routers[pair[0]].stack == stack]
             traces = self.a, self.b
             rows = align.rows_of_shard(traces, segments, self.domains, stack, self.selection)
             if self.drop_zero_filled and not rows.alike:
-                zero_2T = np.ones((2, len(rows)), bool)  # in every slot of every router of A, of B
+                zero_2T = np.ones((2, len(rows)), bool)  # expert 0 everywhere in A, in B
                 for pair in routers:
                     for zero_T, slots in zip(zero_2T, rows.both(Shard.slots, pair), strict=True):
                         for slot_T in slots:
@@ -250,7 +251,7 @@ def count_pair(
 def _count(
     job: Job, shards: list[align.Segments]
 ) -> tuple[int, list[tuple[ComparisonCounts, np.ndarray]]]:
-    """The number of decisions compared; the counts of each shard and stack, with their units."""
+    """Count shards. Return the number of decisions, and the counts and units by shard and stack."""
     parts, decisions = list[tuple[ComparisonCounts, np.ndarray]](), 0
     for segments in shards:
         for stack, rows, routers in job.rows_by_stack(segments):
@@ -266,19 +267,19 @@ class TokenSums:
 
     def __init__(self, rows: align.AlignedRows, logits: bool):
         self.rows, T = rows, len(rows)
-        # the units there are, and which of these each token is in
+        # the units of the shard, and the place of each token's unit among them
         self.unit_V, self.place_T = np.unique(rows.unit_T, return_inverse=True)
-        # routers at which a token's sets differ
+        # number of routers at which the token's sets differ
         self.differs_T = np.zeros(T, np.int64)
-        # routers at which slots differ and every one of A, of B, is expert 0
+        # number of routers at which slots differ and all slots of A, or of B, are expert 0
         self.zero_2T = np.zeros((2, T), np.int64)
-        # Σ of the shift of its log-probabilities, None where logits are not known
+        # Σ of the shift of its log-probabilities, if logits are known
         self.shift_T = np.zeros(T) if logits else None
 
     def counts(
         self, job: Job, of: dict[int, PairRouterCounts], stack: str, number: int
     ) -> ComparisonCounts:
-        """The counts of a shard: those of its routers (`of`), and those of its tokens."""
+        """The counts of a shard: of its routers (`of`), and of its tokens."""
         rows = self.rows
         decisions_VX = np.zeros((len(self.unit_V), align.CELLS), np.int64)
         kernels.add_cells(decisions_VX, self.place_T, rows.cell_T)
@@ -322,7 +323,7 @@ def _count_router(
     margin_T, decile_T = None, np.zeros(0, np.int64)
     if job.margins is not None and r in job.margins.edges:
         margin_T = kernels.logit_margin(rows.read(0, logits_of, r)[0], slots_a)
-        decile_T = np.searchsorted(job.margins.edges[r], margin_T)  # which tenth it is in
+        decile_T = np.searchsorted(job.margins.edges[r], margin_T)
         at = np.flatnonzero(np.isfinite(margin_T))
         kernels.add_cells(counts.margin_UM, unit_T[at], decile_T[at])
     if rows.alike:
@@ -349,7 +350,7 @@ def _count_router(
         tokens.shift_T += shift_T
         counts.kl = fixed(float(kl_T.sum()))
 
-    # what depends on the routers before this one, or is of single tokens
+    # counts that depend on the routers before this one, or on single tokens
     tokens.zero_2T[:, at] += np.stack([(a_KN == 0).all(0), (b_KN == 0).all(0)])
     at = at[missing_N > 0]
     counts.new = int((tokens.differs_T[at] == 0).sum())

@@ -1,5 +1,5 @@
-"""The loops over a router's decisions: how they differ, how undecided the router was, and how far
-two routers' probabilities are apart.
+"""Loops over the decisions of a router: how they differ, how undecided the router was, and the
+distance between the probabilities of two routers.
 
 T tokens of a shard that are compared, N of them whose slots are not equal one by one, K slots,
 E experts, V units (clusters of documents), X cells.
@@ -14,21 +14,21 @@ import numpy as np
 from moe_inspect.trace.reader import Trace
 
 Slots = tuple[np.ndarray, ...]  # K arrays [T], the number of experts where a slot routed nowhere
-BLOCK = 8192  # decisions that are gone through at a time
+BLOCK = 8192  # decisions at a time
 SAMPLE_SHARDS = 4  # at most, and one in four, from which the deciles of the margin are taken
 EMPTY = np.zeros(0, np.float32)
 LOGITS_DECIDE = 0.9  # share of decisions that take the largest logits, from which logits decide
 
 
 def unequal(a: Slots, b: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 [N]: the decisions of which any slot differs; their experts in A and in B, [K, N]."""
+    """Decisions in which any slot differs, int64 [N]; and their experts in A and in B, [K, N]."""
     at = np.flatnonzero(np.any([x_T != y_T for x_T, y_T in zip(a, b, strict=True)], axis=0))
     a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (a, b))
     return at, a_KN, b_KN
 
 
 def nowhere_in_both(a: Slots, b: Slots, E: int) -> np.ndarray:
-    """int64 [T]: slots that route nowhere in A and in B."""
+    """Number of slots that route nowhere in A and in B. int64 [T]"""
     nowhere_a, nowhere_b = (
         np.sum([slot_T == E for slot_T in side], axis=0, dtype=np.int64) for side in (a, b)
     )
@@ -36,9 +36,9 @@ def nowhere_in_both(a: Slots, b: Slots, E: int) -> np.ndarray:
 
 
 def sets(a_KN: np.ndarray, b_KN: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """bool [K, N], twice: A's assignments whose expert B did not choose, and B's that A did not.
-    int64 [N]: assignments of the larger set that the other has no equal of; 0 where the sets are
-    the same. An expert that a decision names twice is one; nowhere is none."""
+    """A's assignments whose expert B did not choose, and the reverse, bool [K, N]; and the number
+    of experts of the larger set that the other set lacks, int64 [N], 0 if the sets are equal. An
+    expert that a decision names twice counts once; nowhere is no expert."""
     some_a_KN, some_b_KN = a_KN != E, b_KN != E
     equal_KKN = a_KN[:, None] == b_KN[None]
     lost_KN, gained_KN = some_a_KN & ~equal_KKN.any(1), some_b_KN & ~equal_KKN.any(0)
@@ -50,8 +50,8 @@ def sets(a_KN: np.ndarray, b_KN: np.ndarray, E: int) -> tuple[np.ndarray, np.nda
 def weight_difference(
     a_KN: np.ndarray, b_KN: np.ndarray, E: int, at: np.ndarray, a: Slots, b: Slots
 ) -> np.ndarray:
-    """float32 [T]: Σ |weight in A − weight in B| over the experts that both chose. at: [N], the
-    decisions whose slots differ, of which a_KN and b_KN are the experts. a, b: the weights."""
+    """Σ |weight in A − weight in B| over the experts that both chose. float32 [T]. at: the N
+    decisions whose slots differ; a_KN and b_KN: their experts. a, b: the weights."""
     total_T, total_N = np.zeros(len(a[0]), np.float32), np.zeros(len(at), np.float32)
     for of_a_T, of_b_T in zip(a, b, strict=True):
         total_T += np.abs(of_a_T - of_b_T)
@@ -68,7 +68,7 @@ def weight_difference(
 def add_cells(
     total_VX: np.ndarray, unit_N: np.ndarray, cell_N: np.ndarray, by_N: np.ndarray | None = None
 ) -> None:
-    """Adds up `by_N`, whole numbers far below 2^53, or ones in each (unit, cell); in place."""
+    """Add `by_N`, integers far below 2^53, or 1 to each (unit, cell), in place."""
     sums = np.bincount(unit_N * total_VX.shape[1] + cell_N, by_N, total_VX.size)
     total_VX += sums.reshape(total_VX.shape).astype(total_VX.dtype)
 
@@ -82,8 +82,8 @@ def add_moves(
     moved_UE: np.ndarray,
     flips_EE: np.ndarray,
 ) -> None:
-    """Adds assignments that B has and A does not, less those that it lacks; and each pair of an
-    expert that was lost and one that was gained. In place."""
+    """Add assignments that only B has, subtract those that only A has, and count each pair of a
+    lost and a gained expert. In place."""
     for experts_KN, which_KN, sign in ((a_KN, lost_KN, -1), (b_KN, gained_KN, 1)):
         slot, at = np.nonzero(which_KN)
         add_cells(moved_UE, unit_N[at], experts_KN[slot, at], np.full(len(at), sign))
@@ -97,13 +97,15 @@ def add_moves(
 
 @dataclass(frozen=True)
 class Margins:
-    edges: dict[int, np.ndarray]  # router → the nine limits between deciles; none if unknown
+    """Deciles of the margins of A's routers."""
+
+    edges: dict[int, np.ndarray]  # router → the nine limits between deciles
     medians: dict[int, float]  # router → the median of all decisions
 
 
 def margins(trace: Trace, routers: list[int]) -> Margins | None:
-    """The deciles, from shards spread over the trace; None where they are of no router. The k gate
-    weights do not tell the margin: it is to the best expert that was not chosen."""
+    """Deciles of the margins, from shards spread over the trace; None if no router's are known. The
+    k gate weights do not show the margin, which is to the best expert that was not chosen."""
     if "logits" not in trace.tables:
         return None
     shards = [shard for shard in trace.shards if shard.files.tokens]
@@ -125,7 +127,7 @@ def margins(trace: Trace, routers: list[int]) -> Margins | None:
 
 
 def logit_margin(logits_TE: np.ndarray, slots: Slots) -> np.ndarray:
-    """float32 [T]: the k-th largest logit minus the next; NaN where an expert below was chosen."""
+    """The k-th largest logit minus the next; NaN if a lower expert was chosen. float32 [T]"""
     k, parts = len(slots), [EMPTY]
     for t in range(0, len(logits_TE), BLOCK):
         part_TE = logits_TE[t : t + BLOCK].astype(np.float32)
@@ -141,7 +143,7 @@ def logit_margin(logits_TE: np.ndarray, slots: Slots) -> np.ndarray:
 
 
 def _log_probabilities(logits_TE: np.ndarray, scoring: str) -> np.ndarray:
-    """float32 [T, E]: log softmax; of routers with sigmoids, the log of these made to sum to 1."""
+    """Log softmax; for sigmoid routers, the log of the normalised sigmoids. float32 [T, E]"""
     logits_TE = logits_TE.astype(np.float32)
     if scoring == "sigmoid":
         logits_TE = -np.logaddexp(0, -logits_TE)
@@ -152,7 +154,7 @@ def _log_probabilities(logits_TE: np.ndarray, scoring: str) -> np.ndarray:
 def logit_shift(
     logits_a: np.ndarray, logits_b: np.ndarray, slots_a: Slots, scoring: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [T], twice: mean over A's experts of |log r_B − log r_A|; and KL(A ‖ B), in nats."""
+    """Mean over A's experts of |log r_B − log r_A|, and KL(A ‖ B) in nats. float32 [T] each"""
     E, shifts, divergences = logits_a.shape[1], [EMPTY], [EMPTY]
     for t in range(0, len(logits_a), BLOCK):
         part = slice(t, t + BLOCK)

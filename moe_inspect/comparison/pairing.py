@@ -1,4 +1,4 @@
-"""Which router of one trace is compared with which of the other."""
+"""Pair the routers of two traces, or name how their models differ."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_inspect.trace.schema import Router
 def routers_of_one_model(
     a: Trace, b: Trace, routers: Iterable[int], shift_layers: int, layers: object
 ) -> tuple[tuple[int, int], ...]:
-    """`same_places`, checked. DifferentModelsError where the shapes differ, or the number of layers
-    and the caller does not say which belong together; MoeInspectError where no layer is in both."""
+    """`same_places`, checked. Raises DifferentModelsError if the shapes of routers differ, or the
+    number of layers and the caller selects none; MoeInspectError if no layer is in both."""
     pairs = same_places(a, b, routers, shift_layers)
     if reasons := _shape_differences(a, b, pairs):
         raise DifferentModelsError(a, b, reasons)
@@ -40,7 +40,7 @@ def same_places(
 
 
 def _places(routers: Sequence[Router], shift: int) -> list[tuple[int, str, int]]:
-    """(layer, stack, place among the routers of both) of each."""
+    """Each router's layer, stack, and place among the routers of both."""
     keys = [(router.layer + shift, router.stack) for router in routers]
     return [(*key, keys[:r].count(key)) for r, key in enumerate(keys)]
 
@@ -59,7 +59,7 @@ PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids f
 
 
 class DifferentModelsError(MoeInspectError):
-    """The traces are of different models: nothing can be compared decision by decision. reasons:
+    """The traces come from different models: decisions cannot be compared one by one. reasons:
     a phrase each, "A has 64 experts per layer, B 128"."""
 
     def __init__(self, a: Trace, b: Trace, reasons: Sequence[str]):
@@ -81,7 +81,7 @@ SIZES: dict[str, Callable[[Router], int]] = {
 
 
 def _shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """How routers in the same places differ in experts and in experts per token; a phrase each."""
+    """Differences of paired routers in experts and in experts per token; a phrase each."""
     of_a, of_b = a.routers, b.routers
     found = list[str]()
     for what, size in SIZES.items():
@@ -98,7 +98,7 @@ def _shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> 
 
 
 def _layers_difference(a: Trace, b: Trace) -> str:
-    """Another number of layers, dense ones included, as the configs say; "" where they do not."""
+    """Difference of the numbers of layers in the configs, dense layers included; "" if unknown."""
     blocks = [trace.stated_blocks for trace in (a, b)]
     if None in blocks or blocks[0] == blocks[1]:
         return ""
@@ -106,7 +106,7 @@ def _layers_difference(a: Trace, b: Trace) -> str:
 
 
 def vocabularies_apart(a: Trace, b: Trace) -> str:
-    """How the vocabularies differ at all; "" where they do not, or one is not known."""
+    """A difference of the vocabularies; "" if there is none, or one is unknown."""
     of_a, of_b = (trace.vocabulary_table for trace in (a, b))
     if not len(of_a) or not len(of_b) or of_a.equals(of_b):
         return ""

@@ -1,4 +1,4 @@
-"""What every comparison has in common: tables, a verdict, and how both are shown."""
+"""The result of every comparison: tables, a verdict, and how both are shown."""
 
 from __future__ import annotations
 
@@ -28,59 +28,59 @@ from moe_inspect.trace.reader import Trace
 if TYPE_CHECKING:
     from moe_inspect.reporting.render.html import Section, Tile
 
-# of traces of decisions, of which one holds counts only, of different models
+# tables of two traces of decisions, of loads, and of different models
 TABLES: dict[str, Table] = {}
 LOAD_TABLES: dict[str, Table] = {}
 MODEL_TABLES: dict[str, Table] = {}
 Made = TypeVar("Made", bound="Comparison")
-Row = dict[str, Any]  # of a table; the numbers of a sentence
+Row = dict[str, Any]  # a row of a table; the numbers of a sentence
 Progress = Callable[[int], None] | None
 Facts = dict[str, Sequence[object]]  # key → its value in each trace
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonKind(Generic[Made]):
-    """How traces are compared, and how that is shown."""
+    """How a kind of comparison is shown."""
 
-    of: str  # what they hold, in words
+    of: str  # what the traces hold, in words
     tables: Mapping[str, Table]
-    main: str  # the table that a format alone asks for
+    main: str  # the table that is printed if a format is given without a table
     checks: Sequence[Callable[[Made], Iterable[Finding]]]  # in the order in which they are read
     title: str  # of the page
     footer: str
-    # name → what makes it, its group on the page and its table
+    # name → function, group on the page, and table
     charts: Mapping[str, tuple[Callable[[Made], Chart | str], str, str]]
     sections: Mapping[str, tuple[str, str, str]]  # table of the page → group, title and text
     excerpts: Mapping[str, Excerpt]  # tables of the text
-    tiles: Callable[[Made], list[Tile]] | None = None  # the key figures of the page
-    text: Callable[[Made], Section | str] | None = None  # its texts of documents
+    tiles: Callable[[Made], list[Tile]] | None = None  # key figures of the page
+    text: Callable[[Made], Section | str] | None = None  # documents on the page
 
 
 class Comparison(Shown):
-    """Traces compared, whatever they hold, as `kind.of` says. `tables["agreement"]` and the others
-    are DataFrames, computed when first asked for. One that these traces cannot have raises
-    MoeInspectError with the reason, which `why_not("agreement")` returns. `verdict()` is what they
-    come to, in plain sentences. `print(comparison)` is one screen of it."""
+    """Two traces, compared. `tables["agreement"]` and the others are DataFrames, computed when
+    first used. A table that these traces cannot have raises MoeInspectError with the reason, which
+    `why_not("agreement")` returns. `verdict()` is the result in plain sentences, and
+    `print(comparison)` a screen of it. `kind.of` names what the traces hold."""
 
     kind: ClassVar[ComparisonKind[Any]]
 
     def __init__(self, a: Trace, b: Trace, given: Mapping[str, object]):
         self.traces, self.a, self.b = [a, b], a, b
-        self.trace = a  # the one whose routers name what is compared
-        self.given = given  # the keywords of `compare` that are not as by default
+        self.trace = a  # whose routers name the rows
+        self.given = given  # options of `compare` that differ from their defaults
         self.tables = LazyTables(self, self.kind.tables, self.why_not)
 
     def label(self, r: int) -> str:
-        """The layer of a router of it, in words."""
+        """The layer of a router of A, in words."""
         return layer_label(self.trace.routers, r)
 
     @property
     def why(self) -> str:
-        """Why there is no comparison of decisions; "" where there is."""
+        """Why decisions are not compared, or ""."""
         return ""
 
     def python(self, table: str) -> str:
-        """Python that gives a table."""
+        """Python code that gives a table."""
         return python_of_table(python_call("compare", self.traces, self.given), table)
 
     def __repr__(self) -> str:
@@ -88,18 +88,18 @@ class Comparison(Shown):
         return f"Comparison({paths}, of {self.kind.of}, tables: {', '.join(self.tables)})"
 
     def verdict(self) -> list[Finding]:
-        """What the traces come to: whether it is the same routing, where it is not, and what to do,
-        or what can be told instead. A Finding each, with a plain sentence in `text`."""
-        found = [one for check in self.kind.checks for one in check(self)]
-        return most_important_first(found)
+        """Findings, the most important first: whether it is the same routing, where it differs, and
+        what to do. Each has a plain sentence in `text`."""
+        findings = [one for check in self.kind.checks for one in check(self)]
+        return most_important_first(findings)
 
     @property
     def said(self) -> list[Finding]:
         return self.verdict()
 
     def why_not(self, name: str) -> str | None:
-        """Why these traces cannot have a table, or a metric of a gate; None where they can, and
-        where no comparison has it."""
+        """Why these traces cannot have a table, or a metric of a gate; None if they can, or if no
+        comparison has it."""
         for what, of in (("table", dict[str, object]), ("metric", gated)):
             there = of(self.kind.tables)
             if name in of(TABLES) and name not in there:
@@ -117,7 +117,7 @@ class Comparison(Shown):
 
     @property
     def subtitle(self) -> str:
-        """Below the title of the page."""
+        """Line below the title of the page."""
         return self.title
 
     @property
@@ -126,7 +126,7 @@ class Comparison(Shown):
 
     @property
     def shown_tables(self) -> list[str]:
-        """The tables of the text that have something to show."""
+        """Names of the tables of the text that have something to show."""
         return list(self.kind.excerpts)
 
     @property
@@ -181,7 +181,7 @@ class Comparison(Shown):
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Options of `compare`; shifts and drop_last as `align` takes them."""
+    """Options of `compare`."""
 
     layers: str | int | Iterable[int | str] | None = None
     domains: str | Iterable[str] | None = None
@@ -213,10 +213,10 @@ OF_DECISIONS = ("shift_positions", "shift_routes", "drop_last", "drop_zero_fille
 
 
 class Paired(Comparison):
-    """Traces A and B of one model. pairs: (router of A, router of B). DifferentModelsError where
-    the routers have other experts or another k."""
+    """Traces A and B of one model. pairs: (router of A, router of B). Raises DifferentModelsError
+    if routers differ in experts or in k."""
 
-    refused: ClassVar[Sequence[str]] = ()  # options that the traces have nothing for
+    refused: ClassVar[Sequence[str]] = ()  # options that do not apply to these traces
 
     def __init__(self, a: Trace, b: Trace, options: PairSettings):
         super().__init__(a, b, options.given)
