@@ -108,11 +108,10 @@ def compare(
             if name and (why := made.why_not(name)):
                 raise MoeInspectError(why)
         tables = made.kind.tables
-        table, form = show.chosen(tables, made.kind.main)
-        check_table(table or made.kind.main, tables)
+        table, _ = show.chosen(tables, made.main_table)
+        check_table(table or made.main_table, tables)
         gates = limits.gates(tables)
         made.verdict()  # which counts
-        show.save(made)
-    failed = breaches(made, gates, tables)
-    show.write(made, table, form)
+        failed = breaches(made, gates, tables)
+    show.show(made)
     exit_if_failed([f"failed: {line}" for line in failed])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import typer
@@ -40,7 +39,6 @@ def engine(
     import pandas as pd
 
     from moe_inspect.capture.engine.control import tell
-    from moe_inspect.reporting.render.console import print_table
     from moe_inspect.reporting.shown import Result
 
     expected = TAKES.get(command)
@@ -49,4 +47,4 @@ def engine(
     if expected is not None and (not value or (command == "metrics" and value not in SWITCH)):
         raise typer.BadParameter(f"{command} takes {expected}")
     status = pd.DataFrame(tell(url, command, value, api_key))
-    show.show(Result(f"engine {url}", {"status": status}, partial(print_table, status)))
+    show.show(Result(f"engine {url}", {"status": status}))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.help import TABLES
 from moe_inspect.cli.help import traces as complete
 from moe_inspect.cli.options import (
@@ -25,14 +23,14 @@ from moe_inspect.cli.options import (
     option,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions, table_of, table_option
+from moe_inspect.cli.show import ShowOptions, table_option
 from moe_inspect.cli.simulate import Gpus, TimesOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    import pandas as pd
 
     from moe_inspect.reporting.report import Report
     from moe_inspect.reporting.verdict.gate import Gate
@@ -92,8 +90,13 @@ def report(
     moe-inspect report runs/a --table load --layers 0-3 --format csv -o load.csv
     moe-inspect report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0"""
     if list_metrics:
-        form = show.of_table or format_of(show.output) or Format.table
-        write_metrics(form, show.output)
+        import pandas as pd
+
+        from moe_inspect.analysis.metrics.registry import listing
+        from moe_inspect.reporting.shown import Result
+
+        table = pd.DataFrame(listing())
+        show.show(Result("metrics", {"metrics": table}, partial(print_metrics, table)))
         return
     if trace is None:
         raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
@@ -103,7 +106,7 @@ def report(
     from moe_inspect.reporting.report import TABLES, check_table
     from moe_inspect.reporting.verdict.gate import breaches
 
-    table, form = show.chosen(TABLES, None)
+    table, _ = show.chosen(TABLES, None)
     if table:
         check_table(table)
     gates = limits.gates(TABLES)
@@ -120,10 +123,9 @@ def report(
         made = make(trace, times=priced, **settings)
         _count(made, table, show, gates)
         failed = [f"failed: {line}" for line in breaches(made, gates)]
-        if made.warning:
-            print_stderr(f"warning: {made.warning}")
-        show.save(made, lambda: made.page(text))
-    show.write(made, table, form)
+    if made.warning:
+        print_stderr(f"warning: {made.warning}")
+    show.show(made, lambda: made.page(text))
     exit_if_failed(failed)
 
 
@@ -142,8 +144,9 @@ def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[G
         counted += tables_of_charts()
     made.prepare(counted)
     advance = phase("computing", len(tables), "tables")
-    for name in tables:  # what is counted when it is asked for
-        table_of(made, name)
+    lazy: Any = made.tables
+    for name in tables:  # some tables count more when they are requested
+        lazy.as_made(name)
         advance(1)
 
 
@@ -166,30 +169,18 @@ def _thresholds(texts: list[str]) -> dict[str, float]:
     return of_name
 
 
-def write_metrics(form: Format, output: Path | None) -> None:
-    """Writes every metric: on a terminal as a list that fits it, else as a table."""
-    if form is Format.table and output is None and sys.stdout.isatty():
-        from moe_inspect.reporting.render.console import console_for
-
-        with text_to(None) as file:
-            print_metrics(console_for(file))
-        return
-    import pandas as pd
-
-    from moe_inspect.analysis.metrics.registry import listing
-
-    emit(pd.DataFrame(listing()), form, output)
-
-
-def print_metrics(console: Console) -> None:
-    """The metrics of each table under its name, with definition, range, value if everything is even
-    and source."""
+def print_metrics(metrics: pd.DataFrame, file: TextIO) -> None:
+    """On a terminal, the metrics of each table under its name, with definition, range, value if
+    everything is even and source; elsewhere, the table of metrics."""
     from rich.text import Text
 
-    from moe_inspect.analysis.metrics.registry import listing
-    from moe_inspect.reporting.render.console import wrapped
+    from moe_inspect.reporting.render.console import console_for, print_table, wrapped
 
-    indent, listed = Text("    "), listing()
+    console = console_for(file)
+    if not console.is_terminal:
+        print_table(metrics, file)
+        return
+    indent, listed = Text("    "), metrics.to_dict("records")
     order = {name: n for n, name in enumerate(dict.fromkeys(row["table"] for row in listed))}
     listed.sort(key=lambda row: order[row["table"]])
     for table, rows in groupby(listed, lambda row: row["table"]):

@@ -3,7 +3,7 @@ page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +13,7 @@ import typer
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.help import tables
 from moe_inspect.cli.options import Options, Output, option
+from moe_inspect.cli.progress import shown
 from moe_inspect.text import no_such, print_stderr
 
 if TYPE_CHECKING:
@@ -73,48 +74,43 @@ class ShowOptions(Options):
             raise typer.BadParameter(f"{asked} needs one table: add --table {', '.join(tables)}")
         return self.table or (None if form is Format.table else main), form
 
-    def save(self, made: Shown, page: Callable[[], str] | None = None) -> None:
-        """Writes the pictures and the page that were asked for, and says which. made: a `Shown`.
-        page: what makes the page, if not `made`."""
+    def show(self, result: Shown, page: Callable[[], str] | None = None) -> None:
+        """Write the pictures and the page, then print the text; or one table, if --table, --format
+        or the ending of the file asks for it. `page` makes the page, by default `result.page`."""
+        if self.table is not None and self.table not in result.tables:
+            raise typer.BadParameter(no_such("table", self.table, result.tables))
+        main = result.main_table
+        table, form = self.chosen(result.tables, main)
+        with shown():
+            self._save(result, page or result.page)
+        if name := table or (main if self.of_table else None):
+            emit(_columns(result, name, form), form, self.output)
+        else:
+            with text_to(self.output) as file:
+                result.write_text(file)
+
+    def _save(self, result: Shown, page: Callable[[], str]) -> None:
+        """Write the requested pictures and the page, and name the files on stderr."""
         if self.plots is not None:
             formats = (self.format,) if self.format in PICTURES else None
-            written = made.save_plots(self.plots, formats=formats)
+            written = result.save_plots(self.plots, formats=formats)
             for line in [f"wrote {path}" for path in written] or ["nothing to draw"]:
                 print_stderr(line)
         if self.html is not None:
             from moe_inspect.reporting.render.html import write_page
 
-            write_page(self.html, (page or made.page)())
+            write_page(self.html, page())
             print_stderr(f"wrote {self.html}")
 
-    def show(self, made: Shown) -> None:
-        """Shows a result: its text; or one table, if --table, --format or the ending of the file
-        asks for it."""
-        if self.table is not None and self.table not in made.tables:
-            raise typer.BadParameter(no_such("table", self.table, made.tables))
-        main = next(iter(made.tables))
-        table, form = self.chosen(made.tables, main)
-        self.save(made)
-        self.write(made, table or (main if self.of_table else None), form)
 
-    def write(self, made: Shown, table: str | None, form: Format) -> None:
-        """Writes a table, or the text."""
-        if table is None:
-            with text_to(self.output) as file:
-                made.write_text(file)
-        else:
-            emit(table_of(made, table, form), form, self.output)
-
-
-def table_of(made: Any, name: str, form: Format = Format.table) -> pd.DataFrame | AsColumns:
-    """A table of a result, as the format holds it."""
-    from moe_inspect.reporting.tables.registry import LazyTables
-
-    if name == "verdict" and form is Format.json:  # which alone can hold the numbers of a finding
+def _columns(result: Any, name: str, form: Format) -> pd.DataFrame | AsColumns:
+    """The columns of a table. Only JSON can hold the numbers of a finding."""
+    if name == "verdict" and form is Format.json:
         from moe_inspect.reporting.verdict.findings import verdict_table
 
-        return verdict_table(made.verdict(), values=True)
+        return verdict_table(result.verdict(), values=True)
     if name == "findings" and form is Format.json:
-        return made.table(values=True)
-    tables: LazyTables | Mapping[str, pd.DataFrame] = made.tables
-    return tables.as_made(name) if isinstance(tables, LazyTables) else tables[name]
+        return result.table(values=True)
+    # a lazy table is written without pandas
+    tables = result.tables
+    return tables.as_made(name) if hasattr(tables, "as_made") else tables[name]

@@ -97,6 +97,10 @@ class Comparison(Shown):
     def said(self) -> list[Finding]:
         return self.verdict()
 
+    @property
+    def main_table(self) -> str:
+        return self.kind.main
+
     def why_not(self, name: str) -> str | None:
         """Why these traces cannot have a table, or a metric of a gate; None if they can, or if no
         comparison has it."""

@@ -40,6 +40,10 @@ class Report(ReportData, Shown):
         return [one for one in findings(self) if one.kind != "trace_warning"]
 
     @property
+    def main_table(self) -> None:
+        return None
+
+    @property
     def excerpts(self) -> Mapping[str, Excerpt]:
         from moe_inspect.reporting.render.terminal import excerpt_of_balance
 

@@ -66,6 +66,11 @@ class Shown(ABC):
         """What it comes to, most important first."""
 
     @property
+    def main_table(self) -> str | None:
+        """Table that `--format` prints without `--table`; None if `--table` is needed."""
+        return next(iter(self.tables))
+
+    @property
     def excerpts(self) -> Mapping[str, Excerpt]:
         """Of the tables that the text shows; the first is that of a notebook."""
         return {}
@@ -211,10 +216,14 @@ class Shown(ABC):
 
 
 class Result(Shown):
-    """Tables, without findings and charts. `text`: writes the text."""
+    """Tables, without findings and charts. `text` writes the text; by default, the text is the
+    first table."""
 
     def __init__(
-        self, title: str, tables: Mapping[str, pd.DataFrame], text: Callable[[TextIO], object]
+        self,
+        title: str,
+        tables: Mapping[str, pd.DataFrame],
+        text: Callable[[TextIO], object] | None = None,
     ):
         self.tables, self._title, self._text = tables, title, text
 
@@ -227,7 +236,12 @@ class Result(Shown):
         return ()
 
     def write_text(self, file: TextIO) -> None:
-        self._text(file)
+        from moe_inspect.reporting.render.console import print_table
+
+        if self._text is None:
+            print_table(next(iter(self.tables.values())), file)
+        else:
+            self._text(file)
 
 
 def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, object]) -> str:
