@@ -118,35 +118,50 @@ def cli(tmp_path: Path) -> Cli:
     return run
 
 
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
+@contextmanager
+def signals_kept() -> Iterator[None]:
     """A command that runs in this process leaves handlers of its own, as its process would end."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    with signals_kept():
+        yield
+
+
+def run_here(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """`moe-inspect …` in this process, which has imported everything: it saves a second or five."""
+    from moe_inspect.__main__ import main
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "12")
+    code, before, line = 0, sys.argv, ["moe-inspect", *map(str, arguments)]
+    sys.argv = line
+    try:
+        with signals_kept(), redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as done:
+        code = int(done.code or 0)
+    finally:
+        sys.argv = before
+    said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))
+    if check is not None:
+        assert code == check, f"exit {code}\n{said}\n{complained}"
+    return subprocess.CompletedProcess(line, code, said, complained)
 
 
 @pytest.fixture
 def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """As `cli`, in this process, which has imported everything: it saves a second or five."""
-    from moe_inspect.__main__ import main
+    """As `cli`, in this process."""
 
     def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["moe-inspect", *map(str, arguments)])
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "12")
-        code = 0
-        try:
-            with redirect_stdout(out), redirect_stderr(err):
-                main()
-        except SystemExit as done:
-            code = int(done.code or 0)
-        said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))
-        done = subprocess.CompletedProcess(sys.argv, code, said, complained)
-        if check is not None:
-            assert code == check, f"exit {code}\n{done.stdout}\n{done.stderr}"
-        return done
+        return run_here(*arguments, check=check)
 
     return run
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import import_utils
 
 import moe_inspect
-from tests.conftest import Cli
+from tests.conftest import Cli, Put
 from tests.test_cli_trace import save, write_jsonl
 from tests.test_wrapped import TARGETS, lora
 
@@ -119,14 +120,14 @@ def test_what_cannot_be_traced_is_refused_by_name(
 
 
 def test_an_adapter_of_the_hub_is_traced_from_the_cache(
-    base: Path, corpus: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, corpus: Path, cli_here: Cli, tmp_path: Path, put: Put
 ) -> None:
     snapshot = tmp_path / "hub" / "models--some--lora" / "snapshots" / ("a" * 40)
     adapter_in(snapshot, base)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    cli("trace", "some/lora", "-o", "t", "--data", corpus)
+    put(constants, HF_HUB_CACHE=str(tmp_path / "hub"))
+    cli_here("trace", "some/lora", "-o", "t", "--data", corpus)
     about = moe_inspect.open_trace(tmp_path / "t").manifest["model"]
     assert (about["id"], about["revision"]) == ("some/lora", "a" * 40)
     assert about["adapter"]["base"] == str(base)

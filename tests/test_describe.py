@@ -4,7 +4,6 @@ by."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import get_args
@@ -19,7 +18,7 @@ from moe_inspect.cli.describe import Hardware
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.describe import PEAK_FLOPS, describe_table
 from moe_inspect.model.find import find_routers
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Cli, in_one_process
 from tests.support import own, zoo
 from tests.support.families import FAMILIES, build, config
 from tests.support.sweep import sample
@@ -104,16 +103,21 @@ def test_every_family_is_described(tmp_path: Path) -> None:
     assert len(tied) > 0.8 * len(made)
 
 
-def test_what_needs_no_torch_has_none(cli: Cli, tmp_path: Path) -> None:
+def test_what_needs_no_torch_has_none(tmp_path: Path) -> None:
     """What a trace of a model of one's own tells, and that there is no model."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     own.record_once(own.gpt(), tmp_path / "t")
-    assert "4 routers" in cli("describe", "t", env=environment).stdout
-    for model, says in (("./none", "no model at ./none"), ("torch.py", "is not a model's config")):
-        assert says in cli("describe", model, env=environment, check=1).stderr
-    config = CONFIGS / "mixtral-8x7b.json"
-    assert "this needs" in cli("describe", config, env=environment, check=1).stderr
+    says = {
+        "./none": "no model at ./none",
+        "torch.py": "is not a model's config",
+        CONFIGS / "mixtral-8x7b.json": "this needs",
+    }
+    commands = [("describe", model) for model in ("t", *says)]
+    known, *unknown = in_one_process(tmp_path, *commands, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert "4 routers" in known.stdout
+    for done, error in zip(unknown, says.values(), strict=True):
+        assert done.returncode == 1
+        assert error in done.stderr
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,7 +23,7 @@ from huggingface_hub import constants
 from moe_inspect.capture.engine.settings import PATH
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.simulate.latency import SHIPPED
-from tests.conftest import ROOT, Cli, Put, in_one_process
+from tests.conftest import ROOT, Cli, Put, run_here
 from tests.support.sweep import sample
 from tests.support.synthetic import uniform_ids, write_trace
 from tests.test_help import ROOT_COMMAND
@@ -296,8 +296,9 @@ def inputs(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         (model / "refs" / name).write_text(commit)
     config = model / "snapshots" / commits["v1"] / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts_per_tok": 1}))
-    for done in in_one_process(place, *map(shlex.split, LINES)):
-        assert done.returncode == 0, done.stderr
+    with chdir(place):
+        for line in LINES:
+            run_here(*shlex.split(line))
     there = tmp_path_factory.mktemp("inputs")
     moved = {path.name: path.rename(there / path.name) for path in place.iterdir()}
     with served() as url:

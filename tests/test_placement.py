@@ -81,8 +81,8 @@ def test_every_policy_gives_every_expert_a_slot_and_always_the_same(name: str) -
         assert expert_P.tolist() == POLICIES[name](load_E[None], Layout(slots, gpus)).tolist()
 
 
-def test_the_help_lists_every_policy(cli: Cli) -> None:
-    help = cli("simulate", "placement", "--help").stdout
+def test_the_help_lists_every_policy(cli_here: Cli) -> None:
+    help = cli_here("simulate", "placement", "--help").stdout
     assert f"{', '.join(POLICIES)}. " in " ".join(help.split()).replace("\u2011", "-")
 
 
