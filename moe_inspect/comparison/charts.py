@@ -24,12 +24,12 @@ from moe_inspect.reporting.tables.registry import Excerpt, highest_rows
 from moe_inspect.text import plural
 from moe_inspect.trace.shard import Shard
 
-MOST_SHARDS = 4  # that the documents are in
+MOST_SHARDS = 4  # shards that the documents are taken from
 SHARE = "set_mismatch"
 
 
 def highest(column: str, *columns: str, what: str = "") -> Excerpt:
-    """The rows with the highest values of a column."""
+    """Excerpt of the rows with the highest values of a column."""
     return Excerpt(what or f"the highest {column}", partial(highest_rows, column=column), columns)
 
 
@@ -61,7 +61,7 @@ def load_shift_chart(
 
 
 def set_mismatch(data: Decisions) -> spec.Chart:
-    """The share of decisions with different experts, by layer."""
+    """Chart of the share of decisions with different experts, by layer."""
     table = data.tables["agreement"]
     x, noise = np.arange(len(table), dtype=float), f"noise_{SHARE}"
     low, high = spec.known_interval(table[f"{SHARE}_low"], table[f"{SHARE}_high"])
@@ -86,7 +86,7 @@ def set_mismatch(data: Decisions) -> spec.Chart:
     )
 
 
-# table by router and tenth → title, tenth of what, axis, text and definitions of its map
+# table by router and tenth → title, quantity in tenths, axis, text and definitions of its map
 MAPS = {
     "margins": (
         "Where the router was undecided",
@@ -111,7 +111,7 @@ MAPS = {
 
 
 def tenths_map(data: Decisions, name: str) -> spec.Chart | str:
-    """Whether decisions flip where the router was undecided, or where in the sequence."""
+    """Map of the decisions that differ, by tenth of the margins or of the sequence."""
     if not data.mismatched:
         return ""
     table, (title, of, axis, text, definitions) = data.tables[name], MAPS[name]
@@ -153,7 +153,7 @@ def growth(data: Decisions) -> spec.Chart | str:
 
 
 def moved_load(data: Decisions) -> spec.Chart | str:
-    """How far the load moved, beside what two halves of the documents differ by."""
+    """Chart of the load that moves, compared with two halves of A's documents."""
     if not data.mismatched:
         return ""
     text = (
@@ -183,7 +183,7 @@ def _tiles(made: Decisions) -> list[Tile]:
 
 
 def text_section(made: Decisions) -> Section | str:
-    """The section, or why there is none: "" where nothing differs."""
+    """Section with the text of the documents that differ most, or why there is none."""
     trace, worst = made.a, _worst_documents(made)
     if not len(worst):
         return ""
@@ -212,7 +212,7 @@ def text_section(made: Decisions) -> Section | str:
 
 
 def _worst_documents(made: Decisions) -> pd.DataFrame:
-    """Those with the largest share of other decisions, in at most MOST_SHARDS shards of A."""
+    """Documents with the largest shares of differing decisions, from at most MOST_SHARDS shards."""
     names = pd.Index(["document", "domain", "tokens", "all", "other"])
     parts = [
         pd.DataFrame(rows, columns=names).assign(shard=number)
@@ -231,7 +231,7 @@ def _worst_documents(made: Decisions) -> pd.DataFrame:
 def _of_b(
     made: Decisions, shards: Sequence[int], tokens: texts.DrawnTokens
 ) -> list[texts.DrawnRoutes]:
-    """B's routes of the tokens; none for those that are not compared."""
+    """B's routes of the tokens; empty for tokens that are not compared."""
     listed, T = made.a.routers, len(tokens.row_T)
     routes = {r: texts.empty_routes(listed[r], T, made.weights_known) for r, _ in made.pairs}
     for s, number in enumerate(shards):
@@ -319,7 +319,7 @@ Decisions.kind = ComparisonKind(
 
 
 def shift_chart(data: Loads) -> spec.Chart:
-    """How far the load moves, beside chance."""
+    """Chart of the load that moves, compared with chance."""
     text = (
         "The share of the assignments that go to different experts. The dash is what chance alone "
         "moves between two traces of this many tokens."
@@ -328,7 +328,7 @@ def shift_chart(data: Loads) -> spec.Chart:
 
 
 def balance_chart(data: Loads) -> spec.Chart:
-    """How even the load is in each."""
+    """Chart of how even the load is in each trace."""
     table = data.tables["balance"]
     x, marks = np.arange(len(table), dtype=float), list[spec.Line]()
     for side, colour in zip(SIDES, ("c1", "c2"), strict=True):
@@ -346,7 +346,7 @@ def balance_chart(data: Loads) -> spec.Chart:
 
 
 def step_chart(data: Loads) -> spec.Chart | str:
-    """How far the load moves in every window of steps; none where there are not two of them."""
+    """Chart of the load that moves in each window of steps; "" with fewer than two windows."""
     steps, table, moved = data.steps, data.tables["windows"], "share of the load that moves"
     if len(steps.first_W) < 2:
         return ""

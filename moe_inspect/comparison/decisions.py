@@ -93,7 +93,7 @@ class Decisions(Paired):
 
     @cached_property
     def alike(self) -> bool:
-        """Whether the traces are the same files, which need not be read."""
+        """Whether the traces are the same files, so that they need not be read."""
         return all_alike(self.alignment) and all(r == m for r, m in self.pairs)
 
     @cached_property
@@ -128,7 +128,7 @@ class Decisions(Paired):
         )
 
     def why_not(self, name: str) -> str | None:
-        """Why these two traces cannot have a table; None where they can."""
+        """Why these two traces cannot have a table; None if they can."""
         sides = zip("AB", self.traces, strict=True)
         without = [f"{side} ({trace.path})" for side, trace in sides if not trace.has_norms]
         if name != "worth" or not without:
@@ -150,7 +150,7 @@ class Decisions(Paired):
         return counts
 
     def decisions_UX(self, r: int) -> np.ndarray:
-        """int64 [U, X]: decisions of a router that are compared, by unit and cell."""
+        """Compared decisions of a router, by unit and cell. int64 [U, X]"""
         return self.counts.decisions_UX[self.a.routers[r].stack]
 
     def of(self, r: int) -> PairRouterCounts:
@@ -158,16 +158,16 @@ class Decisions(Paired):
 
     @property
     def every(self) -> list[PairRouterCounts]:
-        """The counts of all routers, in the order of `pairs`."""
+        """Counts of all routers, in the order of `pairs`."""
         return [self.of(r) for r, _ in self.pairs]
 
     def slots_U(self, r: int) -> np.ndarray:
-        """int64 [U]: slots of a router that route somewhere in either trace."""
+        """Slots of a router that route somewhere in either trace. int64 [U]"""
         k, short_UX = self.a.routers[r].top_k, self.of(r).short_UX
         return k * self.decisions_UX(r).sum(1) - short_UX.sum(1)
 
     def hits(self) -> np.ndarray:
-        """int64 [2, R, U]: decisions with another set of experts, and all that are compared."""
+        """Decisions with different sets of experts, and all compared decisions. int64 [2, R, U]"""
         of_R = [(self.of(r).mismatch_UX.sum(1), self.decisions_UX(r).sum(1)) for r, _ in self.pairs]
         return np.stack(of_R, axis=1)
 
@@ -182,19 +182,19 @@ class Decisions(Paired):
 
     @cached_property
     def units(self) -> np.ndarray:
-        """The units (clusters of documents) that have any token, over which intervals go."""
+        """Units (clusters of documents) that have any token, which intervals resample."""
         return self.counts.units
 
     @property
     def in_domains(self) -> list[tuple[str, np.ndarray]]:
-        """All domains together, named "", and each of several, with which units are theirs."""
+        """All domains together, named "", and each of several domains, with a mask of its units."""
         domain_U, names = self.counts.domain_U[self.units], self.counts.domains
         each = [(name, domain_U == d) for d, name in enumerate(names)]
         return [("", np.ones(len(domain_U), bool)), *(each if len(names) > 1 else [])]
 
     @cached_property
     def weights_RU(self) -> np.ndarray | None:
-        """Resamples of the documents; None where there are too few."""
+        """Resamples of the documents; None if there are too few."""
         return resample_weights(self.counts.domain_U[self.units])
 
     @cached_property
@@ -209,7 +209,7 @@ class Decisions(Paired):
 
     @cached_property
     def tokens_mismatch(self) -> float:
-        """Share of the tokens with another set of experts at any router."""
+        """Share of the tokens with different sets of experts at any router."""
         layers_N = self.counts.layers_N
         return tt.tokens_mismatch(layers_N[1:].sum(), layers_N.sum())
 
@@ -267,7 +267,7 @@ def _share(
     of_U: np.ndarray,
     known: bool = True,
 ) -> Row:
-    """A metric of two sums, and the ends of its interval."""
+    """A metric of two sums, and its interval."""
     names, total = (name, f"{name}_low", f"{name}_high"), of_U.sum()
     if not known or not total:
         return dict.fromkeys(names, np.nan)
@@ -281,9 +281,9 @@ def _by(
     names: Sequence[object],
     parts: Callable[[int], Sequence[np.ndarray]],
 ) -> pd.DataFrame:
-    """A row per router and part that has any decision. parts: of a router, int64 [U, P] each:
-    decisions, those with another set of experts, and, where these are known, assignments that the
-    other trace did not make and slots that route nowhere in both."""
+    """One row per router and part with any decision. parts: of a router, int64 [U, P] each:
+    decisions, decisions with different sets of experts and, if known, assignments that the other
+    trace did not make and slots that route nowhere in both."""
     rows = list[Row]()
     for r, _ in data.pairs:
         n_UP, mismatch_UP, *more = parts(r)
@@ -300,7 +300,7 @@ def _by(
 
 
 def _cells(data: Decisions, r: int) -> list[np.ndarray]:
-    """What `_by` takes, by phase and position: [U, phases, deciles]."""
+    """Counts for `_by`, by phase and position: [U, phases, deciles]."""
     counts = data.of(r)
     sums = data.decisions_UX(r), counts.mismatch_UX, counts.missing_UX, counts.short_UX
     return [of_UX.reshape(len(of_UX), len(PHASES), DECILES) for of_UX in sums]
@@ -441,7 +441,7 @@ def summary(data: Decisions) -> pd.DataFrame:
     return facts_table({key: [value] for key, value in facts.items()}, ["value"])
 
 
-# of the manifest: what makes two runs of one model differ
+# facts in the manifest that can make two runs of one model differ
 RECORDED = {
     "model": ("id", "revision", "class"),
     "capture": ("mode", "device", "dtype", "experts_implementation", "engine", "versions"),
@@ -450,7 +450,7 @@ RECORDED = {
 
 
 def recorded_otherwise(data: Decisions) -> Facts:
-    """How the two were recorded differently: dtype → ("float32", "bfloat16")."""
+    """Differences between the recordings: dtype → ("float32", "bfloat16")."""
     found = Facts()
     for part, names in RECORDED.items():
         manifests = [trace.manifest for trace in data.traces]
