@@ -26,6 +26,7 @@ from moe_inspect.capture.rows import (
 from moe_inspect.errors import MoeInspectError
 
 PLACES = "tokens", "positions"  # names of the values that a row has once, not per router
+PARTS = {"": (0, 1), "logits": (2,), PHYSICALS: (3,)}  # by kind: what it records of a choice
 REPLICAS, SAMPLED = "replicas", "sampled"  # names of the values that a step has once
 
 
@@ -85,7 +86,7 @@ class EngineRows:
         routers = [self._router] * self.L
         self._rows = RouterRows(routers, range(self.L), self.kinds, torch.float16, appends=False)
         self.load = Load(self.L, E, device)
-        self._calls: dict[str, list[tuple[Tensor, ...] | None]] = {}
+        self._choices: list[tuple[Any, ...] | None] = []
         self.forget()
         self.has_buffers = compiled or not self._rows.keeps_calls
         if self.has_buffers:
@@ -126,18 +127,19 @@ class EngineRows:
     ) -> None:
         """Keep a router's choice, and the replicas that serve it. Columns after the routed
         experts belong to shared experts, which are not recorded."""
-        choice: dict[str, Any] = {
-            "": (ids_NK, weights_NK),
-            "logits": (logits_NE,),
-            PHYSICALS: (physicals_NK,),
-        }
-        for kind in self.kinds:
-            width = self.E if kind == "logits" else self.K
-            values = tuple(v if v.shape[1] == width else v[:, :width] for v in choice[kind])
-            if self.has_buffers:
-                self._write(router, kind, values)
-            else:
-                self._calls[kind][router] = values
+        # logits that are not recorded are the engine's to free
+        kept = logits_NE if "logits" in self.kinds else None
+        choice = ids_NK, weights_NK, kept, physicals_NK
+        if self.has_buffers:
+            for kind in self.kinds:
+                self._write(router, kind, self._parts(choice, kind))
+        else:  # a step is put together at once, which takes less time
+            self._choices[router] = choice
+
+    def _parts(self, choice: tuple[Any, ...], kind: str) -> tuple[Tensor, ...]:
+        width = self.E if kind == "logits" else self.K
+        parts = (choice[n] for n in PARTS[kind])
+        return tuple(v if v.shape[1] == width else v[:, :width] for v in parts)
 
     def _write(self, router: int, kind: str, call: tuple[Tensor, ...]) -> None:
         tape, (ids, values) = self._rows.tapes[kind][router], call if not kind else (None, *call)
@@ -155,7 +157,7 @@ class EngineRows:
 
     def forget(self) -> None:
         """Let go of the tensors of a step."""
-        self._calls = {kind: [None] * self.L for kind in self.kinds}
+        self._choices = [None] * self.L
 
     def written(self, N: int) -> Values:
         """Return the step's N rows of each router, in the types in which they are stored. The next
@@ -176,13 +178,14 @@ class EngineRows:
     def _kept(self, N: int) -> Calls:
         """Return the calls of the step, without padding."""
         kept: Calls = {kind: [] for kind in self.kinds}
-        for kind, calls in self._calls.items():
-            for router, values in enumerate(calls):
-                if values is None:
-                    raise MoeInspectError(f"router {router} chose no experts in a forward pass")
+        for router, choice in enumerate(self._choices):
+            if choice is None:
+                raise MoeInspectError(f"router {router} chose no experts in a forward pass")
+            for kind, calls in kept.items():
+                values = self._parts(choice, kind)
                 if values[0].shape[0] != N:
                     values = tuple(v[:N] for v in values)
-                kept[kind].append((router, values))
+                calls.append((router, values))
         return kept
 
     def take(
