@@ -192,6 +192,12 @@ def test_the_readme_prints_recorded_figures_with_their_chance_level() -> None:
     assert '"max_over_mean", "expected_by_chance"' in printed
 
 
+def test_the_documentation_is_short() -> None:
+    pages = [(ROOT / page).read_text() for page in PAGES if page.startswith("docs/")]
+    assert len(pages) <= 18
+    assert sum(len(page.split()) for page in pages) <= 30_000
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES[1:]])
 def test_what_a_page_links_to_is_there(page: str) -> None:
     targets = LINK.findall((ROOT / page).read_text())
