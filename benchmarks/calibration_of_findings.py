@@ -23,14 +23,14 @@ from typing import Any
 
 from benchmarks.coverage_of_intervals import cases, coverage
 from benchmarks.measuring import machine, write_results, written
-from moe_inspect.alarms.alarms import Alarm, Alarms
-from moe_inspect.alarms.rules import BATCH, DEFAULT_RULES, parse_rule
 from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.comparison.compare import compare
 from moe_inspect.public import report
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.header import TraceHeader
+from moe_inspect.watch.alarms import Alarm, Alarms
 from moe_inspect.watch.follow import News, Piece
+from moe_inspect.watch.rules import BATCH, DEFAULT_RULES, parse_rule
 from moe_inspect.watch.state import Watched
 from tests.support.chance import (
     CLEAN_PAIRS,

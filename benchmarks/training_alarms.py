@@ -26,8 +26,8 @@ from transformers import Trainer, TrainingArguments
 
 import moe_inspect
 from benchmarks.measuring import ROOT, machine, write_results
-from moe_inspect.alarms.rules import DEFAULT_RULES
 from moe_inspect.training import RoutingCallback, RoutingMonitor
+from moe_inspect.watch.rules import DEFAULT_RULES
 from tools.demo import texts
 from tools.demo import train as recipe
 from tools.demo.balancing import BALANCING_LOSSES

@@ -20,8 +20,6 @@ import pandas as pd
 import pytest
 
 from benchmarks.calibration_of_findings import ALARMS, alarms
-from moe_inspect.alarms.alarms import Alarm, Alarms, Window, chance_limit, effect_of, effect_of_pair
-from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, known_metrics, parse_rule, read_rules
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
 from moe_inspect.analysis.metrics.registry import METRICS, metrics
@@ -31,6 +29,8 @@ from moe_inspect.public import report
 from moe_inspect.reporting.verdict.gate import breaches, gate, gated
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act
+from moe_inspect.watch.alarms import Alarm, Alarms, Window, chance_limit, effect_of, effect_of_pair
+from moe_inspect.watch.rules import DEFAULT_RULES, Rule, known_metrics, parse_rule, read_rules
 from tests.conftest import Cli
 from tests.support.chance import REGIMES, monitored, with_effects
 from tests.support.sweep import sample

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.alarms.rules import parse_rule, refuse_rules
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.capture.rows import RouterRows, ShownRouter
@@ -29,6 +28,7 @@ from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from moe_inspect.training import RoutingMonitor
 from moe_inspect.watch.follow import Follower
+from moe_inspect.watch.rules import parse_rule, refuse_rules
 from moe_inspect.watch.state import Watched
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import routers, uniform_ids, write_passes, write_trace

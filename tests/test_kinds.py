@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.alarms.alarms import Alarms, Window
-from moe_inspect.alarms.rules import (
+from moe_inspect.reporting.verdict.findings import Finding, every_check
+from moe_inspect.watch.alarms import Alarms, Window
+from moe_inspect.watch.rules import (
     BATCH,
     DRIFT,
     DROP_RATE,
@@ -25,7 +26,6 @@ from moe_inspect.alarms.rules import (
     known_metrics,
     parse_rule,
 )
-from moe_inspect.reporting.verdict.findings import Finding, every_check
 from tests.support.chance import REGIMES, monitored, with_effects
 from tests.support.synthetic import routers
 from tests.support.worlds import WORLDS

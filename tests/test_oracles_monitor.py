@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moe_inspect
-from moe_inspect.alarms.alarms import Alarms, Window
-from moe_inspect.alarms.rules import known_metrics, parse_rule
 from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.trace.schema import Router
 from moe_inspect.training import RoutingMonitor
+from moe_inspect.watch.alarms import Alarms, Window
+from moe_inspect.watch.rules import known_metrics, parse_rule
 from tests.support.generated import committed
 
 

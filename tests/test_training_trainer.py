@@ -19,8 +19,8 @@ import transformers as hf
 from transformers.models.mixtral import modeling_mixtral
 
 import moe_inspect
-from moe_inspect.alarms.alarms import Alarm
 from moe_inspect.training import RoutingCallback
+from moe_inspect.watch.alarms import Alarm
 from tests.conftest import ROOT, Put
 from tests.support.trained import EXPERTS, LAYERS, counted, reset
 from tests.support.zoo import VOCABULARY, token_batch

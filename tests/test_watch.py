@@ -23,8 +23,6 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from moe_inspect.alarms.alarms import CALM
-from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import open_trace
 from moe_inspect.reporting.render.heatmap import cells, extremes
@@ -32,7 +30,9 @@ from moe_inspect.simulate.placement.plan import placed_over
 from moe_inspect.text import printable
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.writer import ShardLimits, TraceWriter, drop_after, resume_point
+from moe_inspect.watch.alarms import CALM
 from moe_inspect.watch.follow import Follower, News, Piece
+from moe_inspect.watch.rules import parse_rule
 from moe_inspect.watch.state import Plan, Watched, WatchOptions, WatchSession, hot_text
 from moe_inspect.watch.terminal import Screen, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace

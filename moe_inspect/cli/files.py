@@ -57,8 +57,8 @@ def watch(
     moe-inspect watch runs/a
     moe-inspect watch runs/a --rules rules.txt
     moe-inspect watch runs/a --plan plan.json --gpus 8"""
-    from moe_inspect.alarms.rules import read_rules
     from moe_inspect.reporting.render.console import console_for
+    from moe_inspect.watch.rules import read_rules
     from moe_inspect.watch.state import WatchOptions
     from moe_inspect.watch.terminal import watch as watch_trace
 

@@ -3,7 +3,7 @@
 Import from here: `RoutingMonitor` for a training loop, `RoutingCallback` for the Trainer of
 transformers and TRL, `LightningRoutingCallback` for Lightning.
 
-May import: alarms, analysis, capture, errors, model, reporting, text, trace.
+May import: analysis, capture, errors, model, reporting, text, trace, watch.
 """
 
 import lazy_loader

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
-from moe_inspect.alarms.alarms import Alarm
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.watch.alarms import Alarm
 
 LOGGER = logging.getLogger("moe_inspect.training")
 Action = Callable[[Alarm], object]

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Window, metric_R
-from moe_inspect.alarms.rules import BATCH, DRIFT
 from moe_inspect.analysis.metrics.balance import load_ratios
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import join_first, layer_label, plural
 from moe_inspect.trace.schema import Router
+from moe_inspect.watch.alarms import Window, metric_R
+from moe_inspect.watch.rules import BATCH, DRIFT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

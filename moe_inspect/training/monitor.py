@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
-from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule, refuse_gpus
 from moe_inspect.errors import MoeInspectError, check_whole
 from moe_inspect.model.wrapped import is_compiled
 from moe_inspect.training import metrics as shown
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
 from moe_inspect.training.sums import RoutingSums, WindowSums
+from moe_inspect.watch.alarms import Alarm, Alarms, Window, drop_rate_R
+from moe_inspect.watch.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule, refuse_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

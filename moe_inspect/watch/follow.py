@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Window
 from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
@@ -26,6 +25,7 @@ from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, stored_manifest, writer_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import Known, ShardFiles, committed_shards
+from moe_inspect.watch.alarms import Window
 
 WAITING, RECORDING = "waiting", "recording"  # there is no trace yet; its writer is at work
 COMPLETE, INTERRUPTED, KILLED = "complete", "interrupted", "killed"

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import metric_R
-from moe_inspect.alarms.rules import GPU_LOAD
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import Router
+from moe_inspect.watch.alarms import metric_R
 from moe_inspect.watch.follow import ENDED, RECORDING, WAITING, News, Piece
+from moe_inspect.watch.rules import GPU_LOAD
 from moe_inspect.watch.state import Watched
 
 if TYPE_CHECKING:

@@ -15,8 +15,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from moe_inspect.alarms.alarms import Alarm, Alarms, drop_rate_R, gpu_load_R, metric_R
-from moe_inspect.alarms.rules import (
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line, layer_label, printable
+from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.texts import as_text
+from moe_inspect.watch.alarms import Alarm, Alarms, drop_rate_R, gpu_load_R, metric_R
+from moe_inspect.watch.follow import ENDED, WAITING, Follower, News, Piece, joined
+from moe_inspect.watch.rules import (
     DEFAULT_RULES,
     DROP_RATE,
     GPU_LOAD,
@@ -25,13 +32,6 @@ from moe_inspect.alarms.rules import (
     parse_rule,
     refuse_rules,
 )
-from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line, layer_label, printable
-from moe_inspect.trace.header import TraceHeader
-from moe_inspect.trace.schema import Router
-from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.texts import as_text
-from moe_inspect.watch.follow import ENDED, WAITING, Follower, News, Piece, joined
 
 WINDOW_TOKENS = 16_384
 PARTS = 16  # that a window moves on by, at most

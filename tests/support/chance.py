@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Alarms, Window
 from moe_inspect.public import Trace
 from moe_inspect.trace.schema import Router
+from moe_inspect.watch.alarms import Alarms, Window
 from tests.support.synthetic import routers, write_counts, write_trace
 
 TASTE = 0.5  # standard deviation of a document's own logits, in the clustered regimes

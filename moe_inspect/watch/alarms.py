@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, GPU_LOAD, OF_MODEL, Rule
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
@@ -22,6 +21,7 @@ from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.analysis.metrics.uncertainty import random_loads, special
 from moe_inspect.text import join_first, layer_label
 from moe_inspect.trace.schema import Router
+from moe_inspect.watch.rules import BATCH, DRIFT, DROP_RATE, GPU_LOAD, OF_MODEL, Rule
 
 
 @dataclass(frozen=True)
