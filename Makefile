@@ -21,7 +21,9 @@ help: ## What there is to make
 
 demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; report, page and pictures (build/demo)
 	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
-	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html
+	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html > build/demo/headline.txt
+	$(BIN)/moe-inspect report build/demo/trace
+	@echo "page: build/demo/report.html"
 
 test: $(VENV)/.installed ## The test suite, with a few members of what is the same for many
 	$(PYTEST)

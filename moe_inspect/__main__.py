@@ -37,7 +37,7 @@ def main() -> None:
 def _run() -> int:
     from moe_inspect.cli import UsageError, app
     from moe_inspect.cli.emit import to_stdout
-    from moe_inspect.errors import MoeInspectError
+    from moe_inspect.errors import MoeInspectError, missing_package
     from moe_inspect.text import first_line, print_stderr
 
     try:
@@ -54,6 +54,11 @@ def _run() -> int:
         return error.exit_code
     except MoeInspectError as error:
         print_stderr(f"error: {error}")
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("moe_inspect"):
+            raise
+        print_stderr(f"error: {missing_package(error.name)}")
         return 1
     except OSError as error:  # a disk or network error that no command handles
         print_stderr(

@@ -5,9 +5,11 @@ conversion of an OSError to it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import requires
 from numbers import Real
 from typing import Any
 
@@ -24,6 +26,15 @@ def missing_for_capture() -> str | None:
     except ImportError as error:
         return error.name or "torch"
     return None
+
+
+def missing_package(module: str) -> str:
+    """One line on a module that is not installed: the package, and how to install it."""
+    package = module.partition(".")[0]
+    of_extra = re.compile(rf"{re.escape(package)}\b.*extra == ['\"](\w+)", re.IGNORECASE)
+    extras = [match[1] for line in requires("moe-inspect") or () if (match := of_extra.match(line))]
+    wanted = f"'moe-inspect[{extras[0]}]'" if len(extras) == 1 else package
+    return f"this needs {package}: pip install {wanted}"
 
 
 class MoeInspectError(Exception):

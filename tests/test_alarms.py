@@ -26,7 +26,7 @@ from moe_inspect.analysis.metrics.registry import METRICS, metrics
 from moe_inspect.analysis.metrics.uncertainty import random_loads
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.public import report
-from moe_inspect.reporting.verdict.gate import breaches, gate, gated
+from moe_inspect.reporting.verdict.gate import check_gates, gate, gated
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act
 from moe_inspect.watch.alarms import Alarm, Alarms, Window, chance_limit, effect_of, effect_of_pair
@@ -317,12 +317,16 @@ def test_a_breach_exits_with_3_and_a_limit_on_nothing_with_2(cli_here: Cli, tmp_
     trace(tmp_path / "t")
     load = ("report", "t", "--table", "load", "--format", "csv", "--fail-above", "max_vio=0.5")
     done = cli_here(*load, "--fail-below", "gini=0", check=3)
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("failed: layer 1: max_vio is 1.")
-    assert lines[0].endswith(", above 0.5")
+    passed, failed = done.stderr.strip().splitlines()
+    gini = report(tmp_path / "t").tables["balance"]["gini"]
+    assert passed == f"passed: gini is at least {gini.min():.6g} (layer {gini.idxmin()}), limit 0"
+    assert failed.startswith("failed: layer 1: max_vio is 1.")
+    assert failed.endswith(", above 0.5")
     assert len(done.stdout.splitlines()) == 1 + 2 * E  # the table all the same
-    cli_here(*load, "--layers", "0", check=0)
+    done = cli_here(*load, "--layers", "0", check=0)
+    assert re.fullmatch(
+        r"passed: max_vio is at most 0\.0\d+ \(layer 0\), limit 0\.5\n", done.stderr
+    )
     for option, said in (
         ("--fail-above ginny=1", "no metric 'ginny' (did you mean gini?)"),
         ("--fail-below gini", "expected METRIC=VALUE, e.g. gini=0.5"),
@@ -339,7 +343,7 @@ def test_every_gate_has_its_column_and_what_has_no_value_does_not_pass(tmp_path:
     made = report(trace(tmp_path / "t"))
     for metric, name in gated().items():
         assert metric in made.tables[name].columns
-    (line, _) = breaches(made, [gate("aux_loss=2", above=True)])  # no logits
+    (line, _) = check_gates(made, [gate("aux_loss=2", above=True)]).failed  # no logits
     assert "aux_loss is NaN, which counts as above 2" in line
 
 

@@ -394,6 +394,25 @@ def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> 
     assert "--text-field from title" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("package", "command", "install"),
+    [
+        ("fsspec", ("report", "s3://bucket/trace"), "fsspec"),
+        ("matplotlib", ("report", f"{ROOT}/sample_traces/balanced", "--plots", "p"), "matplotlib"),
+    ],
+)
+def test_a_package_that_is_missing_is_one_line(
+    cli: Cli, tmp_path: Path, package: str, command: tuple[str, ...], install: str
+) -> None:
+    (tmp_path / "hide").mkdir()
+    missing = f'raise ModuleNotFoundError("No module named {package}", name="{package}")'
+    (tmp_path / f"hide/{package}.py").write_text(missing)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'hide'}:{ROOT}"}
+    done = cli(*command, check=1, env=environment)
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f"needs {package}: pip install {install}\n")
+
+
 def test_report_loads_numpy_for_one_thread() -> None:
     """Threads of a BLAS took five times the CPU time of the whole report, waiting."""
     program = (

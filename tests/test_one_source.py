@@ -22,7 +22,7 @@ from moe_inspect.reporting.render.matplotlib import draw
 from moe_inspect.reporting.render.page import map_data
 from moe_inspect.reporting.report import Report
 from moe_inspect.reporting.tables.data import Thresholds
-from moe_inspect.reporting.verdict.gate import breaches, gate
+from moe_inspect.reporting.verdict.gate import check_gates, gate
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.routing import simulate_routing
@@ -81,7 +81,7 @@ def test_the_threshold_starved_is_that_of_the_table_the_gate_and_the_verdict(
     load = 100 * np.array([[200, 400, 1_300, 1_100, 1_200, 1_200, 1_300, 1_300]])
     made = report(write_counts(tmp_path / "t", [load], 1), thresholds={"starved": starved})
     assert made.tables["balance"]["starved_experts"].tolist() == [expected]
-    assert bool(breaches(made, [gate("starved_experts=0", above=True)])) == bool(expected)
+    assert bool(check_gates(made, [gate("starved_experts=0", above=True)]).failed) == bool(expected)
     said = [f.text for f in made.verdict() if f.kind == "starved_experts"]
     experts, get = ("expert", "gets") if expected == 1 else ("experts", "get")
     under = f"{expected} {experts} in 1 router {get} under {starved:.0%} of the mean load."
@@ -127,7 +127,7 @@ def texts(made: Report) -> str:
     pictures = [text for chart in draw_charts(made)[0] for text in written(draw(chart))]
     data, _ = map_data(made)
     page = [f"layer {layer['label']}" for layer in data["layers"]]
-    gates = breaches(made, [gate("max_vio=-1", above=True)])
+    gates = check_gates(made, [gate("max_vio=-1", above=True)]).failed
     return "\n".join([text_of(made), *pictures, *page, *gates])
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from moe_inspect.public import report
 from moe_inspect.reporting.render import payload
-from moe_inspect.reporting.render.html import Page, Section, Tile, page_html
+from moe_inspect.reporting.render.html import Page, Section, page_html
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import Report
 from moe_inspect.text import number, readable
@@ -125,7 +125,7 @@ CONTRAST = """() => {
   };
   const found = {};
   for (const query of [
-    "h1", ".subtitle", ".verdict li", "p.text", ".facts dd", ".facts dt", ".definitions dd", "td",
+    "h1", ".subtitle", ".verdict li", "p.text", ".headline", ".figures", ".definitions dd", "td",
     "th", "summary", "button", "select", ".now", ".xtick", ".ytick", ".legend button", ".scale",
     ".xtitle, .ytitle", ".in", ".severity", "figcaption",
   ])
@@ -410,9 +410,9 @@ def test_numbers_of_a_table_keep_their_kind():
 def test_a_page_shows_what_is_hostile_and_runs_none_of_it():
     table = pd.DataFrame({"token": [HOSTILE, "\x1b[31m\u202eevil\n"], HOSTILE: [1, 2]})
     sections = [Section(HOSTILE, HOSTILE, table=table, definitions={HOSTILE: HOSTILE})]
-    lists: Any = {name: [HOSTILE] for name in ("warnings", "verdict", "left_out")}
-    tiles = [Tile(HOSTILE, HOSTILE, HOSTILE)]
-    page = Page(HOSTILE, HOSTILE, tiles=tiles, sections=sections, footer=HOSTILE, **lists)
+    lists: Any = {name: [HOSTILE] for name in ("warnings", "figures", "left_out")}
+    lists["verdict"] = [HOSTILE, HOSTILE]
+    page = Page(HOSTILE, HOSTILE, sections=sections, footer=HOSTILE, **lists)
     made = page_html(page)
     assert "<img" not in made
     assert made.count("<script>") == 1  # the page's own

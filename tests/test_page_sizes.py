@@ -19,6 +19,7 @@ from moe_inspect.reporting.render import html
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.texts import TEXT_BYTES, text_section
 from moe_inspect.reporting.report import Report
+from moe_inspect.reporting.verdict.findings import verdict_of
 from tests.conftest import ROOT, OpenPage
 from tests.support.browser import MAP, Opened
 from tests.support.synthetic import write_trace
@@ -74,23 +75,37 @@ def on(*names: str) -> pytest.MarkDecorator:
 
 
 @on("demo", "58 × 256")
-def test_the_first_screen_has_figures_map_and_the_gravest_findings(shown: Shown) -> None:
-    page, found = shown.page, shown.of.verdict()
+def test_the_first_screen_has_the_headline_figures_map_and_findings(shown: Shown) -> None:
+    page, verdict = shown.page, verdict_of(shown.of)
     page.resize(1440)
     bottom = "(all) => all.map((e) => e.getBoundingClientRect().bottom)"
-    for query in (".facts > div", "#findings li", "[data-widget=map] .canvas"):
+    first = (".headline", ".figures", "#findings > .verdict li", "[data-widget=map] .canvas")
+    for query in first:
         assert 0 < max(page.locator(query).evaluate_all(bottom)) <= 900, query
-    said = page.locator("#findings li").all_inner_texts()
-    others = page.locator("#more-findings li").all_inner_texts()
-    assert len(said) == min(3, len(found))
-    for text, one in zip(said, found, strict=False):
+    assert verdict.headline.text in page.locator(".headline").inner_text()
+    findings = page.locator("#findings > .verdict li").all_inner_texts()
+    folded = page.locator("#findings details li").all_text_contents()
+    assert len(findings) == min(verdict.most_others, len(verdict.others))
+    for text, one in zip([*findings, *folded], verdict.others, strict=True):
         assert text.lower().startswith(one.severity)
         assert one.text in text
-    assert len(others) == len(found) - len(said)
+    assert not any(one.is_grave for one in verdict.others[len(findings) :])
+    load = shown.of.tables["load"]
+    busiest = load.loc[load["load_ratio"].idxmax()]
+    said = f"Layer {busiest['layer']:.0f}, expert {busiest['expert']:.0f}: "
+    assert page.locator("#now").inner_text().startswith(said)
     titles = page.locator(".group > h2:not(.unseen)").all_inner_texts()
     assert titles == [name for name in html.GROUPS if name in titles]
     assert {"Balance", "Specialization", "Serving"} <= {*titles}
     page.resize()
+
+
+@on("demo")
+def test_the_page_of_the_bundled_model_is_short(shown: Shown) -> None:
+    for width, height, most in ((1440, 900, 6_000), (390, 844, 12_000)):
+        shown.page.resize(width, height)
+        assert shown.page.evaluate("document.documentElement.scrollHeight") <= most
+    shown.page.resize()
 
 
 @on("58 × 256")
@@ -116,7 +131,7 @@ def test_a_large_model_fits(shown: Shown) -> None:
     assert page.crowded(".panels .plot", ".xtick") == 1
     page.locator(MAP).focus()
     page.press("End", "ArrowDown", "Enter")
-    assert page.title() == "Layer 1 · expert 255"
+    assert page.title() == "Layer 4 · expert 255"  # below the busiest, where the map opens
     page.press("Escape")
     # a megabyte of text, and every expert has its contexts
     text: Any = text_section(shown.of)
@@ -256,10 +271,9 @@ def test_axe_finds_nothing(shown: Shown) -> None:
 
 @on("3 tokens")
 def test_key_figures_claim_no_more_than_the_findings(shown: Shown) -> None:
-    figures = shown.page.locator(".facts").inner_text()
-    assert figures.count("too little data to judge") == 2
-    assert "experts without load" in figures
-    assert not re.search("dead|hides|0 of 4", figures)
+    figures = shown.page.locator(".figures").inner_text()
+    assert re.search(r"\d+ of 32 experts without load", figures)
+    assert not re.search("dead|hides|uneven", figures)
     assert "without load" in shown.page.locator("#load figcaption").inner_text()
 
 

@@ -76,8 +76,8 @@ ODD: dict[str, tuple[Callable[[Path], Trace], str, bool]] = {
         "layer 3/",
         True,
     ),
-    "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Balance is good", True),
-    "every expert every time": (of(drawn((4, 4)), 4), "Balance is good", True),
+    "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Balanced", True),
+    "every expert every time": (of(drawn((4, 4)), 4), "Balanced", True),
     "a router without load": (of(SILENT, 8), "1 of 2 routers made no assignments", True),
 }
 

@@ -85,12 +85,43 @@ def test_the_ending_of_the_file_says_the_format(said: Any, tmp_path: Path, plant
 
 def test_the_report_in_words_on_stdout_and_in_a_file(said: Any, tmp_path: Path):
     done = said()
-    assert "• Critical: Layer 3 is the worst balanced" in done.stdout
+    assert "Critical: Layer 3 is the worst balanced" in done.stdout
     assert done.stderr == ""
     assert said("-o", "report.txt").stdout == ""
     assert (tmp_path / "report.txt").read_text() == done.stdout
     assert said("-o", "-").stdout == done.stdout
     assert not (tmp_path / "-").exists()
+
+
+def test_after_a_page_or_pictures_only_the_headline_is_printed(said: Any, planted_report: Report):
+    headline = planted_report.said[0].text
+    whole = said().stdout
+    for options, wrote in (
+        (("--html", "r.html"), "r.html"),
+        (("--plots", "p", "--layers", "3"), r"\d+ pictures in p"),
+    ):
+        done = said(*options)
+        assert done.stdout == f"Critical: {headline}\n"
+        assert re.fullmatch(f"wrote {wrote}\n", done.stderr)
+    assert len(whole) > 2 * len(headline)
+    assert said("--html", "r.html", "-o", "r.txt").stdout == ""  # the file has all of it
+
+
+def test_with_a_baseline_only_specialisation_is_printed(said: Any, planted_trace: Trace):
+    bullets = [line for line in said().stdout.splitlines() if line.startswith("• ")]
+    beside = said("--baseline", planted_trace.path).stdout
+    assert "beyond chance, in the baseline" in beside or "the baseline's" in beside
+    assert "mean of its layer" not in beside
+    assert 0 < beside.count("• ") <= len(bullets)
+
+
+def test_json_without_a_table_is_the_whole_report(said: Any, planted_report: Report):
+    (line,) = said("--format", "json").stdout.splitlines()
+    whole = json.loads(line)
+    assert [one["text"] for one in whole["findings"]] == [one.text for one in planted_report.said]
+    assert len(whole["balance"]) == len(planted_report.tables["balance"])
+    gini = [row["gini"] for row in whole["balance"]]
+    assert gini == pytest.approx(planted_report.tables["balance"]["gini"].tolist(), rel=1e-13)
 
 
 def test_selecting_on_the_command_line(printed: Any):

@@ -28,8 +28,9 @@ from moe_inspect.public import Trace, report
 from moe_inspect.reporting.render import console
 from moe_inspect.reporting.render.console import SCREEN_LINES, console_for, on_screen
 from moe_inspect.reporting.render.heatmap import style
-from moe_inspect.reporting.render.terminal import MOST_FINDINGS, finding_lines, print_report
+from moe_inspect.reporting.render.terminal import finding_lines, headline_lines, print_report
 from moe_inspect.reporting.report import Report
+from moe_inspect.reporting.verdict.findings import verdict_of
 from tests.conftest import Cli
 from tests.support.planted import planted, text_of
 from tests.support.synthetic import uniform_ids, write_trace
@@ -112,8 +113,9 @@ def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, reports: list[
             worst = [float(line.split()[2].rstrip("x")) for line in lines[at:-2]]
             assert worst == sorted(worst, reverse=True)
             assert len(worst) >= min(L, 5)
-            said, whole = (sum(of.startswith("• ") for of in text) for text in (lines, piped))
-            assert said <= MOST_FINDINGS < whole
+            bullets, in_file = (sum(of.startswith("• ") for of in text) for text in (lines, piped))
+            verdict = verdict_of(made)
+            assert bullets <= in_file == min(verdict.most_others, len(verdict.others))
         assert len(shown[200]) <= len(shown[80])
         first = [line for line in shown[80] if re.match(r"layer +0", line)]
         assert bool(re.search("[▇█]", first[0])) == (E > 8)  # characters where numbers do not fit
@@ -124,7 +126,7 @@ def test_a_report_fits_a_low_terminal(show: Show, reports: list[Report]) -> None
         lines = show(made, 80, LOW)
         assert 15 < len(lines) < LOW, lines  # the prompt stands in the last one
         assert lines[-1].endswith("page: --html FILE")
-        assert any(line.startswith(("• Critical: ", "• Warning: ")) for line in lines)
+        assert any(line.startswith(("Critical: ", "Warning: ")) for line in lines)
         assert sum(bool(re.match(r"layer +\d", line)) for line in lines) >= 4
 
 
@@ -132,10 +134,12 @@ def test_a_file_gets_sentences_in_one_line(reports: list[Report]) -> None:
     made, file = reports[1], io.StringIO()
     print_report(made, file)
     lines = file.getvalue().splitlines()
-    said = [str(line) for one in made.verdict() for line in finding_lines(one, console_for(file))]
-    assert said == lines[2 : 2 + len(made.verdict())]
-    assert said[0].startswith("• Critical: ")
-    assert said[-1].startswith("• Judged on")
+    verdict, console = verdict_of(made), console_for(file)
+    others = [line for one in verdict.others for line in finding_lines(one, console)]
+    headline = headline_lines(verdict.headline, console)
+    texts = [verdict.sample.text, "", *headline, "", *others[: verdict.most_others]]
+    assert [*map(str, texts)] == lines[1 : 1 + len(texts)]
+    assert str(headline[0]).startswith("Critical: ")
     assert len(lines) <= SCREEN_LINES
     assert not any(line.endswith((" ", "…")) for line in lines)
 
@@ -204,7 +208,7 @@ def test_an_encoding_that_lacks_a_character_loses_that_character_only(
 ):
     done = cli("report", planted_trace.path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.stdout.isascii()
-    assert "? Critical: Layer 3 is the worst balanced" in done.stdout
+    assert "Critical: Layer 3 is the worst balanced" in done.stdout
 
 
 def test_tokens_that_look_like_markup_are_text():

@@ -93,25 +93,44 @@ def test_documents_and_experts_have_all_their_routes() -> None:
             first = max(n for n in range(at + 1) if text[n])  # of a character of several tokens
             around = text[max(0, at - 4) : first], text[first], text[at + 1 : at + 5]
             assert [row.left, row.text, row.right] == ["".join(part) for part in around]
-    assert trace.tokens_of(2, 5, top=7)["token"].tolist() == listed["token"].iloc[:7].tolist()
+    assert taken(trace.tokens_of(2, 5, top=7)) == shared_by_domains(listed, 7)
+    assert set(trace.tokens_of(2, 5, top=12)["domain"].value_counts()) == {2}  # of six domains
+
+
+def taken(rows: pd.DataFrame) -> list[int]:
+    return rows["token"].tolist()
+
+
+def shared_by_domains(rows: pd.DataFrame, top: int) -> list[int]:
+    """The tokens of `top` rows, in the order of the rows: the domains take turns."""
+    waiting = {domain: list(of.index) for domain, of in rows.groupby("domain", sort=False)}
+    chosen = list[int]()
+    while len(chosen) < min(top, len(rows)):
+        turn = sorted(index.pop(0) for index in waiting.values() if index)
+        chosen += turn[: top - len(chosen)]
+    return taken(rows.loc[sorted(chosen)])
 
 
 def test_the_first_of_many_shards_are_the_first_of_all(tmp_path: Path) -> None:
     T, rng = 900, np.random.default_rng(0)
     weight = np.float32(rng.integers(1, 5, (T, 2))) / 8  # with many ties
     written: dict[str, Any] = {"document": np.arange(T) // 100, "words": 5, "batch_tokens": 300}
+    written["domain_of_document"] = ("a", "b", "b")
     written |= {"weights": [-np.sort(-weight, axis=1)], "shard_tokens": 300}
     ids, token_id = [uniform_ids(rng, T, 4, 2)], rng.integers(0, 5, T)
     trace = write_trace(tmp_path / "t", ids, 4, token_id=token_id, **written)
     assert sum(1 for _ in trace.shards) == 3
     found = trace.tokens_of(0, 2)
     assert len(found) == (trace.routing(0)[["expert_0", "expert_1"]] == 2).to_numpy().sum()
-    pd.testing.assert_frame_equal(trace.tokens_of(0, 2, top=40), found[:40])
+    top = trace.tokens_of(0, 2, top=40)
+    assert taken(top) == shared_by_domains(found, 40)
+    rows = found[found["token"].isin(top["token"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(top, rows)
     del written["weights"]  # then the order is random, and the same at every call
     bare = write_trace(tmp_path / "b", ids, 4, token_id=token_id, **written)
     drawn, mixed = bare.tokens_of(0, 2, top=40), bare.tokens_of(0, 2)
     assert drawn["document"].nunique() == 9
-    assert drawn["token"].tolist() == mixed["token"].tolist()[:40]
+    assert taken(drawn) == shared_by_domains(mixed, 40)
     nothing = [np.zeros((0, 2), np.uint16)]
     empty = write_trace(tmp_path / "e", nothing, 4, document=np.zeros(1), words=5)
     for ask in (lambda: empty.tokens_of(0, 2), lambda: empty.document(0)):

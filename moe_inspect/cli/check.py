@@ -37,4 +37,4 @@ def check(
     with shown():
         made = check_trace(trace, against, quick)
     show.show(made)
-    exit_if_failed([f"failed: {join_first(made.wrong)}"] if made.wrong else [])
+    exit_if_failed([join_first(made.wrong)] if made.wrong else [])

@@ -97,7 +97,7 @@ def compare(
     from moe_inspect.comparison.compare import compare as compare_traces
     from moe_inspect.public import open_trace
     from moe_inspect.reporting.tables.registry import check_table
-    from moe_inspect.reporting.verdict.gate import breaches
+    from moe_inspect.reporting.verdict.gate import check_gates
 
     opened = [open_trace(path, scheduler=scheduler) for path in (a, b)]
     noise = pair.noise and open_trace(pair.noise, scheduler=scheduler)
@@ -112,6 +112,6 @@ def compare(
         check_table(table or made.main_table, tables)
         gates = limits.gates(tables)
         made.verdict()  # which counts
-        failed = breaches(made, gates, tables)
+        result = check_gates(made, gates, tables)
     show.show(made)
-    exit_if_failed([f"failed: {line}" for line in failed])
+    exit_if_failed(*result)

@@ -253,9 +253,10 @@ class GateOptions(Options):
         return found
 
 
-def exit_if_failed(lines: Sequence[str]) -> None:
-    """Says what failed, if anything did, and exits with 3."""
-    for line in lines:
-        print_stderr(line)
-    if lines:
+def exit_if_failed(failed: Sequence[str], passed: Sequence[str] = ()) -> None:
+    """Print what failed and passed to stderr, and exit with 3 if anything failed."""
+    for result, lines in (("passed", passed), ("failed", failed)):
+        for line in lines:
+            print_stderr(f"{result}: {line}")
+    if failed:
         raise typer.Exit(3)

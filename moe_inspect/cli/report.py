@@ -104,7 +104,7 @@ def report(
         raise typer.BadParameter("--no-text is about the page: give it with --html")
     from moe_inspect.public import report as make
     from moe_inspect.reporting.report import TABLES, check_table
-    from moe_inspect.reporting.verdict.gate import breaches
+    from moe_inspect.reporting.verdict.gate import check_gates
 
     table, _ = show.chosen(TABLES, None)
     if table:
@@ -122,11 +122,11 @@ def report(
     with shown():
         made = make(trace, times=priced, **settings)
         _count(made, table, show, gates)
-        failed = [f"failed: {line}" for line in breaches(made, gates)]
+        result = check_gates(made, gates)
     if made.warning:
         print_stderr(f"warning: {made.warning}")
     show.show(made, lambda: made.page(text))
-    exit_if_failed(failed)
+    exit_if_failed(*result)
 
 
 def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[Gate]) -> None:

@@ -3,6 +3,7 @@ page."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.help import tables
 from moe_inspect.cli.options import Options, Output, option
 from moe_inspect.cli.progress import shown
-from moe_inspect.text import no_such, print_stderr
+from moe_inspect.text import no_such, plural, print_stderr
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,14 +70,15 @@ class ShowOptions(Options):
                 said = f"no format has this ending, add --format {', '.join(Format)}"
                 raise typer.BadParameter(f"-o {self.output}: {said}")
             form = Format.table
-        if form is not Format.table and not (self.table or main):
+        if form not in (Format.table, Format.json) and not (self.table or main):
             asked = f"--format {self.format}" if self.of_table else f"-o {self.output}"
             raise typer.BadParameter(f"{asked} needs one table: add --table {', '.join(tables)}")
         return self.table or (None if form is Format.table else main), form
 
     def show(self, result: Shown, page: Callable[[], str] | None = None) -> None:
-        """Write the pictures and the page, then print the text; or one table, if --table, --format
-        or the ending of the file asks for it. `page` makes the page, by default `result.page`."""
+        """Write the pictures and the page, then print the text (after pictures or a page only its
+        headline); or one table, if --table, --format or the ending of the file asks for it. `page`
+        makes the page, by default `result.page`."""
         if self.table is not None and self.table not in result.tables:
             raise typer.BadParameter(no_such("table", self.table, result.tables))
         main = result.main_table
@@ -87,15 +89,23 @@ class ShowOptions(Options):
             emit(_columns(result, name, form), form, self.output)
         else:
             with text_to(self.output) as file:
-                result.write_text(file)
+                if form is Format.json:
+                    file.write(f"{json.dumps(result.as_json(), ensure_ascii=False)}\n")
+                elif self.output is None and (self.plots is not None or self.html is not None):
+                    result.write_headline(file)
+                else:
+                    result.write_text(file)
 
     def _save(self, result: Shown, page: Callable[[], str]) -> None:
         """Write the requested pictures and the page, and name the files on stderr."""
         if self.plots is not None:
             formats = (self.format,) if self.format in PICTURES else None
             written = result.save_plots(self.plots, formats=formats)
-            for line in [f"wrote {path}" for path in written] or ["nothing to draw"]:
-                print_stderr(line)
+            print_stderr(
+                f"wrote {plural(len(written), 'picture')} in {self.plots}"
+                if written
+                else "nothing to draw"
+            )
         if self.html is not None:
             from moe_inspect.reporting.render.html import write_page
 

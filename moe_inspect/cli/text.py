@@ -39,7 +39,7 @@ def text(
         "Print the tokens routed to these experts of each layer, in context.", "EXPERTS"
     ),
     top: int = expert_option(
-        "Number of tokens per expert, the largest gate weights first; 0 is all.", min=0, default=20
+        "Number of tokens per expert, shared evenly by the domains; 0 is all.", min=0, default=20
     ),
     context: int = expert_option("Tokens of context on each side.", min=0, default=8),
     show: ShowOptions,

@@ -19,7 +19,7 @@ from moe_inspect.comparison.load_shift import SIDES, Loads
 from moe_inspect.comparison.result import LOAD_TABLES, TABLES, ComparisonKind, Paired
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.render import texts
-from moe_inspect.reporting.render.html import Section, Tile
+from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.tables.registry import Excerpt, highest_rows
 from moe_inspect.text import plural
 from moe_inspect.trace.shard import Shard
@@ -164,22 +164,20 @@ def moved_load(data: Decisions) -> spec.Chart | str:
     return load_shift_chart(data, *beside, text)
 
 
-def _tiles(made: Decisions) -> list[Tile]:
+def _figures(made: Decisions) -> list[str]:
     hits_R, of_R = made.hits().sum(2)
-    share_R, worst = hits_R / of_R, int((hits_R / of_R).argmax())
-    share, differ = made.mismatched / made.decisions, f"{made.mismatched:,} of {made.decisions:,}"
-    of = f"of {made.alignment.a.tokens:,} and {made.alignment.b.tokens:,}"
-    layer = f"layer {made.label(made.pairs[worst][0])}"
-    tiles = [
-        Tile("decisions with different experts", f"{share:.2%}", differ),
-        Tile("tokens that differ", f"{made.tokens_mismatch:.2%}", "at any layer"),
-        Tile("worst layer", f"{share_R[worst]:.2%}", layer),
-        Tile("tokens compared", f"{made.counts.tokens:,}", of),
+    worst, aligned = int((hits_R / of_R).argmax()), made.alignment
+    figures = [
+        f"{made.mismatched:,} of {made.decisions:,} decisions "
+        f"({made.mismatched / made.decisions:.2%}) have different experts",
+        f"{made.tokens_mismatch:.2%} of tokens differ at any layer",
+        f"worst layer: {made.label(made.pairs[worst][0])}, {(hits_R / of_R)[worst]:.2%}",
+        f"{made.counts.tokens:,} tokens compared, of {aligned.a.tokens:,} and {aligned.b.tokens:,}",
     ]
     if made.noise is not None:
         noise = made.noise.mismatched / made.noise.decisions
-        tiles.append(Tile("two runs of A", f"{noise:.2%}", "of decisions differ"))
-    return tiles
+        figures.append(f"two runs of A: {noise:.2%} of decisions differ")
+    return figures
 
 
 def text_section(made: Decisions) -> Section | str:
@@ -270,7 +268,7 @@ Decisions.kind = ComparisonKind(
         "growth": (growth, "Decisions", "depth"),
         "load_shift": (moved_load, "Load", "load_shift"),
     },
-    tiles=_tiles,
+    figures=_figures,
     text=text_section,
     sections={
         "documents": (

@@ -26,7 +26,7 @@ from moe_inspect.text import layer_label, storable
 from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.render.html import Section, Tile
+    from moe_inspect.reporting.render.html import Section
 
 # tables of two traces of decisions, of loads, and of different models
 TABLES: dict[str, Table] = {}
@@ -52,7 +52,7 @@ class ComparisonKind(Generic[Made]):
     charts: Mapping[str, tuple[Callable[[Made], Chart | str], str, str]]
     sections: Mapping[str, tuple[str, str, str]]  # table of the page → group, title and text
     excerpts: Mapping[str, Excerpt]  # tables of the text
-    tiles: Callable[[Made], list[Tile]] | None = None  # key figures of the page
+    figures: Callable[[Made], list[str]] | None = None  # key figures of the page
     text: Callable[[Made], Section | str] | None = None  # documents on the page
 
 
@@ -175,7 +175,7 @@ class Comparison(Shown):
             kind.title,
             self.subtitle,
             verdict=self.verdict(),
-            tiles=kind.tiles(self) if kind.tiles else (),
+            figures=kind.figures(self) if kind.figures else (),
             sections=sections,
             left_out=left_out,
             footer=f"{kind.footer} Made by moe-inspect.",

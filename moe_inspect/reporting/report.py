@@ -10,7 +10,7 @@ from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, Excerpt, check_table
 from moe_inspect.reporting.tables.summary import facts, notes, title_of
-from moe_inspect.reporting.verdict.findings import Finding, findings
+from moe_inspect.reporting.verdict.findings import Finding, findings, verdict_of
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.charts.spec import Chart
@@ -37,7 +37,8 @@ class Report(ReportData, Shown):
 
     @property
     def said(self) -> list[Finding]:
-        return [one for one in findings(self) if one.kind != "trace_warning"]
+        verdict = verdict_of(self)
+        return [verdict.headline, *verdict.others, verdict.sample]
 
     @property
     def main_table(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import base64
 import importlib
+import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO, cast
@@ -119,6 +121,24 @@ class Shown(ABC):
             most = max(2, room // max(len(excerpts), 1) - BESIDE_ROWS - (2 if self.command else 1))
         for name, excerpt in excerpts.items():
             terminal.print_excerpt(self.tables[name], name, excerpt, most, self.command, console)
+
+    def write_headline(self, file: TextIO) -> None:
+        """Write the most important finding."""
+        from moe_inspect.reporting.render import console as text
+        from moe_inspect.reporting.render import terminal
+
+        console = text.console_for(file)
+        for line in terminal.headline_lines(self.said[0], console) if self.said else ():
+            console.print(line, soft_wrap=True)
+
+    def as_json(self) -> dict[str, object]:
+        """The text as values for JSON: the title, every finding, and every row of its tables."""
+        findings = [{"text": one} if isinstance(one, str) else asdict(one) for one in self.said]
+        tables = {
+            name: json.loads(self.tables[name].to_json(orient="records", double_precision=15))
+            for name in self.excerpts
+        }
+        return {"title": self.title, "warning": self.warning, "findings": findings, **tables}
 
     def __str__(self) -> str:
         from moe_inspect.reporting.render.console import on_screen

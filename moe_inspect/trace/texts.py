@@ -118,8 +118,9 @@ def tokens_of(
     layers   "0-3,7", 3 or [0, 7]; None: all
     experts  likewise
     context  number of tokens to the left and to the right
-    top      at most this many tokens per expert, the largest gate weights first; None: all. A trace
-             without gate weights gives a random sample, the same at every call
+    top      at most this many tokens per expert; None: all. Each domain gives the same number of
+             them, as far as it has so many: those with the largest gate weights. A trace without
+             gate weights gives a random sample, the same at every call
 
     Raises MoeInspectError for a layer or an expert that the trace does not have."""
     routers_by_layer: dict[int, list[int]] = {}
@@ -149,23 +150,29 @@ def _tokens_of_expert(
 ) -> tuple[pd.DataFrame, int]:
     """Return the first `top` rows, and the number of tokens of the expert."""
     rng = np.random.default_rng(0)
-    parts, given = list[pd.DataFrame](), 0
+    parts, tokens = list[pd.DataFrame](), 0
     for shard in trace.shards:  # in memory: a shard, and the first `top` of those before
-        found = pd.concat([_hits_of(shard, router, expert) for router in routers])
-        given += len(found)
-        found["order"] = -found["weight"] if trace.has_weights else rng.random(len(found))
-        found = _in_order([found])[:top]
-        place = shard.tokens(PLACE[:-1]).take(pa.array(found.pop("row").to_numpy())).to_pandas()
-        parts.append(place.join(found))
+        hits = pd.concat([_hits_of(shard, router, expert) for router in routers])
+        tokens += len(hits)
+        hits["order"] = -hits["weight"] if trace.has_weights else rng.random(len(hits))
+        place = shard.tokens(PLACE[:-1]).take(pa.array(hits.pop("row").to_numpy())).to_pandas()
+        parts.append(place.join(hits.reset_index(drop=True)))
         if top is not None:
-            parts = [_in_order(parts)[:top]]
-    hits = _in_order(parts)
-    return hits.drop(columns="order").assign(**_context(trace, hits, routers, context)), given
+            parts = [_first_of_domains(parts, top)]
+    hits = _first_of_domains(parts, top)
+    return hits.drop(columns="order").assign(**_context(trace, hits, routers, context)), tokens
 
 
-def _in_order(parts: list[pd.DataFrame]) -> pd.DataFrame:
-    joined = pd.concat(parts, ignore_index=True)
-    return joined.sort_values("order", kind="stable", ignore_index=True)
+def _first_of_domains(parts: list[pd.DataFrame], top: int | None) -> pd.DataFrame:
+    """The rows by `order`: all, or `top` of them, of which each domain has the same number as far
+    as it has so many."""
+    rows = pd.concat(parts, ignore_index=True)
+    rows = rows.sort_values("order", kind="stable", ignore_index=True)
+    if top is None:
+        return rows
+    rank = rows.groupby("domain", observed=True).cumcount().to_numpy()
+    chosen = np.sort(np.lexsort((rows.index, rank))[:top])
+    return rows.iloc[chosen].reset_index(drop=True)
 
 
 def _hits_of(shard: Shard, router: int, expert: int) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.demo import CORPUS_DIR
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, missing_package
 from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
 
@@ -115,6 +115,8 @@ def _expand(location: str) -> Iterator[tuple[Filesystem, str, str]]:
                     f"cannot read {location}: its name must end in {', '.join(READERS)}"
                 )
             yield filesystem, path, _stem(path)
+    except ModuleNotFoundError as error:
+        raise MoeInspectError(missing_package(error.name or "fsspec")) from None
     # fsspec does not know the protocol, or lacks a package for it
     except (ImportError, ValueError) as error:
         raise MoeInspectError(f"cannot open {location}: {first_line(error)}") from None

@@ -261,6 +261,12 @@ class Chart:
     group: str = ""
 
     @property
+    def columns_of_cells(self) -> int:
+        """Columns of its widest heatmap, 0 if it has none."""
+        heatmaps = [panel.heatmap for panel in self.panels]
+        return max((one.values.shape[1] for one in heatmaps if one is not None), default=0)
+
+    @property
     def headline(self) -> str:
         return f"{self.caption}, {self.subset}" if self.subset else self.caption
 

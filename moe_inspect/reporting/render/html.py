@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -31,9 +31,10 @@ from moe_inspect.text import plural, readable
 from moe_inspect.trace.output_dir import output_file
 
 # ids of the page itself, and those that its scripts add
-IDS = ("top", "main", "findings", "more-findings", "menu", "find", "found", "payload", "theme")
+IDS = ("top", "main", "findings", "menu", "find", "found", "payload", "theme")
 ADDED_IDS = ("card", "now")
-GRAVEST = 3  # findings on the first screen
+FEW_COLUMNS = 16  # of a heatmap that has room in half of the page
+FINDINGS = 5  # below the headline, unless more of them are grave; others are folded in
 SCRIPTS = [
     f"{of}.js" for of in ("chart", "card", "map", "tables", "find", "page", "routes", "text")
 ]
@@ -49,7 +50,8 @@ class Section:
     definitions: term → meaning. group: the part of the page that it stands in, one of GROUPS or a
     name of the page's own. name: its id in links, by default made of the title. widget: the
     function of `moe.widgets` (templates/*.js) that fills it from `data`, which JSON can hold.
-    python: code that gives the table. download: a table that is only downloaded, whole."""
+    python: code that gives the table. download: a table that is only downloaded, whole. folded:
+    whether the table opens at a click."""
 
     title: str
     text: str = ""
@@ -62,28 +64,21 @@ class Section:
     data: object = None
     python: str = ""
     download: pd.DataFrame | None = None
-
-
-class Tile(NamedTuple):
-    """A key figure at the top of a page."""
-
-    label: str
-    value: str
-    remark: str
+    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page from top to bottom. lead: the section on the first screen, beside the gravest
-    findings. left_out: what it could not show, and why. map_data: what map.js draws the map, the
-    domains and the cards of experts from. link_of: the address of what a finding is about, such as
-    "#L12E45", or ""."""
+    """A page from top to bottom. verdict: the headline, then the other findings. figures: one line
+    of key figures. lead: the section on the first screen, next to the findings. left_out: what it
+    could not show, and why. map_data: what map.js draws the map, the domains and the cards of
+    experts from. link_of: the address of what a finding is about, such as "#L12E45", or ""."""
 
     title: str
     subtitle: str = ""
     warnings: Sequence[str] = ()
     verdict: Sequence[Finding | str] = ()
-    tiles: Sequence[Tile] = ()
+    figures: Sequence[str] = ()
     lead: Section | None = None
     sections: Sequence[Section] = ()
     left_out: Sequence[str] = ()
@@ -115,15 +110,17 @@ def page_html(page: Page) -> str:
             panels += map(panel_json, one.chart.panels)
         advance(1)
     script = "".join(map(asset, SCRIPTS))
-    said = page.verdict
-    # beside a lead there is room for few; without one they all stand in columns
-    gravest, others = (said[:GRAVEST], said[GRAVEST:]) if lead else (said, said[:0])
+    others = page.verdict[1:]
+    grave = sum(isinstance(one, Finding) and one.is_grave for one in others)
+    shown = max(FINDINGS, grave) if lead else len(others)
     written = template("page.html").render(
         page=page,
         lead=lead,
         groups=groups,
-        gravest=gravest,
-        others=_by_group(others, lambda one: one.group if isinstance(one, Finding) else ""),
+        headline=next(iter(page.verdict), None),
+        few_columns=FEW_COLUMNS,
+        findings=others[:shown],
+        more=others[shown:],
         policy=f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         palette=Markup(palette_css()),

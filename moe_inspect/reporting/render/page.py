@@ -6,7 +6,7 @@ L routers, E experts of a router, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -15,16 +15,22 @@ import pandas as pd
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.domains import UNIFORM
-from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
+from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 from moe_inspect.reporting.render.payload import Json, numbers, scale_json
 from moe_inspect.reporting.render.texts import text_section
 from moe_inspect.reporting.shown import python_call, python_of_table
-from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
+from moe_inspect.reporting.tables.data import ReportData, Thresholds
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.pairs import supported_pairs
 from moe_inspect.reporting.tables.specialization import token_ids
 from moe_inspect.reporting.tables.summary import title_of
-from moe_inspect.reporting.verdict.findings import Finding, beyond, findings, uneven
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
+    Severity,
+    findings,
+    uneven,
+    verdict_of,
+)
 from moe_inspect.text import layer_label, plural, ranges, readable
 
 FOOTER = (
@@ -46,20 +52,18 @@ def report_page(data: ReportData, text: bool = True) -> str:
         of_text,
         *(_section(data, chart) for chart in charts if chart is not lead),
         *([data.costs.section()] if data.costs else []),
-        Section("About this trace", table=data.tables["summary"], python=code),
+        Section("About this trace", table=data.tables["summary"], python=code, folded=True),
     ]
     left_out += [of_text] if isinstance(of_text, str) else []
     experts, short = map_data(data)
-    found = findings(data)
-    # whether the trace is not fit to be judged is said above everything else
-    grave = [one for one in found if not one.group and one.severity in ("critical", "warning")]
+    verdict = verdict_of(data)
     return page_html(
         Page(
             title_of(data),
             _subtitle(data),
-            warnings=[one.text for one in grave],
-            verdict=[one for one in found if one not in grave],
-            tiles=_tiles(data, found),
+            warnings=[one.text for one in verdict.warnings],
+            verdict=[verdict.headline, *verdict.others],
+            figures=_figures(data, {one.kind: one.severity for one in findings(data)}),
             lead=replace(_section(data, lead), download=data.tables["load"]) if lead else None,
             sections=[made for made in parts if isinstance(made, Section)],
             left_out=[*left_out, *short],
@@ -117,36 +121,22 @@ def _subtitle(data: ReportData) -> str:
     return " · ".join(parts)
 
 
-def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
-    """The key figures, which claim no more than the findings do."""
-    rows, judged, pooled = data.loaded, chosen(data), data.pooled_max_over_mean()
-    worst, few = worst_of(judged), "too little data to judge"
-    if worst is None:
+def _figures(data: ReportData, severity: Mapping[str, Severity]) -> list[str]:
+    """The key figures that the headline lacks, which claim no more than the findings do."""
+    rows, pooled = data.loaded, data.pooled_max_over_mean()
+    if not rows:
         return []
-    severity = {one.kind: one.severity for one in found}
-    n = sum(uneven(data, row) for row in judged)
-    balance_known = n or severity["balance"] != "note"
-    dead_known = severity.get("dead_experts") != "note"
-    dead, experts = (sum(int(row[of]) for row in rows) for of in ("dead_experts", "experts"))
-    before = ", before drops" if worst["dropped"] > 0 else ""
-    where = f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst{before}"
-    like = "for independent tokens" if data.counts.documents_unknown else "for documents like these"
-    of, least = f"of {experts:,}", f"{1 + data.thresholds.uneven:g}× and {beyond(data)}"
-    tiles = [
-        Tile("busiest expert ÷ mean", f"{worst['max_over_mean']:.2f}×", where),
-        Tile("expected by chance", f"{worst['expected_by_chance']:.2f}×", like),
-        Tile("uneven routers", f"{n} of {len(rows)}", least)
-        if balance_known
-        else Tile("uneven routers", "–", few),
-        Tile("dead experts", f"{dead:,}", of)
-        if dead_known
-        else Tile("experts without load", f"{dead:,}", f"{of}; {few}"),
-    ]
+    n = sum(uneven(data, row) for row in chosen(data))
+    dead, experts = (sum(int(row[name]) for row in rows) for name in ("dead_experts", "experts"))
+    figures = list[str]()
+    if n or severity["balance"] != "note":
+        figures.append(f"{n} of {plural(len(rows), 'router')} uneven")
+    kind = "without load" if severity.get("dead_experts") == "note" else "dead"
+    figures.append(f"{dead:,} of {experts:,} experts {kind}")
     if pooled:
-        how = "by expert number"
-        how += "; hides uneven layers" if "averaging_hides" in severity else ""
-        tiles.append(Tile("of loads summed over layers", f"{pooled:.2f}×", how))
-    return tiles
+        hidden = ", which hides uneven layers" if "averaging_hides" in severity else ""
+        figures.append(f"summed over layers by expert number: {pooled:.2f}× the mean{hidden}")
+    return figures
 
 
 # most numbers of the load by domain, router and expert: the domains with the fewest tokens are left

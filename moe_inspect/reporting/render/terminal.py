@@ -3,7 +3,7 @@ full, the tables cut short."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TextIO
 
@@ -19,10 +19,9 @@ from moe_inspect.reporting.render.heatmap import heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.registry import Excerpt, highest_rows
 from moe_inspect.reporting.tables.summary import notes, title_of
-from moe_inspect.reporting.verdict.findings import Finding, findings
+from moe_inspect.reporting.verdict.findings import Finding, findings, verdict_of
 from moe_inspect.text import layer_label, plural, printable
 
-MOST_FINDINGS = 5  # on a terminal
 COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
 
 
@@ -30,16 +29,24 @@ def print_report(data: ReportData, file: TextIO) -> None:
     """What fits the screen, on a terminal of 80 columns and 24 lines or more. The gravest findings
     come first, then the map and the table have the room that is left; the last line says what is
     not shown."""
-    console = text.console_for(file)
+    console, verdict = text.console_for(file), verdict_of(data)
     titled = f"{title_of(data)} · {data.trace.path} · {data.trace.status}"
     head = wrapped(Text(printable(titled), style="bold"), console)
+    head += wrapped(Text(printable(verdict.sample.text), style="dim"), console)
+    if data.baseline is not None:  # the rest of the report is the same without it
+        about = [one for one in findings(data) if one.group == "Specialization"]
+        _print_parts([head, _bullets(about, console)], console)
+        return
+    gravest = _bullets(verdict.warnings, console) + headline_lines(verdict.headline, console)
     lines = text.screen_lines(console)
     routers = len(data.selection.routers)
     least_rows, least_map = min(routers, lines // 9), min(routers, lines * 2 // 9)
     # empty lines, titles of map and table, the last line
-    fixed = len(head) + 4 + len(heatmap_lines(data, console, 1)) - 1 + 2 + 1
+    fixed = len(head) + len(gravest) + 5 + len(heatmap_lines(data, console, 1)) - 1 + 2 + 1
     room = lines - fixed - least_rows
-    said, left_out = _gravest(findings(data), room - least_map, console)
+    others = verdict.others[: verdict.most_others]
+    said, shown = _that_fit(others, room - least_map, console)
+    left_out = len(verdict.others) - shown
     rows_of_map = min(routers, max(least_map, room - len(said)))
     rows = lines - fixed - len(said) - rows_of_map
     more = [
@@ -53,11 +60,17 @@ def print_report(data: ReportData, file: TextIO) -> None:
     last = Text("; ".join([*more, "page: --html FILE"]), style="dim")
     parts = [
         head,
+        gravest,
         said,
         heatmap_lines(data, console, rows_of_map),
-        _worst_layers(data, rows, console),
+        _worst_layers(data, rows, console) if rows > 0 else [],
         wrapped(last, console),
     ]
+    _print_parts([part for part in parts if part], console)
+
+
+def _print_parts(parts: Sequence[Sequence[Text]], console: Console) -> None:
+    """Print the lines of each part, with an empty line between parts."""
     for n, part in enumerate(parts):
         if n:
             console.print()
@@ -67,25 +80,40 @@ def print_report(data: ReportData, file: TextIO) -> None:
 
 def finding_lines(found: Finding | str, console: Console) -> list[Text]:
     """A finding as a bullet: a grave one begins with its severity, in colour on a terminal."""
-    if isinstance(found, str):
-        return wrapped(Text(printable(found)), console, Text("• "))
-    colour, said = COLOUR_OF.get(found.severity, ""), printable(found.text)
-    if colour:
-        said = f"{found.severity.capitalize()}: {said}"
+    text, colour = _coloured(found)
     style = colour if console.is_terminal else ""
-    return wrapped(Text(said, style=style), console, Text("• ", style=style))
+    return wrapped(Text(text, style=style), console, Text("• ", style=style))
 
 
-def _gravest(found: list[Finding], most: int, console: Console) -> tuple[list[Text], int]:
-    """The lines of the first findings that fit, of one at least; and how many do not."""
+def headline_lines(headline: Finding | str, console: Console) -> list[Text]:
+    """The headline as a paragraph in bold, which begins with its severity if it is grave."""
+    text, colour = _coloured(headline)
+    style = f"bold {colour}" if colour and console.is_terminal else "bold"
+    return wrapped(Text(text, style=style), console)
+
+
+def _coloured(finding: Finding | str) -> tuple[str, str]:
+    """The text of a finding, which begins with its severity if it is grave, and its colour."""
+    if isinstance(finding, str):
+        return printable(finding), ""
+    colour = COLOUR_OF.get(finding.severity, "")
+    severity = f"{finding.severity.capitalize()}: " if finding.is_grave else ""
+    return severity + printable(finding.text), colour
+
+
+def _bullets(findings: Iterable[Finding], console: Console) -> list[Text]:
+    return [line for one in findings for line in finding_lines(one, console)]
+
+
+def _that_fit(findings: list[Finding], most: int, console: Console) -> tuple[list[Text], int]:
+    """The lines of the first findings that fit, and how many fit."""
     lines = list[Text]()
-    for n, one in enumerate(found):
-        more = finding_lines(one, console)
-        many = console.is_terminal and n == MOST_FINDINGS
-        if many or (n and len(lines) + len(more) > most):
-            return lines, len(found) - n
+    for n, finding in enumerate(findings):
+        more = finding_lines(finding, console)
+        if len(lines) + len(more) > most:
+            return lines, n
         lines += more
-    return lines, 0
+    return lines, len(findings)
 
 
 def _worst_layers(data: ReportData, most: int, console: Console) -> list[Text]:

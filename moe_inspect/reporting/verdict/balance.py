@@ -67,9 +67,9 @@ def _judged(data: ReportData, row: Row, n: int, routers: int) -> tuple[fnd.Sever
         if routers == 1:
             return severity, f"{fnd.capital(where)} is uneven ({threshold}): {busiest} {evidence}."
         worst = f"{fnd.capital(where)} is the worst balanced: {busiest} {evidence}"
-        return severity, f"{worst}; {of}."
+        return severity, f"{worst}. {fnd.capital(of)}."
     dead = any(row["dead_experts"] for row in data.loaded)
-    fine = "No expert is overloaded" if dead else "Balance is good"
+    fine = "No expert is overloaded" if dead else "Balanced"
     if fnd.above_chance(data, row):
         return "good", f"{fine}: at worst, in {where}, {busiest} {evidence}."
     few = row["expected_by_chance"] >= 1 + least or row["max_vio"] >= least
@@ -124,9 +124,9 @@ def busiest_gpu(data: ReportData) -> Finding | None:
     ratio, there = sum(most_R) / sum(mean_R), worst["max_over_mean"]
     alone = f" ({there:.2f}x at {name_of(data, worst)})" if len(data.loaded) > 1 else ""
     said = (
-        f"With one GPU per expert, the busiest GPU of a layer would get {ratio:.2f}x the mean "
-        f"load{alone}. What that costs in time depends on the GPU and the engine: simulate "
-        "placement --hardware tells it."
+        f"With one GPU per expert, the busiest GPU of a layer gets {ratio:.2f}x the mean load"
+        f"{alone}. What to do: compare placements in milliseconds with moe-inspect simulate "
+        "placement, or train with a balancing loss per layer."
     )
     return note(said, worst, busiest_over_mean=ratio, busiest_over_mean_at_worst=there)
 

@@ -59,6 +59,10 @@ class Finding:
     values: Row = field(default_factory=dict[str, object], hash=False)
     group: str = field(default="", repr=False)
 
+    @property
+    def is_grave(self) -> bool:
+        return self.severity in ("critical", "warning")
+
 
 Check = TypeVar("Check", bound=Callable[[ReportData], Finding | None])
 CHECKS: list[tuple[str, Callable[[ReportData], Finding | None]]] = []
@@ -100,17 +104,48 @@ def most_important_first(found: list[Finding]) -> list[Finding]:
     return sorted(found, key=lambda f: min(SEVERITIES.index(f.severity), SEVERITIES.index("note")))
 
 
+MOST_OTHERS = 5  # findings below the headline, unless more of them are grave
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Findings in the order in which a report shows them. `warnings`: why the trace may not be fit
+    to be judged. `headline`: the gravest finding, and what imbalance costs. `others`: the findings
+    below it. `sample`: how much text was judged."""
+
+    warnings: list[Finding]
+    headline: Finding
+    others: list[Finding]
+    sample: Finding
+
+    @property
+    def most_others(self) -> int:
+        """Number of the other findings to show: five, or all grave ones."""
+        return max(MOST_OTHERS, sum(one.is_grave for one in self.others))
+
+
 @once
 def findings(data: ReportData) -> list[Finding]:
-    """Findings of every check, most important first; a cost that was asked for before warnings."""
-    results = [
-        replace(result, kind=result.kind or check.__name__, group=SECTIONS[section])
-        for section, check in every_check()
-        if (result := check(data)) is not None
-    ]
-    asked = "busiest_gpu" if data.costs is not None else ""
-    in_order = most_important_first(results)
-    return sorted(in_order, key=lambda one: one.severity != "critical" and one.kind != asked)
+    """Findings of every check, most important first."""
+    return most_important_first(
+        [
+            replace(result, kind=result.kind or check.__name__, group=SECTIONS[section])
+            for section, check in every_check()
+            if (result := check(data)) is not None
+        ]
+    )
+
+
+def verdict_of(data: ReportData) -> Verdict:
+    """The findings of a report, arranged as they are shown."""
+    by_kind = {one.kind: one for one in findings(data)}
+    sample, cost = by_kind.pop("sample"), by_kind.get("busiest_gpu")
+    warnings = [one for one in by_kind.values() if not one.group and one.is_grave]
+    judged = [one for one in by_kind.values() if one not in warnings and one is not cost]
+    headline = judged[0]
+    if cost:
+        headline = replace(headline, text=f"{headline.text} {cost.text}")
+    return Verdict(warnings, headline, judged[1:], sample)
 
 
 @table()

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.later import pd
-from moe_inspect.reporting.tables.data import records
+from moe_inspect.reporting.tables.data import Row, records
 from moe_inspect.reporting.tables.registry import TABLES, Table
 from moe_inspect.text import layer_label, no_such
 from moe_inspect.trace.reader import Trace
@@ -51,18 +51,44 @@ class Gated(Protocol):
     def trace(self) -> Trace: ...
 
 
-def breaches(data: Gated, gates: Iterable[Gate], tables: Mapping[str, Table] = TABLES) -> list[str]:
-    """A line per router and gate that fails, or per gate on all routers together. NaN counts as a
-    failure."""
-    lines = list[str]()
+class GateResult(NamedTuple):
+    """Lines on the gates that failed, one per router and gate, and on those that passed."""
+
+    failed: list[str]
+    passed: list[str]
+
+
+def check_gates(
+    data: Gated, gates: Iterable[Gate], tables: Mapping[str, Table] = TABLES
+) -> GateResult:
+    """Compare every router with every gate, or all routers together if the table has no routers.
+    NaN counts as a failure."""
+    result = GateResult([], [])
     for metric, limit, above in gates:
         table = data.tables[gated(tables)[metric]]
-        for row in records(table.assign(value=table[metric].astype(float))):
-            value, where = row["value"], "all routers"
-            if "router" in row:
-                where = f"layer {layer_label(data.trace.routers, row['router'])}"
-            if (value <= limit) if above else (value >= limit):
-                continue
-            found = "NaN, which counts as" if math.isnan(value) else f"{value:.6g},"
-            lines.append(f"{where}: {metric} is {found} {'above' if above else 'below'} {limit:g}")
-    return lines
+        rows = records(table.assign(value=table[metric].astype(float)))
+        failures = [
+            f"{_place(data, row)}: {metric} is {_value(row)} {'above' if above else 'below'} "
+            f"{limit:g}"
+            for row in rows
+            if not ((row["value"] <= limit) if above else (row["value"] >= limit))
+        ]
+        result.failed.extend(failures)
+        if rows and not failures:
+            worst = (max if above else min)(rows, key=lambda row: row["value"])
+            bound = "most" if above else "least"
+            result.passed.append(
+                f"{metric} is at {bound} {worst['value']:.6g} ({_place(data, worst)}), "
+                f"limit {limit:g}"
+            )
+    return result
+
+
+def _place(data: Gated, row: Row) -> str:
+    if "router" not in row:
+        return "all routers"
+    return f"layer {layer_label(data.trace.routers, row['router'])}"
+
+
+def _value(row: Row) -> str:
+    return "NaN, which counts as" if math.isnan(row["value"]) else f"{row['value']:.6g},"

@@ -12,7 +12,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from moe_inspect.errors import Damaged, MoeInspectError
+from moe_inspect.errors import Damaged, MoeInspectError, missing_package
 from moe_inspect.text import first_line
 
 FileSystem = Any  # of fsspec, whose types are wider than what its methods return here
@@ -48,6 +48,8 @@ class Remote:
 
             return url_to_fs(self.url)
         # fsspec is missing, or what it needs for this protocol; or there is no such protocol
+        except ModuleNotFoundError as error:
+            raise MoeInspectError(missing_package(error.name or "fsspec")) from None
         except (ImportError, ValueError) as error:
             raise MoeInspectError(f"cannot open {self.url}: {first_line(error)}") from None
 

@@ -106,7 +106,11 @@ moe.map = (data) => {
     moved,
     open: (row, column) => column < orders[row].length && card.open(row, orders[row][column]),
   });
-  map.at = [0, 0];
+  // the map opens on the busiest expert of the least balanced router
+  const peaks = data.layers.map((_, row) => Math.max(...ratios(row)));
+  at.row = Math.max(0, peaks.indexOf(Math.max(...peaks)));
+  at.expert = Math.max(0, ratios(at.row).indexOf(peaks[at.row]));
+  map.at = [at.row, orderOf(at.row).indexOf(at.expert)];
   now.textContent = sentence(at.row, at.expert);
 
   // --- domains × experts of a layer
