@@ -332,7 +332,8 @@ def test_of_two_models_the_summaries_of_both_reports_are_a_table(
     assert table.loc["tokens_in_text"].tolist() == ["", "200"]
     assert set(made.tables) == {"summary", "verdict"}
     assert made.tables["verdict"]["kind"].tolist() == ["different_models"]
-    shown = cli_here("compare", "a", "b", "--html", "p.html", "--plots", "plots")
+    cli_here("compare", "a", "b", "--html", "p.html", "--plots", "plots")
+    shown = cli_here("compare", "a", "b")
     said = " ".join(shown.stdout.split())
     assert "A has 8 experts per layer, B 16; A has 2 experts per token" in said
     assert "no comparison of tokens" in said
