@@ -122,7 +122,7 @@ def report(
     with shown():
         made = make(trace, times=priced, **settings)
         _count(made, table, show, gates)
-        result = check_gates(made, gates) if gates else ()
+        result = check_gates(made, gates) if gates else ([], [])
     if made.warning:
         print_stderr(f"warning: {made.warning}")
     show.show(made, lambda: made.page(text))
