@@ -104,7 +104,7 @@ def report(
         raise typer.BadParameter("--no-text is about the page: give it with --html")
     from moe_inspect.public import report as make
     from moe_inspect.reporting.report import TABLES, check_table
-    from moe_inspect.reporting.verdict.gate import check_gates
+    from moe_inspect.reporting.verdict.gate import GateResult, check_gates
 
     table, _ = show.chosen(TABLES, None)
     if table:
@@ -122,7 +122,7 @@ def report(
     with shown():
         made = make(trace, times=priced, **settings)
         _count(made, table, show, gates)
-        result = check_gates(made, gates) if gates else ([], [])
+        result = check_gates(made, gates) if gates else GateResult([], [])
     if made.warning:
         print_stderr(f"warning: {made.warning}")
     show.show(made, lambda: made.page(text))
