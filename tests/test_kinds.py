@@ -71,6 +71,7 @@ CASES = {
     "load_shift of counts": Case("warning: ", "a steep one", "two even ones", "a steep one, few tokens"),
     "collapsed": Case("critical: B is collapsed in layer 1: expert 5 gets 78% of its tokens", "collapsed", "redrawn", "collapsed, 5 documents"),
     "collapsed of counts": Case(".*1,000 tokens choose as one", "a steep one", "two even ones", "a steep one, few tokens"),
+    "as_chance": Case("warning: .* share at most 2[5-9]\\.", "another model", "5% changed", None),
     "below_chance": Case(r"warning: .* share 0\.0% .*\(2[45]\.\d%; 3 of 3 routers", "avoiding", "redrawn", "avoiding, 5 documents"),
     "domain": Case(r'note: The routing of "code" changed more than that of the other domains: 5\.', "one domain", "5% changed", "one document of it"),
     "rounding": Case("", "rounded", "anywhere", "rounded, few"),

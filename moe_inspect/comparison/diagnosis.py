@@ -33,6 +33,7 @@ from moe_inspect.text import cut, join_first, plural
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
 LOWEST_TENTH = 0.1  # share of decisions that are close: those with the smallest margins
+LITTLE = 0.1  # agreement beyond chance up to which two traces agree as chance would
 CLOSE = 0.8  # share of the flips that are close from which rounding explains them
 LAST = 5  # how many times as often last tokens must differ
 FEWEST_LAST = 5
@@ -338,11 +339,18 @@ def collapse_findings(
     yield finding("collapsed", "critical", text, data.place(worst.router), **values)
 
 
-def below_chance(data: Decisions) -> Iterator[Finding]:
-    """Routers in which A and B share fewer experts than independent routers would."""
-    if not data.mismatched:
-        return
-    lacking, shares = list[np.ndarray](), list[tuple[float, float]]()
+class SharedExperts(NamedTuple):
+    """Share of experts that A and B have in common in one router, and what independent choices with
+    their loads would share; `lacking_U`: by document, the number of experts below that."""
+
+    overlap: float
+    by_chance: float
+    lacking_U: np.ndarray
+
+
+def _shared_experts(data: Decisions) -> list[SharedExperts]:
+    """The shared experts of each router."""
+    routers = list[SharedExperts]()
     for r, _ in data.pairs:
         counts, size_U = data.of(r), data.slots_U(r)
         common_U, size = size_U - counts.missing_UX.sum(1), max(int(size_U.sum()), 1)
@@ -350,21 +358,53 @@ def below_chance(data: Decisions) -> Iterator[Finding]:
         load_b_E = load_a_E + counts.moved_UE.sum(0)
         decisions = max(int(data.decisions_UX(r).sum()), 1)
         by_chance = float(load_a_E @ load_b_E) / decisions / size
-        lacking.append((by_chance * size_U - common_U)[data.units])
-        shares.append((common_U.sum() / size, by_chance))
-    below = np.flatnonzero(p_over_documents(lacking) < ALPHA).tolist()
+        lacking_U = (by_chance * size_U - common_U)[data.units]
+        routers.append(SharedExperts(common_U.sum() / size, by_chance, lacking_U))
+    return routers
+
+
+def below_chance(data: Decisions) -> Iterator[Finding]:
+    """Routers in which A and B share fewer experts than independent routers would."""
+    if not data.mismatched:
+        return
+    routers = _shared_experts(data)
+    below = np.flatnonzero(p_over_documents([one.lacking_U for one in routers]) < ALPHA).tolist()
     if not below:
         return
-    i = min(below, key=lambda i: shares[i][0] - shares[i][1])
-    (overlap, by_chance), r, n = shares[i], data.pairs[i][0], len(below)
+    i = min(below, key=lambda i: routers[i].overlap - routers[i].by_chance)
+    (overlap, by_chance, _), r, n = routers[i], data.pairs[i][0], len(below)
     text = (
         f"In layer {data.label(r)} A and B share {overlap:.1%} of their experts, fewer than "
         f"independent choices with their loads would ({by_chance:.1%}; {n} of "
-        f"{plural(len(shares), 'router')}): one avoids what the other chooses, as where experts "
+        f"{plural(len(routers), 'router')}): one avoids what the other chooses, as where experts "
         "are numbered differently."
     )
     values: Row = {"overlap": overlap, "overlap_by_chance": by_chance, "routers": n}
     yield finding("below_chance", "warning", text, data.place(r), **values)
+
+
+def as_chance(data: Decisions) -> Iterator[Finding]:
+    """A and B agree little more than independent routers would, in every router."""
+    if not data.mismatched:
+        return
+    routers = _shared_experts(data)
+    excess_R = [_beyond_chance(router) for router in routers]
+    i = int(np.argmax(excess_R))
+    if not -LITTLE < excess_R[i] < LITTLE:
+        return
+    most, layer = routers[i], data.label(data.pairs[i][0])
+    text = (
+        f"A and B agree about as often as chance would: they share at most {most.overlap:.1%} of "
+        f"their experts (layer {layer}), and independent choices with their loads would share "
+        f"{most.by_chance:.1%}."
+    )
+    values: Row = {"overlap": most.overlap, "overlap_by_chance": most.by_chance}
+    yield finding("as_chance", "warning", text, **values)
+
+
+def _beyond_chance(router: SharedExperts) -> float:
+    """Agreement beyond chance: 0 as by chance, 1 if all experts are shared (Cohen's kappa)."""
+    return (router.overlap - router.by_chance) / max(1 - router.by_chance, 1e-9)
 
 
 def domains(data: Decisions) -> Iterator[Finding]:
@@ -471,7 +511,7 @@ def percent(share: float) -> str:
 
 
 # in the order in which they are read; the first mean nothing if the traces are misaligned
-OF_ALIGNED = (noise, growth, collapsed, below_chance, load, domains)
+OF_ALIGNED = (noise, growth, collapsed, below_chance, as_chance, load, domains)
 OF_ALL = (missing_tokens, missing_layers, unchecked, recorded)
 
 
