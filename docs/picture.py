@@ -2,7 +2,7 @@
 the bundled corpus.
 
 docs/report.png: the first screen. docs/pictures/page-THEME-WIDTH.png: the first screen in both
-themes, as wide as a desktop's window, a tablet and a phone. docs/pictures/text.png: the section of
+themes on a desktop, and on a phone. docs/pictures/text.png: the section of
 text. docs/pictures/placement.png: the chart of simulate placement on that trace.
 docs/pictures/workloads.png: placements of DeepSeek-V3's experts, where the counts are there.
 """
@@ -23,7 +23,7 @@ from moe_inspect.making import import_trace
 from moe_inspect.reporting.render.page import report_page
 
 DOCS = Path(__file__).parent
-SCREENS = {1440: 900, 800: 1000, 390: 844}  # width → height
+SCREENS = (("light", 1440, 900), ("dark", 1440, 900), ("light", 390, 844))  # theme, size
 POLICIES = ("contiguous", "greedy", "eplb", "local-search")
 LOADS = DOCS.parent.parent / "shared" / "real" / "deepseek_loads"
 NOTHING_STAYS = """for (const element of document.querySelectorAll("body *"))
@@ -42,11 +42,10 @@ def main() -> None:
         browser = tool.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        for theme in ("light", "dark"):
-            for width, height in SCREENS.items():
-                view = opened(browser, page, theme, width, height)
-                save(view.screenshot(), DOCS / "pictures" / f"page-{theme}-{width}.png")
-                view.close()
+        for theme, width, height in SCREENS:
+            view = opened(browser, page, theme, width, height)
+            save(view.screenshot(), DOCS / "pictures" / f"page-{theme}-{width}.png")
+            view.close()
         view = opened(browser, page, "light", 1440, 900, scale=1.25)
         save(view.screenshot(), DOCS / "report.png")
         view.close()
