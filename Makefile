@@ -9,8 +9,14 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+# what make demo needs; the other targets add the tools of development
+$(VENV)/.trace: pyproject.toml
+	@echo "Installing moe-inspect[trace] into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.trace
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
@@ -19,11 +25,13 @@ $(VENV)/.installed: pyproject.toml
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.installed ## Trace the bundled model over the bundled corpus; report, page and pictures (build/demo)
-	$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
-	$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html > build/demo/headline.txt
-	$(BIN)/moe-inspect report build/demo/trace
-	@echo "page: build/demo/report.html"
+demo: $(VENV)/.trace ## Trace the bundled model over the bundled corpus; report, page and pictures (build/demo)
+	@echo "Tracing the bundled model over the bundled corpus"
+	@$(BIN)/moe-inspect trace demo -o build/demo/trace --logits --overwrite
+	@echo "Writing the page and the pictures"
+	@$(BIN)/moe-inspect report build/demo/trace --plots build/demo/plots --html build/demo/report.html > build/demo/headline.txt
+	@$(BIN)/moe-inspect report build/demo/trace
+	@echo "The page: build/demo/report.html"
 
 test: $(VENV)/.installed ## The test suite, with a few members of what is the same for many
 	$(PYTEST)
