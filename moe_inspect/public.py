@@ -92,6 +92,10 @@ def report(
 
         lines = python_call("simulate.placement", [opened], part | {**times})
         made.costs = replace(imbalance_costs(opened, selection, **times), python=lines)
+    if opened.is_history:
+        from moe_inspect.watch.state import alarms_of_history
+
+        made.history = alarms_of_history(opened)
     return made
 
 

@@ -53,6 +53,7 @@ CASES = {
     "starved_experts": Case("", "woven", "even", "woven, 5 documents"),
     "least_used_expert": Case("", "woven", "even", "woven, 5 documents"),
     "busiest_gpu": Case("", "planted", "even", "planted, 5 documents"),
+    "training_alarms": Case("warning: 1 alarm in 60 windows of training. The first: Layer 1, expert 5: dead_experts", "training, an expert dies", "training", "training, an expert dies at the end"),
     "averaging_hides": Case("", "opposed", "even", "opposed, few tokens"),
     "uneven_batches": Case("warning: ", "woven", "even", "woven, 5 documents"),
     "overloading_domain": Case("warning: ", "planted", "even", "planted, 5 documents"),

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,21 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, layer_label, printable
 from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.texts import as_text
 from moe_inspect.watch.alarms import Alarm, Alarms, drop_rate_R, gpu_load_R, metric_R
-from moe_inspect.watch.follow import ENDED, WAITING, Follower, News, Piece, joined
+from moe_inspect.watch.follow import (
+    COMPLETE,
+    ENDED,
+    WAITING,
+    Follower,
+    News,
+    Piece,
+    joined,
+    piece_of,
+)
 from moe_inspect.watch.rules import (
     DEFAULT_RULES,
     DROP_RATE,
@@ -303,3 +314,17 @@ class WatchSession:
                 return
             pause_s = 0.0 if self.watched.left_tokens else self.options.every_s
             time.sleep(max(0.0, pause_s - time.monotonic() + began))
+
+
+class HistoryAlarms(NamedTuple):
+    """Number of windows of a training history, and the alarms raised over them, oldest first."""
+
+    windows: int
+    alarms: list[Alarm]
+
+
+def alarms_of_history(trace: Trace) -> HistoryAlarms:
+    """The alarms that the default rules raise over the windows of a training history."""
+    pieces, watched = [piece_of(shard) for shard in trace.shards], Watched()
+    watched.take(News(COMPLETE, pieces), trace)
+    return HistoryAlarms(len(pieces), list(watched.raised))

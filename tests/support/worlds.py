@@ -157,6 +157,13 @@ def interrupted(root: Path) -> Any:
     return traces[0], moe_inspect.open_trace(root / "b")
 
 
+def trained(root: Path, dead_steps: int) -> moe_inspect.Trace:
+    """The history of 60 steps; in the last of them expert 5 of the last layer gets no token."""
+    load = loads(1, 60) * 10
+    load[60 - dead_steps :, -1, 5] = 0
+    return history(root, load, 1)
+
+
 NOWHERE = np.iinfo(np.uint16).max
 EVEN_LOAD, STARVED = [100] * 8, [1, *[114] * 7]
 STEEP, DEAD = [450, *[78] * 7], [100] * 4 + [0] * 4
@@ -231,6 +238,9 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "dropped": lambda root: test_dropped.trace_of(root, [0, 0.03]),
     "empty slots": lambda root: test_dropped.trace_of(root, [0, 0.03], drops=False),
     # two traces of counts
+    "training": lambda root: trained(root, dead_steps=0),
+    "training, an expert dies": lambda root: trained(root, dead_steps=40),
+    "training, an expert dies at the end": lambda root: trained(root, dead_steps=2),
     "moved": lambda root: histories(root, 40, range(21, 41)),
     "moved once": lambda root: histories(root, 10, range(6, 11)),
     "not moved": lambda root: histories(root, 40),

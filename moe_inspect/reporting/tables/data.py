@@ -94,9 +94,11 @@ STATUS = {
 
 class ReportData:
     """The arguments are those of `report`. Nothing is counted before it is asked for. `costs`: the
-    Simulation of a step, where its times are known. `made`: function → its result, see `once`."""
+    Simulation of a step, where its times are known. `history`: the windows and the alarms of a
+    training history. `made`: function → its result, see `once`."""
 
     costs: Any = None
+    history: Any = None
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.verdict import findings as fnd
 from moe_inspect.reporting.verdict.data_checks import ranks_are_missing
 from moe_inspect.reporting.verdict.findings import Finding, check, name_of, note, uneven
-from moe_inspect.text import join_first
+from moe_inspect.text import join_first, plural
 
 COLLAPSED = 0.5  # share of a router's tokens that go to one expert
 
@@ -93,6 +93,22 @@ def _interval(row: Row) -> str:
     if math.isnan(row["max_over_mean_low"]):
         return "no interval from counts alone"
     return f"95% interval {row['max_over_mean_low']:.2f}-{row['max_over_mean_high']:.2f}x"
+
+
+@check("load")
+def training_alarms(data: ReportData) -> Finding | None:
+    """The alarms over the windows of a training history, of which the pooled load shows little."""
+    if data.history is None:
+        return None
+    windows, routers = plural(data.history.windows, "window"), set(data.selection.routers)
+    alarms = [alarm for alarm in data.history.alarms if alarm.router in routers]
+    if not alarms:
+        return fnd.good(f"No alarm in {windows} of training.", alarms=0)
+    first = alarms[0]
+    others = f" {len(alarms) - 1} more: moe-inspect watch." if len(alarms) > 1 else ""
+    text = f"{plural(len(alarms), 'alarm')} in {windows} of training. The first: {first}{others}"
+    place = {"layer": first.layer, "router": first.router}
+    return fnd.warning(text, place, alarms=len(alarms), step=first.step, since=first.since)
 
 
 @check("load")
