@@ -64,8 +64,11 @@ SAID = {
 @pytest.mark.parametrize("line", sample(SAID, 3))
 def test_a_verdict_a_picture_and_a_page(line: str, cli_here: Cli, tmp_path: Path) -> None:
     command, *options = line.split()
-    shown = "simulate", command, TRACE, *options, "--plots", ".", "--html", "page.html"
-    assert SAID[line] in cli_here(*shown).stdout
+    shown = "simulate", command, TRACE, *options
+    text = cli_here(*shown).stdout
+    assert SAID[line] in text
+    headline = cli_here(*shown, "--plots", ".", "--html", "page.html").stdout
+    assert text.startswith(f"• {headline}")
     assert (tmp_path / f"{command}.png").stat().st_size > 10_000
     assert f"<title>moe-inspect simulate {command}" in (tmp_path / "page.html").read_text()
 

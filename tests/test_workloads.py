@@ -3,6 +3,7 @@ on others; what is said of how they age, beside chance."""
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,9 @@ def test_the_command_says_and_writes_the_same_as_the_api(cli_here: Cli, tmp_path
     done = cli_here("simulate", "placement", *args, "-o", "plan.json", "--html", "page.html")
     best = made.settings["recommended"]
     assert made.verdict[-2].startswith(f"Recommended: {best}, the ")
-    assert all(said in done.stdout.replace("\n  ", " ") for said in made.verdict)
+    assert done.stdout == f"{made.verdict[0]}\n"  # the page has the others
+    page = (tmp_path / "page.html").read_text()
+    assert all(html.escape(said) in page for said in made.verdict)
     assert f"{best}, 1 MoE layers of 8 slots on 4 GPUs, for sglang" in done.stderr
 
 

@@ -21,7 +21,16 @@ ROOT = Path(__file__).parents[1]
 # decorators that put a function into a registry, or hand it to a framework
 REGISTERING = {
     *("metric", "table", "chart", "media", "importer", "algorithm", "repeated", "of_router"),
-    *("of_domains", "probability", "letters", "callback", "page", "register_fake"),
+    *(
+        "check",
+        "of_domains",
+        "policy",
+        "probability",
+        "letters",
+        "callback",
+        "page",
+        "register_fake",
+    ),
 }
 # files whose strings name functions and modules, to be imported when they are needed
 LAZY = {
