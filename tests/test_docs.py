@@ -65,7 +65,7 @@ def test_every_metric_importer_and_public_name_is_there(site: Path) -> None:
     assert all(row[name] in shown for row in listing() for name in ("metric", "definition"))
     shown = text(site / "import.html")
     assert all(name in shown and f.reads.replace("`", "") in shown for name, f in formats().items())
-    shown = (site / "api.html").read_text(encoding="utf-8")
+    shown = (site / "commands.html").read_text(encoding="utf-8")
     assert all(f'id="moe_inspect.{name}"' in shown for name in moe_inspect.__all__)
 
 
