@@ -64,7 +64,7 @@ ALWAYS = {
 TRUE_OF_PAIRS = {
     "rounding": set[str](),
     "anywhere": {"different"},
-    "redrawn": {"different"},
+    "redrawn": {"as_chance", "different"},
     "other documents": set[str](),
 }
 

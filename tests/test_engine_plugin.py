@@ -129,7 +129,7 @@ WAYS: dict[str, tuple[type[Engine], dict[str, Any]]] = {
     "vLLM, logits of half of the requests": (Vllm, {"SAMPLE": 0.5, "LOGITS": 1}),
     "vLLM, replicas and a shared expert": (Vllm, {"replicas": 3, "shared": True}),
     "vLLM, slots without an expert": (Vllm, {"unrouted": 0.1, "shape": (3, 12, 3)}),
-    "vLLM, little memory": (Vllm, {"QUEUE_MB": 0.02}),
+    "vLLM, little memory": (Vllm, {"QUEUE_MB": 0.015}),
     "vLLM V2": (VllmV2, {"shape": (3, 256, 5), "unrouted": 0.1, "LOGITS": 1}),
     "vLLM V2, drafts and replicas": (
         VllmV2,

@@ -57,6 +57,8 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
             yield _dispatch(f"dispatch {launches} {name} block {block}", case)
     for T, kernel in ((1100 // K, "record"), (130 // K, "record alone")):
         case = _case(E, K, T, kind)
+        if case.skew == "zipf":  # whose ids are columns of wider tensors: executed below
+            case = replace(case, skew="uniform")
         yield f"{kernel} {name}", lambda case=case: check_record(case, kernels.record_triton)
     for grouped in (True, False):
         of = _case(E, K, 9, kind, turn=int(grouped)), grouped
