@@ -147,10 +147,11 @@ def without(ids_TK: Tensor, weights_TK: Tensor, dropped_E: Tensor) -> Changed:
 
 def forced(ids_TK: Tensor, weights_TK: Tensor, experts: Tensor) -> Changed:
     """`experts` (int [F], F ≤ K) in every decision: one that is not takes over the slot, and the
-    gate weight, of the token's least choice that is not forced."""
+    gate weight, of the token's least choice that is not forced, and of one to no expert last."""
     forced_TK = torch.isin(ids_TK, experts)
-    # slots by weight from the least, forced ones last
-    order_TK = weights_TK.float().masked_fill(forced_TK, float("inf")).argsort(dim=1, stable=True)
+    # slots by weight from the least, then those that go to no expert, forced ones last
+    by_TK = weights_TK.float().masked_fill(ids_TK < 0, torch.finfo(torch.float32).max)
+    order_TK = by_TK.masked_fill(forced_TK, float("inf")).argsort(dim=1, stable=True)
     missing_TF = ~(ids_TK.unsqueeze(2) == experts).any(1)
     F = len(experts)
     # missing experts first, in their order

@@ -101,8 +101,8 @@ def doge(
     return pairs.gather(1, at_TK), weights_TK
 
 
-def zaya(experts: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice | None:
-    # a token that skips the experts is handed to expert 0 with weight 0
+def weighted(experts: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice | None:
+    # what skips the experts is handed to one of them with a weight of 0
     if (choice := called_with(experts, args, kwargs, output)) is None:
         return None
     ids_TK, weights_TK = choice
@@ -206,10 +206,10 @@ def replace_aria(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called
     return call.having(values)
 
 
-def replace_nllb(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor, nobody: int = 0) -> Called:
+def replace_nllb(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     # its experts take for ids what they are handed as a mask
     nowhere = ids_TK < 0
-    return call.choosing(ids_TK.masked_fill(nowhere, nobody), weights_TK.masked_fill(nowhere, 0))
+    return call.choosing(ids_TK.masked_fill(nowhere, 0), weights_TK.masked_fill(nowhere, 0))
 
 
 def replace_doge(call: ModuleCall, ids_TK: Tensor, weights_TK: Tensor) -> Called:

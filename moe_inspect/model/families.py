@@ -158,14 +158,13 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "JetMoeTopKGating": Adapter(choices.jetmoe, logits_index=4, replace=choices.replace_jetmoe),
     "Llama4Router": Adapter(choices.llama4, logits_index=1, replace=choices.replace_llama4),
-    # ids beyond the routed experts are identity experts': they compute nothing
+    # Its identity experts compute nothing. Up to transformers 5.24 they have the ids beyond those
+    # of the routed experts; since 5.25 a routed expert is called for them with a weight of 0.
     "LongcatFlashExperts": Adapter(
-        choices.called_with,
+        choices.weighted,
         at_call=True,
-        experts=lambda m: m.num_routed_experts,
-        replace=lambda call, ids, weights: choices.replace_nllb(
-            call, ids, weights, nobody=call.module.num_routed_experts
-        ),
+        experts=lambda m: len(m.down_proj),
+        replace=choices.replace_nllb,
     ),
     # up to transformers 5.17 the module is called with what the method takes
     "Mxfp4GptOssExperts": Adapter(
@@ -198,7 +197,7 @@ ADAPTERS: dict[str, Adapter] = {
         drops=lambda router: True,
         dropped=choices.switch_dropped,
     ),
-    "ZayaExperts": Adapter(choices.zaya, at_call=True),
+    "ZayaExperts": Adapter(choices.weighted, at_call=True),
 }
 # class of what is called with a router's choice; llm-compressor's has a matrix per expert
 CALLED_CLASS = re.compile(r"Experts(2D)?$")

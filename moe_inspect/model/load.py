@@ -247,7 +247,10 @@ def load_model(
             torch.manual_seed(random_init)
             model = auto_class(made, **options).from_config(made, dtype=wanted, **options)
         return model.to(target).eval()
-    with blamed(f"cannot load model {name!r}"):
+    stored = quantization_of(config)
+    asks = stored.get("quant_method") == "mxfp4" and not stored.get("dequantize")
+    hint = " (--dequantize needs no kernels)" if asks else ""
+    with blamed(f"cannot load model {name!r}{hint}"):
         model, loaded = auto_class(config, **options).from_pretrained(
             model_location(name),
             config=config,

@@ -188,6 +188,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2},
     "kimi_linear": {"layer_types": LINEAR_THEN_FULL},
+    "kolibri1_1": {"head_dim": 16, "index_num_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "llama4": {"interleave_moe_layer_step": 2},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 4},

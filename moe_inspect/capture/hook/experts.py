@@ -209,6 +209,14 @@ def _in_one_pass(hidden_TH: Tensor) -> bool:
     return kernels.runs_triton(hidden_TH) and not (torch.is_grad_enabled() or is_compiling())
 
 
+def on_interface(module: Experts) -> bool:
+    """Whether an implementation is called with what the module is called with. (Ergo's own forward
+    calls it with one row per slot.)"""
+    stated = ("config", "is_transposed", "has_gate")
+    replaced = hasattr(type(module).forward, "__wrapped__")
+    return replaced and all(hasattr(module, name) for name in stated)
+
+
 def stock_of(module: Experts) -> Implementation | None:
     """What an experts module would run without ours; None for its own loop (eager)."""
     stock = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
@@ -356,8 +364,7 @@ def _obstacle(model: Any, sites: Sequence[Site]) -> str:
         return "has FP8 experts"  # which have a registry of their own
     if any(is_expert_parallel(m) for m in called):
         return "runs expert-parallel"
-    stated = ("config", "is_transposed", "has_gate")
-    on_interface = all(hasattr(m, name) for m in called for name in stated)
-    if not called or not on_interface or not hasattr(model, "set_experts_implementation"):
+    ours = called and all(map(on_interface, called))
+    if not ours or not hasattr(model, "set_experts_implementation"):
         return NOT_ON_INTERFACE
     return ""
