@@ -311,7 +311,13 @@ def test_many_layers_make_a_heatmap_and_every_chart_can_be_read(tmp_path: Path):
             assert table.equals(again["made"].tables[name])
 
 
-def test_nothing_to_draw_is_said():
+def test_nothing_to_draw_is_said(tmp_path: Path):
+    nowhere = np.full((40, 2), np.iinfo(np.uint16).max, np.uint16)
+    made = report(write_trace(tmp_path / "t", [nowhere], 8))
+    for name in ("load", "balance"):
+        with pytest.raises(MoeInspectError, match=f"^{name}: no router made an assignment$"):
+            made.plot(name)
+    assert "load: no router made an assignment" in made.page()
     with pytest.raises(MoeInspectError, match="has nothing to draw"):
         Simulation("x", {}, []).plot()
 

@@ -91,6 +91,9 @@ def test_a_changed_footer_or_page_of_a_large_file_is_found(copied: Path) -> None
         assert pq.read_table(path).num_rows == 300
         with pytest.raises(MoeInspectError, match=rf"routing/part-0-0\.parquet: .*{said}"):
             numbers(copied)
+    path.write_bytes(whole[:-1] + b"X")  # the last byte says that it is Parquet
+    with pytest.raises(MoeInspectError, match=r"part-0-0\.parquet: it has no Parquet footer"):
+        numbers(copied)
 
 
 def test_free_text_may_be_edited_and_nothing_else(copied: Path) -> None:
@@ -235,6 +238,11 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
     "10^12 tokens": (FAR, "it has tokens 0 to 549755813987: a shard holds at most"),
     "tokens of another rank": (OF_RANK_1, "first_token is 1099511627776"),
     "a table unknown": ({"table": "x"}, 'table is "x", not one of'),
+    "a table that the trace lacks": (
+        {"table": "logits"},
+        'table is "logits", not one of documents',
+    ),
+    "too many decisions": ({"decisions": 301}, "decisions is 301: 0 to 300 are possible"),
     "no hash": ({"sha256": "0"}, r'sha256 is "0", not like '),
     "a path elsewhere": ({"path": "../../etc/passwd"}, r'path is "\.\./\.\./etc/passwd"'),
     "a path of rank 1": ({"path": "tokens/part-1-0.parquet"}, "path is .*, not tokens/part-0-"),
@@ -253,6 +261,13 @@ def test_an_impossible_line_is_refused_by_its_key(name: str, copied: Path) -> No
 def test_a_line_that_is_none(line: str, copied: Path) -> None:
     (copied / "shards-0.jsonl").write_text(line + "\n" + (copied / "shards-0.jsonl").read_text())
     _refused(copied, r"shards-0\.jsonl: line 1: ")
+
+
+def test_a_list_of_too_high_a_rank_is_refused(copied: Path) -> None:
+    (copied / f"shards-{2**20 - 1}.jsonl").touch()
+    assert verify(copied).ok  # of the highest rank
+    (copied / f"shards-{2**20}.jsonl").touch()
+    _refused(copied, r"shards-1048576\.jsonl: there are at most 1,048,576 ranks")
 
 
 def _refused(root: Path, said: str) -> None:

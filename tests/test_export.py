@@ -23,6 +23,7 @@ from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_manifest
 from tests.support.synthetic import (
     assigned,
+    encoder_decoder,
     thirty_documents,
     uniform_ids,
     write_counts,
@@ -71,6 +72,7 @@ def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path
     ("format", "options", "said"),
     [
         ("pruning", {"by": "x"}, "no score 'x': there are reap, gate"),
+        ("vllm", {}, "no format 'vllm': there are sglang, llama-cpp, pruning"),
         ("counts", {"by": "gate"}, "--by is an option of the format pruning, not of counts"),
         ("pruning", {"by": "gate", "keep": 0.1}, "of 8 experts, but every token goes to 2"),
         ("counts", {"gpu_layers": 1}, "--gpu-layers is an option of the format llama-cpp, not of"),
@@ -176,6 +178,23 @@ def test_blocks_are_counted_in_one_way(
     assert len(read(tmp_path / "s.json")["logical_count"]) == blocks
     placed = made.simulate.placement(gpus=2, policies=["contiguous"])
     assert placed.settings["layers"] == made.blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "said"),
+    [
+        ("sglang", {}, "needs one router per layer, all with the same number of experts"),
+        ("llama-cpp", {"gpu_layers": 1}, "llama.cpp has no encoder-decoders with experts"),
+    ],
+)
+def test_a_model_that_a_tool_does_not_run_is_refused(
+    format: str, options: dict[str, Any], said: str, tmp_path: Path
+):
+    """Of an encoder-decoder, layer 0 has two routers."""
+    trace = encoder_decoder(tmp_path / "t")
+    with pytest.raises(MoeInspectError, match=said):
+        export_trace(trace, format, tmp_path / "o.json", **options)
+    assert not (tmp_path / "o.json").exists()
 
 
 @pytest.mark.parametrize("format", MODULES)
@@ -355,6 +374,10 @@ def test_a_profile_of_one_document_has_no_intervals(tmp_path: Path) -> None:
     assert none["share"] == [None] * 6
     assert {"drift", "power_law"} & set(none) == set()
     assert [row["gpus"] for row in some["ranks"]] == [2]
+    export_trace(write_trace(tmp_path / "odd", [ids], 7), "routing-profile", tmp_path / "q.json")
+    of_seven = read(tmp_path / "q.json")
+    assert of_seven["not_known"]["ranks"].startswith("2, 4, 8, … GPUs cannot hold as many experts")
+    assert "ranks" not in of_seven["layers"][0]
     trace = write_trace(tmp_path / "none", [ids[50:]], 6)
     with pytest.raises(MoeInspectError, match=r"no router of .* made an assignment"):
         export_trace(trace, "routing-profile", tmp_path / "p.json")

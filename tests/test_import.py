@@ -28,7 +28,7 @@ from tests.conftest import Cli
 from tests.support import foreign
 from tests.support.damage import files_in
 from tests.support.foreign import FORMAT_OF, MAKERS, ROUTED, config_file
-from tests.support.importing import decisions, loads, taken
+from tests.support.importing import decisions, loads, refused, taken
 from tests.support.sweep import sample
 
 
@@ -122,7 +122,8 @@ def test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time(
     for s, seed in enumerate(rows):
         if seed is not None:
             count[s, ROUTED] = foreign.loads(foreign.drawn(20, seed))
-    torch.save({"rank": 0, "logical_count": torch.tensor(count)}, tmp_path / "r.pt")
+    rate = {"average_utilization_rate_over_window": 0.75}
+    torch.save({"rank": 0, "logical_count": torch.tensor(count)} | rate, tmp_path / "r.pt")
     trace, said = taken(tmp_path, "sglang", tmp_path / "r.pt", model=config_file(tmp_path))
     assert len(list(trace.shards)) == windows - rows[:windows].count(None)
     assert np.array_equal(loads(trace), count.sum(0)[ROUTED])
@@ -130,6 +131,7 @@ def test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time(
     assert [f"all {len(rows)} rows" in line and "not read as time" in line for line in said] == (
         [True] * full
     )
+    assert "average_utilization_rate_over_window 0.75" in trace.manifest["corpus"]["notes"]
     assert ("logical_count is full" in str(trace.manifest["corpus"]["notes"])) == full
 
 
@@ -219,6 +221,7 @@ def test_a_link_to_a_directory_is_followed(tmp_path: Path):
 def test_an_option_of_no_format_is_a_mistake_of_the_caller(tmp_path: Path):
     with pytest.raises(TypeError, match="import_trace has no option maps"):
         taken(tmp_path, "counts", tmp_path, maps="layer=block")
+    refused(tmp_path, "no format 'cuonts': there are .*counts.*, auto", "cuonts", tmp_path)
 
 
 def test_check_finds_warm_up_rows_of_imported_responses(tmp_path: Path):

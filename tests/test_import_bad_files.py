@@ -57,6 +57,9 @@ counts | x.json:[{"foo": 1}] | | x.json holds no decisions or counts: it has foo
 counts | x.json:[{"layer": null}] | | x.json holds no decisions or counts: it has layer
 counts | x.json:[{}] | | x.json holds no decisions or counts: it has no columns
 counts | x.jsonl: | | x.jsonl holds no decisions or counts: it has no rows
+counts | x.csv:layer,expert,hits\n0,0,5 | | x.csv has no column count: it has layer, expert, hits
+counts | x.csv:$counts,count\n0,0,5,5 | | x.csv has several columns count
+counts | x.json:{"layer": [0, 0], "expert": [0, 1], "count": [5]} | | columns of different lengths
 counts | x.csv:$counts,first_choice\n0,0,5,2\n0,1,3,4 | | row 1 ~ first_choice is 4 of 3
 counts | x.csv:$counts\n0,0,9007199254740992 | | row 0 ~ count is 9007199254740992, not of 0 to
 counts | x.csv:$counts\n0,0,1099511627776\n0,0,1 | | expert 0 of layer 0 ~ 1,099,511,627,777
@@ -78,6 +81,7 @@ counts | x.csv:Layer, Expert,Count\n0,0,2 | | --map 'layer=Layer,expert= Expert,
 counts | x.csv:Layer,Position,Expert_0,Expert_1\n0,0,1,2 | | --map ~ experts=Expert_*
 counts | x.json:$records | map=layer=block,count=hits | --map does not say where the expert is
 counts | x.json:$records | map=count=hits,expert=id | --map does not say where the layer is
+counts | x.json:$records | map=layer=?,expert=id,count=hits | --map: layer is nowhere
 counts | x.json:$records | map=layer | write it like layer=block,expert=id,count=hits
 counts | x.json:$records | map=slut=block,count=hits | no column 'slut' (did you mean slot?)
 counts | x.json:$records | map=count={floor}.{layer}.{expert} | {floor} is no column of ours
@@ -111,6 +115,7 @@ table | x.csv:$each,expert\n0,3,1\n0,3,2\n0,3,4 | | position 3 of the document h
 table | x.csv:$each,expert,slot\n0,0,1,0\n0,0,2,2 | | row 1: slot is 2, not of 0 to 1
 table | 0.csv:$each,expert\n0,0,1 & 1.csv:$each,experts\n0,0,[1 2] | | 1.csv: not all files
 table | 0.csv:$each,experts\n0,0,[1 2] & 1.csv:$each,expert\n0,0,1 | | 1.csv: not all files
+table | 0.csv:$each,expert\n0,0,1 & 1.csv:$each,expert\n1,0,1 | | 1.csv has layers 1, ~ 0.csv 0
 table | 0.csv:$each,expert\n0,0,1 & 1.csv:$counts\n0,0,1 | | 1.csv has no column position
 table | x.json:[{"layer":0,"position":0,"experts":[1,null]}] | | row 0: experts is empty; write -1
 table | x.csv:$each,experts,phase\n0,0,[1],x\n0,1,[1],decode | top_k= | row 0: phase is 'x'
@@ -128,6 +133,7 @@ table | x.csv:$form:{top_k: 3, map: {layer: l, position: p, experts: e}} | top_k
 table | x.csv:$form:{nota: 3, map: {layer: l}} | | no field 'nota' (did you mean note
 table | x.csv:$form:{head: 7, map: {layer: l}} | | head is '7', not of str
 table | x.csv:$form:[1] | | has no map
+table | x.csv:$form:{top_k: 3} | | form.yaml has no map, of columns
 table | x.csv:$form:a: [ | | cannot read
 table | x.jsonl:{"layer":0,"expert":0,"count":2}\n\n{"layer":0,"expert":9,"count":2} | | line 3: ex
 table | x.jsonl:{"of":[[2]]}\n\n{"of":[[1,2]]} | experts=1 map=count=of.{layer}.{expert} | line 3:
@@ -288,6 +294,28 @@ def one_rank(layers: list[int], ids: Callable[[int], np.ndarray]) -> Write:
     return lambda at: numbered(at, layers, ids)
 
 
+def without(name: str, pattern: str) -> Write:
+    """What the maker writes, without the files of a pattern."""
+
+    def write(at: Path) -> None:
+        MAKERS[name](at)
+        for path in at.glob(pattern):
+            path.unlink()
+
+    return write
+
+
+def several(*names: str) -> Write:
+    """What the makers write, in folders of their own."""
+
+    def write(at: Path) -> None:
+        for n, name in enumerate(names):
+            (at / str(n)).mkdir()
+            MAKERS[name](at / str(n))
+
+    return write
+
+
 def empty(at: Path) -> None:
     of_rank(at, 0).touch()
 
@@ -324,6 +352,17 @@ MADE: dict[str, Write] = {
     ),
     "vllm-routed | config=3,1 | v.jsonl line 4: routed_experts is NoneType": of_maker(
         "vllm-routed", lambda rows: [*rows, {}]
+    ),
+    "tensorrt-llm | | no ~/in/meta_info.json: it says how many experts there are": without(
+        "tensorrt-llm", "*.json"
+    ),
+    "tensorrt-llm | | in holds no rank<r>.safetensors": without("tensorrt-llm", "rank*"),
+    "vllm-routed | | in holds no .jsonl of responses": without("vllm-routed", "*"),
+    "sglang | | .pt: a stat dump holds the sum over all ranks: import one": several(
+        "sglang-stat", "sglang-stat"
+    ),
+    "sglang | | in holds files of the modes per_pass and stat: import them separately": several(
+        "sglang-stat", "sglang-per_pass"
     ),
     "moe-policylang | experts= top_k= | does not say how many experts there are": policylang(
         ["router_softmax", "router_scores"]

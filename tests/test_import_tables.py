@@ -297,6 +297,17 @@ def test_rows_without_a_slot_take_those_of_their_decision_in_order(tmp_path: Pat
         assert (trace.routing()[["weight_0", "weight_1"]] == [0.5, 0.25]).all(axis=None)
 
 
+def test_slots_without_a_row_are_empty_and_told_and_ids_keep_their_text(tmp_path: Path):
+    lines = ["layer,position,expert,token_id,token_text", "0,0,3,1,the", "0,0,5,1,the", "0,1,2,0,a"]
+    (tmp_path / "e.csv").write_text("\n".join(lines))
+    trace, said = taken(tmp_path, "table", tmp_path / "e.csv", experts=8, top_k=2)
+    assert said == [f"{tmp_path / 'e.csv'}: 1 slot of 4 without a row: imported as empty"]
+    assert experts(trace, 0) == [[3, 5], [2, -1]]
+    assert trace.tokens()["token_id"].tolist() == [1, 0]
+    assert trace.vocabulary()["token"].tolist() == ["a", "the"]
+    assert verify(trace.path).ok
+
+
 @pytest.mark.parametrize("form", ["json", "parquet"])
 def test_an_expert_that_is_null_is_no_empty_slot(form: str, tmp_path: Path):
     path = tmp_path / f"d.{form}"

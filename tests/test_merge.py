@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,7 +25,7 @@ from moe_inspect.trace.merge import MOST_NUMBER, Target
 from moe_inspect.trace.verify import Verification, verify
 from moe_inspect.trace.writer import Document, ResumePoint, TraceWriter
 from tests.conftest import Cli
-from tests.support.damage import edit_manifest, with_a_bit_less, without_checksums
+from tests.support.damage import edit_manifest, restate, with_a_bit_less, without_checksums
 from tests.support.synthetic import (
     a_pass,
     encoder_decoder,
@@ -117,6 +118,28 @@ def loads(trace: Trace) -> pd.Series:
     return of.astype({"expert": float}).value_counts(["router", "expert"]).sort_index()
 
 
+def test_types_of_other_programs_are_merged_to_those_of_the_format(tmp_path: Path) -> None:
+    """Wider ids, and labels as the large strings that polars writes."""
+    for name in "ab":
+        made(tmp_path / name, 0 if name == "a" else 1)
+    wide = {"expert_0": pa.uint16(), "expert_1": pa.uint16(), "domain": pa.large_string()}
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    for path in sorted((tmp_path / "c").glob("*/*.parquet")):
+        table = pq.read_table(path)
+        kinds = [
+            wide.get(name, kind)
+            for name, kind in zip(table.column_names, table.schema.types, strict=True)
+        ]
+        as_wide = table.cast(pa.schema([*zip(table.column_names, kinds, strict=True)]))
+        pq.write_table(as_wide, path, row_group_size=40)
+        restate(tmp_path / "c", str(path.relative_to(tmp_path / "c")))
+    merged, expected = (merged_of(tmp_path, "a", name)[0] for name in "cb")
+    for table in ("routing", "tokens", "documents"):
+        pd.testing.assert_frame_equal(getattr(merged, table)(), getattr(expected, table)())
+        stored = [next(trace.shards).schema(table) for trace in (merged, expected)]
+        assert stored[0] == stored[1]
+
+
 def test_each_rank_goes_behind_the_same_rank(tmp_path: Path) -> None:
     """Of a pass of 10 tokens, a document, on each of two ranks."""
     rng = np.random.default_rng(0)
@@ -141,6 +164,9 @@ def test_counts_encoders_and_traces_without_a_vocabulary(tmp_path: Path) -> None
     write_counts(tmp_path / "a", loads, 2, ("x", "y"))
     write_counts(tmp_path / "b", [load * 3 for load in loads], 2, ("y", "z"))
     merged, _ = merged_of(tmp_path, "a", "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "history")
+    edit_manifest(tmp_path / "history", training={"every": 1, "log_steps": 10})
+    refused(tmp_path, "history is the history of a training run: its windows", "a", "history")
     counts = merged.counts().groupby("domain", observed=True)["assignments"].sum()
     low, high = int(loads[0][0].sum()), int(loads[0][1].sum())
     assert counts.to_dict() == {"x": 2 * low, "y": 2 * (high + 3 * low), "z": 6 * high}

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,6 +65,11 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path) -> None:
             said = r"this process is still writing .*: wait for it, or stop it"
             with pytest.raises(MoeInspectError, match=said):
                 refused(root)
+        for holder, who in (("7 elsewhere 0a", "process 7 on elsewhere"), ("", "another process")):
+            (root / LOCK).write_text(holder)  # of another machine, or cut short
+            with pytest.raises(MoeInspectError, match=f"^{who} is still writing .*t: wait for it"):
+                refuse_while_locked(root)
+        (root / LOCK).write_text(f"{os.getpid()} {socket.gethostname()} 0a")
         # opened and closed by something else in this process: the lock stays
         (root / LOCK).read_bytes()
         assert f"MoeInspectError: process {os.getpid()} is still writing" in elsewhere(root)
@@ -72,6 +78,15 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path) -> None:
     (root / LOCK).touch()  # of a process that was killed
     refuse_while_locked(root)
     hold(root).release()
+
+
+def test_a_lock_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LOCK)
+    for use in (hold, a_writer):
+        with pytest.raises(MoeInspectError, match=r"/\.lock is not a regular file: remove it"):
+            use(tmp_path)
+    (tmp_path / LOCK).unlink()
+    hold(tmp_path).release()
 
 
 @pytest.mark.usefixtures("impatient")

@@ -160,6 +160,49 @@ def test_an_unfinished_trace_warns(copied: Path, status: str):
     assert status in warning.text.replace("still being recorded", "recording")
 
 
+# name of the quantisation → a checkpoint's quantization_config
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "mxfp4": {"quant_method": "mxfp4"},
+    "gptq 4 bit": {"quant_method": "gptq", "bits": 4},
+    "bitsandbytes 4 bit": {"load_in_4bit": True},
+    "bitsandbytes 8 bit": {"quant_method": "bitsandbytes", "_load_in_8bit": True},
+    "torchao int4": {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8DynamicActivationInt4WeightConfig"}},
+    },
+    "compressed-tensors float8": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("inner", [False, True])
+def test_the_quantisation_of_the_weights_is_named(copied: Path, name: str, inner: bool):
+    """Also where the config of a language model is within that of a multimodal model."""
+    config = {"quantization_config": QUANTIZED[name]}
+    edit_manifest(copied, model={"config": {"text_config": config} if inner else config})
+    made = report(open_trace(copied))
+    assert dict(made.facts())["quantization"] == name
+    assert f"weights: {name}" in " ".join(text_of(made).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"window": 0}, "window is 0: give the tokens per window, 1 or more"),
+        ({"top": -1}, "top is -1: give the number of token ids per expert, 0 for all"),
+        ({"thresholds": {"uneven": -1.0}}, "threshold uneven is -1: give a number from 0 up"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    planted_trace: Trace, arguments: dict[str, Any], said: str
+):
+    with pytest.raises(MoeInspectError, match=f"^{said}$"):
+        report(planted_trace, **arguments)
+
+
 SAMPLES = {
     "balanced": ("Experts specialise by domain in 2 of 4 routers, and", "never trained"),
     "collapsed": ("Layer 3 is the worst balanced: expert 6 gets 2.87x", "never trained"),

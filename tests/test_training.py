@@ -258,11 +258,20 @@ def test_a_resumed_run_replaces_steps(tmp_path: Path, capsys: pytest.CaptureFixt
         loop(model, monitor, 1, first=7)
     assert "counts up to step 6" in capsys.readouterr().err
     assert [s.files.last_batch for s in moe_inspect.open_trace(path).shards] == [2, 4, 6, 8]
+    of_one = RoutingMonitor(model, path, log_steps=2, resume_step=8, layers=[0])
+    other = f"is the history of a model with {LAYERS} routers, this one has 1:"
+    with pytest.raises(MoeInspectError, match=other), of_one:
+        loop(model, of_one, 2, first=8)
+    assert [s.files.last_batch for s in moe_inspect.open_trace(path).shards] == [2, 4, 6, 8]
+    RoutingMonitor(model, path, resume_step=8).__enter__().__exit__(None)  # it is not locked
 
 
 def test_the_picture_shows_every_expert_of_every_layer() -> None:
     model = counted().train()
     with RoutingMonitor(model, log_steps=2) as monitor:
+        assert monitor.log() == {}
+        with pytest.raises(MoeInspectError, match="no window yet: the first picture follows"):
+            monitor.picture()
         loop(model, monitor, 2)
         drawn = [axes for axes in monitor.picture().axes if axes.get_label() != "scale"]
     (image,) = [axes.images[0].get_array() for axes in drawn]

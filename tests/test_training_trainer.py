@@ -19,6 +19,7 @@ import transformers as hf
 from transformers.models.mixtral import modeling_mixtral
 
 import moe_inspect
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingCallback
 from moe_inspect.watch.alarms import Alarm
 from tests.conftest import ROOT, Put
@@ -74,6 +75,38 @@ def test_an_alarm_stops_the_training(tmp_path: Path) -> None:
     assert it.state.global_step == 4
     assert {alarm.layer for alarm in raised} == set(range(LAYERS))
     assert {alarm.since for alarm in raised} == {1}
+
+
+def test_a_loop_without_a_trainer_calls_the_callback(tmp_path: Path) -> None:
+    """Metrics go into the dictionaries that the loop passes, instead of into a Trainer's logs."""
+    model, callback = counted().train(), RoutingCallback(tmp_path / "h", flush_steps=3)
+    args = hf.TrainingArguments(str(tmp_path / "trainer"), **QUIET)
+    state, control, inputs = hf.TrainerState(), hf.TrainerControl(), ROWS[0]
+    callback.on_train_begin(args, state, control, model=model)
+    for step in (1, 2, 3):
+        state.global_step, control.should_log = step, step == 2
+        model(**{name: row[None] for name, row in inputs.items()}).loss.backward()
+        callback.on_step_end(args, state, control)
+    logs, evaluated = {"loss": 1.0}, {"eval_loss": 1.0}
+    callback.on_log(args, state, control, logs)
+    assert logs["routing/tokens"] == 2 * int(inputs["attention_mask"].sum())
+    callback.on_evaluate(args, state, control, evaluated)  # of no pass
+    assert evaluated == {"eval_loss": 1.0}
+    model.eval()(**{name: row[None] for name, row in inputs.items()})
+    callback.on_evaluate(args, state, control, evaluated)
+    assert {"eval_loss", "eval_routing/max_vio/worst"} < evaluated.keys()
+    callback.on_train_end(args, state, control)
+    assert (history(tmp_path / "h") == model.load).all()
+    # committed after three steps, as the option states, and not at the log of step 2
+    trace = moe_inspect.open_trace(tmp_path / "h")
+    assert [shard.files.last_batch for shard in trace.shards] == [3]
+
+
+def test_copies_of_a_model_in_one_process_are_refused() -> None:
+    """A Trainer that is not started with torchrun makes one for each GPU."""
+    args: Any = SimpleNamespace(n_gpu=2)
+    with pytest.raises(MoeInspectError, match=r"runs 2 copies .*: start it with torchrun"):
+        RoutingCallback().on_train_begin(args, hf.TrainerState(), hf.TrainerControl())
 
 
 def test_the_loss_is_audited_at_the_start_and_the_load_at_the_end(

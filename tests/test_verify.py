@@ -20,6 +20,7 @@ import torch
 import moe_inspect
 from moe_inspect.making import merge, trace_model
 from moe_inspect.public import report
+from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
 from tests.support.damage import edit_line, edit_lines, edit_manifest, restate, with_a_bit_less
@@ -66,6 +67,13 @@ def in_table(table: str, shard: int, change: Change) -> Callable[[Path], None]:
     return lambda root: rewrite(root, table, shard, change)
 
 
+def without_vocabulary(root: Path) -> None:
+    """Rewrites trace.json as that of a trace that was recorded without a tokenizer."""
+    manifest = json.loads((root / "trace.json").read_text())
+    del manifest["vocabulary"]
+    write_manifest(root, manifest)
+
+
 # name: (what is done, file, row, what is said)
 CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = {
     "a bit": (lambda root: with_a_bit_less(root / "routing/part-0-2.parquet", 200), "routing/part-0-2.parquet", None, "sha256 is"),
@@ -79,15 +87,18 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "a shard under two numbers": (lambda root: edit_lines(root, [*edit_lines(root), *({**line, "shard": 3} for line in edit_lines(root)[6:])]), "shards-0.jsonl", None, "line 10: documents/part-0-2.parquet is listed twice"),
     "an unknown key": (lambda root: edit_line(root, 4, crc33=1), "shards-0.jsonl", None, "has the unknown key 'crc33'"),
     "a checksum gone": (lambda root: (root / "shards-0.jsonl").write_text((root / "shards-0.jsonl").read_text().replace('"footer_crc32"', '"path"')), "shards-0.jsonl", None, "its crc32 differs"),
+    "a checksum without another": (lambda root: edit_lines(root, [{k: v for k, v in line.items() if k != "footer_crc32"} for line in edit_lines(root)]), "shards-0.jsonl", None, "the line of documents/part-0-0.parquet has no footer_crc32"),
     "a digest gone": (lambda root: edit_manifest(root, digest=None), "trace.json", None, "its digest was removed"),
     "a manifest edited": (lambda root: (root / "trace.json").write_text((root / "trace.json").read_text().replace('"dropped": 0', '"dropped": 1')), "trace.json", None, "changed after it was written"),
     "a vocabulary changed": (lambda root: shutil.copy(root / "documents/part-0-0.parquet", root / "vocabulary.parquet"), "vocabulary.parquet", None, "bytes, .* were written"),
+    "a vocabulary added": (without_vocabulary, "vocabulary.parquet", None, "it was added later: trace.json states no vocabulary"),
     "a vocabulary gone": (lambda root: (root / "vocabulary.parquet").unlink(), "vocabulary.parquet", None, "missing"),
     "rows shuffled": (in_table("routing", 0, each(lambda v: [*v[99::-1], *v[100:]])), "routing/part-0-0.parquet", 0, "router is 2|token is 99"),
     "a weight that is NaN": (in_table("routing", 2, put("weight_1", 17, float("nan"))), "routing/part-0-2.parquet", 17, "weight_1 is nan"),
     "an id beyond E": (in_table("routing", 1, put("expert_1", 123, 8)), "routing/part-0-1.parquet", 123, "expert_1 is 8, router 1 has 8"),
     "an expert twice": (in_table("routing", 0, copy_of("expert_1", 207, "expert_0")), "routing/part-0-0.parquet", 207, "is in slots 0 and 1"),
     "a decision missing": (in_table("routing", 1, each(lambda v: v[:-1])), "routing/part-0-1.parquet", 299, "router 2 .layer 2. has 99 decisions for the 100 tokens"),
+    "a decision too many": (in_table("routing", 1, each(lambda v: [*v[:99], *v[100:], v[-1]])), "routing/part-0-1.parquet", 299, "router 2 .layer 2. has more decisions than the 100 tokens that reach it"),
     "decisions out of order": (in_table("routing", 1, each(lambda v: [*v[:3], v[4], v[3], *v[5:]])), "routing/part-0-1.parquet", 3, "token is 104, not 103"),
     "another layer": (in_table("routing", 1, put("layer", 250, 7)), "routing/part-0-1.parquet", 250, "layer is 7, not 2"),
     "a router unknown": (in_table("routing", 1, put("router", 299, 3)), "routing/part-0-1.parquet", 299, "router is 3, the manifest lists 3"),
@@ -103,6 +114,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str, int | None, str]] = 
     "a fact missing": (in_table("tokens", 0, put("sequence", 5, None)), "tokens/part-0-0.parquet", 5, "sequence is null"),
     "weights that rise": (in_table("routing", 0, put("weight_1", 120, 2.0)), "routing/part-0-0.parquet", 120, "the manifest says that weights descend"),
     "totals misstated": (lambda root: edit_manifest(root, counts={"tokens": 301, "decisions": 900}), "trace.json", None, "counts.tokens is 301, the shards have 300"),
+    "decisions misstated": (lambda root: edit_manifest(root, counts={"tokens": 300, "decisions": 901}), "trace.json", None, "counts.decisions is 901, the shards have 900"),
     "a manifest damaged": (lambda root: (root / "trace.json").write_text("{}"), "trace.json", None, "format is missing"),
 }  # fmt: skip
 
@@ -131,6 +143,17 @@ def test_rewriting_alone_corrupts_nothing(copied: Path):
     for table in ("tokens", "routing", "documents"):
         rewrite(copied, table, 1, dict.copy)
     assert verify(copied).ok
+
+
+def test_positions_may_have_gaps_where_decisions_were_dropped(copied: Path):
+    rewrite(copied, "tokens", 1, put("position", 44, 9))
+    assert not verify(copied).ok
+    edit_manifest(copied, counts={"tokens": 300, "decisions": 900, "dropped": 3})
+    found = verify(copied)
+    assert found.ok, found
+    assert [rule for rule in found.checked if rule.startswith("positions")] == [
+        "positions: not checked, decisions were dropped"
+    ]
 
 
 # name: (trace and table, what is done, row, what is said)
